@@ -1,0 +1,1 @@
+"""Simulators that the reference policy was trained in and that the demo and the evaluation run."""

@@ -1,0 +1,222 @@
+"""Meta-World (MuJoCo) as the reference policy sees it.
+
+The tasks are Meta-World's own `<task>-v3-goal-observable` environments: physics, layouts and success are untouched.
+What is added is what an image policy needs: a fixed camera, proprioception, an instruction, an action repeat and a cap
+on the number of control steps. Only the drawing is changed: shadows and multisampling are off (software rendering is
+ten times faster without), and every goal marker is green, so that a goal's colour does not give the task away.
+
+Seeds: demonstrations and DAgger use seeds below 90_000, development checks 90_000 to 99_999, and published figures
+seeds from `EVALUATION_SEED` on. A seed fully determines an episode's initial state, whatever ran before it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+EVALUATION_SEED = 1_000_000
+"""First seed of published evaluations; nothing was trained or tuned on seeds from here on."""
+
+ACTION_REPEAT = 4
+MAX_CONTROL_STEPS = 40
+PROPRIO_SIZE = 4
+
+TASKS: dict[str, str] = {
+    "reach": "reach the green ball",
+    "push": "push the puck to the green ball",
+    "pick-place": "pick up the puck and place it at the green ball",
+    "sweep-into": "sweep the block into the hole",
+    "coffee-push": "push the mug under the coffee machine",
+    "door-open": "open the door",
+    "window-open": "open the window",
+    "plate-slide": "slide the plate into the goal",
+    "drawer-open": "open the drawer",
+}
+"""Task name -> instruction."""
+
+_GOAL_RGBA = (0.0, 0.8, 0.0, 1.0)
+_RENDER_SCALE = 2  # rendered larger and averaged down: anti-aliasing at no cost in software rendering
+_GL_HELP = (
+    "sudo apt-get install -y libegl1 libgl1 libosmesa6 libgles2 libgl1-mesa-dri libegl-mesa0"
+    "  (or set MUJOCO_GL to a backend that this machine has)"
+)
+_PIP_HELP = "pip install 'vla-pruner[metaworld]'"
+
+
+class SimulatorUnavailable(RuntimeError):
+    """Meta-World cannot run on this machine; `fix` is the one line to run."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}. To fix it, run: {fix}")
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy sees at one control step."""
+
+    image: np.ndarray
+    """(H, W, 3) uint8."""
+    proprio: np.ndarray
+    """(4,) float32: hand x, y, z in metres and the gripper's opening in [0, 1]."""
+    instruction: str
+
+
+def _import_simulator() -> tuple[Any, Any]:
+    """`(mujoco, metaworld.env_dict)`, imported with a rendering backend chosen; one clear error if they are missing."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's threads only fight with the policy's
+    try:
+        import mujoco
+    except ImportError as error:
+        if getattr(error, "name", None) == "mujoco":
+            raise SimulatorUnavailable("The simulator is not installed (no module named 'mujoco')", _PIP_HELP) from error
+        raise SimulatorUnavailable(f"MuJoCo cannot load its rendering library ({error})", _GL_HELP) from error
+    except (OSError, AttributeError, RuntimeError) as error:  # PyOpenGL's ways to say that a library is missing
+        raise SimulatorUnavailable(f"MuJoCo cannot load its rendering library ({error})", _GL_HELP) from error
+    try:
+        from metaworld import env_dict
+    except ImportError as error:
+        raise SimulatorUnavailable(f"The simulator is not installed ({error})", _PIP_HELP) from error
+    return mujoco, env_dict
+
+
+class MetaWorldEnv:
+    """One task of Meta-World as a sequence of control steps.
+
+    Args:
+        task: a key of `TASKS`.
+        image_size: height and width of the observation's image.
+        render: False leaves images out (all zeros), for experts and tests that need only the state.
+    """
+
+    def __init__(self, task: str, image_size: int = 112, render: bool = True) -> None:
+        if task not in TASKS:
+            raise ValueError(f"Unknown task {task!r}; the tasks are {', '.join(TASKS)}.")
+        self.task = task
+        self.instruction = TASKS[task]
+        self.image_size = image_size
+        self._mujoco, env_dict = _import_simulator()
+        self._env = env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"](seed=0)
+        self._env._freeze_rand_vec = False  # a new layout at each reset ...
+        self._env.seeded_rand_vec = True  # ... drawn from the environment's own seeded generator
+        self._model = self._env.model
+        self._recolour_goals()
+        self._render_images = render
+        self._renderers: dict[int, Any] = {}
+        self._camera = self._make_camera()
+        self._state = np.zeros(39)
+        self._steps = 0
+        if render:
+            self._renderer(image_size * _RENDER_SCALE)
+
+    def _recolour_goals(self) -> None:
+        for index in range(self._model.nsite):
+            if self._model.site(index).name in ("goal", "coffee_goal") and self._model.site_rgba[index, 3] > 0:
+                self._model.site_rgba[index] = _GOAL_RGBA
+
+    def _make_camera(self) -> Any:
+        camera = self._mujoco.MjvCamera()
+        camera.type = self._mujoco.mjtCamera.mjCAMERA_FREE
+        camera.lookat[:] = (0.0, 0.71, 0.09)
+        camera.distance = 1.0
+        camera.azimuth = 130.0
+        camera.elevation = -45.0
+        self._model.vis.global_.fovy = 42.0
+        return camera
+
+    def _renderer(self, size: int) -> Any:
+        if size not in self._renderers:
+            self._model.vis.quality.offsamples = 0
+            self._model.vis.global_.offwidth = max(self._model.vis.global_.offwidth, size)
+            self._model.vis.global_.offheight = max(self._model.vis.global_.offheight, size)
+            try:
+                self._renderers[size] = self._mujoco.Renderer(self._model, size, size)
+            except Exception as error:  # the backends raise types of their own
+                raise SimulatorUnavailable(f"MuJoCo cannot open a rendering context ({error})", _GL_HELP) from error
+        return self._renderers[size]
+
+    @property
+    def state(self) -> np.ndarray:
+        """(39,) float64: Meta-World's full observation, for scripted experts; the policy never sees it."""
+        return self._state.copy()
+
+    def reset(self, seed: int) -> Observation:
+        """Starts the episode of `seed`."""
+        self._env.seed(seed)
+        self._env.reset()
+        # Goals and furniture are moved after the last physics step of a reset, and until derived quantities are
+        # computed again the image and the returned state still show the layout before.
+        self._mujoco.mj_forward(self._model, self._env.data)
+        self._state = np.asarray(self._env._get_obs(), dtype=np.float64)
+        self._steps = 0
+        return self._observation()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool, bool]:
+        """Runs one control step.
+
+        Args:
+            action: (4,) dx, dy, dz, gripper in [-1, 1]; clipped to it, then repeated `ACTION_REPEAT` times.
+
+        Returns:
+            The next observation, whether the task is solved, and whether the episode is over.
+        """
+        action = np.clip(np.asarray(action, dtype=np.float32).reshape(-1), -1.0, 1.0)
+        success = False
+        for _ in range(ACTION_REPEAT):
+            state, _, _, _, info = self._env.step(action)
+            if info["success"]:
+                success = True
+                break
+        self._state = np.asarray(state, dtype=np.float64)
+        self._steps += 1
+        return self._observation(), success, success or self._steps >= MAX_CONTROL_STEPS
+
+    def render(self, size: int) -> np.ndarray:
+        """(size, size, 3) uint8: the present scene from the policy's camera."""
+        renderer = self._renderer(size)
+        renderer.update_scene(self._env.data, self._camera)
+        renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        return renderer.render().copy()
+
+    def _observation(self) -> Observation:
+        size = self.image_size
+        if self._render_images:
+            large = self.render(size * _RENDER_SCALE).reshape(size, _RENDER_SCALE, size, _RENDER_SCALE, 3)
+            image = large.mean(axis=(1, 3)).round().astype(np.uint8)
+        else:
+            image = np.zeros((size, size, 3), np.uint8)
+        return Observation(image, self._state[:PROPRIO_SIZE].astype(np.float32), self.instruction)
+
+    def close(self) -> None:
+        """Frees the renderers; the environment cannot be used afterwards."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
+
+    def __enter__(self) -> MetaWorldEnv:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def scripted_expert(task: str) -> Any:
+    """Meta-World's scripted policy of `task`: a function of the full state (39,) -> action (4,) in [-1, 1]."""
+    _import_simulator()
+    from metaworld.policies import ENV_POLICY_MAP
+
+    policy = ENV_POLICY_MAP[f"{task}-v3"]()
+
+    def act(state: np.ndarray) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "constant(s) may be too high": they are clipped, as the environments do
+            return np.clip(np.asarray(policy.get_action(state), dtype=np.float32), -1.0, 1.0)
+
+    return act
