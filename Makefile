@@ -1,0 +1,60 @@
+# make install | demo | test | check | test-oldest.   make demo ARGS=--quick passes flags on.
+VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
+ARGS ?=
+PY := $(VENV)/bin/python
+GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
+CORE_TESTS := $(wildcard tests/methods tests/attach tests/families)
+
+# MuJoCo 3.3.0 has wheels for Python 3.11 to 3.13; `make PYTHON=/path/to/python` chooses another interpreter.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+
+export HF_HUB_OFFLINE = 1
+export MUJOCO_GL ?= egl
+
+.PHONY: help install demo test check format test-oldest
+help:
+	@echo "make install      create $(VENV) and install everything, pinned by constraints.txt"
+	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
+	@echo "make test         run the tests"
+	@echo "make check        lint, formatting and types"
+	@echo "make format       format the code"
+	@echo "make test-oldest  run the core tests on the oldest supported transformers, in $(OLDEST_VENV)"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(PY) || { echo "==> Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); } || \
+		{ echo "The venv module is missing. On Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 1; }
+	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints.txt; a few minutes the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,dev]'
+	@sh .ci/rendering $(PY) $(GL_PACKAGES)
+	@touch $@
+	@echo "==> Installed"
+
+demo: install
+	$(VENV)/bin/vla-pruner demo $(ARGS)
+
+test: install
+	$(PY) -m pytest $(ARGS)
+
+check: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(OLDEST_VENV)/bin/python || { echo "==> Creating $(OLDEST_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(OLDEST_VENV); }
+	@echo "==> Installing the oldest supported transformers into $(OLDEST_VENV)"
+	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . pytest
+	@touch $@
+
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest $(CORE_TESTS) $(ARGS)
