@@ -1,0 +1,119 @@
+"""Intervals against published values and against brute force."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+
+from vla_pruner.statistics import mcnemar_p, paired_difference, percentile, wilson
+
+
+def _pairs(both: int, gained: int, lost: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """(baseline, arm) outcomes with these counts."""
+    arm = [True] * both + [True] * gained + [False] * lost + [False] * neither
+    baseline = [True] * both + [False] * gained + [True] * lost + [False] * neither
+    return baseline, arm
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_matches_the_published_table(successes: int, total: int, low: float, high: float) -> None:
+    rate = wilson(successes, total)
+    assert rate.value == successes / total
+    assert (round(rate.low, 4), round(rate.high, 4)) == (low, high)
+
+
+def test_wilson_is_symmetric_and_holds_its_value() -> None:
+    for total in range(1, 40):
+        for successes in range(total + 1):
+            rate, mirrored = wilson(successes, total), wilson(total - successes, total)
+            assert 0.0 <= rate.low <= rate.value <= rate.high <= 1.0
+            assert rate.low == pytest.approx(1 - mirrored.high)
+
+
+def test_wilson_without_trials_knows_nothing() -> None:
+    rate = wilson(0, 0)
+    assert math.isnan(rate.value)
+    assert (rate.low, rate.high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("successes", "total"), [(-1, 4), (5, 4)])
+def test_wilson_refuses_impossible_counts(successes: int, total: int) -> None:
+    with pytest.raises(ValueError, match="impossible"):
+        wilson(successes, total)
+
+
+def test_wilson_refuses_an_impossible_confidence() -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        wilson(1, 2, confidence=95)
+
+
+def test_paired_interval_matches_the_published_example() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998) 2635-2650, method 10: 36 both, 12 and 2 discordant, 0 neither.
+    difference = paired_difference(*_pairs(36, 12, 2, 0))
+    assert difference.value == pytest.approx(0.2)
+    assert (round(difference.low, 4), round(difference.high, 4)) == (0.0569, 0.3404)
+
+
+@pytest.mark.parametrize("cells", [(0.7, 0.1, 0.1, 0.1), (0.85, 0.02, 0.08, 0.05), (0.3, 0.1, 0.4, 0.2)])
+def test_paired_interval_covers_the_truth(cells: tuple[float, float, float, float]) -> None:
+    """The exact probability, over all tables of 24 pairs, that the interval holds the true difference."""
+    n, truth, coverage = 24, cells[1] - cells[2], 0.0
+    for both, gained, lost in product(range(n + 1), repeat=3):
+        neither = n - both - gained - lost
+        if neither < 0:
+            continue
+        counts = (both, gained, lost, neither)
+        ways = math.factorial(n) / math.prod(math.factorial(count) for count in counts)
+        chance = ways * math.prod(p**count for p, count in zip(cells, counts, strict=True))
+        difference = paired_difference(*_pairs(*counts))
+        coverage += chance * (difference.low <= truth <= difference.high)
+    assert 0.93 < coverage <= 0.995
+
+
+def test_paired_difference_is_antisymmetric_and_contains_its_value() -> None:
+    for table in product(range(4), repeat=4):
+        if sum(table) == 0:
+            continue
+        baseline, arm = _pairs(*table)
+        forward, backward = paired_difference(baseline, arm), paired_difference(arm, baseline)
+        assert -1.0 <= forward.low <= forward.value <= forward.high <= 1.0
+        assert (forward.gained, forward.lost) == (backward.lost, backward.gained) == (table[1], table[2])
+        assert forward.low == pytest.approx(-backward.high)
+        assert forward.p_value == backward.p_value
+
+
+def test_within_noise_follows_the_interval() -> None:
+    assert paired_difference(*_pairs(10, 1, 1, 0)).within_noise
+    assert not paired_difference(*_pairs(10, 0, 20, 2)).within_noise
+
+
+def test_paired_difference_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="baseline has 1 outcomes and the arm 2"):
+        paired_difference([True], [True, False])
+    empty = paired_difference([], [])
+    assert math.isnan(empty.value)
+    assert (empty.low, empty.high, empty.p_value) == (-1.0, 1.0, 1.0)
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    assert mcnemar_p(0, 0) == 1.0
+    assert mcnemar_p(0, 6) == 2 / 64
+    assert mcnemar_p(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert mcnemar_p(3, 3) == 1.0
+    with pytest.raises(ValueError, match="negative"):
+        mcnemar_p(-1, 2)
+
+
+def test_percentile_interpolates() -> None:
+    assert percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert percentile([1.0, 2.0], 99) == pytest.approx(1.99)
+    assert percentile([7.0], 99) == 7.0
+    assert math.isnan(percentile([], 50))
+    with pytest.raises(ValueError, match="between 0 and 100"):
+        percentile([1.0], 101)
