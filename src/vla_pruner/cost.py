@@ -1,0 +1,153 @@
+"""FLOPs of a control step: formulas for any decoder, and a counter of what a call really computes.
+
+Every table of the project takes its FLOPs from here. Conventions: a multiply-add is 2 FLOPs; attention between q
+queries and n keys costs the full rectangle 4 q n d_q (scores and weighted sum), masked or not, because that is what
+dense kernels compute; norms, rotary embeddings, softmax and activations are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs, split into what grows linearly with the sequence and what grows with its square."""
+
+    linear: float = 0.0
+    quadratic: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.quadratic
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.linear + other.linear, self.quadratic + other.quadratic)
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.linear * times, self.quadratic * times)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder-only transformer that decide what it costs."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    vocabulary: int = 0
+    """Rows of the output head; 0 leaves the head out."""
+    matrices: int = 3
+    """Matrices of the feed-forward block: 3 gated (Llama, Gemma, Qwen), 2 plain."""
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderShape:
+        """The shape of a transformers configuration of the Llama kind (Llama, Mistral, Gemma, Qwen2, Qwen3)."""
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            feed_forward=config.intermediate_size,
+            vocabulary=config.vocab_size,
+        )
+
+    def layer(self, live: int, keys: int, frozen: int = 0) -> Flops:
+        """One layer.
+
+        Args:
+            live: tokens that pass through the whole layer (they query, and have an MLP).
+            keys: tokens that each of them attends to.
+            frozen: tokens of which only keys and values are computed.
+        """
+        queries_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        key_and_value = 2 * 2 * self.hidden * kv_width
+        query_and_output = 2 * 2 * self.hidden * queries_width
+        feed_forward = 2 * self.matrices * self.hidden * self.feed_forward
+        linear = live * (query_and_output + key_and_value + feed_forward) + frozen * key_and_value
+        return Flops(linear, 4 * live * keys * queries_width)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one control step of an autoregressive policy feeds its decoder."""
+
+    visual: int
+    """M, visual tokens."""
+    other: int
+    """N, the other tokens of the prompt."""
+    actions: int
+    """N', action tokens; the prefill emits the first."""
+
+
+def decoder_flops(
+    decoder: DecoderShape,
+    step: StepShape,
+    kept: int | None = None,
+    layer: int = 0,
+    pruned: Literal["drop", "freeze"] = "drop",
+) -> Flops:
+    """FLOPs of the decoder in one control step, prefill and decode: the floor, without choosing what to keep.
+
+    Args:
+        kept: k, visual tokens kept; None does not prune.
+        layer: K, layers 0..K-1 run on every token.
+        pruned: what becomes of the others (dropped, or frozen: they still offer keys and values).
+
+    Raises:
+        ValueError: if `kept` or `layer` is outside of what the shapes allow.
+    """
+    kept = step.visual if kept is None else kept
+    if not 0 < kept <= step.visual:
+        raise ValueError(f"kept is {kept}; it must lie between 1 and the {step.visual} visual tokens.")
+    if not 0 <= layer <= decoder.layers:
+        raise ValueError(f"layer is {layer}; it must lie between 0 and the decoder's {decoder.layers} layers.")
+    prompt, live = step.visual + step.other, kept + step.other
+    frozen = step.visual - kept if pruned == "freeze" else 0
+    deep = decoder.layers - layer
+    flops = layer * decoder.layer(prompt, prompt) + deep * decoder.layer(live, live + frozen, frozen)
+    for position in range(1, step.actions):
+        flops += layer * decoder.layer(1, prompt + position) + deep * decoder.layer(1, live + frozen + position)
+    return flops + Flops(linear=2 * decoder.hidden * decoder.vocabulary * step.actions)
+
+
+def prefill_ratio(
+    decoder: DecoderShape, step: StepShape, kept: int, layer: int, pruned: Literal["drop", "freeze"] = "drop"
+) -> float:
+    """FLOPs of a pruned prefill's layers over those of an unpruned one: [K C(N+M) + (L-K) C'] / [L C(N+M)]."""
+    headless = DecoderShape(**{**decoder.__dict__, "vocabulary": 0})
+    one = StepShape(step.visual, step.other, 1)
+    return decoder_flops(headless, one, kept, layer, pruned).total / decoder_flops(headless, one).total
+
+
+def count_flops(call: Callable[[], Any]) -> float:
+    """FLOPs that `call` really computes (matrix products, convolutions, attention), counted by torch's dispatcher.
+
+    Unlike the formulas this sees everything: the vision encoder, scoring and selecting, and waste.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+    mapping = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the CPU's fused attention, which torch's counter does not know; arguments are shapes (B, heads, tokens, D)."""
+    B, heads, queries, width = query
+    keys, value_width = key[-2], value[-1]
+    return 2 * B * heads * queries * keys * (width + value_width)
