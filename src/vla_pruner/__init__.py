@@ -1,0 +1,46 @@
+"""Faster vision-language-action policies: drop the visual tokens that a control step does not need (arXiv 2511.16449).
+
+```python
+import vla_pruner as vp
+
+with vp.VLAPruner(keep=0.25).attach(policy) as session:
+    session.reset()  # a new episode
+    policy.predict_action(...)  # the model's own call, unchanged
+```
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vla_pruner.attach.session import Session
+from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError, VLAPrunerError
+from vla_pruner.methods import Evidence, KeepFixed, Memory, Method, RandomKeep, Unpruned, VLAPruner
+
+if TYPE_CHECKING:
+    from vla_pruner.models.reference import reference_policy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "Evidence",
+    "KeepFixed",
+    "Memory",
+    "Method",
+    "RandomKeep",
+    "Session",
+    "SessionError",
+    "Unpruned",
+    "UnsupportedModelError",
+    "VLAPruner",
+    "VLAPrunerError",
+    "reference_policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The reference policy pulls in transformers; importing this package must not.
+    if name == "reference_policy":
+        from vla_pruner.models.reference import reference_policy
+
+        return reference_policy
+    raise AttributeError(f"module 'vla_pruner' has no attribute {name!r}")

@@ -1,0 +1,97 @@
+"""What the attachment asks of a model family. Each family answers it in one file under `vla_pruner.families`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.layout import Layout
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the main decoder was called with.
+
+    Attributes:
+        length: number of query positions Q.
+        attention_mask: (B, N) of ones for real tokens, (B, 1, Q, W) as the layers see it, a dict of such, or None.
+        rows: number of rows B.
+        device: where it runs.
+    """
+
+    length: int
+    attention_mask: Any
+    rows: int
+    device: torch.device
+
+    def prompt(self) -> Tensor:
+        """(B, N) bool: which prompt positions hold real tokens, as far as the mask tells."""
+        mask = self.attention_mask
+        if isinstance(mask, dict):
+            mask = next(iter(mask.values()))
+        if mask is None:
+            return torch.ones(self.rows, self.length, dtype=torch.bool, device=self.device)
+        if mask.dim() == 4:
+            # What nobody may look at is padding; the last row looks at everything that is real.
+            mask = mask[:, 0, -1]
+            mask = mask if mask.dtype == torch.bool else mask >= 0
+        return mask[:, : self.length].bool().expand(self.rows, -1)
+
+
+class Family:
+    """A model family. A subclass knows one architecture; it knows nothing of methods.
+
+    Attributes:
+        decoder: the transformers decoder (`.layers`, `.config`) whose sequence is shortened.
+        readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching expert).
+    """
+
+    decoder: nn.Module
+    readers: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this family is the one for `model`."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> int | None:
+        """Number of visual tokens M where the model alone decides it, else None."""
+        return None
+
+    def opens_step(self, call: Call) -> bool:
+        """Whether a call of the decoder is a prefill, which opens a control step."""
+        raise NotImplementedError
+
+    def layout(self, call: Call) -> Layout:
+        """Where things are in the sequence of this prefill."""
+        raise NotImplementedError
+
+    def action_rows(self, layout: Layout) -> Tensor | None:
+        """(B, R) prompt positions of the decoder's prefill whose attention is action attention; None if there are none."""
+        return layout.last()
+
+    def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
+        """(B, R) query rows of a reader's call of `length` positions that act."""
+        return torch.arange(length, device=device).expand(rows, -1)
+
+    def keys_values(
+        self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The rotated keys and the values (B, G, F, d) that a layer of the decoder would cache for hidden states (B, F, D).
+
+        Args:
+            layer: a layer of `decoder`.
+            hidden: (B, F, D) hidden states as they enter the layer.
+            position_embeddings: (cos, sin), (B or 1, F, d) each.
+        """
+        raise NotImplementedError
+
+    def install(self) -> None:
+        """Put in place whatever the family needs besides hooks on its decoders."""
+
+    def remove(self) -> None:
+        """Undo `install`."""

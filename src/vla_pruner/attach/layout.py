@@ -1,0 +1,154 @@
+"""Where things are in the sequence of one control step, and what pruning makes of that sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vla_pruner.errors import SessionError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the prompt of one control step has its visual tokens, computed by the family from what the model was called with.
+
+    Attributes:
+        visual: (B, M) int64, positions of the visual tokens in the sequence, by visual token id.
+        valid: (B, M) bool, False for visual tokens that are masked out (an absent camera).
+        prompt: (B, N) bool, True for real tokens, False for padding.
+    """
+
+    visual: Tensor
+    valid: Tensor
+    prompt: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of rows B."""
+        return self.prompt.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Number of prompt positions N, padding included."""
+        return self.prompt.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Number of visual tokens M."""
+        return self.visual.shape[1]
+
+    def last(self) -> Tensor:
+        """(B, 1) int64: position of each row's last real token."""
+        positions = torch.arange(self.length, device=self.prompt.device)
+        return torch.where(self.prompt, positions, -1).amax(dim=1, keepdim=True)
+
+    def query_weights(self, queries: str) -> Tensor:
+        """(B, N) float32: 1 for each prompt position that counts as a query of the semantic score, else 0."""
+        if queries == "all":
+            return self.prompt.float()
+        positions = torch.arange(self.length, device=self.prompt.device).expand_as(self.prompt)
+        if queries == "last":
+            return (positions == self.last()).float()
+        return (self.prompt & (positions > self.visual.amax(dim=1, keepdim=True))).float()
+
+
+class Shortening:
+    """What one pruned control step does to the sequence at the layers from the pruning layer on.
+
+    The key-value cache of such a layer holds `prefix` in this order, then whatever is decoded: for "drop" the kept positions, for
+    "freeze" the frozen ones and then the kept ones.
+
+    Attributes:
+        kept: (B, n) int64, sorted positions that stay live: every non-visual one and the kept visual ones.
+        frozen: (B, N - n) int64, sorted positions of frozen tokens; None where the others are dropped.
+        prefix: (B, n) or (B, N) int64, the prompt position behind each column of the cache.
+    """
+
+    def __init__(self, layout: Layout, kept_ids: Tensor, freeze: bool) -> None:
+        self.length = layout.length
+        live = torch.ones_like(layout.prompt).scatter(1, layout.visual, False)
+        live = live.scatter(1, layout.visual.gather(1, kept_ids), True)
+        # A stable sort on "is not live" lists the live positions in their order, then the others in theirs.
+        order = torch.sort((~live).to(torch.int8), dim=1, stable=True).indices
+        count = layout.length - layout.tokens + kept_ids.shape[1]
+        self.kept = order[:, :count]
+        self.frozen = order[:, count:] if freeze else None
+        self.prefix = self.kept if self.frozen is None else torch.cat([self.frozen, self.kept], dim=1)
+
+    def live_rows(self, tensor: Tensor) -> Tensor:
+        """The kept rows (B, n, ...) of a tensor (B or 1, N, ...)."""
+        return _gather_rows(tensor, self.kept)
+
+    def frozen_rows(self, tensor: Tensor) -> Tensor:
+        """The frozen rows (B, N - n, ...) of a tensor (B or 1, N, ...)."""
+        assert self.frozen is not None
+        return _gather_rows(tensor, self.frozen)
+
+    def row_index(self, positions: Tensor) -> Tensor:
+        """Where the prompt positions (B, R), all of them live, are among the kept rows."""
+        return torch.searchsorted(self.kept, positions)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Kept rows (B, n, D) put back at their positions: (B, N, D), zero elsewhere."""
+        full = hidden.new_zeros(hidden.shape[0], self.length, hidden.shape[2])
+        return full.scatter(1, self.kept[..., None].expand_as(hidden), hidden)
+
+    def prefill_mask(self, mask: Tensor | None, causal: bool, buffer: int | None) -> Tensor | None:
+        """The prefill's mask for the shortened layers.
+
+        Args:
+            mask: (B or 1, H or 1, N, W) bool or additive float made for the full sequence, or None (the kernel's own causal rule).
+            causal: whether None means causal.
+            buffer: width of a static cache's key buffer, or None.
+
+        Returns:
+            (B, H or 1, n, W') or None where the kernel's own rule still says the same.
+        """
+        if mask is not None:
+            return self._columns(_gather_rows(mask.transpose(1, 2), self.kept).transpose(1, 2), buffer)
+        if self.frozen is None or not causal:
+            return None
+        visible = self.prefix[:, None, None, :] <= self.kept[:, None, :, None]
+        return _pad_columns(visible, buffer)
+
+    def reader_mask(self, mask: Tensor | None, buffer: int | None) -> Tensor | None:
+        """The same for query rows that come after the prompt (decoded tokens, an expert): only columns change."""
+        return None if mask is None else self._columns(mask, buffer)
+
+    def to_grid(self, columns: Tensor) -> Tensor:
+        """Values (B, W') by cache column, put back by prompt position: (B, N), zero where dropped."""
+        grid = columns.new_zeros(columns.shape[0], self.length)
+        return grid.scatter(1, self.prefix, columns[:, : self.prefix.shape[1]])
+
+    def _columns(self, mask: Tensor, buffer: int | None) -> Tensor:
+        rows = self.kept.shape[0]
+        tail = torch.arange(self.length, mask.shape[-1], device=mask.device).expand(rows, -1)
+        columns = torch.cat([self.prefix, tail], dim=1)[:, None, None, :]
+        mask = mask.expand(rows, *mask.shape[1:])
+        return _pad_columns(mask.gather(3, columns.expand(*mask.shape[:3], -1)), buffer)
+
+
+def ensure(condition: Tensor, message: str) -> None:
+    """Raise SessionError with `message` unless `condition` (a bool scalar) holds; on an accelerator, without waiting for it."""
+    if condition.device.type != "cpu":
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise SessionError(message)
+
+
+def _gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    if tensor.shape[1] == 1 and index.shape[1] != 1:
+        return tensor
+    tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
+    index = index.view(*index.shape, *(1,) * (tensor.dim() - 2))
+    return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))
+
+
+def _pad_columns(mask: Tensor, width: int | None) -> Tensor:
+    """A static cache always offers its whole buffer: the slots that pruning leaves empty at its end are masked."""
+    if width is None or width <= mask.shape[-1]:
+        return mask
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.nn.functional.pad(mask, (0, width - mask.shape[-1]), value=hidden)

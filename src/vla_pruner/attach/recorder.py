@@ -1,0 +1,106 @@
+"""Reads chosen rows of attention beside the model's own kernel, at chosen layers only.
+
+The wanted attention modules get their own shallow copy of the config, whose attention implementation is `NAME`. The rest of the model
+keeps its config, so masks are made as before and no other layer runs through this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+NAME = "vla_pruner_recorder"
+_TAP = "_vla_pruner_tap"
+_users = 0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one attention kernel call was given.
+
+    Attributes:
+        query: (B, H, Q, d) rotated queries.
+        key: (B, G, S, d) rotated keys, from the cache where there is one.
+        mask: (B or 1, H or 1, Q, S) bool or additive float, or None.
+        causal: whether the kernel masks later keys by itself (aligned at the first key, as sdpa does).
+        scaling: factor on the logits.
+        softcap: bound on the logits, if any.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    causal: bool
+    scaling: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class _Tap:
+    kernel: Callable[..., Any]
+    callback: Callable[[Attention], None]
+
+
+class Recorder:
+    """Taps on attention modules; `remove` leaves every module and the registry of attention functions as they were."""
+
+    def __init__(self) -> None:
+        self._configs: list[tuple[nn.Module, Any]] = []
+
+    def watch(self, module: nn.Module, callback: Callable[[Attention], None]) -> None:
+        """Call `callback` after each kernel call of a transformers attention module."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        global _users
+        if not self._configs:
+            _users += 1
+            ALL_ATTENTION_FUNCTIONS[NAME] = _record
+        config: Any = module.config
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+        tapped = copy.copy(config)
+        # The property's setter would also reach into configs that the copy shares with the original.
+        tapped._attn_implementation_internal = NAME
+        setattr(tapped, _TAP, _Tap(kernel, callback))
+        self._configs.append((module, config))
+        module.config = tapped
+
+    def remove(self) -> None:
+        """Undo every `watch`."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        global _users
+        if not self._configs:
+            return
+        for module, config in reversed(self._configs):
+            module.config = config
+        self._configs.clear()
+        _users -= 1
+        if _users == 0:
+            del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    tap: _Tap = getattr(module.config, _TAP)
+    result = tap.kernel(module, query, key, value, attention_mask, **kwargs)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    scaling = kwargs.get("scaling")
+    tap.callback(
+        Attention(
+            query=query,
+            key=key,
+            mask=attention_mask,
+            causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+        )
+    )
+    return result

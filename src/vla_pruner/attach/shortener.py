@@ -1,0 +1,234 @@
+"""Hooks that make the layers from the pruning layer on short, in the prefill, in decode steps and in experts that read the cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vla_pruner.attach.family import Call, Family
+from vla_pruner.attach.layout import Shortening
+from vla_pruner.errors import SessionError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from vla_pruner.attach.session import Session
+
+
+class Shortener:
+    """Forward pre-hooks on a family's decoders; `remove` takes all of them away.
+
+    Args:
+        session: told when a call begins and asked what to keep.
+        family: whose decoders are hooked.
+        layer: the pruning layer.
+    """
+
+    def __init__(self, session: Session, family: Family, layer: int) -> None:
+        self._session = session
+        self._family = family
+        self._layer = layer
+        self._handles: list[Any] = []
+        self._prefill = False
+        self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._scratch: Any = None
+
+    def install(self) -> None:
+        """Put the hooks in place."""
+        decoder: Any = self._family.decoder
+        self._check_caches_order(decoder)
+        self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+        self._handles.append(decoder.register_forward_hook(self._leave_decoder))
+        self._handles.append(decoder.layers[0].register_forward_pre_hook(self._enter_first, with_kwargs=True))
+        self._hook_layers(decoder, self._shorten)
+        for reader in self._family.readers:
+            self._handles.append(reader.register_forward_pre_hook(self._enter_reader, with_kwargs=True))
+            self._hook_layers(reader, self._read)
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        for handle in reversed(self._handles):
+            handle.remove()
+        self._handles.clear()
+        self._memo.clear()
+        self._scratch = None
+
+    def _hook_layers(self, decoder: Any, hook: Callable[..., Any]) -> None:
+        for index in range(self._layer, len(decoder.layers)):
+            handle = decoder.layers[index].register_forward_pre_hook(partial(hook, index), with_kwargs=True)
+            self._handles.append(handle)
+
+    def _check_caches_order(self, decoder: Any) -> None:
+        # Mask and position lengths are read from the first cache layer of each attention type, so these must stay full.
+        types = getattr(decoder.config, "layer_types", None) or []
+        first = max((types.index(kind) for kind in set(types)), default=0)
+        if self._layer <= first:
+            raise UnsupportedModelError(
+                f"layer={self._layer} was given, but this model's first {types[first]!r} layer is layer {first}, and masks are "
+                f"sized from it; give layer={first + 1} or more."
+            )
+
+    def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._memo.clear()
+        self._scratch = None
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        inputs = given.get("inputs_embeds")
+        inputs = given.get("input_ids") if inputs is None else inputs
+        assert inputs is not None
+        call = Call(inputs.shape[1], given.get("attention_mask"), inputs.shape[0], inputs.device)
+        with self._session.timed():
+            self._prefill = self._session.open_call(call)
+        if self._prefill:
+            self._check_cache(given.get("past_key_values"), call.length)
+
+    def _check_cache(self, cache: Any, length: int) -> None:
+        window = getattr(self._family.decoder.config, "sliding_window", None)
+        if window is not None and length >= window:
+            raise UnsupportedModelError(
+                f"The prompt has {length} positions, but this model's sliding window is {window}; a window that cuts the prompt "
+                "is not supported."
+            )
+        if cache is None:
+            return
+        filled = cache.get_seq_length()
+        if not isinstance(filled, Tensor) or filled.device.type == "cpu":
+            if int(filled) > 0:
+                raise SessionError(
+                    f"The prefill was given a cache that holds {int(filled)} positions already; each control step needs an empty "
+                    "one (a new cache, or reset() the static one)."
+                )
+
+    def _enter_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._prefill:
+            self._session.see_embeddings(_hidden(args, kwargs))
+
+    def _shorten(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a layer of the decoder from the pruning layer on."""
+        step = self._session.step
+        assert step is not None
+        if not self._prefill:
+            return self._read(index, module, args, kwargs)
+        with self._session.timed():
+            if index == self._layer:
+                hidden = _hidden(args, kwargs)
+                shortening = self._session.choose(hidden)
+                if shortening is not None:
+                    args, kwargs = _with_hidden(args, kwargs, shortening.live_rows(hidden))
+                    if shortening.frozen is not None:
+                        step.frozen_hidden = shortening.frozen_rows(hidden)
+            if step.shortening is None:
+                return None
+            return args, self._short_arguments(index, module, kwargs, step.shortening, step.frozen_hidden)
+
+    def _short_arguments(
+        self, index: int, module: nn.Module, kwargs: dict[str, Any], shortening: Shortening, frozen: Tensor | None
+    ) -> dict[str, Any]:
+        rotary = kwargs["position_embeddings"]
+        short = dict(kwargs)
+        short["position_embeddings"] = self._once("live", rotary, lambda: _each(shortening.live_rows, rotary))
+        if kwargs.get("position_ids") is not None:
+            ids = kwargs["position_ids"]
+            short["position_ids"] = self._once("live", ids, lambda: shortening.live_rows(ids))
+        if frozen is not None:
+            cache = self._cache(kwargs)
+            short["past_key_values"] = cache
+            angles = self._once("frozen", rotary, lambda: _each(shortening.frozen_rows, rotary))
+            cache.update(*self._family.keys_values(module, frozen, angles), index)
+        mask = kwargs.get("attention_mask")
+        causal = getattr(module.self_attn, "is_causal", True)
+        buffer = _buffer(kwargs, index)
+        short["attention_mask"] = self._once(
+            f"mask {buffer}", mask, lambda: shortening.prefill_mask(mask, bool(causal), buffer)
+        )
+        return short
+
+    def _enter_reader(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._memo.clear()
+
+    def _read(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a layer that reads the shortened cache: a decode step, or a layer of an expert."""
+        step = self._session.step
+        if step is None or step.shortening is None:
+            return None
+        shortening = step.shortening
+        if module not in self._family.decoder.layers:  # pyright: ignore[reportOperatorIssue]
+            _truncate(kwargs, index, shortening.prefix.shape[1])
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            return None
+        with self._session.timed():
+            buffer = _buffer(kwargs, index)
+            short = self._once(f"mask {buffer}", mask, lambda: shortening.reader_mask(mask, buffer))
+        return args, {**kwargs, "attention_mask": short}
+
+    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        step = self._session.step
+        if not self._prefill or step is None or step.shortening is None:
+            return None
+        # Callers index the output by position, so it keeps its full length; nobody reads the rows of tokens that are gone.
+        if isinstance(output, tuple):
+            return (step.shortening.restore(output[0]), *output[1:])
+        output["last_hidden_state"] = step.shortening.restore(output["last_hidden_state"])
+        return output
+
+    def _once(self, purpose: str, source: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once per call of the decoder for each source object; layers share most of their inputs."""
+        key = (purpose, id(source))
+        if key not in self._memo:
+            self._memo[key] = (source, make())
+        return self._memo[key][1]
+
+    def _cache(self, kwargs: dict[str, Any]) -> Any:
+        """The call's cache, or one that lives for this call alone: frozen tokens offer their keys and values through it."""
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            return cache
+        if self._scratch is None:
+            from transformers import DynamicCache
+
+            self._scratch = DynamicCache()
+        return self._scratch
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _each(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(function(tensor) for tensor in tensors)
+
+
+def _cache_layer(kwargs: dict[str, Any], index: int) -> Any:
+    layers = getattr(kwargs.get("past_key_values"), "layers", [])
+    return layers[index] if index < len(layers) else None
+
+
+def _buffer(kwargs: dict[str, Any], index: int) -> int | None:
+    """Width of a static cache's key buffer, None for a cache that grows."""
+    return getattr(_cache_layer(kwargs, index), "max_cache_len", None)
+
+
+def _truncate(kwargs: dict[str, Any], index: int, length: int) -> None:
+    """Cut a growing cache layer back to the prompt.
+
+    An expert's columns of the denoising step before are removed by its model, but up to transformers 5.22 to the length of
+    the full layers, which leaves them in the shorter ones.
+    """
+    layer = _cache_layer(kwargs, index)
+    if layer is None or hasattr(layer, "max_cache_len") or layer.keys is None or layer.keys.shape[-2] <= length:
+        return
+    layer.keys = layer.keys[..., :length, :]
+    layer.values = layer.values[..., :length, :]

@@ -1,0 +1,92 @@
+"""One control step while it runs: what was measured, and what was decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vla_pruner.attach.layout import Layout, Shortening
+from vla_pruner.attach.recorder import Attention
+from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.scores import attention_probabilities, mean_over_rows
+
+
+@dataclass
+class Step:
+    """One control step: opened by a prefill, closed when the next one opens.
+
+    Attributes:
+        layout: where things are in the sequence.
+        memory: what the rows remembered when the step opened.
+        kept: (B, k) sorted ids of the visual tokens kept; None if the step is not pruned.
+        shortening: what that does to the sequence; None if the step is not pruned.
+        embeddings: (B, M, D) visual tokens as they enter the first layer, if the method asks for them.
+        semantic: (B, M) float32 semantic score, if the method asks for it.
+        frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the pruning layer; None without any.
+        closed: its scores are in the memory already, or were discarded with it.
+    """
+
+    layout: Layout
+    memory: Memory
+    kept: Tensor | None = None
+    shortening: Shortening | None = None
+    embeddings: Tensor | None = None
+    semantic: Tensor | None = None
+    closed: bool = False
+    frozen_hidden: Tensor | None = None
+    _action_sum: Tensor | None = None
+    _action_count: int = 0
+
+    @property
+    def action(self) -> Tensor | None:
+        """(B, M) float32 action score so far, 0 where the token was dropped; None before the first action row."""
+        return None if self._action_sum is None else self._action_sum / self._action_count
+
+    @property
+    def seen(self) -> Tensor | None:
+        """(B, M) bool, False for tokens that the action rows could not see because they were dropped; None: all were seen."""
+        if self.kept is None or self.shortening is None or self.shortening.frozen is not None:
+            return None
+        return torch.zeros_like(self.layout.valid).scatter(1, self.kept, True)
+
+    def add_semantic(self, attention: Attention, weights: Tensor) -> None:
+        """Read the semantic score from the full-length prefill of the layer before pruning; `weights` (B, N) are its queries."""
+        probabilities = _rows_of(attention, None)
+        self.semantic = mean_over_rows(probabilities, weights)[:, : self.layout.length].gather(1, self.layout.visual)
+
+    def add_action(self, attention: Attention, rows: Tensor | None, shortened: bool) -> None:
+        """Add what the action rows of one layer attend to.
+
+        Args:
+            attention: the kernel call.
+            rows: (B, R) query rows that act; None if all of them do.
+            shortened: whether this layer's cache is a shortened one.
+        """
+        probabilities = _rows_of(attention, rows)
+        columns = mean_over_rows(probabilities, torch.ones_like(probabilities[:, 0, :, 0]))
+        if shortened and self.shortening is not None:
+            columns = self.shortening.to_grid(columns)
+        score = columns[:, : self.layout.length].gather(1, self.layout.visual)
+        self._action_sum = score if self._action_sum is None else self._action_sum + score
+        self._action_count += 1
+
+
+def _rows_of(attention: Attention, rows: Tensor | None) -> Tensor:
+    """Probabilities (B, H, R, S) of the given query rows (B, R), or of all of them."""
+    query, mask = attention.query, attention.mask
+    batch, heads, length, dim = query.shape
+    if mask is not None:
+        mask = mask.expand(batch, *mask.shape[1:])
+    if rows is not None:
+        query = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    if mask is not None:
+        mask = mask[..., : attention.key.shape[2]]
+    if attention.causal:
+        positions = torch.arange(length, device=query.device).expand(batch, -1) if rows is None else rows
+        keys = torch.arange(attention.key.shape[2], device=query.device)
+        mask = (keys <= positions[..., None])[:, None]
+    return attention_probabilities(query, attention.key, mask, attention.scaling, attention.softcap)

@@ -1,0 +1,17 @@
+"""The errors that this package raises on purpose. Each message says what was found, what is supported and what to do."""
+
+
+class VLAPrunerError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class UnsupportedModelError(VLAPrunerError, TypeError):
+    """The model, its version, its attention backend or its cache cannot be pruned."""
+
+
+class BudgetError(VLAPrunerError, ValueError):
+    """`keep`, `layer` or another option of a method does not fit, by itself or for this model."""
+
+
+class SessionError(VLAPrunerError, RuntimeError):
+    """A session is used in a way that would give wrong results: attached twice, detached, or with another batch size."""

@@ -1,0 +1,45 @@
+"""One file per model family: where things are. Nothing here knows a method.
+
+A family is found by looking at the model; no library is imported for a family that is not in use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from vla_pruner.attach.family import Family
+from vla_pruner.errors import BudgetError, UnsupportedModelError
+
+FAMILIES = {
+    "vla_pruner.families.reference": "Reference",
+    "vla_pruner.families.pi0": "PI0",
+    "vla_pruner.families.decoder_lm": "DecoderLM",
+}
+"""Module and class of every family, the more special ones first."""
+
+
+def family_of(model: nn.Module, **options: Any) -> Family:
+    """The family adapter for `model`.
+
+    Raises:
+        UnsupportedModelError: no family knows this model, or this version or attention backend of it.
+        BudgetError: the options are not those of the family.
+    """
+    for module, name in FAMILIES.items():
+        family: type[Family] = getattr(import_module(module), name)
+        if family.matches(model):
+            try:
+                return family(model, **options)
+            except TypeError as error:
+                if options and "unexpected keyword" in str(error):
+                    raise BudgetError(
+                        f"attach was given {', '.join(options)}, which the family {name} of {type(model).__name__} does not take."
+                    ) from error
+                raise
+    raise UnsupportedModelError(
+        f"{type(model).__module__}.{type(model).__name__} was given; supported are transformers' decoder-only language models, "
+        "PI0ForConditionalGeneration and vla_pruner.reference_policy(). See CONTRIBUTING.md on how a family is added."
+    )

@@ -1,0 +1,64 @@
+"""What transformers' decoders have in common, for the families built on them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from vla_pruner.attach.family import Family
+from vla_pruner.errors import UnsupportedModelError
+
+BACKENDS = ("sdpa", "eager")
+DECODER_TYPES = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
+TRANSFORMERS = ((5, 4), (6, 0))
+
+
+class TransformersFamily(Family):
+    """A family whose decoders are those of transformers."""
+
+    def keys_values(
+        self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        attention: Any = layer.self_attn
+        norm: Any = layer.input_layernorm
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        normed = norm(hidden)
+        key = attention.k_proj(normed).view(shape)
+        if hasattr(attention, "k_norm"):
+            key = attention.k_norm(key)
+        key = key.transpose(1, 2)
+        value = attention.v_proj(normed).view(shape).transpose(1, 2)
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        return rotate(key, key, *position_embeddings)[1], value
+
+
+def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:
+    """The decoder itself, if its type, its attention backend and the installed transformers are supported.
+
+    Raises:
+        UnsupportedModelError: saying what was found, what is supported and what to do.
+    """
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} is installed; 5.4 up to the newest 5.x is supported. "
+            "Run: pip install 'transformers>=5.4,<6'"
+        )
+    config = getattr(decoder, "config", None)
+    name = getattr(config, "model_type", None)
+    if not hasattr(decoder, "layers") or name not in DECODER_TYPES:
+        raise UnsupportedModelError(
+            f"{type(owner).__name__} has a decoder of type {name!r}; supported are {', '.join(DECODER_TYPES)} of transformers. "
+            "See docs/architecture.md on how a family is added."
+        )
+    backend = config._attn_implementation
+    if backend not in BACKENDS:
+        raise UnsupportedModelError(
+            f"{type(owner).__name__} uses the attention backend {backend!r}; supported are {' and '.join(BACKENDS)}. "
+            "Load the model with attn_implementation='sdpa'."
+        )
+    return decoder

@@ -1,0 +1,96 @@
+"""Any decoder-only language model of transformers, driven with `inputs_embeds`.
+
+A control step is one prefill and the tokens decoded after it. Action attention is that of the rows that emit the tokens: the last prompt
+position, then every decoded one. Layers from the pruning layer on are short in the prefill and in every decode step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vla_pruner.attach.family import Call
+from vla_pruner.attach.layout import Layout, ensure
+from vla_pruner.errors import BudgetError
+from vla_pruner.families.base import TransformersFamily, check_decoder
+
+PADDING_SIDES = ("right", "left")
+
+
+class DecoderLM(TransformersFamily):
+    """Llama, Mistral, Gemma, Qwen2 and Qwen3, as bare model or with a language-model head.
+
+    Args:
+        model: the language model.
+        visual: where the visual tokens are in the prompt: a slice, or for several cameras a mapping of names to slices.
+        padding_side: "right" (slices count from position 0), or "left" (they count from each row's first real token).
+
+    Raises:
+        BudgetError: `visual` is missing, empty, open-ended or overlapping.
+    """
+
+    def __init__(
+        self, model: nn.Module, visual: slice | Mapping[str, slice] | None = None, padding_side: str = "right"
+    ) -> None:
+        self.decoder = check_decoder(_decoder_of(model), model)
+        if padding_side not in PADDING_SIDES:
+            raise BudgetError(f"padding_side={padding_side!r} was given; it is 'right' or 'left'.")
+        self._left = padding_side == "left"
+        self.cameras = _check_visual(visual, model)
+        self._positions = [p for span in self.cameras.values() for p in range(span.start, span.stop)]
+        if len(set(self._positions)) != len(self._positions):
+            raise BudgetError(f"visual={visual!r} was given; the cameras' slices must not overlap.")
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        decoder = _decoder_of(model)
+        return hasattr(decoder, "layers") and hasattr(decoder, "embed_tokens")
+
+    @property
+    def tokens(self) -> int:
+        return len(self._positions)
+
+    def opens_step(self, call: Call) -> bool:
+        return call.length > max(self._positions)
+
+    def layout(self, call: Call) -> Layout:
+        prompt = call.prompt()
+        visual = torch.tensor(self._positions, device=call.device).expand(call.rows, -1)
+        if self._left:
+            positions = torch.arange(call.length, device=call.device)
+            visual = visual + torch.where(prompt, positions, call.length).amin(dim=1, keepdim=True)
+        elif min(self._positions) > 0 and call.attention_mask is not None:
+            # Left padding would shift the image away from where the slices say it is, without any error.
+            ensure(prompt[:, 0].all(), LEFT_PADDED)
+        visual = visual.clamp_max(call.length - 1)
+        return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt)
+
+
+LEFT_PADDED = (
+    "The batch is padded on the left, but the visual slices count from position 0. "
+    'Attach with padding_side="left" to count from each row\'s first real token.'
+)
+
+
+def _decoder_of(model: nn.Module) -> nn.Module:
+    return model if hasattr(model, "layers") else getattr(model, "model", model)
+
+
+def _check_visual(visual: Any, model: nn.Module) -> dict[str, slice]:
+    if visual is None:
+        raise BudgetError(
+            f"{type(model).__name__} is a plain language model: say where its visual tokens are, for instance "
+            "attach(model, visual=slice(1, 257))."
+        )
+    cameras = dict(visual) if isinstance(visual, Mapping) else {"image": visual}
+    for span in cameras.values():
+        if not isinstance(span, slice) or span.step not in (None, 1):
+            raise BudgetError(f"visual={visual!r} was given; it is a slice without a step, or a mapping of names to slices.")
+        if span.start is None or span.stop is None or not 0 <= span.start < span.stop:
+            raise BudgetError(f"visual={visual!r} was given; a slice needs a start and a larger stop, both from position 0.")
+    if not cameras:
+        raise BudgetError("visual={} was given; name at least one camera.")
+    return cameras

@@ -1,0 +1,77 @@
+"""pi0 as transformers ships it (`PI0ForConditionalGeneration`): a PaliGemma prefix and a flow-matching expert that reads its cache.
+
+The prefix [visual tokens][text] runs once per action chunk, the expert once per denoising step over the prefix' keys and values, layer by
+layer. Action attention is that of the expert's action rows, averaged over the denoising steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.family import Call
+from vla_pruner.attach.layout import Layout, ensure
+from vla_pruner.errors import SessionError
+from vla_pruner.families.base import TransformersFamily, check_decoder
+
+
+class PI0(TransformersFamily):
+    """transformers' `PI0ForConditionalGeneration`; `sample_actions(...)` is one control step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        policy: Any = model
+        self._pi0 = policy.model
+        self.decoder = check_decoder(self._pi0.vlm.language_model, model)
+        self.readers = (check_decoder(self._pi0.dit, model),)
+        vision = policy.config.vlm_config.vision_config
+        self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
+        self._image_token = policy.config.vlm_config.image_token_id
+        self._is_image: Tensor | None = None
+        self._cameras = 0
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ == "PI0ForConditionalGeneration"
+
+    def opens_step(self, call: Call) -> bool:
+        return True
+
+    def layout(self, call: Call) -> Layout:
+        if self._is_image is None:
+            raise SessionError("The prefix was called without images; call sample_actions(...) with pixel_values and input_ids.")
+        is_image, prompt = self._is_image.expand(call.rows, -1), call.prompt()
+        tokens = min(self._cameras * self._tokens_per_image, call.length)
+        # A row with an absent camera has fewer image tokens and more padding: padding stands in for the missing ones, so
+        # that every row drops equally many positions and none of them is text.
+        rank = torch.where(is_image & prompt, 0, torch.where(prompt, 2, 1))
+        visual = torch.sort(rank, dim=1, stable=True).indices[:, :tokens].sort(dim=1).values
+        rank = rank.gather(1, visual)
+        ensure((rank < 2).all(), "A row has fewer image and padding tokens than the cameras need; pad all rows alike.")
+        return Layout(visual=visual, valid=rank == 0, prompt=prompt)
+
+    def action_rows(self, layout: Layout) -> Tensor | None:
+        return None
+
+    def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
+        # The suffix is [state][actions].
+        return torch.arange(1, length, device=device).expand(rows, -1)
+
+    def install(self) -> None:
+        original = self._pi0.embed_prefix
+
+        @functools.wraps(original)
+        def embed_prefix(*args: Any, **kwargs: Any) -> Tensor:
+            input_ids = args[0] if args else kwargs["input_ids"]
+            cameras = args[2] if len(args) > 2 else kwargs["pixel_attention_mask"]
+            self._is_image, self._cameras = input_ids == self._image_token, cameras.shape[1]
+            return original(*args, **kwargs)
+
+        # The decoder only ever sees embeddings; which of them are visual is known here.
+        self._pi0.embed_prefix = embed_prefix
+
+    def remove(self) -> None:
+        self._pi0.__dict__.pop("embed_prefix", None)
+        self._is_image = None

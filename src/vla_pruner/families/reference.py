@@ -1,0 +1,21 @@
+"""The reference policy (OpenVLA-shaped): image encoder, projector, Llama, action tokens decoded one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vla_pruner.families.decoder_lm import DecoderLM
+
+
+class Reference(DecoderLM):
+    """`vla_pruner.reference_policy()`: [BOS][visual tokens][instruction][proprioception] and four decoded action tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        policy: Any = model
+        super().__init__(policy.language_model, visual=slice(1, 1 + policy.config.num_visual_tokens))
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ == "ReferencePolicy"

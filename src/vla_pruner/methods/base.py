@@ -1,0 +1,145 @@
+"""What a method is: a frozen set of options and one pure function that says which visual tokens stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vla_pruner.errors import BudgetError
+from vla_pruner.methods.memory import Memory
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vla_pruner.attach.session import Session
+
+PRUNED = ("drop", "freeze")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a session gathered for one control step; only what the method's `needs` names is there.
+
+    Attributes:
+        valid: (B, M) bool, False for visual tokens that are masked out (an absent camera).
+        memory: what the rows remember of the steps before.
+        semantic: (B, M) float32, prefill attention that each visual token received; there if "semantic" is needed.
+        features: (B, M, D) hidden states of the visual tokens, as they enter the pruning layer ("features") or the first
+            layer ("embeddings").
+    """
+
+    valid: Tensor
+    memory: Memory
+    semantic: Tensor | None = None
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. A subclass is a frozen dataclass that defines `budget` and `select`; it holds options, never state.
+
+    Attributes:
+        layer: decoder layers before this one (0-based) run on every token.
+        pruned: what becomes, from `layer` on, of the visual tokens that are not kept. "drop" takes them away, as published.
+            "freeze" stops updating them but leaves them readable: their keys and values at every later layer are those of the
+            hidden state with which they entered `layer`.
+    """
+
+    layer: int = field(default=3, kw_only=True)
+    pruned: str = field(default="drop", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise BudgetError(
+                f"layer={self.layer!r} was given; the pruning layer is an int of 1 or more (the paper's is 3)."
+            )
+        check_choice("pruned", self.pruned, PRUNED)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Evidence that `select` reads: any of "semantic", "action", and one of "features" and "embeddings"."""
+        return frozenset()
+
+    @property
+    def history(self) -> int:
+        """How many steps of action scores the memory must hold."""
+        return 0
+
+    @property
+    def queries(self) -> str:
+        """Rows over which the semantic score averages: "all" prompt tokens, the "text" after the image, or the "last" token."""
+        return "all"
+
+    def action_layers(self, layers: int) -> tuple[int, ...]:
+        """Decoder layers (0-based, of `layers`) at which action attention is read: the later half, as in the paper.
+
+        Raises:
+            BudgetError: the model is too shallow for this method.
+        """
+        return tuple(range(layers // 2, layers))
+
+    def prunes(self, memory: Memory) -> bool:
+        """Whether this control step is pruned at all, given what the rows remember. Only counters on the CPU may be read."""
+        return True
+
+    def budget(self, tokens: int) -> int:
+        """How many of `tokens` visual tokens are kept.
+
+        Raises:
+            BudgetError: more are to be kept than there are.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how many tokens it keeps: define budget(tokens).")
+
+    def select(self, evidence: Evidence, k: int) -> Tensor:
+        """The ids (B, k) int64, sorted, of the visual tokens that each row keeps."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which tokens it keeps: define select(evidence, k).")
+
+    def attach(self, model: nn.Module, **family_options: Any) -> Session:
+        """Attach to `model` in place and return the session, which is also a context manager.
+
+        Args:
+            model: a supported policy or language model, loaded the usual way.
+            **family_options: what the model's family must be told, for instance `visual=slice(1, 257)` for a language model.
+
+        Raises:
+            UnsupportedModelError: the model, its version or its attention backend is not supported.
+            BudgetError: `keep` or `layer` does not fit this model.
+            SessionError: a session is attached to this model already.
+        """
+        # The one import that points up: a method is what users hold in their hands, so attaching starts there.
+        from vla_pruner.attach.session import Session
+        from vla_pruner.families import family_of
+
+        return Session(self, model, family_of(model, **family_options))
+
+
+def check_keep(keep: object) -> None:
+    """Raise BudgetError unless `keep` is a float in (0, 1] or an int of 1 or more."""
+    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    is_fraction = isinstance(keep, float) and 0 < keep <= 1
+    if not is_count and not is_fraction:
+        raise BudgetError(
+            f"keep={keep!r} was given; keep is a fraction in (0, 1] as a float, or a number of visual tokens as an int "
+            "(so keep=1 is one token and keep=1.0 is all of them)."
+        )
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise BudgetError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise BudgetError(f"{name}={value!r} was given; it is one of {', '.join(map(repr, choices))}.")
+
+
+def resolve_keep(keep: float | int, tokens: int) -> int:
+    """The number of tokens that `keep` means among `tokens` visual tokens: at least one, halves rounded to even.
+
+    Raises:
+        BudgetError: a number of tokens larger than there are.
+    """
+    if isinstance(keep, float):
+        return max(1, round(keep * tokens))
+    if keep > tokens:
+        raise BudgetError(f"keep={keep} tokens was given, but the model has {tokens} visual tokens; give at most that many.")
+    return keep

@@ -1,0 +1,93 @@
+"""Controls: what any method must beat (a random set), a set given from outside, and no pruning at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vla_pruner.errors import BudgetError
+from vla_pruner.methods.base import Evidence, Method, check_keep, resolve_keep
+from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.selection import order_by_score
+
+
+@dataclass(frozen=True)
+class RandomKeep(Method):
+    """Keep a random set, drawn anew in every control step from (seed, episode, step): the control that any method must beat.
+
+    Rows that are in the same step of the same episode draw the same set, so a batch gives each row what it would get alone.
+
+    Attributes:
+        keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int).
+        seed: of the draws.
+        layer, pruned: see `Method`.
+    """
+
+    keep: float | int = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_keep(self.keep)
+
+    def budget(self, tokens: int) -> int:
+        return resolve_keep(self.keep, tokens)
+
+    def select(self, evidence: Evidence, k: int) -> Tensor:
+        tokens = evidence.valid.shape[1]
+        draws = [self._draw(step, tokens) for step in _clocks(evidence.memory)]
+        scores = torch.stack(draws).to(evidence.valid.device)
+        return order_by_score(scores, evidence.valid)[:, :k].sort(dim=1).values
+
+    def _draw(self, clock: tuple[int, int], tokens: int) -> Tensor:
+        episode, step = clock
+        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + episode) * 1_000_003 + step) % 2**63)
+        return torch.rand(tokens, generator=generator)
+
+
+@dataclass(frozen=True)
+class KeepFixed(Method):
+    """Keep the visual tokens that were given, in every control step and row.
+
+    Attributes:
+        ids: distinct visual token ids, 0 being the first visual token; any order.
+        layer, pruned: see `Method`.
+
+    Raises:
+        BudgetError: no ids, negative ids or the same id twice.
+    """
+
+    ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ids = tuple(int(i) for i in self.ids)
+        if not ids or min(ids) < 0 or len(set(ids)) != len(ids):
+            raise BudgetError(f"ids={self.ids!r} was given; give at least one id, none negative and none twice.")
+        object.__setattr__(self, "ids", tuple(sorted(ids)))
+
+    def budget(self, tokens: int) -> int:
+        if self.ids[-1] >= tokens:
+            raise BudgetError(f"id {self.ids[-1]} was given, but the model has {tokens} visual tokens: ids run from 0.")
+        return len(self.ids)
+
+    def select(self, evidence: Evidence, k: int) -> Tensor:
+        ids = torch.tensor(self.ids, device=evidence.valid.device)
+        return ids.expand(evidence.valid.shape[0], k)
+
+
+@dataclass(frozen=True)
+class Unpruned(Method):
+    """Keep everything: the baseline, with the same session around it."""
+
+    def budget(self, tokens: int) -> int:
+        return tokens
+
+    def prunes(self, memory: Memory) -> bool:
+        return False
+
+
+def _clocks(memory: Memory) -> list[tuple[int, int]]:
+    return list(zip(memory.episode.tolist(), memory.steps.tolist(), strict=True))

@@ -1,0 +1,86 @@
+"""Attention scores and their estimate over time (VLA-Pruner, arXiv 2511.16449, section 3). Pure functions, float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vla_pruner.methods.memory import Memory
+
+
+def attention_probabilities(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention of the given query rows only, in float32.
+
+    Args:
+        query: (B, H, R, d) rotated queries of R rows.
+        key: (B, G, S, d) rotated keys, G key-value heads (H a multiple of G).
+        mask: broadcastable to (B, H, R, S); bool (True: visible) or additive float. None: every key is visible.
+        scaling: factor on the logits.
+        softcap: Gemma 2's bound on the logits, if any.
+
+    Returns:
+        (B, H, R, S) float32 probabilities.
+    """
+    batch, heads, rows, dim = query.shape
+    groups = key.shape[1]
+    grouped = query.float().reshape(batch, groups, heads // groups * rows, dim)
+    logits = (grouped @ key.float().transpose(-1, -2)) * scaling
+    logits = logits.view(batch, heads, rows, key.shape[2])
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(dim=-1)
+
+
+def mean_over_rows(probabilities: Tensor, weights: Tensor) -> Tensor:
+    """Attention that each key receives, averaged over heads and over query rows (equations 2 and 3 of the paper).
+
+    Args:
+        probabilities: (B, H, R, S) float32.
+        weights: (B, R), 1 for a row that counts and 0 for one that does not (padding, or not a query of this score).
+
+    Returns:
+        (B, S) float32.
+    """
+    weights = weights.to(torch.float32)
+    total = torch.einsum("bhrs,br->bs", probabilities, weights)
+    return total / (probabilities.shape[1] * weights.sum(dim=1, keepdim=True).clamp_min(1))
+
+
+def temporal_estimate(
+    memory: Memory,
+    decay: float,
+    unseen: str = "zero",
+    newest_weighs_most: bool = True,
+) -> Tensor:
+    """Decayed mean of the last steps' action scores: sum_i decay^i S(t-i) / sum_i decay^i over the steps that exist.
+
+    Args:
+        memory: the rows' history; its window is the number of steps that are averaged.
+        decay: weight of a step against the one after it, in (0, 1].
+        unseen: what a token counts that was pruned away in a step: "zero" (as published) or "carry" (the score at which it was
+            last seen, times decay for every step since).
+        newest_weighs_most: as the paper writes it. False is what the authors' code does: the oldest step gets weight 1.
+
+    Returns:
+        (B, M) float32; 0 for rows without any history.
+    """
+    window = memory.action.shape[1]
+    steps_ago = torch.arange(window, 0, -1, device=memory.action.device)
+    exponents = steps_ago if newest_weighs_most else window - steps_ago
+    weights = torch.full((window,), decay, device=memory.action.device) ** exponents
+    exists = steps_ago[None] <= memory.steps.to(steps_ago.device, non_blocking=True)[:, None]
+    weights = weights * exists
+    scores = memory.action
+    if unseen == "carry":
+        # The token has been unseen for `age` steps up to now, so in the step `steps_ago` it had been so for this many.
+        unseen_for = (memory.age[:, None] - (steps_ago[None, :, None] - 1)).clamp_min(0)
+        scores = torch.where(scores.isnan(), memory.last_seen[:, None] * decay**unseen_for, scores)
+    return (scores.nan_to_num(0.0) * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-12)

@@ -1,0 +1,68 @@
+"""Which tokens stay: top-k, union and the greedy max-min filter. Pure functions with static shapes; a union is a mask.
+
+Ties: of two tokens with the same score or the same distance, the one with the smaller id comes first, on every device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def order_by_score(scores: Tensor, valid: Tensor) -> Tensor:
+    """Ids (B, M) by falling score; tokens that are not `valid` (B, M) come after all that are; ties by id."""
+    scores = torch.where(valid, scores.float(), -torch.inf)
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+
+
+def top_mask(scores: Tensor, valid: Tensor, k: int) -> Tensor:
+    """(B, M) bool: the k highest `scores` (B, M) of each row among `valid` (B, M) tokens, filled up with others if there are too few."""
+    mask = torch.zeros_like(valid)
+    return mask.scatter(1, order_by_score(scores, valid)[:, :k], True)
+
+
+def distances(features: Tensor, metric: str = "cosine") -> Tensor:
+    """Pairwise distances (B, M, M) float32 of features (B, M, D): "cosine" is 1 - v_i.v_j / (|v_i| |v_j|), or "euclidean"."""
+    features = features.float()
+    if metric == "euclidean":
+        return torch.cdist(features, features)
+    features = torch.nn.functional.normalize(features, dim=-1)
+    return 1 - features @ features.transpose(-1, -2)
+
+
+def max_min_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """Greedy solution of the max-min diversity problem (VLA-Pruner, section 3.3).
+
+    First the candidate whose nearest other candidate is farthest, then again and again the candidate whose smallest distance to
+    those chosen is largest.
+
+    Args:
+        distance: (B, M, M) float32.
+        candidates: (B, M) bool, at least k True in each row.
+        k: how many to choose.
+
+    Returns:
+        (B, k) int64 ids in the order in which they were picked.
+    """
+    tokens = distance.shape[-1]
+    ids = torch.arange(tokens, device=distance.device)
+    outside = ~candidates
+    apart = distance.masked_fill(outside[:, None, :], torch.inf)
+    apart = apart.masked_fill(torch.eye(tokens, dtype=torch.bool, device=distance.device), torch.inf)
+    nearest = apart.amin(dim=-1)
+    picked = _first_argmax(nearest.masked_fill(outside, -torch.inf), ids)
+    order = [picked]
+    reach = torch.full_like(nearest, torch.inf).masked_fill(outside, -torch.inf)
+    for _ in range(k - 1):
+        index = picked[:, None, None].expand(-1, 1, tokens)
+        reach = torch.minimum(reach, distance.gather(1, index)[:, 0])
+        reach = reach.scatter(1, picked[:, None], -torch.inf)
+        picked = _first_argmax(reach, ids)
+        order.append(picked)
+    return torch.stack(order, dim=1)
+
+
+def _first_argmax(values: Tensor, ids: Tensor) -> Tensor:
+    """The smallest id of those with the largest value, (B,): `argmax` promises no order among equals."""
+    best = values.amax(dim=-1, keepdim=True)
+    return torch.where(values == best, ids, ids.shape[0]).amin(dim=-1)
