@@ -1,0 +1,90 @@
+"""`preset="official"` against vectors made by running the authors' code: scores, kept sets, pick order, tokens, logits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import vla_pruner as vp
+from vla_pruner.methods.base import Evidence
+
+STEPS, DECODED = 6, 7
+KEEPS = (0.5, 0.25, 0.125)
+
+
+@pytest.fixture
+def vectors(golden):
+    return np.load(golden / "official_vla_pruner" / "vlapruner_golden.npz")
+
+
+@pytest.fixture
+def llama(golden, vectors):
+    options = json.loads(str(vectors["meta"]))["text_config"]
+    theta = options.pop("rope_theta")
+    config = LlamaConfig(**options, rope_parameters={"rope_type": "default", "rope_theta": theta}, tie_word_embeddings=False)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    model.load_state_dict(load_file(golden / "official_vla_pruner" / "tiny_llama.safetensors"))
+    return model
+
+
+def control_step(model, embeds):
+    """The authors' control step: a prefill and greedy decoding, seven tokens in all."""
+    with torch.no_grad():
+        out = model(inputs_embeds=embeds[None], use_cache=True)
+        logits = [out.logits[0, -1]]
+        for _ in range(DECODED - 1):
+            token = logits[-1].argmax().view(1, 1)
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits[0, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize(("keep", "queries"), [(0.5, "all"), (0.25, "all"), (0.125, "all"), (0.25, "last")])
+def test_official_preset_reproduces_the_authors_code(llama, vectors, keep, queries):
+    name = f"keep{keep}" if queries == "all" else f"lasttok_keep{keep}"
+    method = vp.VLAPruner(keep=keep, preset="official", semantic_queries=queries)
+    semantic = "sem_score" if queries == "all" else "last_token_score"
+    with method.attach(llama, visual=slice(1, 257)) as session:
+        for step in range(STEPS):
+            logits = control_step(llama, torch.tensor(vectors["inputs_embeds"][step]))
+            close(session.scores["semantic"][0], vectors[f"{name}/{semantic}"][step], 1e-5)
+            close(session.scores["action"][0], vectors[f"{name}/av_vec"][step], 1e-5)
+            close(logits, vectors[f"{name}/scores"][step], 1e-4)
+            assert logits.argmax(-1).tolist() == vectors[f"{name}/tokens"][step].tolist()
+            if not vectors[f"{name}/pruned"][step]:
+                assert session.kept is None
+            else:
+                assert session.kept is not None
+                assert session.kept[0].tolist() == vectors[f"{name}/kept"][step].tolist()
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_pick_order_is_the_authors(vectors, keep):
+    name, k = f"keep{keep}", int(256 * keep)
+    method = vp.VLAPruner(keep=keep, preset="official")
+    memory = vp.Memory.empty(1, 3, 256)
+    for step in range(STEPS):
+        if vectors[f"{name}/pruned"][step]:
+            estimate = method.action_estimate(memory)[0]
+            np.testing.assert_array_equal(estimate.numpy(), vectors[f"{name}/hist_bf16_as_f32"][step])
+            evidence = Evidence(
+                valid=torch.ones(1, 256, dtype=torch.bool),
+                memory=memory,
+                semantic=torch.tensor(vectors[f"{name}/sem_score"][step])[None],
+                features=torch.tensor(vectors["visual_embeds"][step])[None],
+            )
+            assert int(method.candidates(evidence, k).sum()) == vectors[f"{name}/union_size"][step]
+            assert method.pick_order(evidence, k)[0].tolist() == vectors[f"{name}/greedy_order"][step].tolist()
+        kept = torch.tensor(vectors[f"{name}/kept"][step])
+        seen = torch.zeros(1, 256, dtype=torch.bool)
+        seen[0, kept] = True
+        memory = memory.push(torch.tensor(vectors[f"{name}/av_vec"][step])[None], seen if kept[0] >= 0 else None)
+
+
+def close(found, expected, tolerance):
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance)
