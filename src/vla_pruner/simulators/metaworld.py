@@ -27,10 +27,10 @@ PROPRIO_SIZE = 4
 
 TASKS: dict[str, str] = {
     "reach": "reach the green ball",
-    "push": "push the puck to the green ball",
-    "pick-place": "pick up the puck and place it at the green ball",
+    "push": "push the puck to the ball",
+    "pick-place": "lift the puck to the ball",
     "sweep-into": "sweep the block into the hole",
-    "coffee-push": "push the mug under the coffee machine",
+    "coffee-push": "push the mug to the machine",
     "door-open": "open the door",
     "window-open": "open the window",
     "plate-slide": "slide the plate into the goal",
@@ -146,6 +146,11 @@ class MetaWorldEnv:
         """(39,) float64: Meta-World's full observation, for scripted experts; the policy never sees it."""
         return self._state.copy()
 
+    @property
+    def control_steps(self) -> int:
+        """Control steps since the reset."""
+        return self._steps
+
     def reset(self, seed: int) -> Observation:
         """Starts the episode of `seed`."""
         self._env.seed(seed)
@@ -217,6 +222,7 @@ def scripted_expert(task: str) -> Any:
     def act(state: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "constant(s) may be too high": they are clipped, as the environments do
-            return np.clip(np.asarray(policy.get_action(state), dtype=np.float32), -1.0, 1.0)
+            # a copy, because some of the experts write into the state that they are given
+            return np.clip(np.asarray(policy.get_action(np.array(state)), dtype=np.float32), -1.0, 1.0)
 
     return act

@@ -1,0 +1,117 @@
+"""Training batches: recorded frames, and for each frame several questions with the expert's answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference.experts import EXPERTS, GOAL, HAND, OBJECT
+from reference.store import Frames
+from vla_pruner.models.reference.configuration import ReferenceConfig
+from vla_pruner.models.reference.tokenizer import encode
+from vla_pruner.simulators.metaworld import TASKS
+
+SHARED_SCENE = ("reach", "push", "pick-place")
+"""Tasks with the same objects on the table: only the instruction tells them apart."""
+
+_TASK_NAMES = list(TASKS)
+_CONTACT = 0.07  # metres: nearer than this the object may be held or moving, and the hand is where the image shows it
+_LOW, _HIGH = np.array([-0.35, 0.4, 0.05]), np.array([0.35, 0.95, 0.4])
+
+
+def expert_actions(tasks: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """(N,) task numbers and (N, 39) states -> (N, 4) actions."""
+    actions = np.zeros((len(states), 4), np.float32)
+    for task in np.unique(tasks):
+        rows = tasks == task
+        actions[rows] = EXPERTS[_TASK_NAMES[task]](states[rows])
+    return actions
+
+
+def moved_hands(rng: np.random.Generator, states: np.ndarray) -> np.ndarray:
+    """States with the hand somewhere else, where that is possible without the scene looking different.
+
+    The experts depend on the hand only through its position, which proprioception tells exactly; so a frame can teach
+    what to do from many places. While the hand is near the object it is moved by millimetres only.
+    """
+    states, count = states.copy(), len(states)
+    hand, thing, goal = states[:, HAND], states[:, OBJECT], states[:, GOAL]
+    around = hand + rng.normal(0, 0.05, (count, 3))
+    column = thing + rng.normal(0, 0.03, (count, 3))
+    column[:, 2] = thing[:, 2] + rng.uniform(0, 0.3, count)
+    on_way = thing + rng.random((count, 1)) * (goal - thing) + rng.normal(0, 0.04, (count, 3))
+    anywhere = rng.uniform(_LOW, _HIGH, (count, 3))
+    choice = rng.choice(4, size=(count, 1), p=[0.35, 0.4, 0.15, 0.1])
+    moved = np.select([choice == 0, choice == 1, choice == 2], [around, column, on_way], anywhere)
+    contact = np.linalg.norm(hand - thing, axis=1, keepdims=True) < _CONTACT
+    moved = np.where(contact, hand + rng.normal(0, 0.004, (count, 3)), np.clip(moved, _LOW, _HIGH))
+    states[:, HAND] = moved
+    return states
+
+
+@dataclass
+class Batch:
+    """B frames with S suffixes each."""
+
+    rows: np.ndarray
+    """(B,) numbers of the frames."""
+    text: Tensor
+    """(B, S, T) int64."""
+    proprio: Tensor
+    """(B, S, P) float32."""
+    actions: Tensor
+    """(B, S, 4) float32."""
+    positions: Tensor
+    """(B, STATE_TARGETS) float32, standardised."""
+
+
+class Dataset:
+    """Frames split by episode into training and held-out rows, and a sampler of batches."""
+
+    def __init__(self, frames: Frames, config: ReferenceConfig, seed: int, recent: int = 0) -> None:
+        self.frames = frames
+        self.rng = np.random.default_rng(seed)
+        held_out = frames.episodes % 25 == 7
+        self.train_rows, self.test_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        self.ids = np.array([encode(text, config.words, config.instruction_length) for text in TASKS.values()])
+        self.shared = np.array([_TASK_NAMES.index(task) for task in SHARED_SCENE])
+        # every task is seen equally often, however long its episodes are
+        tasks = frames.tasks[self.train_rows]
+        self.weights = 1.0 / np.bincount(tasks, minlength=len(TASKS)).clip(1)[tasks]
+        self.weights /= self.weights.sum()
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """(N, 6) object and goal positions, roughly standardised."""
+        states = self.frames.states[rows]
+        raw = np.concatenate([states[:, OBJECT], states[:, GOAL]], axis=1)
+        return ((raw - np.array([0, 0.7, 0.1] * 2)) / 0.1).astype(np.float32)
+
+    def sample(self, size: int) -> np.ndarray:
+        """(size,) training rows."""
+        return self.rng.choice(self.train_rows, size, p=self.weights)
+
+    def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
+        """The first suffix of each frame is what was recorded; the others move the hand or change the task."""
+        states = np.repeat(self.frames.states[rows], suffixes, axis=0).astype(np.float64)
+        tasks = np.repeat(self.frames.tasks[rows], suffixes).astype(np.int64)
+        extra = np.arange(len(states)) % suffixes > 0
+        change = extra & np.isin(tasks, self.shared) & (self.rng.random(len(states)) < 0.5)
+        tasks[change] = self.rng.choice(self.shared, int(change.sum()))
+        move = extra & (self.rng.random(len(states)) < 0.85)
+        states[move] = moved_hands(self.rng, states[move])
+        actions = expert_actions(tasks, states)
+        shape = (len(rows), suffixes, -1)
+        return Batch(
+            rows,
+            torch.from_numpy(self.ids[tasks]).view(shape),
+            torch.from_numpy(states[:, :4].astype(np.float32)).view(shape),
+            torch.from_numpy(actions).view(shape),
+            torch.from_numpy(self.positions(rows)),
+        )
+
+    def images(self, rows: np.ndarray) -> Tensor:
+        """(N, H, W, 3) uint8."""
+        return torch.from_numpy(self.frames.images[rows])

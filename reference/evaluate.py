@@ -1,0 +1,165 @@
+"""Closed-loop success of the reference policy and of its controls, as JSON.
+
+`python -m reference.evaluate --episodes 50 --out benchmarks/results/reference_policy_success.json`
+
+Arms: `policy`; `blank` (a grey image); `wrong_scene` (the image of another seed's layout, in which the same actions are
+carried out, with the true proprioception); `wrong_instruction` (another task's); `random_keep` (a random quarter of the
+visual tokens, through vla_pruner). Every arm of a task runs on the same seeds. Resumable: finished (task, arm) pairs
+are kept in the output file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reference.rollout import policy_actor, run_episode
+from vla_pruner.simulators.metaworld import EVALUATION_SEED, TASKS, MetaWorldEnv, Observation
+
+ARMS = ("policy", "blank", "wrong_scene", "wrong_instruction", "random_keep")
+WRONG_TASK = {
+    "reach": "push",
+    "push": "reach",
+    "pick-place": "reach",
+    "sweep-into": "window-open",
+    "coffee-push": "reach",
+    "door-open": "drawer-open",
+    "window-open": "door-open",
+    "plate-slide": "reach",
+    "drawer-open": "window-open",
+}
+"""Task -> the task whose instruction is given instead."""
+
+
+def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % Wilson interval of a proportion."""
+    if count == 0:
+        return 0.0, 1.0
+    rate, square = successes / count, z * z
+    centre = (rate + square / (2 * count)) / (1 + square / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + square / (4 * count * count)) / (1 + square / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate_arm(task: str, arm: str, seeds: range, weights: Path | None) -> dict[str, Any]:
+    """Runs one arm of one task; returns its figures."""
+    import torch
+
+    from vla_pruner.models.reference.loading import reference_policy
+
+    torch.set_num_threads(1)
+    policy = reference_policy(weights)
+    act = policy_actor(policy)
+    session = None
+    if arm == "random_keep":
+        import vla_pruner
+
+        session = vla_pruner.RandomKeep(keep=0.25).attach(policy)
+    success, steps, milliseconds = [], [], []
+    with MetaWorldEnv(task) as env, MetaWorldEnv(task, render=arm == "wrong_scene") as other:
+        for seed in seeds:
+            shown_by_other = other.reset(seed + len(seeds)) if arm == "wrong_scene" else None
+            if session is not None:
+                session.reset()
+
+            def step(observation: Observation) -> np.ndarray:
+                nonlocal shown_by_other
+                if arm == "blank":
+                    observation = replace(observation, image=np.full_like(observation.image, 128))
+                elif arm == "wrong_instruction":
+                    observation = replace(observation, instruction=TASKS[WRONG_TASK[task]])
+                elif shown_by_other is not None:
+                    observation = replace(observation, image=shown_by_other.image)
+                started = time.perf_counter()
+                action = act(observation)
+                milliseconds.append(1000 * (time.perf_counter() - started))
+                if shown_by_other is not None:
+                    shown_by_other, _, _ = other.step(action)
+                return action
+
+            episode = run_episode(step, env, seed)
+            success.append(episode.success)
+            steps.append(episode.steps)
+    count = sum(success)
+    return {
+        "task": task,
+        "arm": arm,
+        "episodes": len(success),
+        "successes": count,
+        "success_rate": round(count / len(success), 4),
+        "wilson_95": [round(value, 4) for value in wilson(count, len(success))],
+        "mean_control_steps": round(float(np.mean(steps)), 2),
+        "milliseconds_per_decision_p50": round(float(np.median(milliseconds)), 2),
+        "success_by_seed": {str(seed): bool(value) for seed, value in zip(seeds, success, strict=True)},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "metaworld", "mujoco", "gymnasium")}
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean success over tasks for each arm."""
+    summary = {}
+    for arm in ARMS:
+        rates = {entry["task"]: entry["success_rate"] for entry in results if entry["arm"] == arm}
+        if rates:
+            summary[arm] = {"mean": round(float(np.mean(list(rates.values()))), 4), "by_task": rates}
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="folder of weights; the shipped ones if left out")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS))
+    parser.add_argument("--arms", nargs="*", default=["policy"], choices=ARMS)
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--first-seed", type=int, default=EVALUATION_SEED)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    seeds = range(args.first_seed, args.first_seed + args.episodes)
+    report: dict[str, Any] = {"results": []}
+    if args.out and args.out.exists():
+        report = json.loads(args.out.read_text())
+    finished = {(entry["task"], entry["arm"]) for entry in report["results"]}
+    report["machine"] = machine()
+    jobs = [(task, arm) for arm in args.arms for task in args.tasks if (task, arm) not in finished]
+    with ProcessPoolExecutor(args.workers) as pool:
+        for future in as_completed([pool.submit(evaluate_arm, *job, seeds, args.weights) for job in jobs]):
+            entry = future.result()
+            report["results"].append(entry)
+            report["summary"] = summarise(report["results"])
+            low, high = entry["wilson_95"]
+            print(
+                f"{entry['task']:12s} {entry['arm']:18s} {entry['successes']}/{entry['episodes']}"
+                f"  [{low:.2f}, {high:.2f}]  {entry['mean_control_steps']:.1f} steps"
+                f"  {entry['milliseconds_per_decision_p50']:.0f} ms",
+                flush=True,
+            )
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report.get("summary", {}), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Networks that this project had to write because no library ships them."""

@@ -1,0 +1,79 @@
+"""Everything that fixes the reference policy's shape, as one frozen value that is saved beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The shape of a `ReferencePolicy`.
+
+    The prompt is [BOS][visual tokens][instruction][proprio]; the action's tokens follow, one a dimension. Every
+    instruction is padded to `instruction_length` words with a learned pad word, so that all prompts are equally long
+    and no batch needs a padding mask.
+    """
+
+    image_size: int = 112
+    patch_size: int = 8
+    vision_width: int = 128
+    vision_layers: int = 2
+    vision_heads: int = 4
+    hidden_size: int = 128
+    num_layers: int = 8
+    num_heads: int = 4
+    num_key_value_heads: int = 4
+    intermediate_size: int = 256
+    rope_theta: float = 10_000.0
+    instruction_length: int = 6
+    proprio_mean: tuple[float, ...] = (0.0, 0.65, 0.2, 0.7)
+    proprio_scale: tuple[float, ...] = (0.12, 0.12, 0.1, 0.25)
+    action_dimensions: int = 4
+    num_bins: int = 33
+    words: tuple[str, ...] = ()
+    """The instruction vocabulary, sorted; token ids follow BOS and PAD."""
+    tasks: tuple[tuple[str, str], ...] = ()
+    """(task, instruction) pairs that the weights were trained on."""
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def visual(self) -> slice:
+        """Where the visual tokens are in the prompt."""
+        return slice(1, 1 + self.num_visual_tokens)
+
+    @property
+    def text(self) -> slice:
+        """Where the instruction is in the prompt."""
+        return slice(1 + self.num_visual_tokens, 1 + self.num_visual_tokens + self.instruction_length)
+
+    @property
+    def prompt_length(self) -> int:
+        return 1 + self.num_visual_tokens + self.instruction_length + 1
+
+    @property
+    def first_action_token(self) -> int:
+        """Token id of the lowest action bin; the bins are the end of the vocabulary, shared by all dimensions."""
+        return 2 + len(self.words)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.first_action_token + self.num_bins
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ReferenceConfig:
+        """The inverse of `to_dict`, after a trip through JSON."""
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown settings {sorted(unknown)}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        if "tasks" in values:
+            values["tasks"] = tuple((str(task), str(instruction)) for task, instruction in values["tasks"])
+        return cls(**values)

@@ -1,0 +1,258 @@
+"""The reference policy: image encoder -> projector -> causal Llama -> action tokens, decoded one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vla_pruner.models.reference.configuration import ReferenceConfig
+from vla_pruner.models.reference.tokenizer import BOS, encode
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+class VisionBlock(nn.Module):
+    """One pre-norm transformer block over patches."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, M, W) -> (B, M, W)."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        x = x + self.out(mixed)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionEncoder(nn.Module):
+    """A convolutional stem (stride 8) and a few transformer blocks: one token a patch."""
+
+    def __init__(self, config: ReferenceConfig) -> None:
+        super().__init__()
+        if config.patch_size != 8:
+            raise ValueError("The stem has a stride of 8: patch_size must be 8.")
+        width = config.vision_width
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=2, padding=2),
+            nn.GroupNorm(4, 32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 64),
+            nn.ReLU(),
+            nn.Conv2d(64, width, 3, stride=2, padding=1),
+            nn.GroupNorm(8, width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        side = config.image_size // config.patch_size
+        self.position = nn.Parameter(_grid_positions(side, width))
+        self.blocks = nn.ModuleList(VisionBlock(width, config.vision_heads) for _ in range(config.vision_layers))
+        self.norm = nn.LayerNorm(width)
+        # What the encoder says about an average scene, measured once after it was trained and subtracted: most of an
+        # image never changes, and what does change would otherwise be small beside it.
+        self.register_buffer("centre", torch.zeros(side * side, width))
+        self.register_buffer("spread", torch.ones(width))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, M, vision_width), raster order."""
+        x = self.stem(pixels).flatten(2).transpose(1, 2) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return (self.norm(x) - self.centre) / self.spread
+
+
+def _grid_positions(side: int, width: int) -> Tensor:
+    """(side * side, width) sines and cosines of row and column: a start that already tells positions apart."""
+    frequencies = math.pi * 2.0 ** torch.linspace(-1, 3, width // 4)
+    line = torch.linspace(-1, 1, side)[:, None] * frequencies
+    waves = torch.cat([line.sin(), line.cos()], dim=1)
+    rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
+    return 0.5 * torch.cat([rows, columns], dim=1)
+
+
+class ProprioProjector(nn.Module):
+    """Proprioception -> one token; sines at several scales make centimetres visible to a small network."""
+
+    def __init__(self, config: ReferenceConfig) -> None:
+        super().__init__()
+        size = len(config.proprio_mean)
+        self.register_buffer("mean", torch.tensor(config.proprio_mean), persistent=False)
+        self.register_buffer("scale", torch.tensor(config.proprio_scale), persistent=False)
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-2, 3).float(), persistent=False)
+        features = size * (1 + 2 * 5)
+        self.mlp = nn.Sequential(
+            nn.Linear(features, 2 * config.hidden_size), nn.GELU(), nn.Linear(2 * config.hidden_size, config.hidden_size)
+        )
+
+    def forward(self, proprio: Tensor) -> Tensor:
+        """(..., P) -> (..., hidden)."""
+        x = (proprio - self.mean) / self.scale
+        angles = (x[..., None] * self.frequencies).flatten(-2)
+        return self.mlp(torch.cat([x, angles.sin(), angles.cos()], dim=-1))
+
+
+class ReferencePolicy(nn.Module):
+    """A small vision-language-action policy, shaped like OpenVLA.
+
+    The prompt is [BOS][visual tokens][instruction][proprio] (`config.visual` is where the visual tokens are). The
+    action is decoded greedily, one token a dimension: one prefill of the whole prompt, whose last row gives dx, then
+    one call of `language_model` a further dimension with the key-value cache.
+    """
+
+    vision: VisionEncoder
+    projector: nn.Sequential
+    proprio_projector: ProprioProjector
+    language_model: LlamaForCausalLM
+
+    def __init__(self, config: ReferenceConfig) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM  # heavy: only who builds a policy pays for it
+
+        self.config = config
+        self.vision = VisionEncoder(config)
+        self.projector = nn.Sequential(
+            nn.Linear(config.vision_width, 2 * config.hidden_size),
+            nn.GELU(),
+            nn.Linear(2 * config.hidden_size, config.hidden_size),
+        )
+        side = config.image_size // config.patch_size
+        self.visual_position = nn.Parameter(_grid_positions(side, config.hidden_size))
+        self.proprio_projector = ProprioProjector(config)
+        self.language_model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocabulary_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_key_value_heads,
+                max_position_embeddings=512,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                bos_token_id=BOS,
+                eos_token_id=None,
+                pad_token_id=None,
+                tie_word_embeddings=False,
+            )
+        )
+        bins = torch.linspace(-1.0, 1.0, config.num_bins)
+        self.register_buffer("bin_values", bins, persistent=False)
+        self._instruction_ids: dict[str, list[int]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.bin_values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.dtype
+
+    def visual_tokens(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, M, hidden): what the language model receives."""
+        return self.projector(self.vision(self.pixels(images))) + self.visual_position
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, 3, H, W), normalised."""
+        return (images.to(self.device).permute(0, 3, 1, 2).to(self.dtype) - 127.5) / 64.0
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (...) -> (..., hidden)."""
+        return self.language_model.get_input_embeddings()(ids)
+
+    def encode_instructions(self, instructions: Sequence[str]) -> Tensor:
+        """Instructions -> (B, instruction_length) int64."""
+        for instruction in instructions:
+            if instruction not in self._instruction_ids:
+                ids = encode(instruction, self.config.words, self.config.instruction_length)
+                self._instruction_ids[instruction] = ids
+        return torch.tensor([self._instruction_ids[text] for text in instructions], device=self.device)
+
+    def prompt(self, images: Tensor, instructions: Sequence[str], proprio: Tensor) -> Tensor:
+        """The prompt's embeddings, (B, config.prompt_length, hidden)."""
+        visual = self.visual_tokens(images)
+        batch = visual.shape[0]
+        bos = self.embed(torch.full((batch, 1), BOS, device=self.device))
+        text = self.embed(self.encode_instructions(instructions))
+        body = self.proprio_projector(proprio.to(self.device, self.dtype))[:, None]
+        return torch.cat([bos, visual, text, body], dim=1)
+
+    @torch.inference_mode()
+    def predict_action(
+        self, images: np.ndarray | Tensor, instruction: str | Sequence[str], proprio: np.ndarray | Tensor
+    ) -> np.ndarray:
+        """One control step of B robots.
+
+        Args:
+            images: (B, H, W, 3) uint8, or (H, W, 3) for a single robot.
+            instruction: one for all robots, or one each.
+            proprio: (B, P) hand position in metres and gripper opening, or (P,).
+
+        Returns:
+            (B, 4) float32 actions in [-1, 1], or (4,) if the image was not batched.
+        """
+        frames, body = torch.as_tensor(images), torch.as_tensor(proprio)
+        single = frames.ndim == 3
+        if single:
+            frames, body = frames[None], body.reshape(1, -1)
+        instructions = [instruction] * len(frames) if isinstance(instruction, str) else list(instruction)
+        self._check_inputs(frames, instructions, body)
+        actions = self._decode(self.prompt(frames, instructions, body)).float().cpu().numpy()
+        return actions[0] if single else actions
+
+    def _decode(self, prompt: Tensor) -> Tensor:
+        """Prompt embeddings (B, N, hidden) -> greedy actions (B, action_dimensions)."""
+        from transformers import DynamicCache
+
+        batch, length, _ = prompt.shape
+        cache = DynamicCache()
+        embeddings, positions = prompt, torch.arange(length, device=prompt.device)
+        chosen: list[Tensor] = []
+        for step in range(self.config.action_dimensions):
+            # The mask is all ones but never None: transformers reads missing masks as "maybe packed sequences" and
+            # then cuts attention wherever positions are not consecutive, as they are not once tokens were pruned.
+            mask = torch.ones((batch, length + step), dtype=torch.long, device=prompt.device)
+            output = self.language_model(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=positions.expand(batch, -1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            bins = output.logits[:, -1, self.config.first_action_token :].argmax(dim=-1)
+            chosen.append(bins)
+            embeddings = self.embed(bins + self.config.first_action_token)[:, None]
+            positions = torch.full((1,), length + step, device=prompt.device)
+        return self.bin_values[torch.stack(chosen, dim=1)]
+
+    def act(self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor) -> np.ndarray:
+        """One control step of one robot as a chunk: `images={"image": (H, W, 3) uint8}` -> (1, 4) float32."""
+        if set(images) != {"image"}:
+            raise ValueError(f"The policy has one camera, 'image'; it was given {sorted(images)}.")
+        return np.atleast_2d(self.predict_action(images["image"], instruction, proprio))
+
+    def _check_inputs(self, images: Tensor, instructions: list[str], proprio: Tensor) -> None:
+        size, body = self.config.image_size, len(self.config.proprio_mean)
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (size, size, 3):
+            raise ValueError(
+                f"Images must be uint8 of shape (B, {size}, {size}, 3); got {images.dtype} {tuple(images.shape)}."
+            )
+        if tuple(proprio.shape) != (len(images), body):
+            raise ValueError(f"Proprio must have shape ({len(images)}, {body}); got {tuple(proprio.shape)}.")
+        if len(instructions) != len(images):
+            raise ValueError(f"{len(images)} images came with {len(instructions)} instructions.")

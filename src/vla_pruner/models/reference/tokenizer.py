@@ -1,0 +1,32 @@
+"""Instructions to token ids: one word, one token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+BOS, PAD = 0, 1
+_FIRST_WORD = 2
+
+
+def split_words(instruction: str) -> list[str]:
+    """Lower-case words of an instruction, punctuation dropped."""
+    return re.findall(r"[a-z0-9]+", instruction.lower())
+
+
+def vocabulary(instructions: Iterable[str]) -> tuple[str, ...]:
+    """All words of the instructions, sorted."""
+    return tuple(sorted({word for instruction in instructions for word in split_words(instruction)}))
+
+
+def encode(instruction: str, words: tuple[str, ...], length: int) -> list[int]:
+    """Token ids of an instruction, padded on the left to `length`; a clear error for what was never trained."""
+    ids = {word: number for number, word in enumerate(words, _FIRST_WORD)}
+    found = split_words(instruction)
+    unknown = [word for word in found if word not in ids]
+    if unknown or not found:
+        what = f"words it was never trained on: {', '.join(unknown)}" if unknown else "no words"
+        raise ValueError(f"The instruction {instruction!r} has {what}. The policy knows: {', '.join(words)}.")
+    if len(found) > length:
+        raise ValueError(f"The instruction {instruction!r} has {len(found)} words; the policy takes up to {length}.")
+    return [PAD] * (length - len(found)) + [ids[word] for word in found]

@@ -1,0 +1,128 @@
+"""The shipped policy on recorded observations (two seeds of two tasks): what it must do before anyone prunes it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vla_pruner.models.reference import ReferencePolicy, reference_policy
+from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
+from vla_pruner.models.reference.tokenizer import encode, split_words
+
+RECORDED = np.load(Path(__file__).parent / "observations.npz")
+IMAGES, PROPRIO = RECORDED["images"], RECORDED["proprio"]
+INSTRUCTIONS = [str(text) for text in RECORDED["instructions"]]
+
+
+@pytest.fixture(scope="module")
+def policy() -> ReferencePolicy:
+    torch.set_num_threads(1)
+    return reference_policy()
+
+
+def test_shape_of_the_policy(policy: ReferencePolicy) -> None:
+    config = policy.config
+    assert config.num_visual_tokens >= 196
+    assert len(policy.language_model.model.layers) == config.num_layers >= 8
+    assert (SHIPPED_WEIGHTS / "model.safetensors").stat().st_size <= 20e6
+    assert len(config.tasks) >= 6
+    prompt = policy.prompt(torch.as_tensor(IMAGES[:1]), INSTRUCTIONS[:1], torch.as_tensor(PROPRIO[:1]))
+    assert prompt.shape == (1, config.prompt_length, config.hidden_size)
+    visual = policy.visual_tokens(torch.as_tensor(IMAGES[:1]))
+    assert torch.equal(prompt[:, config.visual], visual)
+
+
+def test_a_batch_is_its_rows(policy: ReferencePolicy) -> None:
+    together = policy.predict_action(IMAGES, INSTRUCTIONS, PROPRIO)
+    alone = [policy.predict_action(*row) for row in zip(IMAGES, INSTRUCTIONS, PROPRIO, strict=True)]
+    assert together.shape == (len(IMAGES), 4) and together.dtype == np.float32
+    assert all(action.shape == (4,) for action in alone)
+    np.testing.assert_array_equal(together, np.stack(alone))
+    assert np.abs(together).max() <= 1.0
+
+
+def test_it_is_deterministic(policy: ReferencePolicy) -> None:
+    first, second = (policy.predict_action(IMAGES, INSTRUCTIONS, PROPRIO) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_act_gives_a_chunk_of_one(policy: ReferencePolicy) -> None:
+    chunk = policy.act(images={"image": IMAGES[0]}, instruction=INSTRUCTIONS[0], proprio=PROPRIO[0])
+    assert chunk.shape == (1, 4)
+    np.testing.assert_array_equal(chunk[0], policy.predict_action(IMAGES[0], INSTRUCTIONS[0], PROPRIO[0]))
+    with pytest.raises(ValueError, match="one camera"):
+        policy.act(images={"wrist": IMAGES[0]}, instruction=INSTRUCTIONS[0], proprio=PROPRIO[0])
+
+
+def test_the_image_changes_the_action(policy: ReferencePolicy) -> None:
+    """Packed-sequence detection in transformers once cut all attention to the image; the loss curve looked fine."""
+    seen = policy.predict_action(IMAGES, INSTRUCTIONS, PROPRIO)
+    other_scene = policy.predict_action(np.roll(IMAGES, 1, axis=0), INSTRUCTIONS, PROPRIO)
+    assert (np.abs(seen - other_scene).max(axis=1) > 0.1).mean() > 0.5
+
+
+def test_the_instruction_changes_the_action(policy: ReferencePolicy) -> None:
+    reach = INSTRUCTIONS.index("reach the green ball")
+    actions = [
+        policy.predict_action(IMAGES[reach], text, PROPRIO[reach])
+        for text in ("reach the green ball", "push the puck to the ball")
+    ]
+    assert np.abs(actions[0] - actions[1]).max() > 0.2
+
+
+def test_wrong_inputs_are_named(policy: ReferencePolicy) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        policy.predict_action(IMAGES[0].astype(np.float32), INSTRUCTIONS[0], PROPRIO[0])
+    with pytest.raises(ValueError, match="Proprio"):
+        policy.predict_action(IMAGES[0], INSTRUCTIONS[0], PROPRIO[0][:3])
+    with pytest.raises(ValueError, match="instructions"):
+        policy.predict_action(IMAGES[:2], INSTRUCTIONS[:1], PROPRIO[:2])
+    with pytest.raises(ValueError, match="banana"):
+        policy.predict_action(IMAGES[0], "reach the banana", PROPRIO[0])
+
+
+def test_instructions_are_padded_on_the_left() -> None:
+    assert split_words("Open the DOOR!") == ["open", "the", "door"]
+    assert encode("open door", ("door", "open"), 4) == [1, 1, 3, 2]
+    with pytest.raises(ValueError, match="no words"):
+        encode("", ("door",), 4)
+    with pytest.raises(ValueError, match="up to 1"):
+        encode("door door", ("door",), 1)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(SHIPPED_WEIGHTS / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "config", "unknown", "mismatch"])
+def test_bad_files_are_one_clear_error(weights: Path, damage: str) -> None:
+    tensors, config = weights / "model.safetensors", weights / "config.json"
+    bad = tensors if damage in ("cut", "missing", "mismatch") else config
+    if damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:1000])
+    elif damage == "missing":
+        tensors.unlink()
+    elif damage == "config":
+        config.write_text("{")
+    elif damage == "unknown":
+        config.write_text(json.dumps({"colour": "red"}))
+    else:
+        values = json.loads(config.read_text())
+        config.write_text(json.dumps({**values, "intermediate_size": values["intermediate_size"] + 32}))
+    with pytest.raises(ValueError) as error:
+        reference_policy(weights)
+    assert bad.name in str(error.value) and str(weights) in str(error.value)
+
+
+def test_half_precision_runs(policy: ReferencePolicy) -> None:
+    action = reference_policy(dtype=torch.bfloat16).predict_action(IMAGES, INSTRUCTIONS, PROPRIO)
+    assert action.dtype == np.float32
+    assert np.abs(action - policy.predict_action(IMAGES, INSTRUCTIONS, PROPRIO)).mean() < 0.15
