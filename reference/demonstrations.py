@@ -81,7 +81,10 @@ def main() -> None:
         for done, future in enumerate(as_completed([pool.submit(record_shard, *job) for job in jobs]), 1):
             name, count, rate = future.result()
             frames += count
-            print(f"[{done}/{len(jobs)}] {name}: {count} frames, success {rate:.2f}, {time.time() - started:.0f} s", flush=True)
+            print(
+                f"[{done}/{len(jobs)}] {name}: {count} frames, success {rate:.2f}, {time.time() - started:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

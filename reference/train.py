@@ -96,7 +96,10 @@ class Trainer:
         for part in parts[1:]:
             part.episodes = part.episodes + merged.episodes.max() + 1
             merged = type(merged)(
-                *(np.concatenate([getattr(merged, k), getattr(part, k)]) for k in ("images", "states", "tasks", "episodes"))
+                *(
+                    np.concatenate([getattr(merged, k), getattr(part, k)])
+                    for k in ("images", "states", "tasks", "episodes")
+                )
             )
         return Dataset(merged, self.config, self.args.seed + self.step)
 

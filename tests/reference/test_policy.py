@@ -40,7 +40,8 @@ def test_shape_of_the_policy(policy: ReferencePolicy) -> None:
 def test_a_batch_is_its_rows(policy: ReferencePolicy) -> None:
     together = policy.predict_action(IMAGES, INSTRUCTIONS, PROPRIO)
     alone = [policy.predict_action(*row) for row in zip(IMAGES, INSTRUCTIONS, PROPRIO, strict=True)]
-    assert together.shape == (len(IMAGES), 4) and together.dtype == np.float32
+    assert together.shape == (len(IMAGES), 4)
+    assert together.dtype == np.float32
     assert all(action.shape == (4,) for action in alone)
     np.testing.assert_array_equal(together, np.stack(alone))
     assert np.abs(together).max() <= 1.0
@@ -119,7 +120,8 @@ def test_bad_files_are_one_clear_error(weights: Path, damage: str) -> None:
         config.write_text(json.dumps({**values, "intermediate_size": values["intermediate_size"] + 32}))
     with pytest.raises(ValueError) as error:
         reference_policy(weights)
-    assert bad.name in str(error.value) and str(weights) in str(error.value)
+    assert bad.name in str(error.value)
+    assert str(weights) in str(error.value)
 
 
 def test_half_precision_runs(policy: ReferencePolicy) -> None:

@@ -60,7 +60,8 @@ def test_experts_are_bounded_and_cover_every_task() -> None:
     states = np.random.default_rng(0).normal(0, 0.3, (50, 39))
     for number, task in enumerate(TASKS):
         actions = EXPERTS[task](states)
-        assert actions.shape == (50, 4) and np.abs(actions).max() <= 1
+        assert actions.shape == (50, 4)
+        assert np.abs(actions).max() <= 1
         np.testing.assert_array_equal(actions, expert_actions(np.full(50, number), states))
 
 

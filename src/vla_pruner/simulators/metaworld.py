@@ -75,7 +75,9 @@ def _import_simulator() -> tuple[Any, Any]:
         import mujoco
     except ImportError as error:
         if getattr(error, "name", None) == "mujoco":
-            raise SimulatorUnavailable("The simulator is not installed (no module named 'mujoco')", _PIP_HELP) from error
+            raise SimulatorUnavailable(
+                "The simulator is not installed (no module named 'mujoco')", _PIP_HELP
+            ) from error
         raise SimulatorUnavailable(f"MuJoCo cannot load its rendering library ({error})", _GL_HELP) from error
     except (OSError, AttributeError, RuntimeError) as error:  # PyOpenGL's ways to say that a library is missing
         raise SimulatorUnavailable(f"MuJoCo cannot load its rendering library ({error})", _GL_HELP) from error

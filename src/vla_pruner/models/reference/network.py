@@ -97,7 +97,9 @@ class ProprioProjector(nn.Module):
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-2, 3).float(), persistent=False)
         features = size * (1 + 2 * 5)
         self.mlp = nn.Sequential(
-            nn.Linear(features, 2 * config.hidden_size), nn.GELU(), nn.Linear(2 * config.hidden_size, config.hidden_size)
+            nn.Linear(features, 2 * config.hidden_size),
+            nn.GELU(),
+            nn.Linear(2 * config.hidden_size, config.hidden_size),
         )
 
     def forward(self, proprio: Tensor) -> Tensor:
