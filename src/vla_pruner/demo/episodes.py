@@ -1,0 +1,164 @@
+"""Runs the paired episodes: every arm from the same initial states, interleaved, with only the control steps timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla_pruner.demo.arms import Arm
+from vla_pruner.timing import StageTimer, StepTime
+
+
+class Observation(Protocol):
+    """What an environment hands to the policy."""
+
+    @property
+    def image(self) -> np.ndarray: ...
+    @property
+    def proprio(self) -> np.ndarray: ...
+    @property
+    def instruction(self) -> str: ...
+
+
+class Environment(Protocol):
+    """One task: `vla_pruner.simulators.metaworld.MetaWorldEnv`, or a fake in tests."""
+
+    def reset(self, seed: int) -> Any: ...
+    def step(self, action: np.ndarray) -> tuple[Any, bool, bool]: ...
+    def render(self, size: int) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What every arm runs: one task from one initial state."""
+
+    task: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one episode looked like; one entry a control step, and one more frame of how it ended."""
+
+    frames: list[np.ndarray]
+    """(size, size, 3) uint8."""
+    kept: list[list[int] | None]
+    """Ids of the visual tokens kept; None where the step was not pruned."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """How one arm did on one unit."""
+
+    arm: str
+    unit: Unit
+    success: bool
+    times: list[StepTime]
+    """One a control step; environment and rendering are not in it."""
+    kept: list[int | None]
+    """Number of visual tokens kept in each control step; None where the step was not pruned."""
+    trace: Trace | None = field(default=None, repr=False)
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+
+def plan(tasks: Sequence[str], episodes: int, seed: int) -> list[Unit]:
+    """All units, tasks taking turns, so that a run that ends early has seen every task about equally often."""
+    return [Unit(task, seed + index) for index in range(episodes) for task in tasks]
+
+
+def run_episode(policy: Any, arm: Arm, environment: Environment, unit: Unit, trace_size: int | None = None) -> Episode:
+    """Runs one episode to its end.
+
+    Args:
+        policy: has `predict_action(image, instruction, proprio)` and the submodules that `StageTimer` needs.
+        trace_size: height and width of the frames to record; None records none.
+    """
+    observation = environment.reset(unit.seed)
+    kept: list[int | None] = []
+    trace = None if trace_size is None else Trace([], [])
+    success = done = False
+    with StageTimer(policy) as timer, arm.attach(policy, unit.seed) as session:
+        if session is not None:
+            session.clock = timer.stage
+            session.reset()
+        while not done:
+            if trace is not None and trace_size is not None:
+                trace.frames.append(environment.render(trace_size))
+            with timer.step():
+                action = policy.predict_action(observation.image, observation.instruction, observation.proprio)
+            ids = None if session is None else session.kept
+            kept.append(None if ids is None else int(ids.shape[1]))
+            if trace is not None:
+                trace.kept.append(None if ids is None else ids[0].tolist())
+            observation, success, done = environment.step(action)
+        if trace is not None and trace_size is not None:
+            trace.frames.append(environment.render(trace_size))
+    return Episode(arm.key, unit, bool(success), timer.steps, kept, trace)
+
+
+class Runner:
+    """Runs units one by one, each with every arm; what is finished stays available if it is interrupted.
+
+    Args:
+        policy: as in `run_episode`.
+        arms: the baseline first.
+        environments: makes the environment of a task; it is kept open until `close`.
+        trace_size: records the first episode of each task with frames of this size.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        arms: Sequence[Arm],
+        environments: Callable[[str], Environment],
+        trace_size: int | None = None,
+    ) -> None:
+        self.policy = policy
+        self.arms = arms
+        self.finished: list[dict[str, Episode]] = []
+        """One entry a unit that all arms have finished: arm key -> episode."""
+        self._make = environments
+        self._open: dict[str, Environment] = {}
+        self._trace_size = trace_size
+
+    def environment(self, task: str) -> Environment:
+        if task not in self._open:
+            self._open[task] = self._make(task)
+        return self._open[task]
+
+    def run(self, units: Sequence[Unit], minutes: float | None = None) -> Iterator[Episode]:
+        """Runs `units`, giving each episode as it ends. After `minutes` no further unit begins."""
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        traced: set[str] = set()
+        for index, unit in enumerate(units):
+            if deadline is not None and self.finished and time.monotonic() > deadline:
+                return
+            trace_size = None if unit.task in traced else self._trace_size
+            traced.add(unit.task)
+            of_unit: dict[str, Episode] = {}
+            # The order turns from unit to unit: no arm always runs on the machine that another has warmed up.
+            turn = index % len(self.arms)
+            for arm in (*self.arms[turn:], *self.arms[:turn]):
+                episode = run_episode(self.policy, arm, self.environment(unit.task), unit, trace_size)
+                of_unit[arm.key] = episode
+                yield episode
+            self.finished.append({arm.key: of_unit[arm.key] for arm in self.arms})
+
+    def close(self) -> None:
+        """Closes the environments."""
+        for environment in self._open.values():
+            environment.close()
+        self._open.clear()
+
+
+def outcomes(finished: Sequence[Mapping[str, Episode]], arm: str) -> list[bool]:
+    """Success of an arm in every finished unit, in order."""
+    return [unit[arm].success for unit in finished]

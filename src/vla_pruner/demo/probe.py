@@ -1,0 +1,108 @@
+"""What is measured once per arm before the episodes: FLOPs of a pruned control step, and what the stage timer costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from vla_pruner.cost import DecoderShape, Flops, StepShape, count_flops, decoder_flops
+from vla_pruner.demo.arms import Arm
+from vla_pruner.demo.episodes import Observation
+from vla_pruner.statistics import percentile
+from vla_pruner.timing import StageTimer
+
+_LONGEST_WARM_UP = 16
+"""Steps after which a method that has not pruned is taken to never prune."""
+
+
+@dataclass(frozen=True)
+class ArmCost:
+    """FLOPs of one pruned control step (of any step where the arm never prunes)."""
+
+    counted: float
+    """The whole step as torch's dispatcher counts it: vision, decoder, scoring, selecting and waste."""
+    floor: Flops
+    """The decoder by formula: the least that this rule can cost."""
+    kept: int
+    visual: int
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            "counted_flops": self.counted,
+            "decoder_floor_flops": self.floor.total,
+            "decoder_floor_flops_linear": self.floor.linear,
+            "decoder_floor_flops_quadratic": self.floor.quadratic,
+            "visual_tokens_kept": self.kept,
+            "visual_tokens": self.visual,
+        }
+
+
+def step_shape(policy: Any) -> StepShape:
+    """What the policy feeds its decoder, from its configuration."""
+    config = policy.config
+    visual = config.num_visual_tokens
+    return StepShape(visual=visual, other=config.prompt_length - visual, actions=config.action_dimensions)
+
+
+def vision_flops(policy: Any, observation: Observation) -> float:
+    """FLOPs of image encoder and projector for one image, counted."""
+    calls: list[tuple[Any, Any, Any]] = []
+
+    def remember(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append((module, args, kwargs))
+
+    parts = (policy.vision, policy.projector)
+    handles = [part.register_forward_pre_hook(remember, with_kwargs=True) for part in parts]
+    try:
+        _act(policy, observation)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = list(calls)
+
+    @torch.inference_mode()
+    def again() -> None:
+        for module, args, kwargs in seen:
+            module(*args, **kwargs)
+
+    return count_flops(again)
+
+
+def arm_cost(policy: Any, arm: Arm, observation: Observation) -> ArmCost:
+    """Runs one arm on one observation until it prunes, then counts one more step. It also warms the machine up."""
+    decoder, step = DecoderShape.of(policy.language_model.config), step_shape(policy)
+    kept: int | None = None
+    with arm.attach(policy, 0) as session:
+        if session is not None:
+            session.reset()
+        for _ in range(2 if session is None else _LONGEST_WARM_UP):
+            _act(policy, observation)
+            if session is not None and session.kept is not None:
+                kept = int(session.kept.shape[1])
+                break
+        counted = count_flops(lambda: _act(policy, observation))
+    method: Any = arm.method
+    layer, pruned = (0, "drop") if method is None else (method.layer, method.pruned)
+    floor = decoder_flops(decoder, step, kept, layer, pruned)
+    return ArmCost(counted, floor, step.visual if kept is None else kept, step.visual)
+
+
+def timer_overhead(policy: Any, observation: Observation, pairs: int = 15) -> float:
+    """Milliseconds that the stage timer adds to an unpruned control step: the median over alternating pairs."""
+    differences: list[float] = []
+    for _ in range(pairs):
+        start = perf_counter()
+        _act(policy, observation)
+        plain = perf_counter() - start
+        with StageTimer(policy) as timer:
+            with timer.step():
+                _act(policy, observation)
+            differences.append(timer.steps[0].total - 1e3 * plain)
+    return percentile(differences, 50)
+
+
+def _act(policy: Any, observation: Observation) -> None:
+    policy.predict_action(observation.image, observation.instruction, observation.proprio)

@@ -1,0 +1,172 @@
+"""The demo from its flags to its table, report and result file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vla_pruner.demo import results
+from vla_pruner.demo.arms import BASELINE, Arm, default_arms
+from vla_pruner.demo.conditions import conditions
+from vla_pruner.demo.episodes import Environment, Runner, Unit, plan
+from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
+from vla_pruner.demo.settings import DemoError, DemoSettings, choose_tasks
+from vla_pruner.demo.summary import Summary, summarize
+from vla_pruner.demo.table import footnotes, to_markdown, to_rich
+from vla_pruner.demo.verdict import verdict
+
+FRAME_SIZE = 224
+"""Height and width of the report's frames; the policy sees its own, smaller images."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+_BUSY = 0.5
+"""Load average per core above which milliseconds are no longer to be trusted."""
+
+
+def run_demo(
+    settings: DemoSettings,
+    console: Console,
+    policy: Any = None,
+    environments: Callable[[str], Environment] | None = None,
+    arms: Sequence[Arm] | None = None,
+) -> int:
+    """Runs the demo and writes its files.
+
+    Args:
+        settings: what was asked for.
+        console: where progress and the table go.
+        policy, environments, arms: stand-ins for tests; None for the real ones.
+
+    Returns:
+        The exit code: 0, or 130 if it was interrupted.
+
+    Raises:
+        DemoError: it cannot run as asked. (`SimulatorUnavailable` where the simulator is missing.)
+    """
+    settings.check()
+    weights = None
+    if policy is None:
+        policy, weights = _load_policy(settings.weights)
+    tasks = choose_tasks(settings.tasks, tuple(task for task, _ in policy.config.tasks))
+    facts = conditions(policy, weights)
+    busy = _warn_if_busy(facts, console)
+    arms = default_arms(settings.keep) if arms is None else arms
+    size = policy.config.image_size
+    runner = Runner(policy, arms, environments or (lambda task: _metaworld(task, size)), FRAME_SIZE)
+    started = time.monotonic()
+    interrupted = False
+    units = plan(tasks, settings.episodes_a_task, settings.seed)
+    try:
+        console.print(f"{len(tasks)} tasks ({', '.join(tasks)}), {len(arms)} arms, {facts['threads']} threads.")
+        observation = runner.environment(tasks[0]).reset(settings.seed)
+        costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
+        vision = vision_flops(policy, observation)
+        overhead = timer_overhead(policy, observation)
+        _run(runner, units, settings, console)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("\nInterrupted: the table has what was finished.")
+    finally:
+        runner.close()
+    if not runner.finished:
+        console.print("No episode was finished by all arms, so there is nothing to show.")
+        return INTERRUPTED
+    summary = summarize(runner.finished, arms, costs, vision, policy.language_model.config.num_hidden_layers)  # pyright: ignore[reportPossiblyUnboundVariable]
+    notes = {
+        "interrupted": interrupted,
+        "machine_was_busy": busy,
+        "seconds": round(time.monotonic() - started, 1),
+        "timer_overhead_ms": round(overhead, 4),  # pyright: ignore[reportPossiblyUnboundVariable]
+        "planned_episodes": len(units),
+    }
+    _finish(settings, console, runner, summary, facts, notes)
+    return INTERRUPTED if interrupted else 0
+
+
+def _load_policy(folder: Path | None) -> tuple[Any, Path]:
+    from vla_pruner.models.reference import reference_policy
+    from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
+
+    try:
+        return reference_policy(folder), (folder or SHIPPED_WEIGHTS) / "model.safetensors"
+    except ValueError as error:  # the loader's word for a missing or damaged file
+        raise DemoError(str(error)) from error
+
+
+def _metaworld(task: str, image_size: int) -> Environment:
+    from vla_pruner.simulators.metaworld import MetaWorldEnv
+
+    return MetaWorldEnv(task, image_size)
+
+
+def _warn_if_busy(facts: dict[str, Any], console: Console) -> bool:
+    load, cores = facts["load_average_before"], facts["cores"] or 1
+    busy = load is not None and load > _BUSY * cores
+    if busy:
+        console.print(
+            f"Note: other programs keep this machine busy (load {load:g} on {cores} cores). Success rates are not "
+            "affected; milliseconds are, so repeat the run on an idle machine before quoting them."
+        )
+    return busy
+
+
+def _run(runner: Runner, units: Sequence[Unit], settings: DemoSettings, console: Console) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    solved = {arm.key: 0 for arm in runner.arms}
+    titles = {arm.key: arm.title for arm in runner.arms}
+    total = len(units) * len(runner.arms)
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("episodes", total=total, note="")
+        for done, episode in enumerate(runner.run(units, settings.minutes), 1):
+            solved[episode.arm] += episode.success
+            result = "solved" if episode.success else "not solved"
+            note = f"{episode.unit.task}, {titles[episode.arm]}: {result} in {episode.steps} steps"
+            progress.update(bar, advance=1, note=note)
+            if not console.is_terminal and done % (5 * len(runner.arms)) == 0:
+                console.print(f"{done} of {total} episodes; solved unpruned: {solved[BASELINE]}")
+    if len(runner.finished) < len(units):
+        console.print(
+            f"Stopped after {settings.minutes:g} minutes with {len(runner.finished)} of {len(units)} paired episodes; "
+            "--episodes N runs all that it asks for."
+        )
+
+
+def _finish(
+    settings: DemoSettings,
+    console: Console,
+    runner: Runner,
+    summary: Summary,
+    facts: dict[str, Any],
+    notes: dict[str, Any],
+) -> None:
+    from vla_pruner.report.demo import write_report
+
+    sentences = verdict(summary)
+    console.print()
+    console.print(to_rich(summary))
+    for note in footnotes(summary):
+        console.print(note, style="dim")
+    console.print()
+    for sentence in sentences:
+        console.print(f"- {sentence}")
+    content = results.to_json(settings, facts, runner.finished, summary, sentences, notes)
+    results.write(settings.out / "results.json", content)
+    (settings.out / "table.md").write_text(to_markdown(summary), encoding="utf-8")
+    report = settings.out / "report.html"
+    write_report(report, summary, runner.finished, sentences, facts, notes)
+    console.print()
+    console.print(f"Report: {report.resolve()}", soft_wrap=True)
+    console.print(f"Results: {(settings.out / 'results.json').resolve()}", soft_wrap=True)

@@ -1,0 +1,92 @@
+"""What the demo was asked to do, checked before anything slow begins."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from vla_pruner.errors import VLAPrunerError
+
+DEFAULT_EPISODES = 5
+DEFAULT_MINUTES = 6.5
+QUICK_EPISODES = 1
+QUICK_MINUTES = 1.25
+DEFAULT_KEEP = 0.25
+DEFAULT_SEED = 1_000_000
+DEFAULT_OUT = Path("demo-output")
+
+
+class DemoError(VLAPrunerError):
+    """The demo cannot run as asked; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The flags of `vla-pruner demo`.
+
+    Attributes:
+        tasks: which tasks; None for all that the policy was trained on.
+        episodes: episodes a task and arm; None for the default.
+        keep: fraction of the visual tokens that the pruned arms keep, in (0, 1].
+        seed: initial states are those of seeds `seed`, `seed + 1`, ...
+        out: folder that the report and the results are written to.
+        quick: fewer episodes, for a first look.
+        weights: folder with the policy's weights; None for those that ship with the package.
+    """
+
+    tasks: tuple[str, ...] | None = None
+    episodes: int | None = None
+    keep: float = DEFAULT_KEEP
+    seed: int = DEFAULT_SEED
+    out: Path = DEFAULT_OUT
+    quick: bool = False
+    weights: Path | None = None
+
+    @property
+    def episodes_a_task(self) -> int:
+        if self.episodes is not None:
+            return self.episodes
+        return QUICK_EPISODES if self.quick else DEFAULT_EPISODES
+
+    @property
+    def minutes(self) -> float | None:
+        """No episode starts later than this, so that the demo ends in time on a slow machine; None: no limit."""
+        if self.episodes is not None:
+            return None  # asked for by number: run them all
+        return QUICK_MINUTES if self.quick else DEFAULT_MINUTES
+
+    def check(self) -> None:
+        """Raises DemoError for the first setting that is out of its range."""
+        if not 0.0 < self.keep <= 1.0:
+            raise DemoError(f"--keep is {self.keep:g}; it is a fraction of the visual tokens, above 0 and up to 1.")
+        if self.episodes is not None and self.episodes < 1:
+            raise DemoError(f"--episodes is {self.episodes}; at least 1 episode a task is needed.")
+        if self.seed < 0:
+            raise DemoError(f"--seed is {self.seed}; it must be 0 or more.")
+        if self.tasks is not None and not self.tasks:
+            raise DemoError("--tasks names no task; give task names separated by commas, or leave the flag out.")
+        check_writable(self.out)
+
+
+def check_writable(folder: Path) -> None:
+    """Creates `folder` and proves that a file can be written there; DemoError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DemoError(
+            f"The output folder {folder} cannot be written to ({reason}); choose another with --out."
+        ) from error
+
+
+def choose_tasks(asked: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The tasks to run, in the order asked, each once; DemoError names the valid ones if one is unknown."""
+    if asked is None:
+        return known
+    unknown = [task for task in asked if task not in known]
+    if unknown:
+        raise DemoError(f"Unknown task {', '.join(unknown)}; the policy knows these tasks: {', '.join(known)}.")
+    return tuple(dict.fromkeys(asked))

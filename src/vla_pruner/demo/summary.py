@@ -1,0 +1,152 @@
+"""From episodes to the numbers of the table: one `ArmSummary` an arm, from the units that all arms finished."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vla_pruner.demo.arms import BASELINE, Arm
+from vla_pruner.demo.episodes import Episode, outcomes
+from vla_pruner.demo.probe import ArmCost
+from vla_pruner.statistics import PairedDifference, Rate, paired_difference, percentile, wilson
+from vla_pruner.timing import STAGES, StepTime
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a set of control steps."""
+
+    steps: int
+    p50: float
+    p99: float
+    stages: dict[str, float]
+    """Median of each stage. Medians of parts need not add up to the median of the whole."""
+
+    @classmethod
+    def of(cls, times: Sequence[StepTime]) -> Latency:
+        totals = [time.total for time in times]
+        stages = {stage: percentile([getattr(time, stage) for time in times], 50) for stage in STAGES}
+        return cls(len(times), percentile(totals, 50), percentile(totals, 99), stages)
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One column of the table."""
+
+    arm: Arm
+    success: Rate
+    difference: PairedDifference | None
+    """To the baseline; None for the baseline itself."""
+    all_steps: Latency
+    pruned_steps: Latency
+    """Of the pruned steps only; of all steps for the baseline."""
+    mean_steps: float
+    """Control steps an episode."""
+    cost: ArmCost
+    by_task: dict[str, tuple[int, int]]
+    """Task -> (successes, episodes)."""
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.arm.key == BASELINE
+
+    @property
+    def pruned_share(self) -> float:
+        """Share of the control steps that were pruned, in [0, 1]."""
+        if self.is_baseline or not self.all_steps.steps:
+            return 0.0
+        return self.pruned_steps.steps / self.all_steps.steps
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "arm": self.arm.key,
+            "title": self.arm.title,
+            "method": repr(self.arm.method) if self.arm.method is not None else None,
+            "success": dataclasses.asdict(self.success),
+            "difference_to_unpruned": dataclasses.asdict(self.difference) if self.difference else None,
+            "milliseconds_all_steps": dataclasses.asdict(self.all_steps),
+            "milliseconds_pruned_steps": dataclasses.asdict(self.pruned_steps),
+            "control_steps_an_episode": self.mean_steps,
+            "cost": self.cost.to_json(),
+            "by_task": {task: {"successes": s, "episodes": n} for task, (s, n) in self.by_task.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The whole table, and what is needed to read it."""
+
+    arms: list[ArmSummary]
+    """The baseline first."""
+    units: int
+    layers: int
+    """Decoder layers."""
+    layer: int
+    """The pruning layer."""
+    vision_flops: float
+    chosen_against_random: PairedDifference | None
+    """VLA-Pruner dropping against a random choice dropping, at the same number of tokens; None without these arms."""
+
+    @property
+    def baseline(self) -> ArmSummary:
+        return self.arms[0]
+
+    def get(self, key: str) -> ArmSummary | None:
+        return next((arm for arm in self.arms if arm.arm.key == key), None)
+
+    @property
+    def touchable_share(self) -> float:
+        """Share of an unpruned step's time that pruning can touch: the prefill from the pruning layer on."""
+        latency = self.baseline.all_steps
+        return latency.stages["prefill"] * (self.layers - self.layer) / self.layers / latency.p50
+
+    @property
+    def ceiling(self) -> float:
+        """Amdahl: the speed-up of a step if that share took no time at all and choosing were free."""
+        return 1.0 / (1.0 - self.touchable_share)
+
+
+def summarize(
+    finished: Sequence[Mapping[str, Episode]],
+    arms: Sequence[Arm],
+    costs: Mapping[str, ArmCost],
+    vision_flops: float,
+    layers: int,
+) -> Summary:
+    """Sums up the finished units.
+
+    Raises:
+        ValueError: if nothing is finished.
+    """
+    if not finished:
+        raise ValueError("No unit was finished by all arms: there is nothing to sum up.")
+    base = outcomes(finished, BASELINE)
+    columns = [_column([unit[arm.key] for unit in finished], arm, costs[arm.key], base) for arm in arms]
+    layer = next((arm.method.layer for arm in arms if arm.method is not None), 0)
+    choice = None
+    if {"drop", "random"} <= {arm.key for arm in arms}:
+        choice = paired_difference(outcomes(finished, "random"), outcomes(finished, "drop"))
+    return Summary(columns, len(finished), layers, layer, vision_flops, choice)
+
+
+def _column(episodes: list[Episode], arm: Arm, cost: ArmCost, base: list[bool]) -> ArmSummary:
+    success = [episode.success for episode in episodes]
+    times = [time for episode in episodes for time in episode.times]
+    kept = [count for episode in episodes for count in episode.kept]
+    is_baseline = arm.key == BASELINE
+    pruned = [time for time, count in zip(times, kept, strict=True) if is_baseline or count is not None]
+    by_task: dict[str, tuple[int, int]] = {}
+    for episode in episodes:
+        successes, total = by_task.get(episode.unit.task, (0, 0))
+        by_task[episode.unit.task] = (successes + episode.success, total + 1)
+    return ArmSummary(
+        arm=arm,
+        success=wilson(sum(success), len(success)),
+        difference=None if is_baseline else paired_difference(base, success),
+        all_steps=Latency.of(times),
+        pruned_steps=Latency.of(pruned),
+        mean_steps=len(times) / len(episodes),
+        cost=cost,
+        by_task=by_task,
+    )

@@ -1,0 +1,107 @@
+"""The one table, as rows of text; the terminal, the report and the Markdown file all show these rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isnan
+
+from rich import box
+from rich.table import Table
+
+from vla_pruner.demo.summary import ArmSummary, Summary
+from vla_pruner.timing import STAGES
+
+Row = tuple[str, list[str]]
+
+
+def heading(summary: Summary) -> list[str]:
+    """Titles of the columns after the first."""
+    return [arm.arm.title for arm in summary.arms]
+
+
+def rows(summary: Summary) -> list[Row]:
+    """(what it is, one cell an arm) from top to bottom; what belongs to the row above is indented."""
+    base = summary.baseline
+
+    def row(name: str, cell: Callable[[ArmSummary], str], baseline: str | None = None) -> Row:
+        return name, [baseline if baseline and arm.is_baseline else cell(arm) for arm in summary.arms]
+
+    def stage(name: str) -> Row:
+        return row(f"  {name}", lambda a: _ms(a.pruned_steps.stages[name]))
+
+    return [
+        row("episodes solved", lambda a: f"{a.success.successes}/{a.success.total}"),
+        row("  success", lambda a: _percent(a.success.value)),
+        row("  95 % interval", lambda a: f"{100 * a.success.low:.0f} to {100 * a.success.high:.0f}"),
+        row("difference, points", lambda a: _points(a.difference.value) if a.difference else "", "-"),
+        row("  95 % interval", _difference_interval, "-"),
+        row("  won / lost", lambda a: f"{a.difference.gained} / {a.difference.lost}" if a.difference else "", "-"),
+        row("steps an episode", lambda a: f"{a.mean_steps:.1f}"),
+        row("  of these pruned", lambda a: _percent(a.pruned_share), "-"),
+        row("ms a step, all", lambda a: _ms(a.all_steps.p50)),
+        row("  p99", lambda a: _ms(a.all_steps.p99)),
+        row("ms a pruned step", lambda a: _ms(a.pruned_steps.p50), "-"),
+        row("  p99", lambda a: _ms(a.pruned_steps.p99), "-"),
+        *[stage(name) for name in STAGES],
+        row(
+            "  speed", lambda a: "-" if isnan(a.pruned_steps.p50) else f"{base.all_steps.p50 / a.pruned_steps.p50:.2f}x"
+        ),
+        row("visual tokens", lambda a: f"{a.cost.kept}/{a.cost.visual}"),
+        row("MFLOPs a pruned step", lambda a: f"{a.cost.counted / 1e6:.0f}"),
+        row("  of unpruned", lambda a: _percent(a.cost.counted / base.cost.counted)),
+        row("  least possible", lambda a: _percent(floor_share(summary, a))),
+    ]
+
+
+def floor_share(summary: Summary, arm: ArmSummary) -> float:
+    """FLOPs of a pruned step over those of an unpruned one by formula, vision included: the least the rule costs."""
+    vision = summary.vision_flops
+    return (vision + arm.cost.floor.total) / (vision + summary.baseline.cost.floor.total)
+
+
+def footnotes(summary: Summary) -> list[str]:
+    """What a reader of the table must know."""
+    return [
+        "Every arm ran the same episodes from the same initial states. Success: Wilson interval. Difference to "
+        "unpruned: Newcombe's interval for paired proportions; won / lost: episodes that only this arm / only the "
+        "unpruned policy solved.",
+        "Milliseconds are medians (p50) of predict_action; simulation and drawing are outside of it. The stages are "
+        "medians over pruned steps (over all steps of the unpruned policy).",
+        "FLOPs are those of a whole step, vision included: counted while it ran; the least possible is by formula, "
+        f"without choosing (vision: {summary.vision_flops / 1e6:.0f} MFLOPs, which pruning cannot touch).",
+    ]
+
+
+def to_rich(summary: Summary) -> Table:
+    title = f"{summary.units} paired episodes an arm (drop, freeze: VLA-Pruner)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for arm in summary.arms:
+        table.add_column(arm.arm.short, justify="right", no_wrap=True, min_width=9)
+    for name, cells in rows(summary):
+        table.add_row(name, *cells, style="dim" if name.startswith("  ") else "bold")
+    return table
+
+
+def to_markdown(summary: Summary) -> str:
+    lines = ["| | " + " | ".join(heading(summary)) + " |", "|---|" + "---:|" * len(summary.arms)]
+    for name, cells in rows(summary):
+        label = f"&nbsp;&nbsp;{name.strip()}" if name.startswith("  ") else f"**{name}**"
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float) -> str:
+    return "-" if isnan(value) else f"{100 * value:.0f} %"
+
+
+def _points(value: float) -> str:
+    return f"{round(100 * value):+d}" if round(100 * value) else "0"
+
+
+def _difference_interval(arm: ArmSummary) -> str:
+    return f"{_points(arm.difference.low)} to {_points(arm.difference.high)}" if arm.difference else ""
+
+
+def _ms(value: float) -> str:
+    return "-" if isnan(value) else f"{value:.1f}"

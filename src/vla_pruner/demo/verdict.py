@@ -1,0 +1,110 @@
+"""What the numbers say, in plain sentences. Every sentence is computed; none is written in advance."""
+
+from __future__ import annotations
+
+from vla_pruner.demo.summary import ArmSummary, Summary
+
+_FEW = 100
+"""Below this many pairs a difference of several points cannot be told from noise."""
+
+
+def verdict(summary: Summary) -> list[str]:
+    """Sentences for the terminal and the report: what each arm did, then what limits all of them."""
+    base = summary.baseline
+    return [
+        f"Unpruned, the policy solved {base.success.successes} of {base.success.total} episodes "
+        f"at {base.all_steps.p50:.1f} ms a control step.",
+        *[f"{arm.arm.title}: {_success(arm)}. {_time(arm, summary)}" for arm in summary.arms if not arm.is_baseline],
+        *_noise(summary),
+        *_choice(summary),
+        _ceiling(summary),
+        *_warm_up(summary),
+    ]
+
+
+def _success(arm: ArmSummary) -> str:
+    difference = arm.difference
+    assert difference is not None
+    solved = f"solved {arm.success.successes} of {arm.success.total}, {_points(difference.value)} against unpruned"
+    interval = f"{100 * difference.low:+.0f} to {100 * difference.high:+.0f}"
+    if difference.within_noise:
+        return f"{solved} ({interval}: within noise)"
+    return f"{solved} ({interval}: a real {'gain' if difference.value > 0 else 'loss'})"
+
+
+def _time(arm: ArmSummary, summary: Summary) -> str:
+    base, pruned = summary.baseline.all_steps, arm.pruned_steps
+    if not pruned.steps:
+        return "It pruned no control step at all: its numbers are those of an unpruned policy."
+    change = base.p50 / pruned.p50
+    saved = [_saved(base.stages[stage] - pruned.stages[stage], stage) for stage in ("prefill", "decode")]
+    if change >= 1.02:
+        head = f"A pruned step is {change:.2f}x as fast, {pruned.p50:.1f} ms"
+    elif change > 0.98:
+        head = f"Its pruned steps are no faster, {pruned.p50:.1f} ms"
+    else:
+        head = f"It does not pay here: a pruned step is slower, {pruned.p50:.1f} ms"
+    flops = arm.cost.counted / summary.baseline.cost.counted
+    detail = f"{', '.join(saved)}, {pruned.stages['pruning']:.1f} ms spent on choosing"
+    return f"{head} ({detail}), for {100 * flops:.0f} % of the FLOPs."
+
+
+def _saved(milliseconds: float, stage: str) -> str:
+    return f"{abs(milliseconds):.1f} ms {'saved' if milliseconds >= 0 else 'lost'} in {stage}"
+
+
+def _points(value: float) -> str:
+    points = round(100 * value)
+    return f"{points:+d} point{'' if abs(points) == 1 else 's'}" if points else "no difference"
+
+
+def _noise(summary: Summary) -> list[str]:
+    if summary.units >= _FEW:
+        return []
+    return [f"{summary.units} episodes an arm cannot show small differences: 'within noise' does not mean 'equal'."]
+
+
+def _ceiling(summary: Summary) -> str:
+    latency = summary.baseline.all_steps
+    shares = {stage: value / latency.p50 for stage, value in latency.stages.items()}
+    rest = ", ".join(f"{stage} {100 * shares[stage]:.0f} %" for stage in ("vision", "decode", "other"))
+    return (
+        f"Pruning can touch little more than the prefill of layers {summary.layer} to {summary.layers - 1}: "
+        f"{100 * summary.touchable_share:.0f} % of an unpruned step here. "
+        f"So no rule at this layer, however good, could make a step more than {summary.ceiling:.2f}x as fast "
+        f"({rest} stay; shorter caches help decoding a little)."
+    )
+
+
+def _warm_up(summary: Summary) -> list[str]:
+    arms = [arm for arm in summary.arms if not arm.is_baseline and 0 < arm.pruned_share < 1]
+    if not arms:
+        return []
+    low, high = (100 * pick(arm.pruned_share for arm in arms) for pick in (min, max))
+    share = f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
+    steps = sum(arm.mean_steps for arm in arms) / len(arms)
+    return [
+        f"VLA-Pruner prunes nothing while its history fills at the start of an episode. These episodes have only "
+        f"{steps:.0f} control steps, so {share} of its steps were pruned: that dilutes both what pruning saves and "
+        "what it costs. Longer episodes gain and risk more."
+    ]
+
+
+def _choice(summary: Summary) -> list[str]:
+    """Whether choosing mattered: the same number of tokens, dropped at random in the same episodes."""
+    chosen, random, difference = summary.get("drop"), summary.get("random"), summary.chosen_against_random
+    if chosen is None or random is None or difference is None:
+        return []
+    interval = f"{100 * difference.value:+.0f} points, {100 * difference.low:+.0f} to {100 * difference.high:+.0f}"
+    if difference.within_noise:
+        head = f"These episodes do not show that choosing tokens beats dropping at random ({interval})"
+    elif difference.value > 0:
+        head = f"Choosing which tokens to keep beats dropping at random ({interval})"
+    else:
+        head = f"Dropping at random did better than choosing ({interval})"
+    if random.pruned_share > chosen.pruned_share + 0.005:
+        head += (
+            f"; the random arm has no warm-up, so it prunes {100 * random.pruned_share:.0f} % of its steps against "
+            f"{100 * chosen.pruned_share:.0f} %"
+        )
+    return [head + "."]

@@ -1,0 +1,122 @@
+"""A policy, an environment and arms that need no simulator and no trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vla_pruner.demo.arms import BASELINE, Arm
+from vla_pruner.methods import RandomKeep, VLAPruner
+from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
+
+TASKS = (("reach", "reach the ball"), ("push", "push the puck"))
+
+
+@dataclass(frozen=True)
+class FakeObservation:
+    image: np.ndarray
+    proprio: np.ndarray
+    instruction: str
+
+
+class FakeEnvironment:
+    """Solved at step `solved_at` on even seeds; over after 6 steps on odd ones. Counts what was asked of it."""
+
+    solved_at = 5
+    longest = 6
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self.closed = False
+        self.resets: list[int] = []
+        self.actions: list[np.ndarray] = []
+
+    def _observe(self) -> FakeObservation:
+        generator = np.random.default_rng([self.resets[-1], len(self.actions)])
+        image = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        return FakeObservation(image, generator.normal(size=4).astype(np.float32), dict(TASKS)[self.task])
+
+    def reset(self, seed: int) -> FakeObservation:
+        self.resets.append(seed)
+        self.actions = []
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> tuple[FakeObservation, bool, bool]:
+        self.actions.append(action)
+        success = self.resets[-1] % 2 == 0 and len(self.actions) >= self.solved_at
+        return self._observe(), success, success or len(self.actions) >= self.longest
+
+    def render(self, size: int) -> np.ndarray:
+        return np.full((size, size, 3), 128, np.uint8)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeEnvironments:
+    """Makes `FakeEnvironment`s and remembers them."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, FakeEnvironment] = {}
+
+    def __call__(self, task: str) -> FakeEnvironment:
+        assert task not in self.made, "an environment is made once a task"
+        self.made[task] = FakeEnvironment(task)
+        return self.made[task]
+
+
+@pytest.fixture(scope="session")
+def policy() -> ReferencePolicy:
+    """A tiny untrained policy: 16 visual tokens, 3 layers."""
+    torch.manual_seed(0)
+    words = tuple(sorted({word for _, instruction in TASKS for word in instruction.split()}))
+    config = ReferenceConfig(
+        image_size=32,
+        vision_width=16,
+        vision_layers=1,
+        vision_heads=2,
+        hidden_size=32,
+        num_layers=3,
+        num_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        words=words,
+        tasks=TASKS,
+    )
+    return ReferencePolicy(config).eval()
+
+
+@pytest.fixture
+def environments() -> FakeEnvironments:
+    return FakeEnvironments()
+
+
+@pytest.fixture
+def arms() -> tuple[Arm, ...]:
+    """Three arms; they prune from the second layer on."""
+    return (
+        Arm(BASELINE, "unpruned", "unpruned", None),
+        Arm("drop", "VLA-Pruner 0.25 drop", "drop", VLAPruner(keep=0.25, layer=1)),
+        Arm("random", "random 0.25 drop", "random", RandomKeep(keep=0.25, layer=1)),
+    )
+
+
+def module_state(module: torch.nn.Module) -> list[Any]:
+    """Everything that an attachment or a timer could leave behind."""
+    return [
+        (name, type(part), len(part._forward_hooks), len(part._forward_pre_hooks), sorted(vars(part)))
+        for name, part in module.named_modules()
+    ]
+
+
+@contextmanager
+def leaves_no_trace(module: torch.nn.Module) -> Iterator[None]:
+    before = module_state(module)
+    yield
+    assert module_state(module) == before

@@ -1,0 +1,143 @@
+"""FLOPs against the formulas, and what the table and the verdict make of made-up episodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.demo.conftest import FakeEnvironments
+from vla_pruner.cost import Flops
+from vla_pruner.demo.arms import Arm
+from vla_pruner.demo.episodes import Episode, Unit
+from vla_pruner.demo.probe import ArmCost, arm_cost, step_shape, timer_overhead, vision_flops
+from vla_pruner.demo.summary import Summary, summarize
+from vla_pruner.demo.table import floor_share, footnotes, heading, rows, to_markdown
+from vla_pruner.demo.verdict import verdict
+from vla_pruner.timing import StepTime
+
+
+def _episode(arm: str, seed: int, success: bool, milliseconds: float, pruned: bool, pruning: float = 1.0) -> Episode:
+    choosing = pruning if pruned else 0.0
+    time = StepTime(
+        milliseconds, vision=2.0, prefill=milliseconds - 4 - choosing, pruning=choosing, decode=1.5, other=0.5
+    )
+    slow = StepTime(20.0, vision=2.0, prefill=16.0, pruning=0.0, decode=1.5, other=0.5)
+    return Episode(
+        arm, Unit("reach", seed), success, [slow, time, time, time], [None] + ([4] * 3 if pruned else [None] * 3)
+    )
+
+
+def _summary(arms: tuple[Arm, ...], drop: list[bool], random: list[bool], drop_ms: float = 10.0) -> Summary:
+    units = [
+        {
+            "unpruned": _episode("unpruned", seed, True, 20.0, pruned=False),
+            "drop": _episode("drop", seed, drop[seed], drop_ms, pruned=True),
+            "random": _episode("random", seed, random[seed], 9.0, pruned=True, pruning=0.1),
+        }
+        for seed in range(len(drop))
+    ]
+    costs = {
+        "unpruned": ArmCost(1000.0, Flops(800.0, 100.0), 16, 16),
+        "drop": ArmCost(600.0, Flops(350.0, 50.0), 4, 16),
+        "random": ArmCost(500.0, Flops(350.0, 50.0), 4, 16),
+    }
+    return summarize(units, arms, costs, vision_flops=100.0, layers=4)
+
+
+def test_counted_flops_are_the_floor_plus_vision_where_nothing_is_pruned(
+    policy: Any, arms: tuple[Arm, ...], environments: FakeEnvironments
+) -> None:
+    observation = environments("reach").reset(0)
+    cost = arm_cost(policy, arms[0], observation)
+    vision = vision_flops(policy, observation)
+    assert (cost.kept, cost.visual) == (16, 16)
+    proprio = 2 * (44 * 64 + 64 * 32)  # its projector's two layers
+    assert cost.counted == pytest.approx(cost.floor.total + vision + proprio, rel=0.01)
+
+
+def test_pruned_steps_cost_less_and_never_less_than_the_floor(
+    policy: Any, arms: tuple[Arm, ...], environments: FakeEnvironments
+) -> None:
+    observation = environments("reach").reset(0)
+    vision = vision_flops(policy, observation)
+    unpruned, drop, random = (arm_cost(policy, arm, observation) for arm in arms)
+    assert drop.kept == random.kept == 4
+    assert drop.floor == random.floor
+    assert drop.floor.total < unpruned.floor.total
+    assert vision + drop.floor.total <= random.counted < drop.counted
+    assert random.counted < unpruned.counted
+
+
+def test_step_shape_and_timer_overhead(policy: Any, environments: FakeEnvironments) -> None:
+    shape = step_shape(policy)
+    assert (shape.visual, shape.other, shape.actions) == (16, 8, 4)
+    assert abs(timer_overhead(policy, environments("reach").reset(0), pairs=3)) < 1000
+
+
+def test_summary_separates_pruned_steps_from_all(arms: tuple[Arm, ...]) -> None:
+    summary = _summary(arms, [True] * 4, [False] * 4)
+    base, drop, _ = summary.arms
+    assert (base.all_steps.steps, base.pruned_steps.steps, base.pruned_share) == (16, 16, 0.0)
+    assert (drop.all_steps.steps, drop.pruned_steps.steps, drop.pruned_share) == (16, 12, 0.75)
+    assert (drop.all_steps.p99, drop.pruned_steps.p99) == (20.0, 10.0)
+    assert drop.difference is not None
+    assert drop.difference.value == 0
+    assert drop.by_task == {"reach": (4, 4)}
+    # Prefill is 16 of 20 ms, and layers 1 to 3 of 4 can be pruned.
+    assert summary.touchable_share == pytest.approx(16 / 20 * 3 / 4)
+    assert summary.ceiling == pytest.approx(2.5)
+    assert floor_share(summary, drop) == pytest.approx(0.5)
+
+
+def test_nothing_finished_cannot_be_summed_up(arms: tuple[Arm, ...]) -> None:
+    with pytest.raises(ValueError, match="nothing to sum up"):
+        summarize([], arms, {}, 0.0, 4)
+
+
+def test_table_has_one_cell_an_arm(arms: tuple[Arm, ...]) -> None:
+    summary = _summary(arms, [True] * 3 + [False], [False] * 4)
+    assert heading(summary) == ["unpruned", "VLA-Pruner 0.25 drop", "random 0.25 drop"]
+    table = dict(rows(summary))
+    assert all(len(cells) == 3 for cells in table.values())
+    assert table["episodes solved"] == ["4/4", "3/4", "0/4"]
+    assert table["difference, points"] == ["-", "-25", "-100"]
+    assert table["ms a pruned step"] == ["-", "10.0", "9.0"]
+    assert table["  speed"] == ["1.00x", "2.00x", "2.22x"]
+    assert table["  pruning"] == ["0.0", "1.0", "0.1"]
+    assert table["  of unpruned"] == ["100 %", "60 %", "50 %"]
+    assert table["  least possible"] == ["100 %", "50 %", "50 %"]
+    lines = to_markdown(summary).splitlines()
+    assert {line.count("|") for line in lines} == {5}
+    assert len(lines) == len(rows(summary)) + 2
+    assert footnotes(summary)
+
+
+def test_verdict_says_what_the_numbers_say(arms: tuple[Arm, ...]) -> None:
+    text = " ".join(verdict(_summary(arms, [True] * 40, [False] * 40)))
+    assert "solved 40 of 40, no difference against unpruned (-9 to +9: within noise)" in text
+    assert "solved 0 of 40, -100 points against unpruned" in text
+    assert "a real loss" in text
+    assert "A pruned step is 2.00x as fast, 10.0 ms (11.0 ms saved in prefill" in text
+    assert "1.0 ms spent on choosing), for 60 % of the FLOPs" in text
+    assert "Choosing which tokens to keep beats dropping at random" in text
+    assert "40 episodes an arm cannot show small differences" in text
+    assert "75 % of its steps were pruned" in text
+    assert "more than 2.50x as fast" in text
+
+
+def test_verdict_admits_when_pruning_does_not_pay(arms: tuple[Arm, ...]) -> None:
+    slower = " ".join(verdict(_summary(arms, [False] * 40, [True] * 40, drop_ms=25.0)))
+    assert "It does not pay here: a pruned step is slower, 25.0 ms" in slower
+    assert "Dropping at random did better than choosing" in slower
+    same = " ".join(verdict(_summary(arms, [True] * 40, [True] * 40, drop_ms=20.0)))
+    assert "Its pruned steps are no faster, 20.0 ms" in same
+    assert "do not show that choosing tokens beats dropping at random" in same
+
+
+def test_verdict_names_an_arm_that_never_pruned(arms: tuple[Arm, ...]) -> None:
+    units = [{key: _episode(key, 0, True, 20.0, pruned=False) for key in ("unpruned", "drop", "random")}]
+    costs = {key: ArmCost(1000.0, Flops(800.0, 100.0), 16, 16) for key in ("unpruned", "drop", "random")}
+    summary = summarize(units, arms, costs, vision_flops=100.0, layers=4)
+    assert "pruned no control step at all" in " ".join(verdict(summary))
+    assert dict(rows(summary))["ms a pruned step"] == ["-", "-", "-"]

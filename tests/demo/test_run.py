@@ -1,0 +1,148 @@
+"""The demo end to end on stand-ins: files, exit codes, Ctrl-C, and one clear line for each wrong input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.demo.conftest import FakeEnvironment, FakeEnvironments
+from vla_pruner.demo import Arm, DemoError, DemoSettings, run_demo
+from vla_pruner.demo.settings import DEFAULT_MINUTES, QUICK_MINUTES, choose_tasks
+from vla_pruner.models.reference import save_policy
+
+
+def _run(policy: Any, environments: Any, arms: tuple[Arm, ...], **settings: Any) -> tuple[int, str]:
+    console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w"), highlight=False)  # noqa: SIM115
+    try:
+        code = run_demo(DemoSettings(**settings), console, policy, environments, arms)
+    finally:
+        console.file.close()
+    return code, console.export_text()
+
+
+def test_it_writes_table_results_and_report(
+    policy: Any, environments: FakeEnvironments, arms: tuple[Arm, ...], tmp_path: Path
+) -> None:
+    code, text = _run(policy, environments, arms, episodes=2, out=tmp_path / "new", seed=0)
+    assert code == 0
+    assert "4 paired episodes an arm" in text
+    assert "episodes solved" in text
+    assert str(tmp_path / "new" / "report.html") in text.replace("\n", "")
+    assert environments.made["reach"].closed
+
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert results["interrupted"] is False
+    assert results["paired_episodes"] == 4
+    assert len(results["episodes"]) == 12
+    assert {episode["arm"] for episode in results["episodes"]} == {"unpruned", "drop", "random"}
+    assert all(len(episode["milliseconds"]) == episode["steps"] for episode in results["episodes"])
+    assert results["arms"][0]["success"]["successes"] == 2
+    assert "VLAPruner(layer=1" in results["arms"][1]["method"]
+    assert {"torch", "transformers", "mujoco"} <= set(results["conditions"]["versions"])
+    assert results["conditions"]["threads"] >= 1
+    assert (tmp_path / "new" / "table.md").read_text().count("\n") > 15
+
+
+def test_the_report_is_self_contained(
+    policy: Any, environments: FakeEnvironments, arms: tuple[Arm, ...], tmp_path: Path
+) -> None:
+    _run(policy, environments, arms, episodes=1, out=tmp_path, seed=0)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert "$" not in re.sub(r"\$\{|\$\d", "", page.split("<script")[0]), "every placeholder was filled in"
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    data = json.loads(found[1])
+    assert data["grid"] == 4
+    assert data["frame_size"] == 224
+    assert [unit["task"] for unit in data["units"]] == ["reach", "push"]
+    arm = data["units"][0]["arms"][1]
+    assert len(arm["frames"]) == len(arm["kept"]) + 1
+    assert [None if ids is None else len(ids) for ids in arm["kept"]] == [None, None, None, 4, 4]
+
+
+def test_ctrl_c_leaves_what_was_finished(policy: Any, arms: tuple[Arm, ...], tmp_path: Path) -> None:
+    class Interrupting(FakeEnvironment):
+        def step(self, action: Any) -> Any:
+            if len(self.resets) > len(arms) + 2:  # in the second unit; the first reset is the probe's
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    made: list[Interrupting] = []
+
+    def make(task: str) -> Interrupting:
+        made.append(Interrupting(task))
+        return made[-1]
+
+    code, text = _run(policy, make, arms, tasks=("reach",), episodes=9, out=tmp_path, seed=0)
+    assert code == 130
+    assert "Interrupted" in text
+    assert "1 paired episodes" in text
+    assert json.loads((tmp_path / "results.json").read_text())["interrupted"] is True
+    assert all(environment.closed for environment in made)
+
+
+def test_ctrl_c_before_anything_is_finished(policy: Any, arms: tuple[Arm, ...], tmp_path: Path) -> None:
+    class Interrupting(FakeEnvironment):
+        def step(self, action: Any) -> Any:
+            raise KeyboardInterrupt
+
+    code, text = _run(policy, Interrupting, arms, out=tmp_path)
+    assert code == 130
+    assert "nothing to show" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.0}, "--keep is 0; it is a fraction"),
+        ({"keep": 2.0}, "--keep is 2; it is a fraction"),
+        ({"keep": float("nan")}, "--keep is nan"),
+        ({"episodes": 0}, "at least 1 episode"),
+        ({"seed": -1}, "0 or more"),
+        ({"tasks": ()}, "names no task"),
+        ({"tasks": ("reach", "fly")}, "Unknown task fly; the policy knows these tasks: reach, push"),
+        ({"out": Path("/dev/null/x")}, "cannot be written to"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_runs(
+    policy: Any, arms: tuple[Arm, ...], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    def never(_: str) -> Any:
+        raise AssertionError("no environment may be made")
+
+    with pytest.raises(DemoError, match=message):
+        _run(policy, never, arms, **{"out": tmp_path, **settings})
+
+
+def test_tasks_are_chosen_once_and_in_the_order_asked() -> None:
+    assert choose_tasks(None, ("a", "b")) == ("a", "b")
+    assert choose_tasks(("b", "a", "b"), ("a", "b")) == ("b", "a")
+
+
+def test_only_defaults_are_cut_short() -> None:
+    assert DemoSettings().minutes == DEFAULT_MINUTES
+    assert DemoSettings(quick=True).minutes == QUICK_MINUTES
+    assert DemoSettings(episodes=50).minutes is None
+    assert DemoSettings(quick=True).episodes_a_task < DemoSettings().episodes_a_task
+
+
+def test_damaged_weights_are_one_clear_line(policy: Any, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    save_policy(policy, weights)
+    damaged = weights / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    settings = DemoSettings(weights=weights, out=tmp_path / "out")
+    with pytest.raises(DemoError, match=r"model.safetensors is damaged"):
+        run_demo(settings, Console(quiet=True))
+    shutil.rmtree(weights)
+    with pytest.raises(DemoError, match="is missing"):
+        run_demo(settings, Console(quiet=True))
