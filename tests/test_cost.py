@@ -80,8 +80,8 @@ def test_the_formula_agrees_with_what_torch_counts(attention: str) -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation=attention,
     )
+    config._attn_implementation = attention
     model = LlamaForCausalLM(config).eval()
     prompt = torch.randn(1, 21, 32)
 

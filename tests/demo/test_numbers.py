@@ -23,9 +23,8 @@ def _episode(arm: str, seed: int, success: bool, milliseconds: float, pruned: bo
         milliseconds, vision=2.0, prefill=milliseconds - 4 - choosing, pruning=choosing, decode=1.5, other=0.5
     )
     slow = StepTime(20.0, vision=2.0, prefill=16.0, pruning=0.0, decode=1.5, other=0.5)
-    return Episode(
-        arm, Unit("reach", seed), success, [slow, time, time, time], [None] + ([4] * 3 if pruned else [None] * 3)
-    )
+    kept: list[int | None] = [None, 4, 4, 4] if pruned else [None] * 4
+    return Episode(arm, Unit("reach", seed), success, [slow, time, time, time], kept)
 
 
 def _summary(arms: tuple[Arm, ...], drop: list[bool], random: list[bool], drop_ms: float = 10.0) -> Summary:

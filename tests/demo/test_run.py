@@ -85,7 +85,7 @@ def test_ctrl_c_leaves_what_was_finished(policy: Any, arms: tuple[Arm, ...], tmp
     code, text = _run(policy, make, arms, tasks=("reach",), episodes=9, out=tmp_path, seed=0)
     assert code == 130
     assert "Interrupted" in text
-    assert "1 paired episodes" in text
+    assert "1 paired episode an arm" in text
     assert json.loads((tmp_path / "results.json").read_text())["interrupted"] is True
     assert all(environment.closed for environment in made)
 

@@ -17,7 +17,7 @@ from vla_pruner.demo.episodes import Environment, Runner, Unit, plan
 from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
 from vla_pruner.demo.settings import DemoError, DemoSettings, choose_tasks
 from vla_pruner.demo.summary import Summary, summarize
-from vla_pruner.demo.table import footnotes, to_markdown, to_rich
+from vla_pruner.demo.table import counted, footnotes, to_markdown, to_rich
 from vla_pruner.demo.verdict import verdict
 
 FRAME_SIZE = 224
@@ -64,7 +64,8 @@ def run_demo(
     interrupted = False
     units = plan(tasks, settings.episodes_a_task, settings.seed)
     try:
-        console.print(f"{len(tasks)} tasks ({', '.join(tasks)}), {len(arms)} arms, {facts['threads']} threads.")
+        threads = counted(facts["threads"], "thread")
+        console.print(f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
         observation = runner.environment(tasks[0]).reset(settings.seed)
         costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
         vision = vision_flops(policy, observation)

@@ -73,11 +73,11 @@ def footnotes(summary: Summary) -> list[str]:
 
 
 def to_rich(summary: Summary) -> Table:
-    title = f"{summary.units} paired episodes an arm (drop, freeze: VLA-Pruner)"
+    title = f"{counted(summary.units, 'paired episode')} an arm (drop, freeze: VLA-Pruner)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for arm in summary.arms:
-        table.add_column(arm.arm.short, justify="right", no_wrap=True, min_width=9)
+        table.add_column(arm.arm.short, justify="right", no_wrap=True, min_width=10)
     for name, cells in rows(summary):
         table.add_row(name, *cells, style="dim" if name.startswith("  ") else "bold")
     return table
@@ -89,6 +89,11 @@ def to_markdown(summary: Summary) -> str:
         label = f"&nbsp;&nbsp;{name.strip()}" if name.startswith("  ") else f"**{name}**"
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 episode", "2 episodes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _percent(value: float) -> str:

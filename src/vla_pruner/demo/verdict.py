@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vla_pruner.demo.summary import ArmSummary, Summary
+from vla_pruner.demo.table import counted
 
 _FEW = 100
 """Below this many pairs a difference of several points cannot be told from noise."""
@@ -61,7 +62,8 @@ def _points(value: float) -> str:
 def _noise(summary: Summary) -> list[str]:
     if summary.units >= _FEW:
         return []
-    return [f"{summary.units} episodes an arm cannot show small differences: 'within noise' does not mean 'equal'."]
+    episodes = counted(summary.units, "episode")
+    return [f"{episodes} an arm cannot show small differences: 'within noise' does not mean 'equal'."]
 
 
 def _ceiling(summary: Summary) -> str:

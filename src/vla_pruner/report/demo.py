@@ -18,7 +18,7 @@ import numpy as np
 from vla_pruner.demo.arms import BASELINE
 from vla_pruner.demo.episodes import Episode
 from vla_pruner.demo.summary import Summary
-from vla_pruner.demo.table import footnotes, heading, rows
+from vla_pruner.demo.table import counted, footnotes, heading, rows
 from vla_pruner.timing import STAGES
 
 MOST_FILMS = 4
@@ -53,8 +53,8 @@ def write_report(
 def _subtitle(summary: Summary, conditions: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
     versions = conditions.get("versions", {})
     parts = [
-        f"{summary.units} paired episodes an arm, {len(summary.baseline.by_task)} tasks",
-        f"{conditions.get('processor')}, {conditions.get('threads')} threads",
+        f"{counted(summary.units, 'paired episode')} an arm, {counted(len(summary.baseline.by_task), 'task')}",
+        f"{conditions.get('processor')}, {counted(conditions.get('threads', 0), 'thread')}",
         f"torch {versions.get('torch')}, transformers {versions.get('transformers')}",
     ]
     if notes.get("interrupted"):
