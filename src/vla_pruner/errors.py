@@ -1,4 +1,6 @@
-"""The errors that this package raises on purpose. Each message says what was found, what is supported and what to do."""
+"""The errors that this package raises on purpose. Each message says what was found, what is supported and what to
+do.
+"""
 
 
 class VLAPrunerError(Exception):
@@ -14,4 +16,6 @@ class BudgetError(VLAPrunerError, ValueError):
 
 
 class SessionError(VLAPrunerError, RuntimeError):
-    """A session is used in a way that would give wrong results: attached twice, detached, or with another batch size."""
+    """A session is used in a way that would give wrong results: attached twice, detached, or with another batch
+    size.
+    """

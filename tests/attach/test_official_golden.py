@@ -1,4 +1,6 @@
-"""`preset="official"` against vectors made by running the authors' code: scores, kept sets, pick order, tokens, logits."""
+"""`preset="official"` against vectors made by running the authors' code: scores, kept sets, pick order, tokens,
+logits.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def vectors(golden):
 def llama(golden, vectors):
     options = json.loads(str(vectors["meta"]))["text_config"]
     theta = options.pop("rope_theta")
-    config = LlamaConfig(**options, rope_parameters={"rope_type": "default", "rope_theta": theta}, tie_word_embeddings=False)
+    config = LlamaConfig(
+        **options, rope_parameters={"rope_type": "default", "rope_theta": theta}, tie_word_embeddings=False
+    )
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
     model.load_state_dict(load_file(golden / "official_vla_pruner" / "tiny_llama.safetensors"))
     return model

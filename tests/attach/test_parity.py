@@ -1,4 +1,6 @@
-"""keep = 1.0 changes nothing, and keep < 1 agrees with the same model at full length with the tokens masked or frozen."""
+"""keep = 1.0 changes nothing, and keep < 1 agrees with the same model at full length with the tokens masked or
+frozen.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.attach.tiny import K, LENGTH, TOKENS, TYPES, VISUAL, decode, make_cache, prompt, reference_hidden, tiny_lm
+from tests.attach.tiny import LENGTH, TOKENS, TYPES, VISUAL, K, decode, make_cache, prompt, reference_hidden, tiny_lm
 
 KEPT = (0, 3, 4, 9, 15, 22)
 STEPS = 4
@@ -36,7 +38,9 @@ def run(model, padding, cache, seed=1):
 
 
 @pytest.mark.parametrize(("kind", "backend", "cache", "padding"), CASES)
-@pytest.mark.parametrize("method", [vp.VLAPruner(keep=1.0), vp.RandomKeep(keep=1.0), vp.Unpruned()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [vp.VLAPruner(keep=1.0), vp.RandomKeep(keep=1.0), vp.Unpruned()], ids=lambda m: type(m).__name__
+)
 def test_keep_all_is_bit_identical(kind, backend, cache, padding, method):
     model = tiny_lm(kind, backend)
     tokens, logits, *_ = run(model, padding, cache)
@@ -52,7 +56,7 @@ def test_keep_all_is_bit_identical(kind, backend, cache, padding, method):
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_pruned_agrees_with_full_length_reference(kind, backend, cache, padding, pruned):
     model = tiny_lm(kind, backend)
-    unpruned_tokens, unpruned, *_ = run(model, padding, cache)
+    _, unpruned, *_ = run(model, padding, cache)
     with vp.KeepFixed(KEPT, layer=K, pruned=pruned).attach(model, **options(padding)):
         tokens, logits, embeds, mask = run(model, padding, cache)
     assert (logits - unpruned).abs().max() > 1e-2, "pruning must show, or this test could not fail"

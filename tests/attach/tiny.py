@@ -1,4 +1,6 @@
-"""Tiny random decoders, and the reference that pruning must agree with: the model's own layers at full length, without hooks."""
+"""Tiny random decoders, and the reference that pruning must agree with: the model's own layers at full length,
+without hooks.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def tiny_lm(kind: str = "llama", backend: str = "sdpa", seed: int = 0, **overrid
 
 
 def prompt(rows: int = 2, padding: str | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, N, D) and a mask (B, N); with `padding` "right" or "left", row b lacks b + 1 tokens on that side."""
+    """Embeddings (B, N, D) and a mask (B, N); with `padding` "right" or "left", row b lacks b + 1 tokens on that
+    side.
+    """
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.randn(rows, LENGTH, 32, generator=generator)
     mask = torch.ones(rows, LENGTH, dtype=torch.int64)
@@ -67,14 +71,16 @@ def positions_of(mask: Tensor) -> Tensor:
 
 
 def decode(model: Any, embeds: Tensor, mask: Tensor | None, cache: Any, steps: int) -> tuple[Tensor, Tensor]:
-    """One control step by hand: a prefill and `steps` greedy tokens after the first. Returns tokens (B, 1 + steps) and logits."""
+    """One control step by hand: a prefill and `steps` greedy tokens after the first. Returns tokens (B, 1 + steps)
+    and logits.
+    """
     rows, length, _ = embeds.shape
     with torch.no_grad():
         ids = None if mask is None else positions_of(mask)
         out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
         last = torch.full((rows,), length - 1) if mask is None else (mask * torch.arange(length)).argmax(-1)
         logits = [out.logits[torch.arange(rows), last]]
-        for step in range(steps):
+        for _ in range(steps):
             token = logits[-1].argmax(-1, keepdim=True)
             if mask is not None:
                 mask = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype)], dim=1)
@@ -85,9 +91,7 @@ def decode(model: Any, embeds: Tensor, mask: Tensor | None, cache: Any, steps: i
     return stacked.argmax(-1), stacked
 
 
-def reference_hidden(
-    decoder: Any, embeds: Tensor, mask: Tensor, gone: Tensor, layer: int, frozen: bool
-) -> Tensor:
+def reference_hidden(decoder: Any, embeds: Tensor, mask: Tensor, gone: Tensor, layer: int, frozen: bool) -> Tensor:
     """Final hidden states (B, N, D) of the unmodified layers, run one after the other at full length.
 
     Args:

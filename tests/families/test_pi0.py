@@ -1,4 +1,6 @@
-"""pi0 of transformers: golden actions, unpruned and for a given kept set, and a freeze reference made without this project's hooks."""
+"""pi0 of transformers: golden actions, unpruned and for a given kept set, and a freeze reference made without this
+project's hooks.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from transformers import PI0ForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import PI0Config, PI0ForConditionalGeneration
 
 import vla_pruner as vp
 
@@ -25,8 +28,7 @@ def folder(request):
 
 @pytest.fixture(params=["sdpa", "eager"])
 def pi0(request, folder):
-    model = PI0ForConditionalGeneration.from_pretrained(folder, attn_implementation=request.param).eval()
-    return model
+    return load_pi0(folder, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,30 @@ def inputs(folder):
 @pytest.fixture(scope="module")
 def pruned(folder):
     return np.load(folder / "pruned.npz")
+
+
+def load_pi0(folder, backend):
+    """The checkpoint with its names mapped here: the renaming of older transformers misses the vision tower."""
+    config = PI0Config.from_pretrained(folder)
+    model = PI0ForConditionalGeneration._from_config(config, attn_implementation=backend).eval()
+    nested = hasattr(model.model.vlm.vision_tower, "vision_model")
+    renames = {
+        "paligemma_with_expert.paligemma.model.language_model.model.": "model.vlm.language_model.",
+        "paligemma_with_expert.paligemma.model.vision_tower.": f"model.vlm.vision_tower.{'vision_model.' * nested}",
+        "paligemma_with_expert.paligemma.model.": "model.vlm.",
+        "paligemma_with_expert.gemma_expert.model.": "model.dit.",
+        "action_out_proj.": "action_out_proj.",
+        "": "embed_action_time.",
+    }
+    state = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if not name.endswith("lm_head.weight"):
+            old = next(prefix for prefix in renames if name.startswith(prefix))
+            state[renames[old] + name.removeprefix(old)] = value
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all("dit.embed_tokens" in name for name in missing), missing
+    return model
 
 
 def sample(model, inputs, padded=False, rows=slice(None)):

@@ -1,1 +1,3 @@
-"""How tokens leave any decoder: hooks, the session around them, and what it measures. Nothing here knows a method or a model."""
+"""How tokens leave any decoder: hooks, the session around them, and what it measures. Nothing here knows a method or
+a model.
+"""

@@ -46,11 +46,12 @@ class Family:
 
     Attributes:
         decoder: the transformers decoder (`.layers`, `.config`) whose sequence is shortened.
-        readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching expert).
+        readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching
+            expert).
     """
 
-    decoder: nn.Module
-    readers: tuple[nn.Module, ...] = ()
+    decoder: Any
+    readers: tuple[Any, ...] = ()
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -71,7 +72,9 @@ class Family:
         raise NotImplementedError
 
     def action_rows(self, layout: Layout) -> Tensor | None:
-        """(B, R) prompt positions of the decoder's prefill whose attention is action attention; None if there are none."""
+        """(B, R) prompt positions of the decoder's prefill whose attention is action attention; None if there are
+        none.
+        """
         return layout.last()
 
     def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
@@ -81,7 +84,8 @@ class Family:
     def keys_values(
         self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The rotated keys and the values (B, G, F, d) that a layer of the decoder would cache for hidden states (B, F, D).
+        """The rotated keys and the values (B, G, F, d) that a layer of the decoder would cache for hidden states (B,
+        F, D).
 
         Args:
             layer: a layer of `decoder`.

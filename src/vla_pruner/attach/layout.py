@@ -12,7 +12,8 @@ from vla_pruner.errors import SessionError
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the prompt of one control step has its visual tokens, computed by the family from what the model was called with.
+    """Where the prompt of one control step has its visual tokens, computed by the family from what the model was
+    called with.
 
     Attributes:
         visual: (B, M) int64, positions of the visual tokens in the sequence, by visual token id.
@@ -57,8 +58,8 @@ class Layout:
 class Shortening:
     """What one pruned control step does to the sequence at the layers from the pruning layer on.
 
-    The key-value cache of such a layer holds `prefix` in this order, then whatever is decoded: for "drop" the kept positions, for
-    "freeze" the frozen ones and then the kept ones.
+    The key-value cache of such a layer holds `prefix` in this order, then whatever is decoded: for "drop" the kept
+    positions, for "freeze" the frozen ones and then the kept ones.
 
     Attributes:
         kept: (B, n) int64, sorted positions that stay live: every non-visual one and the kept visual ones.
@@ -73,7 +74,7 @@ class Shortening:
         # A stable sort on "is not live" lists the live positions in their order, then the others in theirs.
         order = torch.sort((~live).to(torch.int8), dim=1, stable=True).indices
         count = layout.length - layout.tokens + kept_ids.shape[1]
-        self.kept = order[:, :count]
+        self.kept = order[:, :count].contiguous()
         self.frozen = order[:, count:] if freeze else None
         self.prefix = self.kept if self.frozen is None else torch.cat([self.frozen, self.kept], dim=1)
 
@@ -99,7 +100,8 @@ class Shortening:
         """The prefill's mask for the shortened layers.
 
         Args:
-            mask: (B or 1, H or 1, N, W) bool or additive float made for the full sequence, or None (the kernel's own causal rule).
+            mask: (B or 1, H or 1, N, W) bool or additive float made for the full sequence, or None (the kernel's own
+                causal rule).
             causal: whether None means causal.
             buffer: width of a static cache's key buffer, or None.
 
@@ -131,7 +133,9 @@ class Shortening:
 
 
 def ensure(condition: Tensor, message: str) -> None:
-    """Raise SessionError with `message` unless `condition` (a bool scalar) holds; on an accelerator, without waiting for it."""
+    """Raise SessionError with `message` unless `condition` (a bool scalar) holds; on an accelerator, without waiting
+    for it.
+    """
     if condition.device.type != "cpu":
         torch._assert_async(condition, message)
     elif not condition:

@@ -1,7 +1,7 @@
 """Reads chosen rows of attention beside the model's own kernel, at chosen layers only.
 
-The wanted attention modules get their own shallow copy of the config, whose attention implementation is `NAME`. The rest of the model
-keeps its config, so masks are made as before and no other layer runs through this file.
+The wanted attention modules get their own shallow copy of the config, whose attention implementation is `NAME`. The
+rest of the model keeps its config, so masks are made as before and no other layer runs through this file.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Recorder:
             _users += 1
             ALL_ATTENTION_FUNCTIONS[NAME] = _record
         config: Any = module.config
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
         tapped = copy.copy(config)
         # The property's setter would also reach into configs that the copy shares with the original.

@@ -26,11 +26,13 @@ _attached: WeakSet[nn.Module] = WeakSet()
 
 
 class Session:
-    """Made by `method.attach(model)`. A context manager; `detach()` leaves the model as it was, also after an exception.
+    """Made by `method.attach(model)`. A context manager; `detach()` leaves the model as it was, also after an
+    exception.
 
     Attributes:
         method: the method that chooses the tokens.
-        clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering; for timing.
+        clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering;
+            for timing.
     """
 
     def __init__(self, method: Method, model: nn.Module, family: Family) -> None:
@@ -65,7 +67,9 @@ class Session:
         self.detach()
 
     def detach(self) -> None:
-        """Leave the model as it was before. What the last control step left can still be read. Detaching twice does nothing."""
+        """Leave the model as it was before. What the last control step left can still be read. Detaching twice does
+        nothing.
+        """
         if self._decoder in _attached:
             _attached.discard(self._decoder)
             self._remove()
@@ -94,7 +98,9 @@ class Session:
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """Scores (B, M) float32 of the last control step that the method reads: "semantic" and "action" (0 where dropped)."""
+        """Scores (B, M) float32 of the last control step that the method reads: "semantic" and "action" (0 where
+        dropped).
+        """
         if self._step is None:
             return {}
         found = {"semantic": self._step.semantic, "action": self._step.action}
@@ -104,11 +110,15 @@ class Session:
     def memory(self) -> Memory | None:
         """Everything carried from step to step, the last control step included; None before the first one.
 
-        A value: save it, hand it to another session, or put it back later (one per robot). Setting it replaces all history.
+        A value: save it, hand it to another session, or put it back later (one per robot). Setting it replaces all
+            history.
         """
         step = self._step
         if step is None or step.closed:
             return self._memory
+        if step.action is None and "action" in self.method.needs:
+            # The call failed before anything acted: no control step came of it.
+            return step.memory
         return step.memory.push(step.action, step.seen)
 
     @memory.setter
@@ -126,20 +136,22 @@ class Session:
         """The clock's context for work that pruning adds."""
         return nullcontext() if self.clock is None else self.clock("pruning")
 
-    def open_call(self, call: Call) -> bool:
-        """A call of the decoder begins; returns whether it is a prefill, which closes the last control step and opens one.
+    def open_call(self, call: Call, prefill: bool) -> None:
+        """A call of the decoder begins. A prefill closes the last control step and opens the next.
 
         Raises:
-            SessionError: the batch or the number of visual tokens is not the memory's, or no step is open for a decode call.
+            SessionError: the batch or the number of visual tokens is not the memory's, or no step is open for a decode
+                call.
         """
-        self._in_prefill = self._family.opens_step(call)
-        if not self._in_prefill:
+        self._in_prefill = prefill
+        if not prefill:
             if self._step is None:
                 raise SessionError(
-                    f"The decoder was called with {call.length} positions, too few to hold the visual tokens, before any "
+                    f"The decoder was called with {call.length} positions, too few to hold the visual tokens, "
+                    "before any "
                     "prefill. While a session is attached, each control step begins with the prompt in one call."
                 )
-            return False
+            return
         layout = self._family.layout(call)
         memory = self.memory
         if memory is None:
@@ -151,7 +163,6 @@ class Session:
             )
         self._memory = memory = memory.to(call.device)
         self._step = Step(layout=layout, memory=memory)
-        return True
 
     def choose(self, hidden: Tensor) -> Shortening | None:
         """Decide, at the pruning layer, what becomes of the sequence; `hidden` is (B, N, D). None: nothing changes."""
@@ -176,15 +187,15 @@ class Session:
             self._step.embeddings = visual_rows(hidden, self._step.layout)
 
     def _watch(self) -> None:
-        layers: Any = self._decoder.layers
+        layers = self._decoder.layers
         needs = self.method.needs
         if "semantic" in needs:
             self._recorder.watch(layers[self.method.layer - 1].self_attn, self._record_semantic)
         if "action" in needs:
             for actor in self._family.readers or (self._decoder,):
                 record = self._record_reader if self._family.readers else self._record_decoder
-                for index in self.method.action_layers(len(actor.layers)):  # pyright: ignore[reportArgumentType]
-                    attention = actor.layers[index].self_attn  # pyright: ignore[reportIndexIssue]
+                for index in self.method.action_layers(len(actor.layers)):
+                    attention = actor.layers[index].self_attn
                     self._recorder.watch(attention, partial(record, index >= self.method.layer))
 
     @torch.no_grad()
@@ -216,10 +227,11 @@ class Session:
             step.add_action(attention, rows, shortened)
 
     def _check_depth(self) -> None:
-        layers = len(self._decoder.layers)  # pyright: ignore[reportArgumentType]
+        layers = len(self._decoder.layers)
         if self.method.layer >= layers:
             raise BudgetError(
-                f"layer={self.method.layer} was given, but the decoder has {layers} layers; give a layer from 1 to {layers - 1}."
+                f"layer={self.method.layer} was given, but the decoder has {layers} layers; give a layer from 1 "
+                f"to {layers - 1}."
             )
 
     def _remove(self) -> None:

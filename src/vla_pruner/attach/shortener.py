@@ -1,4 +1,6 @@
-"""Hooks that make the layers from the pruning layer on short, in the prefill, in decode steps and in experts that read the cache."""
+"""Hooks that make the layers from the pruning layer on short, in the prefill, in decode steps and in experts that
+read the cache.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ class Shortener:
         first = max((types.index(kind) for kind in set(types)), default=0)
         if self._layer <= first:
             raise UnsupportedModelError(
-                f"layer={self._layer} was given, but this model's first {types[first]!r} layer is layer {first}, and masks are "
+                f"layer={self._layer} was given, but this model's first {types[first]!r} layer is layer "
+                f"{first}, and masks are "
                 f"sized from it; give layer={first + 1} or more."
             )
 
@@ -79,27 +82,29 @@ class Shortener:
         inputs = given.get("input_ids") if inputs is None else inputs
         assert inputs is not None
         call = Call(inputs.shape[1], given.get("attention_mask"), inputs.shape[0], inputs.device)
-        with self._session.timed():
-            self._prefill = self._session.open_call(call)
+        self._prefill = self._family.opens_step(call)
         if self._prefill:
             self._check_cache(given.get("past_key_values"), call.length)
+        with self._session.timed():
+            self._session.open_call(call, self._prefill)
 
     def _check_cache(self, cache: Any, length: int) -> None:
         window = getattr(self._family.decoder.config, "sliding_window", None)
         if window is not None and length >= window:
             raise UnsupportedModelError(
-                f"The prompt has {length} positions, but this model's sliding window is {window}; a window that cuts the prompt "
-                "is not supported."
+                f"The prompt has {length} positions, but this model's sliding window is {window}; a window that cuts "
+                "the prompt is not supported."
             )
         if cache is None:
             return
         filled = cache.get_seq_length()
-        if not isinstance(filled, Tensor) or filled.device.type == "cpu":
-            if int(filled) > 0:
-                raise SessionError(
-                    f"The prefill was given a cache that holds {int(filled)} positions already; each control step needs an empty "
-                    "one (a new cache, or reset() the static one)."
-                )
+        # Reading a length that lies on an accelerator would make the host wait for it.
+        on_host = not isinstance(filled, Tensor) or filled.device.type == "cpu"
+        if on_host and int(filled) > 0:
+            raise SessionError(
+                f"The prefill was given a cache that holds {int(filled)} positions already; each control step needs an "
+                "empty one (a new cache, or reset() the static one)."
+            )
 
     def _enter_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._prefill:
@@ -158,7 +163,7 @@ class Shortener:
         if step is None or step.shortening is None:
             return None
         shortening = step.shortening
-        if module not in self._family.decoder.layers:  # pyright: ignore[reportOperatorIssue]
+        if module not in self._family.decoder.layers:
             _truncate(kwargs, index, shortening.prefix.shape[1])
         mask = kwargs.get("attention_mask")
         if mask is None:
@@ -172,21 +177,26 @@ class Shortener:
         step = self._session.step
         if not self._prefill or step is None or step.shortening is None:
             return None
-        # Callers index the output by position, so it keeps its full length; nobody reads the rows of tokens that are gone.
+        # Callers index the output by position, so it keeps its full length; nobody reads the rows of tokens that are
+        # gone.
         if isinstance(output, tuple):
             return (step.shortening.restore(output[0]), *output[1:])
         output["last_hidden_state"] = step.shortening.restore(output["last_hidden_state"])
         return output
 
     def _once(self, purpose: str, source: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once per call of the decoder for each source object; layers share most of their inputs."""
+        """What `make` returns, made once per call of the decoder for each source object; layers share most of their
+        inputs.
+        """
         key = (purpose, id(source))
         if key not in self._memo:
             self._memo[key] = (source, make())
         return self._memo[key][1]
 
     def _cache(self, kwargs: dict[str, Any]) -> Any:
-        """The call's cache, or one that lives for this call alone: frozen tokens offer their keys and values through it."""
+        """The call's cache, or one that lives for this call alone: frozen tokens offer their keys and values through
+        it.
+        """
         cache = kwargs.get("past_key_values")
         if cache is not None:
             return cache
@@ -224,8 +234,8 @@ def _buffer(kwargs: dict[str, Any], index: int) -> int | None:
 def _truncate(kwargs: dict[str, Any], index: int, length: int) -> None:
     """Cut a growing cache layer back to the prompt.
 
-    An expert's columns of the denoising step before are removed by its model, but up to transformers 5.22 to the length of
-    the full layers, which leaves them in the shorter ones.
+    An expert's columns of the denoising step before are removed by its model, but up to transformers 5.22 to the
+    length of the full layers, which leaves them in the shorter ones.
     """
     layer = _cache_layer(kwargs, index)
     if layer is None or hasattr(layer, "max_cache_len") or layer.keys is None or layer.keys.shape[-2] <= length:

@@ -24,7 +24,8 @@ class Step:
         shortening: what that does to the sequence; None if the step is not pruned.
         embeddings: (B, M, D) visual tokens as they enter the first layer, if the method asks for them.
         semantic: (B, M) float32 semantic score, if the method asks for it.
-        frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the pruning layer; None without any.
+        frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the pruning layer; None without
+            any.
         closed: its scores are in the memory already, or were discarded with it.
     """
 
@@ -46,13 +47,17 @@ class Step:
 
     @property
     def seen(self) -> Tensor | None:
-        """(B, M) bool, False for tokens that the action rows could not see because they were dropped; None: all were seen."""
+        """(B, M) bool, False for tokens that the action rows could not see because they were dropped; None: all were
+        seen.
+        """
         if self.kept is None or self.shortening is None or self.shortening.frozen is not None:
             return None
         return torch.zeros_like(self.layout.valid).scatter(1, self.kept, True)
 
     def add_semantic(self, attention: Attention, weights: Tensor) -> None:
-        """Read the semantic score from the full-length prefill of the layer before pruning; `weights` (B, N) are its queries."""
+        """Read the semantic score from the full-length prefill of the layer before pruning; `weights` (B, N) are its
+        queries.
+        """
         probabilities = _rows_of(attention, None)
         self.semantic = mean_over_rows(probabilities, weights)[:, : self.layout.length].gather(1, self.layout.visual)
 

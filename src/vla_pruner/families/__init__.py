@@ -5,6 +5,7 @@ A family is found by looking at the model; no library is imported for a family t
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -29,17 +30,18 @@ def family_of(model: nn.Module, **options: Any) -> Family:
         BudgetError: the options are not those of the family.
     """
     for module, name in FAMILIES.items():
-        family: type[Family] = getattr(import_module(module), name)
+        family: Any = getattr(import_module(module), name)
         if family.matches(model):
-            try:
-                return family(model, **options)
-            except TypeError as error:
-                if options and "unexpected keyword" in str(error):
-                    raise BudgetError(
-                        f"attach was given {', '.join(options)}, which the family {name} of {type(model).__name__} does not take."
-                    ) from error
-                raise
+            known = list(inspect.signature(family.__init__).parameters)[2:]
+            unknown = [option for option in options if option not in known]
+            if unknown:
+                raise BudgetError(
+                    f"attach was given {', '.join(unknown)}; for {type(model).__name__} it takes "
+                    f"{', '.join(known) or 'no options'}."
+                )
+            return family(model, **options)
     raise UnsupportedModelError(
-        f"{type(model).__module__}.{type(model).__name__} was given; supported are transformers' decoder-only language models, "
-        "PI0ForConditionalGeneration and vla_pruner.reference_policy(). See CONTRIBUTING.md on how a family is added."
+        f"{type(model).__module__}.{type(model).__name__} was given; supported are transformers' decoder-only "
+        "language models, PI0ForConditionalGeneration and vla_pruner.reference_policy(). See CONTRIBUTING.md on how a "
+        "family is added."
     )

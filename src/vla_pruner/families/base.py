@@ -48,12 +48,12 @@ def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:
             f"transformers {transformers.__version__} is installed; 5.4 up to the newest 5.x is supported. "
             "Run: pip install 'transformers>=5.4,<6'"
         )
-    config = getattr(decoder, "config", None)
+    config: Any = getattr(decoder, "config", None)
     name = getattr(config, "model_type", None)
     if not hasattr(decoder, "layers") or name not in DECODER_TYPES:
         raise UnsupportedModelError(
-            f"{type(owner).__name__} has a decoder of type {name!r}; supported are {', '.join(DECODER_TYPES)} of transformers. "
-            "See docs/architecture.md on how a family is added."
+            f"{type(owner).__name__} has a decoder of type {name!r}; supported are {', '.join(DECODER_TYPES)} of "
+            "transformers. See CONTRIBUTING.md on how a family is added."
         )
     backend = config._attn_implementation
     if backend not in BACKENDS:

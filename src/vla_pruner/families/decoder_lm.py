@@ -1,7 +1,8 @@
 """Any decoder-only language model of transformers, driven with `inputs_embeds`.
 
-A control step is one prefill and the tokens decoded after it. Action attention is that of the rows that emit the tokens: the last prompt
-position, then every decoded one. Layers from the pruning layer on are short in the prefill and in every decode step.
+A control step is one prefill and the tokens decoded after it. Action attention is that of the rows that emit the
+tokens: the last prompt position, then every decoded one. Layers from the pruning layer on are short in the prefill and
+in every decode step.
 """
 
 from __future__ import annotations
@@ -88,9 +89,13 @@ def _check_visual(visual: Any, model: nn.Module) -> dict[str, slice]:
     cameras = dict(visual) if isinstance(visual, Mapping) else {"image": visual}
     for span in cameras.values():
         if not isinstance(span, slice) or span.step not in (None, 1):
-            raise BudgetError(f"visual={visual!r} was given; it is a slice without a step, or a mapping of names to slices.")
+            raise BudgetError(
+                f"visual={visual!r} was given; it is a slice without a step, or a mapping of names to slices."
+            )
         if span.start is None or span.stop is None or not 0 <= span.start < span.stop:
-            raise BudgetError(f"visual={visual!r} was given; a slice needs a start and a larger stop, both from position 0.")
+            raise BudgetError(
+                f"visual={visual!r} was given; a slice needs a start and a larger stop, both from position 0."
+            )
     if not cameras:
         raise BudgetError("visual={} was given; name at least one camera.")
     return cameras

@@ -1,7 +1,8 @@
-"""pi0 as transformers ships it (`PI0ForConditionalGeneration`): a PaliGemma prefix and a flow-matching expert that reads its cache.
+"""pi0 as transformers ships it (`PI0ForConditionalGeneration`): a PaliGemma prefix and a flow-matching expert that
+reads its cache.
 
-The prefix [visual tokens][text] runs once per action chunk, the expert once per denoising step over the prefix' keys and values, layer by
-layer. Action attention is that of the expert's action rows, averaged over the denoising steps.
+The prefix [visual tokens][text] runs once per action chunk, the expert once per denoising step over the prefix' keys
+and values, layer by layer. Action attention is that of the expert's action rows, averaged over the denoising steps.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class PI0(TransformersFamily):
 
     def layout(self, call: Call) -> Layout:
         if self._is_image is None:
-            raise SessionError("The prefix was called without images; call sample_actions(...) with pixel_values and input_ids.")
+            raise SessionError(
+                "The prefix was called without images; call sample_actions(...) with pixel_values and input_ids."
+            )
         is_image, prompt = self._is_image.expand(call.rows, -1), call.prompt()
         tokens = min(self._cameras * self._tokens_per_image, call.length)
-        # A row with an absent camera has fewer image tokens and more padding: padding stands in for the missing ones, so
-        # that every row drops equally many positions and none of them is text.
+        # A row with an absent camera has fewer image tokens and more padding: padding stands in for the missing ones,
+        # so that every row drops equally many positions and none of them is text.
         rank = torch.where(is_image & prompt, 0, torch.where(prompt, 2, 1))
         visual = torch.sort(rank, dim=1, stable=True).indices[:, :tokens].sort(dim=1).values
         rank = rank.gather(1, visual)

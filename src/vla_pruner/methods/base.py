@@ -26,8 +26,8 @@ class Evidence:
         valid: (B, M) bool, False for visual tokens that are masked out (an absent camera).
         memory: what the rows remember of the steps before.
         semantic: (B, M) float32, prefill attention that each visual token received; there if "semantic" is needed.
-        features: (B, M, D) hidden states of the visual tokens, as they enter the pruning layer ("features") or the first
-            layer ("embeddings").
+        features: (B, M, D) hidden states of the visual tokens, as they enter the pruning layer ("features") or the
+            first layer ("embeddings").
     """
 
     valid: Tensor
@@ -38,13 +38,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. A subclass is a frozen dataclass that defines `budget` and `select`; it holds options, never state.
+    """Base of all methods. A subclass is a frozen dataclass that defines `budget` and `select`; it holds options,
+    never state.
 
     Attributes:
         layer: decoder layers before this one (0-based) run on every token.
-        pruned: what becomes, from `layer` on, of the visual tokens that are not kept. "drop" takes them away, as published.
-            "freeze" stops updating them but leaves them readable: their keys and values at every later layer are those of the
-            hidden state with which they entered `layer`.
+        pruned: what becomes, from `layer` on, of the visual tokens that are not kept. "drop" takes them away, as
+            published. "freeze" stops updating them but leaves them readable: their keys and values at every later
+            layer are those of the hidden state with which they entered `layer`.
     """
 
     layer: int = field(default=3, kw_only=True)
@@ -69,7 +70,9 @@ class Method:
 
     @property
     def queries(self) -> str:
-        """Rows over which the semantic score averages: "all" prompt tokens, the "text" after the image, or the "last" token."""
+        """Rows over which the semantic score averages: "all" prompt tokens, the "text" after the image, or the
+        "last" token.
+        """
         return "all"
 
     def action_layers(self, layers: int) -> tuple[int, ...]:
@@ -81,7 +84,9 @@ class Method:
         return tuple(range(layers // 2, layers))
 
     def prunes(self, memory: Memory) -> bool:
-        """Whether this control step is pruned at all, given what the rows remember. Only counters on the CPU may be read."""
+        """Whether this control step is pruned at all, given what the rows remember. Only counters on the CPU may be
+        read.
+        """
         return True
 
     def budget(self, tokens: int) -> int:
@@ -90,18 +95,23 @@ class Method:
         Raises:
             BudgetError: more are to be kept than there are.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how many tokens it keeps: define budget(tokens).")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how many tokens it keeps: define budget(tokens)."
+        )
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
         """The ids (B, k) int64, sorted, of the visual tokens that each row keeps."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which tokens it keeps: define select(evidence, k).")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say which tokens it keeps: define select(evidence, k)."
+        )
 
     def attach(self, model: nn.Module, **family_options: Any) -> Session:
         """Attach to `model` in place and return the session, which is also a context manager.
 
         Args:
             model: a supported policy or language model, loaded the usual way.
-            **family_options: what the model's family must be told, for instance `visual=slice(1, 257)` for a language model.
+            **family_options: what the model's family must be told, for instance `visual=slice(1, 257)` for a language
+                model.
 
         Raises:
             UnsupportedModelError: the model, its version or its attention backend is not supported.
@@ -141,5 +151,7 @@ def resolve_keep(keep: float | int, tokens: int) -> int:
     if isinstance(keep, float):
         return max(1, round(keep * tokens))
     if keep > tokens:
-        raise BudgetError(f"keep={keep} tokens was given, but the model has {tokens} visual tokens; give at most that many.")
+        raise BudgetError(
+            f"keep={keep} tokens was given, but the model has {tokens} visual tokens; give at most that many."
+        )
     return keep

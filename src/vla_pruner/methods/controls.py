@@ -15,9 +15,11 @@ from vla_pruner.methods.selection import order_by_score
 
 @dataclass(frozen=True)
 class RandomKeep(Method):
-    """Keep a random set, drawn anew in every control step from (seed, episode, step): the control that any method must beat.
+    """Keep a random set, drawn anew in every control step from (seed, episode, step): the control that any method must
+    beat.
 
-    Rows that are in the same step of the same episode draw the same set, so a batch gives each row what it would get alone.
+    Rows that are in the same step of the same episode draw the same set, so a batch gives each row what it would get
+    alone.
 
     Attributes:
         keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int).

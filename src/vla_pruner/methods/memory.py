@@ -12,12 +12,13 @@ from torch import Tensor
 class Memory:
     """Everything that is carried from one control step to the next, for B rows (robots).
 
-    A memory is never changed in place: each operation returns a new one. It can therefore be handed to another session, kept per
+    A memory is never changed in place: each operation returns a new one. It can therefore be handed to another
+        session, kept per
     client by a server, or written to disk with `torch.save(memory.state_dict())`.
 
     Attributes:
-        action: (B, window, M) float32, action scores of the last control steps, newest last. NaN where the token was unseen
-            (pruned away) in that step. M visual tokens.
+        action: (B, window, M) float32, action scores of the last control steps, newest last. NaN where the token was
+            unseen (pruned away) in that step. M visual tokens.
         last_seen: (B, M) float32, the score that each token had when it was last seen; 0 if it never was.
         age: (B, M) int64, control steps since then (0: seen in the last step).
         steps: (B,) int64 on the CPU, control steps since the row's episode began.
@@ -55,7 +56,8 @@ class Memory:
         """The memory after one more control step.
 
         Args:
-            scores: (B, M) float32 action scores of the step, or None where the method reads none (only the count advances).
+            scores: (B, M) float32 action scores of the step, or None where the method reads none (only the count
+                advances).
             seen: (B, M) bool, False where the token was pruned away and its score means nothing. None: all were seen.
         """
         steps = self.steps + 1
@@ -92,7 +94,9 @@ class Memory:
         return Memory(**updated)
 
     def to(self, device: torch.device | str) -> Memory:
-        """The same memory with its scores on `device`; the counters stay on the CPU, where they are read without a wait."""
+        """The same memory with its scores on `device`; the counters stay on the CPU, where they are read without a
+        wait.
+        """
         return replace(
             self, action=self.action.to(device), last_seen=self.last_seen.to(device), age=self.age.to(device)
         )

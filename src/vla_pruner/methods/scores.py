@@ -35,7 +35,9 @@ def attention_probabilities(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
-        logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else logits + mask
+        logits = (
+            logits.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else logits + mask
+        )
     return logits.softmax(dim=-1)
 
 
@@ -65,8 +67,8 @@ def temporal_estimate(
     Args:
         memory: the rows' history; its window is the number of steps that are averaged.
         decay: weight of a step against the one after it, in (0, 1].
-        unseen: what a token counts that was pruned away in a step: "zero" (as published) or "carry" (the score at which it was
-            last seen, times decay for every step since).
+        unseen: what a token counts that was pruned away in a step: "zero" (as published) or "carry" (the score at
+            which it was last seen, times decay for every step since).
         newest_weighs_most: as the paper writes it. False is what the authors' code does: the oldest step gets weight 1.
 
     Returns:

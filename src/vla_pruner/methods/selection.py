@@ -16,13 +16,17 @@ def order_by_score(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def top_mask(scores: Tensor, valid: Tensor, k: int) -> Tensor:
-    """(B, M) bool: the k highest `scores` (B, M) of each row among `valid` (B, M) tokens, filled up with others if there are too few."""
+    """(B, M) bool: the k highest `scores` (B, M) of each row among `valid` (B, M) tokens, filled up with others if
+    there are too few.
+    """
     mask = torch.zeros_like(valid)
     return mask.scatter(1, order_by_score(scores, valid)[:, :k], True)
 
 
 def distances(features: Tensor, metric: str = "cosine") -> Tensor:
-    """Pairwise distances (B, M, M) float32 of features (B, M, D): "cosine" is 1 - v_i.v_j / (|v_i| |v_j|), or "euclidean"."""
+    """Pairwise distances (B, M, M) float32 of features (B, M, D): "cosine" is 1 - v_i.v_j / (|v_i| |v_j|), or
+    "euclidean".
+    """
     features = features.float()
     if metric == "euclidean":
         return torch.cdist(features, features)
@@ -33,8 +37,8 @@ def distances(features: Tensor, metric: str = "cosine") -> Tensor:
 def max_min_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
     """Greedy solution of the max-min diversity problem (VLA-Pruner, section 3.3).
 
-    First the candidate whose nearest other candidate is farthest, then again and again the candidate whose smallest distance to
-    those chosen is largest.
+    First the candidate whose nearest other candidate is farthest, then again and again the candidate whose smallest
+    distance to those chosen is largest.
 
     Args:
         distance: (B, M, M) float32.

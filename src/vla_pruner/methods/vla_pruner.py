@@ -18,9 +18,11 @@ OFFICIAL_ACTION_LAYER = 15
 
 @dataclass(frozen=True)
 class VLAPruner(Method):
-    """Union of the top k by prefill attention and the top k by smoothed action attention, thinned to k by max-min diversity.
+    """Union of the top k by prefill attention and the top k by smoothed action attention, thinned to k by max-min
+    diversity.
 
-    Paper: arXiv 2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 % at keep .5,
+    Paper: arXiv 2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 %
+        at keep .5,
     98.48 % at .25, 88.90 % at .125. Deviations: none with the defaults ("freeze" and the options below are additions).
 
     Attributes:
@@ -28,16 +30,18 @@ class VLAPruner(Method):
         layer, pruned: see `Method` (paper: drop at layer 3).
         window: control steps of action attention that are smoothed (paper: 3).
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
-        preset: "paper", or "official" for what the authors' code does: the decay runs backwards (the oldest step weighs most),
-            action attention is read at layer index 15 alone, the estimate is rounded to bfloat16, and diversity is measured on the
-            decoder's input embeddings instead of the hidden states entering `layer`.
-        warmup: "full" prunes nothing in the first `window` steps of an episode: exact, but short episodes gain less. "semantic"
-            prunes them by prefill attention alone (v5 of the paper). In a batch "full" waits until no row is in its warm-up,
+        preset: "paper", or "official" for what the authors' code does: the decay runs backwards (the oldest step
+            weighs most), action attention is read at layer index 15 alone, the estimate is rounded to bfloat16, and
+            diversity is measured on the decoder's input embeddings instead of the hidden states entering `layer`.
+        warmup: "full" prunes nothing in the first `window` steps of an episode: exact, but short episodes gain less.
+            "semantic" prunes them by prefill attention alone (v5 of the paper). In a batch "full" waits until no row
+            is in its warm-up,
             since all rows share one shape: where robots reset at different times, choose "semantic".
-        semantic_queries: rows that the semantic score averages over: "all" prompt tokens (paper; with causal attention it favours
-            early patches), the "text" after the image, or the "last" prompt token (as FastV does).
-        unseen: what a token that was pruned away counts in the history: "zero" (as published: a kept set tends to stay), or
-            "carry": the score at which it was last seen, times `decay` for each step since, so that it can come back.
+        semantic_queries: rows that the semantic score averages over: "all" prompt tokens (paper; with causal attention
+            it favours early patches), the "text" after the image, or the "last" prompt token (as FastV does).
+        unseen: what a token that was pruned away counts in the history: "zero" (as published: a kept set tends to
+            stay), or "carry": the score at which it was last seen, times `decay` for each step since, so that it can
+            come back.
         refresh_every: run every n-th step of an episode unpruned, so that every token is seen again. None never does.
 
     Raises:
@@ -57,7 +61,9 @@ class VLAPruner(Method):
         super().__post_init__()
         check_keep(self.keep)
         if not isinstance(self.window, int) or self.window < 1:
-            raise BudgetError(f"window={self.window!r} was given; the window is an int of 1 or more (the paper's is 3).")
+            raise BudgetError(
+                f"window={self.window!r} was given; the window is an int of 1 or more (the paper's is 3)."
+            )
         if not 0 < self.decay <= 1:
             raise BudgetError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         if self.refresh_every is not None and self.refresh_every < 2:
@@ -87,7 +93,8 @@ class VLAPruner(Method):
             return super().action_layers(layers)
         if layers <= OFFICIAL_ACTION_LAYER:
             raise BudgetError(
-                f'preset="official" reads action attention at layer index {OFFICIAL_ACTION_LAYER}, but this model has {layers} '
+                f'preset="official" reads action attention at layer index {OFFICIAL_ACTION_LAYER}, but this '
+                f"model has {layers} "
                 'layers; use preset="paper".'
             )
         return (OFFICIAL_ACTION_LAYER,)
@@ -99,7 +106,9 @@ class VLAPruner(Method):
         return self.refresh_every is None or all(step % self.refresh_every for step in steps)
 
     def action_estimate(self, memory: Memory) -> Tensor:
-        """(B, M) float32: this step's action attention as the steps before suggest it (the paper's temporal smoothing)."""
+        """(B, M) float32: this step's action attention as the steps before suggest it (the paper's temporal
+        smoothing).
+        """
         if self.preset == "paper":
             return temporal_estimate(memory, self.decay, self.unseen)
         estimate = temporal_estimate(memory, self.decay, self.unseen, newest_weighs_most=False)

@@ -1,0 +1,102 @@
+"""What the recorder reads beside sdpa is what an eager model reports of its own attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vla_pruner as vp
+from tests.attach.tiny import LAYERS, LENGTH, TOKENS, VISUAL, K, make_cache, positions_of, prompt, tiny_lm
+
+DECODED = 3
+
+
+def attentions(kind, padding):
+    """(prefill maps, decode maps) of an eager model: per layer (B, H, Q, S), and the tokens it decodes."""
+    model = tiny_lm(kind, "eager")
+    embeds, mask = prompt(padding=padding)
+    rows = torch.arange(2)
+    with torch.no_grad():
+        out = model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions_of(mask),
+            past_key_values=make_cache("dynamic", model),
+            output_attentions=True,
+        )
+        last = (mask * torch.arange(LENGTH)).argmax(-1)
+        maps, decoded = out.attentions, []
+        token = out.logits[rows, last].argmax(-1, keepdim=True)
+        for _ in range(DECODED):
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+            out = model(
+                input_ids=token,
+                attention_mask=mask,
+                position_ids=positions_of(mask)[:, -1:],
+                past_key_values=out.past_key_values,
+                output_attentions=True,
+            )
+            decoded.append(out.attentions)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+    return maps, decoded, last
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "qwen3"])
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+@pytest.mark.parametrize("queries", ["all", "text", "last"])
+def test_scores_are_the_models_own_attention(kind, padding, queries):
+    maps, decoded, last = attentions(kind, padding)
+    embeds, mask = prompt(padding=padding)
+    shift = torch.tensor([row + 1 if padding == "left" else 0 for row in range(2)])
+    visual = torch.arange(VISUAL.start, VISUAL.stop)[None] + shift[:, None]
+    visual = visual.clamp_max(LENGTH - 1)
+    semantic, action = torch.zeros(2, TOKENS), torch.zeros(2, TOKENS)
+    for row in range(2):
+        wanted = {
+            "all": mask[row].bool(),
+            "text": mask[row].bool() & (torch.arange(LENGTH) > visual[row].max()),
+            "last": torch.arange(LENGTH) == last[row],
+        }[queries]
+        semantic[row] = maps[K - 1][row][:, wanted].mean((0, 1))[visual[row]]
+        for layer in range(LAYERS // 2, LAYERS):
+            emitting = [maps[layer][row, :, last[row]], *(step[layer][row, :, 0] for step in decoded)]
+            action[row] += sum(m.mean(0)[visual[row]] for m in emitting) / len(emitting)
+    action /= LAYERS - LAYERS // 2
+
+    from tests.attach.tiny import decode
+
+    model = tiny_lm(kind, "sdpa")
+    method = vp.VLAPruner(keep=0.5, layer=K, semantic_queries=queries)
+    with method.attach(model, visual=VISUAL, padding_side="left" if padding == "left" else "right") as session:
+        decode(model, embeds, mask, make_cache("dynamic", model), DECODED)
+        scores = session.scores
+    assert scores["semantic"].dtype == scores["action"].dtype == torch.float32
+    assert (scores["semantic"] - semantic).abs().max() < 1e-5
+    assert (scores["action"] - action).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_pruned_steps_score_kept_tokens_and_frozen_ones_too(cache):
+    from tests.attach.tiny import decode
+
+    model = tiny_lm()
+    embeds = prompt()[0]
+    for pruned, seen in (("drop", 6), ("freeze", TOKENS)):
+        method = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", pruned=pruned)
+        with method.attach(model, visual=VISUAL) as session:
+            decode(model, embeds, None, make_cache(cache, model), DECODED)
+            assert ((session.scores["action"] > 0).sum(1) == seen).all()
+            assert (session.scores["action"].gather(1, session.kept) > 0).all()  # type: ignore[arg-type]
+            unseen = session.memory.action[:, -1].isnan()  # type: ignore[union-attr]
+            assert (unseen.sum(1) == TOKENS - seen).all()
+
+
+def test_only_the_layers_that_a_method_needs_are_tapped():
+    model = tiny_lm()
+    untouched = model.model.layers[0].self_attn.config
+    with vp.VLAPruner(keep=0.5, layer=2).attach(model, visual=VISUAL):
+        tapped = [layer.self_attn.config is not untouched for layer in model.model.layers]
+        assert tapped == [False, True, False, True, True, True]
+        assert model.config._attn_implementation == model.model.config._attn_implementation == "sdpa"
+    with vp.RandomKeep(keep=0.5).attach(model, visual=VISUAL):
+        assert all(layer.self_attn.config is untouched for layer in model.model.layers)
