@@ -1,0 +1,80 @@
+"""The README's Python runs as it stands, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import vla_pruner as vp
+from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def _tiny_language_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_first_snippet() -> None:
+    if not (SHIPPED_WEIGHTS / "model.safetensors").is_file():
+        pytest.skip("the reference policy's weights are not in this tree")
+    size = vp.reference_policy().config.image_size
+    names: dict[str, Any] = {
+        "image": np.zeros((size, size, 3), np.uint8),
+        "instruction": vp.reference_policy().config.tasks[0][1],
+        "proprio": np.zeros(4, np.float32),
+    }
+    exec(BLOCKS[0], names)
+    assert names["action"].shape == (4,)
+
+
+def test_language_model_snippet() -> None:
+    names: dict[str, Any] = {"vp": vp, "lm": _tiny_language_model(), "prompt": torch.randn(1, 262, 16)}
+    with torch.inference_mode():
+        exec(BLOCKS[1], names)
+    assert names["session"].kept is None  # its history is still empty
+
+
+def test_method_snippet() -> None:
+    names: dict[str, Any] = {"__name__": __name__}  # dataclasses look their module up
+    exec(compile(BLOCKS[2], "README.md", "exec", dont_inherit=True), names)
+    lm = _tiny_language_model()
+    with names["MostAttended"]().attach(lm, visual=slice(1, 17)) as session, torch.inference_mode():
+        lm(inputs_embeds=torch.randn(1, 20, 16))
+        assert session.kept.shape == (1, 4)
+
+
+def test_every_link_leads_somewhere() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md"):
+        folder = (ROOT / name).parent
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (folder / target).exists(), f"{name} links to {target}"
+
+
+def test_every_make_target_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for name in ("README.md", "CONTRIBUTING.md"):
+        named = set(re.findall(r"make ([a-z][a-z-]+)\b(?! it)", (ROOT / name).read_text(encoding="utf-8")))
+        assert named - {"check"} <= targets | {"check"}, name
+        assert named <= targets, name
+
+
+def test_every_option_of_the_method_is_in_the_table() -> None:
+    import dataclasses
+
+    table = README.split("### Options of `VLAPruner`")[1].split("###")[0]
+    for field in dataclasses.fields(vp.VLAPruner):
+        assert f"`{field.name}`" in table
