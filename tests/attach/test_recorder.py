@@ -100,3 +100,23 @@ def test_only_the_layers_that_a_method_needs_are_tapped():
         assert model.config._attn_implementation == model.model.config._attn_implementation == "sdpa"
     with vp.RandomKeep(keep=0.5).attach(model, visual=VISUAL):
         assert all(layer.self_attn.config is untouched for layer in model.model.layers)
+
+
+def test_a_layer_may_be_read_for_both_scores():
+    """In a shallow decoder the layer before pruning is also one whose action attention counts."""
+    from tests.attach.tiny import decode
+
+    model = tiny_lm()
+    embeds = prompt()[0]
+    untouched = decode(model, embeds, None, make_cache("dynamic", model), DECODED)[1]
+    with vp.VLAPruner(keep=1.0, layer=5).attach(model, visual=VISUAL) as session:
+        again = decode(model, embeds, None, make_cache("dynamic", model), DECODED)[1]
+        full = session.scores
+    with vp.VLAPruner(keep=0.5, layer=2).attach(model, visual=VISUAL) as session:
+        decode(model, embeds, None, make_cache("dynamic", model), DECODED)
+        assert torch.allclose(session.scores["action"], full["action"], atol=1e-7)
+    assert torch.equal(again, untouched)
+    with vp.VLAPruner(keep=0.5, layer=5, warmup="semantic").attach(model, visual=VISUAL) as session:
+        decode(model, embeds, None, make_cache("dynamic", model), DECODED)
+        # Two of the three layers that are read still see every token.
+        assert (session.scores["action"] > 0).all()

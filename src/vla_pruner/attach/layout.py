@@ -120,9 +120,8 @@ class Shortening:
         return None if mask is None else self._columns(mask, buffer)
 
     def to_grid(self, columns: Tensor) -> Tensor:
-        """Values (B, W') by cache column, put back by prompt position: (B, N), zero where dropped."""
-        grid = columns.new_zeros(columns.shape[0], self.length)
-        return grid.scatter(1, self.prefix, columns[:, : self.prefix.shape[1]])
+        """Values (B, n or N) by column of `prefix`, put back by prompt position: (B, N), zero where dropped."""
+        return columns.new_zeros(columns.shape[0], self.length).scatter(1, self.prefix, columns)
 
     def _columns(self, mask: Tensor, buffer: int | None) -> Tensor:
         rows = self.kept.shape[0]

@@ -43,7 +43,7 @@ class Attention:
 @dataclass(frozen=True)
 class _Tap:
     kernel: Callable[..., Any]
-    callback: Callable[[Attention], None]
+    callbacks: list[Callable[[Attention], None]]
 
 
 class Recorder:
@@ -61,12 +61,16 @@ class Recorder:
             _users += 1
             ALL_ATTENTION_FUNCTIONS[NAME] = _record
         config: Any = module.config
+        tap = getattr(config, _TAP, None)
+        if tap is not None:
+            tap.callbacks.append(callback)
+            return
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
         tapped = copy.copy(config)
         # The property's setter would also reach into configs that the copy shares with the original.
         tapped._attn_implementation_internal = NAME
-        setattr(tapped, _TAP, _Tap(kernel, callback))
+        setattr(tapped, _TAP, _Tap(kernel, [callback]))
         self._configs.append((module, config))
         module.config = tapped
 
@@ -93,14 +97,14 @@ def _record(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     scaling = kwargs.get("scaling")
-    tap.callback(
-        Attention(
-            query=query,
-            key=key,
-            mask=attention_mask,
-            causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-        )
+    attention = Attention(
+        query=query,
+        key=key,
+        mask=attention_mask,
+        causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
     )
+    for callback in tap.callbacks:
+        callback(attention)
     return result

@@ -32,6 +32,7 @@ class Shortener:
         self._session = session
         self._family = family
         self._layer = layer
+        self._signature = inspect.signature(family.decoder.forward)
         self._handles: list[Any] = []
         self._prefill = False
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
@@ -76,7 +77,7 @@ class Shortener:
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._memo.clear()
         self._scratch = None
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         inputs = given.get("inputs_embeds")
         inputs = given.get("input_ids") if inputs is None else inputs

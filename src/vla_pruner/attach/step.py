@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,13 +37,19 @@ class Step:
     semantic: Tensor | None = None
     closed: bool = False
     frozen_hidden: Tensor | None = None
-    _action_sum: Tensor | None = None
-    _action_count: int = 0
+    _columns: dict[bool, Tensor] = field(default_factory=dict)
+    _layers_read: int = 0
 
     @property
     def action(self) -> Tensor | None:
         """(B, M) float32 action score so far, 0 where the token was dropped; None before the first action row."""
-        return None if self._action_sum is None else self._action_sum / self._action_count
+        if not self._columns:
+            return None
+        grids = [
+            self.shortening.to_grid(columns) if shortened and self.shortening is not None else columns
+            for shortened, columns in self._columns.items()
+        ]
+        return sum(grids[1:], grids[0]).gather(1, self.layout.visual) / self._layers_read
 
     @property
     def seen(self) -> Tensor | None:
@@ -69,13 +75,16 @@ class Step:
             rows: (B, R) query rows that act; None if all of them do.
             shortened: whether this layer's cache is a shortened one.
         """
-        probabilities = _rows_of(attention, rows)
-        columns = mean_over_rows(probabilities, torch.ones_like(probabilities[:, 0, :, 0]))
+        # Sums stay in the cache's own order of columns until somebody reads them: this runs once a layer and token.
+        columns = _rows_of(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(shortened)]
+        known = self._columns.get(shortened)
+        self._columns[shortened] = columns if known is None else known + columns
+        self._layers_read += 1
+
+    def _prompt_columns(self, shortened: bool) -> int:
         if shortened and self.shortening is not None:
-            columns = self.shortening.to_grid(columns)
-        score = columns[:, : self.layout.length].gather(1, self.layout.visual)
-        self._action_sum = score if self._action_sum is None else self._action_sum + score
-        self._action_count += 1
+            return self.shortening.prefix.shape[1]
+        return self.layout.length
 
 
 def _rows_of(attention: Attention, rows: Tensor | None) -> Tensor:

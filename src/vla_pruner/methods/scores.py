@@ -29,15 +29,13 @@ def attention_probabilities(
     """
     batch, heads, rows, dim = query.shape
     groups = key.shape[1]
-    grouped = query.float().reshape(batch, groups, heads // groups * rows, dim)
-    logits = (grouped @ key.float().transpose(-1, -2)) * scaling
-    logits = logits.view(batch, heads, rows, key.shape[2])
+    grouped = (query.float() * scaling).reshape(batch, groups, heads // groups * rows, dim)
+    logits = (grouped @ key.float().transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
-        logits = (
-            logits.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else logits + mask
-        )
+        lowest = torch.finfo(torch.float32).min
+        logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(dim=-1)
 
 
@@ -52,7 +50,7 @@ def mean_over_rows(probabilities: Tensor, weights: Tensor) -> Tensor:
         (B, S) float32.
     """
     weights = weights.to(torch.float32)
-    total = torch.einsum("bhrs,br->bs", probabilities, weights)
+    total = (weights[:, None, :] @ probabilities.sum(dim=1))[:, 0]
     return total / (probabilities.shape[1] * weights.sum(dim=1, keepdim=True).clamp_min(1))
 
 

@@ -48,25 +48,18 @@ def max_min_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
     Returns:
         (B, k) int64 ids in the order in which they were picked.
     """
-    tokens = distance.shape[-1]
-    ids = torch.arange(tokens, device=distance.device)
+    tokens, rows = distance.shape[-1], torch.arange(distance.shape[0], device=distance.device)
     outside = ~candidates
-    apart = distance.masked_fill(outside[:, None, :], torch.inf)
-    apart = apart.masked_fill(torch.eye(tokens, dtype=torch.bool, device=distance.device), torch.inf)
-    nearest = apart.amin(dim=-1)
-    picked = _first_argmax(nearest.masked_fill(outside, -torch.inf), ids)
-    order = [picked]
+    itself = torch.eye(tokens, dtype=torch.bool, device=distance.device)
+    nearest = distance.masked_fill(outside[:, None, :] | itself, torch.inf).amin(dim=-1)
+    # `argmax` returns the first of equals, which is the smallest id. A token at distance -inf from itself is never
+    # picked twice, without any bookkeeping in the loop.
+    picked = nearest.masked_fill(outside, -torch.inf).argmax(dim=-1)
+    distance = distance.masked_fill(itself, -torch.inf)
     reach = torch.full_like(nearest, torch.inf).masked_fill(outside, -torch.inf)
+    order = [picked]
     for _ in range(k - 1):
-        index = picked[:, None, None].expand(-1, 1, tokens)
-        reach = torch.minimum(reach, distance.gather(1, index)[:, 0])
-        reach = reach.scatter(1, picked[:, None], -torch.inf)
-        picked = _first_argmax(reach, ids)
+        reach = torch.minimum(reach, distance[rows, picked])
+        picked = reach.argmax(dim=-1)
         order.append(picked)
     return torch.stack(order, dim=1)
-
-
-def _first_argmax(values: Tensor, ids: Tensor) -> Tensor:
-    """The smallest id of those with the largest value, (B,): `argmax` promises no order among equals."""
-    best = values.amax(dim=-1, keepdim=True)
-    return torch.where(values == best, ids, ids.shape[0]).amin(dim=-1)
