@@ -161,6 +161,22 @@ def test_without_a_cache_and_without_a_mask(pruned):
     assert torch.equal(without.logits, with_cache.logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pruned", ["drop", "freeze"])
+def test_half_precision_models_are_scored_in_float32(dtype, pruned):
+    model = tiny_lm().to(dtype)
+    embeds = prompt()[0].to(dtype)
+    untouched = decode(model, embeds, None, make_cache("dynamic", model), 3)[1]
+    with vp.VLAPruner(keep=1.0, layer=K, pruned=pruned).attach(model, visual=VISUAL):
+        assert torch.equal(decode(model, embeds, None, make_cache("dynamic", model), 3)[1], untouched)
+    with vp.VLAPruner(keep=0.5, layer=K, warmup="semantic", pruned=pruned).attach(model, visual=VISUAL) as session:
+        logits = decode(model, embeds, None, make_cache("dynamic", model), 3)[1]
+        assert {score.dtype for score in session.scores.values()} == {torch.float32}
+        assert session.memory.action.dtype == torch.float32  # type: ignore[union-attr]
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+
+
 def test_generate_is_pruned_too():
     model = tiny_lm()
     embeds, mask = prompt(padding="left")

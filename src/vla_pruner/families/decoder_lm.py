@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
@@ -42,6 +42,8 @@ class DecoderLM(TransformersFamily):
         self._left = padding_side == "left"
         self.cameras = _check_visual(visual, model)
         self._positions = [p for span in self.cameras.values() for p in range(span.start, span.stop)]
+        self._last = max(self._positions)
+        self._on_device: dict[torch.device, Tensor] = {}
         if len(set(self._positions)) != len(self._positions):
             raise BudgetError(f"visual={visual!r} was given; the cameras' slices must not overlap.")
 
@@ -55,11 +57,11 @@ class DecoderLM(TransformersFamily):
         return len(self._positions)
 
     def opens_step(self, call: Call) -> bool:
-        return call.length > max(self._positions)
+        return call.length > self._last
 
     def layout(self, call: Call) -> Layout:
         prompt = call.prompt()
-        visual = torch.tensor(self._positions, device=call.device).expand(call.rows, -1)
+        visual = self._positions_on(call.device).expand(call.rows, -1)
         if self._left:
             positions = torch.arange(call.length, device=call.device)
             visual = visual + torch.where(prompt, positions, call.length).amin(dim=1, keepdim=True)
@@ -68,6 +70,12 @@ class DecoderLM(TransformersFamily):
             ensure(prompt[:, 0].all(), LEFT_PADDED)
         visual = visual.clamp_max(call.length - 1)
         return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt)
+
+    def _positions_on(self, device: torch.device) -> Tensor:
+        """(M,) int64; copied to a device once, since a copy makes the host wait."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self._positions, device=device)
+        return self._on_device[device]
 
 
 LEFT_PADDED = (
