@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reference.experts import EXPERTS, GOAL, HAND, OBJECT
+from reference.heads import project
 from reference.store import Frames
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.tokenizer import encode
@@ -16,6 +17,14 @@ from vla_pruner.simulators.metaworld import TASKS
 
 SHARED_SCENE = ("reach", "push", "pick-place")
 """Tasks with the same objects on the table: only the instruction tells them apart."""
+
+SMALL_OBJECTS = ("push", "pick-place", "sweep-into", "coffee-push")
+"""Tasks that are seen twice as often as the others: what matters in them is small and must be located well."""
+
+_THINGS = np.array([[4, 5, 6], [36, 37, 38]])
+
+FRESH_SHARE = 2.0
+"""How much more often frames are seen that were recorded while the policy acted."""
 
 _TASK_NAMES = list(TASKS)
 _CONTACT = 0.07  # metres: nearer than this the object may be held or moving, and the hand is where the image shows it
@@ -66,21 +75,25 @@ class Batch:
     """(B, S, 4) float32."""
     positions: Tensor
     """(B, STATE_TARGETS) float32, standardised."""
+    pixels: Tensor
+    """(B, 2, 2) float32 column and row of object and goal in the image."""
 
 
 class Dataset:
     """Frames split by episode into training and held-out rows, and a sampler of batches."""
 
-    def __init__(self, frames: Frames, config: ReferenceConfig, seed: int, recent: int = 0) -> None:
-        self.frames = frames
+    def __init__(self, frames: Frames, config: ReferenceConfig, seed: int) -> None:
+        self.frames, self.image_size = frames, config.image_size
         self.rng = np.random.default_rng(seed)
         held_out = frames.episodes % 25 == 7
         self.train_rows, self.test_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         self.ids = np.array([encode(text, config.words, config.instruction_length) for text in TASKS.values()])
         self.shared = np.array([_TASK_NAMES.index(task) for task in SHARED_SCENE])
-        # every task is seen equally often, however long its episodes are
+        # a task's share does not depend on how long its episodes are
         tasks = frames.tasks[self.train_rows]
-        self.weights = 1.0 / np.bincount(tasks, minlength=len(TASKS)).clip(1)[tasks]
+        shares = np.array([0.0 if task == "sweep-into" else 2.0 if task in SMALL_OBJECTS else 1.0 for task in TASKS])
+        self.weights = (shares / np.bincount(tasks, minlength=len(TASKS)).clip(1))[tasks]
+        self.weights *= np.where(frames.fresh[self.train_rows], FRESH_SHARE, 1.0)
         self.weights /= self.weights.sum()
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
@@ -110,6 +123,7 @@ class Dataset:
             torch.from_numpy(states[:, :4].astype(np.float32)).view(shape),
             torch.from_numpy(actions).view(shape),
             torch.from_numpy(self.positions(rows)),
+            torch.from_numpy(project(self.frames.states[rows][:, _THINGS], self.image_size)).float(),
         )
 
     def images(self, rows: np.ndarray) -> Tensor:

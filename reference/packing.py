@@ -8,33 +8,12 @@ prefix's, so every suffix computes exactly what it would compute alone.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.network import ReferencePolicy
 from vla_pruner.models.reference.tokenizer import BOS
-
-STATE_TARGETS = 6
-"""Training-only regression targets: object position and goal position."""
-
-
-class TrainingHeads(nn.Module):
-    """Heads that exist only in training: they read positions from the vision tokens and from the last prompt token."""
-
-    def __init__(self, config: ReferenceConfig) -> None:
-        super().__init__()
-        width, queries = config.vision_width, 8
-        self.queries = nn.Parameter(0.1 * torch.randn(queries, width))
-        self.keys = nn.Linear(width, width)
-        self.values = nn.Linear(width, 64)
-        self.scene = nn.Sequential(nn.Linear(64 * queries, 256), nn.GELU(), nn.Linear(256, STATE_TARGETS))
-        self.state = nn.Linear(config.hidden_size, STATE_TARGETS)
-
-    def from_vision(self, tokens: Tensor) -> Tensor:
-        """(B, M, vision_width) -> (B, STATE_TARGETS)."""
-        weights = (self.queries @ self.keys(tokens).transpose(1, 2) / tokens.shape[-1] ** 0.5).softmax(-1)
-        return self.scene((weights @ self.values(tokens)).flatten(1))
 
 
 def suffix_layout(config: ReferenceConfig, suffixes: int, pooled: bool) -> tuple[Tensor, Tensor]:

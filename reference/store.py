@@ -25,7 +25,9 @@ class Frames:
     tasks: np.ndarray
     """(N,) int16 index into the list of `TASKS`."""
     episodes: np.ndarray
-    """(N,) int32 running number of the episode."""
+    """(N,) running number of the episode."""
+    fresh: np.ndarray
+    """(N,) bool: not from the first folder, that is, seen while the policy acted."""
 
 
 def save_shard(path: Path, images: np.ndarray, states: np.ndarray, episodes: np.ndarray, success: np.ndarray) -> None:
@@ -37,29 +39,20 @@ def save_shard(path: Path, images: np.ndarray, states: np.ndarray, episodes: np.
     os.replace(partial, path)
 
 
-def load_frames(folder: Path, tasks: list[str], skip: set[str] | None = None) -> tuple[Frames, set[str]]:
-    """Every shard of `tasks` under `folder` that is not in `skip`, and the set of all shard names seen."""
-    names = set(skip or ())
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+def load_frames(folders: list[Path], tasks: list[str]) -> Frames:
+    """Every shard of `tasks` under `folders`, in a fixed order."""
+    parts: list[Frames] = []
     episode = 0
-    for task in tasks:
-        for path in sorted(folder.glob(f"{task}/*.npz")):
-            name = f"{task}/{path.stem}"
-            if name in names:
-                continue
-            names.add(name)
-            with np.load(path) as shard:
-                images, states, numbers = shard["images"], shard["states"], shard["episodes"]
-            parts.append(
-                (
-                    images,
-                    states.astype(np.float32),
-                    np.full(len(images), list(TASKS).index(task), np.int16),
-                    (numbers + episode).astype(np.int32),
-                )
-            )
-            episode += int(numbers.max()) + 1
+    for folder in folders:
+        for task in tasks:
+            for path in sorted(folder.glob(f"{task}/*.npz")):
+                with np.load(path) as shard:
+                    images, states, numbers = shard["images"], shard["states"], shard["episodes"]
+                number = np.full(len(images), list(TASKS).index(task), np.int16)
+                fresh = np.full(len(images), folder != folders[0])
+                parts.append(Frames(images, states.astype(np.float32), number, numbers + episode, fresh))
+                episode += int(numbers.max()) + 1
     if not parts:
-        empty = np.zeros((0, 112, 112, 3), np.uint8), np.zeros((0, 39), np.float32)
-        return Frames(*empty, np.zeros(0, np.int16), np.zeros(0, np.int32)), names
-    return Frames(*(np.concatenate(column) for column in zip(*parts, strict=True))), names
+        raise ValueError(f"No recordings under {', '.join(map(str, folders))}: run reference.demonstrations first.")
+    columns = ("images", "states", "tasks", "episodes", "fresh")
+    return Frames(*(np.concatenate([getattr(part, column) for part in parts]) for column in columns))

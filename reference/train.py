@@ -1,6 +1,6 @@
 """Trains the reference policy in three stages on the CPU; each is resumable and ends after a budget of minutes.
 
-`python -m reference.train vision --minutes 10`: the image encoder learns to tell object and goal positions.
+`python -m reference.train vision --minutes 20`: the image encoder learns to tell object and goal positions.
 `python -m reference.train pooled --minutes 15`: everything, on 2 x 2-pooled visual tokens: four times shorter prompts.
 `python -m reference.train full --minutes 40`: everything, on all visual tokens.
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference.dataset import Batch, Dataset
-from reference.packing import TrainingHeads, action_loss, packed_forward, pool_grid, suffix_layout, to_bins
+from reference.heads import TrainingHeads
+from reference.packing import action_loss, packed_forward, pool_grid, suffix_layout, to_bins
 from reference.store import DATA_ROOT, load_frames
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.loading import save_policy
@@ -32,14 +33,42 @@ from vla_pruner.models.reference.tokenizer import vocabulary
 from vla_pruner.simulators.metaworld import TASKS
 
 STAGES = ("vision", "pooled", "full")
-_SECONDS_BETWEEN_SAVES = 120
+_SECONDS_BETWEEN_SAVES = 60
+_PARTNER_SECONDS = 20
+
+
+class Partner:
+    """Two processes that train the same model on different batches and keep averaging their weights.
+
+    On two cores this is faster than two threads in one process, whose small operations would wait for each other, and
+    neither process ever waits: each takes whatever the other last wrote.
+    """
+
+    def __init__(self, path: Path, worker: int) -> None:
+        self.path, self.worker = path, worker
+        self.shared: np.memmap | None = None
+
+    def exchange(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Publishes these weights and moves half way to the other's, if it has written lately."""
+        flat = torch.nn.utils.parameters_to_vector(parameters).detach()
+        if self.shared is None:
+            size = 2 * (flat.numel() + 1)
+            if not self.path.exists() or self.path.stat().st_size != 8 * size:
+                np.zeros(size).tofile(self.path)
+            self.shared = np.memmap(self.path, np.float64, "r+", shape=(2, flat.numel() + 1))
+        mine, theirs = self.shared[self.worker], self.shared[1 - self.worker]
+        mine[1:] = flat.numpy()
+        mine[0] = time.time()
+        if time.time() - theirs[0] < _PARTNER_SECONDS:
+            flat.lerp_(torch.from_numpy(theirs[1:].astype(np.float32)), 0.5)
+            torch.nn.utils.vector_to_parameters(flat, parameters)
 
 
 class Trainer:
     """One stage of training: its model, its data and its loop."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed + args.worker)
         self.args = args
         self.stage: str = args.stage
         self.config = ReferenceConfig(words=vocabulary(TASKS.values()), tasks=tuple(TASKS.items()))
@@ -47,6 +76,7 @@ class Trainer:
         self.folder: Path = args.out
         self.path = self.folder / f"{args.name or self.stage}.pt"
         self.elapsed, self.step = 0.0, 0
+        self.encoder_factor = 1.0 if self.stage == "vision" else args.encoder_rate
         saved = self._load()
         self.average = copy.deepcopy(self.policy).eval()
         self.optimizer = self._optimizer()
@@ -54,6 +84,7 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.average.load_state_dict(saved["average"])
         self.data = self._data()
+        self.partner = Partner(self.path.with_suffix(".shared"), args.worker) if args.pair else None
         self.layout = suffix_layout(self.config, args.suffixes, self.stage == "pooled")
 
     def _load(self) -> dict | None:
@@ -66,42 +97,30 @@ class Trainer:
                 self.elapsed, self.step = saved["elapsed"], saved["step"]
                 print(f"continuing {self.path} at step {self.step}, {self.elapsed / 60:.1f} min")
                 return saved
-        start = self.args.start or (None if self.stage == "vision" else STAGES[STAGES.index(self.stage) - 1])
+        start = self.args.start
+        if start is None and self.stage != "vision":
+            start = STAGES[STAGES.index(self.stage) - 1]
         if start is None:
             return None
         saved = torch.load(self.folder / f"{start}.pt", weights_only=True)
         self.policy.load_state_dict(saved["average"])
-        self.heads.load_state_dict(saved["heads"])
+        self.heads.load_state_dict(saved["heads"], strict=False)
         print(f"starting from {start}.pt")
         return None
 
     def _optimizer(self) -> torch.optim.Optimizer:
         encoder = list(self.policy.vision.parameters())
         rest = [p for name, p in self.policy.named_parameters() if not name.startswith("vision.")]
-        factor = 1.0 if self.stage == "vision" else self.args.encoder_rate
         groups = [
             {"params": rest + list(self.heads.parameters()), "factor": 1.0},
-            {"params": encoder, "factor": factor},
+            {"params": encoder, "factor": self.encoder_factor},
         ]
         return torch.optim.AdamW(groups, lr=self.args.rate, betas=(0.9, 0.98), weight_decay=0.01)
 
     def _data(self) -> Dataset:
-        parts = []
-        for folder in self.args.data:
-            frames, names = load_frames(folder, list(TASKS))
-            if names:
-                parts.append(frames)
-                print(f"{folder}: {len(names)} shards, {len(frames.images)} frames", flush=True)
-        merged = parts[0]
-        for part in parts[1:]:
-            part.episodes = part.episodes + merged.episodes.max() + 1
-            merged = type(merged)(
-                *(
-                    np.concatenate([getattr(merged, k), getattr(part, k)])
-                    for k in ("images", "states", "tasks", "episodes")
-                )
-            )
-        return Dataset(merged, self.config, self.args.seed + self.step)
+        frames = load_frames(self.args.data, list(TASKS))
+        print(f"{len(frames.images)} frames, {int(frames.fresh.sum())} of them from DAgger", flush=True)
+        return Dataset(frames, self.config, self.args.seed + self.step + 1_000_000 * self.args.worker)
 
     def _set_rate(self) -> float:
         done = min(1.0, self.elapsed / (60 * self.args.minutes))
@@ -112,24 +131,27 @@ class Trainer:
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The stage's loss and what to print of it."""
-        tokens, scene = self._see(self.policy, batch)
-        numbers = {"scene cm": 10 * scene.item() ** 0.5}
+        tokens, scene, finding, found = self._see(self.policy, batch)
+        numbers = {"scene cm": 10 * scene.item() ** 0.5, "find": finding.item(), "found": found.item()}
+        seeing = scene + self.args.find_weight * finding
         if self.stage == "vision":
-            return scene, numbers
+            return seeing, numbers
         bins = to_bins(batch.actions, self.config.num_bins)
         visual = self._visual(self.policy, tokens)
         logits, hidden = packed_forward(self.policy, visual, batch.text, batch.proprio, bins, self.layout)
         acting = action_loss(logits, batch.actions, self.policy.bin_values)
         places = F.mse_loss(self.heads.state(hidden), batch.positions[:, None].expand(-1, hidden.shape[1], -1))
         numbers |= {"ce": acting.item(), "cm": 10 * places.item() ** 0.5}
-        return acting + self.args.state_weight * (places + scene), numbers
+        return acting + self.args.state_weight * (places + seeing), numbers
 
-    def _see(self, policy: ReferencePolicy, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The encoder's tokens (B, M, W) and the error of the positions read from them."""
+    def _see(self, policy: ReferencePolicy, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The encoder's tokens (B, M, W), the error of positions read from them, and finding's loss and success."""
         encoder = policy.vision
-        tokens = encoder(policy.pixels(self.data.images(batch.rows)))
-        read = self.heads.from_vision(tokens * encoder.spread + encoder.centre)
-        return tokens, F.mse_loss(read, batch.positions)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_factor > 0):
+            patches = encoder.patches(policy.pixels(self.data.images(batch.rows)))
+            tokens = encoder.mix(patches)
+        scene = F.mse_loss(self.heads.from_vision(tokens), batch.positions)
+        return encoder.finish(tokens), scene, *self.heads.where(encoder.landmarks, patches, tokens, batch.pixels)
 
     def _visual(self, policy: ReferencePolicy, tokens: Tensor) -> Tensor:
         """(B, M or M / 4, hidden): what the language model receives in this stage."""
@@ -139,11 +161,12 @@ class Trainer:
 
     def run(self) -> None:
         """Trains until the budget is used."""
+        if self.stage == "pooled" and self.step == 0:
+            self._measure_centre()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         last = saved = time.time()
         shown: dict[str, list[float]] = {}
         while (done := self._set_rate()) < 1.0:
-            self._choose_threads()
             batch = self.data.batch(self.data.sample(self.args.batch), self.args.suffixes)
             loss, numbers = self.loss(batch)
             self.optimizer.zero_grad(set_to_none=True)
@@ -152,9 +175,9 @@ class Trainer:
             self.optimizer.step()
             self._update_average()
             self.step += 1
+            if self.partner is not None and self.step % 8 == 0:
+                self.partner.exchange(parameters)
             now = time.time()
-            if self.step % 60 <= 8 and hasattr(self, "_trial"):
-                self._trial.setdefault(torch.get_num_threads(), []).append(now - last)
             self.elapsed, last = self.elapsed + now - last, now
             for key, value in numbers.items():
                 shown.setdefault(key, []).append(value)
@@ -163,26 +186,15 @@ class Trainer:
                 speed = self.args.batch * 50 / (now - self._mark) if hasattr(self, "_mark") else 0
                 self._mark, shown = now, {}
                 print(f"{self.stage} {self.step} {100 * done:.0f}% {text} {speed:.0f} frames/s", flush=True)
-            if now - saved > _SECONDS_BETWEEN_SAVES:
+            if now - saved > _SECONDS_BETWEEN_SAVES and self.args.worker == 0:
                 saved = now
                 self.save()
                 if self.step > 100:
                     print("held out:", self.check(), flush=True)
-        if self.stage == "vision":
-            self._measure_centre()
+        if self.args.worker > 0:
+            return
         self.save(final=True)
         print("held out:", self.check(), flush=True)
-
-    def _choose_threads(self) -> None:
-        """One or two threads, whichever is faster now: on a shared machine two wait for the slower core."""
-        if self.args.threads < 2:
-            return
-        if self.step % 60 < 8:
-            torch.set_num_threads(1 + self.step % 60 // 4)
-            self._trial = getattr(self, "_trial", {}) if self.step % 60 else {}
-        elif self.step % 60 == 8:
-            one, two = (sum(self._trial.get(k, [0.0])[1:]) for k in (1, 2))
-            torch.set_num_threads(1 if one < 1.1 * two else 2)
 
     def _update_average(self) -> None:
         decay = min(0.998, 1 - 1 / (self.step + 1))
@@ -195,8 +207,10 @@ class Trainer:
         """Fixes what `VisionEncoder` subtracts: the mean token of each place and the spread of each channel."""
         for policy in (self.policy, self.average):
             encoder = policy.vision
-            rows = self.data.sample(1024)
-            tokens = torch.cat([encoder(policy.pixels(self.data.images(part))) for part in np.split(rows, 16)])
+            rows = np.random.default_rng(0).choice(self.data.train_rows, 1024)
+            tokens = torch.cat(
+                [encoder.mix(encoder.patches(policy.pixels(self.data.images(part)))) for part in np.split(rows, 16)]
+            )
             encoder.centre.copy_(tokens.mean(0))
             encoder.spread.copy_((tokens - encoder.centre).pow(2).mean((0, 1)).sqrt().clamp_min(1e-3))
 
@@ -212,8 +226,8 @@ class Trainer:
             if not len(rows):
                 continue
             batch = self.data.batch(rng.permutation(rows)[: count // len(TASKS)], 1)
-            tokens, scene = self._see(policy, batch)
-            result[task] = f"{10 * scene.item() ** 0.5:.1f}"
+            tokens, scene, _, found = self._see(policy, batch)
+            result[task] = f"{10 * scene.item() ** 0.5:.1f} cm, {found.item():.2f}"
             if self.stage == "vision":
                 continue
             bins = to_bins(batch.actions, self.config.num_bins)
@@ -253,9 +267,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--suffixes", type=int, default=6)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--encoder-rate", type=float, default=0.5, help="of --rate, after the vision stage")
+    parser.add_argument(
+        "--encoder-rate", type=float, default=0.5, help="of --rate, after the vision stage; 0 freezes it"
+    )
     parser.add_argument("--state-weight", type=float, default=0.3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--find-weight", type=float, default=0.3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pair", action="store_true", help="train with a second process, started with --worker 1")
+    parser.add_argument("--worker", type=int, choices=(0, 1), default=0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -38,6 +38,12 @@ TASKS: dict[str, str] = {
 }
 """Task name -> instruction."""
 
+CAMERA_LOOKAT = (0.0, 0.71, 0.09)
+CAMERA_DISTANCE = 1.0
+CAMERA_AZIMUTH = 130.0
+CAMERA_ELEVATION = -45.0
+CAMERA_FOVY = 42.0
+
 _GOAL_RGBA = (0.0, 0.8, 0.0, 1.0)
 _RENDER_SCALE = 2  # rendered larger and averaged down: anti-aliasing at no cost in software rendering
 _GL_HELP = (
@@ -125,11 +131,11 @@ class MetaWorldEnv:
     def _make_camera(self) -> Any:
         camera = self._mujoco.MjvCamera()
         camera.type = self._mujoco.mjtCamera.mjCAMERA_FREE
-        camera.lookat[:] = (0.0, 0.71, 0.09)
-        camera.distance = 1.0
-        camera.azimuth = 130.0
-        camera.elevation = -45.0
-        self._model.vis.global_.fovy = 42.0
+        camera.lookat[:] = CAMERA_LOOKAT
+        camera.distance = CAMERA_DISTANCE
+        camera.azimuth = CAMERA_AZIMUTH
+        camera.elevation = CAMERA_ELEVATION
+        self._model.vis.global_.fovy = CAMERA_FOVY
         return camera
 
     def _renderer(self, size: int) -> Any:

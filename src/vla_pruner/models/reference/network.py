@@ -64,17 +64,60 @@ class VisionEncoder(nn.Module):
         self.position = nn.Parameter(_grid_positions(side, width))
         self.blocks = nn.ModuleList(VisionBlock(width, config.vision_heads) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(width)
+        self.landmarks = Landmarks(width, side)
         # What the encoder says about an average scene, measured once after it was trained and subtracted: most of an
         # image never changes, and what does change would otherwise be small beside it.
         self.register_buffer("centre", torch.zeros(side * side, width))
         self.register_buffer("spread", torch.ones(width))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, M, vision_width), raster order."""
-        x = self.stem(pixels).flatten(2).transpose(1, 2) + self.position
+    def patches(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, M, vision_width), raster order, each from its neighbourhood only."""
+        return self.stem(pixels).flatten(2).transpose(1, 2)
+
+    def mix(self, patches: Tensor) -> Tensor:
+        """(B, M, vision_width) patches -> (B, M, vision_width) tokens that know where they are and what is around."""
+        x = patches + self.position
         for block in self.blocks:
             x = block(x)
-        return (self.norm(x) - self.centre) / self.spread
+        return self.norm(x)
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Tokens of `mix` -> the encoder's output: standardised, and the landmarks' tokens tagged."""
+        return (tokens - self.centre) / self.spread + self.landmarks.tags(tokens)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, M, vision_width), raster order."""
+        return self.finish(self.mix(self.patches(pixels)))
+
+
+class Landmarks(nn.Module):
+    """Two learned heat maps over the patches (object and goal), and what they add to the tokens.
+
+    A token that a heat map points at is told so, and where exactly the landmark is; all other tokens are left alone.
+    A small language model then finds the few tokens that matter, instead of averaging over all of them.
+    """
+
+    count = 2
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.cells = nn.Linear(width, self.count)
+        self.offsets = nn.Linear(width, 2 * self.count)
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-1, 4).float(), persistent=False)
+        self.tag = nn.Linear(self.count * (1 + 4 * len(self.frequencies)), width, bias=False)
+        nn.init.zeros_(self.tag.weight)
+
+    def tags(self, tokens: Tensor) -> Tensor:
+        """(B, M, width) -> (B, M, width)."""
+        weights = self.cells(tokens).softmax(dim=1)
+        line = torch.arange(self.side, device=tokens.device, dtype=tokens.dtype)
+        grid = torch.stack([line.repeat(self.side), line.repeat_interleave(self.side)], dim=-1)
+        offsets = self.offsets(tokens).unflatten(-1, (self.count, 2))
+        places = (grid[:, None] + 0.5 + offsets) * (2 / self.side) - 1
+        angles = (places[..., None] * self.frequencies).flatten(-2)
+        features = torch.cat([angles.sin(), angles.cos(), torch.ones_like(angles[..., :1])], dim=-1)
+        return self.tag((weights[..., None] * features).flatten(-2))
 
 
 def _grid_positions(side: int, width: int) -> Tensor:
