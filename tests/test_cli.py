@@ -89,6 +89,7 @@ def test_errors_on_purpose_are_one_line_and_exit_code_2(
         raise error
 
     monkeypatch.setattr("vla_pruner.demo.run_demo", fail)
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
     assert cli.main(["demo"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -115,6 +115,7 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         return run_demo(settings, Console(highlight=False))
     except SimulatorUnavailable as error:
+        sys.unraisablehook = lambda _: None  # MuJoCo's half-made renderers complain once more when they are freed
         return _refuse(str(error))
 
 
