@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.demo.conftest import FakeEnvironments
 from vla_pruner.cost import Flops
-from vla_pruner.demo.arms import Arm
+from vla_pruner.demo.arms import Arm, default_arms
 from vla_pruner.demo.episodes import Episode, Unit
 from vla_pruner.demo.probe import ArmCost, arm_cost, step_shape, timer_overhead, vision_flops
 from vla_pruner.demo.summary import Summary, summarize
-from vla_pruner.demo.table import floor_share, footnotes, heading, rows, to_markdown
+from vla_pruner.demo.table import floor_share, footnotes, heading, rows, to_markdown, to_rich
 from vla_pruner.demo.verdict import verdict
 from vla_pruner.timing import StepTime
 
@@ -100,7 +103,7 @@ def test_table_has_one_cell_an_arm(arms: tuple[Arm, ...]) -> None:
     table = dict(rows(summary))
     assert all(len(cells) == 3 for cells in table.values())
     assert table["episodes solved"] == ["4/4", "3/4", "0/4"]
-    assert table["difference, points"] == ["-", "-25", "-100"]
+    assert table["difference"] == ["-", "-25", "-100"]
     assert table["ms a pruned step"] == ["-", "10.0", "9.0"]
     assert table["  speed"] == ["1.00x", "2.00x", "2.22x"]
     assert table["  pruning"] == ["0.0", "1.0", "0.1"]
@@ -110,6 +113,19 @@ def test_table_has_one_cell_an_arm(arms: tuple[Arm, ...]) -> None:
     assert {line.count("|") for line in lines} == {5}
     assert len(lines) == len(rows(summary)) + 2
     assert footnotes(summary)
+
+
+def test_table_fits_a_terminal_of_80_columns(arms: tuple[Arm, ...]) -> None:
+    summary = _summary(arms, [True], [True], drop_ms=1234.5)
+    base, drop, random = summary.arms
+    names = [dataclasses.replace(arm, arm=name) for arm, name in zip([drop] * 3, default_arms(0.25)[1:4], strict=True)]
+    wide = dataclasses.replace(summary, arms=[base, *names, dataclasses.replace(random, arm=default_arms(0.25)[4])])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(to_rich(wide))
+    text = console.export_text()
+    assert text.count("-79 to +79") == 4
+    assert text.count("1234.5") >= 3
+    assert "…" not in text
 
 
 def test_verdict_says_what_the_numbers_say(arms: tuple[Arm, ...]) -> None:

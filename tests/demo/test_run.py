@@ -14,6 +14,7 @@ from rich.console import Console
 from tests.demo.conftest import FakeEnvironment, FakeEnvironments
 from vla_pruner.demo import Arm, DemoError, DemoSettings, run_demo
 from vla_pruner.demo.settings import DEFAULT_MINUTES, QUICK_MINUTES, choose_tasks
+from vla_pruner.methods import VLAPruner
 from vla_pruner.models.reference import save_policy
 
 
@@ -47,6 +48,18 @@ def test_it_writes_table_results_and_report(
     assert {"torch", "transformers", "mujoco"} <= set(results["conditions"]["versions"])
     assert results["conditions"]["threads"] >= 1
     assert (tmp_path / "new" / "table.md").read_text().count("\n") > 15
+
+
+def test_arms_that_keep_everything_are_named_as_such(
+    policy: Any, environments: FakeEnvironments, arms: tuple[Arm, ...], tmp_path: Path
+) -> None:
+    everything = (arms[0], Arm("drop", "VLA-Pruner 1 drop", "drop", VLAPruner(keep=1.0, layer=1)))
+    code, text = _run(policy, environments, everything, episodes=1, out=tmp_path, seed=0)
+    assert code == 0
+    assert "It pruned no control step at all" in " ".join(text.split())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["arms"][1]["milliseconds_pruned_steps"]["p50"] is None
+    assert results["arms"][1]["cost"]["visual_tokens_kept"] == 16
 
 
 def test_the_report_is_self_contained(

@@ -33,7 +33,7 @@ def rows(summary: Summary) -> list[Row]:
         row("episodes solved", lambda a: f"{a.success.successes}/{a.success.total}"),
         row("  success", lambda a: _percent(a.success.value)),
         row("  95 % interval", lambda a: f"{100 * a.success.low:.0f} to {100 * a.success.high:.0f}"),
-        row("difference, points", lambda a: _points(a.difference.value) if a.difference else "", "-"),
+        row("difference", lambda a: _points(a.difference.value) if a.difference else "", "-"),
         row("  95 % interval", _difference_interval, "-"),
         row("  won / lost", lambda a: f"{a.difference.gained} / {a.difference.lost}" if a.difference else "", "-"),
         row("steps an episode", lambda a: f"{a.mean_steps:.1f}"),
@@ -47,7 +47,7 @@ def rows(summary: Summary) -> list[Row]:
             "  speed", lambda a: "-" if isnan(a.pruned_steps.p50) else f"{base.all_steps.p50 / a.pruned_steps.p50:.2f}x"
         ),
         row("visual tokens", lambda a: f"{a.cost.kept}/{a.cost.visual}"),
-        row("MFLOPs a pruned step", lambda a: f"{a.cost.counted / 1e6:.0f}"),
+        row("MFLOPs, pruned", lambda a: f"{a.cost.counted / 1e6:.0f}"),
         row("  of unpruned", lambda a: _percent(a.cost.counted / base.cost.counted)),
         row("  least possible", lambda a: _percent(floor_share(summary, a))),
     ]
@@ -63,8 +63,8 @@ def footnotes(summary: Summary) -> list[str]:
     """What a reader of the table must know."""
     return [
         "Every arm ran the same episodes from the same initial states. Success: Wilson interval. Difference to "
-        "unpruned: Newcombe's interval for paired proportions; won / lost: episodes that only this arm / only the "
-        "unpruned policy solved.",
+        "unpruned, in percentage points: Newcombe's interval for paired proportions. Won / lost: episodes that only "
+        "this arm / only the unpruned policy solved.",
         "Milliseconds are medians (p50) of predict_action; simulation and drawing are outside of it. The stages are "
         "medians over pruned steps (over all steps of the unpruned policy).",
         "FLOPs are those of a whole step, vision included: counted while it ran; the least possible is by formula, "
