@@ -18,15 +18,20 @@ from vla_pruner.simulators.metaworld import TASKS
 SHARED_SCENE = ("reach", "push", "pick-place")
 """Tasks with the same objects on the table: only the instruction tells them apart."""
 
-SMALL_OBJECTS = ("push", "pick-place", "sweep-into", "coffee-push")
-"""Tasks that are seen twice as often as the others: what matters in them is small and must be located well."""
+SHARES = {"push": 1.5, "pick-place": 2.0, "sweep-into": 0.0, "plate-slide": 2.5, "window-open": 1.5}
+"""How often frames of a task are seen, 1 if not named: more where closed-loop checks showed need."""
 
+_TASK_NAMES = list(TASKS)
+_ANCHORS = np.array([getattr(EXPERTS[task], "anchor", (0.0, 0.0, 0.0)) for task in TASKS])
+_GRASPS = [
+    number
+    for number, task in enumerate(TASKS)
+    if task not in ("door-open", "window-open", "plate-slide", "drawer-open")
+]
 _THINGS = np.array([[4, 5, 6], [36, 37, 38]])
-
 FRESH_SHARE = 2.0
 """How much more often frames are seen that were recorded while the policy acted."""
 
-_TASK_NAMES = list(TASKS)
 _CONTACT = 0.07  # metres: nearer than this the object may be held or moving, and the hand is where the image shows it
 _LOW, _HIGH = np.array([-0.35, 0.4, 0.05]), np.array([0.35, 0.95, 0.4])
 
@@ -40,23 +45,25 @@ def expert_actions(tasks: np.ndarray, states: np.ndarray) -> np.ndarray:
     return actions
 
 
-def moved_hands(rng: np.random.Generator, states: np.ndarray) -> np.ndarray:
-    """States with the hand somewhere else, where that is possible without the scene looking different.
+def moved_hands(rng: np.random.Generator, tasks: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """States (N, 39) with the hand somewhere else, where that is possible without the scene looking different.
 
     The experts depend on the hand only through its position, which proprioception tells exactly; so a frame can teach
-    what to do from many places. While the hand is near the object it is moved by millimetres only.
+    what to do from many places. A hand that may hold something is moved by millimetres only.
     """
     states, count = states.copy(), len(states)
     hand, thing, goal = states[:, HAND], states[:, OBJECT], states[:, GOAL]
+    anchor = thing + _ANCHORS[tasks]
     around = hand + rng.normal(0, 0.05, (count, 3))
-    column = thing + rng.normal(0, 0.03, (count, 3))
-    column[:, 2] = thing[:, 2] + rng.uniform(0, 0.3, count)
-    on_way = thing + rng.random((count, 1)) * (goal - thing) + rng.normal(0, 0.04, (count, 3))
+    column = anchor + rng.normal(0, 0.03, (count, 3))
+    column[:, 2] = anchor[:, 2] + 0.3 * rng.random(count) ** 2
+    on_way = anchor + rng.random((count, 1)) * (goal - thing) + rng.normal(0, 0.04, (count, 3))
     anywhere = rng.uniform(_LOW, _HIGH, (count, 3))
     choice = rng.choice(4, size=(count, 1), p=[0.35, 0.4, 0.15, 0.1])
     moved = np.select([choice == 0, choice == 1, choice == 2], [around, column, on_way], anywhere)
-    contact = np.linalg.norm(hand - thing, axis=1, keepdims=True) < _CONTACT
-    moved = np.where(contact, hand + rng.normal(0, 0.004, (count, 3)), np.clip(moved, _LOW, _HIGH))
+    held = np.linalg.norm(hand - thing, axis=1, keepdims=True) < _CONTACT
+    held &= np.isin(tasks, _GRASPS)[:, None]
+    moved = np.where(held, hand + rng.normal(0, 0.004, (count, 3)), np.clip(moved, _LOW, _HIGH))
     states[:, HAND] = moved
     return states
 
@@ -91,7 +98,7 @@ class Dataset:
         self.shared = np.array([_TASK_NAMES.index(task) for task in SHARED_SCENE])
         # a task's share does not depend on how long its episodes are
         tasks = frames.tasks[self.train_rows]
-        shares = np.array([0.0 if task == "sweep-into" else 2.0 if task in SMALL_OBJECTS else 1.0 for task in TASKS])
+        shares = np.array([SHARES.get(task, 1.0) for task in TASKS])
         self.weights = (shares / np.bincount(tasks, minlength=len(TASKS)).clip(1))[tasks]
         self.weights *= np.where(frames.fresh[self.train_rows], FRESH_SHARE, 1.0)
         self.weights /= self.weights.sum()
@@ -114,7 +121,7 @@ class Dataset:
         change = extra & np.isin(tasks, self.shared) & (self.rng.random(len(states)) < 0.5)
         tasks[change] = self.rng.choice(self.shared, int(change.sum()))
         move = extra & (self.rng.random(len(states)) < 0.85)
-        states[move] = moved_hands(self.rng, states[move])
+        states[move] = moved_hands(self.rng, tasks[move], states[move])
         actions = expert_actions(tasks, states)
         shape = (len(rows), suffixes, -1)
         return Batch(

@@ -47,12 +47,14 @@ def test_bins_round_to_the_nearest() -> None:
     assert to_bins(torch.tensor([-5.0, 5.0]), 33).tolist() == [0, 32]
 
 
-def test_hands_in_contact_hardly_move() -> None:
+def test_hands_that_may_hold_something_hardly_move() -> None:
     states = np.zeros((200, 39))
     states[:, HAND] = [0, 0.6, 0.1]
     states[:100, 4:7] = [0, 0.6, 0.08]
     states[100:, 4:7] = [0, 0.8, 0.02]
-    distance = np.linalg.norm(moved_hands(np.random.default_rng(0), states)[:, HAND] - states[:, HAND], axis=1)
+    tasks = np.full(200, list(TASKS).index("push"))
+    moved = moved_hands(np.random.default_rng(0), tasks, states)
+    distance = np.linalg.norm(moved[:, HAND] - states[:, HAND], axis=1)
     assert distance[:100].max() < 0.03 < np.median(distance[100:])
 
 
