@@ -104,6 +104,14 @@ def test_unseen_tokens_count_zero_or_their_last_score_decayed():
     assert carry[1].item() == pytest.approx((0.5 * 0.4 * 0.25 + 0.25 * 0.4 * 0.5) / 0.75)
 
 
+def test_a_token_that_comes_back_does_not_change_its_past():
+    memory = vp.Memory.empty(1, 2, 1)
+    for score, seen in ((0.4, True), (0.0, False), (0.9, True)):
+        memory = memory.push(torch.tensor([[score]]), torch.tensor([[seen]]))
+    assert temporal_estimate(memory, 0.5, "zero").item() == pytest.approx(0.5 * 0.9 / 0.75)
+    assert temporal_estimate(memory, 0.5, "carry").item() == pytest.approx((0.5 * 0.9 + 0.25 * 0.4 * 0.5) / 0.75)
+
+
 def test_absent_tokens_are_taken_only_when_there_are_too_few_others():
     valid = torch.zeros(ROWS, M, dtype=torch.bool)
     valid[:, 4:9] = True
@@ -200,6 +208,9 @@ def test_top_mask_and_budget():
         ({"layer": 0}, "layer=0"),
         ({"pruned": "hide"}, "'drop', 'freeze'"),
         ({"window": 0}, "window=0"),
+        ({"window": True}, "window=True"),
+        ({"decay": "x"}, "decay='x'"),
+        ({"refresh_every": 2.5}, r"refresh_every=2\.5"),
         ({"decay": 1.5}, "decay=1.5"),
         ({"preset": "mine"}, "'paper', 'official'"),
         ({"warmup": "none"}, "'full', 'semantic'"),
@@ -213,9 +224,9 @@ def test_options_out_of_range_are_refused(options, message):
         vp.VLAPruner(**options)
 
 
-@pytest.mark.parametrize("ids", [(), (1, 1), (-1, 2)])
+@pytest.mark.parametrize("ids", [(), (1, 1), (-1, 2), 5, (1.7, 2.2)])
 def test_fixed_ids_must_make_sense(ids):
-    with pytest.raises(vp.BudgetError, match="at least one id"):
+    with pytest.raises(vp.BudgetError, match=r"ids=.* was given"):
         vp.KeepFixed(ids)
 
 
@@ -232,6 +243,6 @@ def test_memory_rows_can_be_taken_and_put_back():
     one = memory.take([1])
     assert one.rows == 1
     moved = memory.reset([0, 1]).put([0], one)
-    assert torch.equal(moved.last_seen[0], memory.last_seen[1])
+    assert torch.equal(moved.action[0], memory.action[1])
     assert moved.steps.tolist() == [5, 0, 5]
     assert torch.equal(memory.steps, torch.tensor([5, 5, 5])), "the original is a value and stays as it was"

@@ -35,9 +35,10 @@ class Call:
         if mask is None:
             return torch.ones(self.rows, self.length, dtype=torch.bool, device=self.device)
         if mask.dim() == 4:
-            # What nobody may look at is padding; the last row looks at everything that is real.
-            mask = mask[:, 0, -1]
-            mask = mask if mask.dtype == torch.bool else mask >= 0
+            # What is real is what the query that sees most can see. The last query may be padding itself.
+            visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
+            widest = visible.sum(dim=-1).argmax(dim=-1)
+            mask = visible[torch.arange(len(visible), device=visible.device), widest]
         return mask[:, : self.length].bool().expand(self.rows, -1)
 
 

@@ -41,18 +41,26 @@ class Layout:
         return self.visual.shape[1]
 
     def last(self) -> Tensor:
-        """(B, 1) int64: position of each row's last real token."""
+        """(B, 1) int64: position of each row's last real token, the one that emits the first action token."""
         positions = torch.arange(self.length, device=self.prompt.device)
         return torch.where(self.prompt, positions, -1).amax(dim=1, keepdim=True)
 
-    def query_weights(self, queries: str) -> Tensor:
-        """(B, N) float32: 1 for each prompt position that counts as a query of the semantic score, else 0."""
-        if queries == "all":
-            return self.prompt.float()
-        positions = torch.arange(self.length, device=self.prompt.device).expand_as(self.prompt)
-        if queries == "last":
-            return (positions == self.last()).float()
-        return (self.prompt & (positions > self.visual.amax(dim=1, keepdim=True))).float()
+    def text(self) -> Tensor:
+        """(B, N) bool: the real, non-visual tokens after the image. Those before it cannot see it.
+
+        Raises:
+            SessionError: a row has no such token.
+        """
+        positions = torch.arange(self.length, device=self.prompt.device)
+        end = torch.where(self.valid, self.visual, -1).amax(dim=1, keepdim=True)
+        text = (self.prompt & (positions > end)).scatter(1, self.visual, False)
+        ensure(text.any(dim=1).all(), NO_TEXT)
+        return text
+
+
+NO_TEXT = (
+    'semantic_queries="text" was asked for, but a row has no text after its last visual token: use "all" or "last".'
+)
 
 
 class Shortening:

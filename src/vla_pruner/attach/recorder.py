@@ -57,14 +57,14 @@ class Recorder:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         global _users
-        if not self._configs:
-            _users += 1
-            ALL_ATTENTION_FUNCTIONS[NAME] = _record
         config: Any = module.config
         tap = getattr(config, _TAP, None)
         if tap is not None:
             tap.callbacks.append(callback)
             return
+        if not self._configs:
+            _users += 1
+            ALL_ATTENTION_FUNCTIONS[NAME] = _record
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
         tapped = copy.copy(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -12,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
-from vla_pruner.attach.layout import Layout, Shortening
+from vla_pruner.attach.layout import Layout, Shortening, ensure
 from vla_pruner.attach.recorder import Attention, Recorder
 from vla_pruner.attach.shortener import Shortener
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
+
+VISUAL_LAST = (
+    "A visual token is in the prompt's last position, which emits the first action token; the prompt must end in text."
+)
 
 Clock = Callable[[str], AbstractContextManager[Any]]
 
@@ -40,10 +45,9 @@ class Session:
         self.clock: Clock | None = None
         self._family = family
         self._decoder = family.decoder
-        self._episodes = 0
+        self._episode: Tensor | None = None
         self._memory: Memory | None = None
         self._step: Step | None = None
-        self._in_prefill = False
         self._check_depth()
         if family.tokens is not None:
             method.budget(family.tokens)
@@ -61,6 +65,8 @@ class Session:
         _attached.add(self._decoder)
 
     def __enter__(self) -> Session:
+        if self._decoder not in _attached:
+            raise SessionError("This session is detached; attach the method anew.")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,9 +88,11 @@ class Session:
         """
         memory = self.memory
         if rows is None:
-            self._episodes = self._episodes + 1 if memory is None else int(memory.episode.max()) + 1
+            self._episode = None if memory is None else memory.episode + 1
             self._memory = self._step = None
             return
+        if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
+            raise SessionError(f"reset(rows={rows!r}) was called; rows is a list of row numbers.")
         if memory is None:
             raise SessionError("reset(rows=...) was called before the first control step; call reset() without rows.")
         if any(not 0 <= row < memory.rows for row in rows):
@@ -98,8 +106,9 @@ class Session:
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """Scores (B, M) float32 of the last control step that the method reads: "semantic" and "action" (0 where
-        dropped).
+        """Scores (B, M) float32 of the last control step, those of "semantic" and "action" that the method reads.
+
+        A token counts 0 in the action score of every layer that lacks it.
         """
         if self._step is None:
             return {}
@@ -111,18 +120,28 @@ class Session:
         """Everything carried from step to step, the last control step included; None before the first one.
 
         A value: save it, hand it to another session, or put it back later (one per robot). Setting it replaces all
-            history.
+        history.
+
+        Raises:
+            SessionError: what is set is no memory, or one of a method with another window.
         """
         step = self._step
         if step is None or step.closed:
             return self._memory
-        if step.action is None and "action" in self.method.needs:
-            # The call failed before anything acted: no control step came of it.
+        if step.prefilling or (step.action is None and "action" in self.method.needs):
+            # The call failed before anything could act: no control step came of it.
             return step.memory
         return step.memory.push(step.action, step.seen)
 
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
+        if memory is not None and not isinstance(memory, Memory):
+            raise SessionError(f"session.memory was set to a {type(memory).__name__}; set a Memory, or None.")
+        if memory is not None and memory.window != self.method.history:
+            raise SessionError(
+                f"session.memory was set to one that holds {memory.window} control steps of scores, but this "
+                f"method's holds {self.method.history}; it is another method's memory."
+            )
         self._memory = memory
         if self._step is not None:
             self._step.closed = True
@@ -140,22 +159,31 @@ class Session:
         """A call of the decoder begins. A prefill closes the last control step and opens the next.
 
         Raises:
-            SessionError: the batch or the number of visual tokens is not the memory's, or no step is open for a decode
-                call.
+            SessionError: the batch or the number of visual tokens is not the memory's, no step is open for a decode
+                call, or a decode call has more than one position.
         """
-        self._in_prefill = prefill
+        step = self._step
         if not prefill:
-            if self._step is None:
+            if step is None or step.prefilling:
                 raise SessionError(
-                    f"The decoder was called with {call.length} positions, too few to hold the visual tokens, "
-                    "before any "
-                    "prefill. While a session is attached, each control step begins with the prompt in one call."
+                    f"The decoder was called with {call.length} positions, too few to hold the visual tokens, while no "
+                    "control step is open. With a session attached, each one begins with the whole prompt in one call."
+                )
+            if call.length != 1:
+                raise SessionError(
+                    f"The decoder was called with {call.length} positions after the prompt; it decodes one at a "
+                    "time. A prompt in several pieces and speculative decoding are not supported."
                 )
             return
         layout = self._family.layout(call)
+        rows = self._family.action_rows(layout)
+        if rows is not None:
+            ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
         memory = self.memory
         if memory is None:
-            memory = Memory.empty(layout.rows, self.method.history, layout.tokens, call.device, self._episodes)
+            memory = Memory.empty(layout.rows, self.method.history, layout.tokens, call.device)
+            if self._episode is not None and len(self._episode) == layout.rows:
+                memory = replace(memory, episode=self._episode)
         if (memory.rows, memory.tokens) != (layout.rows, layout.tokens):
             raise SessionError(
                 f"The memory holds {memory.rows} rows of {memory.tokens} visual tokens, but the model was called with "
@@ -200,9 +228,9 @@ class Session:
 
     @torch.no_grad()
     def _record_semantic(self, attention: Attention) -> None:
-        if self._step is not None and self._in_prefill:
+        if self._step is not None and self._step.prefilling:
             with self.timed():
-                self._step.add_semantic(attention, self._step.layout.query_weights(self.method.queries))
+                self._step.add_semantic(attention, self.method.queries)
 
     @torch.no_grad()
     def _record_decoder(self, shortened: bool, attention: Attention) -> None:
@@ -211,7 +239,7 @@ class Session:
             return
         with self.timed():
             rows = None
-            if self._in_prefill:
+            if step.prefilling:
                 rows = self._family.action_rows(step.layout)
                 if shortened and step.shortening is not None and rows is not None:
                     rows = step.shortening.row_index(rows)
@@ -228,6 +256,8 @@ class Session:
 
     def _check_depth(self) -> None:
         layers = len(self._decoder.layers)
+        if type(self.method).select is Method.select:
+            return  # It never prunes, so it fits every model.
         if self.method.layer >= layers:
             raise BudgetError(
                 f"layer={self.method.layer} was given, but the decoder has {layers} layers; give a layer from 1 "

@@ -5,6 +5,7 @@ read the cache.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,24 @@ class Shortener:
         self._family = family
         self._layer = layer
         self._signature = inspect.signature(family.decoder.forward)
+        self._backend = family.decoder.config._attn_implementation
         self._handles: list[Any] = []
-        self._prefill = False
+        self._length = 0
+        self._prompt_cache: Any = None
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
         self._scratch: Any = None
 
     def install(self) -> None:
-        """Put the hooks in place."""
-        decoder: Any = self._family.decoder
+        """Put the hooks in place.
+
+        Raises:
+            UnsupportedModelError: the pruning layer comes before masks are sized, or the decoder is compiled.
+        """
+        decoder = self._family.decoder
+        if getattr(decoder, "_compiled_call_impl", None) is not None or hasattr(decoder, "_orig_mod"):
+            raise UnsupportedModelError(
+                "The decoder is compiled, so hooks on it would never run; attach before compiling."
+            )
         self._check_caches_order(decoder)
         self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._leave_decoder))
@@ -48,7 +59,7 @@ class Shortener:
         self._hook_layers(decoder, self._shorten)
         for reader in self._family.readers:
             self._handles.append(reader.register_forward_pre_hook(self._enter_reader, with_kwargs=True))
-            self._hook_layers(reader, self._read)
+            self._hook_layers(reader, self._read_transient)
 
     def remove(self) -> None:
         """Take every hook away."""
@@ -57,6 +68,13 @@ class Shortener:
         self._handles.clear()
         self._memo.clear()
         self._scratch = None
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        # The copy would be pruned with no session to detach it.
+        raise SessionError("A model with a session attached was copied or pickled; detach first.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__deepcopy__(None)
 
     def _hook_layers(self, decoder: Any, hook: Callable[..., Any]) -> None:
         for index in range(self._layer, len(decoder.layers)):
@@ -83,21 +101,38 @@ class Shortener:
         inputs = given.get("input_ids") if inputs is None else inputs
         assert inputs is not None
         call = Call(inputs.shape[1], given.get("attention_mask"), inputs.shape[0], inputs.device)
-        self._prefill = self._family.opens_step(call)
-        if self._prefill:
-            self._check_cache(given.get("past_key_values"), call.length)
+        prefill = self._family.opens_step(call)
+        self._length = call.length if prefill else self._length + call.length
+        self._check_model()
+        if prefill:
+            self._check_cache(given.get("past_key_values"))
         with self._session.timed():
-            self._session.open_call(call, self._prefill)
+            self._session.open_call(call, prefill)
 
-    def _check_cache(self, cache: Any, length: int) -> None:
-        window = getattr(self._family.decoder.config, "sliding_window", None)
-        if window is not None and length >= window:
-            raise UnsupportedModelError(
-                f"The prompt has {length} positions, but this model's sliding window is {window}; a window that cuts "
-                "the prompt is not supported."
+    def _check_model(self) -> None:
+        config = self._family.decoder.config
+        if config._attn_implementation != self._backend:
+            raise SessionError(
+                f"The attention backend was changed from {self._backend!r} to {config._attn_implementation!r} "
+                "while a session is attached; detach, change it, and attach again."
             )
+        window = getattr(config, "sliding_window", None)
+        if window is not None and self._length >= window:
+            raise UnsupportedModelError(
+                f"The sequence has {self._length} positions, but this model's sliding window is {window}; a "
+                "window that cuts the sequence is not supported."
+            )
+
+    def _check_cache(self, cache: Any) -> None:
         if cache is None:
             return
+        from transformers import DynamicCache, StaticCache
+
+        if not isinstance(cache, (DynamicCache, StaticCache)) or getattr(cache, "offloading", False):
+            raise UnsupportedModelError(
+                f"The prefill was given a {type(cache).__name__}; supported are DynamicCache and StaticCache, not "
+                "offloaded."
+            )
         filled = cache.get_seq_length()
         # Reading a length that lies on an accelerator would make the host wait for it.
         on_host = not isinstance(filled, Tensor) or filled.device.type == "cpu"
@@ -108,8 +143,15 @@ class Shortener:
             )
 
     def _enter_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._prefill:
+        step = self._session.step
+        assert step is not None
+        cache = kwargs.get("past_key_values")
+        if step.prefilling:
+            # A cache that the decoder made itself shows up here first.
+            self._prompt_cache = None if cache is None else weakref.ref(cache)
             self._session.see_embeddings(_hidden(args, kwargs))
+        elif self._prompt_cache is None or cache is not self._prompt_cache():
+            raise SessionError("A decode call was given another cache than the prompt; steps cannot be interleaved.")
 
     def _shorten(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -117,7 +159,7 @@ class Shortener:
         """Before a layer of the decoder from the pruning layer on."""
         step = self._session.step
         assert step is not None
-        if not self._prefill:
+        if not step.prefilling:
             return self._read(index, module, args, kwargs)
         with self._session.timed():
             if index == self._layer:
@@ -159,13 +201,11 @@ class Shortener:
     def _read(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a layer that reads the shortened cache: a decode step, or a layer of an expert."""
+        """Before a layer that reads the shortened cache and adds to it: a decode step."""
         step = self._session.step
         if step is None or step.shortening is None:
             return None
         shortening = step.shortening
-        if module not in self._family.decoder.layers:
-            _truncate(kwargs, index, shortening.prefix.shape[1])
         mask = kwargs.get("attention_mask")
         if mask is None:
             return None
@@ -174,16 +214,23 @@ class Shortener:
             short = self._once(f"mask {buffer}", mask, lambda: shortening.reader_mask(mask, buffer))
         return args, {**kwargs, "attention_mask": short}
 
+    def _read_transient(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a layer of an expert, whose own keys and values do not stay in the cache."""
+        step = self._session.step
+        if step is not None and step.shortening is not None:
+            _truncate(kwargs, index, step.shortening.prefix.shape[1])
+        return self._read(index, module, args, kwargs)
+
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         step = self._session.step
-        if not self._prefill or step is None or step.shortening is None:
+        if step is None or not step.prefilling:
             return None
-        # Callers index the output by position, so it keeps its full length; nobody reads the rows of tokens that are
-        # gone.
-        if isinstance(output, tuple):
-            return (step.shortening.restore(output[0]), *output[1:])
-        output["last_hidden_state"] = step.shortening.restore(output["last_hidden_state"])
-        return output
+        step.prefilling = False
+        step.frozen_hidden = self._scratch = None
+        self._memo.clear()
+        return None if step.shortening is None else _restored(output, step.shortening)
 
     def _once(self, purpose: str, source: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once per call of the decoder for each source object; layers share most of their
@@ -206,6 +253,22 @@ class Shortener:
 
             self._scratch = DynamicCache()
         return self._scratch
+
+
+def _restored(output: Any, shortening: Shortening) -> Any:
+    """A decoder's output with every short sequence of hidden states in it put back to the prompt's length.
+
+    Callers index the output by position, so it keeps its length; nobody reads the rows of tokens that are gone.
+    """
+    if isinstance(output, Tensor):
+        is_short = output.dim() == 3 and output.shape[1] == shortening.kept.shape[1]
+        return shortening.restore(output) if is_short else output
+    if isinstance(output, tuple):
+        return tuple(_restored(part, shortening) for part in output)
+    for name in ("last_hidden_state", "hidden_states"):
+        if getattr(output, name, None) is not None:
+            output[name] = _restored(output[name], shortening)
+    return output
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

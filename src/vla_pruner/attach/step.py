@@ -26,6 +26,7 @@ class Step:
         semantic: (B, M) float32 semantic score, if the method asks for it.
         frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the pruning layer; None without
             any.
+        prefilling: the prefill is still running.
         closed: its scores are in the memory already, or were discarded with it.
     """
 
@@ -35,6 +36,7 @@ class Step:
     shortening: Shortening | None = None
     embeddings: Tensor | None = None
     semantic: Tensor | None = None
+    prefilling: bool = True
     closed: bool = False
     frozen_hidden: Tensor | None = None
     _columns: dict[bool, Tensor] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class Step:
 
     @property
     def action(self) -> Tensor | None:
-        """(B, M) float32 action score so far, 0 where the token was dropped; None before the first action row."""
+        """(B, M) float32 action score so far, None before the first action row. Layers that lack a token count as 0."""
         if not self._columns:
             return None
         grids = [
@@ -60,12 +62,17 @@ class Step:
             return None
         return torch.zeros_like(self.layout.valid).scatter(1, self.kept, True)
 
-    def add_semantic(self, attention: Attention, weights: Tensor) -> None:
-        """Read the semantic score from the full-length prefill of the layer before pruning; `weights` (B, N) are its
-        queries.
+    def add_semantic(self, attention: Attention, queries: str) -> None:
+        """Read the semantic score from the full-length prefill of the layer before pruning; `queries` as in
+        `Method`.
         """
-        probabilities = _rows_of(attention, None)
-        self.semantic = mean_over_rows(probabilities, weights)[:, : self.layout.length].gather(1, self.layout.visual)
+        rows, counts = None, self.layout.prompt
+        if queries == "last":
+            rows = self.layout.last()
+            counts = torch.ones_like(rows)
+        elif queries == "text":
+            counts = self.layout.text()
+        self.semantic = mean_over_rows(_rows_of(attention, rows), counts).gather(1, self.layout.visual)
 
     def add_action(self, attention: Attention, rows: Tensor | None, shortened: bool) -> None:
         """Add what the action rows of one layer attend to.

@@ -1,8 +1,8 @@
 """Any decoder-only language model of transformers, driven with `inputs_embeds`.
 
 A control step is one prefill and the tokens decoded after it. Action attention is that of the rows that emit the
-tokens: the last prompt position, then every decoded one. Layers from the pruning layer on are short in the prefill and
-in every decode step.
+tokens: the last prompt position, then every decoded one; so decode no more tokens than act, in no row of a batch.
+Layers from the pruning layer on are short in the prefill and in every decode step.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ class DecoderLM(TransformersFamily):
         model: the language model.
         visual: where the visual tokens are in the prompt: a slice, or for several cameras a mapping of names to slices.
         padding_side: "right" (slices count from position 0), or "left" (they count from each row's first real token).
+            Needed only where position 0 is masked: it could be left padding, or an absent camera.
 
     Raises:
         BudgetError: `visual` is missing, empty, open-ended or overlapping.
     """
 
     def __init__(
-        self, model: nn.Module, visual: slice | Mapping[str, slice] | None = None, padding_side: str = "right"
+        self, model: nn.Module, visual: slice | Mapping[str, slice] | None = None, padding_side: str | None = None
     ) -> None:
         self.decoder = check_decoder(_decoder_of(model), model)
-        if padding_side not in PADDING_SIDES:
+        if padding_side not in (None, *PADDING_SIDES):
             raise BudgetError(f"padding_side={padding_side!r} was given; it is 'right' or 'left'.")
-        self._left = padding_side == "left"
+        self._padding_side = padding_side
         self.cameras = _check_visual(visual, model)
         self._positions = [p for span in self.cameras.values() for p in range(span.start, span.stop)]
         self._last = max(self._positions)
@@ -62,13 +63,13 @@ class DecoderLM(TransformersFamily):
     def layout(self, call: Call) -> Layout:
         prompt = call.prompt()
         visual = self._positions_on(call.device).expand(call.rows, -1)
-        if self._left:
+        if self._padding_side == "left":
             positions = torch.arange(call.length, device=call.device)
             visual = visual + torch.where(prompt, positions, call.length).amin(dim=1, keepdim=True)
-        elif min(self._positions) > 0 and call.attention_mask is not None:
+            ensure((visual < call.length).all(), OVERRUN)
+        elif self._padding_side is None and call.attention_mask is not None:
             # Left padding would shift the image away from where the slices say it is, without any error.
             ensure(prompt[:, 0].all(), LEFT_PADDED)
-        visual = visual.clamp_max(call.length - 1)
         return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt)
 
     def _positions_on(self, device: torch.device) -> Tensor:
@@ -79,9 +80,11 @@ class DecoderLM(TransformersFamily):
 
 
 LEFT_PADDED = (
-    "The batch is padded on the left, but the visual slices count from position 0. "
-    'Attach with padding_side="left" to count from each row\'s first real token.'
+    'Position 0 is masked in a row. If the batch is padded on the left, attach with padding_side="left": the '
+    "visual slices then count from each row's first real token. If it is an absent camera, attach with "
+    'padding_side="right".'
 )
+OVERRUN = "A row is padded so far on the left that its visual slices reach beyond the end of the prompt."
 
 
 def _decoder_of(model: nn.Module) -> nn.Module:

@@ -52,7 +52,7 @@ class Method:
     pruned: str = field(default="drop", kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+        if not is_count(self.layer, 1):
             raise BudgetError(
                 f"layer={self.layer!r} was given; the pruning layer is an int of 1 or more (the paper's is 3)."
             )
@@ -125,11 +125,15 @@ class Method:
         return Session(self, model, family_of(model, **family_options))
 
 
+def is_count(value: object, least: int) -> bool:
+    """Whether `value` is an int, and no bool, of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_keep(keep: object) -> None:
     """Raise BudgetError unless `keep` is a float in (0, 1] or an int of 1 or more."""
-    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
     is_fraction = isinstance(keep, float) and 0 < keep <= 1
-    if not is_count and not is_fraction:
+    if not is_count(keep, 1) and not is_fraction:
         raise BudgetError(
             f"keep={keep!r} was given; keep is a fraction in (0, 1] as a float, or a number of visual tokens as an int "
             "(so keep=1 is one token and keep=1.0 is all of them)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class RandomKeep(Method):
     def select(self, evidence: Evidence, k: int) -> Tensor:
         tokens = evidence.valid.shape[1]
         draws = [self._draw(step, tokens) for step in _clocks(evidence.memory)]
-        scores = torch.stack(draws).to(evidence.valid.device)
+        scores = torch.stack(draws).to(evidence.valid.device, non_blocking=True)
         return order_by_score(scores, evidence.valid)[:, :k].sort(dim=1).values
 
     def _draw(self, clock: tuple[int, int], tokens: int) -> Tensor:
@@ -65,7 +66,10 @@ class KeepFixed(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ids = tuple(int(i) for i in self.ids)
+        try:
+            ids = tuple(operator.index(i) for i in self.ids)
+        except TypeError:
+            raise BudgetError(f"ids={self.ids!r} was given; ids is a sequence of whole numbers.") from None
         if not ids or min(ids) < 0 or len(set(ids)) != len(ids):
             raise BudgetError(f"ids={self.ids!r} was given; give at least one id, none negative and none twice.")
         object.__setattr__(self, "ids", tuple(sorted(ids)))

@@ -8,38 +8,34 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
     """Everything that is carried from one control step to the next, for B rows (robots).
 
-    A memory is never changed in place: each operation returns a new one. It can therefore be handed to another
-        session, kept per
-    client by a server, or written to disk with `torch.save(memory.state_dict())`.
+    A memory is never changed in place: each operation returns a new one. It can therefore be handed to another session,
+    kept per client by a server, or written to disk with `torch.save(memory.state_dict())`.
 
     Attributes:
-        action: (B, window, M) float32, action scores of the last control steps, newest last. NaN where the token was
-            unseen (pruned away) in that step. M visual tokens.
-        last_seen: (B, M) float32, the score that each token had when it was last seen; 0 if it never was.
-        age: (B, M) int64, control steps since then (0: seen in the last step).
+        action: (B, window, M) float32, what was known of each visual token's action score after each of the last
+            control steps, newest last: the score of that step, or of the last step that saw the token.
+        age: (B, window, M) int64, how many control steps old that score was then; 0 where the step itself saw it.
         steps: (B,) int64 on the CPU, control steps since the row's episode began.
         episode: (B,) int64 on the CPU, how many episodes this row has begun before this one.
     """
 
     action: Tensor
-    last_seen: Tensor
     age: Tensor
     steps: Tensor
     episode: Tensor
 
     @classmethod
-    def empty(cls, rows: int, window: int, tokens: int, device: torch.device | str = "cpu", episode: int = 0) -> Memory:
-        """The memory of `rows` robots at the start of an episode, for `tokens` visual tokens."""
+    def empty(cls, rows: int, window: int, tokens: int, device: torch.device | str = "cpu") -> Memory:
+        """The memory of `rows` robots at the start of their first episode, for `tokens` visual tokens."""
         return cls(
-            action=torch.full((rows, window, tokens), torch.nan, device=device),
-            last_seen=torch.zeros(rows, tokens, device=device),
-            age=torch.zeros(rows, tokens, dtype=torch.int64, device=device),
+            action=torch.zeros(rows, window, tokens, device=device),
+            age=torch.ones(rows, window, tokens, dtype=torch.int64, device=device),
             steps=torch.zeros(rows, dtype=torch.int64),
-            episode=torch.full((rows,), episode, dtype=torch.int64),
+            episode=torch.zeros(rows, dtype=torch.int64),
         )
 
     @property
@@ -48,9 +44,14 @@ class Memory:
         return self.steps.shape[0]
 
     @property
+    def window(self) -> int:
+        """Number of control steps whose scores are held."""
+        return self.action.shape[1]
+
+    @property
     def tokens(self) -> int:
         """Number of visual tokens M."""
-        return self.last_seen.shape[1]
+        return self.action.shape[2]
 
     def push(self, scores: Tensor | None, seen: Tensor | None = None) -> Memory:
         """The memory after one more control step.
@@ -61,50 +62,44 @@ class Memory:
             seen: (B, M) bool, False where the token was pruned away and its score means nothing. None: all were seen.
         """
         steps = self.steps + 1
-        if scores is None:
+        if scores is None or not self.window:
             return replace(self, steps=steps)
-        if seen is None:
-            seen = torch.ones_like(scores, dtype=torch.bool)
-        marked = torch.where(seen, scores, torch.nan)
-        return Memory(
-            action=torch.cat([self.action[:, 1:], marked[:, None]], dim=1) if self.action.shape[1] else self.action,
-            last_seen=torch.where(seen, scores, self.last_seen),
-            age=torch.where(seen, 0, self.age + 1),
+        age = torch.zeros_like(self.age[:, -1])
+        if seen is not None:
+            scores = torch.where(seen, scores, self.action[:, -1])
+            age = torch.where(seen, age, self.age[:, -1] + 1)
+        return replace(
+            self,
+            action=torch.cat([self.action[:, 1:], scores[:, None]], dim=1),
+            age=torch.cat([self.age[:, 1:], age[:, None]], dim=1),
             steps=steps,
-            episode=self.episode,
         )
 
     def reset(self, rows: list[int]) -> Memory:
         """The same memory, with the named rows at the start of a new episode."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
-        fresh = Memory.empty(len(rows), self.action.shape[1], self.tokens, self.action.device)
-        return self.put(rows, replace(fresh, episode=self.episode[index] + 1))
+        fresh = Memory.empty(len(rows), self.window, self.tokens, self.action.device)
+        return self.put(rows, replace(fresh, episode=self.take(rows).episode + 1))
 
     def take(self, rows: list[int]) -> Memory:
         """The memory of the named rows only, in that order."""
-        return Memory(**{f.name: _rows(getattr(self, f.name), rows) for f in fields(self)})
+        return Memory(**{name: value[_index(rows, value)] for name, value in self.state_dict().items()})
 
     def put(self, rows: list[int], memory: Memory) -> Memory:
         """The same memory, with the named rows replaced by those of `memory`, in that order."""
         updated = {}
-        for field in fields(self):
-            value = getattr(self, field.name).clone()
-            value[torch.as_tensor(rows, device=value.device)] = getattr(memory, field.name).to(value)
-            updated[field.name] = value
+        for name, value in self.state_dict().items():
+            updated[name] = value.clone()
+            updated[name][_index(rows, value)] = getattr(memory, name).to(value)
         return Memory(**updated)
 
     def to(self, device: torch.device | str) -> Memory:
-        """The same memory with its scores on `device`; the counters stay on the CPU, where they are read without a
-        wait.
-        """
-        return replace(
-            self, action=self.action.to(device), last_seen=self.last_seen.to(device), age=self.age.to(device)
-        )
+        """The same memory with its scores on `device`; the counters go to the CPU, to be read without a wait."""
+        return Memory(self.action.to(device), self.age.to(device), self.steps.cpu(), self.episode.cpu())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, for `torch.save` or `safetensors`; `Memory(**state)` restores them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
-    return tensor[torch.as_tensor(rows, device=tensor.device)]
+def _index(rows: list[int], tensor: Tensor) -> Tensor:
+    return torch.as_tensor(rows, dtype=torch.int64, device=tensor.device)

@@ -72,15 +72,12 @@ def temporal_estimate(
     Returns:
         (B, M) float32; 0 for rows without any history.
     """
-    window = memory.action.shape[1]
+    window = memory.window
     steps_ago = torch.arange(window, 0, -1, device=memory.action.device)
     exponents = steps_ago if newest_weighs_most else window - steps_ago
     weights = torch.full((window,), decay, device=memory.action.device) ** exponents
     exists = steps_ago[None] <= memory.steps.to(steps_ago.device, non_blocking=True)[:, None]
     weights = weights * exists
-    scores = memory.action
-    if unseen == "carry":
-        # The token has been unseen for `age` steps up to now, so in the step `steps_ago` it had been so for this many.
-        unseen_for = (memory.age[:, None] - (steps_ago[None, :, None] - 1)).clamp_min(0)
-        scores = torch.where(scores.isnan(), memory.last_seen[:, None] * decay**unseen_for, scores)
-    return (scores.nan_to_num(0.0) * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-12)
+    known = decay**memory.age if unseen == "carry" else memory.age == 0
+    scores = memory.action * known * weights[..., None]
+    return scores.sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-12)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Method, check_choice, check_keep, resolve_keep
+from vla_pruner.methods.base import Evidence, Method, check_choice, check_keep, is_count, resolve_keep
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import temporal_estimate
 from vla_pruner.methods.selection import distances, max_min_order, top_mask
@@ -18,31 +18,29 @@ OFFICIAL_ACTION_LAYER = 15
 
 @dataclass(frozen=True)
 class VLAPruner(Method):
-    """Union of the top k by prefill attention and the top k by smoothed action attention, thinned to k by max-min
-    diversity.
+    """Union of the top k by prefill attention and the top k by smoothed action attention, thinned by max-min diversity.
 
-    Paper: arXiv 2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 %
-        at keep .5,
-    98.48 % at .25, 88.90 % at .125. Deviations: none with the defaults ("freeze" and the options below are additions).
+    Paper: arXiv 2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 % at
+    keep .5, 98.48 % at .25, 88.90 % at .125. Deviations: none with the defaults ("freeze" and the options below are
+    additions).
 
     Attributes:
         keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int).
         layer, pruned: see `Method` (paper: drop at layer 3).
         window: control steps of action attention that are smoothed (paper: 3).
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
-        preset: "paper", or "official" for what the authors' code does: the decay runs backwards (the oldest step
-            weighs most), action attention is read at layer index 15 alone, the estimate is rounded to bfloat16, and
-            diversity is measured on the decoder's input embeddings instead of the hidden states entering `layer`.
+        preset: "paper", or "official" for what the authors' code does: the decay runs backwards (the oldest step weighs
+            most), action attention is read at layer index 15 alone, the estimate is rounded to bfloat16, and diversity
+            is measured on the decoder's input embeddings instead of the hidden states entering `layer`.
         warmup: "full" prunes nothing in the first `window` steps of an episode: exact, but short episodes gain less.
-            "semantic" prunes them by prefill attention alone (v5 of the paper). In a batch "full" waits until no row
-            is in its warm-up,
-            since all rows share one shape: where robots reset at different times, choose "semantic".
+            "semantic" prunes them by prefill attention alone (v5 of the paper). In a batch "full" waits until no row is
+            in its warm-up, since all rows share one shape: where robots reset at different times, choose "semantic".
         semantic_queries: rows that the semantic score averages over: "all" prompt tokens (paper; with causal attention
             it favours early patches), the "text" after the image, or the "last" prompt token (as FastV does).
         unseen: what a token that was pruned away counts in the history: "zero" (as published: a kept set tends to
-            stay), or "carry": the score at which it was last seen, times `decay` for each step since, so that it can
-            come back.
-        refresh_every: run every n-th step of an episode unpruned, so that every token is seen again. None never does.
+            stay), or "carry": the score at which it was last seen, times `decay` for each step since.
+        refresh_every: run the first step of an episode and every n-th after it unpruned, so that every token is seen
+            again; None never does. In a batch one row's turn is every row's.
 
     Raises:
         BudgetError: an option is out of its range.
@@ -60,13 +58,13 @@ class VLAPruner(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_keep(self.keep)
-        if not isinstance(self.window, int) or self.window < 1:
+        if not is_count(self.window, 1):
             raise BudgetError(
                 f"window={self.window!r} was given; the window is an int of 1 or more (the paper's is 3)."
             )
-        if not 0 < self.decay <= 1:
+        if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
             raise BudgetError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
-        if self.refresh_every is not None and self.refresh_every < 2:
+        if self.refresh_every is not None and not is_count(self.refresh_every, 2):
             raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
         check_choice("preset", self.preset, ("paper", "official"))
         check_choice("warmup", self.warmup, ("full", "semantic"))
