@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,18 @@ def test_every_option_of_the_method_is_in_the_table() -> None:
     table = README.split("### Options of `VLAPruner`")[1].split("###")[0]
     for field in dataclasses.fields(vp.VLAPruner):
         assert f"`{field.name}`" in table
+
+
+def test_the_table_is_that_of_the_committed_run() -> None:
+    run = ROOT / "benchmarks" / "results" / "demo"
+    if not (run / "results.json").is_file():
+        pytest.skip("no demo run is committed")
+    assert (run / "table.md").read_text(encoding="utf-8").strip() in README
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert not results["interrupted"]
+    assert not results["machine_was_busy"]
+    assert results["conditions"]["processor"] in README
+    assert f"{results['paired_episodes']} paired episodes" in README
+    for arm in results["arms"]:
+        assert arm["title"] in README
+        assert f"{arm['success']['successes']}/{arm['success']['total']}" in README
