@@ -47,6 +47,7 @@ def test_it_writes_table_results_and_report(
     assert "VLAPruner(layer=1" in results["arms"][1]["method"]
     assert {"torch", "transformers", "mujoco"} <= set(results["conditions"]["versions"])
     assert results["conditions"]["threads"] >= 1
+    assert results["machine_was_busy"] in (True, False)
     assert (tmp_path / "new" / "table.md").read_text().count("\n") > 15
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def conditions(policy: Any, weights: Path | None) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "busy_cores_before": busy_cores(),
         "load_average_before": load_average(),
         "device": str(parameters[0].device) if parameters else "cpu",
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
@@ -41,6 +43,26 @@ def conditions(policy: Any, weights: Path | None) -> dict[str, Any]:
         "weights_sha256": _sha256(weights) if weights is not None else None,
         "git": _git_commit(),
     }
+
+
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """How many cores other programs use right now, watched for `seconds`; None where the system does not say."""
+    before = _cpu_ticks()
+    time.sleep(seconds)
+    after = _cpu_ticks()
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    idle, total = after[0] - before[0], after[1] - before[1]
+    return round((os.cpu_count() or 1) * (1 - idle / total), 2)
+
+
+def _cpu_ticks() -> tuple[int, int] | None:
+    """(idle, all) ticks of all cores since the system started."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError, IndexError):
+        return None
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def load_average() -> float | None:
