@@ -18,7 +18,7 @@ from vla_pruner.simulators.metaworld import TASKS
 SHARED_SCENE = ("reach", "push", "pick-place")
 """Tasks with the same objects on the table: only the instruction tells them apart."""
 
-SHARES = {"push": 1.5, "pick-place": 2.0, "sweep-into": 0.0, "plate-slide": 2.5, "window-open": 1.5}
+SHARES = {"push": 1.5, "pick-place": 2.0, "plate-slide": 2.5, "window-open": 1.5}
 """How often frames of a task are seen, 1 if not named: more where closed-loop checks showed need."""
 
 _TASK_NAMES = list(TASKS)

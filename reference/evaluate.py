@@ -32,7 +32,6 @@ WRONG_TASK = {
     "reach": "push",
     "push": "reach",
     "pick-place": "reach",
-    "sweep-into": "window-open",
     "coffee-push": "reach",
     "door-open": "drawer-open",
     "window-open": "door-open",

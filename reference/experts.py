@@ -101,16 +101,6 @@ EXPERTS = {
         grip_height=0.06,
         lift=True,
     ),
-    "sweep-into": Expert(
-        anchor=(-0.005, 0, 0.01),
-        reach_high=0.04,
-        reach_low=0.04,
-        above=(0, 0, 0.3),
-        gain=25.0,
-        grip_far=-1.0,
-        grip_near=0.7,
-        grip_height=0.15,
-    ),
     "coffee-push": Expert(
         anchor=(0.01, 0, 0.05),
         reach_high=0.06,

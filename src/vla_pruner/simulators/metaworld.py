@@ -29,7 +29,6 @@ TASKS: dict[str, str] = {
     "reach": "reach the green ball",
     "push": "push the puck to the ball",
     "pick-place": "lift the puck to the ball",
-    "sweep-into": "sweep the block into the hole",
     "coffee-push": "push the mug to the machine",
     "door-open": "open the door",
     "window-open": "open the window",
