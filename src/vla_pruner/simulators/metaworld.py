@@ -179,7 +179,7 @@ class MetaWorldEnv:
             The next observation, whether the task is solved, and whether the episode is over.
         """
         action = np.clip(np.asarray(action, dtype=np.float32).reshape(-1), -1.0, 1.0)
-        success = False
+        success, state = False, self._state
         for _ in range(ACTION_REPEAT):
             state, _, _, _, info = self._env.step(action)
             if info["success"]:

@@ -66,4 +66,5 @@ def save_policy(policy: ReferencePolicy, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().float().contiguous().cpu() for name, tensor in policy.state_dict().items()}
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner can read
     (folder / _CONFIG).write_text(json.dumps(policy.config.to_dict(), indent=2) + "\n")

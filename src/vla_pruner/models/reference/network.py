@@ -43,6 +43,9 @@ class VisionBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """A convolutional stem (stride 8) and a few transformer blocks: one token a patch."""
 
+    centre: Tensor
+    spread: Tensor
+
     def __init__(self, config: ReferenceConfig) -> None:
         super().__init__()
         if config.patch_size != 8:
@@ -99,6 +102,8 @@ class Landmarks(nn.Module):
 
     count = 2
 
+    frequencies: Tensor
+
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
         self.side = side
@@ -132,6 +137,10 @@ def _grid_positions(side: int, width: int) -> Tensor:
 class ProprioProjector(nn.Module):
     """Proprioception -> one token; sines at several scales make centimetres visible to a small network."""
 
+    mean: Tensor
+    scale: Tensor
+    frequencies: Tensor
+
     def __init__(self, config: ReferenceConfig) -> None:
         super().__init__()
         size = len(config.proprio_mean)
@@ -164,6 +173,7 @@ class ReferencePolicy(nn.Module):
     projector: nn.Sequential
     proprio_projector: ProprioProjector
     language_model: LlamaForCausalLM
+    bin_values: Tensor
 
     def __init__(self, config: ReferenceConfig) -> None:
         super().__init__()
