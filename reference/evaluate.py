@@ -11,6 +11,7 @@ are kept in the output file.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from reference.rollout import policy_actor, run_episode
+from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
 from vla_pruner.simulators.metaworld import EVALUATION_SEED, TASKS, MetaWorldEnv, Observation
 
 ARMS = ("policy", "blank", "wrong_scene", "wrong_instruction", "random_keep")
@@ -140,6 +142,9 @@ def main() -> None:
     if args.out and args.out.exists():
         report = json.loads(args.out.read_text())
     finished = {(entry["task"], entry["arm"]) for entry in report["results"]}
+    weights = (args.weights or SHIPPED_WEIGHTS) / "model.safetensors"
+    report["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    report["first_seed"] = args.first_seed
     report["machine"] = machine()
     jobs = [(task, arm) for arm in args.arms for task in args.tasks if (task, arm) not in finished]
     with ProcessPoolExecutor(args.workers) as pool:
