@@ -1,6 +1,6 @@
 """DAgger: the policy acts (with a little help), the experts label what it saw.
 
-`python -m reference.dagger --weights /work/refdata/checkpoints/pooled --round 1 --episodes 20` (resumable).
+`python -m reference.dagger --weights CHECKPOINTS/full --round 1 --episodes 20` (resumable).
 """
 
 from __future__ import annotations

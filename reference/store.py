@@ -10,7 +10,7 @@ import numpy as np
 
 from vla_pruner.simulators.metaworld import TASKS
 
-DATA_ROOT = Path(os.environ.get("VLA_PRUNER_REFERENCE_DATA", "/work/refdata"))
+DATA_ROOT = Path(os.environ.get("VLA_PRUNER_REFERENCE_DATA", Path.home() / ".cache" / "vla-pruner-reference"))
 """Where recordings and checkpoints live: gigabytes, so outside the repository."""
 
 
