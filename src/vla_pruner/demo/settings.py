@@ -8,10 +8,10 @@ from pathlib import Path
 
 from vla_pruner.errors import VLAPrunerError
 
-DEFAULT_EPISODES = 5
+DEFAULT_EPISODES = 6
 DEFAULT_MINUTES = 6.5
 QUICK_EPISODES = 1
-QUICK_MINUTES = 1.25
+QUICK_MINUTES = 1.1
 DEFAULT_KEEP = 0.25
 DEFAULT_SEED = 1_000_000
 DEFAULT_OUT = Path("demo-output")
