@@ -238,7 +238,7 @@ class Trainer:
         return result
 
     def save(self, final: bool = False) -> None:
-        """Writes the checkpoint (for going on) and the averaged policy (for use) atomically."""
+        """Writes the checkpoint, for going on, and the policy, for use."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "stage": self.stage,
@@ -253,7 +253,8 @@ class Trainer:
         torch.save(state, partial)
         os.replace(partial, self.path)
         if self.stage != "vision":
-            save_policy(self.average, self.folder / self.path.stem)
+            # Until the rate has come down the moving average acts better; in the end it lags behind what came last.
+            save_policy(self.policy if final else self.average, self.folder / self.path.stem)
 
 
 def main() -> None:
