@@ -30,7 +30,8 @@ def _success(arm: ArmSummary) -> str:
     interval = f"{100 * difference.low:+.0f} to {100 * difference.high:+.0f}"
     if difference.within_noise:
         return f"{solved} ({interval}: within noise)"
-    return f"{solved} ({interval}: a real {'gain' if difference.value > 0 else 'loss'})"
+    word = "gain" if difference.value > 0 else "loss"
+    return f"{solved} ({interval}: a {word}; exact McNemar p = {difference.p_value:.2g})"
 
 
 def _time(arm: ArmSummary, summary: Summary) -> str:
