@@ -39,7 +39,6 @@ def conditions(policy: Any, weights: Path | None) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in parameters),
         "image_size": policy.config.image_size,
         "attention": getattr(policy.language_model.config, "_attn_implementation", None),
-        "rendering": os.environ.get("MUJOCO_GL"),
         "weights_sha256": _sha256(weights) if weights is not None else None,
         "git": _git_commit(),
     }

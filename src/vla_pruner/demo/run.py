@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def run_demo(
         threads = counted(facts["threads"], "thread")
         console.print(f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
         observation = runner.environment(tasks[0]).reset(settings.seed)
+        facts["rendering"] = os.environ.get("MUJOCO_GL")  # the simulator has chosen by now
         costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
         vision = vision_flops(policy, observation)
         overhead = timer_overhead(policy, observation)
