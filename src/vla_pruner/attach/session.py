@@ -190,7 +190,7 @@ class Session:
                 f"{layout.rows} rows of {layout.tokens}; call reset() first, or set session.memory to these rows' own."
             )
         self._memory = memory = memory.to(call.device)
-        self._step = Step(layout=layout, memory=memory)
+        self._step = Step(layout=layout, memory=memory, action_rows=rows)
 
     def choose(self, hidden: Tensor) -> Shortening | None:
         """Decide, at the pruning layer, what becomes of the sequence; `hidden` is (B, N, D). None: nothing changes."""
@@ -207,6 +207,8 @@ class Session:
         with torch.no_grad():
             step.kept = self.method.select(evidence, k)
             step.shortening = Shortening(layout, step.kept, freeze=self.method.pruned == "freeze")
+            if step.action_rows is not None:
+                step.short_action_rows = step.shortening.row_index(step.action_rows)
         return step.shortening
 
     def see_embeddings(self, hidden: Tensor) -> None:
@@ -240,9 +242,7 @@ class Session:
         with self.timed():
             rows = None
             if step.prefilling:
-                rows = self._family.action_rows(step.layout)
-                if shortened and step.shortening is not None and rows is not None:
-                    rows = step.shortening.row_index(rows)
+                rows = step.short_action_rows if shortened and step.shortening is not None else step.action_rows
             step.add_action(attention, rows, shortened)
 
     @torch.no_grad()

@@ -87,9 +87,8 @@ class Shortener:
         first = max((types.index(kind) for kind in set(types)), default=0)
         if self._layer <= first:
             raise UnsupportedModelError(
-                f"layer={self._layer} was given, but this model's first {types[first]!r} layer is layer "
-                f"{first}, and masks are "
-                f"sized from it; give layer={first + 1} or more."
+                f"layer={self._layer} was given, but this model's first {types[first]!r} layer is layer {first}, and "
+                f"masks are sized from it; give layer={first + 1} or more."
             )
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

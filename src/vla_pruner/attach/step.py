@@ -20,6 +20,8 @@ class Step:
     Attributes:
         layout: where things are in the sequence.
         memory: what the rows remembered when the step opened.
+        action_rows: (B, R) prompt positions whose attention is action attention; None if there are none.
+        short_action_rows: (B, R) where these are among the rows of the shortened sequence; None if it is not pruned.
         kept: (B, k) sorted ids of the visual tokens kept; None if the step is not pruned.
         shortening: what that does to the sequence; None if the step is not pruned.
         embeddings: (B, M, D) visual tokens as they enter the first layer, if the method asks for them.
@@ -32,6 +34,8 @@ class Step:
 
     layout: Layout
     memory: Memory
+    action_rows: Tensor | None = None
+    short_action_rows: Tensor | None = None
     kept: Tensor | None = None
     shortening: Shortening | None = None
     embeddings: Tensor | None = None
