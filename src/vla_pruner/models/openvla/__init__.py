@@ -1,0 +1,1 @@
+"""OpenVLA and OpenVLA-OFT, written anew on the installed transformers."""
