@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.layout import Layout
+
+if TYPE_CHECKING:
+    from vla_pruner.attach.session import Session
+
+
+class Wiring(Protocol):
+    """What connects a session to the calls of one model."""
+
+    def install(self) -> None:
+        """Put everything in place.
+
+        Raises:
+            UnsupportedModelError: the model cannot be shortened as it is.
+        """
+        ...
+
+    def remove(self) -> None:
+        """Leave the model as it was, also after an `install` that failed half-way."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,10 +69,12 @@ class Family:
         decoder: the transformers decoder (`.layers`, `.config`) whose sequence is shortened.
         readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching
             expert).
+        cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
     """
 
     decoder: Any
     readers: tuple[Any, ...] = ()
+    cameras: tuple[str, ...] = ("image",)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -60,13 +82,33 @@ class Family:
         raise NotImplementedError
 
     @property
-    def tokens(self) -> int | None:
-        """Number of visual tokens M where the model alone decides it, else None."""
+    def depth(self) -> int:
+        """Number of layers of the decoder."""
+        return len(self.decoder.layers)
+
+    @property
+    def backend(self) -> str:
+        """The attention implementation that the decoder really runs."""
+        return self.decoder.config._attn_implementation
+
+    @property
+    def camera_tokens(self) -> tuple[int, ...] | None:
+        """Visual tokens of each camera where the model alone decides it, else None."""
+        return None
+
+    def wiring(self, session: Session) -> Wiring | None:
+        """What connects `session` to this model; None: hooks on the decoder's layers."""
         return None
 
     def opens_step(self, call: Call) -> bool:
         """Whether a call of the decoder is a prefill, which opens a control step."""
         raise NotImplementedError
+
+    def repeats_prompt(self, call: Call) -> bool:
+        """Whether a call that opens no step runs the whole prompt again in the same control step (a denoising loop
+        around the decoder): the kept tokens stay, and its action rows count as well.
+        """
+        return False
 
     def layout(self, call: Call) -> Layout:
         """Where things are in the sequence of this prefill."""
@@ -95,8 +137,12 @@ class Family:
         """
         raise NotImplementedError
 
-    def install(self) -> None:
-        """Put in place whatever the family needs besides hooks on its decoders."""
+    def install(self, new_episode: Callable[[], None]) -> None:
+        """Put in place whatever the family needs besides hooks on its decoders.
+
+        Args:
+            new_episode: to be called when the policy itself is told that an episode begins.
+        """
 
     def remove(self) -> None:
         """Undo `install`."""

@@ -19,11 +19,15 @@ class Layout:
         visual: (B, M) int64, positions of the visual tokens in the sequence, by visual token id.
         valid: (B, M) bool, False for visual tokens that are masked out (an absent camera).
         prompt: (B, N) bool, True for real tokens, False for padding.
+        cameras: visual tokens of each camera, in the order of the family's `cameras`; together M.
+        absent: cameras, by their place in `cameras`, that the host knows to be absent in all rows.
     """
 
     visual: Tensor
     valid: Tensor
     prompt: Tensor
+    cameras: tuple[int, ...]
+    absent: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -39,6 +43,11 @@ class Layout:
     def tokens(self) -> int:
         """Number of visual tokens M."""
         return self.visual.shape[1]
+
+    @property
+    def present_tokens(self) -> int:
+        """Number of visual tokens of the cameras that are not known to be absent."""
+        return sum(count for camera, count in enumerate(self.cameras) if camera not in self.absent)
 
     def last(self) -> Tensor:
         """(B, 1) int64: position of each row's last real token, the one that emits the first action token."""
@@ -102,7 +111,7 @@ class Shortening:
     def restore(self, hidden: Tensor) -> Tensor:
         """Kept rows (B, n, D) put back at their positions: (B, N, D), zero elsewhere."""
         full = hidden.new_zeros(hidden.shape[0], self.length, hidden.shape[2])
-        return full.scatter(1, self.kept[..., None].expand_as(hidden), hidden)
+        return full.scatter(1, self.kept.to(hidden.device)[..., None].expand_as(hidden), hidden)
 
     def prefill_mask(self, mask: Tensor | None, causal: bool, buffer: int | None) -> Tensor | None:
         """The prefill's mask for the shortened layers.
@@ -134,7 +143,7 @@ class Shortening:
     def _columns(self, mask: Tensor, buffer: int | None) -> Tensor:
         rows = self.kept.shape[0]
         tail = torch.arange(self.length, mask.shape[-1], device=mask.device).expand(rows, -1)
-        columns = torch.cat([self.prefix, tail], dim=1)[:, None, None, :]
+        columns = torch.cat([self.prefix.to(mask.device), tail], dim=1)[:, None, None, :]
         mask = mask.expand(rows, *mask.shape[1:])
         return _pad_columns(mask.gather(3, columns.expand(*mask.shape[:3], -1)), buffer)
 
@@ -153,6 +162,8 @@ def _gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
     if tensor.shape[1] == 1 and index.shape[1] != 1:
         return tensor
     tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
+    # A model may be spread over several devices.
+    index = index.to(tensor.device)
     index = index.view(*index.shape, *(1,) * (tensor.dim() - 2))
     return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))
 

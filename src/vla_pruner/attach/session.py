@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
+from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.layout import Layout, Shortening, ensure
-from vla_pruner.attach.recorder import Attention, Recorder
-from vla_pruner.attach.shortener import Shortener
+from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.methods.base import Evidence, Method
@@ -48,17 +47,16 @@ class Session:
         self._episode: Tensor | None = None
         self._memory: Memory | None = None
         self._step: Step | None = None
+        self._camera_methods = method.for_cameras(family.cameras)
         self._check_depth()
-        if family.tokens is not None:
-            method.budget(family.tokens)
+        if family.camera_tokens is not None:
+            self._budgets(family.camera_tokens, frozenset())
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
-        self._recorder = Recorder()
-        self._shortener = Shortener(self, family, method.layer)
+        self._wiring = family.wiring(self) or HookWiring(self, family)
         try:
-            family.install()
-            self._watch()
-            self._shortener.install()
+            family.install(self.reset)
+            self._wiring.install()
         except BaseException:
             self._remove()
             raise
@@ -155,15 +153,24 @@ class Session:
         """The clock's context for work that pruning adds."""
         return nullcontext() if self.clock is None else self.clock("pruning")
 
-    def open_call(self, call: Call, prefill: bool) -> None:
-        """A call of the decoder begins. A prefill closes the last control step and opens the next.
+    def open_call(self, call: Call) -> bool:
+        """A call of the decoder begins; returns whether it runs the prompt. A prefill closes the last control step and
+        opens the next.
 
         Raises:
             SessionError: the batch or the number of visual tokens is not the memory's, no step is open for a decode
                 call, or a decode call has more than one position.
         """
         step = self._step
-        if not prefill:
+        if not self._family.opens_step(call):
+            if step is not None and self._family.repeats_prompt(call):
+                if step.layout.length != call.length:
+                    raise SessionError(
+                        f"The prompt of this control step has {step.layout.length} positions, but it was run again "
+                        f"with {call.length}."
+                    )
+                step.prefilling = True
+                return True
             if step is None or step.prefilling:
                 raise SessionError(
                     f"The decoder was called with {call.length} positions, too few to hold the visual tokens, while no "
@@ -174,7 +181,7 @@ class Session:
                     f"The decoder was called with {call.length} positions after the prompt; it decodes one at a "
                     "time. A prompt in several pieces and speculative decoding are not supported."
                 )
-            return
+            return False
         layout = self._family.layout(call)
         rows = self._family.action_rows(layout)
         if rows is not None:
@@ -191,21 +198,25 @@ class Session:
             )
         self._memory = memory = memory.to(call.device)
         self._step = Step(layout=layout, memory=memory, action_rows=rows)
+        return True
 
     def choose(self, hidden: Tensor) -> Shortening | None:
         """Decide, at the pruning layer, what becomes of the sequence; `hidden` is (B, N, D). None: nothing changes."""
         step = self._step
         assert step is not None
+        if step.chosen:
+            return step.shortening
+        step.chosen = True
         layout = step.layout
-        k = self.method.budget(layout.tokens)
-        if k >= layout.tokens or not self.method.prunes(step.memory):
+        budgets = self._budgets(layout.cameras, layout.absent)
+        if sum(budgets) >= layout.tokens or not self.method.prunes(step.memory):
             return None
         features = step.embeddings
         if "features" in self.method.needs:
             features = visual_rows(hidden, layout)
         evidence = Evidence(valid=layout.valid, memory=step.memory, semantic=step.semantic, features=features)
         with torch.no_grad():
-            step.kept = self.method.select(evidence, k)
+            step.kept = self._select(evidence, layout.cameras, budgets)
             step.shortening = Shortening(layout, step.kept, freeze=self.method.pruned == "freeze")
             if step.action_rows is not None:
                 step.short_action_rows = step.shortening.row_index(step.action_rows)
@@ -213,29 +224,20 @@ class Session:
 
     def see_embeddings(self, hidden: Tensor) -> None:
         """The first layer's input (B, N, D) of a prefill, for methods that compare visual tokens there."""
-        if self._step is not None and "embeddings" in self.method.needs:
+        if self._step is not None and self._step.embeddings is None and "embeddings" in self.method.needs:
             self._step.embeddings = visual_rows(hidden, self._step.layout)
 
-    def _watch(self) -> None:
-        layers = self._decoder.layers
-        needs = self.method.needs
-        if "semantic" in needs:
-            self._recorder.watch(layers[self.method.layer - 1].self_attn, self._record_semantic)
-        if "action" in needs:
-            for actor in self._family.readers or (self._decoder,):
-                record = self._record_reader if self._family.readers else self._record_decoder
-                for index in self.method.action_layers(len(actor.layers)):
-                    attention = actor.layers[index].self_attn
-                    self._recorder.watch(attention, partial(record, index >= self.method.layer))
-
     @torch.no_grad()
-    def _record_semantic(self, attention: Attention) -> None:
-        if self._step is not None and self._step.prefilling:
+    def record_semantic(self, attention: Attention) -> None:
+        """The layer before the pruning layer attended; the prompt's first run in a control step counts."""
+        step = self._step
+        if step is not None and step.prefilling and step.semantic is None:
             with self.timed():
-                self._step.add_semantic(attention, self.method.queries)
+                step.add_semantic(attention, self.method.queries)
 
     @torch.no_grad()
-    def _record_decoder(self, shortened: bool, attention: Attention) -> None:
+    def record_decoder(self, shortened: bool, attention: Attention) -> None:
+        """A layer of the decoder whose rows act attended; `shortened`: from the pruning layer on."""
         step = self._step
         if step is None or step.closed:
             return
@@ -246,7 +248,8 @@ class Session:
             step.add_action(attention, rows, shortened)
 
     @torch.no_grad()
-    def _record_reader(self, shortened: bool, attention: Attention) -> None:
+    def record_reader(self, shortened: bool, attention: Attention) -> None:
+        """A layer of an expert attended to what the decoder's layer cached; `shortened`: from the pruning layer on."""
         step = self._step
         if step is None or step.closed:
             return
@@ -254,8 +257,35 @@ class Session:
             rows = self._family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
             step.add_action(attention, rows, shortened)
 
+    def _budgets(self, cameras: tuple[int, ...], absent: frozenset[int]) -> list[int]:
+        """Tokens kept: one number for all cameras together, or one for each."""
+        present = [0 if camera in absent else count for camera, count in enumerate(cameras)]
+        if self._camera_methods is None:
+            full = [self.method.budget(sum(cameras))]
+            short = [self.method.budget_of_present(sum(cameras), sum(present))]
+        else:
+            full = [method.budget(count) for method, count in zip(self._camera_methods, cameras, strict=True)]
+            short = [min(budget, count) for budget, count in zip(full, present, strict=True)]
+        # Where all is kept nothing may change, so absent cameras stay too.
+        return full if sum(full) >= sum(cameras) else short
+
+    def _select(self, evidence: Evidence, cameras: tuple[int, ...], budgets: list[int]) -> Tensor:
+        """The ids (B, k) int64, sorted, of the tokens to keep."""
+        if self._camera_methods is None:
+            return self.method.select(evidence, budgets[0])
+        kept, start = [], 0
+        for method, count, k in zip(self._camera_methods, cameras, budgets, strict=True):
+            ids = torch.arange(count, device=evidence.valid.device).expand(evidence.valid.shape[0], -1)
+            if k == 0:
+                ids = ids[:, :0]
+            elif k < count:
+                ids = method.select(evidence.span(start, start + count), k)
+            kept.append(ids + start)
+            start += count
+        return torch.cat(kept, dim=1)
+
     def _check_depth(self) -> None:
-        layers = len(self._decoder.layers)
+        layers = self._family.depth
         if type(self.method).select is Method.select:
             return  # It never prunes, so it fits every model.
         if self.method.layer >= layers:
@@ -265,8 +295,7 @@ class Session:
             )
 
     def _remove(self) -> None:
-        self._shortener.remove()
-        self._recorder.remove()
+        self._wiring.remove()
         self._family.remove()
 
 

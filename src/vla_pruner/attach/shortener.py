@@ -34,7 +34,7 @@ class Shortener:
         self._family = family
         self._layer = layer
         self._signature = inspect.signature(family.decoder.forward)
-        self._backend = family.decoder.config._attn_implementation
+        self._backend = family.backend
         self._handles: list[Any] = []
         self._length = 0
         self._prompt_cache: Any = None
@@ -100,13 +100,12 @@ class Shortener:
         inputs = given.get("input_ids") if inputs is None else inputs
         assert inputs is not None
         call = Call(inputs.shape[1], given.get("attention_mask"), inputs.shape[0], inputs.device)
-        prefill = self._family.opens_step(call)
-        self._length = call.length if prefill else self._length + call.length
-        self._check_model()
-        if prefill:
-            self._check_cache(given.get("past_key_values"))
         with self._session.timed():
-            self._session.open_call(call, prefill)
+            prompt = self._session.open_call(call)
+        self._length = call.length if prompt else self._length + call.length
+        self._check_model()
+        if prompt:
+            self._check_cache(given.get("past_key_values"))
 
     def _check_model(self) -> None:
         config = self._family.decoder.config

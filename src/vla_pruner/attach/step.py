@@ -28,6 +28,7 @@ class Step:
         semantic: (B, M) float32 semantic score, if the method asks for it.
         frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the pruning layer; None without
             any.
+        chosen: what becomes of the sequence is decided.
         prefilling: the prefill is still running.
         closed: its scores are in the memory already, or were discarded with it.
     """
@@ -40,6 +41,7 @@ class Step:
     shortening: Shortening | None = None
     embeddings: Tensor | None = None
     semantic: Tensor | None = None
+    chosen: bool = False
     prefilling: bool = True
     closed: bool = False
     frozen_hidden: Tensor | None = None
@@ -76,7 +78,9 @@ class Step:
             counts = torch.ones_like(rows)
         elif queries == "text":
             counts = self.layout.text()
-        self.semantic = mean_over_rows(_rows_of(attention, rows), counts).gather(1, self.layout.visual)
+        rows_of_layer = _rows_of(attention, rows)
+        received = mean_over_rows(rows_of_layer, counts.to(rows_of_layer.device)).to(counts.device)
+        self.semantic = received.gather(1, self.layout.visual)
 
     def add_action(self, attention: Attention, rows: Tensor | None, shortened: bool) -> None:
         """Add what the action rows of one layer attend to.
@@ -88,6 +92,7 @@ class Step:
         """
         # Sums stay in the cache's own order of columns until somebody reads them: this runs once a layer and token.
         columns = _rows_of(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(shortened)]
+        columns = columns.to(self.layout.visual.device)
         known = self._columns.get(shortened)
         self._columns[shortened] = columns if known is None else known + columns
         self._layers_read += 1
@@ -105,6 +110,7 @@ def _rows_of(attention: Attention, rows: Tensor | None) -> Tensor:
     if mask is not None:
         mask = mask.expand(batch, *mask.shape[1:])
     if rows is not None:
+        rows = rows.to(query.device)
         query = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
         if mask is not None and mask.shape[2] > 1:
             mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))

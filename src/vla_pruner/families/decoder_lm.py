@@ -41,8 +41,10 @@ class DecoderLM(TransformersFamily):
         if padding_side not in (None, *PADDING_SIDES):
             raise BudgetError(f"padding_side={padding_side!r} was given; it is 'right' or 'left'.")
         self._padding_side = padding_side
-        self.cameras = _check_visual(visual, model)
-        self._positions = [p for span in self.cameras.values() for p in range(span.start, span.stop)]
+        spans = _check_visual(visual, model)
+        self.cameras = tuple(spans)
+        self._camera_tokens = tuple(span.stop - span.start for span in spans.values())
+        self._positions = [p for span in spans.values() for p in range(span.start, span.stop)]
         self._last = max(self._positions)
         self._on_device: dict[torch.device, Tensor] = {}
         if len(set(self._positions)) != len(self._positions):
@@ -54,8 +56,8 @@ class DecoderLM(TransformersFamily):
         return hasattr(decoder, "layers") and hasattr(decoder, "embed_tokens")
 
     @property
-    def tokens(self) -> int:
-        return len(self._positions)
+    def camera_tokens(self) -> tuple[int, ...]:
+        return self._camera_tokens
 
     def opens_step(self, call: Call) -> bool:
         return call.length > self._last
@@ -70,7 +72,7 @@ class DecoderLM(TransformersFamily):
         elif self._padding_side is None and call.attention_mask is not None:
             # Left padding would shift the image away from where the slices say it is, without any error.
             ensure(prompt[:, 0].all(), LEFT_PADDED)
-        return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt)
+        return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt, cameras=self._camera_tokens)
 
     def _positions_on(self, device: torch.device) -> Tensor:
         """(M,) int64; copied to a device once, since a copy makes the host wait."""

@@ -8,6 +8,7 @@ and values, layer by layer. Action attention is that of the expert's action rows
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,19 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.errors import SessionError
+from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
 
 
 class PI0(TransformersFamily):
-    """transformers' `PI0ForConditionalGeneration`; `sample_actions(...)` is one control step."""
+    """transformers' `PI0ForConditionalGeneration`; `sample_actions(...)` is one control step.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the policy.
+        cameras: names of the cameras, in the order of `pixel_values`. Needed only where `keep` is given per camera.
+    """
+
+    def __init__(self, model: nn.Module, cameras: Sequence[str] | None = None) -> None:
         policy: Any = model
         self._pi0 = policy.model
         self.decoder = check_decoder(self._pi0.vlm.language_model, model)
@@ -31,7 +37,8 @@ class PI0(TransformersFamily):
         self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
         self._image_token = policy.config.vlm_config.image_token_id
         self._is_image: Tensor | None = None
-        self._cameras = 0
+        self._shown: Tensor | None = None
+        self.cameras = () if cameras is None else _check_cameras(cameras)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -41,19 +48,27 @@ class PI0(TransformersFamily):
         return True
 
     def layout(self, call: Call) -> Layout:
-        if self._is_image is None:
+        if self._is_image is None or self._shown is None:
             raise SessionError(
                 "The prefix was called without images; call sample_actions(...) with pixel_values and input_ids."
             )
         is_image, prompt = self._is_image.expand(call.rows, -1), call.prompt()
-        tokens = min(self._cameras * self._tokens_per_image, call.length)
+        count, each = self._shown.shape[1], self._tokens_per_image
+        if self.cameras and count != len(self.cameras):
+            raise SessionError(f"The cameras {self.cameras} were named, but pixel_values holds {count} per row.")
         # A row with an absent camera has fewer image tokens and more padding: padding stands in for the missing ones,
         # so that every row drops equally many positions and none of them is text.
         rank = torch.where(is_image & prompt, 0, torch.where(prompt, 2, 1))
-        visual = torch.sort(rank, dim=1, stable=True).indices[:, :tokens].sort(dim=1).values
+        order = torch.sort(rank, dim=1, stable=True).indices
+        # Image tokens come camera by camera, those of absent cameras left out.
+        absent_last = torch.sort((~self._shown).int(), dim=1, stable=True).indices
+        block = absent_last.argsort(dim=1)
+        place = (block[..., None] * each + torch.arange(each, device=block.device)).flatten(1)
+        fits = place < call.length
+        visual = order.gather(1, place.clamp_max(call.length - 1).to(order.device))
         rank = rank.gather(1, visual)
-        ensure((rank < 2).all(), "A row has fewer image and padding tokens than the cameras need; pad all rows alike.")
-        return Layout(visual=visual, valid=rank == 0, prompt=prompt)
+        ensure((fits.to(rank.device) & (rank < 2)).all(), FEW_TOKENS)
+        return Layout(visual=visual, valid=rank == 0, prompt=prompt, cameras=(each,) * count)
 
     def action_rows(self, layout: Layout) -> Tensor | None:
         return None
@@ -62,14 +77,14 @@ class PI0(TransformersFamily):
         # The suffix is [state][actions].
         return torch.arange(1, length, device=device).expand(rows, -1)
 
-    def install(self) -> None:
+    def install(self, new_episode: Callable[[], None]) -> None:
         original = self._pi0.embed_prefix
 
         @functools.wraps(original)
         def embed_prefix(*args: Any, **kwargs: Any) -> Tensor:
             input_ids = args[0] if args else kwargs["input_ids"]
-            cameras = args[2] if len(args) > 2 else kwargs["pixel_attention_mask"]
-            self._is_image, self._cameras = input_ids == self._image_token, cameras.shape[1]
+            shown = args[2] if len(args) > 2 else kwargs["pixel_attention_mask"]
+            self._is_image, self._shown = input_ids == self._image_token, shown.bool()
             return original(*args, **kwargs)
 
         # The decoder only ever sees embeddings; which of them are visual is known here.
@@ -77,4 +92,14 @@ class PI0(TransformersFamily):
 
     def remove(self) -> None:
         self._pi0.__dict__.pop("embed_prefix", None)
-        self._is_image = None
+        self._is_image = self._shown = None
+
+
+FEW_TOKENS = "A row has fewer image and padding tokens than the cameras need; pad all rows alike."
+
+
+def _check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(cameras)
+    if isinstance(cameras, str) or not names or len(set(names)) != len(names):
+        raise BudgetError(f"cameras={cameras!r} was given; it is a sequence of distinct names, one a camera.")
+    return names

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
 
 PRUNED = ("drop", "freeze")
+Keep = float | int | Mapping[str, float | int]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,18 @@ class Evidence:
     memory: Memory
     semantic: Tensor | None = None
     features: Tensor | None = None
+
+    def span(self, start: int, stop: int) -> Evidence:
+        """The evidence on the visual tokens of ids `start` to `stop` alone."""
+        memory = replace(
+            self.memory, action=self.memory.action[:, :, start:stop], age=self.memory.age[:, :, start:stop]
+        )
+        return Evidence(
+            valid=self.valid[:, start:stop],
+            memory=memory,
+            semantic=None if self.semantic is None else self.semantic[:, start:stop],
+            features=None if self.features is None else self.features[:, start:stop],
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,39 @@ class Method:
             f"{type(self).__name__} does not say how many tokens it keeps: define budget(tokens)."
         )
 
+    def budget_of_present(self, tokens: int, present: int) -> int:
+        """How many are kept of `tokens` visual tokens when only `present` of them belong to cameras that are there.
+
+        A fraction is one of those present; a number of tokens stays, as far as there are so many.
+
+        Raises:
+            BudgetError: as `budget`.
+        """
+        if isinstance(getattr(self, "keep", None), float):
+            return self.budget(present)
+        return min(self.budget(tokens), present)
+
+    def for_cameras(self, names: tuple[str, ...]) -> tuple[Self, ...] | None:
+        """This method with each camera's own `keep`, in the order of `names`; None where `keep` is one budget for all.
+
+        Raises:
+            BudgetError: `keep` names other cameras than the policy has.
+        """
+        keep = getattr(self, "keep", None)
+        if not isinstance(keep, Mapping):
+            return None
+        if not names:
+            raise BudgetError(
+                "keep was given per camera, but this model does not name its cameras: attach(model, cameras=(...))."
+            )
+        if set(keep) != set(names):
+            raise BudgetError(
+                f"keep was given for {', '.join(map(repr, keep))}, but the policy's cameras are "
+                f"{', '.join(map(repr, names))}; name each of them once."
+            )
+        fields: Any = [{"keep": keep[name]} for name in names]
+        return tuple(replace(self, **field) for field in fields)
+
     def select(self, evidence: Evidence, k: int) -> Tensor:
         """The ids (B, k) int64, sorted, of the visual tokens that each row keeps."""
         raise NotImplementedError(
@@ -131,12 +178,18 @@ def is_count(value: object, least: int) -> bool:
 
 
 def check_keep(keep: object) -> None:
-    """Raise BudgetError unless `keep` is a float in (0, 1] or an int of 1 or more."""
+    """Raise BudgetError unless `keep` is a float in (0, 1], an int of 1 or more, or maps camera names to such."""
+    if isinstance(keep, Mapping) and keep:
+        for camera, amount in keep.items():
+            if not isinstance(camera, str) or isinstance(amount, Mapping):
+                raise BudgetError(f"keep={keep!r} was given; per camera it maps a name to a fraction or a number.")
+            check_keep(amount)
+        return
     is_fraction = isinstance(keep, float) and 0 < keep <= 1
     if not is_count(keep, 1) and not is_fraction:
         raise BudgetError(
             f"keep={keep!r} was given; keep is a fraction in (0, 1] as a float, or a number of visual tokens as an int "
-            "(so keep=1 is one token and keep=1.0 is all of them)."
+            "(so keep=1 is one token and keep=1.0 is all of them), or maps each camera's name to one of these."
         )
 
 
@@ -146,12 +199,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise BudgetError(f"{name}={value!r} was given; it is one of {', '.join(map(repr, choices))}.")
 
 
-def resolve_keep(keep: float | int, tokens: int) -> int:
+def resolve_keep(keep: Keep, tokens: int) -> int:
     """The number of tokens that `keep` means among `tokens` visual tokens: at least one, halves rounded to even.
 
     Raises:
-        BudgetError: a number of tokens larger than there are.
+        BudgetError: a number of tokens larger than there are, or a `keep` per camera: see `Method.for_cameras`.
     """
+    if isinstance(keep, Mapping):
+        raise BudgetError(f"keep={keep!r} is per camera: budget() is asked of each camera's own method.")
     if isinstance(keep, float):
         return max(1, round(keep * tokens))
     if keep > tokens:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Method, check_keep, resolve_keep
+from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.selection import order_by_score
 
@@ -23,12 +24,13 @@ class RandomKeep(Method):
     alone.
 
     Attributes:
-        keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int).
+        keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int); one budget for all
+            cameras, or a mapping of camera names to budgets.
         seed: of the draws.
         layer, pruned: see `Method`.
     """
 
-    keep: float | int = 0.25
+    keep: Keep = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -37,6 +39,13 @@ class RandomKeep(Method):
 
     def budget(self, tokens: int) -> int:
         return resolve_keep(self.keep, tokens)
+
+    def for_cameras(self, names: tuple[str, ...]) -> tuple[Self, ...] | None:
+        methods = super().for_cameras(names)
+        if methods is None:
+            return None
+        # With one seed, cameras of equal size would keep the same places.
+        return tuple(replace(method, seed=self.seed + (camera << 32)) for camera, method in enumerate(methods))
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
         tokens = evidence.valid.shape[1]
@@ -78,6 +87,9 @@ class KeepFixed(Method):
         if self.ids[-1] >= tokens:
             raise BudgetError(f"id {self.ids[-1]} was given, but the model has {tokens} visual tokens: ids run from 0.")
         return len(self.ids)
+
+    def budget_of_present(self, tokens: int, present: int) -> int:
+        return self.budget(tokens)
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
         ids = torch.tensor(self.ids, device=evidence.valid.device)

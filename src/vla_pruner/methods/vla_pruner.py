@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Method, check_choice, check_keep, is_count, resolve_keep
+from vla_pruner.methods.base import Evidence, Keep, Method, check_choice, check_keep, is_count, resolve_keep
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import temporal_estimate
 from vla_pruner.methods.selection import distances, max_min_order, top_mask
@@ -25,7 +25,9 @@ class VLAPruner(Method):
     additions).
 
     Attributes:
-        keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int).
+        keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int): one budget for all
+            cameras (as published), or per camera, `{"image": 64, "wrist_image": 0.5}`: then each camera's tokens
+            compete among themselves.
         layer, pruned: see `Method` (paper: drop at layer 3).
         window: control steps of action attention that are smoothed (paper: 3).
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
@@ -46,7 +48,7 @@ class VLAPruner(Method):
         BudgetError: an option is out of its range.
     """
 
-    keep: float | int = 0.25
+    keep: Keep = 0.25
     window: int = 3
     decay: float = 0.8
     preset: str = "paper"
