@@ -1,0 +1,293 @@
+"""OpenVLA on the installed transformers' Llama.
+
+Facts from the official code (modeling_prismatic.py), checked against golden outputs of it. What differs: batches, and
+an attention mask that always covers the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+from vla_pruner.models.openvla import actions
+from vla_pruner.models.openvla.configuration import OpenVLAConfig, tower_sizes
+from vla_pruner.models.openvla.prompt import Prompt, read_prompt
+from vla_pruner.models.openvla.vision import Projector, VisionBackbone, unused_weights
+
+
+class LanguageModel(LlamaForCausalLM):
+    """Llama that can leave out its head over the vocabulary where only hidden states are wanted."""
+
+    def forward(self, *args: Any, headless: bool = False, **kwargs: Any) -> Any:
+        """As LlamaForCausalLM; with `headless` the output of the decoder alone."""
+        return self.model(*args, **kwargs) if headless else super().forward(*args, **kwargs)
+
+
+class OpenVLAForActionPrediction(PreTrainedModel):
+    """OpenVLA: DINOv2 and SigLIP, a projector, and Llama 2, which decodes one token for each dimension of the action.
+
+    The sequence is [BOS][visual tokens][rest of the prompt]. A control step is one call of `predict_action` or `act`;
+    it calls each vision tower once, and the language model once for the prompt and once for every token but the last.
+
+    Attributes:
+        norm_stats: the datasets' statistics by `unnorm_key`, as published.
+        unnorm_key: the dataset that is meant where none is named; None: the only one.
+        cameras: names of the images that `act` takes, in the order of the visual tokens.
+        processor: what `act` prepares images and instructions with; the loader sets it.
+        denoising_step: index of the running pass of the language model where a control step has several that each see
+            the whole sequence (OFT's diffusion head); None elsewhere.
+    """
+
+    config_class = OpenVLAConfig
+    config: OpenVLAConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["LlamaDecoderLayer", "VisionTower", "Projector"]  # noqa: RUF012 transformers writes it so
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__(config)
+        dino, siglip = tower_sizes(config)
+        self._keys_to_ignore_on_load_unexpected = unused_weights(dino, siglip)
+        self.vision_backbone = VisionBackbone(dino, siglip)
+        self.projector = Projector(dino.width + siglip.width, config.text_config.hidden_size)
+        self.language_model = LanguageModel(config.text_config)
+        self.patches = dino.patches
+        self.norm_stats: dict[str, Any] = config.norm_stats
+        self.unnorm_key: str | None = None
+        self.cameras: tuple[str, ...] = ("image",)
+        self.processor: Any = None
+        self.denoising_step: int | None = None
+        self.post_init()
+
+    @property
+    def vision(self) -> VisionBackbone:
+        """Both vision towers, under the name that the stage timer looks for."""
+        return self.vision_backbone
+
+    @property
+    def vision_towers(self) -> tuple[nn.Module, ...]:
+        """DINOv2 and SigLIP. Each is called once in a control step, with all rows and cameras as one batch."""
+        return self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer
+
+    @property
+    def visual_slice(self) -> slice:
+        """Where the visual tokens are in the language model's sequence, camera after camera."""
+        return slice(1, 1 + self.patches * len(self.cameras))
+
+    @property
+    def llm_dim(self) -> int:
+        """Width D of the language model."""
+        return self.config.text_config.hidden_size
+
+    @property
+    def action_vocabulary(self) -> int:
+        """Tokens up to the last action token; after it come only rows that fill the vocabulary up."""
+        return self.config.text_config.vocab_size - self.config.pad_to_multiple_of
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
+        """Statistics of the actions of one dataset. Errors as in `predict_action`."""
+        return self.norm_stats[self._dataset(unnorm_key)]["action"]
+
+    def get_action_dim(self, unnorm_key: str | None = None) -> int:
+        """Number of dimensions of an action. Errors as in `predict_action`."""
+        stats = self.get_action_stats(unnorm_key)
+        return len(stats["q01"] if "q01" in stats else stats["min"])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's output for images and prompt.
+
+        Args:
+            input_ids: (B, T) token ids, padded on either side; nothing is appended.
+            attention_mask: (B, T), or None: padding tokens are padding.
+            pixel_values: (B, 6 * cameras, 224, 224).
+            kwargs: for the language model, for instance `output_hidden_states`.
+
+        Returns:
+            its output, for [BOS][visual tokens][rest of the prompt], padded on the right.
+        """
+        prompt = read_prompt(input_ids, attention_mask, self.config.pad_token_id, ends_empty=False)
+        embeds, mask = self._embed(prompt, self.visual_tokens(pixel_values, len(input_ids)))
+        return self.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=_positions(mask), **kwargs)
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: Tensor,
+        unnorm_key: str | None = None,
+        *,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        do_sample: bool = False,
+        past_key_values: Any = None,
+    ) -> np.ndarray:
+        """The action, in the units of the dataset.
+
+        Args:
+            input_ids: (B, T) token ids, padded on either side. Token 29871 is appended where it is not last.
+            unnorm_key: dataset whose statistics scale the action; None only if there is one, or the loader chose.
+            pixel_values: (B, 6 * cameras, 224, 224), for each camera DINOv2's three channels and then SigLIP's.
+            attention_mask: (B, T), nonzero for real tokens; None: padding tokens are padding.
+            do_sample: only False; the most likely token is taken.
+            past_key_values: an empty cache to use; a new DynamicCache if None.
+
+        Returns:
+            (dim,) float64; (B, dim) for more than one row.
+
+        Raises:
+            ValueError: an argument does not fit; the message says which.
+        """
+        if do_sample:
+            raise ValueError("do_sample=True was given; actions are decoded greedily, so give do_sample=False.")
+        stats = self.get_action_stats(unnorm_key)
+        count = self.get_action_dim(unnorm_key)
+        tokens = self.decode_tokens(input_ids, pixel_values, attention_mask, count, past_key_values)
+        normalized = actions.decode_bins(tokens, self.action_vocabulary, self.config.n_action_bins)
+        found = actions.unnormalize(normalized, stats)
+        return found[0] if len(found) == 1 else found
+
+    @torch.no_grad()
+    def decode_tokens(
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None, count: int, cache: Any = None
+    ) -> Tensor:
+        """(B, count) int64 on the CPU: the most likely tokens after the prompt. Arguments as in `predict_action`."""
+        prompt = read_prompt(input_ids, attention_mask, self.config.pad_token_id)
+        embeds, mask = self._embed(prompt, self.visual_tokens(pixel_values, len(input_ids)))
+        rows, length = mask.shape
+        mask = torch.cat([mask, mask.new_ones(rows, count - 1)], dim=1)
+        positions = _positions(mask)
+        cache = DynamicCache(config=self.config.text_config) if cache is None else cache
+        last = prompt.lengths - 1 + self.patches * len(self.cameras)
+        columns, row_column = (None, None) if prompt.even else last.to(embeds.device).unique(return_inverse=True)
+        logits = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask[:, :length],
+            position_ids=positions[:, :length],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if columns is None else columns,
+        ).logits
+        logits = logits[:, -1] if row_column is None else logits[torch.arange(rows), row_column.to(logits.device)]
+        found = [logits.argmax(dim=-1)]
+        for end in range(length + 1, length + count):
+            logits = self.language_model(
+                input_ids=found[-1][:, None].to(embeds.device),
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, end - 1 : end],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            found.append(logits[:, -1].argmax(dim=-1))
+        return torch.stack(found, dim=1).cpu()
+
+    def act(
+        self,
+        images: Mapping[str, np.ndarray],
+        instruction: str,
+        proprio: np.ndarray | None = None,
+        unnorm_key: str | None = None,
+    ) -> np.ndarray:
+        """Actions for one observation of one robot.
+
+        Args:
+            images: (H, W, 3) uint8, RGB, upright, by the names of `cameras`.
+            instruction: what to do, in words.
+            proprio: the robot's state in its own units, where the policy reads it.
+            unnorm_key: as in `predict_action`.
+
+        Returns:
+            (chunk, dim) float64 in the units of the dataset; a chunk of 1 for OpenVLA.
+
+        Raises:
+            ValueError: the cameras are not the policy's, or another argument does not fit.
+        """
+        if self.processor is None:
+            raise ValueError(
+                "The policy has no processor, so it cannot read images and words: load it with load_openvla, set "
+                "`policy.processor`, or call predict_action with what you prepared yourself."
+            )
+        if set(images) != set(self.cameras):
+            raise ValueError(
+                f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes exactly "
+                f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_openvla(cameras=...)."
+            )
+        input_ids, attention_mask = self.processor.tokenize([self.processor.prompt(instruction)])
+        found = self.predict_action(
+            input_ids,
+            unnorm_key,
+            pixel_values=self.processor.images([images[camera] for camera in self.cameras]),
+            attention_mask=attention_mask,
+            **self._state(proprio, unnorm_key),
+        )
+        return np.atleast_2d(found)
+
+    def reset(self) -> None:
+        """Begins a new episode. The policy itself remembers nothing, so there is nothing to forget."""
+
+    def visual_tokens(self, pixel_values: Tensor | None, rows: int) -> Tensor:
+        """(B, M, D) what the language model sees of the images. Arguments as in `predict_action`."""
+        expected = (rows, 6 * len(self.cameras), *[self.config.image_sizes[0]] * 2)
+        if pixel_values is None or tuple(pixel_values.shape) != expected:
+            found = "none" if pixel_values is None else f"the shape {tuple(pixel_values.shape)}"
+            raise ValueError(
+                f"pixel_values must have the shape {expected}: a row for each prompt, and six channels for each of "
+                f"the cameras {', '.join(self.cameras)}; found {found}."
+            )
+        weight = self.projector.fc1.weight
+        return self.projector(self.vision_backbone(_moved(pixel_values, weight.device, weight.dtype)))
+
+    def _embed(self, prompt: Prompt, *inserted: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequence with (B, n, D) `inserted` after BOS: (B, S, D) embeddings and (B, S) mask."""
+        embeds = self._embed_text(prompt)
+        between = [tokens.to(embeds.device, embeds.dtype) for tokens in inserted]
+        mask = prompt.mask.to(embeds.device)
+        seen = mask.new_ones(len(mask), sum(tokens.shape[1] for tokens in between))
+        sequence = torch.cat([embeds[:, :1], *between, embeds[:, 1:]], dim=1)
+        return sequence, torch.cat([mask[:, :1], seen, mask[:, 1:]], dim=1)
+
+    def _embed_text(self, prompt: Prompt) -> Tensor:
+        embedding: Any = self.get_input_embeddings()
+        return embedding(_moved(prompt.ids, embedding.weight.device))
+
+    def _state(self, proprio: np.ndarray | None, unnorm_key: str | None) -> dict[str, Any]:
+        """What `predict_action` is told of the robot's state."""
+        if proprio is not None:
+            raise ValueError("OpenVLA does not read the robot's state; give no proprio.")
+        return {}
+
+    def _dataset(self, unnorm_key: str | None) -> str:
+        key = self.unnorm_key if unnorm_key is None else unnorm_key
+        known = ", ".join(self.norm_stats) or "none"
+        if key is None:
+            if len(self.norm_stats) != 1:
+                raise ValueError(f"The policy has statistics of several datasets; give unnorm_key, one of: {known}.")
+            return next(iter(self.norm_stats))
+        if key not in self.norm_stats:
+            raise ValueError(f"unnorm_key={key!r} was given, but the policy has statistics of: {known}.")
+        return key
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """(B, S) positions that count real tokens only, so that padding shifts nothing."""
+    return (mask.cumsum(dim=1) - 1).clamp_min(0)
+
+
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    # Weights on "meta" are offloaded; their module's own hook moves what it is called with.
+    return tensor.to(device=None if device.type == "meta" else device, dtype=dtype)
