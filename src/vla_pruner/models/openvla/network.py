@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from vla_pruner.errors import CheckpointError, ObservationError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig, tower_sizes
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
@@ -97,7 +98,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
         """Statistics of the actions of one dataset. Errors as in `predict_action`."""
-        return self.norm_stats[self._dataset(unnorm_key)]["action"]
+        return self.norm_stats[self.dataset(unnorm_key)]["action"]
 
     def get_action_dim(self, unnorm_key: str | None = None) -> int:
         """Number of dimensions of an action. Errors as in `predict_action`."""
@@ -124,7 +125,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """
         prompt = read_prompt(input_ids, attention_mask, self.config.pad_token_id, ends_empty=False)
         embeds, mask = self._embed(prompt, self.visual_tokens(pixel_values, len(input_ids)))
-        return self.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=_positions(mask), **kwargs)
+        return self.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask), **kwargs
+        )
 
     @torch.no_grad()
     def predict_action(
@@ -151,10 +154,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             (dim,) float64; (B, dim) for more than one row.
 
         Raises:
-            ValueError: an argument does not fit; the message says which.
+            ObservationError: an argument does not fit; the message says which.
         """
         if do_sample:
-            raise ValueError("do_sample=True was given; actions are decoded greedily, so give do_sample=False.")
+            raise ObservationError("do_sample=True was given; actions are decoded greedily, so give do_sample=False.")
         stats = self.get_action_stats(unnorm_key)
         count = self.get_action_dim(unnorm_key)
         tokens = self.decode_tokens(input_ids, pixel_values, attention_mask, count, past_key_values)
@@ -171,7 +174,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         embeds, mask = self._embed(prompt, self.visual_tokens(pixel_values, len(input_ids)))
         rows, length = mask.shape
         mask = torch.cat([mask, mask.new_ones(rows, count - 1)], dim=1)
-        positions = _positions(mask)
+        positions = real_positions(mask)
         cache = DynamicCache(config=self.config.text_config) if cache is None else cache
         last = prompt.lengths - 1 + self.patches * len(self.cameras)
         columns, row_column = (None, None) if prompt.even else last.to(embeds.device).unique(return_inverse=True)
@@ -215,15 +218,16 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             (chunk, dim) float64 in the units of the dataset; a chunk of 1 for OpenVLA.
 
         Raises:
-            ValueError: the cameras are not the policy's, or another argument does not fit.
+            ObservationError: the cameras are not the policy's, or another argument does not fit.
+            CheckpointError: the policy has no processor.
         """
         if self.processor is None:
-            raise ValueError(
+            raise CheckpointError(
                 "The policy has no processor, so it cannot read images and words: load it with load_openvla, set "
                 "`policy.processor`, or call predict_action with what you prepared yourself."
             )
         if set(images) != set(self.cameras):
-            raise ValueError(
+            raise ObservationError(
                 f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes exactly "
                 f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_openvla(cameras=...)."
             )
@@ -245,49 +249,63 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         expected = (rows, 6 * len(self.cameras), *[self.config.image_sizes[0]] * 2)
         if pixel_values is None or tuple(pixel_values.shape) != expected:
             found = "none" if pixel_values is None else f"the shape {tuple(pixel_values.shape)}"
-            raise ValueError(
+            raise ObservationError(
                 f"pixel_values must have the shape {expected}: a row for each prompt, and six channels for each of "
                 f"the cameras {', '.join(self.cameras)}; found {found}."
             )
         weight = self.projector.fc1.weight
-        return self.projector(self.vision_backbone(_moved(pixel_values, weight.device, weight.dtype)))
+        return self.projector(self.vision_backbone(moved(pixel_values, weight.device, weight.dtype)))
 
-    def _embed(self, prompt: Prompt, *inserted: Tensor) -> tuple[Tensor, Tensor]:
-        """The sequence with (B, n, D) `inserted` after BOS: (B, S, D) embeddings and (B, S) mask."""
-        embeds = self._embed_text(prompt)
-        between = [tokens.to(embeds.device, embeds.dtype) for tokens in inserted]
-        mask = prompt.mask.to(embeds.device)
+    def _embed(self, prompt: Prompt, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, D) embeddings and (B, S) mask of [BOS][visual tokens][rest of the prompt]."""
+        return self.insert(self.embed_text(prompt), prompt, [features])
+
+    def insert(self, text: Tensor, prompt: Prompt, inserted: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The sequence with (B, n, D) `inserted` between BOS and the rest: (B, S, D) embeddings and (B, S) mask.
+
+        Args:
+            text: (B, T, D) embeddings of the prompt.
+            prompt: what they are of.
+            inserted: what comes in between, in order.
+        """
+        between = [tokens.to(text.device, text.dtype) for tokens in inserted]
+        mask = prompt.mask.to(text.device)
         seen = mask.new_ones(len(mask), sum(tokens.shape[1] for tokens in between))
-        sequence = torch.cat([embeds[:, :1], *between, embeds[:, 1:]], dim=1)
+        sequence = torch.cat([text[:, :1], *between, text[:, 1:]], dim=1)
         return sequence, torch.cat([mask[:, :1], seen, mask[:, 1:]], dim=1)
 
-    def _embed_text(self, prompt: Prompt) -> Tensor:
+    def embed_text(self, prompt: Prompt) -> Tensor:
+        """(B, T, D) embeddings of the prompt's tokens."""
         embedding: Any = self.get_input_embeddings()
-        return embedding(_moved(prompt.ids, embedding.weight.device))
+        return embedding(moved(prompt.ids, embedding.weight.device))
 
     def _state(self, proprio: np.ndarray | None, unnorm_key: str | None) -> dict[str, Any]:
         """What `predict_action` is told of the robot's state."""
         if proprio is not None:
-            raise ValueError("OpenVLA does not read the robot's state; give no proprio.")
+            raise ObservationError("OpenVLA does not read the robot's state; give no proprio.")
         return {}
 
-    def _dataset(self, unnorm_key: str | None) -> str:
+    def dataset(self, unnorm_key: str | None) -> str:
+        """The dataset that `unnorm_key` means. Errors as in `predict_action`."""
         key = self.unnorm_key if unnorm_key is None else unnorm_key
         known = ", ".join(self.norm_stats) or "none"
         if key is None:
             if len(self.norm_stats) != 1:
-                raise ValueError(f"The policy has statistics of several datasets; give unnorm_key, one of: {known}.")
+                raise ObservationError(
+                    f"The policy has statistics of several datasets; give unnorm_key, one of: {known}."
+                )
             return next(iter(self.norm_stats))
         if key not in self.norm_stats:
-            raise ValueError(f"unnorm_key={key!r} was given, but the policy has statistics of: {known}.")
+            raise ObservationError(f"unnorm_key={key!r} was given, but the policy has statistics of: {known}.")
         return key
 
 
-def _positions(mask: Tensor) -> Tensor:
+def real_positions(mask: Tensor) -> Tensor:
     """(B, S) positions that count real tokens only, so that padding shifts nothing."""
     return (mask.cumsum(dim=1) - 1).clamp_min(0)
 
 
-def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` where the weights on `device` want it."""
     # Weights on "meta" are offloaded; their module's own hook moves what it is called with.
     return tensor.to(device=None if device.type == "meta" else device, dtype=dtype)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vla_pruner.errors import ObservationError
+
 EMPTY_TOKEN = 29871
 """The token that stands between the prompt and the action in training; the tokenizer does not write it."""
 
@@ -51,12 +53,12 @@ def read_prompt(input_ids: Tensor, attention_mask: Tensor | None, pad: int, ends
         ends_empty: add the empty token to rows that do not end in it.
 
     Raises:
-        ValueError: the shapes do not fit, or a row is empty.
+        ObservationError: the shapes do not fit, or a row is empty.
     """
     if input_ids.dim() != 2:
-        raise ValueError(f"input_ids is (batch, tokens); found the shape {tuple(input_ids.shape)}.")
+        raise ObservationError(f"input_ids is (batch, tokens); found the shape {tuple(input_ids.shape)}.")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
+        raise ObservationError(
             f"attention_mask has the shape {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}; they "
             "must be equal. Where the empty token (29871) was appended by hand, append a 1 to the mask too, or neither."
         )
@@ -65,7 +67,7 @@ def read_prompt(input_ids: Tensor, attention_mask: Tensor | None, pad: int, ends
     real = ids != pad if attention_mask is None else attention_mask.detach().cpu() != 0
     rows = [row[kept] for row, kept in zip(ids, real, strict=True)]
     if not rows or any(len(row) == 0 for row in rows):
-        raise ValueError("A row of input_ids has no real token; every row needs a prompt.")
+        raise ObservationError("A row of input_ids has no real token; every row needs a prompt.")
     if ends_empty:
         rows = [row if row[-1] == EMPTY_TOKEN else torch.cat([row, row.new_tensor([EMPTY_TOKEN])]) for row in rows]
     lengths = torch.tensor([len(row) for row in rows])

@@ -1,0 +1,255 @@
+"""OpenVLA-OFT: one bidirectional pass gives a whole chunk of actions.
+
+Facts from the official code (modeling_prismatic.py of openvla-oft and its fork of transformers), checked against golden
+outputs of it. What differs: batches; attention that is bidirectional with every backend and every padding, because
+the mask says so; and a denoising state in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.errors import ObservationError
+from vla_pruner.models.openvla import actions
+from vla_pruner.models.openvla.configuration import OpenVLAConfig
+from vla_pruner.models.openvla.heads import DDIM, DiffusionActionHead, L1ActionHead
+from vla_pruner.models.openvla.network import OpenVLAForActionPrediction, moved, real_positions
+from vla_pruner.models.openvla.prompt import Prompt, read_prompt
+
+PLACEHOLDER, STOP = 1, 2
+"""Token ids: what stands where an action will be (its embedding is zeroed), and what ends the sequence."""
+
+
+class OpenVLAOFT(OpenVLAForActionPrediction):
+    """OpenVLA-OFT.
+
+    The sequence is [BOS][visual tokens of each camera][state][diffusion timestep][rest of the prompt][placeholders]
+    [stop]; state and timestep only where the policy has a proprio projector and a diffusion head. There is one
+    placeholder for each number of the chunk, but what acts are the rows one to the left: from the last token of the
+    prompt to the last placeholder but one. With a diffusion head the language model runs once for each denoising
+    step, on the same visual tokens; the vision towers run once in any case.
+
+    Attributes:
+        action_head: `L1ActionHead`, `DiffusionActionHead`, or None for discrete actions (tokens, all at once).
+        proprio_projector: makes a token of the robot's state, or None.
+        noisy_action_projector: makes tokens of noisy actions, for the diffusion head; else None.
+        chunk: actions in a chunk.
+        action_dim: numbers in an action.
+        bounds: which statistics scale actions and states: "q99", or "minmax" for ALOHA.
+        ddim: the sampler of the diffusion head.
+    """
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__(config)
+        self.action_head: L1ActionHead | DiffusionActionHead | None = None
+        self.proprio_projector: nn.Module | None = None
+        self.noisy_action_projector: nn.Module | None = None
+        self.chunk, self.action_dim = 8, 7
+        self.bounds: actions.Bounds = "q99"
+        self.ddim = DDIM(num_train_steps=50, num_inference_steps=50)
+
+    @property
+    def num_images_in_input(self) -> int:
+        """Number of cameras."""
+        return len(self.cameras)
+
+    @property
+    def action_tokens(self) -> int:
+        """Number of placeholders, and of rows that act."""
+        return self.chunk * self.action_dim
+
+    @property
+    def diffusion(self) -> bool:
+        """Whether actions are denoised."""
+        return isinstance(self.action_head, DiffusionActionHead)
+
+    def action_rows(self, attention_mask: Tensor) -> Tensor:
+        """Which rows act.
+
+        Args:
+            attention_mask: (B, T), nonzero for the real tokens of the text: the prompt with 29871 at its end.
+
+        Returns:
+            (B, chunk * dim) int64 positions in the language model's sequence.
+        """
+        before = self.visual_slice.stop - 1 + (self.proprio_projector is not None) + self.diffusion
+        last = (attention_mask != 0).sum(dim=1, keepdim=True) - 1
+        return before + last + torch.arange(self.action_tokens, device=attention_mask.device)
+
+    def rows_in_sequence(self, real: Tensor) -> Tensor:
+        """As `action_rows`, from (B, S): which positions of the language model's whole sequence are no padding."""
+        last_prompt_token = real.sum(dim=1, keepdim=True) - self.action_tokens - 2
+        return last_prompt_token + torch.arange(self.action_tokens, device=real.device)
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: Tensor,
+        unnorm_key: str | None = None,
+        proprio: Any = None,
+        proprio_projector: nn.Module | None = None,
+        action_head: nn.Module | None = None,
+        noisy_action_projector: nn.Module | None = None,
+        use_film: bool = False,
+        *,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        do_sample: bool = False,
+        noise: Tensor | None = None,
+    ) -> np.ndarray:
+        """A chunk of actions, in the units of the dataset.
+
+        Args:
+            input_ids: (B, T) token ids, padded on either side. Token 29871 is appended where it is not last.
+            unnorm_key: dataset whose statistics scale the actions; None only if there is one, or the loader chose.
+            proprio: (dim,) or (B, dim) the robot's state, normalised (`normalize_proprio`) as the original takes it;
+                needed exactly where the policy has a proprio projector. `act` takes it in its own units.
+            proprio_projector, action_head, noisy_action_projector: accepted for scripts that pass them; they can only
+                be the policy's own.
+            use_film: only False.
+            pixel_values: (B, 6 * cameras, 224, 224), for each camera DINOv2's three channels and then SigLIP's.
+            attention_mask: (B, T), nonzero for real tokens; None: padding tokens are padding.
+            do_sample: only False.
+            noise: (B, chunk, dim) that denoising starts from; drawn from torch's generator if None.
+
+        Returns:
+            (chunk, dim) float64; (B, chunk, dim) for more than one row. The original returns hidden states beside it.
+
+        Raises:
+            ObservationError: an argument does not fit; the message says which.
+        """
+        given = {
+            "proprio_projector": proprio_projector,
+            "action_head": action_head,
+            "noisy_action_projector": noisy_action_projector,
+        }
+        for name, module in given.items():
+            if module is not None and module is not getattr(self, name):
+                raise ObservationError(
+                    f"{name} was given, but the policy uses the one it was loaded with; leave it out."
+                )
+        if use_film or do_sample:
+            raise ObservationError("use_film and do_sample can only be False: there is no FiLM here, and no sampling.")
+        stats = self.get_action_stats(unnorm_key)
+        if self.get_action_dim(unnorm_key) != self.action_dim:
+            raise ObservationError(
+                f"The statistics have actions of {self.get_action_dim(unnorm_key)} dimensions, the policy of "
+                f"{self.action_dim}; choose the dataset that it was trained on with unnorm_key."
+            )
+        prompt = read_prompt(input_ids, attention_mask, self.config.pad_token_id)
+        features = self.visual_tokens(pixel_values, len(input_ids))
+        state = self._state_token(proprio, features)
+        if isinstance(self.action_head, DiffusionActionHead):
+            normalized = self._denoise(self.action_head, prompt, [features, *state], noise)
+        elif noise is not None:
+            raise ObservationError("noise was given, but only a diffusion head starts from noise.")
+        else:
+            hidden = self.action_hidden_states(prompt, [features, *state])
+            normalized = self._read_out(hidden)
+        found = actions.unnormalize(normalized, stats, epsilon=actions.OFT_EPSILON, bounds=self.bounds)
+        return found[0] if len(found) == 1 else found
+
+    def action_hidden_states(self, prompt: Prompt, inserted: list[Tensor], noisy: Tensor | None = None) -> Tensor:
+        """One pass of the language model.
+
+        Args:
+            prompt: ends in the empty token.
+            inserted: (B, n, D) each: what comes between BOS and the prompt.
+            noisy: (B, chunk * dim, D) in the placeholders' places, zeros if None.
+
+        Returns:
+            (B, chunk * dim, D) final hidden states of the rows that act.
+        """
+        embeds, mask = self._sequence(prompt, inserted, noisy)
+        output = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=self._bidirectional(mask, embeds.dtype),
+            position_ids=real_positions(mask),
+            use_cache=False,
+            headless=True,
+        )
+        hidden = output.last_hidden_state
+        rows = self.action_rows(prompt.mask).to(hidden.device)
+        return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _sequence(self, prompt: Prompt, inserted: list[Tensor], noisy: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, S, D) embeddings and (B, S) mask of the whole sequence."""
+        full = prompt.followed_by([PLACEHOLDER] * self.action_tokens + [STOP], pad=self.config.pad_token_id)
+        text = self.embed_text(full)
+        slots = prompt.lengths[:, None] + torch.arange(self.action_tokens)
+        slots = slots.to(text.device)[..., None].expand(-1, -1, text.shape[-1])
+        filling = text.new_zeros(slots.shape) if noisy is None else noisy.to(text.device, text.dtype)
+        return self.insert(text.scatter(1, slots, filling), full, inserted)
+
+    def _bidirectional(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, 1, S, S): every row sees every real position, also the rows of padding, which nobody reads."""
+        seen = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1).contiguous()
+        if self.config.text_config._attn_implementation == "sdpa":
+            return seen
+        # Other backends add the mask to the scores.
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+    def _state_token(self, proprio: Any, features: Tensor) -> list[Tensor]:
+        """A list of the (B, 1, D) token of the robot's state, empty where the policy does not read it."""
+        projector = self.proprio_projector
+        if projector is None:
+            if proprio is not None:
+                raise ObservationError("proprio was given, but this policy has no proprio projector; leave it out.")
+            return []
+        if proprio is None:
+            raise ObservationError("This policy reads the robot's state; give proprio.")
+        weight: Any = next(projector.parameters())
+        value = moved(torch.as_tensor(np.asarray(proprio, dtype=np.float32)), weight.device, weight.dtype)
+        value = value[None] if value.dim() == 1 else value
+        expected = (len(features), projector.proprio_dim)
+        if tuple(value.shape) != expected:
+            raise ObservationError(f"proprio must have the shape {expected}; found {tuple(value.shape)}.")
+        return [projector(value)[:, None]]
+
+    def _read_out(self, hidden: Tensor) -> Tensor:
+        """Normalised actions (B, chunk, dim) of hidden states (B, chunk * dim, D)."""
+        if self.action_head is not None:
+            return self.action_head(_for_head(hidden, self.action_head)).float()
+        tokens = self.language_model.lm_head(hidden).argmax(dim=-1).cpu()
+        values = actions.decode_bins(tokens, self.action_vocabulary, self.config.n_action_bins)
+        return torch.from_numpy(values).reshape(len(hidden), self.chunk, self.action_dim)
+
+    def _denoise(
+        self, head: DiffusionActionHead, prompt: Prompt, inserted: list[Tensor], noise: Tensor | None
+    ) -> Tensor:
+        assert self.noisy_action_projector is not None
+        device = inserted[0].device
+        shape = (len(prompt.ids), self.chunk, self.action_dim)
+        if noise is None:
+            noise = torch.randn(shape, device=device, dtype=inserted[0].dtype)
+        elif tuple(noise.shape) != shape:
+            raise ObservationError(f"noise must have the shape {shape}; found {tuple(noise.shape)}.")
+        # The sampler adds and subtracts numbers of about the same size, so its state is never in half precision.
+        sample = noise.to(device, torch.float32)
+        try:
+            for index, timestep in enumerate(self.ddim.timesteps.tolist()):
+                self.denoising_step = index
+                time = head.time_encoding(timestep).to(device).expand(len(sample), -1)[:, None]
+                values = sample.reshape(len(sample), -1, 1)
+                noisy = self.noisy_action_projector(_for_head(values, self.noisy_action_projector))
+                hidden = self.action_hidden_states(prompt, [*inserted, time], noisy)
+                predicted = head.predict_noise(_for_head(hidden, head)).to(device, torch.float32)
+                sample = self.ddim.step(predicted, timestep, sample)
+        finally:
+            self.denoising_step = None
+        return sample
+
+    def _state(self, proprio: np.ndarray | None, unnorm_key: str | None) -> dict[str, Any]:
+        if proprio is None or self.proprio_projector is None:
+            return {"proprio": proprio}
+        stats = self.norm_stats[self.dataset(unnorm_key)]["proprio"]
+        return {"proprio": actions.normalize_proprio(proprio, stats, bounds=self.bounds)}
+
+
+def _for_head(tensor: Tensor, head: nn.Module) -> Tensor:
+    weight = next(head.parameters())
+    return moved(tensor, weight.device, weight.dtype)
