@@ -12,7 +12,14 @@ with vp.VLAPruner(keep=0.25).attach(policy) as session:
 from typing import TYPE_CHECKING, Any
 
 from vla_pruner.attach.session import Session
-from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError, VLAPrunerError
+from vla_pruner.errors import (
+    BudgetError,
+    CheckpointError,
+    ObservationError,
+    SessionError,
+    UnsupportedModelError,
+    VLAPrunerError,
+)
 from vla_pruner.methods import Evidence, KeepFixed, Memory, Method, RandomKeep, Unpruned, VLAPruner
 
 if TYPE_CHECKING:
@@ -22,10 +29,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "CheckpointError",
     "Evidence",
     "KeepFixed",
     "Memory",
     "Method",
+    "ObservationError",
     "RandomKeep",
     "Session",
     "SessionError",

@@ -19,3 +19,11 @@ class SessionError(VLAPrunerError, RuntimeError):
     """A session is used in a way that would give wrong results: attached twice, detached, or with another batch
     size.
     """
+
+
+class CheckpointError(VLAPrunerError, ValueError):
+    """A checkpoint folder is incomplete, damaged, or holds other weights than the model has."""
+
+
+class ObservationError(VLAPrunerError, ValueError):
+    """A policy was given images, an instruction or a proprioceptive state that do not fit it."""

@@ -10,6 +10,7 @@ import torch
 
 import vla_pruner as vp
 from tests.attach.tiny import LENGTH, TOKENS, VISUAL, K, decode, make_cache, prompt, tiny_lm
+from tests.state import whole_state
 
 METHODS = [
     vp.VLAPruner(keep=0.5, layer=K, warmup="semantic"),
@@ -18,20 +19,6 @@ METHODS = [
     vp.KeepFixed((1, 2, 5), layer=K, pruned="freeze"),
     vp.Unpruned(),
 ]
-
-
-def whole_state(model):
-    """Everything that a leftover could hide in: attributes, hooks, configs and registries of every module."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    state = {"attention functions": sorted(ALL_ATTENTION_FUNCTIONS)}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            plain = dict(value) if isinstance(value, dict) else value
-            state[f"{name}.{key}"] = (id(value), repr(plain) if "hook" in key else None)
-        if hasattr(module, "config"):
-            state[f"{name}.config values"] = repr(sorted(vars(module.config).items(), key=lambda item: item[0]))
-    return state
 
 
 def step(model, rows=2, seed=1, cache="dynamic"):

@@ -86,7 +86,8 @@ class Session:
         """
         memory = self.memory
         if rows is None:
-            self._episode = None if memory is None else memory.episode + 1
+            if memory is not None:
+                self._episode = memory.episode + 1
             self._memory = self._step = None
             return
         if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):

@@ -14,22 +14,26 @@ from torch import nn
 from vla_pruner.attach.family import Family
 from vla_pruner.errors import BudgetError, UnsupportedModelError
 
-FAMILIES = {
-    "vla_pruner.families.reference": "Reference",
-    "vla_pruner.families.pi0": "PI0",
-    "vla_pruner.families.decoder_lm": "DecoderLM",
-}
+FAMILIES = (
+    ("vla_pruner.families.reference", "Reference"),
+    ("vla_pruner.families.openvla", "OpenVLAOFT"),
+    ("vla_pruner.families.openvla", "OpenVLA"),
+    ("vla_pruner.families.pi0", "PI0"),
+    ("vla_pruner.families.decoder_lm", "DecoderLM"),
+)
 """Module and class of every family, the more special ones first."""
 
 
-def family_of(model: nn.Module, **options: Any) -> Family:
-    """The family adapter for `model`.
+def family_of(model: Any, **options: Any) -> Family:
+    """The family adapter for `model`: a module, or a policy whose `module` is one.
 
     Raises:
         UnsupportedModelError: no family knows this model, or this version or attention backend of it.
         BudgetError: the options are not those of the family.
     """
-    for module, name in FAMILIES.items():
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    for module, name in FAMILIES:
         family: Any = getattr(import_module(module), name)
         if family.matches(model):
             known = list(inspect.signature(family.__init__).parameters)[2:]
@@ -41,7 +45,8 @@ def family_of(model: nn.Module, **options: Any) -> Family:
                 )
             return family(model, **options)
     raise UnsupportedModelError(
-        f"{type(model).__module__}.{type(model).__name__} was given; supported are transformers' decoder-only "
-        "language models, PI0ForConditionalGeneration and vla_pruner.reference_policy(). See CONTRIBUTING.md on how a "
-        "family is added."
+        f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as loaded by "
+        "vla_pruner.load_policy, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, PI05Policy and "
+        "SmolVLAPolicy, vla_pruner.reference_policy(), and transformers' decoder-only language models. See "
+        "CONTRIBUTING.md on how a family is added."
     )

@@ -45,7 +45,7 @@ class RandomKeep(Method):
         if methods is None:
             return None
         # With one seed, cameras of equal size would keep the same places.
-        return tuple(replace(method, seed=self.seed + (camera << 32)) for camera, method in enumerate(methods))
+        return tuple(replace(method, seed=self.seed + 104_729 * camera) for camera, method in enumerate(methods))
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
         tokens = evidence.valid.shape[1]

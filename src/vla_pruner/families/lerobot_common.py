@@ -1,0 +1,221 @@
+"""What the families of LeRobot share: which versions, which cameras a batch has, and what is put on a policy's
+instances while a session is attached.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.family import Call
+from vla_pruner.attach.layout import Layout
+from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.families.base import TransformersFamily
+
+VERSIONS = ((0, 6), (0, 7))
+INSTALL = "pip install 'lerobot[pi,smolvla]>=0.6,<0.7'"
+IMAGES = "observation.images."
+
+
+def check_version() -> str:
+    """The installed lerobot's version.
+
+    Raises:
+        UnsupportedModelError: none is installed, or one that was not tested.
+    """
+    try:
+        import lerobot
+    except ImportError:
+        raise UnsupportedModelError(f"lerobot is not installed. It needs Python 3.12: {INSTALL}") from None
+    version: str = getattr(lerobot, "__version__", "unknown")
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if not VERSIONS[0] <= numbers < VERSIONS[1]:
+        raise UnsupportedModelError(f"lerobot {version} is installed; 0.6 is supported. Run: {INSTALL}")
+    return version
+
+
+def camera_names(config: Any) -> tuple[str, ...]:
+    """A LeRobot policy's cameras in its own order, without "observation.images."."""
+    return tuple(key.removeprefix(IMAGES).removeprefix("observation.") for key in config.image_features)
+
+
+class Replaced:
+    """A method that stands in the place of another on one instance.
+
+    Args:
+        call: what is called instead.
+        original: the bound method, whose name and signature it shows.
+    """
+
+    def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
+        self._call = call
+        functools.update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        # The copy would call into the model that it was copied from.
+        raise SessionError("A policy with a session attached was copied or pickled; detach first.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__deepcopy__(None)
+
+
+class Replacements:
+    """Methods replaced on instances, all of them put back by `remove`."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[Any, str, bool, Any]] = []
+
+    def put(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Have `owner.name(...)` call `around(original, ...)`."""
+        original = getattr(owner, name)
+        own = vars(owner)
+        self._saved.append((owner, name, name in own, own.get(name)))
+        setattr(owner, name, Replaced(functools.partial(around, original), original))
+
+    def remove(self) -> None:
+        """Put every method back."""
+        for owner, name, was_own, before in reversed(self._saved):
+            if was_own:
+                setattr(owner, name, before)
+            else:
+                vars(owner).pop(name, None)
+        self._saved.clear()
+
+
+class LeRobotFamily(TransformersFamily):
+    """A LeRobot policy whose prefix is [image blocks][text...] and whose expert reads the prefix' cache.
+
+    Visual token ids run through the cameras in the config's order. LeRobot puts the cameras that a batch has first and
+    blank images for the others behind them, so where a camera's block lies depends on the batch.
+    """
+
+    classes: frozenset[tuple[str, str]] = frozenset()
+    """Modules and names of the policies' classes."""
+
+    prepare = ""
+    """Name of the policy's method that turns a batch into images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        check_version()
+        self._policy: Any = model
+        self._inner = self._policy.model
+        self.cameras = camera_names(self._policy.config)
+        self._replaced = Replacements()
+        self._shown: tuple[int, ...] | None = None
+        self._blocks: list[tuple[int, int]] | None = None
+        self._in_order: tuple[tuple[int, ...], frozenset[int]] = ((), frozenset())
+        self._prompt: Tensor | None = None
+        self._check_config()
+        if self._policy.config.compile_model or "sample_actions" in vars(self._inner):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} was built with compile_model=True, so what is attached would never run; "
+                "build it with compile_model=False."
+            )
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return any((kind.__module__, kind.__name__) in cls.classes for kind in type(model).__mro__)
+
+    @property
+    def backend(self) -> str:
+        # LeRobot sets it anew in every call.
+        return "eager"
+
+    def opens_step(self, call: Call) -> bool:
+        return True
+
+    def action_rows(self, layout: Layout) -> Tensor | None:
+        return None
+
+    def block_lengths(self, images: list[Tensor]) -> list[int]:
+        """Number of visual tokens that each image (B, 3, H, W) becomes."""
+        raise NotImplementedError
+
+    def around_block(self) -> tuple[int, int]:
+        """Number of other tokens before and behind each image's."""
+        return 0, 0
+
+    def layout(self, call: Call) -> Layout:
+        if self._blocks is None or self._prompt is None:
+            raise SessionError(
+                "The prefix was run without images. Call select_action(batch) or predict_action_chunk(batch)."
+            )
+        order, absent = self._in_order
+        counts, positions = [0] * len(self.cameras), {}
+        for camera, (start, count) in zip(order, self._blocks, strict=True):
+            counts[camera] = count
+            positions[camera] = torch.arange(start, start + count, device=call.device)
+        visual = torch.cat([positions[camera] for camera in sorted(positions)]).expand(call.rows, -1)
+        prompt = self._prompt.to(call.device)
+        return Layout(
+            visual=visual,
+            valid=prompt.gather(1, visual),
+            prompt=prompt,
+            cameras=tuple(counts),
+            absent=absent,
+        )
+
+    def install(self, new_episode: Callable[[], None]) -> None:
+        def reset(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            new_episode()
+            return result
+
+        self._replaced.put(self._policy, "reset", reset)
+        self._replaced.put(self._policy, self.prepare, self._prepare_images)
+        self._replaced.put(self._inner, "embed_prefix", self._embed_prefix)
+        self._replaced.put(self._inner, "forward", _refuse_training)
+
+    def remove(self) -> None:
+        self._replaced.remove()
+        self._shown = self._blocks = self._prompt = None
+
+    def _prepare_images(self, original: Callable[..., Any], batch: Any) -> Any:
+        """Notes which cameras the batch has: the host knows, without reading a mask."""
+        self._check_config()
+        keys = list(self._policy.config.image_features)
+        self._shown = tuple(camera for camera, key in enumerate(keys) if key in batch)
+        return original(batch)
+
+    def _embed_prefix(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = list(inspect.signature(original).bind(*args, **kwargs).arguments.values())
+        embeddings, prompt, blocks = original(*args, **kwargs)
+        images: list[Tensor] = given[0]
+        cameras = range(len(self.cameras))
+        # Without a batch (a direct call of sample_actions) the images are taken to be those of the config.
+        shown = tuple(cameras) if self._shown is None else self._shown
+        self._shown = None
+        missing = tuple(camera for camera in cameras if camera not in shown)
+        order = (shown + missing)[: len(images)]
+        if len(order) != len(images):
+            raise SessionError(
+                f"sample_actions was called with {len(images)} images, but the policy's cameras are "
+                f"{', '.join(map(repr, self.cameras))}."
+            )
+        before, behind = self.around_block()
+        self._blocks, end = [], 0
+        for count in self.block_lengths(images):
+            self._blocks.append((end + before, count))
+            end += before + count + behind
+        self._in_order, self._prompt = (order, frozenset(missing)), prompt
+        return embeddings, prompt, blocks
+
+    def _check_config(self) -> None:
+        rtc = self._policy.config.rtc_config
+        if rtc is not None and rtc.enabled:
+            raise UnsupportedModelError(
+                "Real-time chunking is enabled (config.rtc_config), which steers every denoising step by gradients; "
+                "it is not supported together with pruning. Set rtc_config=None."
+            )
+
+
+def _refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise SessionError("The loss was asked for while a session is attached; detach before training.")

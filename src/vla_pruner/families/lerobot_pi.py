@@ -1,0 +1,82 @@
+"""LeRobot's pi0 and pi0.5 (`PI0Policy`, `PI05Policy`): a PaliGemma prefix and a flow-matching expert that reads its
+cache.
+
+The prefix [image blocks][text] runs once per action chunk, the expert once per denoising step over a copy of the
+prefix' keys and values. Action attention is that of the expert's action rows, averaged over the denoising steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.families.base import check_decoder
+from vla_pruner.families.lerobot_common import LeRobotFamily
+
+
+class LeRobotPi(LeRobotFamily):
+    """LeRobot's `PI0Policy` and `PI05Policy`; every chunk that they predict is one control step."""
+
+    classes = frozenset(
+        {("lerobot.policies.pi0.modeling_pi0", "PI0Policy"), ("lerobot.policies.pi05.modeling_pi05", "PI05Policy")}
+    )
+    prepare = "_preprocess_images"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        both = self._inner.paligemma_with_expert
+        self.decoder = check_decoder(both.paligemma.model.language_model, model)
+        self.readers = (check_decoder(both.gemma_expert.model, model),)
+        vision = both.paligemma.config.vision_config
+        self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
+        # The suffix of pi0 is [state][actions]; pi0.5 has the state in its text.
+        self._first_action_row = 1 if hasattr(self._inner, "state_proj") else 0
+
+    @property
+    def camera_tokens(self) -> tuple[int, ...]:
+        return (self._tokens_per_image,) * len(self.cameras)
+
+    def block_lengths(self, images: list[Tensor]) -> list[int]:
+        return [self._tokens_per_image] * len(images)
+
+    def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
+        return torch.arange(self._first_action_row, length, device=device).expand(rows, -1)
+
+    def keys_values(
+        self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        attention: Any = layer.self_attn
+        norm: Any = layer.input_layernorm
+        # LeRobot's norm also returns a gate, which is None in the prefix.
+        normed, _ = norm(hidden)
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        key = attention.k_proj(normed).view(shape).transpose(1, 2)
+        value = attention.v_proj(normed).view(shape).transpose(1, 2)
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        return rotate(key, key, *position_embeddings)[1], value
+
+    def install(self, new_episode: Callable[[], None]) -> None:
+        super().install(new_episode)
+        for decoder in (self.decoder, *self.readers):
+            self._replaced.put(decoder, "forward", _ThroughModule(decoder))
+
+
+class _ThroughModule:
+    """LeRobot calls `decoder.forward(...)`, past every hook: it is led through `decoder(...)`, which calls it again."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self._decoder = decoder
+        self._inside = False
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._inside:
+            return original(*args, **kwargs)
+        self._inside = True
+        try:
+            return self._decoder(*args, **kwargs)
+        finally:
+            self._inside = False

@@ -1,0 +1,61 @@
+"""OpenVLA, and OpenVLA-OFT with its parallel action chunk, as `vla_pruner.load_policy` loads them.
+
+OpenVLA decodes its action: its rows are the last of the prompt and the decoded ones. OFT acts in one bidirectional
+pass: its rows are those that the action head reads. With a diffusion head that pass is run again in every denoising
+step; tokens are chosen in the first one, and action attention is the mean over all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vla_pruner.attach.family import Call
+from vla_pruner.attach.layout import Layout
+from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.families.decoder_lm import DecoderLM
+
+PACKAGE = "vla_pruner.models.openvla"
+
+
+class OpenVLA(DecoderLM):
+    """`OpenVLAForActionPrediction`: [BOS][visual tokens][instruction] and one decoded token a dimension."""
+
+    def __init__(self, model: nn.Module) -> None:
+        policy: Any = model
+        start, each = policy.visual_slice.start, policy.patches
+        cameras = {name: slice(start + i * each, start + (i + 1) * each) for i, name in enumerate(policy.cameras)}
+        super().__init__(policy.language_model, visual=cameras, padding_side="right")
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        if type(model).__name__ != "OpenVLAForActionPrediction":
+            return False
+        if not type(model).__module__.startswith(PACKAGE):
+            raise UnsupportedModelError(
+                f"{type(model).__module__}.{type(model).__name__} was given: OpenVLA through remote code, which does "
+                "not see on current transformers. Load the same checkpoint with vla_pruner.load_policy(path)."
+            )
+        return True
+
+
+class OpenVLAOFT(OpenVLA):
+    """`OpenVLAOFT`: [BOS][visual tokens][proprio][instruction][placeholders][stop] in one bidirectional pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._policy: Any = model
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ == "OpenVLAOFT" and type(model).__module__.startswith(PACKAGE)
+
+    def opens_step(self, call: Call) -> bool:
+        return self._policy.denoising_step in (None, 0)
+
+    def repeats_prompt(self, call: Call) -> bool:
+        return True
+
+    def action_rows(self, layout: Layout) -> Tensor | None:
+        return self._policy.rows_in_sequence(layout.prompt)

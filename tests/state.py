@@ -1,0 +1,21 @@
+"""The whole state of a model: everything that a leftover could hide in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """Attributes, hooks, configs and registries of every module; two are equal where nothing was left behind."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    state: dict[str, Any] = {"attention functions": sorted(ALL_ATTENTION_FUNCTIONS)}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            plain = dict(value) if isinstance(value, dict) else value
+            state[f"{name}.{key}"] = (id(value), repr(plain) if "hook" in key else None)
+        if hasattr(module, "config"):
+            state[f"{name}.config values"] = repr(sorted(vars(module.config).items(), key=lambda item: item[0]))
+    return state
