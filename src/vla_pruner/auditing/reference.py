@@ -1,0 +1,134 @@
+"""What pruning must agree with: the model at full length, where the layers from the pruning layer on cannot use what was
+pruned. Nothing is gathered, so it shares no arithmetic with pruning itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.layout import Layout
+from vla_pruner.families import family_of
+from vla_pruner.methods.base import PRUNED, check_choice
+
+Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
+
+
+class FullLength:
+    """While it is open, a policy acts as if pruned, at full length. A context manager that leaves no trace.
+
+    "drop": from `layer` on, the decoder's layers and those of its readers cannot attend to the visual tokens that are
+    not kept, in prompts (also repeated ones), decode steps and denoising steps. "freeze": at every layer after `layer`
+    the rows of these tokens are normalised, projected and read as they entered `layer`.
+
+    Args:
+        model: whatever `Method.attach` takes, with no session attached.
+        layout: of the control step that was pruned (`session.step.layout`); the next ones must be like it.
+        kept: (B, k) or (k,) ids of the visual tokens that stay.
+        layer: the pruning layer.
+        pruned: "drop" or "freeze".
+        **attach_options: as of `Method.attach`.
+
+    Raises:
+        UnsupportedModelError, BudgetError: as `Method.attach`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        kept: Tensor,
+        *,
+        layer: int,
+        pruned: str = "drop",
+        **attach_options: Any,
+    ) -> None:
+        check_choice("pruned", pruned, PRUNED)
+        self._family: Any = family_of(model, **attach_options)
+        self._layer = layer
+        self._pruned = pruned
+        self._length = layout.length
+        self._gone = _gone(layout, kept)
+        self._entered: Tensor | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> FullLength:
+        family = self._family
+        if self._pruned == "freeze":
+            for index in range(self._layer, len(family.decoder.layers)):
+                hook = partial(self._overwrite, index == self._layer)
+                self._register(family.decoder.layers[index].input_layernorm, hook)
+        elif hasattr(family, "edit_masks"):
+            # A model that does not call its layers as modules hands over the masks it makes.
+            self._undo.append(family.edit_masks(self._layer, self._hide))
+        else:
+            for stack in (family.decoder, *family.readers):
+                for index in range(self._layer, len(stack.layers)):
+                    self._register(stack.layers[index], partial(self._mask, index))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._entered = None
+
+    def _register(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _columns(self, like: Tensor) -> Tensor:
+        """(B, W) bool: which key columns of a mask (..., W) are gone; the prompt's come first."""
+        return nn.functional.pad(self._gone.to(like.device), (0, like.shape[-1] - self._length))
+
+    def _hide(self, visible: Tensor) -> Tensor:
+        """(B or 1, Q, W) bool: the same without the columns that are gone."""
+        return visible & ~self._columns(visible)[:, None]
+
+    def _mask(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
+        """Before a layer of the decoder or of a reader."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = _unwritten(index, module, hidden, kwargs)
+        if mask.dtype == torch.bool:
+            # Additive, because a row that sees nothing would be NaN, and 0 x NaN is NaN for who does not attend to it.
+            lowest = torch.finfo(hidden.dtype).min
+            mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
+        mask = torch.where(self._columns(mask)[:, None, None], torch.finfo(mask.dtype).min, mask)
+        return args, {**kwargs, "attention_mask": mask}
+
+    def _overwrite(self, first: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
+        """Before the norm that a layer makes its queries, keys and values from."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] != self._length:
+            return None  # a decode step: the cache has the frozen keys and values
+        if first:
+            self._entered = hidden
+            return None
+        assert self._entered is not None
+        hidden = torch.where(self._gone.to(hidden.device)[..., None], self._entered.to(hidden.device), hidden)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _gone(layout: Layout, kept: Tensor) -> Tensor:
+    """(B, N) bool: prompt positions of the visual tokens that are not kept."""
+    ids = torch.atleast_2d(kept).to(layout.visual.device).expand(layout.rows, -1)
+    gone = torch.zeros_like(layout.prompt).scatter(1, layout.visual, True)
+    return gone.scatter(1, layout.visual.gather(1, ids), False)
+
+
+def _unwritten(index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """(1, 1, Q, W) bool: the rule that the kernel applies where there is no mask."""
+    cache, length = kwargs.get("past_key_values"), hidden.shape[1]
+    past = 0 if cache is None else int(cache.get_seq_length(index))
+    layers = getattr(cache, "layers", [])
+    width = getattr(layers[index], "max_cache_len", past + length) if index < len(layers) else past + length
+    attention: Any = module.self_attn
+    keys = torch.arange(width, device=hidden.device)
+    rows = torch.arange(past, past + length, device=hidden.device)
+    if not getattr(attention, "is_causal", True):
+        rows = rows.new_full((length,), past + length - 1)
+    return (keys <= rows[:, None])[None, None]
