@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -29,10 +30,9 @@ def check_version() -> str:
         UnsupportedModelError: none is installed, or one that was not tested.
     """
     try:
-        import lerobot
-    except ImportError:
+        version = metadata.version("lerobot")
+    except metadata.PackageNotFoundError:
         raise UnsupportedModelError(f"lerobot is not installed. It needs Python 3.12: {INSTALL}") from None
-    version: str = getattr(lerobot, "__version__", "unknown")
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if not VERSIONS[0] <= numbers < VERSIONS[1]:
         raise UnsupportedModelError(f"lerobot {version} is installed; 0.6 is supported. Run: {INSTALL}")

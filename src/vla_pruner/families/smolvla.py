@@ -59,6 +59,26 @@ class SmolVLA(LeRobotFamily):
     def wiring(self, session: Session) -> Wiring:
         return SmolVLAWiring(session, self)
 
+    def edit_masks(self, layer: int, edit: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        """Have every mask (B, Q, W), prompt columns first, of the attention from `layer` on go through `edit`.
+
+        For references that are computed without pruning; call it after the session's wiring is installed.
+
+        Returns:
+            What takes it away again.
+        """
+
+        def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            if given["layer_idx"] >= layer:
+                given["attention_mask"] = edit(given["attention_mask"])
+            return original(**given)
+
+        replaced = Replacements()
+        replaced.put(self.both, "forward_attn_layer", attend)
+        replaced.put(self.both, "forward_cross_attn_layer", attend)
+        return replaced.remove
+
     def _tokens(self, height: int, width: int) -> int:
         return (height // self._pixels_per_token) * (width // self._pixels_per_token)
 

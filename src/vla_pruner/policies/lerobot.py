@@ -1,0 +1,263 @@
+"""LeRobot's pi0, pi0.5 and SmolVLA: loaded with every weight accounted for, and called with images and a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
+from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
+from vla_pruner.policies.lerobot_random import random_lerobot
+
+__all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
+
+KINDS = {"pi0": "PI0", "pi05": "PI05", "smolvla": "SmolVLA"}
+"""LeRobot's names of the supported policies, and how their classes begin."""
+
+
+class LeRobotPolicy:
+    """A LeRobot policy with the processors around it.
+
+    Attributes:
+        module: the policy as LeRobot's users hold it; this is what a method attaches to.
+        preprocessor, postprocessor: LeRobot's pipelines; None where the checkpoint has none.
+    """
+
+    def __init__(self, module: nn.Module, preprocessor: Any = None, postprocessor: Any = None) -> None:
+        self.module: Any = module
+        self.preprocessor = preprocessor
+        self.postprocessor = postprocessor
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras that the policy knows, without LeRobot's "observation.images." and its empty cameras."""
+        names = camera_names(self.module.config)
+        return tuple(name for name in names if not name.startswith("empty_camera_"))
+
+    @property
+    def vision_towers(self) -> tuple[nn.Module, ...]:
+        """What turns an image into patch features."""
+        inner = self.module.model
+        if hasattr(inner, "vlm_with_expert"):
+            return (inner.vlm_with_expert.get_vlm_model().vision_model,)
+        return (inner.paligemma_with_expert.paligemma.model.vision_tower,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy runs."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its decoder computes in."""
+        inner = self.module.model
+        if hasattr(inner, "vlm_with_expert"):
+            decoder = inner.vlm_with_expert.get_vlm_model().text_model
+        else:
+            decoder = inner.paligemma_with_expert.paligemma.model.language_model
+        return decoder.layers[0].self_attn.q_proj.weight.dtype
+
+    @property
+    def proprio_size(self) -> int | None:
+        """How many numbers `act` takes as proprio; None where the policy takes none."""
+        feature = self.module.config.robot_state_feature
+        return None if feature is None else feature.shape[0]
+
+    def reset(self) -> None:
+        """Begin a new episode, for the policy and for a method that is attached to it."""
+        self.module.reset()
+
+    def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
+        """One control step: the whole action chunk (chunk, dim), un-normalised, through LeRobot's own processors.
+
+        The noise that the flow starts from is drawn from torch's global generator; seed it for repeatable actions.
+
+        Args:
+            images: (H, W, 3) uint8 by camera; cameras may be left out, as LeRobot allows, but not all of them.
+            instruction: what to do.
+            proprio: (d,) the robot's state, in the checkpoint's own units.
+
+        Raises:
+            CheckpointError: the checkpoint has no processors.
+            ObservationError: an image, a camera or the state is not as the policy expects it.
+        """
+        if self.preprocessor is None or self.postprocessor is None:
+            raise CheckpointError(
+                "This checkpoint has no policy_preprocessor.json and policy_postprocessor.json, so act() cannot know "
+                "its tokenizer and its statistics; save them into its folder, or call .module with a batch of yours."
+            )
+        batch = self.preprocessor({**self._observation(images, proprio), "task": instruction})
+        with torch.no_grad():
+            chunk: Tensor = self.module.predict_action_chunk(batch)
+        # LeRobot's postprocessors take one action at a time.
+        actions = [self.postprocessor(chunk[:, step]) for step in range(chunk.shape[1])]
+        return torch.cat(actions).float().cpu().numpy()
+
+    def _observation(self, images: Mapping[str, np.ndarray], proprio: np.ndarray | None) -> dict[str, Tensor]:
+        keys = dict(zip(camera_names(self.module.config), self.module.config.image_features, strict=True))
+        unknown = [name for name in images if name not in keys]
+        if unknown or not images:
+            raise ObservationError(
+                f"Images of {', '.join(map(repr, images)) or 'no camera'} were given; the policy's cameras are "
+                f"{', '.join(map(repr, self.cameras))}."
+            )
+        observation = {}
+        for name, image in images.items():
+            pixels = np.asarray(image)
+            if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+                raise ObservationError(
+                    f"The image of {name!r} has shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8."
+                )
+            tensor = torch.from_numpy(np.ascontiguousarray(pixels))
+            observation[keys[name]] = tensor.permute(2, 0, 1).float() / 255
+        size = self.proprio_size
+        shape = None if proprio is None else np.shape(proprio)
+        if shape != (None if size is None else (size,)):
+            raise ObservationError(
+                f"proprio of shape {shape} was given; this policy's observation.state has shape "
+                f"{None if size is None else (size,)}."
+            )
+        if proprio is not None:
+            observation["observation.state"] = torch.as_tensor(np.asarray(proprio, dtype=np.float32))
+        return observation
+
+
+def load_lerobot(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LeRobotPolicy:
+    """A published or saved LeRobot policy, by LeRobot's own `from_pretrained`, with every weight accounted for.
+
+    LeRobot prints and goes on with random weights where pi0's and pi0.5's cannot be read or do not fit.
+
+    Args:
+        path: a folder with config.json and model.safetensors, or an id on the hub.
+        device: where it runs.
+        dtype: of the decoder; None: as the config and LeRobot have it.
+
+    Raises:
+        UnsupportedModelError: lerobot is missing, of an untested version, or the policy is of another type.
+        CheckpointError: weights are missing, unexpected or unreadable; it lists them.
+    """
+    check_version()
+    _lerobot("policies")  # It fills the registry of configs.
+    try:
+        config = _lerobot("configs.policies").PreTrainedConfig.from_pretrained(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no LeRobot policy that this version reads: {error}") from error
+    return LeRobotPolicy(load_module(path, config, device, dtype), *_saved_processors(path, config, device))
+
+
+def load_module(
+    path: str | Path, config: Any, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The policy alone, for a config that was read already; see `load_lerobot`."""
+    kind = config.type
+    if kind not in KINDS:
+        raise UnsupportedModelError(f"{path} is a policy of type {kind!r}; supported are {', '.join(KINDS)}.")
+    config.device = str(device)
+    if dtype is not None and kind != "smolvla":
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedModelError(f"dtype={dtype} was given; LeRobot has {kind} in float32 and bfloat16.")
+        config.dtype = str(dtype).removeprefix("torch.")
+    policy = _checked(policy_class(kind), path, config)
+    if dtype is not None and kind == "smolvla":
+        policy.model.vlm_with_expert.to(dtype)
+    return policy.to(device).eval()
+
+
+def policy_class(kind: str) -> Any:
+    """LeRobot's class of this kind."""
+    check_version()
+    return getattr(_lerobot(f"policies.{kind}.modeling_{kind}"), f"{KINDS[kind]}Policy")
+
+
+def lerobot_config(kind: str, cameras: tuple[str, ...], image: int, state: int, action: int, **fields: Any) -> Any:
+    """LeRobot's config of this kind for cameras of `image` pixels, a state and an action of so many numbers."""
+    types = _lerobot("configs.types")
+
+    def feature(kind: str, *shape: int) -> Any:
+        return types.PolicyFeature(types.FeatureType[kind], shape)
+
+    features = {f"{IMAGES}{name}": feature("VISUAL", 3, image, image) for name in cameras}
+    return policy_class(kind).config_class(
+        input_features={**features, "observation.state": feature("STATE", state)},
+        output_features={"action": feature("ACTION", action)},
+        **fields,
+    )
+
+
+def _lerobot(module: str) -> Any:
+    return importlib.import_module(f"lerobot.{module}")
+
+
+def _checked(policy_type: Any, path: str | Path, config: Any) -> Any:
+    """The policy, whose loading was watched: what LeRobot would print and forget is an error here."""
+    printed = io.StringIO()
+    with _watched(policy_type) as loads, contextlib.redirect_stdout(printed):
+        policy = policy_type.from_pretrained(str(path), config=config)
+    if not loads:
+        reasons = [line for line in printed.getvalue().splitlines() if "ould not load" in line]
+        raise CheckpointError(
+            f"No weights were loaded from {path}: {' '.join(reasons) or 'LeRobot gave no reason'}. It needs a "
+            "model.safetensors."
+        )
+    missing, unexpected, wrong = loads[-1]
+    if missing or unexpected or wrong:
+        raise CheckpointError(
+            f"The weights of {path} do not fit {policy_type.__name__}. Missing: {_listed(missing)}. Unexpected: "
+            f"{_listed(unexpected)}. Of another shape: {_listed(wrong)}."
+        )
+    return policy
+
+
+@contextlib.contextmanager
+def _watched(policy_type: Any) -> Iterator[list[tuple[list[str], list[str], list[str]]]]:
+    """Notes, for each load of a policy of this type, the missing, unexpected and misshapen weights."""
+    loads: list[tuple[list[str], list[str], list[str]]] = []
+    original = policy_type.load_state_dict
+
+    def load_state_dict(self: nn.Module, state: Mapping[str, Tensor], strict: bool = True, **options: Any) -> Any:
+        own = self.state_dict()
+        # A weight that shares its memory with one that is there is not missing.
+        loaded = {own[name].data_ptr() for name in state if name in own}
+        missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in loaded]
+        wrong = [
+            f"{name} {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+            for name, tensor in state.items()
+            if name in own and tensor.shape != own[name].shape
+        ]
+        loads.append((missing, [name for name in state if name not in own], wrong))
+        return original(self, state, strict=strict and not wrong, **options) if not wrong else _NOTHING
+
+    policy_type.load_state_dict = load_state_dict
+    try:
+        yield loads
+    finally:
+        del policy_type.load_state_dict
+
+
+_NOTHING = nn.modules.module._IncompatibleKeys([], [])
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _saved_processors(path: str | Path, config: Any, device: str | torch.device) -> tuple[Any, Any]:
+    names = ("policy_preprocessor.json", "policy_postprocessor.json")
+    if Path(path).is_dir() and not all((Path(path) / name).is_file() for name in names):
+        return None, None
+    try:
+        return _lerobot("policies.factory").make_pre_post_processors(
+            config, pretrained_path=str(path), preprocessor_overrides={"device_processor": {"device": str(device)}}
+        )
+    except FileNotFoundError:
+        return None, None

@@ -1,0 +1,310 @@
+"""LeRobot's pi0, pi0.5 and SmolVLA with random weights, tiny or at their published sizes, without any download.
+
+LeRobot takes its sizes from constants in its own modules and from the hub. While such a policy is built, these names in
+its modules answer with the sizes given here; nothing of it stays behind.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from vla_pruner.policies.lerobot import LeRobotPolicy
+
+CAMERAS = {"pi0": ("base", "left_wrist", "right_wrist"), "pi05": ("base", "left_wrist", "right_wrist")}
+SMOLVLA_CAMERAS = ("camera1", "camera2", "camera3")
+STATE, ACTION = 8, 7
+
+
+@dataclass(frozen=True)
+class PiSize:
+    """Sizes of a pi0 or pi0.5.
+
+    Attributes:
+        vlm, expert: width, depth, mlp_dim, num_heads, num_kv_heads, head_dim; None: as published.
+        vision: attributes of the SigLIP config; None: as published.
+        vocabulary: number of text tokens; None: as published.
+        image: side of the square images in pixels.
+    """
+
+    vlm: Mapping[str, int] | None = None
+    expert: Mapping[str, int] | None = None
+    vision: Mapping[str, int] | None = None
+    vocabulary: int | None = None
+    image: int = 224
+
+
+@dataclass(frozen=True)
+class SmolVLASize:
+    """Sizes of a SmolVLA.
+
+    Attributes:
+        text, vision: keyword arguments of the Llama and the SigLIP config.
+        scale_factor: side of the squares of patches that become one token.
+        layers: how many of the text layers are used.
+        specials: ids of the image token, the fake image token and the global image token.
+    """
+
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    scale_factor: int
+    layers: int
+    specials: tuple[int, int, int]
+
+    @property
+    def image(self) -> int:
+        """Side of the square images in pixels."""
+        return self.vision["image_size"]
+
+
+_TINY_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_TINY_GEMMA = {"depth": 6, "num_heads": 8, "num_kv_heads": 1, "head_dim": 16}
+SIZES: dict[tuple[str, str], PiSize | SmolVLASize] = {
+    ("pi", "full"): PiSize(),
+    ("pi", "tiny"): PiSize(
+        vlm={"width": 64, "mlp_dim": 128, **_TINY_GEMMA},
+        expert={"width": 32, "mlp_dim": 64, **_TINY_GEMMA},
+        vision=_TINY_VISION,
+        vocabulary=512,
+        image=112,
+    ),
+    # HuggingFaceTB/SmolVLM2-500M-Video-Instruct, of which SmolVLA uses the first 16 layers.
+    ("smolvla", "full"): SmolVLASize(
+        text={
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "head_dim": 64,
+            "vocab_size": 49280,
+            "rms_norm_eps": 1e-5,
+        },
+        vision={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 512,
+            "patch_size": 16,
+        },
+        scale_factor=4,
+        layers=16,
+        specials=(49190, 49189, 49152),
+    ),
+    ("smolvla", "tiny"): SmolVLASize(
+        text={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 300,
+        },
+        vision={**_TINY_VISION, "image_size": 128, "patch_size": 8},
+        scale_factor=2,
+        layers=6,
+        specials=(290, 291, 292),
+    ),
+}
+
+
+def random_lerobot(
+    kind: str = "pi0",
+    size: str = "tiny",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **config: Any,
+) -> LeRobotPolicy:
+    """A LeRobot policy with random weights that fill the numbers' range, so that its actions depend on what it sees.
+
+    Its processors are LeRobot's own without statistics, so nothing is normalised, and their tokenizer is a stand-in:
+    the bytes of the text. Both need no download.
+
+    Args:
+        kind: "pi0", "pi05" or "smolvla".
+        size: "tiny", or "full" for the published size.
+        device: where it is built.
+        dtype: torch.float32 or torch.bfloat16, in the places where LeRobot uses it.
+        seed: of the weights.
+        **config: fields of LeRobot's config that are to differ from its defaults.
+
+    Raises:
+        UnsupportedModelError: another kind, size or dtype, or lerobot is missing or of an untested version.
+    """
+    from vla_pruner.policies.lerobot import KINDS, LeRobotPolicy, lerobot_config, policy_class
+
+    if kind not in KINDS or size not in ("tiny", "full") or dtype not in (torch.float32, torch.bfloat16):
+        raise UnsupportedModelError(
+            f"random_lerobot({kind!r}, {size!r}, dtype={dtype}) was called; kind is one of "
+            f"{', '.join(map(repr, KINDS))}, size 'tiny' or 'full', dtype torch.float32 or torch.bfloat16."
+        )
+    sizes = SIZES["smolvla" if kind == "smolvla" else "pi", size]
+    is_tiny = size == "tiny"
+    defaults: dict[str, Any] = {"device": str(device)}
+    if is_tiny:
+        defaults |= {"chunk_size": 10, "n_action_steps": 10, "tokenizer_max_length": 48}
+    if isinstance(sizes, SmolVLASize):
+        cameras = SMOLVLA_CAMERAS
+        defaults |= {"num_vlm_layers": sizes.layers, "resize_imgs_with_padding": (sizes.image, sizes.image)}
+    else:
+        cameras = CAMERAS[kind]
+        defaults |= {"image_resolution": (sizes.image, sizes.image), "dtype": str(dtype).removeprefix("torch.")}
+    given = lerobot_config(kind, cameras, sizes.image, STATE, ACTION, **defaults | config)
+    with built_with(kind, sizes), torch.device(device):
+        policy: Any = policy_class(kind)(given)
+    if kind == "smolvla":
+        policy.model.vlm_with_expert.to(dtype)
+    policy.to(device).eval()
+    redraw(policy, seed)
+    return LeRobotPolicy(policy, *_processors(kind, given, _vocabulary(policy)))
+
+
+@contextmanager
+def built_with(kind: str, size: PiSize | SmolVLASize) -> Iterator[None]:
+    """Policies of `kind` that are built in this context have these sizes, and nothing is asked of the hub."""
+    patches = _smolvla_names(size) if isinstance(size, SmolVLASize) else _pi_names(kind, size)
+    saved = [(module, name, getattr(module, name)) for module, name, _ in patches]
+    for module, name, value in patches:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+
+
+@torch.no_grad()
+def redraw(policy: nn.Module, seed: int) -> None:
+    """Draw every matrix so that it keeps the size of what goes in; LeRobot's own start leaves an expert that does
+    nothing.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for module in policy.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or not isinstance(weight, Tensor):
+            continue
+        if weight.device not in generators:
+            generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
+        weight.normal_(std=weight[0].numel() ** -0.5, generator=generators[weight.device])
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            bias.zero_()
+
+
+class ByteTokenizer:
+    """Stands in for a tokenizer where there is none: text to the numbers of its bytes, after a first token 1.
+
+    Args:
+        vocabulary: number of ids that the model knows.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def __call__(
+        self,
+        text: list[str],
+        max_length: int,
+        padding: str,
+        padding_side: str = "right",
+        truncation: bool = True,
+        return_tensors: str = "pt",
+    ) -> dict[str, Tensor]:
+        """input_ids and attention_mask, (B, L) int64 each, as a tokenizer of transformers gives them."""
+        rows = [[1, *(2 + byte % (self._vocabulary - 2) for byte in line.encode())][:max_length] for line in text]
+        length = max_length if padding == "max_length" else max(map(len, rows))
+        ids = torch.zeros(len(rows), length, dtype=torch.int64, device="cpu")
+        for row, known in zip(ids, rows, strict=True):
+            row[: len(known)] = torch.tensor(known, device="cpu")
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def _pi_names(kind: str, size: PiSize) -> list[tuple[Any, str, Any]]:
+    module: Any = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
+    known, paligemma, gemma = (
+        module.get_gemma_config,
+        module.PaliGemmaForConditionalGenerationWithPiGemma,
+        module.PiGemmaForCausalLM,
+    )
+
+    def get_gemma_config(variant: str) -> Any:
+        given = size.vlm if variant == "gemma_2b" else size.expert
+        return known(variant) if given is None else module.GemmaConfig(**given)
+
+    def build_paligemma(config: Any) -> nn.Module:
+        for name, value in (size.vision or {}).items():
+            setattr(config.vision_config, name, value)
+        if size.vlm is not None:
+            config.vision_config.projection_dim = size.vlm["width"]
+        if size.vocabulary is not None:
+            config.text_config.vocab_size = config.image_token_index = size.vocabulary
+        return paligemma(config=config)
+
+    def build_gemma(config: Any) -> nn.Module:
+        if size.vocabulary is not None:
+            config.vocab_size = size.vocabulary
+        return gemma(config=config)
+
+    return [
+        (module, "get_gemma_config", get_gemma_config),
+        (module, "PaliGemmaForConditionalGenerationWithPiGemma", build_paligemma),
+        (module, "PiGemmaForCausalLM", build_gemma),
+    ]
+
+
+def _smolvla_names(size: SmolVLASize) -> list[tuple[Any, str, Any]]:
+    module: Any = importlib.import_module("lerobot.policies.smolvla.smolvlm_with_expert")
+    image, fake, whole = size.specials
+
+    def config(_: str) -> Any:
+        from transformers import SmolVLMConfig
+
+        options: dict[str, Any] = {
+            "text_config": {**size.text, "model_type": "llama", "pad_token_id": 2},
+            "vision_config": dict(size.vision),
+            "scale_factor": size.scale_factor,
+            "image_token_id": image,
+            "pad_token_id": 2,
+        }
+        return SmolVLMConfig(**options)
+
+    tokenizer = SimpleNamespace(fake_image_token_id=fake, global_image_token_id=whole)
+    return [
+        (module, "AutoConfig", SimpleNamespace(from_pretrained=config)),
+        (module, "AutoProcessor", SimpleNamespace(from_pretrained=lambda _: SimpleNamespace(tokenizer=tokenizer))),
+    ]
+
+
+def _vocabulary(policy: Any) -> int:
+    inner = policy.model
+    if hasattr(inner, "vlm_with_expert"):
+        return inner.vlm_with_expert.config.text_config.vocab_size
+    return inner.paligemma_with_expert.paligemma.config.text_config.vocab_size
+
+
+def _processors(kind: str, config: Any, vocabulary: int) -> tuple[Any, Any]:
+    """LeRobot's own processors for this kind, with the stand-in tokenizer."""
+    module: Any = importlib.import_module(f"lerobot.policies.{kind}.processor_{kind}")
+    known = module.TokenizerProcessorStep
+
+    def step(tokenizer_name: str, **options: Any) -> Any:
+        return known(tokenizer=ByteTokenizer(vocabulary), **options)
+
+    module.TokenizerProcessorStep = step
+    try:
+        return getattr(module, f"make_{kind}_pre_post_processors")(config)
+    finally:
+        module.TokenizerProcessorStep = known
