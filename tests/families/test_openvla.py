@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from vla_pruner.models.openvla.loading import load_openvla
 
 import vla_pruner as vp
-from vla_pruner.models.openvla.loading import load_openvla
 
 K = 3
 ACTION_TOKENS = slice(31744, 32000)
@@ -39,7 +39,7 @@ class TestOpenVLA:
         return {**np.load(golden / "openvla_tiny/golden.npz")}, np.load(golden / "openvla_tiny/pruned.npz")
 
     def run(self, policy, data, t):
-        pixels = policy.processor.images([data["image224"][t]])
+        pixels = policy.processor.pixel_values([data["image224"][t]])
         return policy.predict_action(
             torch.as_tensor(data["input_ids"]),
             pixel_values=pixels,
@@ -100,7 +100,7 @@ class TestOFT:
         images = [data["full_crop224"][t], data["wrist_crop224"][t]]
         return policy.predict_action(
             torch.as_tensor(data["input_ids"]),
-            pixel_values=policy.processor.images(images),
+            pixel_values=policy.processor.pixel_values(images),
             attention_mask=torch.as_tensor(data["attention_mask"]),
             proprio=data["proprio_normalized"][t],
         )
@@ -180,7 +180,7 @@ class TestDiffusion:
         images = [data["full_crop224"][0], data["wrist_crop224"][0]]
         return policy.predict_action(
             torch.as_tensor(data["input_ids"]),
-            pixel_values=policy.processor.images(images),
+            pixel_values=policy.processor.pixel_values(images),
             proprio=data["proprio_normalized"][0],
             noise=torch.as_tensor(noise),
         )

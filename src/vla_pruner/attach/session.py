@@ -265,7 +265,9 @@ class Session:
             full = [self.method.budget(sum(cameras))]
             short = [self.method.budget_of_present(sum(cameras), sum(present))]
         else:
-            full = [method.budget(count) for method, count in zip(self._camera_methods, cameras, strict=True)]
+            budgets = zip(self._camera_methods, cameras, strict=True)
+            # A camera that the policy left out of the sequence has no tokens.
+            full = [method.budget(count) if count else 0 for method, count in budgets]
             short = [min(budget, count) for budget, count in zip(full, present, strict=True)]
         # Where all is kept nothing may change, so absent cameras stay too.
         return full if sum(full) >= sum(cameras) else short

@@ -19,6 +19,8 @@ FAMILIES = (
     ("vla_pruner.families.openvla", "OpenVLAOFT"),
     ("vla_pruner.families.openvla", "OpenVLA"),
     ("vla_pruner.families.pi0", "PI0"),
+    ("vla_pruner.families.lerobot_pi", "LeRobotPi"),
+    ("vla_pruner.families.smolvla", "SmolVLA"),
     ("vla_pruner.families.decoder_lm", "DecoderLM"),
 )
 """Module and class of every family, the more special ones first."""
@@ -45,8 +47,8 @@ def family_of(model: Any, **options: Any) -> Family:
                 )
             return family(model, **options)
     raise UnsupportedModelError(
-        f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as loaded by "
-        "vla_pruner.load_policy, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, PI05Policy and "
-        "SmolVLAPolicy, vla_pruner.reference_policy(), and transformers' decoder-only language models. See "
-        "CONTRIBUTING.md on how a family is added."
+        f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
+        "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
+        "PI05Policy and SmolVLAPolicy, vla_pruner.reference_policy(), and transformers' decoder-only language models. "
+        "See CONTRIBUTING.md on how a family is added."
     )

@@ -1,0 +1,122 @@
+"""The families that run without LeRobot, as cases of the matrix: tiny models with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vla_pruner as vp
+from tests.attach.tiny import VISUAL, decode, make_cache, prompt, tiny_lm
+from tests.families.matrix import Case
+
+INSTRUCTIONS = ("pick up the black bowl", "open the drawer and look")
+
+
+def images(scene: int, camera: int, size: int) -> np.ndarray:
+    """(2, size, size, 3) uint8 noise, another for every scene, robot and camera."""
+    return np.random.default_rng((scene, camera)).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+
+
+def decoder_lm() -> Case:
+    def step(model: Any, scene: int, rows: slice) -> Tensor:
+        embeds = prompt(2, seed=scene)[0][rows]
+        return decode(model, embeds, None, make_cache("dynamic", model), 3)[1]
+
+    return Case("decoder_lm", tiny_lm, step, {"visual": VISUAL})
+
+
+def reference() -> Case:
+    def step(model: Any, scene: int, rows: slice) -> Tensor:
+        pictures = images(scene, 0, model.config.image_size)[rows]
+        state = np.zeros((len(pictures), len(model.config.proprio_mean)), np.float32)
+        return with_logits(model, lambda: model.predict_action(pictures, "reach the goal", state))
+
+    return Case("reference", vp.reference_policy, step)
+
+
+def openvla(backend: str) -> Case:
+    from vla_pruner.models.openvla import random_openvla
+
+    def step(model: Any, scene: int, rows: slice) -> Tensor:
+        pictures = images(scene, 0, 224)[rows]
+        ids, mask = model.processor.tokenize([model.processor.prompt(text) for text in INSTRUCTIONS[rows]])
+        pixels = model.processor.pixel_values([pictures])
+        return with_logits(model, lambda: model.predict_action(ids, pixel_values=pixels, attention_mask=mask))
+
+    def build() -> Any:
+        return random_openvla(size="tiny", attn_implementation=backend)
+
+    return Case(f"openvla-{backend}", build, step)
+
+
+def openvla_oft(head: str | None, backend: str = "sdpa") -> Case:
+    from vla_pruner.models.openvla import random_openvla
+
+    def step(model: Any, scene: int, rows: slice) -> Tensor:
+        pictures = [images(scene, camera, 224)[rows] for camera in range(len(model.cameras))]
+        ids, mask = model.processor.tokenize([model.processor.prompt(text) for text in INSTRUCTIONS[rows]])
+        state = np.linspace(-1, 1, 2 * model.proprio_size).reshape(2, -1)[rows]
+        noise = {}
+        if head == "diffusion":
+            draw = torch.randn(2, model.chunk, model.action_dim, generator=torch.Generator().manual_seed(scene))
+            noise = {"noise": draw[rows]}
+        found = model.predict_action(
+            ids, pixel_values=model.processor.pixel_values(pictures), attention_mask=mask, proprio=state, **noise
+        )
+        return torch.as_tensor(found).reshape(len(ids), -1)
+
+    def build() -> Any:
+        return random_openvla(size="tiny", oft=True, head=head, attn_implementation=backend)
+
+    return Case(f"openvla_oft-{head}-{backend}", build, step)
+
+
+def pi0(backend: str) -> Case:
+    from transformers import GemmaConfig, PaliGemmaConfig, PI0Config, PI0ForConditionalGeneration
+
+    def build() -> Any:
+        sizes = {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+        text = {"model_type": "gemma", "hidden_size": 32, "intermediate_size": 48, "vocab_size": 512, **sizes}
+        vision = {"model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 32, "patch_size": 14}
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
+        vlm = PaliGemmaConfig(text_config=text, vision_config=vision, image_token_index=500, projection_dim=32)
+        expert = GemmaConfig(hidden_size=24, intermediate_size=32, vocab_size=512, **sizes)
+        config = PI0Config(vlm_config=vlm, dit_config=expert, chunk_size=4, num_inference_steps=3)
+        torch.manual_seed(3)
+        model = PI0ForConditionalGeneration._from_config(config, attn_implementation=backend).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.copy_(torch.randn_like(parameter) * 1.6 * parameter.shape[1] ** -0.5)
+        return model
+
+    def step(model: Any, scene: int, rows: slice) -> Tensor:
+        pictures = np.stack([images(scene, camera, 56) for camera in range(2)], axis=1)[rows]
+        text = torch.arange(1, 7).repeat(2, 1)
+        mask = torch.ones(2, 38, dtype=torch.int64)
+        mask[1, -2:] = 0
+        generator = torch.Generator().manual_seed(scene)
+        return model.sample_actions(
+            state=torch.ones(2, 32)[rows],
+            input_ids=torch.cat([torch.full((2, 32), 500), text], dim=1)[rows],
+            pixel_values=torch.from_numpy(pictures).permute(0, 1, 4, 2, 3) / 127.5 - 1,
+            noise=torch.randn(2, 4, 32, generator=generator)[rows],
+            attention_mask=mask[rows],
+            pixel_attention_mask=torch.ones(2, 2, dtype=torch.bool)[rows],
+        )
+
+    return Case(f"pi0-{backend}", build, step)
+
+
+def with_logits(model: Any, act: Any) -> Tensor:
+    """(B, ...) the logits of every token that a step decodes: actions alone would hide what is in the same bin."""
+    found: list[Tensor] = []
+    handle = model.language_model.register_forward_hook(lambda _, __, output: found.append(output.logits))
+    try:
+        act()
+    finally:
+        handle.remove()
+    return torch.cat([logits[:, -1:] for logits in found], dim=1)

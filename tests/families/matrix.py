@@ -1,0 +1,185 @@
+"""What every model family must hold with every method, checked through the policy's own call.
+
+A family joins with a `Case`: `test_matrix.py` runs them here, `tests/lerobot/test_matrix.py` where LeRobot is
+installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vla_pruner as vp
+from tests.state import whole_state
+from vla_pruner.auditing.reference import FullLength
+from vla_pruner.families import family_of
+
+KEEPS = (0.5, 0.125)
+WINDOW = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model of one family.
+
+    Attributes:
+        name: of the family.
+        build: makes the model.
+        step: runs one control step on `rows` (a slice of two robots) of a scene (a number; each looks different) and
+            returns everything that the step computed from the image and that must agree (B, ...).
+        options: what `attach` must be told.
+        attached: the module that is attached to.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    step: Callable[[Any, int, slice], Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def methods(keep: float, pruned: str) -> list[vp.Method]:
+    """The methods of the matrix."""
+    return [
+        vp.VLAPruner(keep=keep, pruned=pruned, window=WINDOW),
+        vp.RandomKeep(keep=keep, pruned=pruned),
+        vp.Unpruned(pruned=pruned),
+    ]
+
+
+BOTH = slice(0, 2)
+POLICIES = ("drop", "freeze")
+
+
+def check_keep_all(case: Case, pruned: str) -> None:
+    """keep = 1.0 changes no bit, past the warm-up too."""
+    model = case.build()
+    scenes = range(WINDOW + 2)
+    untouched = [case.step(model, scene, BOTH) for scene in scenes]
+    assert (untouched[0] - untouched[1]).abs().max() > 1e-3, "scenes must show, or this test could not fail"
+    for method in methods(1.0, pruned):
+        with method.attach(model, **case.options) as session:
+            for scene in scenes:
+                assert torch.equal(case.step(model, scene, BOTH), untouched[scene]), (method, scene)
+                assert session.kept is None
+
+
+def check_reference(case: Case, keep: float, pruned: str) -> None:
+    """What is pruned agrees with the whole sequence, with the tokens masked or frozen; and the layers are short."""
+    model = case.build()
+    untouched = case.step(model, WINDOW, BOTH)
+    for method in methods(keep, pruned):
+        with method.attach(model, **case.options) as session:
+            for scene in range(WINDOW):
+                case.step(model, scene, BOTH)
+            lengths, actual = prompt_lengths(model, case, WINDOW)
+            kept, layout = session.kept, session.step.layout  # type: ignore[union-attr]
+        full, dropped = layout.length, 0
+        if isinstance(method, vp.Unpruned):
+            assert kept is None
+            assert torch.equal(actual, untouched)
+        else:
+            assert kept is not None
+            assert kept.shape == (2, round(keep * layout.tokens))
+            dropped = layout.tokens - kept.shape[1]
+            with FullLength(model, layout, kept, layer=method.layer, pruned=pruned, **case.options):
+                expected = case.step(model, WINDOW, BOTH)
+            assert (actual - expected).abs().max() < 1e-4, method
+            assert (actual - untouched).abs().max() > 1e-3, "pruning must show, or this test could not fail"
+        depth = len(lengths)
+        assert lengths == [full] * method.layer + [full - dropped] * (depth - method.layer), method
+
+
+def check_no_trace(case: Case, pruned: str) -> None:
+    """Detaching leaves the model as it was, also after an exception in the middle of a step."""
+    model = case.build()
+    module = attached(model)
+    untouched = case.step(model, 0, BOTH)
+    before = whole_state(module)
+    for method in methods(0.5, pruned):
+        with method.attach(model, **case.options):
+            assert whole_state(module) != before
+            for scene in range(WINDOW + 1):
+                case.step(model, scene, BOTH)
+        assert whole_state(module) == before, method
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("robot fell over")
+
+        with pytest.raises(RuntimeError, match="fell over"), method.attach(model, **case.options):
+            case.step(model, 0, BOTH)
+            handle = family_of(model, **case.options).decoder.layers[-1].mlp.register_forward_pre_hook(fail)
+            try:
+                case.step(model, 1, BOTH)
+            finally:
+                handle.remove()
+        assert whole_state(module) == before, method
+        assert torch.equal(case.step(model, 0, BOTH), untouched), method
+
+
+def check_episodes(case: Case, pruned: str) -> None:
+    """An episode is the same whatever came before it."""
+    model = case.build()
+    for method in methods(0.125, pruned):
+        with method.attach(model, **case.options) as session:
+            first = [case.step(model, scene, BOTH) for scene in range(WINDOW + 2)]
+            session.reset()
+            for scene in (7, 8):
+                case.step(model, scene, BOTH)
+            restart(session, 2)
+            again = [case.step(model, scene, BOTH) for scene in range(WINDOW + 2)]
+            for one, other in zip(first, again, strict=True):
+                assert torch.equal(one, other), method
+
+
+def check_rows(case: Case, pruned: str) -> None:
+    """A batch of two robots is two robots."""
+    model = case.build()
+    for method in methods(0.125, pruned):
+        with method.attach(model, **case.options) as session:
+            together = [case.step(model, scene, BOTH) for scene in range(WINDOW + 2)]
+            kept = session.kept
+            for row in range(2):
+                restart(session, 1)
+                alone = [case.step(model, scene, slice(row, row + 1)) for scene in range(WINDOW + 2)]
+                if kept is not None:
+                    assert session.kept is not None
+                    assert torch.equal(session.kept[0], kept[row]), method
+                for one, both in zip(alone, together, strict=True):
+                    assert (one[0] - both[row]).abs().max() < 1e-4, method
+
+
+def restart(session: vp.Session, rows: int) -> None:
+    """A new episode. RandomKeep draws anew in each: for it, the first one again."""
+    tokens = session.step.layout.tokens  # type: ignore[union-attr]
+    session.reset()
+    if isinstance(session.method, vp.RandomKeep):
+        session.memory = vp.Memory.empty(rows, session.method.history, tokens)
+
+
+def attached(model: Any) -> nn.Module:
+    """The module that hooks go on."""
+    return model if isinstance(model, nn.Module) else model.module
+
+
+def prompt_lengths(model: Any, case: Case, scene: int) -> tuple[list[int], Tensor]:
+    """Positions that each decoder layer computed in a control step's first prompt, and what the step returned."""
+    layers = family_of(model, **case.options).decoder.layers
+    lengths: list[list[int]] = [[] for _ in layers]
+    handles = [
+        layer.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[-2]))
+        for layer, seen in zip(layers, lengths, strict=True)
+    ]
+    try:
+        result = case.step(model, scene, BOTH)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[0] for seen in lengths], result

@@ -1,0 +1,48 @@
+"""Every family with every method, dropping and freezing: see `matrix.py` for what must hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.families import cases, matrix
+
+CASES = [
+    cases.decoder_lm(),
+    cases.reference(),
+    cases.pi0("sdpa"),
+    cases.pi0("eager"),
+]
+
+each_family = pytest.mark.parametrize("case", CASES, ids=str)
+each_pruned = pytest.mark.parametrize("pruned", matrix.POLICIES)
+
+
+@each_family
+@each_pruned
+def test_keep_all_changes_no_bit(case, pruned):
+    matrix.check_keep_all(case, pruned)
+
+
+@each_family
+@each_pruned
+@pytest.mark.parametrize("keep", matrix.KEEPS)
+def test_pruned_agrees_with_the_full_length_reference(case, pruned, keep):
+    matrix.check_reference(case, keep, pruned)
+
+
+@each_family
+@each_pruned
+def test_nothing_is_left_behind(case, pruned):
+    matrix.check_no_trace(case, pruned)
+
+
+@each_family
+@each_pruned
+def test_episodes_do_not_leak(case, pruned):
+    matrix.check_episodes(case, pruned)
+
+
+@each_family
+@each_pruned
+def test_rows_are_what_single_robots_are(case, pruned):
+    matrix.check_rows(case, pruned)
