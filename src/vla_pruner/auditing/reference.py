@@ -1,5 +1,5 @@
-"""What pruning must agree with: the model at full length, where the layers from the pruning layer on cannot use what was
-pruned. Nothing is gathered, so it shares no arithmetic with pruning itself.
+"""What pruning must agree with: the model at full length, where the layers from the pruning layer on cannot use what
+was pruned. Nothing is gathered, so it shares no arithmetic with pruning itself.
 """
 
 from __future__ import annotations
