@@ -1,0 +1,135 @@
+"""Llama's tokenizer, read from a checkpoint's own files: what they say is done, in every version of transformers.
+
+transformers 5 builds Llama's tokenizer anew from the vocabulary when it is asked by name, and asks for trust in remote
+code where a published OpenVLA config.json lies beside it. Reading tokenizer.json as it is avoids both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from vla_pruner.errors import CheckpointError
+
+_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_NAMES = (*_DEFAULTS, "pad_token")
+
+
+class Tokenizer(Protocol):
+    """What of a transformers tokenizer is used."""
+
+    @property
+    def bos_token_id(self) -> Any:
+        """Id of the token that begins every sequence."""
+
+    @property
+    def pad_token_id(self) -> Any:
+        """Id of the padding token, or None."""
+
+    def __call__(self, text: Any, *, add_special_tokens: bool) -> Any:
+        """A mapping with `input_ids`, without special tokens if they are not to be added."""
+
+
+class StandInTokenizer:
+    """One token for each byte of the text: for models with random weights that come without a tokenizer.
+
+    Never for a real checkpoint: it would read gibberish. Ids are those that Llama's vocabulary has for single bytes, 3
+    to 258, so they are deterministic and never action tokens.
+
+    Args:
+        vocab_size: of the model; at least 259.
+    """
+
+    bos_token_id, pad_token_id = 1, 0
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 259:
+            raise ValueError(f"A token for each byte needs a vocabulary of 259; found {vocab_size}.")
+        self.vocab_size = vocab_size
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """`input_ids` of one text."""
+        ids = [3 + byte for byte in text.encode()]
+        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+
+class SentencePieceTokenizer:
+    """Llama's tokenizer from tokenizer.model, by the sentencepiece library. CheckpointError if damaged."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError as error:
+            raise CheckpointError(
+                f"{path.parent} has tokenizer.model and no tokenizer.json, which needs sentencepiece: "
+                "`pip install sentencepiece`, or copy tokenizer.json there from the checkpoint that this one was "
+                "trained from."
+            ) from error
+        self._pieces = SentencePieceProcessor()
+        try:
+            self._pieces.Load(str(path))
+        except (RuntimeError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}). Download it again.") from error
+        self.bos_token_id = self._pieces.bos_id()
+        # Llama has no padding token; what stands in masked places is never read.
+        self.pad_token_id = max(self._pieces.pad_id(), 0)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """`input_ids` of one text."""
+        return {"input_ids": self._pieces.Encode(text, add_bos=add_special_tokens)}
+
+
+def read_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder: tokenizer.json if it is there, else tokenizer.model.
+
+    Returns:
+        a `PreTrainedTokenizerFast` of transformers, or a `SentencePieceTokenizer`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or has no token that begins a sequence.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        return _fast_tokenizer(path)
+    path = folder / "tokenizer.model"
+    if path.is_file():
+        return SentencePieceTokenizer(path)
+    raise CheckpointError(
+        f"{folder} has neither tokenizer.json nor tokenizer.model. Copy them there from the checkpoint that this one "
+        "was trained from, or give a tokenizer."
+    )
+
+
+def _fast_tokenizer(path: Path) -> Tokenizer:
+    from transformers import PreTrainedTokenizerFast
+
+    names = dict(_DEFAULTS)
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        names.update(_special_tokens(path.with_name(file)))
+    try:
+        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}). Download it again.") from error
+    vocabulary = tokenizer.get_vocab()
+    if names["bos_token"] not in vocabulary:
+        raise CheckpointError(
+            f"{path} has no token {names['bos_token']!r}, which begins every prompt; it is not Llama 2's tokenizer. "
+            "Copy tokenizer.json and tokenizer_config.json there from the checkpoint that this one was trained from."
+        )
+    # Only tokens that exist: naming another would add it, beyond the model's vocabulary.
+    tokenizer.add_special_tokens({name: token for name, token in names.items() if token in vocabulary})
+    return tokenizer
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    """Names of the special tokens in a file, empty if it is absent."""
+    try:
+        found = json.loads(path.read_text())
+        tokens = {name: found[name] for name in _NAMES if found.get(name)}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Download it again.") from error
+    return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
