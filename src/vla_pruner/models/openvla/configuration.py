@@ -66,7 +66,7 @@ class OpenVLAConfig(PretrainedConfig):
     """
 
     model_type = "openvla"
-    sub_configs = {"text_config": LlamaConfig}  # noqa: RUF012 transformers writes it so
+    sub_configs = {"text_config": LlamaConfig}  # noqa: RUF012 # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(
         self,

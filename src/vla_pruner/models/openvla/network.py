@@ -235,7 +235,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         found = self.predict_action(
             input_ids,
             unnorm_key,
-            pixel_values=self.processor.images([images[camera] for camera in self.cameras]),
+            pixel_values=self.processor.pixel_values([images[camera] for camera in self.cameras]),
             attention_mask=attention_mask,
             **self._state(proprio, unnorm_key),
         )

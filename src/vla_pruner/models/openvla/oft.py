@@ -86,7 +86,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return last_prompt_token + torch.arange(self.action_tokens, device=real.device)
 
     @torch.no_grad()
-    def predict_action(
+    def predict_action(  # pyright: ignore[reportIncompatibleMethodOverride] the two original calls differ
         self,
         input_ids: Tensor,
         unnorm_key: str | None = None,
