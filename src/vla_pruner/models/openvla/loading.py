@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +16,12 @@ from safetensors import SafetensorError
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.models.openvla import heads
 from vla_pruner.models.openvla.configuration import OpenVLAConfig
+from vla_pruner.models.openvla.equipment import as_checkpoint_error, equip
 from vla_pruner.models.openvla.network import OpenVLAForActionPrediction
 from vla_pruner.models.openvla.oft import OpenVLAOFT
 from vla_pruner.models.openvla.processing import OpenVLAProcessor
 from vla_pruner.models.openvla.quantization import quantization_config
-from vla_pruner.models.openvla.robots import camera_names, find_platform
+from vla_pruner.models.openvla.robots import camera_names
 
 _STATISTICS = "dataset_statistics.json"
 _FILM = re.compile(r"vision_backbone\..*\.(scale|shift)\.(weight|bias)$|film", re.IGNORECASE)
@@ -83,7 +83,7 @@ def load_openvla(
     if device_map is None:
         policy.to(device)
     if isinstance(policy, OpenVLAOFT):
-        _equip(policy, folder, files, dtype, cameras, chunk, denoising_steps)
+        equip(policy, folder, files, dtype, cameras, chunk, denoising_steps)
     else:
         policy.cameras = camera_names(1, cameras)
     policy.processor = _processor(folder)
@@ -153,7 +153,7 @@ def _head_files(folder: Path) -> dict[str, Path]:
     film = sorted(file.name for file in folder.glob("vision_backbone--*.pt"))
     if film:
         raise UnsupportedModelError(_film_message(folder, film))
-    with _as_checkpoint_error():
+    with as_checkpoint_error():
         return heads.find_heads(folder)
 
 
@@ -220,71 +220,6 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
         )
 
 
-def _equip(
-    policy: OpenVLAOFT,
-    folder: Path,
-    files: dict[str, Path],
-    dtype: torch.dtype,
-    cameras: tuple[str, ...] | None,
-    chunk: int | None,
-    denoising_steps: int,
-) -> None:
-    with _as_checkpoint_error():
-        states = {name: heads.read_head(file) for name, file in files.items()}
-        head = heads.action_head_from_state(states["action_head"]) if "action_head" in states else None
-        proprio = (
-            heads.ProprioProjector.from_state(states["proprio_projector"]) if "proprio_projector" in states else None
-        )
-        noisy = (
-            heads.NoisyActionProjector.from_state(states["noisy_action_projector"])
-            if "noisy_action_projector" in states
-            else None
-        )
-        ddim = heads.DDIM(50, denoising_steps)
-    if isinstance(head, heads.DiffusionActionHead) != (noisy is not None):
-        found = f"a {type(head).__name__} and {'a' if noisy is not None else 'no'} noisy_action_projector"
-        raise CheckpointError(f"{folder} has {found}; a diffusion head and that projector come together.")
-    if head is None and files:
-        raise_without = "Download the checkpoint again, or give family='openvla_oft' and remove the projectors' files"
-        if proprio is None:
-            raise CheckpointError(f"{folder} has {', '.join(files)} without an action head. {raise_without}.")
-    widths = {
-        "action_head": None if head is None else head.input_dim,
-        "proprio_projector": None if proprio is None else proprio.fc2.out_features,
-        "noisy_action_projector": None if noisy is None else noisy.fc2.out_features,
-    }
-    for name, width in widths.items():
-        if width not in (None, policy.llm_dim):
-            raise CheckpointError(
-                f"{files[name]} is made for a language model of width {width}; this one's is {policy.llm_dim}."
-            )
-    device = policy.projector.fc1.weight.device
-    policy.action_head, policy.proprio_projector, policy.noisy_action_projector = (
-        None if module is None else module.to(device, dtype) for module in (head, proprio, noisy)
-    )
-    policy.ddim = ddim
-    _settle(policy, folder, cameras, chunk)
-
-
-def _settle(policy: OpenVLAOFT, folder: Path, cameras: tuple[str, ...] | None, chunk: int | None) -> None:
-    """Everything about an OFT policy that no file says."""
-    head, proprio = policy.action_head, policy.proprio_projector
-    if head is None and not policy.norm_stats:
-        raise CheckpointError(f"{folder} has no action head and no statistics, so the action's size is not known.")
-    policy.action_dim = head.action_dim if head is not None else policy.get_action_dim(next(iter(policy.norm_stats)))
-    proprio_dim = None if proprio is None else proprio.proprio_dim
-    platform = find_platform(policy.action_dim, proprio_dim, policy.norm_stats)
-    if chunk is None and platform is None:
-        raise CheckpointError(
-            f"{folder} has actions of {policy.action_dim} numbers, states of {proprio_dim or 'no'} numbers and the "
-            f"datasets {', '.join(policy.norm_stats) or 'none'}; that is not clearly LIBERO, ALOHA or Bridge, so the "
-            "length of its chunks is not known. Give it: load_openvla(..., chunk=8)."
-        )
-    policy.chunk = chunk if chunk is not None else platform.chunk  # pyright: ignore[reportOptionalMemberAccess]
-    policy.bounds = "q99" if platform is None else platform.bounds
-    policy.cameras = camera_names(1 if platform is None or proprio is None else platform.cameras, cameras)
-
-
 class AbsentTokenizer:
     """Stands where a folder has no tokenizer: `predict_action` with ids of one's own needs none."""
 
@@ -303,16 +238,6 @@ class AbsentTokenizer:
 def _processor(folder: Path) -> OpenVLAProcessor:
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     return OpenVLAProcessor.from_folder(folder, None if has_tokenizer else AbsentTokenizer(folder))
-
-
-@contextmanager
-def _as_checkpoint_error() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _shape(shape: Any) -> str:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig
-from vla_pruner.models.openvla.heads import DDIM, DiffusionActionHead, L1ActionHead
+from vla_pruner.models.openvla.heads import (
+    DDIM,
+    DiffusionActionHead,
+    L1ActionHead,
+    NoisyActionProjector,
+    ProprioProjector,
+)
 from vla_pruner.models.openvla.network import OpenVLAForActionPrediction, moved, real_positions
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
 
@@ -46,8 +52,8 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
         self.action_head: L1ActionHead | DiffusionActionHead | None = None
-        self.proprio_projector: nn.Module | None = None
-        self.noisy_action_projector: nn.Module | None = None
+        self.proprio_projector: ProprioProjector | None = None
+        self.noisy_action_projector: NoisyActionProjector | None = None
         self.chunk, self.action_dim = 8, 7
         self.bounds: actions.Bounds = "q99"
         self.ddim = DDIM(num_train_steps=50, num_inference_steps=50)

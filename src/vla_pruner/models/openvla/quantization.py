@@ -56,7 +56,10 @@ def _bitsandbytes(bits: str) -> Any:
 
 
 def _torchao(bits: str) -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports] optional
+        Int4WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+    )
     from transformers import TorchAoConfig
 
     scheme = Int8WeightOnlyConfig() if bits == "int8" else Int4WeightOnlyConfig()
