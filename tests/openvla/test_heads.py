@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vla_pruner.errors import CheckpointError
 from vla_pruner.models.openvla import heads
 
 OFT, DIFFUSION = "openvla_oft_tiny", "openvla_oft_tiny_diffusion"
@@ -134,7 +135,7 @@ def test_missing_unexpected_and_misshapen_weights_are_listed():
     del state["model.fc2.bias"]
     state["model.layer_norm2.weight"] = torch.zeros(11)
     state["model.film.scale"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="do not make a L1ActionHead") as error:
+    with pytest.raises(CheckpointError, match="do not make a L1ActionHead") as error:
         heads.action_head_from_state(state)
     message = str(error.value)
     assert "missing: model.fc2.bias" in message
@@ -143,32 +144,34 @@ def test_missing_unexpected_and_misshapen_weights_are_listed():
 
 
 def test_a_head_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match=r"unknown kind: its weights are transformer\.w.*Supported are OFT's L1 head"):
+    with pytest.raises(
+        CheckpointError, match=r"unknown kind: its weights are transformer\.w.*Supported are OFT's L1 head"
+    ):
         heads.action_head_from_state({"transformer.w": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"lack the matrix fc1\.weight; they are none"):
+    with pytest.raises(CheckpointError, match=r"lack the matrix fc1\.weight; they are none"):
         heads.ProprioProjector.from_state({})
     state = dict(small_head().state_dict())
     state["model.fc2.weight"] = torch.zeros(4, 10)
-    with pytest.raises(ValueError, match="reads 18 numbers for an action of 4; it must be a multiple"):
+    with pytest.raises(CheckpointError, match="reads 18 numbers for an action of 4; it must be a multiple"):
         heads.L1ActionHead.from_state(state)
 
 
 def test_files_that_are_no_heads_are_one_sentence(tmp_path):
     path = tmp_path / "action_head--1_checkpoint.pt"
-    with pytest.raises(ValueError, match=r"action_head--1_checkpoint\.pt is missing"):
+    with pytest.raises(CheckpointError, match=r"action_head--1_checkpoint\.pt is missing"):
         heads.read_head(path)
     torch.save(small_head().state_dict(), path)
     whole = path.read_bytes()
     for content in (b"", b"no weights", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is damaged or holds more than weights") as error:
+        with pytest.raises(CheckpointError, match="is damaged or holds more than weights") as error:
             heads.read_head(path)
         assert "\n" not in str(error.value)
     torch.save({"step": 3}, path)
-    with pytest.raises(ValueError, match="holds no weights by name but dict"):
+    with pytest.raises(CheckpointError, match="holds no weights by name but dict"):
         heads.read_head(path)
     torch.save({"model": heads.L1ActionHead(2, 2, 1)}, path)
-    with pytest.raises(ValueError, match="is damaged or holds more than weights"):
+    with pytest.raises(CheckpointError, match="is damaged or holds more than weights"):
         heads.read_head(path)
 
 
@@ -179,5 +182,7 @@ def test_the_folder_names_its_heads_and_two_of_a_kind_are_refused(tmp_path, gold
     source = heads.find_heads(golden / OFT)["action_head"]
     for step in ("100", "latest"):
         shutil.copy(source, tmp_path / f"action_head--{step}_checkpoint.pt")
-    with pytest.raises(ValueError, match=r"2 files for the action_head: .*--100_checkpoint\.pt, .*--latest_checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"2 files for the action_head: .*--100_checkpoint\.pt, .*--latest_checkpoint"
+    ):
         heads.find_heads(tmp_path)

@@ -17,6 +17,8 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.errors import CheckpointError
+
 State = Mapping[str, Tensor]
 Built = TypeVar("Built", bound=nn.Module)
 HEAD_FILES = ("action_head", "proprio_projector", "noisy_action_projector")
@@ -69,7 +71,7 @@ class L1ActionHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The head that a file's weights describe; ValueError lists what is missing, unexpected or of a wrong size."""
+        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or of a wrong size."""
         return _filled(state, cls, *_resnet_sizes(state, "model."))
 
     def forward(self, action_hidden: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ class DiffusionActionHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The head that a file's weights describe; ValueError lists what is missing, unexpected or of a wrong size."""
+        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or of a wrong size."""
         return _filled(state, cls, *_resnet_sizes(state, "noise_predictor.mlp_resnet."))
 
     def predict_noise(self, action_hidden: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class ProprioProjector(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The projector that a file's weights describe; ValueError as for the heads."""
+        """The projector that a file's weights describe; errors as for the heads."""
         llm_dim, proprio_dim = _matrix(state, "fc1.weight")
         return _filled(state, cls, proprio_dim, llm_dim)
 
@@ -206,7 +208,7 @@ class NoisyActionProjector(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The projector that a file's weights describe; ValueError as for the heads."""
+        """The projector that a file's weights describe; errors as for the heads."""
         return _filled(state, cls, _matrix(state, "fc1.weight")[0])
 
     def forward(self, noisy_actions: Tensor) -> Tensor:
@@ -217,13 +219,13 @@ def action_head_from_state(state: State) -> L1ActionHead | DiffusionActionHead:
     """The action head that a file's weights describe, of the kind that their names tell.
 
     Raises:
-        ValueError: they are of neither kind, or not complete.
+        CheckpointError: they are of neither kind, or not complete.
     """
     if any(name.startswith("noise_predictor.") for name in state):
         return DiffusionActionHead.from_state(state)
     if any(name.startswith("model.") for name in state):
         return L1ActionHead.from_state(state)
-    raise ValueError(
+    raise CheckpointError(
         f"The action head is of an unknown kind: its weights are {_listed(state)}. "
         "Supported are OFT's L1 head (model.*) and its diffusion head (noise_predictor.*)."
     )
@@ -236,13 +238,13 @@ def find_heads(folder: str | Path) -> dict[str, Path]:
         name to path, for those that are there.
 
     Raises:
-        ValueError: one name has several files; which step belongs to the model's weights cannot be known.
+        CheckpointError: one name has several files; which step belongs to the model's weights cannot be known.
     """
     found = {}
     for name in HEAD_FILES:
         files = sorted(Path(folder).glob(f"{name}--*_checkpoint.pt"))
         if len(files) > 1:
-            raise ValueError(
+            raise CheckpointError(
                 f"{folder} has {len(files)} files for the {name}: {', '.join(file.name for file in files)}. "
                 "Keep the one that was saved with this folder's model weights, and move the others elsewhere."
             )
@@ -255,20 +257,22 @@ def read_head(path: str | Path) -> dict[str, Tensor]:
     """Weights of a head file, on the CPU, without the prefix `module.` that distributed training leaves.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds anything but tensors by name.
+        CheckpointError: the file is missing, damaged, or holds anything but tensors by name.
     """
     path = Path(path)
     advice = "Download it again, or point to a file that OpenVLA-OFT's training wrote."
     if not path.is_file():
-        raise ValueError(f"The head file {path} is missing. {advice}")
+        raise CheckpointError(f"The head file {path} is missing. {advice}")
     try:
         # Nothing but tensors and plain containers is unpickled, so a file from a stranger can run no code.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"The head file {path} is damaged or holds more than weights ({reason}). {advice}") from error
+        raise CheckpointError(
+            f"The head file {path} is damaged or holds more than weights ({reason}). {advice}"
+        ) from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(item, Tensor) for item in state.values()):
-        raise ValueError(f"The head file {path} holds no weights by name but {type(state).__name__}. {advice}")
+        raise CheckpointError(f"The head file {path} holds no weights by name but {type(state).__name__}. {advice}")
     prefix = "module."
     if all(name.startswith(prefix) for name in state):
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -291,7 +295,7 @@ def _resnet_sizes(state: State, prefix: str) -> tuple[int, int, int, int]:
     action_dim, _ = _matrix(state, f"{prefix}fc2.weight")
     blocks = {name.split(".")[-4] for name in state if name.startswith(f"{prefix}mlp_resnet_blocks.")}
     if flat_dim % action_dim:
-        raise ValueError(
+        raise CheckpointError(
             f"The action head reads {flat_dim} numbers for an action of {action_dim}; it must be a multiple, since "
             "each number of the action has a hidden state of its own."
         )
@@ -300,7 +304,7 @@ def _resnet_sizes(state: State, prefix: str) -> tuple[int, int, int, int]:
 
 def _matrix(state: State, name: str) -> tuple[int, int]:
     if name not in state or state[name].ndim != 2:
-        raise ValueError(f"The head's weights lack the matrix {name}; they are {_listed(state)}.")
+        raise CheckpointError(f"The head's weights lack the matrix {name}; they are {_listed(state)}.")
     rows, columns = state[name].shape
     return rows, columns
 
@@ -320,7 +324,7 @@ def _filled(state: State, build: type[Built], *sizes: int) -> Built:
     found = {"missing": missing, "unexpected": unexpected, "of another size": wrong}
     if any(found.values()):
         lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items() if names)
-        raise ValueError(f"The weights do not make a {build.__name__}: {lists}. Use the file that was published.")
+        raise CheckpointError(f"The weights do not make a {build.__name__}: {lists}. Use the file that was published.")
     module.load_state_dict(dict(state), assign=True)
     return module
 
