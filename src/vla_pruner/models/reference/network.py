@@ -217,6 +217,34 @@ class ReferencePolicy(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.language_model.dtype
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the images that `act` takes."""
+        return ("image",)
+
+    @property
+    def vision_towers(self) -> tuple[nn.Module, ...]:
+        """What turns pixels into patch features."""
+        return (self.vision,)
+
+    @property
+    def proprio_size(self) -> int:
+        """How many numbers of proprioception `act` takes."""
+        return len(self.config.proprio_mean)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the only images that it takes."""
+        return self.config.image_size
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """What it was trained on."""
+        return tuple(instruction for _, instruction in self.config.tasks)
+
+    def reset(self) -> None:
+        """Begins a new episode. The policy itself remembers nothing."""
+
     def visual_tokens(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, M, hidden): what the language model receives."""
         return self.projector(self.vision(self.pixels(images))) + self.visual_position

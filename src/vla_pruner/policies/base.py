@@ -1,0 +1,54 @@
+"""What every policy of this project offers, whatever its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch import nn
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """One robot's policy: images and an instruction in, an action chunk out.
+
+    It is a module itself, or has the one that it drives as `module`; methods attach to either. (A module has no
+    `module`: that is how parallel wrappers are told from what they wrap.)
+
+    Attributes:
+        cameras: names of the images that `act` takes, in the order of the visual tokens.
+        vision_towers: what turns pixels into patch features; each is given every camera's image once a control step.
+        proprio_size: how many numbers of proprioception `act` takes; None: none.
+    """
+
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
+
+    @property
+    def vision_towers(self) -> tuple[nn.Module, ...]: ...
+
+    @property
+    def proprio_size(self) -> int | None: ...
+
+    def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
+        """One control step: the whole action chunk, (chunk, dim) float.
+
+        Args:
+            images: (H, W, 3) uint8, RGB, upright, by camera.
+            instruction: what to do.
+            proprio: (proprio_size,) the robot's state, in the units that the checkpoint was trained on.
+
+        Raises:
+            ObservationError: something does not fit the policy.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Begin a new episode."""
+        ...
+
+
+def module_of(policy: Any) -> nn.Module:
+    """The module behind a policy; a module is its own."""
+    return policy if isinstance(policy, nn.Module) else policy.module

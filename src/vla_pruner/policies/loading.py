@@ -1,0 +1,104 @@
+"""One call that loads any supported policy: what it is, its folder says."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.policies.base import Policy
+from vla_pruner.policies.folder import read_json
+
+LEROBOT_TYPES = ("pi0", "pi05", "smolvla")
+SUPPORTED = (
+    "OpenVLA and OpenVLA-OFT (config.json with model_type 'openvla'), pi0 of transformers (model_type 'pi0'), "
+    "LeRobot's policies of type 'pi0', 'pi05' and 'smolvla', a folder that save_policy wrote, and the name 'reference'"
+)
+REFERENCE = "reference"
+
+
+def load_policy(
+    path_or_hub_id: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Policy:
+    """A policy with everything that `act` needs, in eval mode.
+
+    Args:
+        path_or_hub_id: the folder of a published checkpoint as it is, its name on the Hugging Face hub, or "reference"
+            for the policy that ships with this package.
+        device: where it is put.
+        dtype: of its weights; None: what its family takes for granted.
+        **options: of the family: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
+            attn_implementation), `load_lerobot` or `reference_policy`.
+
+    Raises:
+        UnsupportedModelError: the folder holds another model, or what its family needs is not installed.
+        CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
+        BudgetError: an option is not one of the family's.
+    """
+    if path_or_hub_id == REFERENCE:  # a folder of that name is Path('reference') or './reference'
+        return _load(_reference, "the reference policy", None, device, dtype, options)
+    from vla_pruner.models.openvla.loading import checkpoint_folder
+
+    folder = checkpoint_folder(path_or_hub_id)
+    config = read_json(folder / "config.json")
+    name, loader = _family(folder, config)
+    return _load(loader, name, folder, device, dtype, options)
+
+
+def _family(folder: Path, config: dict[str, Any]) -> tuple[str, Callable[..., Any]]:
+    """What the folder holds, and what loads it."""
+    model_type, kind = config.get("model_type"), config.get("type")
+    if model_type == "openvla":
+        from vla_pruner.models.openvla import load_openvla
+
+        return "OpenVLA", load_openvla
+    if model_type == "pi0":
+        from vla_pruner.policies.pi0 import load_pi0
+
+        return "pi0 of transformers", load_pi0
+    if model_type is None and kind in LEROBOT_TYPES:
+        from vla_pruner.policies.lerobot import load_lerobot
+
+        return f"LeRobot's {kind}", load_lerobot
+    if "proprio_mean" in config and "vision_width" in config:
+        return "the reference policy", _reference
+    if model_type is not None:
+        found = f"is of a model of type {model_type!r}"
+    elif kind is not None:
+        found = f"is of a LeRobot policy of type {kind!r}"
+    else:
+        found = "names no model"
+    raise UnsupportedModelError(f"{folder / 'config.json'} {found}; supported are {SUPPORTED}.")
+
+
+def _load(
+    loader: Callable[..., Any],
+    name: str,
+    folder: Path | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    options: dict[str, Any],
+) -> Any:
+    known = [option for option in inspect.signature(loader).parameters if option not in ("device", "dtype")][1:]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise BudgetError(
+            f"load_policy was given {', '.join(unknown)}; for {name} it takes {', '.join(known) or 'no options'}."
+        )
+    return loader(folder, device=device, dtype=dtype, **options)
+
+
+def _reference(folder: Path | None, device: str | torch.device, dtype: torch.dtype | None) -> Any:
+    from vla_pruner.models.reference import reference_policy
+
+    try:
+        return reference_policy(folder, device=device, dtype=torch.float32 if dtype is None else dtype)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

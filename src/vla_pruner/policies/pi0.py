@@ -1,0 +1,251 @@
+"""pi0 as transformers ships it, loaded with every weight accounted for and called with images and a sentence.
+
+`PI0ForConditionalGeneration` is the module; what is around it is done here, because transformers' image processor needs
+torchvision, and because its `from_pretrained` misses the vision tower of published checkpoints before 5.23.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vla_pruner.errors import CheckpointError, ObservationError
+from vla_pruner.policies.folder import check_names, read_json, read_weights
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+"""The published model's cameras, in its order."""
+
+_OPTIONAL = ("model.dit.embed_tokens.weight",)
+_STATISTICS = ("state_mean", "state_std", "actions_mean", "actions_std")
+_RENAMES = (
+    (r"^model\.(?=paligemma_with_expert\.|(state|action\w*)_(in|out)?_?proj\.|action_time_mlp)", ""),
+    (r"^paligemma_with_expert\.paligemma\.lm_head\.", "model.vlm.language_model.embed_tokens."),
+    (r"^paligemma_with_expert\.gemma_expert\.lm_head\.", "model.dit.embed_tokens."),
+    (r"^paligemma_with_expert\.paligemma\.model\.", "model.vlm."),
+    (r"^paligemma_with_expert\.gemma_expert\.model\.", "model.dit."),
+    (r"^model\.vlm\.language_model\.model\.", "model.vlm.language_model."),
+    (r"^(state_proj|action_in_proj|action_time_mlp_in|action_time_mlp_out)\.", r"embed_action_time.\1."),
+)
+
+
+class TransformersPI0:
+    """transformers' pi0 with its preparation of images, text and state.
+
+    Args:
+        module: a `PI0ForConditionalGeneration`.
+        cameras: names of the images, in the order in which the model was trained on them.
+        tokenizer: of transformers, or any with its call and `bos_token_id`; None: `act` refuses.
+        statistics: mean and standard deviation of state and actions (`state_mean`, `state_std`, `actions_mean`,
+            `actions_std`). What is absent is not scaled: `act` then takes a normalised state, or gives normalised
+            actions of all `max_action_dim` columns.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cameras: Sequence[str] = CAMERAS,
+        tokenizer: Any = None,
+        statistics: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        self.module: Any = module
+        self.cameras = tuple(cameras)
+        self.tokenizer = tokenizer
+        self._statistics = {name: np.asarray(values) for name, values in (statistics or {}).items()}
+
+    @property
+    def vision_towers(self) -> tuple[nn.Module, ...]:
+        """SigLIP."""
+        return (self.module.model.vlm.vision_tower,)
+
+    @property
+    def proprio_size(self) -> int:
+        """How many numbers the robot's state has; without statistics, the most that there may be."""
+        mean = self._statistics.get("state_mean")
+        return self.module.config.max_state_dim if mean is None else len(mean)
+
+    def reset(self) -> None:
+        """Begins a new episode. The policy itself remembers nothing."""
+
+    def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
+        """One control step: the action chunk (chunk, dim) float32.
+
+        The noise that the flow starts from is drawn from torch's global generator; seed it for repeatable actions.
+
+        Args:
+            images: (H, W, 3) uint8 of each camera; they are resized to fit and padded on both sides with black.
+            instruction: what to do.
+            proprio: (d,) the robot's state, d at most `proprio_size`.
+
+        Raises:
+            ObservationError: images, cameras or state are not as the policy takes them.
+            CheckpointError: the policy has no tokenizer.
+        """
+        if set(images) != set(self.cameras):
+            raise ObservationError(
+                f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes exactly "
+                f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_policy(cameras=...)."
+            )
+        weight = self.module.action_out_proj.weight
+        size = self.module.config.vlm_config.vision_config.image_size
+        pixels = torch.stack([prepare_image(images[camera], size) for camera in self.cameras])[None]
+        ids = self._tokens(instruction)
+        shown = torch.ones(1, len(self.cameras), dtype=torch.bool, device=weight.device)
+        actions: Tensor = self.module.sample_actions(
+            state=self._state(proprio).to(weight.device, weight.dtype),
+            input_ids=ids.to(weight.device),
+            pixel_values=pixels.to(weight.device, weight.dtype),
+            # Without a mask transformers counts positions from 1, which the model was not trained with.
+            attention_mask=torch.ones_like(ids, device=weight.device),
+            pixel_attention_mask=shown,
+        )
+        return self._scaled(actions[0].float().cpu().numpy())
+
+    def _tokens(self, instruction: str) -> Tensor:
+        """(1, N) int64: image tokens of all cameras, BOS, the instruction and a new line."""
+        if self.tokenizer is None:
+            raise CheckpointError(
+                "This policy has no tokenizer. Put tokenizer.json and tokenizer_config.json of PaliGemma into the "
+                "checkpoint's folder, or call .module.sample_actions with token ids of yours."
+            )
+        vlm = self.module.config.vlm_config
+        each = (vlm.vision_config.image_size // vlm.vision_config.patch_size) ** 2
+        text = self.tokenizer(f"{instruction}\n", add_special_tokens=False)["input_ids"]
+        images = [vlm.image_token_id] * each * len(self.cameras)
+        return torch.tensor([[*images, self.tokenizer.bos_token_id, *text]])
+
+    def _state(self, proprio: np.ndarray | None) -> Tensor:
+        """(1, max_state_dim) float32, normalised, zeros after the robot's own numbers."""
+        if proprio is None:
+            raise ObservationError("pi0 reads the robot's state; give proprio.")
+        state = np.asarray(proprio, dtype=np.float32)
+        mean, deviation = (self._statistics.get(name) for name in ("state_mean", "state_std"))
+        exact = mean is not None
+        if state.ndim != 1 or len(state) > self.proprio_size or (exact and len(state) != len(mean)):
+            raise ObservationError(
+                f"proprio has the shape {state.shape}; this policy takes ({self.proprio_size},)"
+                f"{'' if exact else ' or fewer, normalised'}."
+            )
+        if mean is not None and deviation is not None:
+            state = (state - mean) / (deviation + 1e-8)
+        padded = np.zeros((1, self.module.config.max_state_dim), dtype=np.float32)
+        padded[0, : len(state)] = state
+        return torch.from_numpy(padded)
+
+    def _scaled(self, actions: np.ndarray) -> np.ndarray:
+        mean, deviation = (self._statistics.get(name) for name in ("actions_mean", "actions_std"))
+        if mean is None or deviation is None:
+            return actions
+        return (actions[:, : len(mean)] * (deviation + 1e-8) + mean).astype(np.float32)
+
+
+def prepare_image(image: np.ndarray, size: int) -> Tensor:
+    """An image (H, W, 3) uint8 as pi0 sees it: (3, size, size) float32 in [-1, 1].
+
+    It is scaled to fit (bilinear, antialiased, rounded to whole levels) and centred on black, as in training.
+
+    Raises:
+        ObservationError: it is no such image.
+    """
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise ObservationError(f"An image has shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8.")
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float()
+    height, width = pixels.shape[:2]
+    if (height, width) != (size, size):
+        ratio = max(height, width) / size
+        fitted = (max(1, int(height / ratio)), max(1, int(width / ratio)))
+        tensor = F.interpolate(tensor, fitted, mode="bilinear", align_corners=False, antialias=True)
+        above, left = (size - fitted[0]) // 2, (size - fitted[1]) // 2
+        tensor = F.pad(tensor, (left, size - fitted[1] - left, above, size - fitted[0] - above))
+        tensor = tensor.round().clamp(0, 255)
+    return tensor[0] / 127.5 - 1
+
+
+def load_pi0(
+    path_or_hub_id: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    cameras: Sequence[str] = CAMERAS,
+    attn_implementation: str = "sdpa",
+) -> TransformersPI0:
+    """transformers' pi0 from a folder or the hub, in eval mode.
+
+    Args:
+        path_or_hub_id: with config.json and safetensors, in the published layout or in transformers' own; a tokenizer
+            and, in processor_config.json, statistics where they are there.
+        device: where it is built.
+        dtype: of the weights; None: as config.json has it, else float32.
+        cameras: names of the images, in the order in which the model was trained on them.
+        attn_implementation: "sdpa" or "eager".
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
+    """
+    from transformers import PI0Config
+
+    from vla_pruner.models.openvla.loading import checkpoint_folder
+
+    folder = checkpoint_folder(path_or_hub_id)
+    settings = read_json(folder / "config.json")
+    if dtype is None:
+        dtype = getattr(torch, str(settings.get("dtype", "float32")).removeprefix("torch."))
+    assert dtype is not None
+    module = build(PI0Config.from_dict(settings), device, dtype, attn_implementation)
+    own = module.state_dict()
+    nested = any("vision_tower.vision_model." in name for name in own)
+    found = _renamed(read_weights(folder), nested)
+    check_names(folder, own, found, _OPTIONAL)
+    module.load_state_dict(found, strict=False)
+    return TransformersPI0(module, cameras, _tokenizer(folder), _statistics(folder))
+
+
+def build(config: Any, device: str | torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa") -> nn.Module:
+    """A `PI0ForConditionalGeneration` whose weights are not set yet, made directly on the device."""
+    from transformers import PI0ForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    with torch.device(device), no_init_weights():
+        module: Any = PI0ForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    # Nobody reads the expert's token embeddings, and some checkpoints lack them.
+    nn.init.zeros_(module.model.dit.embed_tokens.weight)
+    return module.eval()
+
+
+def _renamed(weights: dict[str, Tensor], nested: bool) -> dict[str, Tensor]:
+    """Stored names to the model's own. `nested`: the vision tower has a `vision_model` inside (before 5.6 or so)."""
+    renamed: dict[str, Tensor] = {}
+    for stored in sorted(weights, key=lambda name: "lm_head" not in name):
+        name = stored
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        name = name.replace("vision_tower.vision_model.", "vision_tower.")
+        if nested:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.")
+        # Heads come first, so that token embeddings stored beside their tied head win over it.
+        renamed[name] = weights[stored]
+    return renamed
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from vla_pruner.models.openvla.tokenizer import read_tokenizer
+
+    return read_tokenizer(folder)
+
+
+def _statistics(folder: Path) -> dict[str, Sequence[float]]:
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        return {}
+    values = read_json(path)
+    return {name: values[name] for name in _STATISTICS if values.get(name) is not None}

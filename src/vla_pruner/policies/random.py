@@ -1,0 +1,179 @@
+"""Policies with random weights, tiny or at their published size, where there is no checkpoint.
+
+Weights are drawn so that attention is peaked and actions depend on what is seen: with the usual small starts attention
+is uniform, and nothing that pruning does would show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.policies.base import Policy
+
+SIZES = ("tiny", "full")
+
+
+def random_policy(
+    name: str,
+    size: str = "tiny",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Policy:
+    """A policy that sees and attends but knows nothing, made directly on its device.
+
+    Args:
+        name: one of `NAMES`.
+        size: "tiny" (seconds on a CPU), or "full": the published size.
+        device: where it is made.
+        dtype: of its weights.
+        seed: of its weights, which depend on the device too.
+
+    Raises:
+        UnsupportedModelError: another name or size, or what the family needs is not installed.
+    """
+    if name not in NAMES:
+        raise UnsupportedModelError(f"{name!r} was given; with random weights there are {', '.join(NAMES)}.")
+    if size not in SIZES:
+        raise UnsupportedModelError(f"size={size!r} was given; it is 'tiny' or 'full'.")
+    return NAMES[name](size, torch.device(device), dtype, seed)
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, seed: int) -> None:
+    """Draw every matrix so that it keeps the size of what goes in, queries and keys larger, biases and norms as they
+    are made.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for name, part in module.named_modules():
+        weight = getattr(part, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        if not isinstance(part, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            part_of_norm: Any = getattr(part, "reset_parameters", None)
+            if part_of_norm is not None:
+                part_of_norm()  # LayerNorm and GroupNorm of torch: ones and zeros
+            elif weight.dim() == 1:
+                # transformers' norms: Gemma's multiply by 1 + weight, the others by weight.
+                weight.fill_(0.0 if "Gemma" in type(part).__name__ else 1.0)
+            continue
+        if weight.device not in generators:
+            generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
+        gain = 2.0 if name.endswith(("q_proj", "k_proj")) else 1.0
+        weight.normal_(std=gain / math.sqrt(weight[0].numel()), generator=generators[weight.device])
+        bias = getattr(part, "bias", None)
+        if bias is not None:
+            bias.zero_()
+
+
+def _reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
+    from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
+    from vla_pruner.policies.folder import read_json
+
+    config = ReferenceConfig.from_dict(read_json(SHIPPED_WEIGHTS / "config.json"))
+    if size == "tiny":
+        config = replace(
+            config,
+            image_size=64,
+            vision_width=32,
+            vision_layers=1,
+            hidden_size=32,
+            num_layers=6,
+            num_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+        )
+    with torch.device(device):
+        policy = ReferencePolicy(config)
+    policy.to(device=device, dtype=dtype).eval()
+    draw_weights(policy, seed)
+    with torch.no_grad():
+        # Only action tokens are read; their logits need margins that rounding does not close.
+        policy.language_model.lm_head.weight.mul_(3.0)
+    return policy
+
+
+def _openvla(oft: bool) -> Callable[..., Any]:
+    def build(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+        from vla_pruner.models.openvla import random_openvla
+
+        return random_openvla(size, oft=oft, device=device, dtype=dtype, seed=seed)  # type: ignore[arg-type]
+
+    return build
+
+
+def _pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    from transformers import PI0Config
+
+    from vla_pruner.models.openvla.tokenizer import StandInTokenizer
+    from vla_pruner.policies.pi0 import TransformersPI0, build
+
+    config = PI0Config() if size == "full" else PI0Config(**_tiny_pi0())
+    module = build(config, device, dtype)
+    draw_weights(module, seed)
+    cameras = {} if size == "full" else {"cameras": ("base", "wrist")}
+    return TransformersPI0(module, tokenizer=StandInTokenizer(config.vlm_config.text_config.vocab_size), **cameras)
+
+
+def _tiny_pi0() -> dict[str, Any]:
+    gemma = {
+        "model_type": "gemma",
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 512,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 112,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    return {
+        "vlm_config": {
+            "model_type": "paligemma",
+            "text_config": {**gemma, "hidden_size": 64, "intermediate_size": 128},
+            "vision_config": vision,
+            "projection_dim": 64,
+            "image_token_index": 500,
+        },
+        "dit_config": {**gemma, "hidden_size": 32, "intermediate_size": 64},
+        "chunk_size": 10,
+        "num_inference_steps": 4,
+    }
+
+
+def _lerobot(kind: str) -> Callable[..., Any]:
+    def build(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+        from vla_pruner.policies.lerobot import check_version, random_lerobot
+
+        check_version()
+        return random_lerobot(kind, size, device, dtype, seed)
+
+    return build
+
+
+NAMES: dict[str, Callable[..., Any]] = {
+    "reference": _reference,
+    "openvla": _openvla(oft=False),
+    "openvla-oft": _openvla(oft=True),
+    "pi0": _pi0,
+    "lerobot-pi0": _lerobot("pi0"),
+    "lerobot-pi05": _lerobot("pi05"),
+    "lerobot-smolvla": _lerobot("smolvla"),
+    "smolvla": _lerobot("smolvla"),
+}
+"""What builds each policy; "pi0" is that of transformers."""
