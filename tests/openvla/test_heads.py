@@ -12,9 +12,9 @@ from vla_pruner.models.openvla import heads
 OFT, DIFFUSION = "openvla_oft_tiny", "openvla_oft_tiny_diffusion"
 
 
-def small_head(kind=heads.L1ActionHead):
+def small_head():
     torch.manual_seed(0)
-    return kind(input_dim=6, hidden_dim=10, action_dim=3)
+    return heads.L1ActionHead(input_dim=6, hidden_dim=10, action_dim=3)
 
 
 def test_the_l1_head_gives_the_official_actions(golden):
@@ -62,6 +62,7 @@ def test_the_tokens_of_timestep_and_noisy_actions_are_the_official_ones(golden):
     paths = heads.find_heads(golden / DIFFUSION)
     head = heads.action_head_from_state(heads.read_head(paths["action_head"]))
     projector = heads.NoisyActionProjector.from_state(heads.read_head(paths["noisy_action_projector"]))
+    assert isinstance(head, heads.DiffusionActionHead)
     embeds = expected["inputs_embeds_last_step"]
     np.testing.assert_allclose(head.time_encoding(0)[0], embeds[514], rtol=0, atol=1e-6)
     # The last step's noisy actions are not stored: they follow from all steps but one.
@@ -74,7 +75,7 @@ def test_the_tokens_of_timestep_and_noisy_actions_are_the_official_ones(golden):
 
 
 def test_the_time_encoding_is_sines_then_cosines():
-    head = small_head(heads.DiffusionActionHead)
+    head = heads.DiffusionActionHead(input_dim=6, hidden_dim=10, action_dim=3)
     found = head.time_encoding(torch.tensor([0, 45]))
     angles = 45.0 * np.array([1.0, 0.01, 0.0001])  # 10000 ** -(0, 1/2, 1)
     assert found.dtype == torch.float32

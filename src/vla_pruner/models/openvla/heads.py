@@ -71,7 +71,7 @@ class L1ActionHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or of a wrong size."""
+        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or misshapen."""
         return _filled(state, cls, *_resnet_sizes(state, "model."))
 
     def forward(self, action_hidden: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class DiffusionActionHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or of a wrong size."""
+        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or misshapen."""
         return _filled(state, cls, *_resnet_sizes(state, "noise_predictor.mlp_resnet."))
 
     def predict_noise(self, action_hidden: Tensor) -> Tensor:
