@@ -79,7 +79,7 @@ def load_openvla(
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, torch.device(device))
         device_map = {"": device} if device_map is None else device_map
-    policy = _read_weights(OpenVLAOFT if oft else OpenVLAForActionPrediction, folder, config, options, device_map)
+    policy: Any = _read_weights(OpenVLAOFT if oft else OpenVLAForActionPrediction, folder, config, options, device_map)
     if device_map is None:
         policy.to(device)
     if isinstance(policy, OpenVLAOFT):
@@ -177,7 +177,7 @@ def _read_weights(
     # transformers warns of keys that do not fit and goes on with random weights; here they are an error.
     logging.set_verbosity_error()
     try:
-        policy, info = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             config=config,
             device_map=device_map,
@@ -194,6 +194,7 @@ def _read_weights(
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+    policy, info = loaded
     _check_weights(folder, info)
     return policy
 
