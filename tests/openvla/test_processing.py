@@ -10,8 +10,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from vla_pruner.errors import CheckpointError, ObservationError
+from vla_pruner.models.openvla import load_openvla
 from vla_pruner.models.openvla.processing import PUBLISHED_IMAGE_CONFIG, OpenVLAProcessor, StandInTokenizer
 from vla_pruner.models.openvla.tokenizer import read_tokenizer
+from vla_pruner.preprocessing.libero import libero_image
 
 WORDS = ["▁In", "▁What", "▁action", "▁pick"]
 PROMPT = "In: What action should the robot take to pick up the bowl?\nOut:"
@@ -63,6 +65,18 @@ def test_pixels_are_the_official_ones(golden):
     found = processor.pixel_values([expected["images"][:1]])
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, expected["pixel_values_t0"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("crop", "name"), [(True, "crop224"), (False, "lanczos224")])
+def test_from_the_simulators_image_to_the_official_action(golden, crop, name):
+    for codec in ("simplejpeg", "PIL"):
+        pytest.importorskip(codec, reason="LIBERO's JPEG stage needs pillow and simplejpeg (extra libero-images)")
+    expected = np.load(golden / "openvla_tiny" / "golden.npz")
+    simulated = np.load(golden / "libero_preprocess" / "golden.npz")["full_rot256"][::-1, ::-1]
+    policy = load_openvla(golden / "openvla_tiny")
+    pixels = policy.processor.pixel_values([libero_image(simulated, center_crop=crop)])
+    found = policy.predict_action(torch.from_numpy(expected["input_ids"]), pixel_values=pixels)
+    np.testing.assert_allclose(found, expected[f"actions_libero_{name}_t0"], rtol=0, atol=1e-6)
 
 
 def test_the_published_constants_are_the_golden_ones(golden):
