@@ -59,8 +59,44 @@ def chunk(policy, arrays, rows=slice(None), cameras=("base", "wrist"), **edits):
 def random_batch(seed, rows=1, cameras=("base", "wrist"), side=112, state=8):
     """Another scene."""
     rng = np.random.default_rng(seed)
-    arrays = {f"image_{camera}": rng.integers(0, 256, (rows, side, side, 3), dtype=np.uint8) for camera in cameras}
+    arrays: dict[str, np.ndarray] = {
+        f"image_{camera}": rng.integers(0, 256, (rows, side, side, 3), dtype=np.uint8) for camera in cameras
+    }
     arrays["state"] = rng.normal(size=(rows, state)).astype(np.float32)
     arrays["tokens"] = rng.integers(3, 250, (rows, 16))
     arrays["token_mask"] = np.ones((rows, 16), dtype=bool)
     return batch_of(arrays, cameras=cameras)
+
+
+def save_processors(module, kind, folder, vocabulary=300):
+    """LeRobot's own processors, with a tokenizer of their own, saved beside the weights.
+
+    Actions are un-normalised by mean 1 and deviation 2, or from quantiles 0 and 4.
+    """
+    import importlib
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {"<pad>": 0, **{letter: 1 + number for number, letter in enumerate(letters)}}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Split("", "isolated")]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "tokenizer")
+    processors = importlib.import_module(f"lerobot.policies.{kind}.processor_{kind}")
+    known = processors.TokenizerProcessorStep
+
+    def step(tokenizer_name, **options):
+        return known(tokenizer_name=str(folder / "tokenizer"), **options)
+
+    stats = {"mean": 1.0, "std": 2.0, "min": 0.0, "max": 4.0, "q01": 0.0, "q99": 4.0}
+    action = {name: torch.full((7,), value) for name, value in stats.items()}
+    processors.TokenizerProcessorStep = step
+    try:
+        both = getattr(processors, f"make_{kind}_pre_post_processors")(module.config, {"action": action})
+    finally:
+        processors.TokenizerProcessorStep = known
+    for processor in both:
+        processor.save_pretrained(folder)

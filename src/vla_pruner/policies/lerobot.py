@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
@@ -146,13 +147,23 @@ def load_lerobot(
         UnsupportedModelError: lerobot is missing, of an untested version, or the policy is of another type.
         CheckpointError: weights are missing, unexpected or unreadable; it lists them.
     """
+    config = read_config(path)
+    return LeRobotPolicy(load_module(path, config, device, dtype), *_saved_processors(path, config, device))
+
+
+def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
+    """A checkpoint's config, `flags` ("--n_action_steps=5") in place of its own values.
+
+    Raises:
+        CheckpointError: there is none, or LeRobot cannot read it.
+    """
     check_version()
+    decoding: Any = importlib.import_module("draccus.utils")
     _lerobot("policies")  # It fills the registry of configs.
     try:
-        config = _lerobot("configs.policies").PreTrainedConfig.from_pretrained(str(path))
-    except (FileNotFoundError, ValueError) as error:
+        return _lerobot("configs.policies").PreTrainedConfig.from_pretrained(str(path), cli_overrides=flags or [])
+    except (OSError, ValueError, decoding.DecodingError) as error:
         raise CheckpointError(f"{path} holds no LeRobot policy that this version reads: {error}") from error
-    return LeRobotPolicy(load_module(path, config, device, dtype), *_saved_processors(path, config, device))
 
 
 def load_module(
@@ -201,14 +212,14 @@ def _lerobot(module: str) -> Any:
 def _checked(policy_type: Any, path: str | Path, config: Any) -> Any:
     """The policy, whose loading was watched: what LeRobot would print and forget is an error here."""
     printed = io.StringIO()
-    with _watched(policy_type) as loads, contextlib.redirect_stdout(printed):
-        policy = policy_type.from_pretrained(str(path), config=config)
+    try:
+        with _watched(policy_type) as loads, contextlib.redirect_stdout(printed):
+            policy = policy_type.from_pretrained(str(path), config=config)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(NO_WEIGHTS.format(path=path, reason=error)) from error
     if not loads:
         reasons = [line for line in printed.getvalue().splitlines() if "ould not load" in line]
-        raise CheckpointError(
-            f"No weights were loaded from {path}: {' '.join(reasons) or 'LeRobot gave no reason'}. It needs a "
-            "model.safetensors."
-        )
+        raise CheckpointError(NO_WEIGHTS.format(path=path, reason=" ".join(reasons) or "LeRobot gave no reason"))
     missing, unexpected, wrong = loads[-1]
     if missing or unexpected or wrong:
         raise CheckpointError(
@@ -226,16 +237,20 @@ def _watched(policy_type: Any) -> Iterator[list[tuple[list[str], list[str], list
 
     def load_state_dict(self: nn.Module, state: Mapping[str, Tensor], strict: bool = True, **options: Any) -> Any:
         own = self.state_dict()
-        # A weight that shares its memory with one that is there is not missing.
+        # A weight that shares its memory with one that is there is not missing, and no action comes of a language head.
         loaded = {own[name].data_ptr() for name in state if name in own}
-        missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in loaded]
+        missing = [
+            name
+            for name, tensor in own.items()
+            if name not in state and tensor.data_ptr() not in loaded and not name.endswith("lm_head.weight")
+        ]
         wrong = [
             f"{name} {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
             for name, tensor in state.items()
             if name in own and tensor.shape != own[name].shape
         ]
         loads.append((missing, [name for name in state if name not in own], wrong))
-        return original(self, state, strict=strict and not wrong, **options) if not wrong else _NOTHING
+        return _NOTHING if wrong else original(self, state, strict=False, **options)
 
     policy_type.load_state_dict = load_state_dict
     try:
@@ -245,6 +260,9 @@ def _watched(policy_type: Any) -> Iterator[list[tuple[list[str], list[str], list
 
 
 _NOTHING = nn.modules.module._IncompatibleKeys([], [])
+
+
+NO_WEIGHTS = "No weights were loaded from {path}, which must hold a whole model.safetensors: {reason}"
 
 
 def _listed(names: list[str]) -> str:
