@@ -77,7 +77,7 @@ def load_openvla(
         dtype = torch.bfloat16 if on_cuda else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
-        options["quantization_config"] = quantization_config(quantization, torch.device(device))
+        options["quantization_config"] = quantization_config(quantization, torch.device(device), dtype)
         device_map = {"": device} if device_map is None else device_map
     policy: Any = _read_weights(OpenVLAOFT if oft else OpenVLAForActionPrediction, folder, config, options, device_map)
     if device_map is None:

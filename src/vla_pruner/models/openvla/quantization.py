@@ -9,19 +9,27 @@ import torch
 
 from vla_pruner.errors import UnsupportedModelError
 
-KEPT = ("vision_backbone", "projector", "lm_head")
+KEPT = ("vision_backbone", "projector", "lm_head", "language_model.lm_head")
 """Modules that stay as they are: they are small, and features and logits are where rounding tells."""
+INSTALL = {
+    "accelerate": "pip install accelerate",
+    "int8": "pip install accelerate bitsandbytes (or torchao in its place)",
+    "int4": "pip install accelerate bitsandbytes",
+}
 
 
-def quantization_config(quantization: Any, device: torch.device) -> Any:
+def quantization_config(quantization: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A quantization config of transformers.
 
     Args:
-        quantization: "int8" or "int4", or such a config, which is returned as it is.
-        device: bitsandbytes is preferred on CUDA, torchao elsewhere; the other one is taken where one is absent.
+        quantization: "int8" or "int4", or such a config, which is returned as it is. Eight bits are bitsandbytes' on
+            CUDA and torchao's elsewhere, or the other's where one is absent. Four bits are bitsandbytes' (nf4), or
+            torchao's where mslk, which holds its kernels, is installed too.
+        device: where the policy will be.
+        dtype: what is computed in.
 
     Raises:
-        UnsupportedModelError: the name is another one, or neither package is installed.
+        UnsupportedModelError: the name is another one, or no package for it is installed.
     """
     if not isinstance(quantization, str):
         return quantization
@@ -29,29 +37,28 @@ def quantization_config(quantization: Any, device: torch.device) -> Any:
         raise UnsupportedModelError(
             f"quantization={quantization!r} was given; it is 'int8', 'int4' or a quantization config of transformers."
         )
-    makers = {"bitsandbytes": _bitsandbytes, "torchao": _torchao}
-    order = ("bitsandbytes", "torchao") if device.type == "cuda" else ("torchao", "bitsandbytes")
-    for package in order:
-        if find_spec(package) is not None:
-            if find_spec("accelerate") is None:
-                raise UnsupportedModelError("Quantized weights need accelerate. Run: pip install accelerate")
-            return makers[package](quantization)
-    raise UnsupportedModelError(
-        f"quantization={quantization!r} needs bitsandbytes or torchao, and neither is installed. "
-        "Run: pip install accelerate bitsandbytes (or torchao in its place)"
-    )
+    has = {name: find_spec(name) is not None for name in ("bitsandbytes", "torchao", "mslk", "accelerate")}
+    if quantization == "int4":
+        has["torchao"] = has["torchao"] and has["mslk"]
+    if not has["bitsandbytes"] and not has["torchao"]:
+        raise UnsupportedModelError(
+            f"quantization={quantization!r} needs a package that is not installed. Run: {INSTALL[quantization]}"
+        )
+    if not has["accelerate"]:
+        raise UnsupportedModelError(f"Quantized weights need accelerate. Run: {INSTALL['accelerate']}")
+    torchao_first = quantization == "int8" and device.type != "cuda"
+    if has["torchao"] and (torchao_first or not has["bitsandbytes"]):
+        return _torchao(quantization)
+    return _bitsandbytes(quantization, dtype)
 
 
-def _bitsandbytes(bits: str) -> Any:
+def _bitsandbytes(bits: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if bits == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT))
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=list(KEPT),
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(KEPT)
     )
 
 

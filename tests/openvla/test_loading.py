@@ -1,0 +1,329 @@
+"""Checkpoint folders: every published layout loads, and every fault is one error that says what."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from tests.openvla.tiny import tiny_inputs, weights_of, write_checkpoint
+from vla_pruner.errors import CheckpointError, UnsupportedModelError
+from vla_pruner.models.openvla import OpenVLAConfig, OpenVLAOFT, load_openvla, random_openvla
+from vla_pruner.models.openvla.configuration import DINO, SIGLIP, tower_sizes
+from vla_pruner.models.openvla.heads import L1ActionHead, ProprioProjector
+from vla_pruner.models.openvla.quantization import quantization_config
+
+needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return random_openvla()
+
+
+@pytest.fixture(scope="module")
+def oft():
+    return random_openvla(oft=True)
+
+
+def assert_same(policy, other, **options):
+    inputs = {**tiny_inputs(other), **options}
+    np.testing.assert_array_equal(policy.predict_action(**inputs), other.predict_action(**inputs))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_one_file_and_shards_load_alike(plain, tmp_path, shards):
+    policy = load_openvla(write_checkpoint(tmp_path / "model", plain, shards=shards))
+    assert type(policy) is type(plain)
+    assert not policy.training
+    assert_same(policy, plain)
+    assert policy.norm_stats == plain.norm_stats
+
+
+def test_what_nobody_uses_is_not_loaded(plain, tmp_path):
+    policy = load_openvla(write_checkpoint(tmp_path / "model", plain))
+    assert set(policy.state_dict()) == set(plain.state_dict())
+    assert [len(tower.blocks) for tower in policy.vision_towers] == [2, 2]
+
+
+def test_save_pretrained_can_be_loaded_again(plain, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", plain)
+    load_openvla(folder).save_pretrained(folder)
+    assert_same(load_openvla(folder), plain)
+
+
+def test_grouped_keys_and_values(tmp_path):
+    grouped = random_openvla(num_key_value_heads=2)
+    policy = load_openvla(write_checkpoint(tmp_path / "model", grouped))
+    assert policy.language_model.model.layers[0].self_attn.k_proj.weight.shape == (16, 32)
+    assert_same(policy, grouped)
+
+
+@pytest.mark.parametrize("head", ["l1", "diffusion"])
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_heads_with_and_without_the_prefix(tmp_path, head, prefix):
+    original = random_openvla(oft=True, head=head, denoising_steps=2)
+    folder = write_checkpoint(tmp_path / "model", original, prefix=prefix)
+    policy = load_openvla(folder, denoising_steps=2)
+    assert isinstance(policy, OpenVLAOFT)
+    assert (policy.chunk, policy.action_dim, policy.bounds) == (8, 7, "q99")
+    assert policy.cameras == ("image", "wrist_image")
+    # dataset_statistics.json replaces what config.json holds
+    assert list(policy.norm_stats) == ["libero_tiny"]
+    noise = {"noise": torch.zeros(1, 8, 7)} if head == "diffusion" else {}
+    assert_same(policy, original, **noise)
+
+
+def test_discrete_oft_is_named(tmp_path):
+    original = random_openvla(oft=True, head=None, cameras=("image",))
+    original.proprio_projector = None
+    folder = write_checkpoint(tmp_path / "model", original)
+    policy = load_openvla(folder, family="openvla_oft")
+    assert isinstance(policy, OpenVLAOFT)
+    assert_same(policy, original, proprio=None)
+    assert not isinstance(load_openvla(folder), OpenVLAOFT)
+
+
+def test_options_of_the_loader(oft, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", oft)
+    policy = load_openvla(folder, cameras=("front",), chunk=3, unnorm_key="libero_tiny", dtype=torch.bfloat16)
+    assert (policy.cameras, policy.chunk, policy.unnorm_key) == (("front",), 3, "libero_tiny")
+    assert {weight.dtype for weight in policy.parameters()} == {torch.bfloat16}
+    policy.processor = oft.processor
+    assert policy.act({"front": np.zeros((224, 224, 3), np.uint8)}, "go", np.zeros(8)).shape == (3, 7)
+    with pytest.raises(ValueError, match="unnorm_key='bridge' was given"):
+        load_openvla(folder, unnorm_key="bridge")
+    for cameras in ("front", (), ("a", "a"), ("a", "b", "c", "d")):
+        with pytest.raises(CheckpointError, match="one to three different names"):
+            load_openvla(folder, cameras=cameras)
+    with pytest.raises(UnsupportedModelError, match="'openvla' or 'openvla_oft'"):
+        load_openvla(folder, family="pi0")
+    with pytest.raises(CheckpointError, match="leave family out"):
+        load_openvla(folder, family="openvla")
+
+
+def resized(policy, actions, proprio):
+    """A policy whose heads have other sizes."""
+    policy.action_head = L1ActionHead(policy.llm_dim, policy.llm_dim, actions)
+    policy.proprio_projector = ProprioProjector(proprio, policy.llm_dim)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("actions", "proprio", "chunk", "bounds", "cameras"),
+    [(7, 8, 8, "q99", 2), (14, 14, 25, "minmax", 3), (7, 7, 5, "q99", 1)],
+)
+def test_official_platforms_are_known_by_their_sizes(tmp_path, actions, proprio, chunk, bounds, cameras):
+    policy = load_openvla(write_checkpoint(tmp_path / "m", resized(random_openvla(oft=True), actions, proprio)))
+    assert (policy.chunk, policy.action_dim, policy.bounds) == (chunk, actions, bounds)
+    assert policy.num_images_in_input == cameras
+
+
+def test_another_platform_needs_the_chunk(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", resized(random_openvla(oft=True), 9, 8))
+    with pytest.raises(CheckpointError, match=r"actions of 9 numbers, states of 8 .* load_openvla\(..., chunk=8\)"):
+        load_openvla(folder)
+    policy = load_openvla(folder, chunk=4)
+    assert (policy.chunk, policy.action_dim, policy.cameras) == (4, 9, ("image",))
+
+
+def test_missing_and_unexpected_weights_are_listed(plain, tmp_path):
+    weights = weights_of(plain)
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for layer in range(6):
+            del weights[f"language_model.model.layers.{layer}.self_attn.{part}.weight"]
+    weights["vision_backbone.featurizer.blocks.0.ls1.gamma"] = torch.ones(48)
+    with pytest.raises(CheckpointError) as caught:
+        load_openvla(write_checkpoint(tmp_path / "model", plain, weights))
+    message = str(caught.value)
+    assert "24 missing: language_model.model.layers.0.self_attn.k_proj.weight" in message
+    assert message.count("_proj.weight") == 20
+    assert "and 4 more" in message
+    assert "1 unexpected: vision_backbone.featurizer.blocks.0.ls1.gamma" in message
+
+
+@pytest.mark.parametrize("name", ["projector.fc3.bias", "vision_backbone.fused_featurizer.pos_embed"])
+def test_one_missing_weight_is_an_error(plain, tmp_path, name):
+    weights = weights_of(plain)
+    del weights[name]
+    with pytest.raises(CheckpointError, match=f"1 missing: {name}. Download"):
+        load_openvla(write_checkpoint(tmp_path / "model", plain, weights))
+
+
+def test_weights_of_another_size_are_listed(plain, tmp_path):
+    weights = weights_of(plain)
+    weights["projector.fc3.weight"] = torch.ones(32, 31)
+    with pytest.raises(CheckpointError, match=r"1 of another size: projector.fc3.weight \(32x31 instead of 32x32\)"):
+        load_openvla(write_checkpoint(tmp_path / "model", plain, weights))
+
+
+def test_film_is_recognised(plain, oft, tmp_path):
+    weights = weights_of(plain)
+    weights["vision_backbone.vision_backbone.featurizer.blocks.0.scale.weight"] = torch.ones(48, 32)
+    with pytest.raises(UnsupportedModelError, match="trained with FiLM"):
+        load_openvla(write_checkpoint(tmp_path / "keys", plain, weights))
+    folder = write_checkpoint(tmp_path / "file", oft)
+    torch.save({}, folder / "vision_backbone--5_checkpoint.pt")
+    with pytest.raises(UnsupportedModelError, match=r"trained with FiLM.*vision_backbone--5_checkpoint.pt"):
+        load_openvla(folder)
+
+
+def test_damaged_files(oft, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", oft)
+    head = folder / "action_head--5_checkpoint.pt"
+    state = head.read_bytes()
+    head.write_bytes(state[:1000])
+    with pytest.raises(CheckpointError, match=r"action_head--5_checkpoint\.pt is damaged"):
+        load_openvla(folder)
+    head.write_bytes(state)
+    torch.save({"module.fc1.weight": torch.ones(16, 8)}, folder / "proprio_projector--5_checkpoint.pt")
+    with pytest.raises(CheckpointError, match="missing: "):
+        load_openvla(folder)
+    torch.save(ProprioProjector(8, 16).state_dict(), folder / "proprio_projector--5_checkpoint.pt")
+    with pytest.raises(CheckpointError, match="language model of width 16; this one's is 32"):
+        load_openvla(folder)
+    (folder / "proprio_projector--5_checkpoint.pt").unlink()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_openvla(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_openvla(folder)
+
+
+def test_a_shard_is_missing(plain, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", plain, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_openvla(folder)
+
+
+def test_heads_that_do_not_belong_together(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", random_openvla(oft=True, head="diffusion"))
+    noisy = folder / "noisy_action_projector--5_checkpoint.pt"
+    noisy.rename(folder / "aside.pt")
+    with pytest.raises(CheckpointError, match="no noisy_action_projector"):
+        load_openvla(folder)
+    (folder / "aside.pt").rename(noisy)
+    (folder / "action_head--5_checkpoint.pt").unlink()
+    with pytest.raises(CheckpointError, match="no action_head of the diffusion kind"):
+        load_openvla(folder)
+
+
+def test_folders_that_are_none(plain, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="is no folder, nor a name on the Hugging Face hub"):
+        load_openvla(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"config.json is missing or damaged"):
+        load_openvla(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UnsupportedModelError, match="type 'llama'; this loads 'openvla'"):
+        load_openvla(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json is missing or damaged"):
+        load_openvla(tmp_path)
+
+    def offline(name, **_):
+        raise LocalEntryNotFoundError("Cannot reach the hub\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(
+        CheckpointError, match=r"could not be fetched .*\(Cannot reach the hub\). .*hf download open/vla"
+    ):
+        load_openvla("open/vla")
+    folder = write_checkpoint(tmp_path / "fetched", plain)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folder))
+    assert_same(load_openvla("open/vla"), plain)
+
+
+def test_without_a_tokenizer_only_act_fails(plain, tmp_path):
+    policy = load_openvla(write_checkpoint(tmp_path / "model", plain))
+    with pytest.raises(CheckpointError, match=r"no tokenizer.json or tokenizer.model"):
+        policy.act({"image": np.zeros((224, 224, 3), np.uint8)}, "go")
+
+
+def test_published_sizes():
+    dino, siglip = tower_sizes(OpenVLAConfig())
+    assert (dino.width + siglip.width, dino.patches, siglip.patches) == (2176, 256, 256)
+    config = OpenVLAConfig(text_config={"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000})
+    assert config.text_config.rms_norm_eps == 1e-6
+    assert (config.text_config.num_hidden_layers, config.text_config.hidden_size) == (32, 4096)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timm_model_ids": [SIGLIP], "use_fused_vision_backbone": False}, "DINOv2 and SigLIP together"),
+        ({"timm_model_ids": [DINO, "vit_so400m_patch14_siglip_384"]}, "'vit_so400m_patch14_siglip_384' is not known"),
+        ({"image_sizes": [384, 384]}, r"images of \[384, 384\]"),
+        ({"timm_override_act_layers": ["quick_gelu", None]}, "activations"),
+        ({"text_config": {"model_type": "phi"}}, "'phi'; only 'llama'"),
+    ],
+)
+def test_other_variants_are_refused(change, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        tower_sizes(OpenVLAConfig(**change))
+
+
+def test_random_weights_have_the_published_names(plain, oft, golden):
+    index = json.loads((golden / "openvla_oft_tiny" / "model.safetensors.index.json").read_text())
+    assert set(weights_of(plain)) <= set(index["weight_map"])
+    with pytest.raises(UnsupportedModelError, match="'tiny' or 'full'"):
+        random_openvla(size="huge")
+    with pytest.raises(UnsupportedModelError, match="'l1', 'diffusion' or None"):
+        random_openvla(oft=True, head="flow")
+    assert_same(random_openvla(oft=True), oft)
+
+
+def test_quantization_needs_a_package(monkeypatch):
+    arguments = (torch.device("cpu"), torch.float32)
+    config = object()
+    assert quantization_config(config, *arguments) is config
+    with pytest.raises(UnsupportedModelError, match="'int8', 'int4' or"):
+        quantization_config("fp8", *arguments)
+    monkeypatch.setattr("vla_pruner.models.openvla.quantization.find_spec", lambda name: None)
+    for bits in ("int8", "int4"):
+        with pytest.raises(UnsupportedModelError, match="pip install accelerate bitsandbytes"):
+            quantization_config(bits, *arguments)
+    found = {"bitsandbytes": True}
+    monkeypatch.setattr("vla_pruner.models.openvla.quantization.find_spec", lambda name: found.get(name))
+    with pytest.raises(UnsupportedModelError, match="need accelerate"):
+        quantization_config("int8", *arguments)
+
+
+@needs_accelerate
+@pytest.mark.parametrize(
+    "device_map", ["cpu", {"": "cpu"}, {"vision_backbone": "cpu", "projector": "cpu", "language_model": "cpu"}]
+)
+def test_device_map(plain, tmp_path, device_map):
+    policy = load_openvla(write_checkpoint(tmp_path / "model", plain), device_map=device_map, dtype=torch.float32)
+    assert_same(policy, plain)
+
+
+@needs_accelerate
+@pytest.mark.filterwarnings("ignore")  # of packages that are not pinned here
+@pytest.mark.parametrize(
+    ("bits", "package", "limit"),
+    [("int8", "torchao", 0.05), ("int8", "bitsandbytes", 0.1), ("int4", "bitsandbytes", 0.6)],
+)
+def test_quantized_language_model(tmp_path, monkeypatch, bits, package, limit):
+    pytest.importorskip(package)
+    exact = random_openvla(hidden_size=128, intermediate_size=256)
+    folder = write_checkpoint(tmp_path / "model", exact)
+    installed = {package, "accelerate"}
+    monkeypatch.setattr("vla_pruner.models.openvla.quantization.find_spec", lambda name: name in installed or None)
+    policy = load_openvla(folder, quantization=bits)
+    layer, reference = (p.language_model.model.layers[0].mlp.up_proj for p in (policy, exact))
+    assert type(layer.weight) is not type(reference.weight)
+    for module in (policy.vision_towers[0].blocks[0].mlp.fc1, policy.projector.fc1, policy.language_model.lm_head):
+        assert type(module.weight) is torch.nn.Parameter
+        assert type(module) is torch.nn.Linear
+    inputs = tiny_inputs(exact)
+    with torch.no_grad():
+        expected, found = (p(**inputs).logits[0, -1].float() for p in (exact, policy))
+    assert 0 < (found - expected).abs().max() < limit * expected.abs().max()
+    assert policy.predict_action(**inputs).shape == (7,)
