@@ -9,6 +9,7 @@ with vp.VLAPruner(keep=0.25).attach(policy) as session:
 ```
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vla_pruner.attach.session import Session
@@ -23,7 +24,10 @@ from vla_pruner.errors import (
 from vla_pruner.methods import Evidence, KeepFixed, Memory, Method, RandomKeep, Unpruned, VLAPruner
 
 if TYPE_CHECKING:
+    from vla_pruner.auditing import audit
     from vla_pruner.models.reference import reference_policy
+    from vla_pruner.policies.loading import load_policy
+    from vla_pruner.policies.random import random_policy
 
 __version__ = "0.1.0"
 
@@ -42,14 +46,22 @@ __all__ = [
     "UnsupportedModelError",
     "VLAPruner",
     "VLAPrunerError",
+    "audit",
+    "load_policy",
+    "random_policy",
     "reference_policy",
 ]
 
+# Heavy, or in need of what is: imported when asked for.
+_LAZY = {
+    "audit": "vla_pruner.auditing",
+    "load_policy": "vla_pruner.policies.loading",
+    "random_policy": "vla_pruner.policies.random",
+    "reference_policy": "vla_pruner.models.reference",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # The reference policy pulls in transformers; importing this package must not.
-    if name == "reference_policy":
-        from vla_pruner.models.reference import reference_policy
-
-        return reference_policy
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'vla_pruner' has no attribute {name!r}")

@@ -21,10 +21,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 2 wrong input, 130 interrupted)."""
+    """Runs the command line; returns the exit code (0 done, 1 a check failed, 2 wrong input, 130 interrupted)."""
     parser = _Parser(prog="vla-pruner", description="Prune the visual tokens of vision-language-action policies.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
     _add_demo(commands)
+    _add_audit(commands)
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -117,6 +118,105 @@ def _demo(options: argparse.Namespace) -> int:
     except SimulatorUnavailable as error:
         sys.unraisablehook = lambda _: None  # MuJoCo's half-made renderers complain once more when they are freed
         return _refuse(str(error))
+
+
+def _add_audit(commands: Any) -> None:
+    command = commands.add_parser(
+        "audit",
+        help="does a policy see, and is pruning exact: a checklist with figures",
+        description=(
+            "Runs a policy on drawn images, alone and pruned, and proves that it sees, that the pruner prunes what it\n"
+            "says and that nothing else changes. Exit code: 0 all passed, 1 a check failed, 2 wrong input."
+        ),
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder of a checkpoint, its name on the Hugging Face hub, or 'reference' (ships with the package);\n"
+        "with --random-weights: reference, openvla, openvla-oft, pi0, lerobot-pi0, lerobot-pi05 or lerobot-smolvla",
+    )
+    command.add_argument("--random-weights", action="store_true", help="no checkpoint: weights drawn (default: off)")
+    command.add_argument(
+        "--size", choices=("tiny", "full"), help="with --random-weights: tiny, or the published size (default: tiny)"
+    )
+    command.add_argument(
+        "--method", choices=("vla-pruner", "random"), default="vla-pruner", help="what prunes (default: %(default)s)"
+    )
+    command.add_argument(
+        "--keep",
+        metavar="X",
+        type=_keep,
+        default=0.25,
+        help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: %(default)s)",
+    )
+    command.add_argument("--layer", metavar="K", type=int, default=3, help="the pruning layer (default: %(default)s)")
+    command.add_argument(
+        "--pruned",
+        choices=("drop", "freeze"),
+        default="drop",
+        help="what becomes of the other tokens (default: %(default)s); both are compared with their reference",
+    )
+    command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: the checkpoint's; float32 for random weights)",
+    )
+    command.add_argument("--seed", metavar="N", type=int, default=0, help="of all draws (default: %(default)s)")
+    command.add_argument("--instruction", metavar="TEXT", help="what the policy is told (default: one it knows)")
+    command.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=_option,
+        help="for load_policy, such as unnorm_key=bridge_orig or cameras=image,wrist_image; may be repeated\n"
+        "(default: none)",
+    )
+    command.add_argument("--details", action="store_true", help="explain every figure (default: failures only)")
+    command.add_argument(
+        "--json", metavar="FILE", help="write the report there too; '-' is standard output (default: no report)"
+    )
+    command.set_defaults(run=_audit)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vla_pruner.auditing.command import AuditSettings, run_audit
+
+    settings = AuditSettings(
+        model=options.model,
+        random_weights=options.random_weights,
+        size=options.size,
+        method=options.method,
+        keep=options.keep,
+        layer=options.layer,
+        pruned=options.pruned,
+        device=options.device,
+        dtype=options.dtype,
+        seed=options.seed,
+        instruction=options.instruction,
+        options=dict(options.option),
+        details=options.details,
+        json=options.json,
+    )
+    return run_audit(settings, Console(highlight=False, stderr=options.json == "-"))
+
+
+def _keep(text: str) -> float | int:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    if name == "cameras" or len(parts) > 1:
+        return name, parts
+    return name, int(value) if value.isdigit() else value
 
 
 def _names(text: str) -> tuple[str, ...]:

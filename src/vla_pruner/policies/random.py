@@ -114,13 +114,13 @@ def _pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     from transformers import PI0Config
 
     from vla_pruner.models.openvla.tokenizer import StandInTokenizer
-    from vla_pruner.policies.pi0 import TransformersPI0, build
+    from vla_pruner.policies.pi0 import CAMERAS, TransformersPI0, build
 
-    config = PI0Config() if size == "full" else PI0Config(**_tiny_pi0())
+    config: Any = PI0Config() if size == "full" else PI0Config(**_tiny_pi0())
     module = build(config, device, dtype)
     draw_weights(module, seed)
-    cameras = {} if size == "full" else {"cameras": ("base", "wrist")}
-    return TransformersPI0(module, tokenizer=StandInTokenizer(config.vlm_config.text_config.vocab_size), **cameras)
+    cameras = CAMERAS if size == "full" else ("base", "wrist")
+    return TransformersPI0(module, cameras, StandInTokenizer(config.vlm_config.text_config.vocab_size))
 
 
 def _tiny_pi0() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.tokenizer import BOS, encode
 
@@ -326,16 +327,16 @@ class ReferencePolicy(nn.Module):
     def act(self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor) -> np.ndarray:
         """One control step of one robot as a chunk: `images={"image": (H, W, 3) uint8}` -> (1, 4) float32."""
         if set(images) != {"image"}:
-            raise ValueError(f"The policy has one camera, 'image'; it was given {sorted(images)}.")
+            raise ObservationError(f"The policy has one camera, 'image'; it was given {sorted(images)}.")
         return np.atleast_2d(self.predict_action(images["image"], instruction, proprio))
 
     def _check_inputs(self, images: Tensor, instructions: list[str], proprio: Tensor) -> None:
         size, body = self.config.image_size, len(self.config.proprio_mean)
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (size, size, 3):
-            raise ValueError(
+            raise ObservationError(
                 f"Images must be uint8 of shape (B, {size}, {size}, 3); got {images.dtype} {tuple(images.shape)}."
             )
         if tuple(proprio.shape) != (len(images), body):
-            raise ValueError(f"Proprio must have shape ({len(images)}, {body}); got {tuple(proprio.shape)}.")
+            raise ObservationError(f"Proprio must have shape ({len(images)}, {body}); got {tuple(proprio.shape)}.")
         if len(instructions) != len(images):
-            raise ValueError(f"{len(images)} images came with {len(instructions)} instructions.")
+            raise ObservationError(f"{len(images)} images came with {len(instructions)} instructions.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from vla_pruner.errors import ObservationError
+
 BOS, PAD = 0, 1
 _FIRST_WORD = 2
 
@@ -26,7 +28,7 @@ def encode(instruction: str, words: tuple[str, ...], length: int) -> list[int]:
     unknown = [word for word in found if word not in ids]
     if unknown or not found:
         what = f"words it was never trained on: {', '.join(unknown)}" if unknown else "no words"
-        raise ValueError(f"The instruction {instruction!r} has {what}. The policy knows: {', '.join(words)}.")
+        raise ObservationError(f"The instruction {instruction!r} has {what}. The policy knows: {', '.join(words)}.")
     if len(found) > length:
-        raise ValueError(f"The instruction {instruction!r} has {len(found)} words; the policy takes up to {length}.")
+        raise ObservationError(f"The instruction {instruction!r} has {len(found)} words; the policy takes up to {length}.")
     return [PAD] * (length - len(found)) + [ids[word] for word in found]

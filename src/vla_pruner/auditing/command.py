@@ -1,0 +1,122 @@
+"""`vla-pruner audit`: settings checked first, then the policy, the audit, the checklist and the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from vla_pruner.auditing.report import AuditReport
+from vla_pruner.auditing.run import audit
+from vla_pruner.auditing.table import print_check, summary
+from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.methods import Method, RandomKeep, VLAPruner
+from vla_pruner.policies.base import Policy
+from vla_pruner.policies.loading import load_policy
+from vla_pruner.policies.random import NAMES, random_policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+METHODS = {"vla-pruner": VLAPruner, "random": RandomKeep}
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What the command line was given.
+
+    Attributes:
+        model: a folder, a hub id, "reference", or with `random_weights` one of `policies.random.NAMES`.
+        random_weights: whether weights are drawn.
+        size: "tiny" or "full", with `random_weights`; None: "tiny".
+        method: "vla-pruner" or "random".
+        keep, layer, pruned: as of the method.
+        device: as torch names it.
+        dtype: one of `DTYPES`; None: the checkpoint's.
+        seed: of all draws.
+        instruction: what the policy is told; None: one that it knows.
+        options: for `load_policy`.
+        details: whether every check is explained.
+        json: file for the report, "-" for standard output, None for none.
+    """
+
+    model: str
+    random_weights: bool = False
+    size: str | None = None
+    method: str = "vla-pruner"
+    keep: float | int = 0.25
+    layer: int = 3
+    pruned: str = "drop"
+    device: str = "cpu"
+    dtype: str | None = None
+    seed: int = 0
+    instruction: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    details: bool = False
+    json: str | None = None
+
+
+def run_audit(settings: AuditSettings, console: Console) -> int:
+    """Audits, prints the checklist and writes the report; the exit code is 0, or 1 where a check failed.
+
+    Raises:
+        VLAPrunerError: the settings, the checkpoint or the policy do not allow an audit.
+    """
+    method: Method = METHODS[settings.method](keep=settings.keep, layer=settings.layer, pruned=settings.pruned)
+    device = _device(settings.device)
+    if settings.json not in (None, "-") and not Path(str(settings.json)).resolve().parent.is_dir():
+        raise BudgetError(f"--json is {settings.json}, but there is no such folder; make it first.")
+    policy = _policy(settings, device)
+    report = audit(
+        policy,
+        method,
+        instruction=settings.instruction,
+        seed=settings.seed,
+        progress=lambda check: print_check(console, check, settings.details),
+    )
+    console.print(summary(report), style="bold green" if report.passed else "bold red", soft_wrap=True, markup=False)
+    if settings.json is not None:
+        _write(report, settings)
+    return 0 if report.passed else 1
+
+
+def _policy(settings: AuditSettings, device: torch.device) -> Policy:
+    dtype = None if settings.dtype is None else DTYPES[settings.dtype]
+    if settings.random_weights:
+        if settings.options:
+            raise BudgetError(f"--option is for checkpoints; with --random-weights leave it out: {settings.options}.")
+        size = settings.size or "tiny"
+        return random_policy(settings.model, size, device, torch.float32 if dtype is None else dtype, settings.seed)
+    if settings.size is not None:
+        raise BudgetError("--size is for --random-weights; a checkpoint has its own size.")
+    try:
+        return load_policy(settings.model, device, dtype, **settings.options)
+    except CheckpointError as error:
+        if settings.model in NAMES:
+            raise CheckpointError(f"{error} Without a checkpoint: --random-weights.") from error
+        raise
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModelError(f"--device is {name}, which torch cannot use here ({reason}).") from error
+    return device
+
+
+def _write(report: AuditReport, settings: AuditSettings) -> None:
+    model = {"model": settings.model, "random_weights": settings.random_weights}
+    if settings.random_weights:
+        model["size"] = settings.size or "tiny"
+    text = json.dumps({**model, **report.to_json()}, indent=2) + "\n"
+    if settings.json == "-":
+        sys.stdout.write(text)
+    else:
+        Path(str(settings.json)).write_text(text)

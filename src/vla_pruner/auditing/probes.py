@@ -1,0 +1,119 @@
+"""Watching a model while it acts: what goes into modules and what comes out. Each probe leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Probe:
+    """Base of the probes: a context manager around hooks."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Any:
+        try:
+            self.install()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def install(self) -> None:
+        """Put the hooks in place."""
+        raise NotImplementedError
+
+    def before(self, module: nn.Module, hook: Any) -> None:
+        """Have `hook(input tensor)` run before each call."""
+
+        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hook(_first_tensor((*args, *kwargs.values())))
+
+        self._handles.append(module.register_forward_pre_hook(call, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Any) -> None:
+        """Have `hook(output tensor)` run after each call."""
+
+        def call(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            hook(_first_tensor(output if isinstance(output, (tuple, list)) else (output,)))
+
+        self._handles.append(module.register_forward_hook(call))
+
+
+class TowerProbe(Probe):
+    """Counts the images that each vision tower sees.
+
+    Attributes:
+        images: for each tower, every image (C, H, W) that is not of one colour: a camera that is absent is shown to
+            some policies as a blank image.
+        blank: for each tower, the number of the others.
+    """
+
+    def __init__(self, towers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self._towers = list(towers)
+        self.images: list[list[Tensor]] = [[] for _ in self._towers]
+        self.blank = [0 for _ in self._towers]
+
+    def install(self) -> None:
+        for index, tower in enumerate(self._towers):
+            self.before(tower, lambda pixels, index=index: self._see(index, pixels))
+
+    def _see(self, index: int, pixels: Tensor) -> None:
+        for image in pixels.detach().reshape(-1, *pixels.shape[-3:]):
+            if bool((image != image[:, :1, :1]).any()):
+                self.images[index].append(image.clone())
+            else:
+                self.blank[index] += 1
+
+
+class LengthProbe(Probe):
+    """Sequence lengths that each layer of a decoder computes, in calls of more than one position.
+
+    Attributes:
+        lengths: a set for each layer.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self._layers = list(decoder.layers)
+        self.lengths: list[set[int]] = [set() for _ in self._layers]
+
+    def install(self) -> None:
+        for layer, seen in zip(self._layers, self.lengths, strict=True):
+            self.before(layer.mlp, lambda hidden, seen=seen: seen.add(hidden.shape[-2]))
+
+    @property
+    def prompts(self) -> list[set[int]]:
+        """`lengths` without decoded tokens."""
+        return [{length for length in seen if length > 1} for seen in self.lengths]
+
+
+class HiddenProbe(Probe):
+    """Final hidden states of the decoder and of the experts that read its cache, call by call.
+
+    Attributes:
+        calls: (B, Q, D) each, float32, with whether it is the decoder's.
+    """
+
+    def __init__(self, family: Any) -> None:
+        super().__init__()
+        self._family = family
+        self.calls: list[tuple[bool, Tensor]] = []
+
+    def install(self) -> None:
+        self.after(self._family.decoder.norm, lambda hidden: self.calls.append((True, hidden.detach().float())))
+        for reader in self._family.readers:
+            self.after(reader.norm, lambda hidden: self.calls.append((False, hidden.detach().float())))
+
+
+def _first_tensor(values: Iterable[Any]) -> Tensor:
+    return next(value for value in values if isinstance(value, torch.Tensor))

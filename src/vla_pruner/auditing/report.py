@@ -1,0 +1,67 @@
+"""What an audit found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        name: what was checked, the same in every audit.
+        passed: None where it could not be asked; `detail` says why.
+        figure: what was measured, in a few words.
+        detail: what it means, what is compared, and what to do where it failed.
+    """
+
+    name: str
+    passed: bool | None
+    figure: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """All checks of one policy with one method.
+
+    Attributes:
+        policy: the policy's class.
+        method: as Python shows it.
+        settings: device, dtype, attention backend, sizes, versions and seconds.
+        checks: in the order in which they ran.
+    """
+
+    policy: str
+    method: str
+    settings: dict[str, Any]
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """No check failed. Those that could not be asked do not count."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.passed is False)
+
+    def __getitem__(self, name: str) -> Check:
+        """The check of this name; KeyError if there is none."""
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `json.dump`."""
+        return {
+            "policy": self.policy,
+            "method": self.method,
+            "passed": self.passed,
+            "settings": self.settings,
+            "checks": [asdict(check) for check in self.checks],
+        }

@@ -1,0 +1,77 @@
+"""The audit itself: every check on one policy, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+
+from vla_pruner.auditing import pruning, seeing, state
+from vla_pruner.auditing.environment import environment, settings
+from vla_pruner.auditing.report import AuditReport, Check
+from vla_pruner.auditing.share import share
+from vla_pruner.auditing.subject import Subject
+from vla_pruner.methods import Method, VLAPruner
+from vla_pruner.policies.base import Policy
+
+CHECKS: dict[str, Callable[[Subject], Check]] = {
+    "environment": environment,
+    "repeatable": seeing.repeatable,
+    "images": seeing.images,
+    "cameras": seeing.cameras,
+    "vision towers": seeing.towers,
+    "lengths": pruning.lengths,
+    "keep 1.0": pruning.keep_all,
+    "reference drop": partial(pruning.reference, pruned="drop"),
+    "reference freeze": partial(pruning.reference, pruned="freeze"),
+    "scenes": pruning.scenes,
+    "reset": state.reset,
+    "detach": state.detach,
+    "share": share,
+}
+"""Every check, by its name."""
+
+
+def audit(
+    policy: Policy,
+    method: Method | None = None,
+    *,
+    instruction: str | None = None,
+    seed: int = 0,
+    progress: Callable[[Check], None] | None = None,
+) -> AuditReport:
+    """Whether the policy sees, whether the method prunes what it says, and whether nothing else changes.
+
+    It runs the policy some hundred control steps on drawn images, and leaves it as it was.
+
+    Args:
+        policy: what `load_policy` or `random_policy` gave, or anything like it (`policies.base.Policy`), with no
+            session attached.
+        method: what prunes it; None: `VLAPruner(keep=0.25)`.
+        instruction: what it is told; None: what it was trained on, or a usual one.
+        seed: of the images, and of the noise that flow policies start from.
+        progress: called with each check as soon as it is done.
+
+    Raises:
+        UnsupportedModelError: the policy cannot be audited or pruned.
+        BudgetError: the method does not fit the policy.
+        SessionError: a session is attached to it already.
+    """
+    begun = perf_counter()
+    subject = Subject(policy, VLAPruner(keep=0.25) if method is None else method, instruction, seed)
+    done = []
+    for name, ask in CHECKS.items():
+        try:
+            check = ask(subject)
+        except Exception as error:  # whatever a policy raises half-way is a finding about it
+            text = " ".join(str(error).split())
+            check = Check(name, False, "", f"It broke off with {type(error).__name__}: {text}")
+        done.append(check)
+        if progress is not None:
+            progress(check)
+    return AuditReport(
+        policy=type(policy).__name__,
+        method=repr(subject.method),
+        settings={**settings(subject), "seconds": round(perf_counter() - begun, 1)},
+        checks=tuple(done),
+    )

@@ -1,0 +1,102 @@
+"""How much of a control step pruning can touch at all, on this device."""
+
+from __future__ import annotations
+
+import statistics
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from vla_pruner.auditing.probes import Probe
+from vla_pruner.auditing.report import Check
+from vla_pruner.auditing.subject import Subject
+
+WARM_UP, LEAST, MOST, SECONDS = 2, 3, 9, 10.0
+"""Control steps that do not count; those that do, at least and at most; seconds after which it is enough."""
+
+
+class SpanProbe(Probe):
+    """Time between the norm that layer `layer` begins with and the end of the last layer's feed-forward part, in calls
+    of more than one position: the prompt's.
+
+    Attributes:
+        seconds: in all calls so far.
+    """
+
+    def __init__(self, decoder: Any, layer: int, device: torch.device) -> None:
+        super().__init__()
+        self._layers = decoder.layers
+        self._layer = layer
+        self._device = device
+        self._start: float | None = None
+        self.seconds = 0.0
+
+    def install(self) -> None:
+        self.before(self._layers[self._layer].input_layernorm, self._open)
+        self.after(self._layers[-1].mlp, self._close)
+
+    def _open(self, hidden: torch.Tensor) -> None:
+        self._start = now(self._device) if hidden.shape[-2] > 1 else None
+
+    def _close(self, _: torch.Tensor) -> None:
+        if self._start is not None:
+            self.seconds += now(self._device) - self._start
+            self._start = None
+
+
+def share(subject: Subject) -> Check:
+    """Amdahl's ceiling: the time of the decoder's layers from the pruning layer on, in the prompt alone, against that
+    of the whole control step.
+    """
+    name, layer = "share", subject.method.layer
+    if subject.steps is None:
+        return Check(name, None, "", f"{type(subject.method).__name__} prunes nothing.")
+    with subject.attach() as session:
+        found = subject.run(session, list(range(subject.steps)))
+    subject.begin()
+    images, totals, spans = subject.scene(0), [], []
+    begun = perf_counter()
+    for repeat in range(WARM_UP + MOST):
+        probe = SpanProbe(subject.family.decoder, layer, subject.device)
+        with probe:
+            start = now(subject.device)
+            subject.act(images)
+            total = now(subject.device) - start
+        if repeat >= WARM_UP:
+            totals.append(total)
+            spans.append(probe.seconds)
+            if len(totals) >= LEAST and perf_counter() - begun > SECONDS:
+                break
+    total, span = statistics.median(totals), statistics.median(spans)
+    if found is None or not 0 < span < total:
+        return Check(name, False, "", "The layers from the pruning layer on took no time, or more than the whole step.")
+    part = span / total
+    layout = found.layout
+    gone = (layout.tokens - found.kept.shape[1]) / layout.length
+    figure = (
+        f"{part:.0%} of {1e3 * total:.1f} ms; at most {1 / (1 - part * gone):.2f}x faster at this keep, "
+        f"{1 / (1 - part):.2f}x if these layers were free"
+    )
+    depth = len(subject.family.decoder.layers)
+    detail = (
+        f"The prompt in decoder layers {layer}-{depth - 1}, unpruned, medians of {len(totals)} steps on "
+        f"{describe_device(subject.device)}. Pruning takes {gone:.0%} of the prompt's positions out of these layers. "
+        "This is a ceiling for every method at this layer, where time goes with the number of positions; no method "
+        f"gains on the rest: vision, layers 0-{layer - 1}, decoding or denoising, and what a method costs itself."
+    )
+    return Check(name, True, figure, detail)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+    return perf_counter()
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

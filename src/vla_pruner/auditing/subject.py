@@ -1,0 +1,186 @@
+"""The policy under audit, with what every check needs: scenes, repeatable control steps, and its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.layout import Layout
+from vla_pruner.attach.session import Session
+from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.families import family_of
+from vla_pruner.methods import Method
+from vla_pruner.policies.base import Policy, module_of
+
+INSTRUCTION = "pick up the red block and put it into the bowl"
+_SIDE = 224
+_LONGEST_WARM_UP = 16
+"""Control steps after which a method that has not pruned is taken to never prune."""
+
+Images = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The pruned control step that an episode ended with.
+
+    Attributes:
+        action: (chunk, dim).
+        kept: (1, k) ids of the visual tokens that stayed.
+        layout: where things are in its prompt.
+    """
+
+    action: np.ndarray
+    kept: Tensor
+    layout: Layout
+
+
+class Subject:
+    """A policy under audit.
+
+    Args:
+        policy: with `act`, `reset`, `cameras` and `vision_towers`.
+        method: what prunes it.
+        instruction: what it is told; None: what it was trained on, or a usual one.
+        seed: of images and of the noise that flow policies start from.
+
+    Attributes:
+        steps: control steps until the first pruned one, that one included; None where none of the first few is pruned.
+
+    Raises:
+        UnsupportedModelError: the policy lacks something of the above, or its model is not supported.
+        BudgetError: the method does not fit the model.
+    """
+
+    def __init__(self, policy: Policy, method: Method, instruction: str | None = None, seed: int = 0) -> None:
+        self.policy = check_policy(policy)
+        self.method = method
+        self.seed = seed
+        self.module = module_of(policy)
+        self.family: Any = family_of(policy)
+        known = getattr(policy, "instructions", ())
+        self.instruction = instruction or (known[0] if known else INSTRUCTION)
+        self.steps = self._first_pruned()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's layers from the pruning layer on begin."""
+        layers = self.family.decoder.layers
+        return next(layers[min(self.method.layer, len(layers) - 1)].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the decoder computes in; float32 of a float32 model alone counts as exact."""
+        weight = self.family.decoder.layers[0].self_attn.q_proj.weight
+        return weight.dtype if weight.is_floating_point() else self.family.decoder.norm.weight.dtype
+
+    def flat(self, level: int) -> Images:
+        """Images of one colour for every camera."""
+        side = getattr(self.policy, "image_size", _SIDE)
+        return {camera: np.full((side, side, 3), level, dtype=np.uint8) for camera in self.policy.cameras}
+
+    def noise(self, number: int) -> Images:
+        """Images of pixels drawn at random, other ones for every number and camera."""
+        generator = np.random.default_rng((self.seed, number, 1))
+        shapes = {camera: image.shape for camera, image in self.flat(0).items()}
+        return {camera: generator.integers(0, 256, shape, dtype=np.uint8) for camera, shape in shapes.items()}
+
+    def scene(self, number: int) -> Images:
+        """Images of coloured blocks on a shaded table, other ones for every number and camera."""
+        generator = np.random.default_rng((self.seed, number, 2))
+        return {camera: _draw_scene(image.shape[0], generator) for camera, image in self.flat(0).items()}
+
+    def act(self, images: Images, step: int = 0) -> np.ndarray:
+        """One control step: (chunk, dim) float64. The noise of a flow depends on the seed and on `step` alone."""
+        size, proprio = _proprio_size(self.policy), None
+        if size is not None:
+            middle = getattr(getattr(self.policy, "config", None), "proprio_mean", None)
+            proprio = np.zeros(size) if middle is None else np.asarray(middle)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed * 1009 + step)
+            return np.asarray(self.policy.act(images, self.instruction, proprio), dtype=np.float64)
+
+    def attach(self, method: Method | None = None) -> Session:
+        """A session of `method`, or of the method that is audited."""
+        policy: Any = self.policy
+        return (self.method if method is None else method).attach(policy)
+
+    def begin(self, session: Session | None = None) -> None:
+        """A new episode."""
+        self.policy.reset()
+        if session is not None:
+            session.reset()
+
+    def run(
+        self, session: Session, scenes: list[int], watching: AbstractContextManager[Any] | None = None
+    ) -> Pruned | None:
+        """An episode of these scenes, from its beginning; what its last step did, None if that was not pruned.
+
+        `watching` is open during the last step.
+        """
+        self.begin(session)
+        for step, scene in enumerate(scenes[:-1]):
+            self.act(self.scene(scene), step)
+        with nullcontext() if watching is None else watching:
+            action = self.act(self.scene(scenes[-1]), len(scenes) - 1)
+        if session.kept is None or session.step is None:
+            return None
+        return Pruned(action, session.kept.clone(), session.step.layout)
+
+    def _first_pruned(self) -> int | None:
+        images = self.scene(0)
+        with self.attach() as session:
+            self.begin(session)
+            for step in range(max(_LONGEST_WARM_UP, self.method.history + 2)):
+                self.act(images, step)
+                if session.kept is not None:
+                    return step + 1
+        return None
+
+
+def check_policy(policy: Any) -> Policy:
+    """The policy itself, if it has all that `Policy` asks for.
+
+    Raises:
+        UnsupportedModelError: saying what is missing and how to get it.
+    """
+    if "transformers_modules" in type(policy).__module__:
+        raise UnsupportedModelError(
+            f"{type(policy).__name__} was loaded through remote code, which does not see on current transformers. Load "
+            "the same checkpoint with vla_pruner.load_policy(path)."
+        )
+    missing = [name for name in ("act", "reset", "cameras", "vision_towers") if not hasattr(policy, name)]
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(policy).__name__} has no {', '.join(missing)}, so it cannot be audited. Load it with "
+            "vla_pruner.load_policy(path), or give it what vla_pruner.policies.base.Policy describes."
+        )
+    if not isinstance(module_of(policy), nn.Module):
+        raise UnsupportedModelError(f"{type(policy).__name__}.module is no torch module.")
+    return policy
+
+
+def _proprio_size(policy: Any) -> int | None:
+    projector = getattr(policy, "proprio_projector", None)
+    known: int | None = getattr(policy, "proprio_size", None)
+    return projector.proprio_dim if known is None and projector is not None else known
+
+
+def _draw_scene(side: int, generator: np.random.Generator) -> np.ndarray:
+    """(side, side, 3) uint8."""
+    line = np.linspace(0.0, 1.0, side)
+    slope = generator.uniform(-90, 90, (2, 3))
+    image = generator.uniform(60, 190, 3) + line[:, None, None] * slope[0] + line[None, :, None] * slope[1]
+    for _ in range(int(generator.integers(3, 7))):
+        height, width = (generator.uniform(0.08, 0.35, 2) * side).astype(int)
+        top, left = generator.integers(0, side - height), generator.integers(0, side - width)
+        image[top : top + height, left : left + width] = generator.uniform(0, 255, 3)
+    image += generator.normal(0, 6, image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8)
