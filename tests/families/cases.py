@@ -32,7 +32,8 @@ def reference() -> Case:
     def step(model: Any, scene: int, rows: slice) -> Tensor:
         pictures = images(scene, 0, model.config.image_size)[rows]
         state = np.zeros((len(pictures), len(model.config.proprio_mean)), np.float32)
-        return with_logits(model, lambda: model.predict_action(pictures, "reach the goal", state))
+        head = model.language_model.lm_head
+        return with_logits(head, lambda: model.predict_action(pictures, "reach the goal", state))
 
     return Case("reference", vp.reference_policy, step)
 
@@ -44,7 +45,14 @@ def openvla(backend: str) -> Case:
         pictures = images(scene, 0, 224)[rows]
         ids, mask = model.processor.tokenize([model.processor.prompt(text) for text in INSTRUCTIONS[rows]])
         pixels = model.processor.pixel_values([pictures])
-        return with_logits(model, lambda: model.predict_action(ids, pixel_values=pixels, attention_mask=mask))
+        head = model.language_model.lm_head
+        logits = with_logits(
+            head, lambda: model.predict_action(ids, pixel_values=pixels, attention_mask=mask), last=False
+        )
+        # Prompts of unequal length end in different places, and the model computes a column for each of them.
+        ends, place = mask.sum(1).unique(return_inverse=True)
+        first = logits[torch.arange(len(ids)), place]
+        return torch.cat([first[:, None], logits[:, len(ends) :]], dim=1)
 
     def build() -> Any:
         return random_openvla(size="tiny", attn_implementation=backend)
@@ -58,18 +66,22 @@ def openvla_oft(head: str | None, backend: str = "sdpa") -> Case:
     def step(model: Any, scene: int, rows: slice) -> Tensor:
         pictures = [images(scene, camera, 224)[rows] for camera in range(len(model.cameras))]
         ids, mask = model.processor.tokenize([model.processor.prompt(text) for text in INSTRUCTIONS[rows]])
-        state = np.linspace(-1, 1, 2 * model.proprio_size).reshape(2, -1)[rows]
+        state = np.linspace(-1, 1, 16).reshape(2, 8)[rows]
         noise = {}
         if head == "diffusion":
             draw = torch.randn(2, model.chunk, model.action_dim, generator=torch.Generator().manual_seed(scene))
             noise = {"noise": draw[rows]}
-        found = model.predict_action(
-            ids, pixel_values=model.processor.pixel_values(pictures), attention_mask=mask, proprio=state, **noise
-        )
-        return torch.as_tensor(found).reshape(len(ids), -1)
+        pixels = model.processor.pixel_values(pictures)
+
+        def act() -> Any:
+            return model.predict_action(ids, pixel_values=pixels, attention_mask=mask, proprio=state, **noise)
+
+        if head is None:
+            return with_logits(model.language_model.lm_head, act, last=False)
+        return torch.as_tensor(act()).reshape(len(ids), -1)
 
     def build() -> Any:
-        return random_openvla(size="tiny", oft=True, head=head, attn_implementation=backend)
+        return random_openvla(size="tiny", oft=True, head=head, attn_implementation=backend, denoising_steps=2)
 
     return Case(f"openvla_oft-{head}-{backend}", build, step)
 
@@ -111,12 +123,12 @@ def pi0(backend: str) -> Case:
     return Case(f"pi0-{backend}", build, step)
 
 
-def with_logits(model: Any, act: Any) -> Tensor:
-    """(B, ...) the logits of every token that a step decodes: actions alone would hide what is in the same bin."""
+def with_logits(head: Any, act: Any, last: bool = True) -> Tensor:
+    """(B, n, V) the logits of the tokens that a step decodes: actions alone would hide what is in the same bin."""
     found: list[Tensor] = []
-    handle = model.language_model.register_forward_hook(lambda _, __, output: found.append(output.logits))
+    handle = head.register_forward_hook(lambda _, __, logits: found.append(logits[:, -1:] if last else logits))
     try:
         act()
     finally:
         handle.remove()
-    return torch.cat([logits[:, -1:] for logits in found], dim=1)
+    return torch.cat(found, dim=1)

@@ -20,7 +20,7 @@ from vla_pruner.auditing.reference import FullLength
 from vla_pruner.families import family_of
 
 KEEPS = (0.5, 0.125)
-WINDOW = 2
+WINDOW = 1
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,33 @@ import pytest
 
 from tests.families import cases, matrix
 
-CASES = [
+FAMILIES = [
     cases.decoder_lm(),
     cases.reference(),
+    cases.openvla("sdpa"),
+    cases.openvla_oft("l1"),
+    cases.openvla_oft("diffusion"),
     cases.pi0("sdpa"),
+]
+VARIANTS = [
+    cases.openvla("eager"),
+    cases.openvla_oft("l1", "eager"),
+    cases.openvla_oft(None),
     cases.pi0("eager"),
 ]
 
-each_family = pytest.mark.parametrize("case", CASES, ids=str)
+each_family = pytest.mark.parametrize("case", FAMILIES, ids=str)
+each_variant = pytest.mark.parametrize("case", FAMILIES + VARIANTS, ids=str)
 each_pruned = pytest.mark.parametrize("pruned", matrix.POLICIES)
 
 
-@each_family
+@each_variant
 @each_pruned
 def test_keep_all_changes_no_bit(case, pruned):
     matrix.check_keep_all(case, pruned)
 
 
-@each_family
+@each_variant
 @each_pruned
 @pytest.mark.parametrize("keep", matrix.KEEPS)
 def test_pruned_agrees_with_the_full_length_reference(case, pruned, keep):

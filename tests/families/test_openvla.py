@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from vla_pruner.models.openvla.loading import load_openvla
 
 import vla_pruner as vp
+from vla_pruner.models.openvla.loading import load_openvla
 
 K = 3
 ACTION_TOKENS = slice(31744, 32000)
@@ -23,10 +23,6 @@ def collected(module, pick):
     found = []
     handle = module.register_forward_hook(lambda _, __, output: found.append(pick(output)))
     return found, handle
-
-
-def frame(data, index):
-    return torch.as_tensor(data[index])
 
 
 class TestOpenVLA:
@@ -50,13 +46,10 @@ class TestOpenVLA:
     def test_golden_pruned(self, policy, data):
         data, pruned = data
         kept = tuple(int(i) for i in pruned["kept_visual"])
-        tokens, hidden = [], []
         lm = policy.language_model
-        heads = [
-            lm.register_forward_hook(lambda _, __, out: tokens.append(out.logits[0, -1])),
-            lm.model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state[0])),
-        ]
         with vp.KeepFixed(kept, layer=K).attach(policy) as session:
+            tokens, _ = collected(lm, lambda out: out.logits[0, -1])
+            hidden, _ = collected(lm.model, lambda out: out.last_hidden_state[0])
             for t in range(4):
                 tokens.clear()
                 hidden.clear()
@@ -72,17 +65,13 @@ class TestOpenVLA:
                     np.testing.assert_allclose(logits[0], pruned["first_logits_t0"], rtol=0, atol=1e-4)
             assert session.kept is not None
             assert session.kept[0].tolist() == sorted(kept)
-        for head in heads:
-            head.remove()
         assert np.abs(pruned["decode_logits_action_range"] - data["decode_logits_action_range"]).max() > 0.1
 
     def test_cache_lengths(self, policy, data):
         data, pruned = data
-        caches = []
-        handle = policy.language_model.register_forward_hook(lambda _, __, out: caches.append(out.past_key_values))
+        caches, _ = collected(policy.language_model, lambda out: out.past_key_values)
         with vp.KeepFixed(tuple(int(i) for i in pruned["kept_visual"]), layer=K).attach(policy):
             self.run(policy, data, 0)
-        handle.remove()
         lengths = [layer.keys.shape[-2] for layer in caches[-1].layers]
         assert lengths == pruned["kv_len_per_layer_after_7_tokens"].tolist()
 
@@ -108,11 +97,9 @@ class TestOFT:
     def test_golden_pruned(self, policy, data):
         data, pruned = data
         kept = tuple(int(i) for i in pruned["kept_visual"])
-        hidden = []
-        lm = policy.language_model.model
-        handle = lm.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state[0]))
         start, stop = data["action_slice"]
         with vp.KeepFixed(kept, layer=K).attach(policy):
+            hidden, _ = collected(policy.language_model.model, lambda out: out.last_hidden_state[0])
             for t in range(4):
                 action = self.run(policy, data, t)
                 np.testing.assert_allclose(action, pruned["actions"][t], rtol=0, atol=1e-4)
@@ -120,7 +107,6 @@ class TestOFT:
                 if t == 0:
                     rows = hidden[-1][torch.as_tensor(pruned["kept_sequence"])]
                     np.testing.assert_allclose(rows, pruned["final_hidden_kept_t0"], rtol=0, atol=1e-4)
-        handle.remove()
         assert np.abs(pruned["actions"] - data["actions"]).max() > 1e-3
 
     def test_action_attention_is_that_of_the_rows_the_head_reads(self, policy, data):

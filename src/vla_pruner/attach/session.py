@@ -39,7 +39,7 @@ class Session:
             for timing.
     """
 
-    def __init__(self, method: Method, model: nn.Module, family: Family) -> None:
+    def __init__(self, method: Method, model: Any, family: Family) -> None:
         self.method = method
         self.clock: Clock | None = None
         self._family = family

@@ -33,8 +33,9 @@ def family_of(model: Any, **options: Any) -> Family:
         UnsupportedModelError: no family knows this model, or this version or attention backend of it.
         BudgetError: the options are not those of the family.
     """
+    named: Any = None
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+        model, named = model.module, getattr(model, "cameras", None)
     for module, name in FAMILIES:
         family: Any = getattr(import_module(module), name)
         if family.matches(model):
@@ -45,6 +46,8 @@ def family_of(model: Any, **options: Any) -> Family:
                     f"attach was given {', '.join(unknown)}; for {type(model).__name__} it takes "
                     f"{', '.join(known) or 'no options'}."
                 )
+            if named is not None and "cameras" in known:
+                options = {"cameras": named, **options}
             return family(model, **options)
     raise UnsupportedModelError(
         f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "

@@ -12,8 +12,6 @@ from vla_pruner.errors import BudgetError
 from vla_pruner.methods.memory import Memory
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vla_pruner.attach.session import Session
 
 PRUNED = ("drop", "freeze")
@@ -152,11 +150,11 @@ class Method:
             f"{type(self).__name__} does not say which tokens it keeps: define select(evidence, k)."
         )
 
-    def attach(self, model: nn.Module, **family_options: Any) -> Session:
+    def attach(self, model: Any, **family_options: Any) -> Session:
         """Attach to `model` in place and return the session, which is also a context manager.
 
         Args:
-            model: a supported policy or language model, loaded the usual way.
+            model: a supported policy or language model (a module), or a policy that `load_policy` made.
             **family_options: what the model's family must be told, for instance `visual=slice(1, 257)` for a language
                 model.
 
