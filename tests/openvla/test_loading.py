@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from tests.openvla.tiny import tiny_inputs, weights_of, write_checkpoint
+from tests.openvla.tiny import load_openvla, random_openvla, tiny_inputs, weights_of, write_checkpoint
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
-from vla_pruner.models.openvla import OpenVLAConfig, OpenVLAOFT, load_openvla, random_openvla
+from vla_pruner.models.openvla import (
+    OpenVLAConfig,
+    OpenVLAForActionPrediction,
+    OpenVLAOFT,
+)
 from vla_pruner.models.openvla.configuration import DINO, SIGLIP, tower_sizes
 from vla_pruner.models.openvla.heads import L1ActionHead, ProprioProjector
 from vla_pruner.models.openvla.quantization import quantization_config
@@ -102,6 +107,10 @@ def test_options_of_the_loader(oft, tmp_path):
             load_openvla(folder, cameras=cameras)
     with pytest.raises(UnsupportedModelError, match="'openvla' or 'openvla_oft'"):
         load_openvla(folder, family="pi0")
+    other = write_checkpoint(tmp_path / "plain", random_openvla())
+    for options in ({"chunk": 8}, {"cameras": ("a", "b")}):
+        with pytest.raises(CheckpointError, match="so it is OpenVLA: one camera"):
+            load_openvla(other, **options)
     with pytest.raises(CheckpointError, match="leave family out"):
         load_openvla(folder, family="openvla")
 
@@ -249,6 +258,15 @@ def test_without_a_tokenizer_only_act_fails(plain, tmp_path):
 def test_published_sizes():
     dino, siglip = tower_sizes(OpenVLAConfig())
     assert (dino.width + siglip.width, dino.patches, siglip.patches) == (2176, 256, 256)
+    with torch.device("meta"):
+        policy: Any = OpenVLAForActionPrediction(OpenVLAConfig())
+    found = sum(weight.numel() for weight in policy.parameters())
+    unused = sum(weight.numel() for tower in policy.vision_towers for weight in tower.blocks[0].parameters())
+    unused += 2 * (dino.width + siglip.width)  # final norms
+    width, hidden = siglip.width, siglip.mlp_width
+    pool = [width, 4 * width**2, 4 * width, 2 * width, 2 * width * hidden, hidden + width]
+    # What the index of openvla/openvla-7b says: 15082474368 bytes of bfloat16.
+    assert 2 * (found + unused + sum(pool)) == 15082474368
     config = OpenVLAConfig(text_config={"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000})
     assert config.text_config.rms_norm_eps == 1e-6
     assert (config.text_config.num_hidden_layers, config.text_config.hidden_size) == (32, 4096)

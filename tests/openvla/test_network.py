@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tests.openvla.tiny import padded, tiny_inputs
+from tests.openvla.tiny import load_openvla, padded, random_openvla, tiny_inputs
 from vla_pruner.errors import CheckpointError, ObservationError
-from vla_pruner.models.openvla import load_openvla, random_openvla
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
@@ -89,7 +90,7 @@ def test_actions_agree_with_the_official_code(policy, expected, inputs, frame):
 
 
 def test_cache_agrees_with_the_official_code(policy, expected, inputs):
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     policy.predict_action(**inputs, past_key_values=cache)
     np.testing.assert_allclose(cache.layers[0].keys[0], expected["layer0_k_t0"], **TOLERANCE)
 
@@ -149,6 +150,15 @@ def test_rotary_frequencies_are_those_of_the_formula(policy):
     rotary = policy.language_model.model.rotary_emb
     torch.testing.assert_close(rotary.inv_freq, 10000.0 ** (-torch.arange(0, 8, 2) / 8))
     assert not any(tensor.is_meta for tensor in [*policy.parameters(), *policy.buffers()])
+
+
+def test_casting_a_policy_leaves_its_positions_exact():
+    policy = random_openvla()
+    inputs, exact = tiny_inputs(policy), policy.language_model.model.rotary_emb.inv_freq.clone()
+    policy.to(torch.bfloat16)
+    assert policy.projector.fc1.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(policy.language_model.model.rotary_emb.inv_freq, exact, rtol=0, atol=0)
+    assert policy.predict_action(**inputs).shape == (7,)
 
 
 def test_the_policy_sees(policy, inputs):

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.openvla.tiny import OFT_PROPRIO, padded, tiny_inputs
+from tests.openvla.tiny import OFT_PROPRIO, load_openvla, padded, random_openvla, tiny_inputs
 from vla_pruner.errors import ObservationError
-from vla_pruner.models.openvla import load_openvla, random_openvla
 from vla_pruner.models.openvla.heads import (
     DDIM,
     NoisyActionProjector,
@@ -165,7 +164,7 @@ def test_drawn_noise_follows_the_generator():
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("head", KINDS)
 def test_batch_rows_equal_single_rows(head, side, backend):
-    policy = random_openvla(oft=True, head=head, attn_implementation=backend)
+    policy = random_openvla(oft=True, head=head, attn_implementation=backend, denoising_steps=2)
     rows = [
         tiny_inputs(policy, instruction, seed)
         for seed, instruction in enumerate(("pick up the red cup", "go", "open the drawer"))
@@ -190,7 +189,7 @@ def test_batch_rows_equal_single_rows(head, side, backend):
 def test_backends_agree(head):
     found = []
     for backend in ("sdpa", "eager"):
-        policy = random_openvla(oft=True, head=head, attn_implementation=backend)
+        policy = random_openvla(oft=True, head=head, attn_implementation=backend, denoising_steps=2)
         torch.manual_seed(0)
         found.append(policy.predict_action(**tiny_inputs(policy)))
     np.testing.assert_allclose(found[0], found[1], **TOLERANCE)
@@ -240,7 +239,8 @@ def test_half_precision_is_close_to_single(golden, expected, head, dtype):
 
 @pytest.mark.parametrize("head", KINDS)
 def test_the_policy_sees_every_camera(head):
-    policy = random_openvla(oft=True, head=head, cameras=("image", "left_wrist_image", "right_wrist_image"))
+    cameras = ("image", "left_wrist_image", "right_wrist_image")
+    policy = random_openvla(oft=True, head=head, cameras=cameras, denoising_steps=2)
     assert policy.num_images_in_input == 3
     images = {camera: np.full((224, 224, 3), 100, np.uint8) for camera in policy.cameras}
     noise = []
@@ -261,6 +261,7 @@ def test_a_step_calls_each_tower_once():
     modules = (*policy.vision_towers, policy.projector, policy.language_model, policy.language_model.model)
     calls, _ = recorded(policy, tiny_inputs(policy), *modules)
     assert [len(found) for found in calls] == [1] * 5
+    assert (policy.proprio_size, random_openvla().proprio_size) == (8, None)
 
 
 def test_act_normalises_the_state_and_predict_action_does_not(folder, expected):

@@ -72,6 +72,11 @@ def load_openvla(
     if files and family == "openvla":
         raise CheckpointError(f"{folder} has OpenVLA-OFT's heads ({', '.join(files)}); leave family out.")
     oft = bool(files) or family == "openvla_oft"
+    if not oft and (chunk is not None or (cameras is not None and len(camera_names(1, cameras)) != 1)):
+        raise CheckpointError(
+            f"{folder} has no action head and no proprio projector, so it is OpenVLA: one camera, one action at a "
+            "time. For OpenVLA-OFT with discrete actions give family='openvla_oft'; else leave out chunk and cameras."
+        )
     if dtype is None:
         on_cuda = torch.device(device).type == "cuda" if device_map is None else torch.cuda.is_available()
         dtype = torch.bfloat16 if on_cuda else torch.float32

@@ -22,11 +22,23 @@ from vla_pruner.models.openvla.vision import Projector, VisionBackbone, unused_w
 
 
 class LanguageModel(LlamaForCausalLM):
-    """Llama that can leave out its head over the vocabulary where only hidden states are wanted."""
+    """Llama that can leave out its head over the vocabulary where only hidden states are wanted, and whose positions
+    stay exact in half precision.
+    """
 
     def forward(self, *args: Any, headless: bool = False, **kwargs: Any) -> Any:
         """As LlamaForCausalLM; with `headless` the output of the decoder alone."""
         return self.model(*args, **kwargs) if headless else super().forward(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # `policy.to(torch.bfloat16)` rounds buffers too. Rounded frequencies turn the last tokens of the sequence by up
+        # to a radian, and nobody is told.
+        rotary = self.model.rotary_emb
+        exact = {name: buffer for name, buffer in rotary.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(rotary, name, buffer.to(rotary.get_buffer(name).device))
+        return self
 
 
 class OpenVLAForActionPrediction(PreTrainedModel):
@@ -82,6 +94,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def visual_slice(self) -> slice:
         """Where the visual tokens are in the language model's sequence, camera after camera."""
         return slice(1, 1 + self.patches * len(self.cameras))
+
+    @property
+    def proprio_size(self) -> int | None:
+        """How many numbers of the robot's state `act` takes; None: it takes none."""
+        return None
 
     @property
     def llm_dim(self) -> int:

@@ -59,6 +59,11 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         self.ddim = DDIM(num_train_steps=50, num_inference_steps=50)
 
     @property
+    def proprio_size(self) -> int | None:
+        """How many numbers of the robot's state `act` takes; None: it takes none."""
+        return None if self.proprio_projector is None else self.proprio_projector.proprio_dim
+
+    @property
     def num_images_in_input(self) -> int:
         """Number of cameras."""
         return len(self.cameras)

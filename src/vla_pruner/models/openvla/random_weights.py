@@ -97,7 +97,6 @@ def random_openvla(
         if isinstance(policy, OpenVLAOFT):
             _equip(policy, head, denoising_steps)
             for module in (policy.action_head, policy.proprio_projector, policy.noisy_action_projector):
-                # Not the policy as a whole: the frequencies of its rotary positions stay in float32.
                 _ = module and module.to(dtype)
     policy.cameras = camera_names(2 if oft else 1, cameras)
     policy.processor = OpenVLAProcessor(PUBLISHED_IMAGE_CONFIG, StandInTokenizer(config.text_config.vocab_size))
