@@ -1,0 +1,78 @@
+"""The flags of the policy type `vla_pruner`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lerobot.configs.policies import PreTrainedConfig
+
+from vla_pruner.errors import BudgetError, UnsupportedModelError
+
+METHODS = {"vla_pruner": "VLAPruner", "random": "RandomKeep", "unpruned": "Unpruned"}
+
+NOT_TRAINED = "A pruned policy is not trained; train the checkpoint itself."
+
+
+@PreTrainedConfig.register_subclass("vla_pruner")
+@dataclass
+class VLAPrunerConfig(PreTrainedConfig):
+    """A pi0, pi0.5 or SmolVLA checkpoint, named by `pretrained_path`, and how it is pruned.
+
+    Attributes:
+        method: "vla_pruner", "random" or "unpruned".
+        keep: a fraction with a point (0.25), a number of tokens (64), or a mapping of camera names to these.
+        layer, pruned: as of vla-pruner's methods.
+        options: further options of the method, such as {"warmup": "semantic"}.
+        inner: fields of the checkpoint's own config that are to differ, such as {"n_action_steps": 10}.
+    """
+
+    method: str = "vla_pruner"
+    keep: Any = 0.25
+    layer: int = 3
+    pruned: str = "drop"
+    options: dict[str, Any] = field(default_factory=dict)
+    inner: dict[str, Any] = field(default_factory=dict)
+
+    def build_method(self) -> Any:
+        """The method of vla-pruner that these flags describe.
+
+        Raises:
+            BudgetError: there is no such method or option, or one is out of its range.
+        """
+        import vla_pruner
+
+        if self.method not in METHODS:
+            raise BudgetError(f"method={self.method!r} was given; it is one of {', '.join(map(repr, METHODS))}.")
+        keep = {} if self.method == "unpruned" else {"keep": self.keep}
+        try:
+            return getattr(vla_pruner, METHODS[self.method])(
+                layer=self.layer, pruned=self.pruned, **keep, **self.options
+            )
+        except TypeError as error:
+            raise BudgetError(f"options={self.options!r} were given; method {self.method!r}: {error}.") from error
+
+    def inner_flags(self) -> list[str]:
+        """`inner` as flags of the checkpoint's config."""
+        return [f"--{name}={value}" for name, value in self.inner.items()]
+
+    @property
+    def observation_delta_indices(self) -> None:
+        return None
+
+    @property
+    def action_delta_indices(self) -> None:
+        return None
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None
+
+    def get_optimizer_preset(self) -> Any:
+        raise UnsupportedModelError(NOT_TRAINED)
+
+    def get_scheduler_preset(self) -> None:
+        return None
+
+    def validate_features(self) -> None:
+        """The checkpoint's own config does it."""
