@@ -1,6 +1,7 @@
-# make install | demo | test | check | test-oldest.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-lerobot.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
+LEROBOT_VENV ?= .venv-lerobot
 ARGS ?=
 PY := $(VENV)/bin/python
 GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
@@ -10,10 +11,14 @@ CORE_TESTS := $(wildcard tests/methods tests/attach tests/families)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
+# LeRobot 0.6 wants Python 3.12 or newer; its pins here are those of 3.12.
+LEROBOT_PYTHON ?= $(shell for p in $(LEROBOT_VENV)/bin/python python3.12 python3 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
+
 export HF_HUB_OFFLINE = 1
 export MUJOCO_GL ?= egl
 
-.PHONY: help install demo test check format test-oldest
+.PHONY: help install demo test check format test-oldest test-lerobot
 help:
 	@echo "make install      create $(VENV) and install everything, pinned by constraints.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
@@ -21,6 +26,7 @@ help:
 	@echo "make check        lint, formatting and types"
 	@echo "make format       format the code"
 	@echo "make test-oldest  run the core tests on the oldest supported transformers, in $(OLDEST_VENV)"
+	@echo "make test-lerobot run LeRobot's tests in $(LEROBOT_VENV) (Python 3.12, 7 GB; LEROBOT=optional: none is no error)"
 
 install: $(VENV)/.installed
 
@@ -58,3 +64,19 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest $(CORE_TESTS) $(ARGS)
+
+$(LEROBOT_VENV)/.installed: pyproject.toml constraints-lerobot.txt plugins/lerobot_policy_vla_pruner/pyproject.toml
+	@test -x $(LEROBOT_VENV)/bin/python || { echo "==> Creating $(LEROBOT_VENV) with $(LEROBOT_PYTHON)"; $(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV); }
+	@echo "==> Installing LeRobot into $(LEROBOT_VENV) (7 GB with torch for CUDA, which runs on the CPU too; minutes the first time)"
+	@$(LEROBOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lerobot.txt \
+		'lerobot[pi,smolvla,dataset]==0.6.1' pytest -e . -e plugins/lerobot_policy_vla_pruner
+	@touch $@
+
+ifneq ($(LEROBOT_PYTHON),)
+test-lerobot: $(LEROBOT_VENV)/.installed
+	$(LEROBOT_VENV)/bin/python -m pytest tests/lerobot $(ARGS)
+else
+test-lerobot:
+	@echo "LeRobot's tests did not run: LeRobot 0.6 needs Python 3.12, and none was found on the PATH or under ~/.pyenv. Install it, or name it: make test-lerobot LEROBOT_PYTHON=/path/to/python3.12" >&2
+	@test "$(LEROBOT)" = optional || { echo "To go on without them: make test-lerobot LEROBOT=optional" >&2; exit 1; }
+endif
