@@ -1,6 +1,6 @@
 """What pruning can save in each family, counted: FLOPs and bytes of one control step at the published sizes.
 
-    python -m benchmarks.family_flops      # prints a table, writes benchmarks/results/family_flops.json
+    python -m benchmarks.family_flops      # prints a table, writes benchmarks/results/family_flops.{json,md}
 
 Nothing is run or timed here. FLOPs say what a compute-bound pass costs (a long prompt, a batch); bytes are the weights
 that every pass must read once, which is what a pass of few tokens costs at batch 1 (decoding, denoising). Sizes are
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vla_pruner.cost import DecoderShape, Flops
 
@@ -43,6 +44,7 @@ class Family:
         decoder: whose layers are shortened.
         decoded: tokens decoded after the prompt, one pass each.
         expert: an expert that reads the prompt's keys and values, with the tokens of one pass and the passes.
+        remark: where that leaves a user.
     """
 
     towers: tuple[tuple[DecoderShape, int, int], ...]
@@ -52,23 +54,53 @@ class Family:
     decoder: DecoderShape
     decoded: int = 0
     expert: tuple[DecoderShape, int, int] | None = None
+    remark: str = ""
 
 
 FAMILIES = {
     "OpenVLA": Family(
-        towers=((DINO, 261, 23), (SIGLIP, 256, 26)), cameras=1, visual=256, other=25, decoder=LLAMA, decoded=6
+        towers=((DINO, 261, 23), (SIGLIP, 256, 26)),
+        cameras=1,
+        visual=256,
+        other=25,
+        decoder=LLAMA,
+        decoded=6,
+        remark="six decoding passes read all weights again, pruned or not: a small gain for one robot, more in batches",
     ),
     "OpenVLA-OFT": Family(
-        towers=((DINO, 261, 23), (SIGLIP, 256, 26)), cameras=2, visual=512, other=25 + 1 + 57, decoder=LLAMA
+        towers=((DINO, 261, 23), (SIGLIP, 256, 26)),
+        cameras=2,
+        visual=512,
+        other=25 + 1 + 57,
+        decoder=LLAMA,
+        remark="one pass, nearly all of it visual tokens: where pruning pays most",
     ),
     "pi0": Family(
-        towers=((SIGLIP, 256, 27),), cameras=3, visual=768, other=48, decoder=GEMMA, expert=(GEMMA_EXPERT, 51, 10)
+        towers=((SIGLIP, 256, 27),),
+        cameras=3,
+        visual=768,
+        other=48,
+        decoder=GEMMA,
+        expert=(GEMMA_EXPERT, 51, 10),
+        remark="the prompt shrinks; the vision tower and ten passes of the expert remain",
     ),
     "pi0.5": Family(
-        towers=((SIGLIP, 256, 27),), cameras=3, visual=768, other=200, decoder=GEMMA, expert=(GEMMA_EXPERT, 50, 10)
+        towers=((SIGLIP, 256, 27),),
+        cameras=3,
+        visual=768,
+        other=200,
+        decoder=GEMMA,
+        expert=(GEMMA_EXPERT, 50, 10),
+        remark="as pi0; its long text remains too",
     ),
     "SmolVLA": Family(
-        towers=((SMOL_VISION, 1024, 12),), cameras=3, visual=192, other=49, decoder=SMOL, expert=(SMOL_EXPERT, 50, 10)
+        towers=((SMOL_VISION, 1024, 12),),
+        cameras=3,
+        visual=192,
+        other=49,
+        decoder=SMOL,
+        expert=(SMOL_EXPERT, 50, 10),
+        remark="the vision tower is most of it, and it is behind that tower that tokens are dropped: nothing to gain",
     ),
 }
 
@@ -117,7 +149,7 @@ def bytes_read(family: Family) -> dict[str, float]:
     }
 
 
-def result(family: Family) -> dict[str, object]:
+def result(family: Family) -> dict[str, Any]:
     """Everything of one family, ready for JSON."""
     untouched = parts(family, None)
     total = sum(untouched.values())
@@ -134,13 +166,29 @@ def _prompt(family: Family, keep: float | None) -> float:
     return sum(value for name, value in parts(family, keep).items() if name.startswith("prompt"))
 
 
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The same as Markdown."""
+    lines = [
+        "| family | TFLOPs: vision / prompt / rest | FLOPs left at keep .5 / .25 / .125 "
+        "| weights read, GB: vision / prompt / rest | which means |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        vision, before, pruned, after = (value / 1e3 for value in found["gflops"].values())
+        left = " / ".join(f"{100 * value:.0f} %" for value in found["flops_left"].values())
+        read = " / ".join(f"{value:.1f}" for value in found["weights_read_gb"].values())
+        flops = f"{vision:.2f} / {before + pruned:.2f} / {after:.2f}"
+        lines.append(f"| {name} | {flops} | {left} | {read} | {FAMILIES[name].remark} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Write the JSON and print one line a family."""
+    """Write the results and print the table."""
     results = {name: result(family) for name, family in FAMILIES.items()}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps({"layer": LAYER, "dtype": "bfloat16", "families": results}, indent=2) + "\n")
-    for name, found in results.items():
-        print(name, json.dumps(found))
+    OUT.with_suffix(".md").write_text(table(results) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def block(text: str) -> str:
+    """The one Python block that contains `text`."""
+    (found,) = [each for each in BLOCKS if text in each]
+    return found
+
+
 def _tiny_language_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,20 +43,38 @@ def test_first_snippet() -> None:
         "instruction": vp.reference_policy().config.tasks[0][1],
         "proprio": np.zeros(4, np.float32),
     }
-    exec(BLOCKS[0], names)
+    exec(block("reference_policy()"), names)
     assert names["action"].shape == (4,)
+
+
+def test_openvla_snippet(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Random weights instead of a download; the loader has its own tests.
+    monkeypatch.setattr(vp, "load_policy", lambda _: vp.random_policy("openvla"), raising=False)
+    names: dict[str, Any] = {"vp": vp, "checkpoint": "folder", "image": np.zeros((64, 48, 3), np.uint8)}
+    exec(block("vp.load_policy(checkpoint)"), names)
+    assert names["chunk"].shape == (1, 7)
+
+
+def test_counted_flops_are_those_of_the_committed_file() -> None:
+    results = ROOT / "benchmarks" / "results"
+    assert (results / "family_flops.md").read_text(encoding="utf-8").strip() in README
+    from benchmarks.family_flops import FAMILIES, result, table
+
+    counted = json.loads((results / "family_flops.json").read_text(encoding="utf-8"))["families"]
+    assert counted == {name: result(family) for name, family in FAMILIES.items()}
+    assert table(counted) in README
 
 
 def test_language_model_snippet() -> None:
     names: dict[str, Any] = {"vp": vp, "lm": _tiny_language_model(), "prompt": torch.randn(1, 262, 16)}
     with torch.inference_mode():
-        exec(BLOCKS[1], names)
+        exec(block("attach(lm, visual"), names)
     assert names["session"].kept is None  # its history is still empty
 
 
 def test_method_snippet() -> None:
     names: dict[str, Any] = {"__name__": __name__}  # dataclasses look their module up
-    exec(compile(BLOCKS[2], "README.md", "exec", dont_inherit=True), names)
+    exec(compile(block("class MostAttended"), "README.md", "exec", dont_inherit=True), names)
     lm = _tiny_language_model()
     with names["MostAttended"]().attach(lm, visual=slice(1, 17)) as session, torch.inference_mode():
         lm(inputs_embeds=torch.randn(1, 20, 16))
@@ -58,7 +82,8 @@ def test_method_snippet() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md"):
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        name = str(path.relative_to(ROOT))
         folder = (ROOT / name).parent
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
             if not target.startswith("http"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -137,12 +136,8 @@ class Family:
         """
         raise NotImplementedError
 
-    def install(self, new_episode: Callable[[], None]) -> None:
-        """Put in place whatever the family needs besides hooks on its decoders.
-
-        Args:
-            new_episode: to be called when the policy itself is told that an episode begins.
-        """
+    def install(self) -> None:
+        """Put in place whatever the family needs besides hooks on its decoders."""
 
     def remove(self) -> None:
         """Undo `install`."""

@@ -15,6 +15,7 @@ from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.layout import Layout, Shortening, ensure
 from vla_pruner.attach.recorder import Attention
+from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.methods.base import Evidence, Method
@@ -31,7 +32,7 @@ _attached: WeakSet[nn.Module] = WeakSet()
 
 class Session:
     """Made by `method.attach(model)`. A context manager; `detach()` leaves the model as it was, also after an
-    exception.
+    exception. Where the policy has a `reset()` of its own, calling that is calling `session.reset()` too.
 
     Attributes:
         method: the method that chooses the tokens.
@@ -54,9 +55,11 @@ class Session:
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
         self._wiring = family.wiring(self) or HookWiring(self, family)
+        self._replaced = Replacements()
         try:
-            family.install(self.reset)
+            family.install()
             self._wiring.install()
+            self._follow_resets(model)
         except BaseException:
             self._remove()
             raise
@@ -258,6 +261,19 @@ class Session:
             rows = self._family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
             step.add_action(attention, rows, shortened)
 
+    def _follow_resets(self, policy: Any) -> None:
+        """A policy that is told of a new episode tells this session."""
+
+        def reset(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.reset()
+            return result
+
+        inner = None if isinstance(policy, nn.Module) else getattr(policy, "module", None)
+        for owner in (policy, inner):
+            if callable(getattr(owner, "reset", None)):
+                self._replaced.put(owner, "reset", reset)
+
     def _budgets(self, cameras: tuple[int, ...], absent: frozenset[int]) -> list[int]:
         """Tokens kept: one number for all cameras together, or one for each."""
         present = [0 if camera in absent else count for camera, count in enumerate(cameras)]
@@ -298,6 +314,7 @@ class Session:
             )
 
     def _remove(self) -> None:
+        self._replaced.remove()
         self._wiring.remove()
         self._family.remove()
 

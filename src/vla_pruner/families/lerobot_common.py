@@ -4,7 +4,6 @@ instances while a session is attached.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from importlib import metadata
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
+from vla_pruner.attach.replacements import Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import TransformersFamily
 
@@ -42,52 +42,6 @@ def check_version() -> str:
 def camera_names(config: Any) -> tuple[str, ...]:
     """A LeRobot policy's cameras in its own order, without "observation.images."."""
     return tuple(key.removeprefix(IMAGES).removeprefix("observation.") for key in config.image_features)
-
-
-class Replaced:
-    """A method that stands in the place of another on one instance.
-
-    Args:
-        call: what is called instead.
-        original: the bound method, whose name and signature it shows.
-    """
-
-    def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
-        self._call = call
-        functools.update_wrapper(self, original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        # The copy would call into the model that it was copied from.
-        raise SessionError("A policy with a session attached was copied or pickled; detach first.")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__deepcopy__(None)
-
-
-class Replacements:
-    """Methods replaced on instances, all of them put back by `remove`."""
-
-    def __init__(self) -> None:
-        self._saved: list[tuple[Any, str, bool, Any]] = []
-
-    def put(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Have `owner.name(...)` call `around(original, ...)`."""
-        original = getattr(owner, name)
-        own = vars(owner)
-        self._saved.append((owner, name, name in own, own.get(name)))
-        setattr(owner, name, Replaced(functools.partial(around, original), original))
-
-    def remove(self) -> None:
-        """Put every method back."""
-        for owner, name, was_own, before in reversed(self._saved):
-            if was_own:
-                setattr(owner, name, before)
-            else:
-                vars(owner).pop(name, None)
-        self._saved.clear()
 
 
 class LeRobotFamily(TransformersFamily):
@@ -163,13 +117,7 @@ class LeRobotFamily(TransformersFamily):
             absent=absent,
         )
 
-    def install(self, new_episode: Callable[[], None]) -> None:
-        def reset(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            new_episode()
-            return result
-
-        self._replaced.put(self._policy, "reset", reset)
+    def install(self) -> None:
         self._replaced.put(self._policy, self.prepare, self._prepare_images)
         self._replaced.put(self._inner, "embed_prefix", self._embed_prefix)
         self._replaced.put(self._inner, "forward", _refuse_training)

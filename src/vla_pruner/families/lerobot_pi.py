@@ -59,8 +59,8 @@ class LeRobotPi(LeRobotFamily):
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         return rotate(key, key, *position_embeddings)[1], value
 
-    def install(self, new_episode: Callable[[], None]) -> None:
-        super().install(new_episode)
+    def install(self) -> None:
+        super().install()
         for decoder in (self.decoder, *self.readers):
             self._replaced.put(decoder, "forward", _ThroughModule(decoder))
 

@@ -8,7 +8,7 @@ and values, layer by layer. Action attention is that of the expert's action rows
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class PI0(TransformersFamily):
         # The suffix is [state][actions].
         return torch.arange(1, length, device=device).expand(rows, -1)
 
-    def install(self, new_episode: Callable[[], None]) -> None:
+    def install(self) -> None:
         original = self._pi0.embed_prefix
 
         @functools.wraps(original)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from vla_pruner.attach.family import Call, Wiring
 from vla_pruner.attach.layout import Shortening
 from vla_pruner.attach.recorder import Attention
+from vla_pruner.attach.replacements import Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
-from vla_pruner.families.lerobot_common import LeRobotFamily, Replacements
+from vla_pruner.families.lerobot_common import LeRobotFamily
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
