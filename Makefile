@@ -5,7 +5,7 @@ LEROBOT_VENV ?= .venv-lerobot
 ARGS ?=
 PY := $(VENV)/bin/python
 GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
-CORE_TESTS := $(wildcard tests/methods tests/attach tests/families)
+CORE_TESTS := $(wildcard tests/methods tests/attach tests/families tests/openvla tests/policies tests/audit tests/preprocessing)
 
 # MuJoCo 3.3.0 has wheels for Python 3.11 to 3.13; `make PYTHON=/path/to/python` chooses another interpreter.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
