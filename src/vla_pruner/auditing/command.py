@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,15 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     device = _device(settings.device)
     if settings.json not in (None, "-") and not Path(str(settings.json)).resolve().parent.is_dir():
         raise BudgetError(f"--json is {settings.json}, but there is no such folder; make it first.")
-    policy = _policy(settings, device)
-    report = audit(
-        policy,
-        method,
-        instruction=settings.instruction,
-        seed=settings.seed,
-        progress=lambda check: print_check(console, check, settings.details),
-    )
+    # Standard output is the report's alone where it was asked for; policies' own libraries print things, too.
+    with redirect_stdout(sys.stderr) if settings.json == "-" else nullcontext():
+        report = audit(
+            _policy(settings, device),
+            method,
+            instruction=settings.instruction,
+            seed=settings.seed,
+            progress=lambda check: print_check(console, check, settings.details),
+        )
     console.print(summary(report), style="bold green" if report.passed else "bold red", soft_wrap=True, markup=False)
     if settings.json is not None:
         _write(report, settings)

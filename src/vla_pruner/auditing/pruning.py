@@ -19,7 +19,7 @@ from vla_pruner.auditing.subject import Subject
 EXACT = 1e-4
 """Tolerance in float32: absolute, or of the largest value compared where that is above 1."""
 
-HALF = 0.5
+HALF = 0.25
 """Tolerance in half precision: the share of what pruning itself changes."""
 
 NEVER = "{method} pruned none of the first control steps, so there is nothing to look at."
@@ -37,7 +37,7 @@ def lengths(subject: Subject) -> Check:
         subject.act(subject.scene(0))
     probe = LengthProbe(subject.family.decoder)
     with subject.attach() as session:
-        subject.begin(session)
+        subject.begin()
         for step in range(subject.steps - 1):
             subject.act(subject.scene(step), step)
         with probe:
@@ -68,8 +68,8 @@ def keep_all(subject: Subject) -> Check:
     scenes = range((subject.steps or 1) + 2)
     subject.begin()
     untouched = [subject.act(subject.scene(number), number) for number in scenes]
-    with subject.attach(replace(method, keep=1.0)) as session:
-        subject.begin(session)
+    with subject.attach(replace(method, keep=1.0)):
+        subject.begin()
         actions = [subject.act(subject.scene(number), number) for number in scenes]
     changed = [number for number in scenes if not np.array_equal(actions[number], untouched[number])]
     detail = "Actions of an episode of different scenes, compared bit by bit with those of the policy alone."

@@ -99,8 +99,8 @@ def _watch(subject: Subject, pruned: bool) -> TowerProbe:
         with probe:
             subject.act(shown)
         return probe
-    with subject.attach() as session:
-        subject.begin(session)
+    with subject.attach():
+        subject.begin()
         for step in range((subject.steps or 1) - 1):
             subject.act(shown, step)
         with probe:

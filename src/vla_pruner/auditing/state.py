@@ -51,8 +51,8 @@ def detach(subject: Subject) -> Check:
     subject.begin()
     untouched = subject.act(subject.scene(0))
     before = snapshot(subject)
-    with subject.attach() as session:
-        subject.begin(session)
+    with subject.attach():
+        subject.begin()
         for step in range((subject.steps or 1) + 1):
             subject.act(subject.scene(step), step)
     subject.begin()
@@ -129,8 +129,8 @@ def _fail_inside(subject: Subject) -> None:
 
     last: nn.Module = subject.family.decoder.layers[-1].mlp
     try:
-        with subject.attach() as session:
-            subject.begin(session)
+        with subject.attach():
+            subject.begin()
             handle = last.register_forward_pre_hook(interrupt)
             try:
                 subject.act(subject.scene(0))
@@ -141,7 +141,7 @@ def _fail_inside(subject: Subject) -> None:
 
 
 def _episode(subject: Subject, session: Any, steps: int, offset: int) -> tuple[list[np.ndarray], list[Any]]:
-    subject.begin(session)
+    subject.begin()
     actions, kept = [], []
     for step in range(steps):
         actions.append(subject.act(subject.scene(step + offset), step))

@@ -98,7 +98,7 @@ class Subject:
 
     def act(self, images: Images, step: int = 0) -> np.ndarray:
         """One control step: (chunk, dim) float64. The noise of a flow depends on the seed and on `step` alone."""
-        size, proprio = _proprio_size(self.policy), None
+        size, proprio = self.policy.proprio_size, None
         if size is not None:
             middle = getattr(getattr(self.policy, "config", None), "proprio_mean", None)
             proprio = np.zeros(size) if middle is None else np.asarray(middle)
@@ -112,11 +112,9 @@ class Subject:
         policy: Any = self.policy
         return (self.method if method is None else method).attach(policy)
 
-    def begin(self, session: Session | None = None) -> None:
-        """A new episode."""
+    def begin(self) -> None:
+        """A new episode, for a session that is attached as well."""
         self.policy.reset()
-        if session is not None:
-            session.reset()
 
     def run(
         self, session: Session, scenes: list[int], watching: AbstractContextManager[Any] | None = None
@@ -125,7 +123,7 @@ class Subject:
 
         `watching` is open during the last step.
         """
-        self.begin(session)
+        self.begin()
         for step, scene in enumerate(scenes[:-1]):
             self.act(self.scene(scene), step)
         with nullcontext() if watching is None else watching:
@@ -137,7 +135,7 @@ class Subject:
     def _first_pruned(self) -> int | None:
         images = self.scene(0)
         with self.attach() as session:
-            self.begin(session)
+            self.begin()
             for step in range(max(_LONGEST_WARM_UP, self.method.history + 2)):
                 self.act(images, step)
                 if session.kept is not None:
@@ -156,7 +154,8 @@ def check_policy(policy: Any) -> Policy:
             f"{type(policy).__name__} was loaded through remote code, which does not see on current transformers. Load "
             "the same checkpoint with vla_pruner.load_policy(path)."
         )
-    missing = [name for name in ("act", "reset", "cameras", "vision_towers") if not hasattr(policy, name)]
+    wanted = ("act", "reset", "cameras", "vision_towers", "proprio_size")
+    missing = [name for name in wanted if not hasattr(policy, name)]
     if missing:
         raise UnsupportedModelError(
             f"{type(policy).__name__} has no {', '.join(missing)}, so it cannot be audited. Load it with "
@@ -165,12 +164,6 @@ def check_policy(policy: Any) -> Policy:
     if not isinstance(module_of(policy), nn.Module):
         raise UnsupportedModelError(f"{type(policy).__name__}.module is no torch module.")
     return policy
-
-
-def _proprio_size(policy: Any) -> int | None:
-    projector = getattr(policy, "proprio_projector", None)
-    known: int | None = getattr(policy, "proprio_size", None)
-    return projector.proprio_dim if known is None and projector is not None else known
 
 
 def _draw_scene(side: int, generator: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,93 @@
+"""The audit passes on every family that runs here, and its figures are those of the model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import vla_pruner as vp
+from tests.state import whole_state
+from vla_pruner.auditing.run import CHECKS
+from vla_pruner.policies.base import module_of
+
+NAMES = ("reference", "openvla", "openvla-oft", "pi0")
+LENGTHS = {
+    "reference": "72 tokens in layers 0-2, 24 in layers 3-5 (16 of 64 visual tokens kept)",
+    "openvla": "(64 of 256 visual tokens kept)",
+    "openvla-oft": "(128 of 512 visual tokens kept)",
+    "pi0": "176 tokens in layers 0-2, 80 in layers 3-5 (32 of 128 visual tokens kept)",
+}
+TOWERS = {
+    "reference": "1 x 1 images a step",
+    "openvla": "2 x 1 images a step",
+    "openvla-oft": "2 x 2 images a step",
+    "pi0": "1 x 2 images a step",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_on_every_family(name):
+    policy = vp.random_policy(name)
+    before = whole_state(module_of(policy))
+    heard = []
+    report = vp.audit(policy, vp.VLAPruner(keep=0.25, window=1), progress=heard.append)
+    assert report.passed, report.failures
+    assert [check.name for check in report.checks] == list(CHECKS)
+    assert tuple(heard) == report.checks
+    assert all(check.passed for check in report.checks)
+    assert LENGTHS[name] in report["lengths"].figure
+    assert report["vision towers"].figure == TOWERS[name]
+    assert "%" in report["share"].figure
+    assert "ceiling" in report["share"].detail
+    assert whole_state(module_of(policy)) == before
+    loaded = json.loads(json.dumps(report.to_json()))
+    assert loaded["passed"] is True
+    assert loaded["settings"]["attention"] == "sdpa"
+    assert loaded["settings"]["cameras"] == list(policy.cameras)
+    assert len(loaded["checks"]) == len(CHECKS)
+
+
+def test_half_precision_is_compared_with_what_pruning_changes():
+    report = vp.audit(vp.random_policy("reference", dtype=torch.bfloat16), vp.VLAPruner(keep=0.25, window=1))
+    assert report.passed, report.failures
+    assert "half precision" in report["reference drop"].detail
+    assert report.settings["dtype"] == "bfloat16"
+
+
+def test_methods_without_eyes_are_not_asked_about_scenes():
+    report = vp.audit(vp.random_policy("reference"), vp.RandomKeep(keep=8, pruned="freeze"))
+    assert report.passed, report.failures
+    assert [check.name for check in report.checks if check.passed is None] == ["scenes"]
+    assert "8 of 64" in report["lengths"].figure
+
+
+def test_a_method_that_never_prunes_is_not_asked_about_pruning():
+    report = vp.audit(vp.random_policy("reference"), vp.Unpruned())
+    assert report.passed, report.failures
+    skipped = {check.name for check in report.checks if check.passed is None}
+    assert skipped == {"lengths", "keep 1.0", "reference drop", "reference freeze", "scenes", "share"}
+
+
+def test_the_shipped_policy_is_told_what_it_knows():
+    report = vp.audit(vp.load_policy("reference"), vp.VLAPruner(keep=0.25, window=1))
+    assert report.passed, report.failures
+
+
+def test_refusals():
+    policy = vp.random_policy("reference")
+    with pytest.raises(vp.BudgetError, match="6 layers"):
+        vp.audit(policy, vp.VLAPruner(layer=9))
+    with pytest.raises(vp.UnsupportedModelError, match="has no act, reset, cameras, vision_towers, proprio_size"):
+        vp.audit(policy.language_model)  # type: ignore[arg-type,attr-defined]
+    with vp.Unpruned().attach(policy), pytest.raises(vp.SessionError, match="already"):
+        vp.audit(policy)
+    with pytest.raises(vp.ObservationError, match="juggle"):
+        vp.audit(policy, instruction="juggle")
+
+
+def test_remote_code_is_refused():
+    remote = type("OpenVLAForActionPrediction", (), {"__module__": "transformers_modules.openvla.modeling_prismatic"})
+    with pytest.raises(vp.UnsupportedModelError, match=r"load_policy"):
+        vp.audit(remote())
