@@ -21,7 +21,23 @@ from vla_pruner.errors import (
     UnsupportedModelError,
     VLAPrunerError,
 )
-from vla_pruner.methods import Evidence, KeepFixed, Memory, Method, RandomKeep, Unpruned, VLAPruner
+from vla_pruner.methods import (
+    ActionOnly,
+    DivPrune,
+    Evidence,
+    FastV,
+    KeepFixed,
+    MaxMinDiversity,
+    Memory,
+    Method,
+    RandomKeep,
+    ScoreFusion,
+    SemanticOnly,
+    SparseVLM,
+    TextQuery,
+    Unpruned,
+    VLAPruner,
+)
 
 if TYPE_CHECKING:
     from vla_pruner.auditing import audit
@@ -32,16 +48,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActionOnly",
     "BudgetError",
     "CheckpointError",
+    "DivPrune",
     "Evidence",
+    "FastV",
     "KeepFixed",
+    "MaxMinDiversity",
     "Memory",
     "Method",
     "ObservationError",
     "RandomKeep",
+    "ScoreFusion",
+    "SemanticOnly",
     "Session",
     "SessionError",
+    "SparseVLM",
+    "TextQuery",
     "Unpruned",
     "UnsupportedModelError",
     "VLAPruner",

@@ -68,7 +68,8 @@ class Layout:
 
 
 NO_TEXT = (
-    'semantic_queries="text" was asked for, but a row has no text after its last visual token: use "all" or "last".'
+    "The method scores visual tokens by the attention of the text after the image, but a row has no text after its "
+    'last visual token; choose semantic_queries="all" or "last", or a method that reads no text.'
 )
 
 

@@ -226,10 +226,18 @@ class Session:
                 step.short_action_rows = step.shortening.row_index(step.action_rows)
         return step.shortening
 
+    @torch.no_grad()
     def see_embeddings(self, hidden: Tensor) -> None:
-        """The first layer's input (B, N, D) of a prefill, for methods that compare visual tokens there."""
-        if self._step is not None and self._step.embeddings is None and "embeddings" in self.method.needs:
-            self._step.embeddings = visual_rows(hidden, self._step.layout)
+        """The first layer's input (B, N, D) of a prefill, for methods that compare tokens there."""
+        step, method = self._step, self.method
+        if step is None:
+            return
+        if step.embeddings is None and "embeddings" in method.needs:
+            step.embeddings = visual_rows(hidden, step.layout)
+        if step.raters is None and method.queries == "raters":
+            with self.timed():
+                visual = visual_rows(hidden, step.layout)
+                step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
 
     @torch.no_grad()
     def record_semantic(self, attention: Attention) -> None:
@@ -237,7 +245,7 @@ class Session:
         step = self._step
         if step is not None and step.prefilling and step.semantic is None:
             with self.timed():
-                step.add_semantic(attention, self.method.queries)
+                step.add_semantic(attention, self.method.queries, self.method.attention == "logits")
 
     @torch.no_grad()
     def record_decoder(self, shortened: bool, attention: Attention) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vla_pruner.attach.layout import Layout, Shortening
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.methods.memory import Memory
-from vla_pruner.methods.scores import attention_probabilities, mean_over_rows
+from vla_pruner.methods.scores import attention_probabilities, mean_logits, mean_over_rows
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Step:
         kept: (B, k) sorted ids of the visual tokens kept; None if the step is not pruned.
         shortening: what that does to the sequence; None if the step is not pruned.
         embeddings: (B, M, D) visual tokens as they enter the first layer, if the method asks for them.
+        raters: (B, N) weights of the prompt rows over which the semantic score averages, if the method chooses them.
         semantic: (B, M) float32 semantic score, if the method asks for it.
         frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the pruning layer; None without
             any.
@@ -40,6 +41,7 @@ class Step:
     kept: Tensor | None = None
     shortening: Shortening | None = None
     embeddings: Tensor | None = None
+    raters: Tensor | None = None
     semantic: Tensor | None = None
     chosen: bool = False
     prefilling: bool = True
@@ -68,9 +70,9 @@ class Step:
             return None
         return torch.zeros_like(self.layout.valid).scatter(1, self.kept, True)
 
-    def add_semantic(self, attention: Attention, queries: str) -> None:
-        """Read the semantic score from the full-length prefill of the layer before pruning; `queries` as in
-        `Method`.
+    def add_semantic(self, attention: Attention, queries: str, logits: bool = False) -> None:
+        """Read the semantic score from the full-length prefill of the layer before pruning; `queries` as in `Method`,
+        `logits` for those instead of probabilities.
         """
         rows, counts = None, self.layout.prompt
         if queries == "last":
@@ -78,9 +80,16 @@ class Step:
             counts = torch.ones_like(rows)
         elif queries == "text":
             counts = self.layout.text()
-        rows_of_layer = _rows_of(attention, rows)
-        received = mean_over_rows(rows_of_layer, counts.to(rows_of_layer.device)).to(counts.device)
-        self.semantic = received.gather(1, self.layout.visual)
+        elif queries == "raters":
+            assert self.raters is not None
+            counts = self.raters
+        device = attention.query.device
+        if logits:
+            weights = counts if rows is None else torch.zeros_like(self.layout.prompt).scatter(1, rows, True)
+            received = mean_logits(attention.query, attention.key, weights.to(device), attention.scaling)
+        else:
+            received = mean_over_rows(_rows_of(attention, rows), counts.to(device))
+        self.semantic = received.to(counts.device).gather(1, self.layout.visual)
 
     def add_action(self, attention: Attention, rows: Tensor | None, shortened: bool) -> None:
         """Add what the action rows of one layer attend to.

@@ -1,8 +1,32 @@
 """Which tokens stay: pure tensors in, ids out. Nothing here knows a model."""
 
+from vla_pruner.methods.action_only import ActionOnly
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.controls import KeepFixed, RandomKeep, Unpruned
+from vla_pruner.methods.divprune import DivPrune
+from vla_pruner.methods.fastv import FastV
+from vla_pruner.methods.max_min_diversity import MaxMinDiversity
 from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.score_fusion import ScoreFusion
+from vla_pruner.methods.semantic_only import SemanticOnly
+from vla_pruner.methods.sparsevlm import SparseVLM
+from vla_pruner.methods.text_query import TextQuery
 from vla_pruner.methods.vla_pruner import VLAPruner
 
-__all__ = ["Evidence", "KeepFixed", "Memory", "Method", "RandomKeep", "Unpruned", "VLAPruner"]
+__all__ = [
+    "ActionOnly",
+    "DivPrune",
+    "Evidence",
+    "FastV",
+    "KeepFixed",
+    "MaxMinDiversity",
+    "Memory",
+    "Method",
+    "RandomKeep",
+    "ScoreFusion",
+    "SemanticOnly",
+    "SparseVLM",
+    "TextQuery",
+    "Unpruned",
+    "VLAPruner",
+]

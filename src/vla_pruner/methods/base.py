@@ -82,10 +82,28 @@ class Method:
 
     @property
     def queries(self) -> str:
-        """Rows over which the semantic score averages: "all" prompt tokens, the "text" after the image, or the
-        "last" token.
+        """Rows over which the semantic score averages: "all" prompt tokens, the "text" after the image, the "last"
+        token, or the "raters" that the method chooses itself.
         """
         return "all"
+
+    @property
+    def attention(self) -> str:
+        """What the semantic score averages: attention "probabilities", or the "logits" under them."""
+        return "probabilities"
+
+    def raters(self, visual: Tensor, valid: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
+        """Weights (B, N) of the prompt rows over which the semantic score averages, where `queries` is "raters".
+
+        Args:
+            visual: (B, M, D) visual tokens as they enter the first layer.
+            valid: (B, M) bool, False for visual tokens that are masked out.
+            prompt: (B, N, D) the whole prompt as it enters the first layer.
+            text: (B, N) bool, the real, non-visual tokens after the image; at least one in each row.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say which rows rate: define raters(visual, valid, prompt, text)."
+        )
 
     def action_layers(self, layers: int) -> tuple[int, ...]:
         """Decoder layers (0-based, of `layers`) at which action attention is read: the later half, as in the paper.

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
+from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.memory import Memory
-from vla_pruner.methods.selection import order_by_score
+from vla_pruner.methods.selection import top_ids
 
 
 @dataclass(frozen=True)
-class RandomKeep(Method):
+class RandomKeep(Budgeted):
     """Keep a random set, drawn anew in every control step from (seed, episode, step): the control that any method must
     beat.
 
@@ -24,21 +25,12 @@ class RandomKeep(Method):
     alone.
 
     Attributes:
-        keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int); one budget for all
-            cameras, or a mapping of camera names to budgets.
+        keep, warmup_steps: see `Budgeted`.
         seed: of the draws.
         layer, pruned: see `Method`.
     """
 
-    keep: Keep = 0.25
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.keep)
-
-    def budget(self, tokens: int) -> int:
-        return resolve_keep(self.keep, tokens)
 
     def for_cameras(self, names: tuple[str, ...]) -> tuple[Self, ...] | None:
         methods = super().for_cameras(names)
@@ -51,7 +43,7 @@ class RandomKeep(Method):
         tokens = evidence.valid.shape[1]
         draws = [self._draw(step, tokens) for step in _clocks(evidence.memory)]
         scores = torch.stack(draws).to(evidence.valid.device, non_blocking=True)
-        return order_by_score(scores, evidence.valid)[:, :k].sort(dim=1).values
+        return top_ids(scores, evidence.valid, k)
 
     def _draw(self, clock: tuple[int, int], tokens: int) -> Tensor:
         episode, step = clock

@@ -54,6 +54,48 @@ def mean_over_rows(probabilities: Tensor, weights: Tensor) -> Tensor:
     return total / (probabilities.shape[1] * weights.sum(dim=1, keepdim=True).clamp_min(1))
 
 
+def mean_logits(query: Tensor, key: Tensor, weights: Tensor, scaling: float) -> Tensor:
+    """Attention logits that each key receives, averaged over heads and over query rows.
+
+    Args:
+        query: (B, H, N, d) rotated queries.
+        key: (B, G, S, d) rotated keys, G key-value heads (H a multiple of G).
+        weights: (B, N), 1 for a row that counts and 0 for one that does not; at least one 1 in each row.
+        scaling: factor on the logits.
+
+    Returns:
+        (B, S) float32. No mask and no soft cap applies: these are the products themselves.
+    """
+    batch, heads, _, dim = query.shape
+    weights = weights.to(torch.float32)
+    # The mean of products with a key is the product with the mean query.
+    mean = (weights[:, None, None] @ query.float())[:, :, 0] / weights.sum(dim=1)[:, None, None]
+    mean = mean.view(batch, key.shape[1], heads // key.shape[1], dim).sum(dim=2)
+    return (mean[:, :, None] @ key.float().transpose(-1, -2)).sum(dim=1)[:, 0] * (scaling / heads)
+
+
+def text_raters(visual: Tensor, valid: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
+    """The text tokens that resemble the image most (SparseVLM, arXiv 2410.04417, equations 5 and 6).
+
+    r_i = mean over visual tokens j of softmax_i(h_j . h_i) over the text tokens i; those with r_i >= mean(r) rate.
+
+    Args:
+        visual: (B, M, D) input embeddings of the visual tokens.
+        valid: (B, M) bool, False for visual tokens that do not count.
+        prompt: (B, N, D) input embeddings of the whole prompt.
+        text: (B, N) bool, the text tokens; at least one in each row.
+
+    Returns:
+        (B, N) bool, at least one True in each row.
+    """
+    logits = visual.float() @ prompt.float().transpose(-1, -2)
+    shares = logits.masked_fill(~text[:, None], -torch.inf).softmax(dim=-1)
+    relevance = (shares * valid[..., None]).sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp_min(1)
+    threshold = relevance.sum(dim=1, keepdim=True) / text.sum(dim=1, keepdim=True)
+    # Rounding must not leave a text of equals without raters.
+    return text & (relevance >= torch.minimum(threshold, relevance.amax(dim=1, keepdim=True)))
+
+
 def temporal_estimate(
     memory: Memory,
     decay: float,

@@ -24,6 +24,16 @@ def top_mask(scores: Tensor, valid: Tensor, k: int) -> Tensor:
     return mask.scatter(1, order_by_score(scores, valid)[:, :k], True)
 
 
+def top_ids(scores: Tensor, valid: Tensor, k: int) -> Tensor:
+    """Ids (B, k), sorted, of what `top_mask` marks."""
+    return order_by_score(scores, valid)[:, :k].sort(dim=1).values
+
+
+def present_or_enough(valid: Tensor, k: int) -> Tensor:
+    """(B, M) bool: the `valid` (B, M) tokens, and in rows with fewer than k of them the first others up to k."""
+    return valid | top_mask(valid, valid, k)
+
+
 def distances(features: Tensor, metric: str = "cosine") -> Tensor:
     """Pairwise distances (B, M, M) float32 of features (B, M, D): "cosine" is 1 - v_i.v_j / (|v_i| |v_j|), or
     "euclidean".

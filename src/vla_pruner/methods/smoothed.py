@@ -1,0 +1,52 @@
+"""What the ablations with an action score share: VLA-Pruner's estimate over time, and its warm-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vla_pruner.errors import BudgetError
+from vla_pruner.methods.base import check_choice, is_count
+from vla_pruner.methods.budgeted import Budgeted
+from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.scores import temporal_estimate
+
+
+@dataclass(frozen=True)
+class Smoothed(Budgeted):
+    """A method that reads the decayed mean of the last control steps' action attention. A subclass adds `select`.
+
+    Attributes:
+        keep: visual tokens kept; see `Budgeted`.
+        window: control steps that are smoothed (paper: 3). No fewer are ever unpruned at the start of an episode:
+            without history there is nothing to choose by.
+        decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
+        unseen: what a token that was pruned away counts in the history: "zero" (as published) or "carry" (the score at
+            which it was last seen, times `decay` for each step since).
+        warmup_steps: more unpruned steps at the start of an episode than `window`, if any.
+        layer, pruned: see `Method`.
+    """
+
+    window: int = field(default=3, kw_only=True)
+    decay: float = field(default=0.8, kw_only=True)
+    unseen: str = field(default="zero", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_count(self.window, 1):
+            raise BudgetError(f"window={self.window!r} was given; it is an int of 1 or more (the paper's is 3).")
+        if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
+            raise BudgetError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
+        check_choice("unseen", self.unseen, ("zero", "carry"))
+
+    @property
+    def history(self) -> int:
+        return self.window
+
+    def prunes(self, memory: Memory) -> bool:
+        return min(memory.steps.tolist()) >= max(self.window, self.warmup_steps)
+
+    def action_estimate(self, memory: Memory) -> Tensor:
+        """(B, M) float32: this step's action attention as the steps before suggest it."""
+        return temporal_estimate(memory, self.decay, self.unseen)

@@ -1,0 +1,267 @@
+"""The peers: each rule by hand on a small case, its ties, absent cameras, batch rows, and compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import vla_pruner as vp
+from tests.methods.test_selection import ROWS, M, literal_max_min, random_evidence
+from vla_pruner.methods.base import Evidence
+from vla_pruner.methods.scores import attention_probabilities, mean_logits, temporal_estimate, text_raters
+from vla_pruner.methods.selection import distances, present_or_enough, top_ids
+
+K = 6
+BY_SCORE = [vp.FastV, vp.SemanticOnly, vp.SparseVLM, vp.TextQuery]
+BY_HISTORY = [vp.ActionOnly, vp.ScoreFusion]
+BY_DIVERSITY = [vp.DivPrune, vp.MaxMinDiversity]
+PEERS = BY_SCORE + BY_HISTORY + BY_DIVERSITY
+EUCLIDEAN = vp.MaxMinDiversity(K, metric="euclidean")
+METHODS = [peer(K) for peer in PEERS] + [EUCLIDEAN]
+
+
+def name(method):
+    return type(method).__name__ if isinstance(method, vp.Method) else method.__name__
+
+
+def top(scores, k):
+    return sorted(np.argsort(-np.asarray(scores), kind="stable")[:k].tolist())
+
+
+def evidence_of(semantic, action=None, valid=None):
+    """One row; `action` is the score of each of the last steps, oldest first."""
+    tokens = len(semantic)
+    memory = vp.Memory.empty(1, len(action or []), tokens)
+    for scores in action or []:
+        memory = memory.push(torch.tensor([scores]))
+    return Evidence(
+        valid=torch.ones(1, tokens, dtype=torch.bool) if valid is None else torch.tensor([valid]),
+        memory=memory,
+        semantic=torch.tensor([semantic]),
+    )
+
+
+@pytest.mark.parametrize("peer", BY_SCORE, ids=name)
+def test_the_highest_semantic_scores_stay(peer):
+    assert peer(2).select(evidence_of([0.1, 0.4, 0.3, 0.4]), 2).tolist() == [[1, 3]]
+    assert peer(2).select(evidence_of([0.1, 0.4, 0.4, 0.4]), 2).tolist() == [[1, 2]], "ties: the smaller id"
+    absent = evidence_of([0.1, 0.4, 0.3, 0.9], valid=[True, True, True, False])
+    assert peer(2).select(absent, 2).tolist() == [[1, 2]]
+
+
+def test_what_each_score_is_read_from():
+    assert vp.FastV().queries == "last"
+    assert vp.FastV(semantic_queries="all") != vp.SemanticOnly()
+    assert vp.SemanticOnly().queries == vp.ScoreFusion().queries == "all"
+    assert vp.SparseVLM().queries == "raters"
+    assert (vp.TextQuery().queries, vp.TextQuery().attention, vp.TextQuery().layer) == ("text", "logits", 1)
+    assert vp.DivPrune().needs == {"embeddings"}
+    assert vp.MaxMinDiversity().needs == {"features"}
+    for method in METHODS:
+        assert method.history == (3 if "action" in method.needs else 0)
+
+
+def test_action_only_is_the_top_of_the_decayed_mean():
+    steps = [[0.0, 0.9, 0.0, 0.2], [0.0, 0.0, 0.6, 0.2], [0.5, 0.0, 0.1, 0.2]]
+    weights = [0.8**3, 0.8**2, 0.8]
+    expected = [sum(w * step[i] for w, step in zip(weights, steps, strict=True)) for i in range(4)]
+    evidence = evidence_of([0.0] * 4, steps)
+    assert vp.ActionOnly(2).select(evidence, 2).tolist() == [top(expected, 2)]
+    assert vp.ActionOnly(2, decay=0.1).select(evidence, 2).tolist() == [[0, 3]], "the newest step decides"
+
+
+def test_score_fusion_weighs_shares():
+    semantic, action = [4.0, 3.0, 2.0, 1.0], [0.01, 0.02, 0.03, 0.06]
+    evidence = evidence_of(semantic, [action])
+    for weight, kept in ((1.0, [0, 1]), (0.0, [2, 3]), (0.5, None)):
+        method = vp.ScoreFusion(2, weight=weight, window=1)
+        shares = [weight * s / 10 + (1 - weight) * a / 0.12 for s, a in zip(semantic, action, strict=True)]
+        assert method.select(evidence, 2).tolist() == [kept or top(shares, 2)]
+    tied = evidence_of([1.0, 1.0, 1.0, 1.0], [[1.0, 1.0, 1.0, 1.0]])
+    assert vp.ScoreFusion(2, window=1).select(tied, 2).tolist() == [[0, 1]]
+
+
+def test_score_fusion_gives_absent_tokens_no_share():
+    # With the absent token's score in the sum, the semantic shares would shrink and action would decide.
+    valid = [True, True, True, False]
+    evidence = evidence_of([3.0, 2.0, 1.0, 94.0], [[1.0, 1.5, 1.7, 0.0]], valid)
+    assert vp.ScoreFusion(1, window=1).select(evidence, 1).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("peer", BY_DIVERSITY, ids=name)
+def test_diversity_is_the_literal_rule_on_all_present_tokens(peer, metric):
+    valid = torch.ones(ROWS, M, dtype=torch.bool)
+    valid[1, 5:11] = False
+    evidence = random_evidence(valid=valid)
+    assert evidence.features is not None
+    distance = distances(evidence.features, metric).tolist()
+    order = peer(K, metric=metric).pick_order(evidence, K)
+    for row in range(ROWS):
+        present = valid[row].nonzero().flatten().tolist()
+        assert order[row].tolist() == literal_max_min(distance[row], present, K)
+    assert torch.equal(peer(K, metric=metric).select(evidence, K), order.sort(dim=1).values)
+
+
+def test_the_metrics_differ_where_norms_do():
+    features = torch.tensor([[[1.0, 0.0], [9.0, 0.0], [0.0, 1.0]]])
+    evidence = replace(evidence_of([0.0] * 3), features=features)
+    assert vp.MaxMinDiversity(2).select(evidence, 2).tolist() == [[0, 2]]
+    assert vp.MaxMinDiversity(2, metric="euclidean").select(evidence, 2).tolist() == [[1, 2]]
+    same = replace(evidence, features=torch.ones(1, 3, 2))
+    assert vp.MaxMinDiversity(2).select(same, 2).tolist() == [[0, 1]], "ties: the smaller id"
+
+
+def test_raters_are_the_text_that_resembles_the_image():
+    visual = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [0.0, 50.0]]])
+    valid = torch.tensor([[True, True, False]])
+    prompt = torch.tensor([[[9.0, 0.0], [0.0, 9.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.9, 0.0]]])
+    text = torch.tensor([[False, False, True, True, True, True]])
+    relevance = np.zeros(4)
+    for h in (np.array([2.0, 0.0]), np.array([1.0, 0.0])):
+        logits = np.exp(prompt[0, 2:].numpy() @ h)
+        relevance += logits / logits.sum() / 2
+    expected = [False, False, *(relevance >= relevance.mean()).tolist()]
+    assert text_raters(visual, valid, prompt, text).tolist() == [expected]
+    assert expected == [False, False, True, False, False, True]
+
+
+def test_a_text_of_equals_rates_whole():
+    for count in range(1, 12):
+        text = torch.arange(13)[None] >= 13 - count
+        found = text_raters(torch.randn(1, 5, 4), torch.ones(1, 5, dtype=torch.bool), torch.ones(1, 13, 4), text)
+        assert torch.equal(found, text)
+
+
+def test_official_raters_leave_out_both_ends_of_each_row():
+    text = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    visual, valid = torch.randn(3, 2, 4), torch.ones(3, 2, dtype=torch.bool)
+    prompt = torch.ones(3, 5, 4)
+    found = vp.SparseVLM(preset="official").raters(visual, valid, prompt, text)
+    assert found.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]
+    assert torch.equal(vp.SparseVLM().raters(visual, valid, prompt, text), text)
+
+
+def test_mean_logits_are_the_products_averaged():
+    g = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 5, 8, generator=g), torch.randn(2, 2, 9, 8, generator=g)
+    weights = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1]])
+    products = query @ key.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.3
+    found = mean_logits(query, key, weights, 0.3)
+    assert torch.allclose(found[0], products[0][:, [1, 3, 4]].mean((0, 1)), atol=1e-6)
+    assert torch.allclose(found[1], products[1][:, 4].mean(0), atol=1e-6)
+    # One row's logits order the keys as its probabilities do, in each head.
+    probabilities = attention_probabilities(query[:, :1], key[:, :1], None, 0.3)[1, 0, 4]
+    assert probabilities.argsort().tolist() == mean_logits(query[:, :1], key[:, :1], weights, 0.3)[1].argsort().tolist()
+
+
+@pytest.mark.parametrize("method", [*METHODS, vp.RandomKeep(K)], ids=name)
+def test_absent_tokens_are_taken_only_when_there_are_too_few_others(method):
+    valid = torch.zeros(ROWS, M, dtype=torch.bool)
+    valid[:, 4:9] = True
+    evidence = random_evidence(valid=valid)
+    few = method.select(evidence, 4)
+    assert ((few >= 4) & (few < 9)).all()
+    more = method.select(evidence, 7)
+    assert more.shape == (ROWS, 7)
+    assert all(set(range(4, 9)) <= set(row) and len(set(row)) == 7 for row in more.tolist())
+
+
+def test_present_or_enough():
+    valid = torch.tensor([[False, True, False, True, True], [False, False, False, True, False]])
+    assert present_or_enough(valid, 2).int().tolist() == [[0, 1, 0, 1, 1], [1, 0, 0, 1, 0]]
+    assert top_ids(torch.tensor([[0.1, 0.3, 0.3, 0.0]]), torch.ones(1, 4, dtype=torch.bool), 2).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_rows_are_independent(method):
+    evidence = random_evidence()
+    together = method.select(evidence, K)
+    assert together.dtype == torch.int64
+    assert (together.diff(dim=1) > 0).all(), "sorted and distinct"
+    for row in range(ROWS):
+        assert evidence.semantic is not None
+        assert evidence.features is not None
+        alone = Evidence(
+            valid=evidence.valid[[row]],
+            memory=evidence.memory.take([row]),
+            semantic=evidence.semantic[[row]],
+            features=evidence.features[[row]],
+        )
+        assert torch.equal(method.select(alone, K), together[[row]])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_select_compiles_into_one_graph(method):
+    def select(valid, memory, semantic, features):
+        return method.select(Evidence(valid=valid, memory=memory, semantic=semantic, features=features), K)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
+    first, second = random_evidence(), random_evidence(seed=3)
+    for evidence in (first, second):
+        given = (evidence.valid, evidence.memory, evidence.semantic, evidence.features)
+        with torch._dynamo.config.patch(error_on_recompile=evidence is second):
+            assert torch.equal(compiled(*given), select(*given))
+
+
+@pytest.mark.parametrize("peer", [*PEERS, vp.RandomKeep], ids=name)
+def test_warm_up_steps_are_not_pruned(peer):
+    least = 3 if peer in BY_HISTORY else 0
+    for steps in (0, 2, 5):
+        method = peer(K, warmup_steps=steps)
+        memory, pruned = vp.Memory.empty(2, method.history, M), []
+        for _ in range(7):
+            pruned.append(method.prunes(memory))
+            memory = memory.push(torch.rand(2, M))
+        assert pruned == [step >= max(steps, least) for step in range(7)]
+        if steps:
+            assert not method.prunes(memory.reset([1])), "one row's warm-up is every row's"
+
+
+@pytest.mark.parametrize("peer", [*PEERS, vp.RandomKeep], ids=name)
+def test_keep_is_a_fraction_a_number_or_per_camera(peer):
+    assert [peer(keep).budget(M) for keep in (1.0, 0.5, 7)] == [M, M // 2, 7]
+    front, wrist = peer({"front": 0.5, "wrist": 3}, warmup_steps=2).for_cameras(("front", "wrist"))
+    assert (front.keep, wrist.keep, front.warmup_steps) == (0.5, 3, 2)
+    assert type(front) is peer
+    with pytest.raises(vp.BudgetError, match="'front', but the policy's cameras"):
+        peer({"front": 0.5}).for_cameras(("front", "wrist"))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: vp.FastV(keep=0), "keep=0 "),
+        (lambda: vp.FastV(warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: vp.RandomKeep(warmup_steps=True), "warmup_steps=True"),
+        (lambda: vp.FastV(semantic_queries="first"), "'all', 'text', 'last'"),
+        (lambda: vp.ScoreFusion(semantic_queries="raters"), "'all', 'text', 'last'"),
+        (lambda: vp.ScoreFusion(weight=1.5), r"weight=1\.5"),
+        (lambda: vp.ScoreFusion(weight=True), "weight=True"),
+        (lambda: vp.ActionOnly(window=0), "window=0"),
+        (lambda: vp.ActionOnly(decay=0), "decay=0"),
+        (lambda: vp.ActionOnly(unseen="guess"), "'zero', 'carry'"),
+        (lambda: vp.SparseVLM(preset="mine"), "'paper', 'official'"),
+        (lambda: vp.DivPrune(metric="angle"), "'cosine', 'euclidean'"),
+        (lambda: vp.TextQuery(layer=0), "layer=0"),
+    ],
+)
+def test_options_out_of_range_are_refused(build, message):
+    with pytest.raises(vp.BudgetError, match=message):
+        build()
+
+
+def test_a_method_that_names_raters_must_choose_them():
+    with pytest.raises(NotImplementedError, match="define raters"):
+        vp.FastV().raters(*[torch.zeros(1, 1)] * 4)
+
+
+def test_action_estimate_is_vla_pruners():
+    memory = random_evidence().memory
+    for unseen in ("zero", "carry"):
+        expected = temporal_estimate(memory, 0.7, unseen)
+        assert torch.equal(vp.ActionOnly(decay=0.7, unseen=unseen).action_estimate(memory), expected)
