@@ -14,7 +14,7 @@ from vla_pruner.auditing.probes import HiddenProbe, LengthProbe
 from vla_pruner.auditing.reference import FullLength
 from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.seeing import distance
-from vla_pruner.auditing.subject import Subject
+from vla_pruner.auditing.subject import Subject, identical
 
 EXACT = 1e-4
 """Tolerance in float32: absolute, or of the largest value compared where that is above 1."""
@@ -67,15 +67,18 @@ def keep_all(subject: Subject) -> Check:
         return Check(name, None, "", f"{type(method).__name__} has no keep.")
     scenes = range((subject.steps or 1) + 2)
     subject.begin()
-    untouched = [subject.act(subject.scene(number), number) for number in scenes]
+    untouched = [subject.watch(subject.scene(number), number) for number in scenes]
     with subject.attach(replace(method, keep=1.0)):
         subject.begin()
-        actions = [subject.act(subject.scene(number), number) for number in scenes]
-    changed = [number for number in scenes if not np.array_equal(actions[number], untouched[number])]
-    detail = "Actions of an episode of different scenes, compared bit by bit with those of the policy alone."
+        found = [subject.watch(subject.scene(number), number) for number in scenes]
+    changed = [number for number in scenes if not identical(found[number], untouched[number])]
+    detail = "Actions and final hidden states of an episode of different scenes, against those of the policy alone."
     if changed:
-        far = max(distance(actions[number], untouched[number]) for number in changed)
-        detail = f"With every token kept, {len(changed)} of {len(scenes)} actions differ (L1 up to {far:.3g})."
+        far = max(distance(found[number][0], untouched[number][0]) for number in changed)
+        detail = (
+            f"With every token kept, {len(changed)} of {len(scenes)} control steps are not bit-identical in actions "
+            f"and hidden states (actions: L1 up to {far:.3g})."
+        )
     return Check(name, not changed, f"{len(scenes)} control steps bit-identical" if not changed else "", detail)
 
 

@@ -6,12 +6,11 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vla_pruner.auditing.report import Check
-from vla_pruner.auditing.subject import Subject
+from vla_pruner.auditing.subject import Subject, identical
 
 _ELSEWHERE = 2000
 """Added to the numbers of scenes of the episode in between."""
@@ -40,7 +39,7 @@ def reset(subject: Subject) -> Check:
         problems.append("the pruned policy acts otherwise")
     if kept != kept_again:
         problems.append("other tokens are kept")
-    detail = "Actions compared bit by bit, kept sets token by token."
+    detail = "Actions and final hidden states compared bit by bit, kept sets token by token."
     if problems:
         detail = f"After reset(), the same episode went otherwise: {'; '.join(problems)}."
     return Check("reset", not problems, figure, detail)
@@ -49,7 +48,7 @@ def reset(subject: Subject) -> Check:
 def detach(subject: Subject) -> Check:
     """After detaching, and after an exception inside a session, the policy is what it was."""
     subject.begin()
-    untouched = subject.act(subject.scene(0))
+    untouched = subject.watch(subject.scene(0))
     before = snapshot(subject)
     with subject.attach():
         subject.begin()
@@ -62,11 +61,11 @@ def detach(subject: Subject) -> Check:
     problems += [
         f"{place} (after an exception)" for place in _differences(before, snapshot(subject)) if place not in problems
     ]
-    moved = not np.array_equal(untouched, subject.act(subject.scene(0)))
-    detail = "Attributes, hooks, weights and configs of every module, and the action bit by bit."
+    moved = not identical(untouched, subject.watch(subject.scene(0)))
+    detail = "Attributes, hooks, weights and configs of every module; action and final hidden states bit by bit."
     if problems or moved:
         detail = f"Left behind: {', '.join(problems[:5]) or 'nothing in the modules'}"
-        detail += "; and the action is another one." if moved else "."
+        detail += "; and the policy computes something else." if moved else "."
     return Check("detach", not problems and not moved, f"{len(before)} attributes compared", detail)
 
 
@@ -140,14 +139,14 @@ def _fail_inside(subject: Subject) -> None:
         pass
 
 
-def _episode(subject: Subject, session: Any, steps: int, offset: int) -> tuple[list[np.ndarray], list[Any]]:
+def _episode(subject: Subject, session: Any, steps: int, offset: int) -> tuple[list[Any], list[Any]]:
     subject.begin()
     actions, kept = [], []
     for step in range(steps):
-        actions.append(subject.act(subject.scene(step + offset), step))
+        actions.append(subject.watch(subject.scene(step + offset), step))
         kept.append(None if session is None or session.kept is None else session.kept.tolist())
     return actions, kept
 
 
-def _same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
-    return all(np.array_equal(first, second) for first, second in zip(one, other, strict=True))
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return all(identical(first, second) for first, second in zip(one, other, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.session import Session
+from vla_pruner.auditing.probes import HiddenProbe
 from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Method
@@ -107,6 +108,12 @@ class Subject:
             torch.manual_seed(self.seed * 1009 + step)
             return np.asarray(self.policy.act(images, self.instruction, proprio), dtype=np.float64)
 
+    def watch(self, images: Images, step: int = 0) -> tuple[np.ndarray, list[Tensor]]:
+        """As `act`, with the final hidden states of every call: action tokens hide what is less than a bin."""
+        with HiddenProbe(self.family) as probe:
+            action = self.act(images, step)
+        return action, [hidden for _, hidden in probe.calls]
+
     def attach(self, method: Method | None = None) -> Session:
         """A session of `method`, or of the method that is audited."""
         policy: Any = self.policy
@@ -141,6 +148,12 @@ class Subject:
                 if session.kept is not None:
                     return step + 1
         return None
+
+
+def identical(one: tuple[np.ndarray, list[Tensor]], other: tuple[np.ndarray, list[Tensor]]) -> bool:
+    """Whether what `Subject.watch` gave twice is the same, bit by bit."""
+    same = len(one[1]) == len(other[1]) and all(torch.equal(*pair) for pair in zip(one[1], other[1], strict=True))
+    return same and np.array_equal(one[0], other[0])
 
 
 def check_policy(policy: Any) -> Policy:
