@@ -1,5 +1,5 @@
-"""`preset="official"` against vectors made by running the authors' code: scores, kept sets, pick order, tokens,
-logits.
+"""`preset="official"`, FastV and SparseVLM against vectors made by running the authors' code: scores, kept sets, pick
+order, tokens, logits.
 """
 
 from __future__ import annotations
@@ -65,6 +65,23 @@ def test_official_preset_reproduces_the_authors_code(llama, vectors, keep, queri
             else:
                 assert session.kept is not None
                 assert session.kept[0].tolist() == vectors[f"{name}/kept"][step].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("fastv", vp.FastV(keep=0.25)), ("sparsevlm", vp.SparseVLM(keep=0.25, preset="official"))],
+)
+def test_the_authors_comparisons_are_reproduced(llama, vectors, name, method):
+    name = f"{name}_keep0.25"
+    with method.attach(llama, visual=slice(1, 257)) as session:
+        for step in range(STEPS):
+            logits = control_step(llama, torch.tensor(vectors["inputs_embeds"][step]))
+            if method.queries == "last":
+                close(session.scores["semantic"][0], vectors[f"{name}/last_token_score"][step], 1e-5)
+            assert session.kept is not None
+            assert session.kept[0].tolist() == vectors[f"{name}/kept"][step].tolist()
+            close(logits, vectors[f"{name}/scores"][step], 1e-4)
+            assert logits.argmax(-1).tolist() == vectors[f"{name}/tokens"][step].tolist()
 
 
 @pytest.mark.parametrize("keep", KEEPS)
