@@ -1,0 +1,116 @@
+"""load_policy finds out what a folder holds, and says what is wrong with what it cannot load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import vla_pruner as vp
+from vla_pruner.models.reference import save_policy
+from vla_pruner.policies import loading
+from vla_pruner.policies.base import Policy, module_of
+
+
+def write_config(folder, **values):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_the_name_reference_is_the_shipped_policy():
+    policy = vp.load_policy("reference", dtype=torch.float64)
+    assert isinstance(policy, Policy)
+    assert module_of(policy) is policy
+    assert next(policy.parameters()).dtype == torch.float64  # type: ignore[attr-defined]
+    assert policy.cameras == ("image",)
+    assert policy.proprio_size == 4
+    assert policy.vision_towers == (policy.vision,)  # type: ignore[attr-defined]
+
+
+def test_a_saved_reference_policy(tmp_path):
+    policy = vp.random_policy("reference", seed=3)
+    save_policy(policy, tmp_path)  # type: ignore[arg-type]
+    loaded = vp.load_policy(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    one, other = (p.act({"image": image}, p.instructions[0], np.zeros(4)) for p in (policy, loaded))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["openvla_tiny", "openvla_oft_tiny", "transformers_pi0_tiny"])
+def test_published_folders(golden, name):
+    policy = vp.load_policy(golden / name)
+    kind = {"openvla_tiny": "OpenVLAForActionPrediction", "openvla_oft_tiny": "OpenVLAOFT"}.get(name, "TransformersPI0")
+    assert type(policy).__name__ == kind
+    assert isinstance(policy, Policy)
+    with vp.VLAPruner(keep=0.5).attach(policy):
+        pass
+
+
+def test_options_reach_the_family(golden):
+    policy = vp.load_policy(golden / "transformers_pi0_tiny", cameras=("left", "right"), attn_implementation="eager")
+    assert policy.cameras == ("left", "right")
+    assert module_of(policy).config._attn_implementation == "eager"
+    with pytest.raises(vp.BudgetError, match=r"given turbo; for pi0 of transformers it takes cameras, attn_impl"):
+        vp.load_policy(golden / "transformers_pi0_tiny", turbo=True)
+    with pytest.raises(vp.BudgetError, match=r"for OpenVLA it takes .*unnorm_key"):
+        vp.load_policy(golden / "openvla_tiny", turbo=True)
+    with pytest.raises(vp.BudgetError, match="for the reference policy it takes no options"):
+        vp.load_policy("reference", turbo=True)
+
+
+@pytest.mark.parametrize("kind", loading.LEROBOT_TYPES)
+def test_lerobot_folders_go_to_lerobot(tmp_path, monkeypatch, kind):
+    seen = []
+
+    def load_lerobot(path, device="cpu", dtype=None):
+        seen.append((path, device, dtype))
+
+    monkeypatch.setattr("vla_pruner.policies.lerobot.load_lerobot", load_lerobot)
+    vp.load_policy(write_config(tmp_path, type=kind), device="cpu", dtype=torch.bfloat16)
+    assert seen == [(tmp_path, "cpu", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"model_type": "llava"}, "is of a model of type 'llava'"),
+        ({"type": "act"}, "is of a LeRobot policy of type 'act'"),
+        ({"colour": "blue"}, "names no model"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path, values, found):
+    with pytest.raises(vp.UnsupportedModelError, match=found) as refusal:
+        vp.load_policy(write_config(tmp_path, **values))
+    for family in ("OpenVLA-OFT", "pi0 of transformers", "'smolvla'", "'reference'"):
+        assert family in str(refusal.value)
+
+
+def test_damaged_folders(tmp_path):
+    with pytest.raises(vp.CheckpointError, match=r"has no config\.json"):
+        vp.load_policy(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(vp.CheckpointError, match="damaged"):
+        vp.load_policy(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(vp.CheckpointError, match="no settings by name"):
+        vp.load_policy(tmp_path)
+    write_config(tmp_path, **vp.reference_policy().config.to_dict())
+    with pytest.raises(vp.CheckpointError, match=r"model\.safetensors is missing"):
+        vp.load_policy(tmp_path)
+    with pytest.raises(vp.CheckpointError, match="no folder"):
+        vp.load_policy(tmp_path / "nothing")
+
+
+def test_lazy_names_stay_light():
+    code = (
+        "import sys, vla_pruner as vp; assert 'transformers' not in sys.modules; "
+        "import vla_pruner.auditing.reference; assert callable(vp.audit); "
+        "assert vp.load_policy and vp.random_policy and vp.reference_policy; vp.nothing"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "has no attribute 'nothing'" in done.stderr, done.stderr
