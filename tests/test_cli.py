@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import vla_pruner as vp
 from vla_pruner import cli
+from vla_pruner.auditing.report import AuditReport, Check
 from vla_pruner.demo import DemoError, DemoSettings
 from vla_pruner.simulators.metaworld import SimulatorUnavailable
 
@@ -52,19 +56,40 @@ def test_defaults_are_the_settings_own(asked: list[DemoSettings]) -> None:
     assert asked == [DemoSettings()]
 
 
-def test_help_shows_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("demo", "tasks episodes keep seed out quick weights"),
+        (
+            "audit",
+            "random-weights size method keep layer pruned device dtype seed instruction option details json",
+        ),
+    ],
+)
+def test_help_shows_every_flag_with_its_default(command: str, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["demo", "--help"])
+        cli.main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--tasks", "--episodes", "--keep", "--seed", "--out", "--quick", "--weights"):
+    for flag in (f"--{name}" for name in flags.split()):
         described = text.split(f"\n  {flag}", 1)[1]
         assert "(default" in described.split("\n  --")[0], flag
 
 
 @pytest.mark.parametrize(
     "flags",
-    [["demo", "--episodes", "many"], ["demo", "--keep"], ["fly"], [], ["demo", "--nonsense"], ["demo", "--keep", "x"]],
+    [
+        ["demo", "--episodes", "many"],
+        ["demo", "--keep"],
+        ["demo", "--nonsense"],
+        ["demo", "--keep", "x"],
+        ["audit"],
+        ["audit", "x", "--keep", "half"],
+        ["audit", "x", "--size", "huge"],
+        ["audit", "x", "--option", "y"],
+        ["fly"],
+        [],
+    ],
 )
 def test_wrong_flags_are_one_line_and_exit_code_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -114,3 +139,108 @@ def test_the_command_is_installed_and_refuses_for_real(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         "vla-pruner: --keep is 2; it is a fraction of the visual tokens, above 0 and up to 1."
     ]
+
+
+AUDIT = ["audit", "reference", "--random-weights"]
+
+
+@pytest.fixture
+def audited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """Replaces the audit by one that notes what it was asked to look at, and finds a failure where 9 tokens are
+    kept.
+    """
+    seen: list[tuple[Any, Any]] = []
+
+    def note(policy: Any, method: Any, *, instruction: Any, seed: int, progress: Any) -> AuditReport:
+        seen.append((policy, method))
+        print("a library has something to say")
+        checks = (
+            Check("images", method.keep != 9, "black - white 0.5", "what this means"),
+            Check("scenes", None, "", "not asked"),
+        )
+        for check in checks:
+            progress(check)
+        return AuditReport(type(policy).__name__, repr(method), {"seconds": 0.1, "seed": seed}, checks)
+
+    monkeypatch.setattr("vla_pruner.auditing.command.audit", note)
+    return seen
+
+
+def test_audit_flags_reach_the_audit(audited: list[tuple[Any, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--method", "random", "--keep", "8", "--layer", "2", "--pruned", "freeze", "--dtype", "bfloat16"]
+    assert cli.main([*AUDIT, *flags]) == 0
+    ((policy, method),) = audited
+    assert method == vp.RandomKeep(keep=8, layer=2, pruned="freeze")
+    assert policy.dtype == torch.bfloat16
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["ok", "images", "black", "-", "white", "0.5"]
+    assert lines[2].split() == ["skip", "scenes", "not", "asked"]
+    assert lines[3].startswith("All 1 checks passed, 1 skipped, in 0.1 s: ReferencePolicy with RandomKeep(")
+
+
+def test_audit_defaults_are_the_methods_own(audited: list[tuple[Any, Any]]) -> None:
+    assert cli.main(AUDIT) == 0
+    assert audited[0][1] == vp.VLAPruner()
+
+
+def test_a_failed_check_is_exit_code_1(audited: list[tuple[Any, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*AUDIT, "--keep", "9"]) == 1
+    text = capsys.readouterr().out
+    assert "FAIL images" in text
+    assert "what this means" in text
+    assert "1 of 1 checks failed, 1 skipped, in 0.1 s: images." in text
+
+
+def test_audit_report(audited: list[tuple[Any, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "report.json"
+    assert cli.main([*AUDIT, "--keep", "9", "--json", str(file)]) == 1
+    report = json.loads(file.read_text())
+    assert (report["model"], report["random_weights"], report["size"]) == ("reference", True, "tiny")
+    assert report["passed"] is False
+    assert report["checks"][0]["figure"] == "black - white 0.5"
+    capsys.readouterr()
+    assert cli.main([*AUDIT, "--json", "-"]) == 0
+    both = capsys.readouterr()
+    assert json.loads(both.out)["passed"] is True, "nothing else is on standard output"
+    assert "All 1 checks passed" in both.err
+
+
+def test_audit_options_of_a_checkpoint(audited: list[tuple[Any, Any]], golden: Path) -> None:
+    folder = str(golden / "transformers_pi0_tiny")
+    assert cli.main(["audit", folder, "--option", "cameras=left, right", "--option", "attn_implementation=eager"]) == 0
+    assert audited[0][0].cameras == ("left", "right")
+    assert audited[0][0].module.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere"], "nowhere is no folder"),
+        (["openvla"], "Without a checkpoint: --random-weights."),
+        (["gpt", "--random-weights"], "with random weights there are reference, openvla"),
+        (["reference", "--size", "tiny"], "--size is for --random-weights"),
+        ([*AUDIT[1:], "--option", "a=b"], "--option is for checkpoints"),
+        ([*AUDIT[1:], "--keep", "2.0"], "keep=2.0 was given"),
+        ([*AUDIT[1:], "--layer", "6"], "the decoder has 6 layers"),
+        ([*AUDIT[1:], "--device", "abacus"], "--device is abacus"),
+        ([*AUDIT[1:], "--json", "no/such/folder/x.json"], "no such folder"),
+        ([*AUDIT[1:], "--instruction", "juggle"], "words it was never trained on: juggle"),
+    ],
+)
+def test_audit_refusals_are_one_line_and_exit_code_2(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["audit", *flags]) == 2
+    both = capsys.readouterr()
+    assert both.out == ""
+    assert both.err.count("\n") == 1
+    assert both.err.startswith("vla-pruner: ")
+    assert message in both.err
+
+
+def test_the_audit_for_real(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*AUDIT, "--method", "random", "--details"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "ok vision towers 1 x 1 images a step" in text
+    assert "ceiling for every method" in text
+    assert "All 12 checks passed, 1 skipped" in text
