@@ -6,9 +6,10 @@ its modules answer with the sizes given here; nothing of it stays behind.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.policies.random import draw_weights
 
 if TYPE_CHECKING:
     from vla_pruner.policies.lerobot import LeRobotPolicy
@@ -163,16 +165,18 @@ def random_lerobot(
         cameras = CAMERAS[kind]
         defaults |= {"image_resolution": (sizes.image, sizes.image), "dtype": str(dtype).removeprefix("torch.")}
     given = lerobot_config(kind, cameras, sizes.image, STATE, ACTION, **defaults | config)
-    with built_with(kind, sizes), torch.device(device):
+    # LeRobot prints what it builds.
+    with built_with(kind, sizes), torch.device(device), contextlib.redirect_stdout(io.StringIO()):
         policy: Any = policy_class(kind)(given)
     if kind == "smolvla":
         policy.model.vlm_with_expert.to(dtype)
     policy.to(device).eval()
-    redraw(policy, seed)
+    # LeRobot's own start leaves an expert that does nothing.
+    draw_weights(policy, seed)
     return LeRobotPolicy(policy, *_processors(kind, given, _vocabulary(policy)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def built_with(kind: str, size: PiSize | SmolVLASize) -> Iterator[None]:
     """Policies of `kind` that are built in this context have these sizes, and nothing is asked of the hub."""
     patches = _smolvla_names(size) if isinstance(size, SmolVLASize) else _pi_names(kind, size)
@@ -184,24 +188,6 @@ def built_with(kind: str, size: PiSize | SmolVLASize) -> Iterator[None]:
     finally:
         for module, name, value in saved:
             setattr(module, name, value)
-
-
-@torch.no_grad()
-def redraw(policy: nn.Module, seed: int) -> None:
-    """Draw every matrix so that it keeps the size of what goes in; LeRobot's own start leaves an expert that does
-    nothing.
-    """
-    generators: dict[torch.device, torch.Generator] = {}
-    for module in policy.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or not isinstance(weight, Tensor):
-            continue
-        if weight.device not in generators:
-            generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
-        weight.normal_(std=weight[0].numel() ** -0.5, generator=generators[weight.device])
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            bias.zero_()
 
 
 class ByteTokenizer:
