@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from vla_pruner.auditing.reference import FullLength
 from vla_pruner.models.openvla.loading import load_openvla
 
 K = 3
@@ -203,3 +204,36 @@ def test_remote_code_is_refused():
     remote = type(name, (torch.nn.Module,), {"__module__": "transformers_modules.openvla.modeling_prismatic"})
     with pytest.raises(vp.UnsupportedModelError, match="load_policy"):
         vp.Unpruned().attach(remote())
+
+
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [("torchao", {"quantization": "int8"}), ("accelerate", {"device_map": {"": "cpu"}})],
+    ids=["int8", "device_map"],
+)
+@pytest.mark.parametrize("pruned", ["drop", "freeze"])
+def test_quantized_and_dispatched_policies_are_pruned_alike(golden, package, options, pruned):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    policy = load_openvla(golden / "openvla_tiny", dtype=torch.float32, **options)
+    data = np.load(golden / "openvla_tiny/golden.npz")
+    kept = torch.arange(0, 256, 4)
+
+    def logits():
+        found, handle = collected(policy.language_model, lambda out: out.logits[:, -1])
+        policy.predict_action(
+            torch.as_tensor(data["input_ids"]), pixel_values=policy.processor.pixel_values([data["image224"][0]])
+        )
+        handle.remove()
+        return torch.stack(found)
+
+    untouched = logits()
+    with vp.VLAPruner(keep=1.0, warmup="semantic").attach(policy):
+        assert torch.equal(logits(), untouched)
+    with vp.KeepFixed(tuple(kept.tolist()), layer=K, pruned=pruned).attach(policy) as session:
+        short = logits()
+        assert session.step is not None
+        layout = session.step.layout
+    with FullLength(policy, layout, kept, layer=K, pruned=pruned):
+        full = logits()
+    assert (short - full).abs().max() < 1e-3
+    assert (short - untouched).abs().max() > 1e-2
