@@ -40,7 +40,10 @@ def environment(subject: Subject) -> Check:
     figure = ", ".join(f"{name} {found[name]}" if name[0] != "d" else found[name] for name in shown if name in found)
     detail = "Versions, device, dtype and attention backend."
     if subject.family.backend == "eager":
-        detail = "Attention is eager: right, but slower than sdpa, pruned or not; speed-ups measured on it mislead."
+        detail = (
+            "Attention is eager: right, but slower than sdpa, pruned or not. Load with attn_implementation='sdpa' "
+            "where the policy's library leaves the choice (LeRobot's does not)."
+        )
     return Check("environment", not problems, figure, " ".join(problems) or detail)
 
 
