@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,19 +119,20 @@ def test_the_metrics_differ_where_norms_do():
 def test_raters_are_the_text_that_resembles_the_image():
     visual = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [0.0, 50.0]]])
     valid = torch.tensor([[True, True, False]])
-    prompt = torch.tensor([[[9.0, 0.0], [0.0, 9.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.9, 0.0]]])
-    text = torch.tensor([[False, False, True, True, True, True]])
+    words = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.9, 0.0]]])
+    prompt = torch.cat([torch.full((1, 1, 2), 9.0), visual, words], dim=1)
+    text = torch.arange(8)[None] >= 4
     relevance = np.zeros(4)
     for h in (np.array([2.0, 0.0]), np.array([1.0, 0.0])):
-        logits = np.exp(prompt[0, 2:].numpy() @ h)
+        logits = np.exp(words[0].numpy() @ h)
         relevance += logits / logits.sum() / 2
-    expected = [False, False, *(relevance >= relevance.mean()).tolist()]
+    expected = [False] * 4 + (relevance >= relevance.mean()).tolist()
     assert text_raters(visual, valid, prompt, text).tolist() == [expected]
-    assert expected == [False, False, True, False, False, True]
+    assert expected == [False] * 4 + [True, False, False, True]
 
 
 def test_a_text_of_equals_rates_whole():
-    for count in range(1, 12):
+    for count in range(1, 9):
         text = torch.arange(13)[None] >= 13 - count
         found = text_raters(torch.randn(1, 5, 4), torch.ones(1, 5, dtype=torch.bool), torch.ones(1, 13, 4), text)
         assert torch.equal(found, text)
@@ -138,7 +140,7 @@ def test_a_text_of_equals_rates_whole():
 
 def test_official_raters_leave_out_both_ends_of_each_row():
     text = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    visual, valid = torch.randn(3, 2, 4), torch.ones(3, 2, dtype=torch.bool)
+    visual, valid = torch.randn(3, 1, 4), torch.ones(3, 1, dtype=torch.bool)
     prompt = torch.ones(3, 5, 4)
     found = vp.SparseVLM(preset="official").raters(visual, valid, prompt, text)
     assert found.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]
@@ -265,3 +267,14 @@ def test_action_estimate_is_vla_pruners():
     for unseen in ("zero", "carry"):
         expected = temporal_estimate(memory, 0.7, unseen)
         assert torch.equal(vp.ActionOnly(decay=0.7, unseen=unseen).action_estimate(memory), expected)
+
+
+def test_the_document_has_every_method():
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    exported = [getattr(vp, name) for name in vp.__all__ if isinstance(getattr(vp, name), type)]
+    methods = [cls for cls in exported if issubclass(cls, vp.Method) and cls is not vp.Method]
+    assert len(methods) == 12
+    for cls in methods:
+        assert f"| `{cls.__name__}`" in text or f"`{cls.__name__}`" in text.split("controls")[0], cls
+        assert cls.__doc__ is not None
+        assert "Paper:" in cls.__doc__ or cls in (vp.MaxMinDiversity, vp.RandomKeep, vp.KeepFixed, vp.Unpruned)

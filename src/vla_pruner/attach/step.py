@@ -74,22 +74,27 @@ class Step:
         """Read the semantic score from the full-length prefill of the layer before pruning; `queries` as in `Method`,
         `logits` for those instead of probabilities.
         """
-        rows, counts = None, self.layout.prompt
-        if queries == "last":
-            rows = self.layout.last()
-            counts = torch.ones_like(rows)
-        elif queries == "text":
-            counts = self.layout.text()
+        layout, rows = self.layout, None
+        if queries == "all":
+            weights = layout.prompt
+        elif queries == "last":
+            weights = torch.zeros_like(layout.prompt).scatter(1, layout.last(), True)
         elif queries == "raters":
             assert self.raters is not None
-            counts = self.raters
+            weights = self.raters
+        else:
+            weights = layout.text()
         device = attention.query.device
         if logits:
-            weights = counts if rows is None else torch.zeros_like(self.layout.prompt).scatter(1, rows, True)
             received = mean_logits(attention.query, attention.key, weights.to(device), attention.scaling)
         else:
-            received = mean_over_rows(_rows_of(attention, rows), counts.to(device))
-        self.semantic = received.to(counts.device).gather(1, self.layout.visual)
+            if queries != "all":
+                # What is not visual is all that can count here; how many that are is known without looking.
+                most = 1 if queries == "last" else layout.length - layout.tokens
+                rows = torch.sort(weights.float(), dim=1, descending=True, stable=True).indices[:, :most]
+                weights = weights.gather(1, rows)
+            received = mean_over_rows(_rows_of(attention, rows), weights.to(device))
+        self.semantic = received.to(layout.visual.device).gather(1, layout.visual)
 
     def add_action(self, attention: Attention, rows: Tensor | None, shortened: bool) -> None:
         """Add what the action rows of one layer attend to.

@@ -82,18 +82,22 @@ def text_raters(visual: Tensor, valid: Tensor, prompt: Tensor, text: Tensor) -> 
     Args:
         visual: (B, M, D) input embeddings of the visual tokens.
         valid: (B, M) bool, False for visual tokens that do not count.
-        prompt: (B, N, D) input embeddings of the whole prompt.
-        text: (B, N) bool, the text tokens; at least one in each row.
+        prompt: (B, N, D) input embeddings of the whole prompt, the M visual tokens included.
+        text: (B, N) bool, the text tokens, none of them visual; at least one in each row.
 
     Returns:
         (B, N) bool, at least one True in each row.
     """
-    logits = visual.float() @ prompt.float().transpose(-1, -2)
-    shares = logits.masked_fill(~text[:, None], -torch.inf).softmax(dim=-1)
+    # No more tokens than those that are not visual can be text, so the products with the image have a static shape.
+    ids = torch.sort(text.float(), dim=1, descending=True, stable=True).indices[:, : prompt.shape[1] - visual.shape[1]]
+    candidates, is_text = prompt.gather(1, ids[..., None].expand(-1, -1, prompt.shape[2])), text.gather(1, ids)
+    logits = visual.float() @ candidates.float().transpose(-1, -2)
+    shares = logits.masked_fill(~is_text[:, None], -torch.inf).softmax(dim=-1)
     relevance = (shares * valid[..., None]).sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp_min(1)
-    threshold = relevance.sum(dim=1, keepdim=True) / text.sum(dim=1, keepdim=True)
+    threshold = relevance.sum(dim=1, keepdim=True) / is_text.sum(dim=1, keepdim=True)
     # Rounding must not leave a text of equals without raters.
-    return text & (relevance >= torch.minimum(threshold, relevance.amax(dim=1, keepdim=True)))
+    rates = is_text & (relevance >= torch.minimum(threshold, relevance.amax(dim=1, keepdim=True)))
+    return torch.zeros_like(text).scatter(1, ids, rates)
 
 
 def temporal_estimate(
