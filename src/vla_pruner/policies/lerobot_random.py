@@ -173,6 +173,8 @@ def random_lerobot(
     policy.to(device).eval()
     # LeRobot's own start leaves an expert that does nothing.
     draw_weights(policy, seed)
+    if kind == "smolvla":
+        _calm(policy.model.vlm_with_expert)
     return LeRobotPolicy(policy, *_processors(kind, given, _vocabulary(policy)))
 
 
@@ -188,6 +190,17 @@ def built_with(kind: str, size: PiSize | SmolVLASize) -> Iterator[None]:
     finally:
         for module, name, value in saved:
             setattr(module, name, value)
+
+
+@torch.no_grad()
+def _calm(both: Any) -> None:
+    """SmolVLA's cross-attention layers project keys that were drawn larger already: with more than that their attention
+    is a choice of one token, and rounding decides which.
+    """
+    every = both.self_attn_every_n_layers
+    for index, layer in enumerate(both.lm_expert.layers):
+        if "cross" in both.attention_mode and not (every > 0 and index % every == 0):
+            layer.self_attn.k_proj.weight.mul_(0.5)
 
 
 class ByteTokenizer:
