@@ -44,6 +44,19 @@ def test_attention_is_peaked(name):
     assert action[-count:].mean() > 5 * action[:count].mean()
 
 
+@pytest.mark.parametrize("name", ["reference", "pi0"])
+def test_every_weight_is_drawn(name):
+    """What is built without a start must not be left as it lay in memory."""
+    module = module_of(vp.random_policy(name))
+    own = {"visual_position", "vision.position"}  # made by the policy itself
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(torch.nan)
+    random.draw_weights(module, seed=0)
+    left = {key for key, parameter in module.named_parameters() if parameter.isnan().any()}
+    assert left <= own
+
+
 def test_dtype_and_device_are_where_they_were_asked():
     for name in HERE:
         module = module_of(vp.random_policy(name, dtype=torch.bfloat16))

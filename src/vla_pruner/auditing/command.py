@@ -101,6 +101,8 @@ def _policy(settings: AuditSettings, device: torch.device) -> Policy:
         if settings.model in NAMES:
             raise CheckpointError(f"{error} Without a checkpoint: --random-weights.") from error
         raise
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"{settings.model} asks for something that is not supported: {error}") from error
 
 
 def _device(name: str) -> torch.device:
