@@ -101,7 +101,8 @@ class HiddenProbe(Probe):
     """Final hidden states of the decoder and of the experts that read its cache, call by call.
 
     Attributes:
-        calls: (B, Q, D) each, float32, with whether it is the decoder's.
+        calls: (B, Q, D) each, float32 on the CPU (a model may be spread over devices), with whether it is the
+            decoder's.
     """
 
     def __init__(self, family: Any) -> None:
@@ -110,9 +111,12 @@ class HiddenProbe(Probe):
         self.calls: list[tuple[bool, Tensor]] = []
 
     def install(self) -> None:
-        self.after(self._family.decoder.norm, lambda hidden: self.calls.append((True, hidden.detach().float())))
+        self.after(self._family.decoder.norm, lambda hidden: self._keep(True, hidden))
         for reader in self._family.readers:
-            self.after(reader.norm, lambda hidden: self.calls.append((False, hidden.detach().float())))
+            self.after(reader.norm, lambda hidden: self._keep(False, hidden))
+
+    def _keep(self, is_decoder: bool, hidden: Tensor) -> None:
+        self.calls.append((is_decoder, hidden.detach().to("cpu", torch.float32, copy=True)))
 
 
 def _first_tensor(values: Iterable[Any]) -> Tensor:

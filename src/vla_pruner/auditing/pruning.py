@@ -106,7 +106,7 @@ def reference(subject: Subject, pruned: str) -> Check:
     if len({len(calls) for calls in hidden}) > 1:
         detail = f"The decoder was called {len(hidden[0])} times pruned, {len(hidden[1])} times at full length."
         return Check(name, False, "", detail)
-    compare = _compare_exactly if subject.dtype in (torch.float32, torch.float64) else _compare_half
+    compare = _compare_exactly if subject.exact else _compare_half
     return compare(name, hidden, actions, reads_cache=bool(subject.family.readers))
 
 

@@ -77,9 +77,15 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the decoder computes in; float32 of a float32 model alone counts as exact."""
+        """What the decoder computes in."""
         weight = self.family.decoder.layers[0].self_attn.q_proj.weight
         return weight.dtype if weight.is_floating_point() else self.family.decoder.norm.weight.dtype
+
+    @property
+    def exact(self) -> bool:
+        """Whether the decoder computes in full precision, with weights that are not quantised."""
+        weight = self.family.decoder.layers[0].self_attn.q_proj.weight
+        return weight.is_floating_point() and self.dtype in (torch.float32, torch.float64)
 
     def flat(self, level: int) -> Images:
         """Images of one colour for every camera."""
@@ -172,7 +178,8 @@ def check_policy(policy: Any) -> Policy:
     if missing:
         raise UnsupportedModelError(
             f"{type(policy).__name__} has no {', '.join(missing)}, so it cannot be audited. Load it with "
-            "vla_pruner.load_policy(path), or give it what vla_pruner.policies.base.Policy describes."
+            "vla_pruner.load_policy(path); or wrap a model that is there already: policies.lerobot.LeRobotPolicy, "
+            "policies.pi0.TransformersPI0, or a class of yours as policies.base.Policy describes it."
         )
     if not isinstance(module_of(policy), nn.Module):
         raise UnsupportedModelError(f"{type(policy).__name__}.module is no torch module.")
