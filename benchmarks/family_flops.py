@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.cost import DecoderShape, Flops
+from vla_pruner.cost import ControlStep, DecoderShape, Expert, Tower
 
 OUT = Path(__file__).parent / "results" / "family_flops.json"
 LAYER = 3
@@ -34,99 +34,61 @@ SMOL_EXPERT = DecoderShape(layers=16, hidden=720, heads=15, kv_heads=5, head_dim
 
 @dataclass(frozen=True)
 class Family:
-    """One control step of a family.
+    """A family: one control step of it, and where that leaves a user."""
 
-    Attributes:
-        towers: vision encoders with the tokens of one image and the layers that run.
-        cameras: images.
-        visual: visual tokens of all cameras.
-        other: other tokens of the prompt.
-        decoder: whose layers are shortened.
-        decoded: tokens decoded after the prompt, one pass each.
-        expert: an expert that reads the prompt's keys and values, with the tokens of one pass and the passes.
-        remark: where that leaves a user.
-    """
-
-    towers: tuple[tuple[DecoderShape, int, int], ...]
-    cameras: int
-    visual: int
-    other: int
-    decoder: DecoderShape
-    decoded: int = 0
-    expert: tuple[DecoderShape, int, int] | None = None
+    step: ControlStep
     remark: str = ""
 
 
+OPENVLA_TOWERS = (Tower(DINO, 261, 23), Tower(SIGLIP, 256, 26))
 FAMILIES = {
     "OpenVLA": Family(
-        towers=((DINO, 261, 23), (SIGLIP, 256, 26)),
-        cameras=1,
-        visual=256,
-        other=25,
-        decoder=LLAMA,
-        decoded=6,
+        ControlStep(LLAMA, visual=256, other=25, towers=OPENVLA_TOWERS, decoded=6),
         remark="six decoding passes read all weights again, pruned or not: a small gain for one robot, more in batches",
     ),
     "OpenVLA-OFT": Family(
-        towers=((DINO, 261, 23), (SIGLIP, 256, 26)),
-        cameras=2,
-        visual=512,
-        other=25 + 1 + 57,
-        decoder=LLAMA,
+        ControlStep(LLAMA, visual=512, other=25 + 1 + 57, towers=OPENVLA_TOWERS, cameras=2),
         remark="one pass, nearly all of it visual tokens: where pruning pays most",
     ),
     "pi0": Family(
-        towers=((SIGLIP, 256, 27),),
-        cameras=3,
-        visual=768,
-        other=48,
-        decoder=GEMMA,
-        expert=(GEMMA_EXPERT, 51, 10),
+        ControlStep(
+            GEMMA,
+            visual=768,
+            other=48,
+            towers=(Tower(SIGLIP, 256, 27),),
+            cameras=3,
+            expert=Expert(GEMMA_EXPERT, 51, 10),
+        ),
         remark="the prompt shrinks; the vision tower and ten passes of the expert remain",
     ),
     "pi0.5": Family(
-        towers=((SIGLIP, 256, 27),),
-        cameras=3,
-        visual=768,
-        other=200,
-        decoder=GEMMA,
-        expert=(GEMMA_EXPERT, 50, 10),
+        ControlStep(
+            GEMMA,
+            visual=768,
+            other=200,
+            towers=(Tower(SIGLIP, 256, 27),),
+            cameras=3,
+            expert=Expert(GEMMA_EXPERT, 50, 10),
+        ),
         remark="as pi0; its long text remains too",
     ),
     "SmolVLA": Family(
-        towers=((SMOL_VISION, 1024, 12),),
-        cameras=3,
-        visual=192,
-        other=49,
-        decoder=SMOL,
-        expert=(SMOL_EXPERT, 50, 10),
+        ControlStep(
+            SMOL,
+            visual=192,
+            other=49,
+            towers=(Tower(SMOL_VISION, 1024, 12),),
+            cameras=3,
+            expert=Expert(SMOL_EXPERT, 50, 10),
+        ),
         remark="the vision tower is most of it, and it is behind that tower that tokens are dropped: nothing to gain",
     ),
 }
 
 
-def parts(family: Family, keep: float | None) -> dict[str, float]:
+def parts(step: ControlStep, keep: float | None) -> dict[str, float]:
     """FLOPs of the parts of one control step, `keep` of the visual tokens staying from layer 3 on (None: all)."""
-    shape, full = family.decoder, family.visual + family.other
-    short = full if keep is None else family.other + max(1, round(keep * family.visual))
-    vision = Flops()
-    for tower, tokens, layers in family.towers:
-        vision += family.cameras * layers * tower.layer(tokens, tokens)
-    after = Flops()
-    for index in range(shape.layers):
-        length = full if index < LAYER else short
-        for position in range(1, family.decoded + 1):
-            after += shape.layer(1, length + position)
-        if family.expert is not None:
-            expert, tokens, passes = family.expert
-            after += passes * expert.layer(tokens, length + tokens)
-    head = 2 * shape.hidden * shape.vocabulary
-    return {
-        "vision": vision.total,
-        "prompt, layers before": (LAYER * shape.layer(full, full)).total,
-        "prompt, layers pruned": ((shape.layers - LAYER) * shape.layer(short, short)).total + head,
-        "decoding or denoising": after.total + family.decoded * head,
-    }
+    return step.flops(None if keep is None else max(1, round(keep * step.visual)), LAYER)
 
 
 def weights(shape: DecoderShape, layers: int) -> float:
@@ -134,16 +96,15 @@ def weights(shape: DecoderShape, layers: int) -> float:
     return BYTES * layers * shape.layer(1, 0).linear / 2
 
 
-def bytes_read(family: Family) -> dict[str, float]:
+def bytes_read(step: ControlStep) -> dict[str, float]:
     """Bytes of weights read in one control step: pruning changes none of these."""
-    shape = family.decoder
+    shape = step.decoder
     head = BYTES * shape.hidden * shape.vocabulary
-    after = family.decoded * (weights(shape, shape.layers) + head)
-    if family.expert is not None:
-        expert, _, passes = family.expert
-        after += passes * weights(expert, expert.layers)
+    after = step.decoded * (weights(shape, shape.layers) + head)
+    if step.expert is not None:
+        after += step.expert.passes * weights(step.expert.shape, step.expert.shape.layers)
     return {
-        "vision": sum(weights(tower, layers) for tower, _, layers in family.towers),
+        "vision": sum(weights(tower.shape, tower.layers) for tower in step.towers),
         "prompt": weights(shape, shape.layers) + head,
         "decoding or denoising": after,
     }
@@ -151,19 +112,20 @@ def bytes_read(family: Family) -> dict[str, float]:
 
 def result(family: Family) -> dict[str, Any]:
     """Everything of one family, ready for JSON."""
-    untouched = parts(family, None)
+    step = family.step
+    untouched = parts(step, None)
     total = sum(untouched.values())
     return {
         "gflops": {name: round(value / 1e9, 1) for name, value in untouched.items()},
         "total_gflops": round(total / 1e9, 1),
-        "weights_read_gb": {name: round(value / 1e9, 2) for name, value in bytes_read(family).items()},
-        "flops_left": {str(keep): round(sum(parts(family, keep).values()) / total, 3) for keep in KEEPS},
-        "prompt_flops_left": {str(keep): round(_prompt(family, keep) / _prompt(family, None), 3) for keep in KEEPS},
+        "weights_read_gb": {name: round(value / 1e9, 2) for name, value in bytes_read(step).items()},
+        "flops_left": {str(keep): round(sum(parts(step, keep).values()) / total, 3) for keep in KEEPS},
+        "prompt_flops_left": {str(keep): round(_prompt(step, keep) / _prompt(step, None), 3) for keep in KEEPS},
     }
 
 
-def _prompt(family: Family, keep: float | None) -> float:
-    return sum(value for name, value in parts(family, keep).items() if name.startswith("prompt"))
+def _prompt(step: ControlStep, keep: float | None) -> float:
+    return sum(value for name, value in parts(step, keep).items() if name.startswith("prompt"))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

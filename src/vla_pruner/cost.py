@@ -131,6 +131,90 @@ def prefill_ratio(
     return decoder_flops(headless, one, kept, layer, pruned).total / decoder_flops(headless, one).total
 
 
+@dataclass(frozen=True)
+class Tower:
+    """A vision encoder: its sizes, the tokens of one image, and how many of its layers run."""
+
+    shape: DecoderShape
+    tokens: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert that reads the prompt's keys and values: its sizes, the tokens of one pass, and the passes."""
+
+    shape: DecoderShape
+    tokens: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class ControlStep:
+    """All that one control step of a policy runs, for any of the three ways to act.
+
+    Attributes:
+        decoder: whose layers are shortened.
+        visual: visual tokens of all cameras.
+        other: other tokens of the prompt.
+        towers: vision encoders; each sees the image of every camera.
+        cameras: images.
+        projector: FLOPs of the projector for one visual token.
+        decoded: tokens decoded after the prompt, one pass each (so one less than tokens that act).
+        expert: an expert that reads the prompt's cache.
+        prompt_passes: how often the prompt runs (a diffusion head around the decoder: once a denoising step).
+    """
+
+    decoder: DecoderShape
+    visual: int
+    other: int
+    towers: tuple[Tower, ...] = ()
+    cameras: int = 1
+    projector: float = 0.0
+    decoded: int = 0
+    expert: Expert | None = None
+    prompt_passes: int = 1
+
+    def flops(self, kept: int | None = None, layer: int = 0, pruned: str = "drop") -> dict[str, float]:
+        """FLOPs of its parts. Arguments as in `decoder_flops`."""
+        shape, full = self.decoder, self.visual + self.other
+        live, seen = self._lengths(kept, pruned)
+        vision = Flops(self.projector * self.visual)
+        for tower in self.towers:
+            vision += self.cameras * tower.layers * tower.shape.layer(tower.tokens, tower.tokens)
+        head = Flops(2 * shape.hidden * shape.vocabulary)
+        after = self.decoded * head
+        for index in range(shape.layers):
+            length = full if index < layer else seen
+            for position in range(1, self.decoded + 1):
+                after += shape.layer(1, length + position)
+            if self.expert is not None:
+                tokens = self.expert.tokens
+                after += self.expert.passes * self.expert.shape.layer(tokens, length + tokens)
+        deep = (shape.layers - layer) * shape.layer(live, seen, seen - live)
+        return {
+            "vision": vision.total,
+            "prompt, layers before": (self.prompt_passes * layer * shape.layer(full, full)).total,
+            "prompt, layers pruned": (self.prompt_passes * (deep + head)).total,
+            "decoding or denoising": after.total,
+        }
+
+    def cache_elements(self, kept: int | None = None, layer: int = 0, pruned: str = "drop") -> dict[str, int]:
+        """Numbers in the key-value cache that the prompt writes, and that all passes after it read together."""
+        shape, full = self.decoder, self.visual + self.other
+        _, seen = self._lengths(kept, pruned)
+        cached = layer * full + (shape.layers - layer) * seen
+        width = 2 * shape.kv_heads * shape.head_dim
+        passes = self.decoded + (0 if self.expert is None else self.expert.passes)
+        tails = shape.layers * self.decoded * (self.decoded - 1) // 2
+        return {"written": width * cached, "read": width * (passes * cached + tails)}
+
+    def _lengths(self, kept: int | None, pruned: str) -> tuple[int, int]:
+        """Tokens that pass through the layers from the pruning layer on, and tokens that can be attended to there."""
+        live = self.other + (self.visual if kept is None else kept)
+        return live, self.visual + self.other if pruned == "freeze" else live
+
+
 def count_flops(call: Callable[[], Any]) -> float:
     """FLOPs that `call` really computes (matrix products, convolutions, attention), counted by torch's dispatcher.
 

@@ -6,15 +6,16 @@
             policy.predict_action(...)
         timer.steps[-1].prefill  # milliseconds
 
-A policy has `vision`, `projector` and `language_model`. Vision is the time inside the first two; a call of the language
-model with more than one query token is the prefill, one with a single query token is decode; pruning is what the
-session itself reports, taken out of the prefill it happens in. The rest of the step (preprocessing, embedding,
-sampling) is `other`.
+A policy has `vision`, `projector` and `language_model`; of others it is said which modules are which stage. Vision is
+the time inside the first two; a call of the language model with more than one query token is the prefill, one with a
+single query token is decode, and so is all that an expert does after the prompt; pruning is what the session itself
+reports, taken out of the stage it happens in. The rest of the step (preprocessing, embedding, sampling) is `other`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -26,6 +27,12 @@ from torch import nn
 from vla_pruner.errors import UnsupportedModelError
 
 STAGES = ("vision", "prefill", "pruning", "decode", "other")
+
+StageOf = Callable[[tuple[Any, ...], dict[str, Any]], str]
+"""Which stage a call of a module is, from its arguments."""
+
+Watched = Sequence[tuple[nn.Module, StageOf]]
+"""Modules whose calls are stages."""
 
 
 @dataclass(frozen=True)
@@ -42,107 +49,139 @@ class StepTime:
 
 @dataclass
 class _Open:
-    """A stage that has begun; `inside` is the time of the stages within it, in seconds."""
+    """A stage that has begun; `inside` is what the stages within it took."""
 
     name: str
     start: float
     inside: float = 0.0
 
 
-class StageTimer:
+class StageMeter:
+    """Splits what a reading grows by in a control step among its stages, while it is open.
+
+    The watched modules' `forward` is replaced on the instances: some policies call it directly, past every hook.
+
+    Args:
+        watched: the modules, and which stage a call of each is.
+        read: something that only grows: seconds, or FLOPs counted so far.
+
+    Attributes:
+        last: by stage, of the last step that ended; the stages add up to the whole step.
+    """
+
+    def __init__(self, watched: Watched, read: Callable[[], float]) -> None:
+        self.last: dict[str, float] = {}
+        self._watched = watched
+        self._read = read
+        self._saved: list[tuple[nn.Module, Any]] = []
+        self._open: list[_Open] = []
+        self._found: dict[str, float] = {}
+
+    def __enter__(self) -> Any:
+        for module, stage in self._watched:
+            self._saved.append((module, vars(module).get("forward")))
+            module.forward = self._staged(module.forward, stage)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, before in reversed(self._saved):
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
+        self._saved.clear()
+
+    def _staged(self, original: Callable[..., Any], stage: StageOf) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(stage(args, kwargs)):
+                return original(*args, **kwargs)
+
+        return forward
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds what is inside to the stage `name`, and takes it out of the stage around it; a session's `clock`."""
+        self._open.append(_Open(name, self._read()))
+        try:
+            yield
+        finally:
+            self._close()
+
+    def _close(self) -> float:
+        """Closes the innermost stage; what it took less the stages inside goes to its name. Returns all of it."""
+        stage = self._open.pop()
+        grown = self._read() - stage.start
+        self._found[stage.name] = self._found.get(stage.name, 0.0) + grown - stage.inside
+        if self._open:
+            self._open[-1].inside += grown
+        return grown
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One control step; it counts unless it raises."""
+        self._found.clear()
+        self._open.clear()
+        self._open.append(_Open("other", self._read()))
+        yield
+        self._ended(self._close(), dict(self._found))
+
+    def _ended(self, total: float, stages: dict[str, float]) -> None:
+        self.last = stages
+
+
+class StageTimer(StageMeter):
     """Times the control steps of `policy` while it is open.
 
     Args:
-        policy: a module with the submodules `vision`, `projector` and `language_model`.
+        policy: a module with the submodules `vision`, `projector` and `language_model`, or any with `watched`.
+        watched: what is timed instead of these three.
+
+    Attributes:
+        steps: one entry for each step that ended.
 
     Raises:
         UnsupportedModelError: if one of the three is missing.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
-        missing = [name for name in ("vision", "projector", "language_model") if not hasattr(policy, name)]
-        if missing:
-            raise UnsupportedModelError(
-                f"{type(policy).__name__} has no submodule {', '.join(missing)}. The stage timer supports policies "
-                "with `vision`, `projector` and `language_model`; time whole steps of others."
-            )
+    def __init__(self, policy: Any, watched: Watched | None = None) -> None:
+        watched = _parts(policy) if watched is None else watched
         self.steps: list[StepTime] = []
-        self._policy: Any = policy
-        self._handles: list[Any] = []
-        self._seconds: dict[str, float] = {}
-        self._open: list[_Open] = []
         # Work on a GPU is queued; a stage has ended only when the queue is empty.
-        on_gpu = any(parameter.is_cuda for parameter in policy.parameters())
-        self._synchronize: Callable[[], None] = torch.cuda.synchronize if on_gpu else _nothing
+        on_gpu = any(parameter.is_cuda for module, _ in watched for parameter in module.parameters())
+        super().__init__(watched, _seconds_on_gpu if on_gpu else perf_counter)
 
-    def __enter__(self) -> StageTimer:
-        for name in ("vision", "projector"):
-            self._watch(getattr(self._policy, name), lambda _: "vision")
-        self._watch(self._policy.language_model, _prefill_or_decode)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _watch(self, module: nn.Module, stage: Callable[[tuple[Any, dict[str, Any]]], str]) -> None:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._enter(stage((args, kwargs)))
-
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-            self._exit()
-
-        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(after, with_kwargs=True))
-
-    def _now(self) -> float:
-        self._synchronize()
-        return perf_counter()
-
-    def _enter(self, name: str) -> None:
-        self._open.append(_Open(name, self._now()))
-
-    def _exit(self) -> float:
-        """Closes the innermost stage; its time less that of the stages inside goes to its name. Returns all of it."""
-        stage = self._open.pop()
-        elapsed = self._now() - stage.start
-        self._seconds[stage.name] = self._seconds.get(stage.name, 0.0) + elapsed - stage.inside
-        if self._open:
-            self._open[-1].inside += elapsed
-        return elapsed
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the time inside to the stage `name`, and takes it out of the stage around it; a session's `clock`."""
-        self._enter(name)
-        try:
-            yield
-        finally:
-            self._exit()
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Times one control step, and appends it to `steps` unless it raises."""
-        self._seconds.clear()
-        self._open.clear()
-        self._enter("other")
-        yield
-        total = self._exit()
-        stages = {name: 1e3 * self._seconds.get(name, 0.0) for name in STAGES}
-        self.steps.append(StepTime(total=1e3 * total, **stages))
+    def _ended(self, total: float, stages: dict[str, float]) -> None:
+        super()._ended(total, stages)
+        self.steps.append(StepTime(total=1e3 * total, **{name: 1e3 * stages.get(name, 0.0) for name in STAGES}))
 
 
-def _nothing() -> None:
-    pass
-
-
-def _prefill_or_decode(call: tuple[Any, dict[str, Any]]) -> str:
+def prefill_or_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Which of the two a call of a language model is, from the number of its query tokens."""
-    args, kwargs = call
     tokens = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = args[0]
     return "prefill" if tokens.shape[1] > 1 else "decode"
+
+
+def always(stage: str) -> StageOf:
+    """A module whose every call is this stage."""
+    return lambda args, kwargs: stage
+
+
+def _parts(policy: Any) -> Watched:
+    missing = [name for name in ("vision", "projector", "language_model") if not hasattr(policy, name)]
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(policy).__name__} has no submodule {', '.join(missing)}. The stage timer supports policies "
+            "with `vision`, `projector` and `language_model`; time whole steps of others."
+        )
+    seen = [(module, always("vision")) for module in (policy.vision, policy.projector)]
+    return [*seen, (policy.language_model, prefill_or_decode)]
+
+
+def _seconds_on_gpu() -> float:
+    torch.cuda.synchronize()
+    return perf_counter()
