@@ -172,6 +172,10 @@ def test_keep_per_camera(kind):
         visual = session.step.layout.visual.gather(1, session.kept)
         assert visual.shape[1] == 5 + each
         assert int((visual < each).sum()) == 5
+        module.reset()
+        module.predict_action_chunk(scene(policy, cameras=(two, three)), noise=noise())
+        assert session.step.layout.absent == {0}
+        assert session.kept.shape[1] == each // 2 + each
     with FullLength(module, layout, kept, layer=3):
         expected = module.predict_action_chunk(scene(policy), noise=noise())
     assert (pruned - expected).abs().max() < 1e-4
