@@ -17,7 +17,7 @@ from vla_pruner.attach.layout import Layout, Shortening, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.step import Step
-from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
 
@@ -54,6 +54,7 @@ class Session:
             self._budgets(family.camera_tokens, frozenset())
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
+        _check_not_compiled(model, self._decoder)
         self._wiring = family.wiring(self) or HookWiring(self, family)
         self._replaced = Replacements()
         try:
@@ -130,8 +131,8 @@ class Session:
         step = self._step
         if step is None or step.closed:
             return self._memory
-        if step.prefilling or (step.action is None and "action" in self.method.needs):
-            # The call failed before anything could act: no control step came of it.
+        if step.running or (step.action is None and "action" in self.method.needs):
+            # A call failed, or nothing acted: no control step came of it.
             return step.memory
         return step.memory.push(step.action, step.seen)
 
@@ -173,7 +174,7 @@ class Session:
                         f"The prompt of this control step has {step.layout.length} positions, but it was run again "
                         f"with {call.length}."
                     )
-                step.prefilling = True
+                step.prefilling = step.running = True
                 return True
             if step is None or step.prefilling:
                 raise SessionError(
@@ -185,6 +186,7 @@ class Session:
                     f"The decoder was called with {call.length} positions after the prompt; it decodes one at a "
                     "time. A prompt in several pieces and speculative decoding are not supported."
                 )
+            step.running = True
             return False
         layout = self._family.layout(call)
         rows = self._family.action_rows(layout)
@@ -199,6 +201,12 @@ class Session:
             raise SessionError(
                 f"The memory holds {memory.rows} rows of {memory.tokens} visual tokens, but the model was called with "
                 f"{layout.rows} rows of {layout.tokens}; call reset() first, or set session.memory to these rows' own."
+            )
+        if step is not None and self._memory is not None and step.layout.cameras != layout.cameras:
+            raise SessionError(
+                f"The cameras {self._family.cameras} had {step.layout.cameras} visual tokens and now have "
+                f"{layout.cameras}, so what is remembered of them no longer fits. Call reset(), or have the policy put "
+                "blank images in the places of absent cameras (LeRobot's SmolVLA: config.empty_cameras)."
             )
         self._memory = memory = memory.to(call.device)
         self._step = Step(layout=layout, memory=memory, action_rows=rows)
@@ -285,16 +293,16 @@ class Session:
     def _budgets(self, cameras: tuple[int, ...], absent: frozenset[int]) -> list[int]:
         """Tokens kept: one number for all cameras together, or one for each."""
         present = [0 if camera in absent else count for camera, count in enumerate(cameras)]
+        # A camera that the policy left out of the sequence has its budget, but no tokens here.
+        known = self._family.camera_tokens or cameras
         if self._camera_methods is None:
-            full = [self.method.budget(sum(cameras))]
-            short = [self.method.budget_of_present(sum(cameras), sum(present))]
+            full = [self.method.budget(sum(known))]
+            short = [self.method.budget_of_present(sum(known), sum(present))]
         else:
-            budgets = zip(self._camera_methods, cameras, strict=True)
-            # A camera that the policy left out of the sequence has no tokens.
-            full = [method.budget(count) if count else 0 for method, count in budgets]
+            full = [method.budget(count) for method, count in zip(self._camera_methods, known, strict=True)]
             short = [min(budget, count) for budget, count in zip(full, present, strict=True)]
-        # Where all is kept nothing may change, so absent cameras stay too.
-        return full if sum(full) >= sum(cameras) else short
+        # Where all is kept nothing may change, so absent cameras that hold a place stay too.
+        return list(cameras) if sum(full) >= sum(known) else short
 
     def _select(self, evidence: Evidence, cameras: tuple[int, ...], budgets: list[int]) -> Tensor:
         """The ids (B, k) int64, sorted, of the tokens to keep."""
@@ -325,6 +333,20 @@ class Session:
         self._replaced.remove()
         self._wiring.remove()
         self._family.remove()
+
+
+def _check_not_compiled(model: Any, decoder: nn.Module) -> None:
+    """Raise UnsupportedModelError where a module around the decoder is compiled: no hook inside would ever run."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    if not isinstance(module, nn.Module):
+        return
+    for name, part in module.named_modules():
+        compiled = getattr(part, "_compiled_call_impl", None) is not None
+        if compiled and any(inner is decoder for inner in part.modules()):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__} is compiled and holds the decoder, so hooks on it would never run; "
+                "attach to the policy before it is compiled."
+            )
 
 
 def visual_rows(hidden: Tensor, layout: Layout) -> Tensor:

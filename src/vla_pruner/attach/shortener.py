@@ -59,6 +59,7 @@ class Shortener:
         self._hook_layers(decoder, self._shorten)
         for reader in self._family.readers:
             self._handles.append(reader.register_forward_pre_hook(self._enter_reader, with_kwargs=True))
+            self._handles.append(reader.register_forward_hook(self._leave_reader))
             self._hook_layers(reader, self._read_transient)
 
     def remove(self) -> None:
@@ -195,6 +196,12 @@ class Shortener:
 
     def _enter_reader(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._memo.clear()
+        if self._session.step is not None:
+            self._session.step.running = True
+
+    def _leave_reader(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._session.step is not None:
+            self._session.step.running = False
 
     def _read(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -223,7 +230,10 @@ class Shortener:
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         step = self._session.step
-        if step is None or not step.prefilling:
+        if step is None:
+            return None
+        step.running = False
+        if not step.prefilling:
             return None
         step.prefilling = False
         step.frozen_hidden = self._scratch = None

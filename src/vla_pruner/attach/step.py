@@ -31,6 +31,7 @@ class Step:
             any.
         chosen: what becomes of the sequence is decided.
         prefilling: the prefill is still running.
+        running: a call that belongs to the step has begun and not come back; it stays so where one failed.
         closed: its scores are in the memory already, or were discarded with it.
     """
 
@@ -45,6 +46,7 @@ class Step:
     semantic: Tensor | None = None
     chosen: bool = False
     prefilling: bool = True
+    running: bool = True
     closed: bool = False
     frozen_hidden: Tensor | None = None
     _columns: dict[bool, Tensor] = field(default_factory=dict)
@@ -62,13 +64,14 @@ class Step:
         return sum(grids[1:], grids[0]).gather(1, self.layout.visual) / self._layers_read
 
     @property
-    def seen(self) -> Tensor | None:
-        """(B, M) bool, False for tokens that the action rows could not see because they were dropped; None: all were
-        seen.
+    def seen(self) -> Tensor:
+        """(B, M) bool, False for tokens that the action rows could not see: they were dropped, or their camera is
+        absent.
         """
+        valid = self.layout.valid
         if self.kept is None or self.shortening is None or self.shortening.frozen is not None:
-            return None
-        return torch.zeros_like(self.layout.valid).scatter(1, self.kept, True)
+            return valid
+        return torch.zeros_like(valid).scatter(1, self.kept, True) & valid
 
     def add_semantic(self, attention: Attention, queries: str, logits: bool = False) -> None:
         """Read the semantic score from the full-length prefill of the layer before pruning; `queries` as in `Method`,

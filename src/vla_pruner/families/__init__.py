@@ -53,5 +53,6 @@ def family_of(model: Any, **options: Any) -> Family:
         f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
         "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
         "PI05Policy and SmolVLAPolicy, vla_pruner.reference_policy(), and transformers' decoder-only language models. "
+        "A policy inside of DataParallel or torch.compile is attached to itself (its .module), before it is compiled. "
         "See CONTRIBUTING.md on how a family is added."
     )

@@ -7,13 +7,15 @@ step; tokens are chosen in the first one, and action attention is the mean over 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
-from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.attach.replacements import Replacements
+from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.decoder_lm import DecoderLM
 
 PACKAGE = "vla_pruner.models.openvla"
@@ -46,6 +48,7 @@ class OpenVLAOFT(OpenVLA):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._policy: Any = model
+        self._replaced = Replacements()
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -57,5 +60,18 @@ class OpenVLAOFT(OpenVLA):
     def repeats_prompt(self, call: Call) -> bool:
         return True
 
+    def install(self) -> None:
+        self._replaced.put(self._policy, "forward", _refuse_forward)
+
+    def remove(self) -> None:
+        self._replaced.remove()
+
     def action_rows(self, layout: Layout) -> Tensor | None:
         return self._policy.rows_in_sequence(layout.prompt)
+
+
+def _refuse_forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise SessionError(
+        "forward() of OpenVLA-OFT was called while a session is attached; it has no action rows. Call predict_action "
+        "or act, or detach first."
+    )

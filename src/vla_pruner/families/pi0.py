@@ -7,8 +7,7 @@ and values, layer by layer. Action attention is that of the expert's action rows
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
+from vla_pruner.attach.replacements import Replacements
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
 
@@ -38,6 +38,8 @@ class PI0(TransformersFamily):
         self._image_token = policy.config.vlm_config.image_token_id
         self._is_image: Tensor | None = None
         self._shown: Tensor | None = None
+        self._absent: frozenset[int] = frozenset()
+        self._replaced = Replacements()
         self.cameras = () if cameras is None else _check_cameras(cameras)
 
     @classmethod
@@ -68,7 +70,7 @@ class PI0(TransformersFamily):
         visual = order.gather(1, place.clamp_max(call.length - 1).to(order.device))
         rank = rank.gather(1, visual)
         ensure((fits.to(rank.device) & (rank < 2)).all(), FEW_TOKENS)
-        return Layout(visual=visual, valid=rank == 0, prompt=prompt, cameras=(each,) * count)
+        return Layout(visual=visual, valid=rank == 0, prompt=prompt, cameras=(each,) * count, absent=self._absent)
 
     def action_rows(self, layout: Layout) -> Tensor | None:
         return None
@@ -78,21 +80,21 @@ class PI0(TransformersFamily):
         return torch.arange(1, length, device=device).expand(rows, -1)
 
     def install(self) -> None:
-        original = self._pi0.embed_prefix
-
-        @functools.wraps(original)
-        def embed_prefix(*args: Any, **kwargs: Any) -> Tensor:
-            input_ids = args[0] if args else kwargs["input_ids"]
-            shown = args[2] if len(args) > 2 else kwargs["pixel_attention_mask"]
-            self._is_image, self._shown = input_ids == self._image_token, shown.bool()
-            return original(*args, **kwargs)
-
         # The decoder only ever sees embeddings; which of them are visual is known here.
-        self._pi0.embed_prefix = embed_prefix
+        self._replaced.put(self._pi0, "embed_prefix", self._embed_prefix)
 
     def remove(self) -> None:
-        self._pi0.__dict__.pop("embed_prefix", None)
+        self._replaced.remove()
         self._is_image = self._shown = None
+
+    def _embed_prefix(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        input_ids = args[0] if args else kwargs["input_ids"]
+        shown: Tensor = args[2] if len(args) > 2 else kwargs["pixel_attention_mask"]
+        self._is_image, self._shown = input_ids == self._image_token, shown.bool()
+        self._absent = frozenset()
+        if shown.device.type == "cpu":  # elsewhere the host would wait for it
+            self._absent = frozenset(torch.nonzero(~shown.bool().any(dim=0)).flatten().tolist())
+        return original(*args, **kwargs)
 
 
 FEW_TOKENS = "A row has fewer image and padding tokens than the cameras need; pad all rows alike."

@@ -141,7 +141,13 @@ class SmolVLAWiring:
         self._short.clear()
         if prefix is None:
             self._check_cache(given.get("past_key_values"))
-            return original(**given)
+            step = self._session.step
+            if step is None:
+                return original(**given)
+            step.running = True
+            result = original(**given)
+            step.running = False
+            return result
         if suffix is not None or given.get("past_key_values") is not None:
             raise SessionError(
                 "The prefix was run together with actions or with a cache; a session serves select_action and "
@@ -154,7 +160,7 @@ class SmolVLAWiring:
         assert step is not None
         outputs, cache = original(**given)
         self._cache = weakref.ref(cache)
-        step.prefilling, step.frozen_hidden = False, None
+        step.prefilling, step.running, step.frozen_hidden = False, False, None
         if step.shortening is not None:
             outputs = [step.shortening.restore(outputs[0]), *outputs[1:]]
         return outputs, cache

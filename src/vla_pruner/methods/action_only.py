@@ -17,7 +17,7 @@ class ActionOnly(Smoothed):
 
     Paper: arXiv 2511.16449, equations 3 and 5 and the ablation of its dual-level design ("action only").
 
-    Reference numbers (OpenVLA, LIBERO mean success, read off the paper's plot): about 63 % at keep .25 and 48 % at
+    Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 63 % at keep .25 and 48 % at
     .125, where VLA-Pruner has about 75 % and 68 %.
     Deviations: none. A token that was dropped is not seen again by any action row, so with `pruned="drop"` and
     `unseen="zero"` the first kept set of an episode stays to its end: the published rule, and its weakness.

@@ -20,7 +20,7 @@ class ScoreFusion(Smoothed):
     Paper: arXiv 2511.16449, where section 3.3 argues against it and the ablation measures it ("score fusion"): the two
     scores are normalised, summed with weights, and the highest k stay. No filter against redundancy follows.
 
-    Reference numbers (OpenVLA, LIBERO mean success, read off the paper's plot): about 65 % at keep .25 and 52 % at
+    Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 65 % at keep .25 and 52 % at
     .125, where VLA-Pruner has about 75 % and 68 %, and the semantic score alone 67 % and 55 %.
     Deviations: the paper gives neither weight nor normalisation. Here the weight is .5, and each score is divided by
     its sum over the row's present tokens, so that both are shares of what the image received.
