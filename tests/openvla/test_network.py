@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tests.openvla.tiny import load_openvla, padded, random_openvla, tiny_inputs
+from tests.openvla.tiny import load_openvla, padded, random_openvla, tiny_inputs, write_checkpoint
 from vla_pruner.errors import CheckpointError, ObservationError
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -130,6 +130,25 @@ def test_batch_rows_equal_single_rows(folder, expected, inputs, side, backend):
     # After the prefill each call has one position, so the last logits are those of the row's newest token.
     for step, logits in enumerate(logits_of(policy, batch)[1:], start=1):
         torch.testing.assert_close(logits, torch.cat([row[step] for row in single]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("oft", [False, True])
+def test_the_processors_padding_needs_no_mask(tmp_path, oft, loaded):
+    policy = random_openvla(oft=oft)
+    if loaded:
+        # Another padding token than the published one, and a tokenizer without any.
+        policy.config.pad_token_id = 31001
+        tokenizer = policy.processor.tokenizer
+        policy = load_openvla(write_checkpoint(tmp_path / "model", policy))
+        policy.processor.tokenizer = tokenizer
+    ids, mask = policy.processor.tokenize([policy.processor.prompt(text) for text in ("pick up the red bowl", "go")])
+    assert ids[1, -1] == policy.config.pad_token_id == (31001 if loaded else 32000)
+    inputs = {"pixel_values": tiny_inputs(policy)["pixel_values"].repeat(2, 1, 1, 1)}
+    if oft:
+        inputs["proprio"] = np.zeros((2, 8))
+    found = policy.predict_action(ids, **inputs)
+    np.testing.assert_array_equal(found, policy.predict_action(ids, attention_mask=mask, **inputs))
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def test_the_prompt_is_the_official_one(processor):
 
 def test_rows_start_with_bos_end_with_the_empty_token_and_are_padded_on_the_right(folder):
     ids = write_tokenizer(folder)
-    processor = OpenVLAProcessor.from_folder(folder)
+    processor = OpenVLAProcessor.from_folder(folder, pad_token_id=ids["<PAD>"])
     input_ids, mask = processor.tokenize([PROMPT, "In\né"])
     assert input_ids.dtype == mask.dtype == torch.int64
     # Tokens of "In:", a newline and an unknown letter as bytes, as Llama writes them.

@@ -11,6 +11,9 @@ from transformers import LlamaConfig, PretrainedConfig
 from vla_pruner.errors import UnsupportedModelError
 
 IMAGE_SIZE = 224
+PUBLISHED_PAD = 32000
+"""Id of the padding token in every published config.json."""
+
 DINO = "vit_large_patch14_reg4_dinov2.lvd142m"
 SIGLIP = "vit_so400m_patch14_siglip_224"
 
@@ -60,7 +63,7 @@ class OpenVLAConfig(PretrainedConfig):
         norm_stats: statistics of each dataset, by `unnorm_key`.
         n_action_bins: edges of the action bins.
         pad_to_multiple_of: rows that were added to the vocabulary; the action tokens end before them.
-        pad_token_id: of the tokenizer.
+        pad_token_id: what fills short rows of a batch up; none of Llama's own tokens.
         use_fused_vision_backbone: whether there are two towers.
         kwargs: whatever else the file holds.
     """
@@ -76,7 +79,7 @@ class OpenVLAConfig(PretrainedConfig):
         norm_stats: dict[str, Any] | None = None,
         n_action_bins: int = 256,
         pad_to_multiple_of: int = 64,
-        pad_token_id: int = 32000,
+        pad_token_id: int = PUBLISHED_PAD,
         use_fused_vision_backbone: bool = True,
         **kwargs: Any,
     ) -> None:

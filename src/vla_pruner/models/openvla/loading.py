@@ -91,7 +91,7 @@ def load_openvla(
         equip(policy, folder, files, dtype, cameras, chunk, denoising_steps)
     else:
         policy.cameras = camera_names(1, cameras)
-    policy.processor = _processor(folder)
+    policy.processor = _processor(folder, config.pad_token_id)
     if unnorm_key is not None:
         policy.unnorm_key = policy.dataset(unnorm_key)
     return policy.eval()
@@ -229,7 +229,7 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
 class AbsentTokenizer:
     """Stands where a folder has no tokenizer: `predict_action` with ids of one's own needs none."""
 
-    bos_token_id, pad_token_id = 1, 0
+    bos_token_id = 1
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -241,9 +241,9 @@ class AbsentTokenizer:
         )
 
 
-def _processor(folder: Path) -> OpenVLAProcessor:
+def _processor(folder: Path, pad: int) -> OpenVLAProcessor:
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return OpenVLAProcessor.from_folder(folder, None if has_tokenizer else AbsentTokenizer(folder))
+    return OpenVLAProcessor.from_folder(folder, None if has_tokenizer else AbsentTokenizer(folder), pad)
 
 
 def _shape(shape: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.errors import CheckpointError, ObservationError
+from vla_pruner.models.openvla.configuration import PUBLISHED_PAD
 from vla_pruner.models.openvla.prompt import EMPTY_TOKEN
 from vla_pruner.models.openvla.tokenizer import StandInTokenizer, Tokenizer, read_tokenizer
 from vla_pruner.preprocessing.resize import bicubic_resize
@@ -48,29 +49,37 @@ class OpenVLAProcessor:
 
     Args:
         image_config: the content of preprocessor_config.json.
-        tokenizer: of transformers, or any with its call, `bos_token_id` and `pad_token_id`.
+        tokenizer: of transformers, or any with its call and `bos_token_id`.
+        pad_token_id: the model's (config.json): what `predict_action` takes for padding where it is given no mask. The
+            tokenizer's own may be another one.
 
     Attributes:
         size: (height, width) that images are brought to.
-        tokenizer: as given.
+        tokenizer, pad_token_id: as given.
 
     Raises:
         NotImplementedError: the configuration asks for another treatment of images than plain bicubic resizing.
         CheckpointError: it is incomplete.
     """
 
-    def __init__(self, image_config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, image_config: Mapping[str, Any], tokenizer: Tokenizer, pad_token_id: int = PUBLISHED_PAD
+    ) -> None:
         self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id
         self.size = _size(image_config)
         self._mean, self._std = _constants(image_config)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> OpenVLAProcessor:
+    def from_folder(
+        cls, folder: str | Path, tokenizer: Tokenizer | None = None, pad_token_id: int = PUBLISHED_PAD
+    ) -> OpenVLAProcessor:
         """The processor of a checkpoint folder.
 
         Args:
             folder: with preprocessor_config.json, and tokenizer.json or tokenizer.model.
             tokenizer: instead of the folder's.
+            pad_token_id: as in the constructor.
 
         Raises:
             CheckpointError: a file is missing or damaged; the message names it.
@@ -88,7 +97,7 @@ class OpenVLAProcessor:
             raise CheckpointError(f"{path} is damaged ({error}). Download it again.") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} holds no settings by name. Download it again.")
-        return cls(config, read_tokenizer(folder) if tokenizer is None else tokenizer)
+        return cls(config, read_tokenizer(folder) if tokenizer is None else tokenizer, pad_token_id)
 
     def __call__(
         self, text: str | Sequence[str], images: Image | Sequence[Image], return_tensors: str = "pt"
@@ -174,8 +183,7 @@ class OpenVLAProcessor:
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         longest = max(map(len, rows), default=0)
-        pad = self.tokenizer.pad_token_id or 0
-        ids = [row + [pad] * (longest - len(row)) for row in rows]
+        ids = [row + [self.pad_token_id] * (longest - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
 

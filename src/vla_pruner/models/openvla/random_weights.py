@@ -99,7 +99,8 @@ def random_openvla(
             for module in (policy.action_head, policy.proprio_projector, policy.noisy_action_projector):
                 _ = module and module.to(dtype)
     policy.cameras = camera_names(2 if oft else 1, cameras)
-    policy.processor = OpenVLAProcessor(PUBLISHED_IMAGE_CONFIG, StandInTokenizer(config.text_config.vocab_size))
+    tokenizer = StandInTokenizer(config.text_config.vocab_size)
+    policy.processor = OpenVLAProcessor(PUBLISHED_IMAGE_CONFIG, tokenizer, config.pad_token_id)
     _draw(policy, torch.Generator(device=torch.device(device)).manual_seed(seed))
     return policy.eval()
 

@@ -23,10 +23,6 @@ class Tokenizer(Protocol):
     def bos_token_id(self) -> Any:
         """Id of the token that begins every sequence."""
 
-    @property
-    def pad_token_id(self) -> Any:
-        """Id of the padding token, or None."""
-
     def __call__(self, text: Any, *, add_special_tokens: bool) -> Any:
         """A mapping with `input_ids`, without special tokens if they are not to be added."""
 
@@ -41,7 +37,7 @@ class StandInTokenizer:
         vocab_size: of the model; at least 259.
     """
 
-    bos_token_id, pad_token_id = 1, 0
+    bos_token_id = 1
 
     def __init__(self, vocab_size: int) -> None:
         if vocab_size < 259:
@@ -72,8 +68,6 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}). Download it again.") from error
         self.bos_token_id = self._pieces.bos_id()
-        # Llama has no padding token; what stands in masked places is never read.
-        self.pad_token_id = max(self._pieces.pad_id(), 0)
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """`input_ids` of one text."""
