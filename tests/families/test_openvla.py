@@ -116,7 +116,10 @@ class TestOFT:
         start, stop = (int(i) for i in data["action_slice"])
         rows = []
 
-        def late(module, args, kwargs, output):
+        def short(module, args, kwargs, output):
+            late(module, args, kwargs, output, gone=512 - 64)
+
+        def late(module, args, kwargs, output, gone=0):
             hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
             shape = (*hidden.shape[:-1], -1, module.head_dim)
             query = module.q_proj(hidden).view(shape).transpose(1, 2)
@@ -127,7 +130,7 @@ class TestOFT:
                 return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
 
             logits = rotate(query) @ rotate(key).transpose(2, 3) * module.head_dim**-0.5
-            rows.append(logits.softmax(-1)[0, :, start:stop, 1:513].mean((0, 1)))
+            rows.append(logits.softmax(-1)[0, :, start - gone : stop - gone, 1 : 513 - gone].mean((0, 1)))
 
         layers = policy.language_model.model.layers
         handles = [layer.self_attn.register_forward_hook(late, with_kwargs=True) for layer in layers[3:]]
@@ -139,6 +142,16 @@ class TestOFT:
             self.run(policy, data, 0)
             assert (session.scores["action"][0] - expected).abs().max() < 1e-6
             assert expected.max() > 2 * expected.mean(), "uniform attention would show nothing"
+        # The same in a pruned step, whose rows are elsewhere: the last layers attend to what is kept alone.
+        rows.clear()
+        with vp.VLAPruner(keep=64, warmup="semantic").attach(policy) as session:
+            handles = [layer.self_attn.register_forward_hook(short, with_kwargs=True) for layer in layers[3:]]
+            self.run(policy, data, 0)
+            for handle in handles:
+                handle.remove()
+            assert session.kept is not None
+            expected = torch.zeros(512).scatter(0, session.kept[0], torch.stack(rows).mean(0))
+            assert (session.scores["action"][0] - expected).abs().max() < 1e-6
 
     def test_keep_per_camera(self, policy, data):
         data, _ = data
@@ -192,6 +205,20 @@ class TestDiffusion:
             assert lengths == [595 - 512 + 128] * passes
         handle.remove()
         assert np.abs(pruned - untouched).max() > 1e-3
+
+    def test_the_semantic_score_is_that_of_the_first_pass(self, policy, golden):
+        seen = []
+        with vp.SemanticOnly(keep=128).attach(policy) as session:
+            layer = policy.language_model.model.layers[K]
+            layer.register_forward_pre_hook(lambda *_: seen.append(session.scores["semantic"].clone()))
+            self.run(policy, golden)
+            assert len(seen) > 1
+            assert torch.equal(session.scores["semantic"], seen[0])
+
+    def test_forward_is_refused_while_attached(self, policy):
+        with vp.SemanticOnly(keep=128).attach(policy), pytest.raises(vp.SessionError, match="predict_action"):
+            policy(torch.ones(1, 4, dtype=torch.int64))
+        assert "forward" not in vars(policy)
 
     def test_keep_all_is_bit_identical(self, policy, golden):
         untouched = self.run(policy, golden)

@@ -202,3 +202,76 @@ def watch_lengths(model):
             with_kwargs=True,
         )
     return lengths, cached
+
+
+def test_the_expert_rows_that_act_are_the_actions_not_the_state(pi0, inputs):
+    """The action score is the mean over heads, action rows, late layers and denoising steps, computed by hand."""
+    rows = []
+
+    def late(module, args, kwargs, output):
+        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        query = module.q_proj(hidden).view(*hidden.shape[:-1], -1, module.head_dim).transpose(1, 2)
+        half = query.shape[-1] // 2
+        turned = torch.cat([-query[..., half:], query[..., :half]], -1)
+        query = query * cos[:, None] + turned * sin[:, None]
+        # The cache holds the prompt and the suffix of this step.
+        keys = kwargs["past_key_values"].layers[module.layer_idx].keys
+        probabilities = (query @ keys.transpose(2, 3) * module.head_dim**-0.5).softmax(-1)
+        rows.append(probabilities[:, :, 1:, :512].mean((1, 2)))
+
+    layers = pi0.model.dit.layers
+    handles = [layer.self_attn.register_forward_hook(late, with_kwargs=True) for layer in layers[3:]]
+    sample(pi0, inputs)
+    for handle in handles:
+        handle.remove()
+    with vp.VLAPruner(keep=128, layer=K).attach(pi0) as session:
+        sample(pi0, inputs)
+        expected = torch.stack(rows).mean(0)
+        assert len(rows) == 3 * pi0.config.num_inference_steps
+        assert (session.scores["action"] - expected).abs().max() < 1e-6
+
+
+def test_a_camera_absent_in_all_rows_takes_no_budget(pi0, inputs):
+    ids, mask = inputs["input_ids"].copy(), inputs["attention_mask"].copy()
+    ids[:, 256:272], ids[:, 272:] = ids[:, 512:].copy(), 0
+    mask[:, 272:] = 0
+    shown = np.array([[False, True]] * 2)
+    changed = {**inputs, "input_ids": ids, "attention_mask": mask, "pixel_attention_mask": shown}
+    with vp.VLAPruner(keep=0.5, layer=K, warmup="semantic").attach(pi0) as session:
+        sample(pi0, changed)
+        assert session.kept is not None
+        assert session.kept.shape == (2, 128)
+        assert (session.kept >= 256).all(), "ids are those of the second camera"
+    with vp.VLAPruner(keep={"a": 64, "b": 64}, layer=K, warmup="semantic").attach(pi0, cameras=("a", "b")) as session:
+        sample(pi0, changed)
+        assert session.kept is not None
+        assert session.kept.shape == (2, 64)
+
+
+def test_absent_tokens_are_never_preferred(pi0, inputs):
+    """More is to be kept than row 1 has: the rest is taken from what is masked, and only the rest."""
+    ids, mask = inputs["input_ids"].copy(), inputs["attention_mask"].copy()
+    ids[1, 256:272], ids[1, 272:] = ids[1, 512:].copy(), 0
+    mask[1, 272:] = 0
+    cameras = np.array([[True, True], [True, False]])
+    changed = {**inputs, "input_ids": ids, "attention_mask": mask, "pixel_attention_mask": cameras}
+    for method in (vp.RandomKeep(keep=300, layer=K), vp.MaxMinDiversity(keep=300, layer=K)):
+        with method.attach(pi0) as session:
+            sample(pi0, changed)
+            assert session.kept is not None
+            assert session.kept[1, :256].tolist() == list(range(256)), method
+
+
+def test_a_users_own_embed_prefix_survives(pi0, inputs):
+    calls = []
+    original = pi0.model.embed_prefix
+
+    def own(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    pi0.model.embed_prefix = own
+    with vp.RandomKeep(keep=0.5, layer=K).attach(pi0):
+        sample(pi0, inputs)
+    assert vars(pi0.model)["embed_prefix"] is own
+    assert calls
