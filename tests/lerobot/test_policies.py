@@ -15,7 +15,7 @@ pytest.importorskip("lerobot", reason="lerobot is not installed; make test-lerob
 import vla_pruner as vp
 from tests.lerobot.tiny import KINDS, load_tiny, save_processors, size_of
 from vla_pruner.errors import CheckpointError, ObservationError
-from vla_pruner.policies.lerobot import load_lerobot, random_lerobot
+from vla_pruner.policies.lerobot import LeRobotPolicy, load_lerobot, random_lerobot
 from vla_pruner.policies.lerobot_random import built_with
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -60,6 +60,15 @@ def test_loaded_policy(golden, kind):
     assert not policy.module.training
     with pytest.raises(CheckpointError, match=r"policy_preprocessor\.json"):
         policy.act(pictures(policy), "go", np.zeros(8))
+
+
+@each_kind
+def test_load_policy_knows_them(golden, kind):
+    source = golden / f"lerobot_{kind}_tiny"
+    with built_with(kind, size_of(source)):
+        policy = vp.load_policy(source)
+    assert isinstance(policy, LeRobotPolicy)
+    assert policy.module.config.type == kind
 
 
 @each_kind

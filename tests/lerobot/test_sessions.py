@@ -196,6 +196,24 @@ def test_smolvla_without_a_camera_and_without_a_blank_for_it():
             module.predict_action_chunk(scene(policy), noise=noise())
 
 
+def test_a_camera_of_smolvla_that_one_robot_lacks():
+    """A padding mask says so by row, so the number of kept tokens is that of all cameras."""
+    policy = build("smolvla")
+    module = policy.module
+    batch = scene(policy, rows=2)
+    batch["observation.images.camera2_padding_mask"] = torch.tensor([1, 0])
+    with vp.RandomKeep(keep=0.5).attach(module) as session:
+        pruned = module.predict_action_chunk(dict(batch), noise=noise(2))
+        layout, kept = session.step.layout, session.kept
+    assert not layout.absent
+    assert layout.valid.sum(dim=1).tolist() == [192, 128]
+    assert kept.shape == (2, 96)
+    assert [int((row // 64 == 1).sum() > 0) for row in kept] == [1, 0]
+    with FullLength(module, layout, kept, layer=3):
+        expected = module.predict_action_chunk(dict(batch), noise=noise(2))
+    assert (pruned - expected).abs().max() < 1e-4
+
+
 VARIANTS = {
     "special tokens": {"add_image_special_tokens": True},
     "padded prefix": {"prefix_length": 260},
