@@ -25,7 +25,7 @@ def decoder_lm() -> Case:
         embeds = prompt(2, seed=scene)[0][rows]
         return decode(model, embeds, None, make_cache("dynamic", model), 3)[1]
 
-    return Case("decoder_lm", tiny_lm, step, {"visual": VISUAL})
+    return Case("decoder_lm", tiny_lm, step, {"visual": VISUAL}, noisy=None)
 
 
 def reference() -> Case:
@@ -83,7 +83,7 @@ def openvla_oft(head: str | None, backend: str = "sdpa") -> Case:
     def build() -> Any:
         return random_openvla(size="tiny", oft=True, head=head, attn_implementation=backend, denoising_steps=2)
 
-    return Case(f"openvla_oft-{head}-{backend}", build, step)
+    return Case(f"openvla_oft-{head}-{backend}", build, step, noisy=60 if head == "diffusion" else 0)
 
 
 def pi0(backend: str) -> Case:

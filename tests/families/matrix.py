@@ -33,13 +33,15 @@ class Case:
         step: runs one control step on `rows` (a slice of two robots) of a scene (a number; each looks different) and
             returns everything that the step computed from the image and that must agree (B, ...).
         options: what `attach` must be told.
-        attached: the module that is attached to.
+        noisy: positions at the prompt's end that depend on more than the scene's images (noisy actions); None where
+            the whole prompt does.
     """
 
     name: str
     build: Callable[[], Any]
     step: Callable[[Any, int, slice], Tensor]
     options: dict[str, Any] = field(default_factory=dict)
+    noisy: int | None = 0
 
     def __str__(self) -> str:
         return self.name
@@ -69,6 +71,28 @@ def check_keep_all(case: Case, pruned: str) -> None:
             for scene in scenes:
                 assert torch.equal(case.step(model, scene, BOTH), untouched[scene]), (method, scene)
                 assert session.kept is None
+
+
+def check_layout(case: Case) -> None:
+    """What the family calls visual tokens is exactly what depends on the images."""
+    model = case.build()
+    seen: list[Tensor] = []
+    with vp.Unpruned().attach(model, **case.options) as session:
+        first = family_of(model, **case.options).decoder.layers[0].input_layernorm
+        handle = first.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        starts = []
+        for scene in (0, 1):
+            starts.append(len(seen))
+            case.step(model, scene, BOTH)
+        handle.remove()
+        layout = session.step.layout  # type: ignore[union-attr]
+    length = layout.length - (case.noisy or 0)
+    changed = (seen[starts[0]] != seen[starts[1]]).any(-1)
+    visual = torch.zeros_like(changed).scatter(1, layout.visual, True)
+    assert torch.equal(changed[:, :length], visual[:, :length])
+    assert sum(layout.cameras) == layout.tokens == visual[0].sum()
 
 
 def check_reference(case: Case, keep: float, pruned: str) -> None:

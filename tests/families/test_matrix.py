@@ -26,6 +26,11 @@ each_variant = pytest.mark.parametrize("case", FAMILIES + VARIANTS, ids=str)
 each_pruned = pytest.mark.parametrize("pruned", matrix.POLICIES)
 
 
+@pytest.mark.parametrize("case", [case for case in FAMILIES if case.noisy is not None], ids=str)
+def test_visual_tokens_are_what_depends_on_the_images(case):
+    matrix.check_layout(case)
+
+
 @each_variant
 @each_pruned
 def test_keep_all_changes_no_bit(case, pruned):
