@@ -230,6 +230,22 @@ def test_statistics_are_chosen_by_name():
         policy.predict_action(**inputs, unnorm_key="other")
 
 
+@pytest.mark.parametrize("oft", [False, True])
+def test_prompts_that_do_not_begin_with_bos_are_refused(oft):
+    policy = random_openvla(oft=oft)
+    inputs = tiny_inputs(policy)
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    message = r"begins with token 1 \(BOS\), after which the images go; found a row that begins with {}\. "
+    for call in (policy.predict_action, policy):
+        with pytest.raises(ObservationError, match=message.format(int(ids[0, 1]))):
+            call(input_ids=ids[:, 1:], attention_mask=mask[:, 1:], pixel_values=inputs["pixel_values"])
+    # Padded on the left by hand, with another token than the model's.
+    with pytest.raises(ObservationError, match=message.format(0) + ".*another token than 32000, give attention_mask"):
+        policy.predict_action(torch.cat([torch.zeros_like(ids[:, :2]), ids], dim=1), **inputs)
+    ids = torch.cat([torch.full_like(ids[:, :2], 32000), ids], dim=1)
+    assert np.isfinite(policy.predict_action(ids, **inputs)).all()
+
+
 def test_wrong_arguments_are_refused():
     policy = random_openvla()
     inputs = tiny_inputs(policy)
@@ -246,6 +262,16 @@ def test_wrong_arguments_are_refused():
         policy.predict_action(**{**inputs, "attention_mask": torch.zeros_like(inputs["attention_mask"])})
     with pytest.raises(ObservationError, match=r"\(batch, tokens\)"):
         policy.predict_action(**{**inputs, "input_ids": inputs["input_ids"][0]})
+    for wrong in (-1, 32064):
+        ids = inputs["input_ids"].clone()
+        ids[0, 3] = wrong
+        with pytest.raises(ObservationError, match="the vocabulary has 0 to 32063"):
+            policy.predict_action(**{**inputs, "input_ids": ids})
+    with pytest.raises(ObservationError, match="of integers; found .* of torch.float32"):
+        policy.predict_action(**{**inputs, "input_ids": inputs["input_ids"].float()})
+    for name in ("input_ids", "attention_mask", "pixel_values"):
+        with pytest.raises(ObservationError, match=rf"{name} .* a tensor .*found ndarray"):
+            policy.predict_action(**{**inputs, name: inputs[name].numpy()})
     with pytest.raises(ObservationError, match="'top'; this policy takes exactly 'image'"):
         policy.act({"top": image}, "go")
     with pytest.raises(ObservationError, match="give no proprio"):

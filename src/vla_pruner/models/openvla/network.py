@@ -140,7 +140,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         Returns:
             its output, for [BOS][visual tokens][rest of the prompt], padded on the right.
         """
-        prompt = read_prompt(input_ids, attention_mask, self.config.pad_token_id, ends_empty=False)
+        prompt = read_prompt(input_ids, attention_mask, self.config, ends_empty=False)
         embeds, mask = self._embed(prompt, self.visual_tokens(pixel_values, len(input_ids)))
         return self.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=real_positions(mask), **kwargs
@@ -187,7 +187,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None, count: int, cache: Any = None
     ) -> Tensor:
         """(B, count) int64 on the CPU: the most likely tokens after the prompt. Arguments as in `predict_action`."""
-        prompt = read_prompt(input_ids, attention_mask, self.config.pad_token_id)
+        prompt = read_prompt(input_ids, attention_mask, self.config)
         embeds, mask = self._embed(prompt, self.visual_tokens(pixel_values, len(input_ids)))
         rows, length = mask.shape
         mask = torch.cat([mask, mask.new_ones(rows, count - 1)], dim=1)
@@ -264,10 +264,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def visual_tokens(self, pixel_values: Tensor | None, rows: int) -> Tensor:
         """(B, M, D) what the language model sees of the images. Arguments as in `predict_action`."""
         expected = (rows, 6 * len(self.cameras), *[self.config.image_sizes[0]] * 2)
-        if pixel_values is None or tuple(pixel_values.shape) != expected:
-            found = "none" if pixel_values is None else f"the shape {tuple(pixel_values.shape)}"
+        if not isinstance(pixel_values, Tensor) or tuple(pixel_values.shape) != expected:
+            found = "none" if pixel_values is None else type(pixel_values).__name__
+            found = f"the shape {tuple(pixel_values.shape)}" if isinstance(pixel_values, Tensor) else found
             raise ObservationError(
-                f"pixel_values must have the shape {expected}: a row for each prompt, and six channels for each of "
+                f"pixel_values must be a tensor of the shape {expected}: a row for each prompt, and six channels for each of "
                 f"the cameras {', '.join(self.cameras)}; found {found}."
             )
         weight = self.projector.fc1.weight

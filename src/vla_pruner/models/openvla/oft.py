@@ -151,7 +151,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
                 f"The statistics have actions of {self.get_action_dim(unnorm_key)} dimensions, the policy of "
                 f"{self.action_dim}; choose the dataset that it was trained on with unnorm_key."
             )
-        prompt = read_prompt(input_ids, attention_mask, self.config.pad_token_id)
+        prompt = read_prompt(input_ids, attention_mask, self.config)
         features = self.visual_tokens(pixel_values, len(input_ids))
         state = self._state_token(proprio, features)
         if isinstance(self.action_head, DiffusionActionHead):
