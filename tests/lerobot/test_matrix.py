@@ -20,7 +20,9 @@ def case(kind):
 
     def step(policy, scene, rows):
         side = policy.module.config.image_features["observation.images." + policy.cameras[0]].shape[-1]
-        batch = random_batch(scene, 2, policy.cameras, side)
+        images = random_batch(scene, 2, policy.cameras, side)
+        # Text and state stay what they are: what the scenes change is what is seen.
+        batch = {**random_batch(0, 2, (), side), **{key: images[key] for key in images if "images" in key}}
         batch["observation.language.attention_mask"][1, -5:] = False
         noise = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(scene))
         return policy.module.predict_action_chunk({key: value[rows] for key, value in batch.items()}, noise=noise[rows])
@@ -30,6 +32,11 @@ def case(kind):
 
 each_family = pytest.mark.parametrize("case", [case(kind) for kind in KINDS], ids=str)
 each_pruned = pytest.mark.parametrize("pruned", matrix.POLICIES)
+
+
+@each_family
+def test_visual_tokens_are_what_depends_on_the_images(case):
+    matrix.check_layout(case)
 
 
 @each_family
