@@ -1,6 +1,7 @@
-# make install | demo | test | check | test-oldest | test-lerobot.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-quantization | test-lerobot.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
+QUANTIZATION_VENV ?= .venv-quantization
 LEROBOT_VENV ?= .venv-lerobot
 ARGS ?=
 PY := $(VENV)/bin/python
@@ -18,7 +19,7 @@ LEROBOT_PYTHON ?= $(shell for p in $(LEROBOT_VENV)/bin/python python3.12 python3
 export HF_HUB_OFFLINE = 1
 export MUJOCO_GL ?= egl
 
-.PHONY: help install demo test check format test-oldest test-lerobot
+.PHONY: help install demo test check format test-oldest test-quantization test-lerobot
 help:
 	@echo "make install      create $(VENV) and install everything, pinned by constraints.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
@@ -26,6 +27,7 @@ help:
 	@echo "make check        lint, formatting and types"
 	@echo "make format       format the code"
 	@echo "make test-oldest  run the core tests on the oldest supported transformers, in $(OLDEST_VENV)"
+	@echo "make test-quantization  run the tests with accelerate, bitsandbytes and torchao, in $(QUANTIZATION_VENV)"
 	@echo "make test-lerobot run LeRobot's tests in $(LEROBOT_VENV) (Python 3.12, 7 GB; LEROBOT=optional: none is no error)"
 
 install: $(VENV)/.installed
@@ -35,7 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(PY) || { echo "==> Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); } || \
 		{ echo "The venv module is missing. On Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 1; }
 	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints.txt; a few minutes the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero-images,quantization,dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero-images,dev]'
 	@sh .ci/rendering $(PY) $(GL_PACKAGES)
 	@touch $@
 	@echo "==> Installed"
@@ -64,6 +66,17 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest $(CORE_TESTS) $(ARGS)
+
+# Not in $(VENV): torchao prints warnings wherever transformers is imported.
+$(QUANTIZATION_VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(QUANTIZATION_VENV)/bin/python || { echo "==> Creating $(QUANTIZATION_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(QUANTIZATION_VENV); }
+	@echo "==> Installing accelerate, bitsandbytes and torchao into $(QUANTIZATION_VENV)"
+	@$(QUANTIZATION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantization]' pytest
+	@touch $@
+
+test-quantization: $(QUANTIZATION_VENV)/.installed
+	$(QUANTIZATION_VENV)/bin/python -m pytest tests/openvla/test_loading.py tests/families/test_openvla.py $(ARGS)
 
 $(LEROBOT_VENV)/.installed: pyproject.toml constraints-lerobot.txt plugins/lerobot_policy_vla_pruner/pyproject.toml
 	@test -x $(LEROBOT_VENV)/bin/python || { echo "==> Creating $(LEROBOT_VENV) with $(LEROBOT_PYTHON)"; $(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV); }
