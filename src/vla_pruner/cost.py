@@ -7,7 +7,8 @@ dense kernels compute; norms, rotary embeddings, softmax and activations are lef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,11 +134,14 @@ def prefill_ratio(
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision encoder: its sizes, the tokens of one image, and how many of its layers run."""
+    """A vision encoder: its sizes, the tokens of one image, how many of its layers run, and the FLOPs of cutting one
+    image into patches.
+    """
 
     shape: DecoderShape
     tokens: int
     layers: int
+    patching: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,8 @@ class ControlStep:
         live, seen = self._lengths(kept, pruned)
         vision = Flops(self.projector * self.visual)
         for tower in self.towers:
-            vision += self.cameras * tower.layers * tower.shape.layer(tower.tokens, tower.tokens)
+            image = tower.layers * tower.shape.layer(tower.tokens, tower.tokens) + Flops(tower.patching)
+            vision += self.cameras * image
         head = Flops(2 * shape.hidden * shape.vocabulary)
         after = self.decoded * head
         for index in range(shape.layers):
@@ -220,14 +225,21 @@ def count_flops(call: Callable[[], Any]) -> float:
 
     Unlike the formulas this sees everything: the vision encoder, scoring and selecting, and waste.
     """
+    with flop_reading() as read:
+        call()
+        return read()
+
+
+@contextmanager
+def flop_reading() -> Iterator[Callable[[], float]]:
+    """Gives a function that says how many FLOPs were computed since the context was entered; see `count_flops`."""
     from torch.utils.flop_counter import FlopCounterMode
 
     aten = torch.ops.aten
     mapping = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with counter:
-        call()
-    return float(counter.get_total_flops())
+        yield lambda: float(counter.get_total_flops())
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

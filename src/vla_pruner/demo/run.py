@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vla_pruner.conditions import busy_cores
 from vla_pruner.demo import results
 from vla_pruner.demo.arms import BASELINE, Arm, default_arms
-from vla_pruner.demo.conditions import busy_cores, conditions
+from vla_pruner.demo.conditions import conditions
 from vla_pruner.demo.episodes import Environment, Runner, Unit, plan
 from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
 from vla_pruner.demo.settings import DemoError, DemoSettings, choose_tasks
