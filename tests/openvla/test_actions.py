@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vla_pruner.errors import BudgetError, CheckpointError, ObservationError
 from vla_pruner.models.openvla import actions
 
 STATS = {"q01": [-2.0, 0.0], "q99": [2.0, 1.0], "min": [-4.0, 0.0], "max": [0.0, 8.0], "mask": [True, False]}
@@ -45,7 +46,7 @@ def test_the_first_and_the_last_two_bins():
 
 
 def test_bins_want_integers():
-    with pytest.raises(ValueError, match="integer ids; found an array of float64"):
+    with pytest.raises(ObservationError, match="integer ids; found an array of float64"):
         actions.bin_index([31999.0])
 
 
@@ -74,19 +75,45 @@ def test_tensors_of_any_type_are_read():
 
 
 @pytest.mark.parametrize(
-    ("values", "stats", "options", "message"),
+    ("values", "stats", "options", "error", "message"),
     [
-        ([1.0, 1.0, 1.0], STATS, {}, r"an action of 2 dimensions; found an array of shape \(3,\)"),
-        (1.0, STATS, {}, "found the single number 1.0"),
-        ([1.0, 1.0], {"action": STATS}, {}, "lack q01 and q99; found action"),
-        ([1.0, 1.0], {}, {"bounds": "minmax"}, "lack min and max; found nothing"),
-        ([1.0, 1.0], {**STATS, "mask": [True]}, {}, r"do not agree: q01 has shape \(2,\), q99 \(2,\), mask \(1,\)"),
-        ([1.0, 1.0], STATS, {"bounds": "std"}, "bounds='std' is not supported; give one of 'q99', 'minmax'"),
+        ([1.0] * 3, STATS, {}, ObservationError, r"an action of 2 dimensions; found an array of shape \(3,\)"),
+        (1.0, STATS, {}, ObservationError, "found the single number 1.0"),
+        (["a", "b"], STATS, {}, ObservationError, "An array of numbers is needed; found list"),
+        ([1.0, 1.0], {"action": STATS}, {}, CheckpointError, "lack q01 and q99; found action"),
+        ([1.0, 1.0], {}, {"bounds": "minmax"}, CheckpointError, "lack min and max; found nothing"),
+        ([1.0] * 2, {**STATS, "mask": [True]}, {}, CheckpointError, r"do not agree: q01 has shape \(2,\), q99 \(2,\)"),
+        ([1.0] * 2, {**STATS, "q99": "high"}, {}, CheckpointError, "an action are not lists of numbers"),
+        ([1.0] * 2, {**STATS, "q99": [-3.0, 1.0]}, {}, CheckpointError, r"q01 -2.0 and q99 -3.0 in dimension 0; they"),
+        ([1.0] * 2, {**STATS, "q01": [np.nan, 0.0]}, {}, CheckpointError, "q01 nan and q99 2.0 in dimension 0; they"),
+        (
+            [1.0, 1.0],
+            STATS,
+            {"bounds": "std"},
+            BudgetError,
+            "bounds='std' is not supported; give one of 'q99', 'minmax'",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused(values, stats, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_does_not_fit_is_refused(values, stats, options, error, message):
+    with pytest.raises(error, match=message):
         actions.unnormalize(values, stats, **options)
+    with pytest.raises(error, match=message.replace("an action", "a state")):
+        actions.normalize_proprio(values, stats, **options)
+
+
+def test_only_limits_that_are_used_must_be_right():
+    stats = {**STATS, "q01": [-2.0, np.nan]}  # masked out
+    assert actions.unnormalize([0.0, 0.5], stats).tolist() == [0.0, 0.5]
+
+
+def test_a_constant_dimension_is_its_constant():
+    # Published statistics have such: rotations that a robot never makes, for instance.
+    stats = {"q01": [0.25, 0.0], "q99": [0.25, 1.0]}
+    assert actions.unnormalize([[0.9, -1.0], [-0.9, 1.0]], stats).tolist() == [[0.25, 0.0], [0.25, 1.0]]
+    found = actions.unnormalize([1.0, 1.0], stats, epsilon=actions.OFT_EPSILON)
+    np.testing.assert_allclose(found, [0.25, 1.0], rtol=0, atol=2e-8)
+    np.testing.assert_allclose(actions.normalize_proprio([0.25, 0.5], stats), [-1.0, 0.0], atol=1e-7)
 
 
 def test_liberos_gripper_closes_where_the_policy_says_zero():

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tests.openvla.tiny import load_openvla, random_openvla, tiny_inputs, weights_of, write_checkpoint
-from vla_pruner.errors import CheckpointError, UnsupportedModelError
+from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
 from vla_pruner.models.openvla import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
@@ -105,6 +105,8 @@ def test_options_of_the_loader(oft, tmp_path):
     for cameras in ("front", (), ("a", "a"), ("a", "b", "c", "d")):
         with pytest.raises(CheckpointError, match="one to three different names"):
             load_openvla(folder, cameras=cameras)
+    with pytest.raises(BudgetError, match=r"from 1 to 50 inference steps .*; found 51"):
+        load_openvla(folder, denoising_steps=51)
     with pytest.raises(UnsupportedModelError, match="'openvla' or 'openvla_oft'"):
         load_openvla(folder, family="pi0")
     other = write_checkpoint(tmp_path / "plain", random_openvla())

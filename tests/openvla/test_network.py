@@ -231,6 +231,34 @@ def test_statistics_are_chosen_by_name():
 
 
 @pytest.mark.parametrize("oft", [False, True])
+def test_statistics_that_are_not_enough_are_the_checkpoints_fault(oft):
+    policy = random_openvla(oft=oft)
+    images = {camera: np.zeros((224, 224, 3), np.uint8) for camera in policy.cameras}
+    state = np.zeros(8) if oft else None
+    whole = policy.norm_stats["random"]
+    cases = [
+        ({"proprio": whole["proprio"]}, "'random' have no 'action'; found proprio"),
+        (7, f"'random' have no '{'proprio' if oft else 'action'}'; found nothing"),
+        ({**whole, "action": {"mask": [True]}}, "'random' have neither q01 nor min .* found mask"),
+        ({**whole, "action": {"q01": 1.0}}, "'random' have neither q01 nor min .* found q01"),
+        (
+            {**whole, "action": {**whole["action"], "q01": [9.0] * 7}},
+            "an action have q01 9.0 and q99 0.5 in dimension 0",
+        ),
+        ({**whole, "action": {"min": [0.0] * 7, "max": [1.0] * 7}}, "of an action lack q01 and q99"),
+    ]
+    if oft:
+        cases += [
+            ({"action": whole["action"]}, "'random' have no 'proprio'; found action"),
+            ({**whole, "proprio": {"min": [0.0] * 8}}, "of a state lack q01 and q99"),
+        ]
+    for stats, message in cases:
+        policy.norm_stats = {"random": stats}
+        with pytest.raises(CheckpointError, match=message):
+            policy.act(images, "go", state)
+
+
+@pytest.mark.parametrize("oft", [False, True])
 def test_prompts_that_do_not_begin_with_bos_are_refused(oft):
     policy = random_openvla(oft=oft)
     inputs = tiny_inputs(policy)
@@ -267,11 +295,15 @@ def test_wrong_arguments_are_refused():
         ids[0, 3] = wrong
         with pytest.raises(ObservationError, match="the vocabulary has 0 to 32063"):
             policy.predict_action(**{**inputs, "input_ids": ids})
-    with pytest.raises(ObservationError, match="of integers; found .* of torch.float32"):
+    with pytest.raises(ObservationError, match=r"of integers; found .* of torch\.float32"):
         policy.predict_action(**{**inputs, "input_ids": inputs["input_ids"].float()})
     for name in ("input_ids", "attention_mask", "pixel_values"):
         with pytest.raises(ObservationError, match=rf"{name} .* a tensor .*found ndarray"):
             policy.predict_action(**{**inputs, name: inputs[name].numpy()})
+    with pytest.raises(ObservationError, match="a ndarray; this policy takes exactly 'image'"):
+        policy.act(image, "go")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ObservationError, match=r"An instruction is a string, .* found NoneType"):
+        policy.act({"image": image}, None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ObservationError, match="'top'; this policy takes exactly 'image'"):
         policy.act({"top": image}, "go")
     with pytest.raises(ObservationError, match="give no proprio"):

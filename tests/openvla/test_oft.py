@@ -292,14 +292,26 @@ def test_wrong_arguments_are_refused():
         policy.predict_action(**{**inputs, "proprio": None})
     with pytest.raises(ObservationError, match=r"proprio must have the shape \(1, 8\); found \(1, 7\)"):
         policy.predict_action(**{**inputs, "proprio": np.zeros(7)})
+    for wrong in ("state", [{}] * 8, {"eef": 1.0}):
+        with pytest.raises(ObservationError, match=f"proprio is an array of numbers; found {type(wrong).__name__}"):
+            policy.predict_action(**{**inputs, "proprio": wrong})
+    images = {camera: np.zeros((224, 224, 3), np.uint8) for camera in policy.cameras}
+    with pytest.raises(ObservationError, match="An array of numbers is needed; found str"):
+        policy.act(images, "go", "state")
+    with pytest.raises(ObservationError, match=r"a state of 8 dimensions; found an array of shape \(7,\)"):
+        policy.act(images, "go", np.zeros(7))
+    with pytest.raises(ObservationError, match="give proprio"):
+        policy.act(images, "go")
     with pytest.raises(ObservationError, match="only a diffusion head"):
         policy.predict_action(**inputs, noise=torch.zeros(1, 8, 7))
     policy.norm_stats = {"short": {"action": {"q01": [0.0] * 6, "q99": [1.0] * 6}}}
     with pytest.raises(ObservationError, match="6 dimensions, the policy of 7"):
         policy.predict_action(**inputs)
     blind = random_openvla(oft=True, head="diffusion")
-    with pytest.raises(ObservationError, match=r"noise must have the shape \(1, 8, 7\)"):
+    with pytest.raises(ObservationError, match=r"noise must be a tensor of the shape \(1, 8, 7\); found \(8, 7\)"):
         blind.predict_action(**tiny_inputs(blind), noise=torch.zeros(8, 7))
+    with pytest.raises(ObservationError, match="found ndarray"):
+        blind.predict_action(**tiny_inputs(blind), noise=np.zeros((1, 8, 7)))
     blind.proprio_projector = None
     with pytest.raises(ObservationError, match="no proprio projector"):
         blind.predict_action(**tiny_inputs(blind))

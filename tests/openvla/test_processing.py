@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from vla_pruner.errors import CheckpointError, ObservationError
+from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.models.openvla import load_openvla
 from vla_pruner.models.openvla.processing import PUBLISHED_IMAGE_CONFIG, OpenVLAProcessor, StandInTokenizer
 from vla_pruner.models.openvla.tokenizer import read_tokenizer
@@ -146,7 +146,7 @@ def test_what_is_no_image_is_refused(processor, images, message):
     ],
 )
 def test_other_treatments_of_images_are_refused(change):
-    with pytest.raises(NotImplementedError, match="Supported is the published checkpoints' 'resize-naive'"):
+    with pytest.raises(UnsupportedModelError, match="Supported is the published checkpoints' 'resize-naive'"):
         OpenVLAProcessor({**PUBLISHED_IMAGE_CONFIG, **change}, StandInTokenizer(300))
 
 
@@ -208,8 +208,15 @@ def test_the_call_takes_a_batch_with_one_image_for_each_prompt(processor):
         processor(PROMPT, list(images))
     with pytest.raises(ObservationError, match="return_tensors='np' was given"):
         processor(PROMPT, images[0], return_tensors="np")
-    with pytest.raises(ObservationError, match="put the one prompt in a list"):
+    with pytest.raises(ObservationError, match=r"found str\. Put the one prompt in a list"):
         processor.tokenize(PROMPT)
+    for wrong in (None, 7, b"go"):
+        with pytest.raises(ObservationError, match=f"An instruction is a string, .* found {type(wrong).__name__}"):
+            processor.prompt(wrong)
+        with pytest.raises(ObservationError, match=f"A prompt is a string, .* found {type(wrong).__name__}"):
+            processor.tokenize([wrong])
+        with pytest.raises(ObservationError, match=f"A prompt is a string, .* found {type(wrong).__name__}"):
+            processor(wrong, images[0])
 
 
 def test_the_stand_in_writes_llamas_byte_tokens():

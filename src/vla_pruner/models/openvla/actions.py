@@ -12,10 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vla_pruner.errors import BudgetError, CheckpointError, ObservationError
+
 Bounds = Literal["q99", "minmax"]
 OFT_EPSILON = 1e-8
 """What OFT adds to every range, so that a constant dimension is no division by zero. OpenVLA adds nothing."""
 
+_ADVICE = "Copy the dataset's statistics from the checkpoint as it was published."
 _KEYS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 
 
@@ -34,11 +37,11 @@ def bin_index(ids: np.ndarray | torch.Tensor | Sequence, vocab_size: int = 32000
         int64 of the same shape, in 0..n_bins - 2.
 
     Raises:
-        ValueError: the ids are not integers.
+        ObservationError: the ids are not integers.
     """
     found = _to_numpy(ids)
     if not np.issubdtype(found.dtype, np.integer):
-        raise ValueError(f"Action tokens are integer ids; found an array of {found.dtype}.")
+        raise ObservationError(f"Action tokens are integer ids; found an array of {found.dtype}.")
     return np.clip(vocab_size - found.astype(np.int64) - 1, 0, n_bins - 2)
 
 
@@ -70,10 +73,12 @@ def unnormalize(
             ALOHA), or the extremes ("minmax": those).
 
     Returns:
-        (..., dim) float64.
+        (..., dim) float64. Where a dimension's range is zero, as in some published statistics, it is the constant.
 
     Raises:
-        ValueError: a statistic is absent, or the dimensions do not agree.
+        CheckpointError: a statistic is absent or no number, or the statistics do not agree among themselves.
+        ObservationError: they are of another number of dimensions than `normalized`.
+        BudgetError: `bounds` is neither of the two.
     """
     values = _floats(normalized)
     low, high, mask = _limits(stats, bounds, values, "an action")
@@ -94,9 +99,13 @@ def normalize_proprio(
         (..., dim) float64 in [-1, 1].
 
     Raises:
-        ValueError: a statistic is absent, or the dimensions do not agree.
+        ObservationError: `proprio` is not finite, or of another number of dimensions than the statistics.
+        CheckpointError, BudgetError: as in `unnormalize`.
     """
     values = _floats(proprio)
+    if not np.isfinite(values).all():
+        # Clipping would make a valid state of infinity.
+        raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
     low, high, mask = _limits(stats, bounds, values, "a state")
     return np.clip(np.where(mask, 2.0 * (values - low) / (high - low + OFT_EPSILON) - 1.0, values), -1.0, 1.0)
 
@@ -122,23 +131,33 @@ def _limits(
     stats: Mapping[str, Any], bounds: Bounds, values: np.ndarray, what: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if bounds not in _KEYS:
-        raise ValueError(f"bounds={bounds!r} is not supported; give one of {', '.join(map(repr, _KEYS))}.")
+        raise BudgetError(f"bounds={bounds!r} is not supported; give one of {', '.join(map(repr, _KEYS))}.")
     names = _KEYS[bounds]
     absent = [name for name in names if name not in stats]
     if absent:
-        raise ValueError(
+        raise CheckpointError(
             f"The statistics of {what} lack {' and '.join(absent)}; found {', '.join(map(str, stats)) or 'nothing'}. "
             f"bounds={bounds!r} needs {' and '.join(names)}: give that part of one dataset's statistics."
         )
-    low, high = (np.asarray(stats[name], dtype=np.float64) for name in names)
-    mask = np.asarray(stats.get("mask", np.ones(low.shape)), dtype=bool)
+    try:
+        low, high = (np.asarray(stats[name], dtype=np.float64) for name in names)
+        mask = np.asarray(stats.get("mask", np.ones(low.shape)), dtype=bool)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"The statistics of {what} are not lists of numbers ({error}). {_ADVICE}") from error
     if low.ndim != 1 or not low.shape == high.shape == mask.shape:
-        raise ValueError(
+        raise CheckpointError(
             f"The statistics of {what} do not agree: {names[0]} has shape {low.shape}, {names[1]} {high.shape}, "
             f"mask {mask.shape}; they need one number for each dimension."
         )
+    wrong = np.flatnonzero(mask & ~(np.isfinite(low) & np.isfinite(high) & (low <= high)))
+    if len(wrong):
+        first = wrong[0]
+        raise CheckpointError(
+            f"The statistics of {what} have {names[0]} {low[first]} and {names[1]} {high[first]} in dimension {first}; "
+            f"they must be finite, and {names[0]} not above {names[1]}. {_ADVICE}"
+        )
     if values.shape[-1] != len(low):
-        raise ValueError(
+        raise ObservationError(
             f"The statistics describe {what} of {len(low)} dimensions; found an array of shape {values.shape}, which "
             f"must end in {len(low)}. Use the statistics of the dataset that this robot belongs to."
         )
@@ -146,9 +165,12 @@ def _limits(
 
 
 def _floats(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
-    found = _to_numpy(values).astype(np.float64)
+    try:
+        found = _to_numpy(values).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ObservationError(f"An array of numbers is needed; found {type(values).__name__} ({error}).") from error
     if found.ndim == 0:
-        raise ValueError(f"An array of shape (..., dimensions) is needed; found the single number {found}.")
+        raise ObservationError(f"An array of shape (..., dimensions) is needed; found the single number {found}.")
     return found
 
 

@@ -47,7 +47,7 @@ def equip(
             policy.proprio_projector = heads.ProprioProjector.from_state(states["proprio_projector"])
         if "noisy_action_projector" in states:
             policy.noisy_action_projector = heads.NoisyActionProjector.from_state(states["noisy_action_projector"])
-        policy.ddim = heads.DDIM(TRAINING_STEPS, denoising_steps)
+    policy.ddim = heads.DDIM(TRAINING_STEPS, denoising_steps)
     if policy.diffusion != (policy.noisy_action_projector is not None):
         absent = "action_head of the diffusion kind" if not policy.diffusion else "noisy_action_projector"
         raise CheckpointError(f"{folder} has {', '.join(files)} but no {absent}. Download the checkpoint again.")

@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.errors import CheckpointError
+from vla_pruner.errors import BudgetError, CheckpointError
 
 State = Mapping[str, Tensor]
 Built = TypeVar("Built", bound=nn.Module)
@@ -135,11 +135,14 @@ class DDIM:
     Attributes:
         timesteps: (num_inference_steps,) int64, from noisy to clean.
         alphas_cumprod: (num_train_steps,) float32.
+
+    Raises:
+        BudgetError: more steps than in training, or none.
     """
 
     def __init__(self, num_train_steps: int = 50, num_inference_steps: int = 10) -> None:
         if not 1 <= num_inference_steps <= num_train_steps:
-            raise ValueError(
+            raise BudgetError(
                 f"DDIM takes from 1 to {num_train_steps} inference steps (the number it was trained with); "
                 f"found {num_inference_steps}."
             )

@@ -63,6 +63,7 @@ def load_openvla(
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are not the model's; the message lists them.
         UnsupportedModelError: it is another model, or a variant that is not supported.
+        BudgetError: `denoising_steps` is not from 1 to 50.
     """
     folder = checkpoint_folder(path)
     config = _read_config(folder)

@@ -6,8 +6,8 @@ an attention mask that always covers the whole sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sized
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from vla_pruner.errors import CheckpointError, ObservationError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig, tower_sizes
+from vla_pruner.models.openvla.finite import checked, most_likely
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
 from vla_pruner.models.openvla.vision import Projector, VisionBackbone, unused_weights
 
@@ -115,12 +116,18 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
         """Statistics of the actions of one dataset. Errors as in `predict_action`."""
-        return self.norm_stats[self.dataset(unnorm_key)]["action"]
+        return self.statistics("action", unnorm_key)
 
     def get_action_dim(self, unnorm_key: str | None = None) -> int:
         """Number of dimensions of an action. Errors as in `predict_action`."""
         stats = self.get_action_stats(unnorm_key)
-        return len(stats["q01"] if "q01" in stats else stats["min"])
+        for name in ("q01", "min"):
+            if isinstance(stats.get(name), Sized):
+                return len(stats[name])
+        raise CheckpointError(
+            f"The statistics of the actions of {self.dataset(unnorm_key)!r} have neither q01 nor min with a number for "
+            f"each dimension; found {', '.join(map(str, stats)) or 'nothing'}. Copy them from the published checkpoint."
+        )
 
     def forward(
         self,
@@ -172,6 +179,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         Raises:
             ObservationError: an argument does not fit; the message says which.
+            CheckpointError: the network gives numbers that are not finite.
         """
         if do_sample:
             raise ObservationError("do_sample=True was given; actions are decoded greedily, so give do_sample=False.")
@@ -186,7 +194,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def decode_tokens(
         self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None, count: int, cache: Any = None
     ) -> Tensor:
-        """(B, count) int64 on the CPU: the most likely tokens after the prompt. Arguments as in `predict_action`."""
+        """(B, count) int64 on the CPU: the most likely tokens after the prompt. Arguments and errors as in
+        `predict_action`.
+        """
         prompt = read_prompt(input_ids, attention_mask, self.config)
         embeds, mask = self._embed(prompt, self.visual_tokens(pixel_values, len(input_ids)))
         rows, length = mask.shape
@@ -204,17 +214,19 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             logits_to_keep=1 if columns is None else columns,
         ).logits
         logits = logits[:, -1] if row_column is None else logits[torch.arange(rows), row_column.to(logits.device)]
-        found = [logits.argmax(dim=-1)]
+        token, found = most_likely(logits)
+        decoded = [found]
         for end in range(length + 1, length + count):
             logits = self.language_model(
-                input_ids=found[-1][:, None].to(embeds.device),
+                input_ids=token[:, None].to(embeds.device),
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, end - 1 : end],
                 past_key_values=cache,
                 use_cache=True,
             ).logits
-            found.append(logits[:, -1].argmax(dim=-1))
-        return torch.stack(found, dim=1).cpu()
+            token, found = most_likely(logits[:, -1])
+            decoded.append(found)
+        return checked(torch.stack(decoded, dim=1), self.language_model, pixel_values=pixel_values)
 
     def act(
         self,
@@ -236,16 +248,17 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         Raises:
             ObservationError: the cameras are not the policy's, or another argument does not fit.
-            CheckpointError: the policy has no processor.
+            CheckpointError: the policy has no processor, or `predict_action` raises it.
         """
         if self.processor is None:
             raise CheckpointError(
                 "The policy has no processor, so it cannot read images and words: load it with load_openvla, set "
                 "`policy.processor`, or call predict_action with what you prepared yourself."
             )
-        if set(images) != set(self.cameras):
+        if not isinstance(images, Mapping) or set(images) != set(self.cameras):
+            names = ", ".join(map(repr, images)) if isinstance(images, Mapping) else f"a {type(images).__name__}"
             raise ObservationError(
-                f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes exactly "
+                f"The images are {names or 'none'}; this policy takes exactly "
                 f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_openvla(cameras=...)."
             )
         input_ids, attention_mask = self.processor.tokenize([self.processor.prompt(instruction)])
@@ -268,8 +281,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             found = "none" if pixel_values is None else type(pixel_values).__name__
             found = f"the shape {tuple(pixel_values.shape)}" if isinstance(pixel_values, Tensor) else found
             raise ObservationError(
-                f"pixel_values must be a tensor of the shape {expected}: a row for each prompt, and six channels for each of "
-                f"the cameras {', '.join(self.cameras)}; found {found}."
+                f"pixel_values must be a tensor of the shape {expected}: a row for each prompt, and six channels for "
+                f"each of the cameras {', '.join(self.cameras)}; found {found}."
             )
         weight = self.projector.fc1.weight
         return self.projector(self.vision_backbone(moved(pixel_values, weight.device, weight.dtype)))
@@ -302,6 +315,20 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         if proprio is not None:
             raise ObservationError("OpenVLA does not read the robot's state; give no proprio.")
         return {}
+
+    def statistics(self, part: Literal["action", "proprio"], unnorm_key: str | None = None) -> dict[str, Any]:
+        """One dataset's statistics of actions or of states. ObservationError as in `predict_action`; CheckpointError if
+        it has none.
+        """
+        key = self.dataset(unnorm_key)
+        found = self.norm_stats[key].get(part) if isinstance(self.norm_stats[key], Mapping) else None
+        if not isinstance(found, Mapping):
+            has = ", ".join(map(str, self.norm_stats[key])) if isinstance(self.norm_stats[key], Mapping) else ""
+            raise CheckpointError(
+                f"The statistics of the dataset {key!r} have no {part!r}; found {has or 'nothing'}. The policy needs "
+                "them to scale by: copy dataset_statistics.json from the published checkpoint."
+            )
+        return cast(dict[str, Any], found)
 
     def dataset(self, unnorm_key: str | None) -> str:
         """The dataset that `unnorm_key` means. Errors as in `predict_action`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig
+from vla_pruner.models.openvla.finite import checked, most_likely
 from vla_pruner.models.openvla.heads import (
     DDIM,
     DiffusionActionHead,
@@ -132,6 +133,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
 
         Raises:
             ObservationError: an argument does not fit; the message says which.
+            CheckpointError: the network gives numbers that are not finite.
         """
         given = {
             "proprio_projector": proprio_projector,
@@ -153,6 +155,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
             )
         prompt = read_prompt(input_ids, attention_mask, self.config)
         features = self.visual_tokens(pixel_values, len(input_ids))
+        proprio = _as_tensor(proprio)
         state = self._state_token(proprio, features)
         if isinstance(self.action_head, DiffusionActionHead):
             normalized = self._denoise(self.action_head, prompt, [features, *state], noise)
@@ -161,6 +164,9 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         else:
             hidden = self.action_hidden_states(prompt, [features, *state])
             normalized = self._read_out(hidden)
+        normalized = checked(normalized, self.language_model, pixel_values=pixel_values, proprio=proprio, noise=noise)
+        if self.action_head is None:
+            normalized = actions.decode_bins(normalized, self.action_vocabulary, self.config.n_action_bins)
         found = actions.unnormalize(normalized, stats, epsilon=actions.OFT_EPSILON, bounds=self.bounds)
         return found[0] if len(found) == 1 else found
 
@@ -204,7 +210,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         # Other backends add the mask to the scores.
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
-    def _state_token(self, proprio: Any, features: Tensor) -> list[Tensor]:
+    def _state_token(self, proprio: Tensor | None, features: Tensor) -> list[Tensor]:
         """A list of the (B, 1, D) token of the robot's state, empty where the policy does not read it."""
         projector = self.proprio_projector
         if projector is None:
@@ -214,7 +220,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         if proprio is None:
             raise ObservationError("This policy reads the robot's state; give proprio.")
         weight: Any = next(projector.parameters())
-        value = moved(torch.as_tensor(np.asarray(proprio, dtype=np.float32)), weight.device, weight.dtype)
+        value = moved(proprio, weight.device, weight.dtype)
         value = value[None] if value.dim() == 1 else value
         expected = (len(features), projector.proprio_dim)
         if tuple(value.shape) != expected:
@@ -222,12 +228,11 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return [projector(value)[:, None]]
 
     def _read_out(self, hidden: Tensor) -> Tensor:
-        """Normalised actions (B, chunk, dim) of hidden states (B, chunk * dim, D)."""
+        """(B, chunk, dim) of hidden states (B, chunk * dim, D): normalised actions, or tokens if there is no head."""
         if self.action_head is not None:
             return self.action_head(_for_head(hidden, self.action_head)).float()
-        tokens = self.language_model.lm_head(hidden).argmax(dim=-1).cpu()
-        values = actions.decode_bins(tokens, self.action_vocabulary, self.config.n_action_bins)
-        return torch.from_numpy(values).reshape(len(hidden), self.chunk, self.action_dim)
+        _, tokens = most_likely(self.language_model.lm_head(hidden))
+        return tokens.reshape(len(hidden), self.chunk, self.action_dim)
 
     def _denoise(
         self, head: DiffusionActionHead, prompt: Prompt, inserted: list[Tensor], noise: Tensor | None
@@ -237,8 +242,9 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         shape = (len(prompt.ids), self.chunk, self.action_dim)
         if noise is None:
             noise = torch.randn(shape, device=device, dtype=inserted[0].dtype)
-        elif tuple(noise.shape) != shape:
-            raise ObservationError(f"noise must have the shape {shape}; found {tuple(noise.shape)}.")
+        elif not isinstance(noise, Tensor) or tuple(noise.shape) != shape:
+            found = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+            raise ObservationError(f"noise must be a tensor of the shape {shape}; found {found}.")
         # The sampler adds and subtracts numbers of about the same size, so its state is never in half precision.
         sample = noise.to(device, torch.float32)
         try:
@@ -257,8 +263,17 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
     def _state(self, proprio: np.ndarray | None, unnorm_key: str | None) -> dict[str, Any]:
         if proprio is None or self.proprio_projector is None:
             return {"proprio": proprio}
-        stats = self.norm_stats[self.dataset(unnorm_key)]["proprio"]
+        stats = self.statistics("proprio", unnorm_key)
         return {"proprio": actions.normalize_proprio(proprio, stats, bounds=self.bounds)}
+
+
+def _as_tensor(proprio: Any) -> Tensor | None:
+    if proprio is None or isinstance(proprio, Tensor):
+        return proprio
+    try:
+        return torch.from_numpy(np.asarray(proprio, dtype=np.float32))
+    except (TypeError, ValueError) as error:
+        raise ObservationError(f"proprio is an array of numbers; found {type(proprio).__name__} ({error}).") from error
 
 
 def _for_head(tensor: Tensor, head: nn.Module) -> Tensor:

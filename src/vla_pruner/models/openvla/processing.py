@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_pruner.errors import CheckpointError, ObservationError
+from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.models.openvla.configuration import PUBLISHED_PAD
 from vla_pruner.models.openvla.prompt import EMPTY_TOKEN
 from vla_pruner.models.openvla.tokenizer import StandInTokenizer, Tokenizer, read_tokenizer
@@ -58,7 +58,7 @@ class OpenVLAProcessor:
         tokenizer, pad_token_id: as given.
 
     Raises:
-        NotImplementedError: the configuration asks for another treatment of images than plain bicubic resizing.
+        UnsupportedModelError: the configuration asks for another treatment of images than plain bicubic resizing.
         CheckpointError: it is incomplete.
     """
 
@@ -83,7 +83,7 @@ class OpenVLAProcessor:
 
         Raises:
             CheckpointError: a file is missing or damaged; the message names it.
-            NotImplementedError: as the constructor.
+            UnsupportedModelError: as the constructor.
         """
         path = Path(folder) / IMAGE_CONFIG_FILE
         try:
@@ -117,13 +117,13 @@ class OpenVLAProcessor:
             `.to(device, dtype=...)` casts the images only.
 
         Raises:
-            ObservationError: the numbers of prompts and images differ, or an image is not one.
+            ObservationError: the numbers of prompts and images differ, or one of them is none.
         """
         from transformers import BatchFeature
 
         if return_tensors != "pt":
             raise ObservationError(f"return_tensors={return_tensors!r} was given; only 'pt' is supported.")
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         if isinstance(images, (list, tuple)):
             pixels = torch.cat([self.pixel_values([image]) for image in images]) if images else torch.empty(0)
         else:
@@ -158,7 +158,12 @@ class OpenVLAProcessor:
 
     @staticmethod
     def prompt(instruction: str) -> str:
-        """The text that the model was trained to complete; the instruction goes in as lower case."""
+        """The text that the model was trained to complete; the instruction goes in as lower case.
+
+        Raises:
+            ObservationError: the instruction is no string.
+        """
+        _check_text("An instruction", instruction)
         return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -171,13 +176,16 @@ class OpenVLAProcessor:
             (B, T) int64 ids, padded on the right, and their (B, T) int64 mask, 1 for real tokens.
 
         Raises:
-            ObservationError: one text was given in place of several.
+            ObservationError: one text was given in place of several, or something that is no text.
         """
-        if isinstance(prompts, str):
-            raise ObservationError("tokenize takes a list of prompts; put the one prompt in a list.")
+        if not isinstance(prompts, (list, tuple)):
+            raise ObservationError(
+                f"tokenize takes a list of prompts; found {type(prompts).__name__}. Put the one prompt in a list."
+            )
         return self._padded([[*self._encode(prompt), EMPTY_TOKEN] for prompt in prompts])
 
-    def _encode(self, prompt: str) -> list[int]:
+    def _encode(self, prompt: Any) -> list[int]:
+        _check_text("A prompt", prompt)
         # BOS is put there here: whether a tokenizer adds it by itself depends on its file and transformers' version.
         return [self.tokenizer.bos_token_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
 
@@ -193,6 +201,11 @@ class OpenVLAProcessor:
         colours = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
         towers = [(colours - mean) / std for mean, std in zip(self._mean, self._std, strict=True)]
         return torch.cat(towers, dim=1)
+
+
+def _check_text(what: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ObservationError(f"{what} is a string, what to do in words; found {type(text).__name__}.")
 
 
 def _rows(image: Image) -> np.ndarray:
@@ -222,14 +235,14 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int]:
     supported = "Supported is the published checkpoints' 'resize-naive': bicubic with antialiasing to one square size."
     strategy = config.get("image_resize_strategy", "resize-naive")
     if strategy != "resize-naive" or config.get("tvf_do_letterbox"):
-        raise NotImplementedError(f"The image_resize_strategy is {strategy!r} (letterbox or crop). {supported}")
+        raise UnsupportedModelError(f"The image_resize_strategy is {strategy!r} (letterbox or crop). {supported}")
     sizes = [tuple(size)[-2:] for size in _entry(config, "input_sizes")]
     resizes = config.get("tvf_resize_params") or [{"size": size} for size in sizes]
     crops = config.get("tvf_crop_params") or [{"output_size": size} for size in sizes]
     targets = {*sizes, *(_pair(item["size"]) for item in resizes), *(_pair(item["output_size"]) for item in crops)}
     kinds = {item.get("interpolation", "bicubic") for item in resizes} | set(config.get("interpolations", ()))
     if len(targets) != 1 or not kinds <= {3, "bicubic"} or not all(item.get("antialias", True) for item in resizes):
-        raise NotImplementedError(
+        raise UnsupportedModelError(
             f"Images would be resized to {sorted(targets)} with interpolation {sorted(map(str, kinds))}. {supported}"
         )
     return targets.pop()

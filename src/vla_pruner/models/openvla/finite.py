@@ -1,0 +1,55 @@
+"""Numbers that are not finite never become an action: the most likely of such logits would be a valid token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.errors import CheckpointError, ObservationError, VLAPrunerError
+
+_NO_TOKEN = -1
+
+
+def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely tokens of logits (..., V): ids (...) int64, and the same with -1 where no logit can be believed.
+
+    Nothing waits for the device: `checked` looks at the second when it comes to the CPU.
+    """
+    highest, tokens = logits.max(dim=-1)
+    # The highest is NaN if any logit is.
+    return tokens, tokens.where(highest.isfinite(), _NO_TOKEN)
+
+
+def checked(found: Tensor, module: nn.Module, **inputs: Any) -> Tensor:
+    """`found` on the CPU, if all of it is finite.
+
+    Args:
+        found: what the network gave: numbers, or tokens as the second result of `most_likely`.
+        module: the part of the network that gave it, for its dtype.
+        inputs: what the network was given, by name; None: nothing.
+
+    Raises:
+        ObservationError: it is not finite, and one of `inputs` neither.
+        CheckpointError: it is not finite, though all of `inputs` are.
+    """
+    found = found.cpu()
+    good = found.isfinite() if found.is_floating_point() else found != _NO_TOKEN
+    if good.all():
+        return found
+    raise _fault(module, inputs)
+
+
+def _fault(module: nn.Module, inputs: dict[str, Any]) -> VLAPrunerError:
+    # Looked at only now: on a device this is a wait.
+    for name, value in inputs.items():
+        if value is not None and not torch.as_tensor(value).isfinite().all():
+            return ObservationError(f"{name} holds numbers that are not finite (NaN or infinity); give finite ones.")
+    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    advice = "float16 overflows beyond 65504: load the policy with dtype=torch.bfloat16 or torch.float32. "
+    return CheckpointError(
+        f"The policy gave numbers that are not finite (NaN or infinity) in {dtype}, though its inputs are finite, so "
+        f"there is no action. {advice if dtype == 'float16' else ''}If weights were changed, they may have diverged; "
+        "else the checkpoint is damaged: download it again."
+    )
