@@ -198,20 +198,76 @@ def test_damaged_files(oft, tmp_path):
     with pytest.raises(CheckpointError, match="language model of width 16; this one's is 32"):
         load_openvla(folder)
     (folder / "proprio_projector--5_checkpoint.pt").unlink()
+
+
+def test_a_single_file_is_damaged_or_missing(plain, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", plain)
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="missing or damaged"):
+    whole = weights.read_bytes()
+    for end in (0, 4, 5000, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:end])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged \(.*\)\. Download"):
+            load_openvla(folder)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged \(it is a pointer of git LFS"):
         load_openvla(folder)
-    weights.unlink()
-    with pytest.raises(CheckpointError, match="missing or damaged"):
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json, so"):
         load_openvla(folder)
 
 
-def test_a_shard_is_missing(plain, tmp_path):
+def test_shards_and_their_index(plain, tmp_path):
     folder = write_checkpoint(tmp_path / "model", plain, shards=3)
-    (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="missing or damaged"):
+    shard, index = folder / "model-00002-of-00003.safetensors", folder / "model.safetensors.index.json"
+    content, names = shard.read_bytes(), index.read_text()
+    shard.write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is damaged"):
         load_openvla(folder)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"index\.json names files that are missing: model-00002-of-00003\.safe"):
+        load_openvla(folder)
+    shard.write_bytes(content)
+    extra = folder / "model-00004-of-00004.safetensors"
+    extra.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"does not name: model-00004-of-00004\.safetensors\. They"):
+        load_openvla(folder)
+    extra.rename(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has both model\.safetensors and model\.safetensors\.index\.json"):
+        load_openvla(folder)
+    (folder / "model.safetensors").unlink()
+    for damaged in ("{", "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'):
+        index.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is damaged"):
+            load_openvla(folder)
+    index.unlink()
+    with pytest.raises(CheckpointError, match=r"has model-00001.*, but model\.safetensors\.index\.json is miss"):
+        load_openvla(folder)
+    index.write_text(names)
+    assert_same(load_openvla(folder), plain)
+
+
+def test_a_vocabulary_of_another_size(plain, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", plain)
+    config = json.loads((folder / "config.json").read_text())
+    for size, message in (
+        (32128, r"2 of another size: .*lm_head\.weight \(32064x32 instead of 32128x32\), .*embed_tokens\.weight"),
+        (32000, r"config\.json has a vocabulary of 32000 tokens and pad_token_id 32000, which is none of them"),
+    ):
+        config["text_config"]["vocab_size"] = size
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message):
+            load_openvla(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_half_precision_checkpoint_as_float32(tmp_path, kind):
+    half = random_openvla(oft=True, dtype=kind)
+    policy = load_openvla(write_checkpoint(tmp_path / "model", half), dtype=torch.float32)
+    assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+    for name, weight in half.state_dict().items():
+        torch.testing.assert_close(policy.state_dict()[name], weight.float(), rtol=0, atol=0)
+    expected = half.to(torch.float32)
+    assert_same(policy, expected)
 
 
 def test_heads_that_do_not_belong_together(tmp_path):

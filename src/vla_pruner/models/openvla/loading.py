@@ -22,6 +22,7 @@ from vla_pruner.models.openvla.oft import OpenVLAOFT
 from vla_pruner.models.openvla.processing import OpenVLAProcessor
 from vla_pruner.models.openvla.quantization import quantization_config
 from vla_pruner.models.openvla.robots import camera_names
+from vla_pruner.models.openvla.shards import check_shards
 
 _STATISTICS = "dataset_statistics.json"
 _FILM = re.compile(r"vision_backbone\..*\.(scale|shift)\.(weight|bias)$|film", re.IGNORECASE)
@@ -67,6 +68,7 @@ def load_openvla(
     """
     folder = checkpoint_folder(path)
     config = _read_config(folder)
+    check_shards(folder)
     files = _head_files(folder)
     if family not in (None, "openvla", "openvla_oft"):
         raise UnsupportedModelError(f"family={family!r} was given; it is 'openvla' or 'openvla_oft'.")
@@ -149,6 +151,12 @@ def _read_config(folder: Path) -> OpenVLAConfig:
             "loaded with their own library and then attached to."
         )
     config = OpenVLAConfig.from_pretrained(folder)
+    vocabulary = config.text_config.vocab_size
+    if not 0 <= config.pad_token_id < vocabulary:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has a vocabulary of {vocabulary} tokens and pad_token_id {config.pad_token_id}, "
+            "which is none of them. Copy config.json from the published checkpoint."
+        )
     if (folder / _STATISTICS).is_file():
         # As in the official scripts: what the checkpoint was fine-tuned on replaces what config.json was born with.
         config.norm_stats = _read_json(folder / _STATISTICS)
