@@ -311,3 +311,25 @@ def test_wrong_arguments_are_refused():
     policy.processor = None
     with pytest.raises(CheckpointError, match="no processor"):
         policy.act({"image": image}, "go")
+
+
+def test_an_early_end_token_does_not_end_the_action():
+    policy = random_openvla()
+    inputs = tiny_inputs(policy)
+    calls = []
+
+    def end(module, args, output):
+        calls.append(module)
+        if len(calls) == 3:
+            output.logits[..., 2] = 1e4
+
+    handle = policy.language_model.register_forward_hook(end)
+    tokens = policy.decode_tokens(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], 7)
+    handle.remove()
+    assert (tokens == 2).tolist() == [[False, False, True, False, False, False, False]]
+    calls.clear()
+    policy.language_model.register_forward_hook(end)
+    stats = policy.norm_stats["random"]["action"]
+    found = policy.predict_action(**inputs)
+    assert found.shape == (7,)
+    np.testing.assert_allclose(found[2], (1 - 1 / 255) * stats["q99"][2], rtol=0, atol=1e-12)

@@ -164,7 +164,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         do_sample: bool = False,
         past_key_values: Any = None,
     ) -> np.ndarray:
-        """The action, in the units of the dataset.
+        """The action, in the units of the dataset: one token for each of its dimensions.
+
+        An end-of-sequence token among them does not end it, where the original's `generate` would stop early: decoding
+        goes on, and such a token counts as the last bin, as every id below the action tokens.
 
         Args:
             input_ids: (B, T) token ids, padded on either side. Token 29871 is appended where it is not last.
@@ -179,7 +182,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         Raises:
             ObservationError: an argument does not fit; the message says which.
-            CheckpointError: the network gives numbers that are not finite.
+            CheckpointError: the network gives numbers that are not finite, or the statistics do not fit.
         """
         if do_sample:
             raise ObservationError("do_sample=True was given; actions are decoded greedily, so give do_sample=False.")
@@ -272,7 +275,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return np.atleast_2d(found)
 
     def reset(self) -> None:
-        """Begins a new episode. The policy itself remembers nothing, so there is nothing to forget."""
+        """Begins a new episode. The policy itself remembers nothing; an attached session forgets its episode here.
+
+        Attaching puts the session's own method in this one's place, so call it through the policy, or bind it
+        (`reset = policy.reset`) after attaching.
+        """
 
     def visual_tokens(self, pixel_values: Tensor | None, rows: int) -> Tensor:
         """(B, M, D) what the language model sees of the images. Arguments as in `predict_action`."""

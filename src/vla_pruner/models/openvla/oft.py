@@ -115,6 +115,10 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
     ) -> np.ndarray:
         """A chunk of actions, in the units of the dataset.
 
+        The original returns a pair, and official scripts write `actions, _ = vla.predict_action(...)`; here it is the
+        array alone, so write `actions = vla.predict_action(...)`. (Unpacked, a chunk of eight raises ValueError, but a
+        chunk or a batch of two would silently be taken apart.)
+
         Args:
             input_ids: (B, T) token ids, padded on either side. Token 29871 is appended where it is not last.
             unnorm_key: dataset whose statistics scale the actions; None only if there is one, or the loader chose.
@@ -129,11 +133,11 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
             noise: (B, chunk, dim) that denoising starts from; drawn from torch's generator if None.
 
         Returns:
-            (chunk, dim) float64; (B, chunk, dim) for more than one row. The original returns hidden states beside it.
+            (chunk, dim) float64; (B, chunk, dim) for more than one row.
 
         Raises:
             ObservationError: an argument does not fit; the message says which.
-            CheckpointError: the network gives numbers that are not finite.
+            CheckpointError: the network gives numbers that are not finite, or the statistics do not fit.
         """
         given = {
             "proprio_projector": proprio_projector,
