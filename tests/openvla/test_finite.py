@@ -11,7 +11,8 @@ import torch
 import vla_pruner as vp
 from tests.openvla.tiny import OFT_PROPRIO, random_openvla, tiny_inputs
 from vla_pruner.errors import CheckpointError, ObservationError
-from vla_pruner.models.openvla.finite import most_likely
+from vla_pruner.models.openvla import network
+from vla_pruner.models.openvla.finite import check_inputs, most_likely
 
 KINDS: dict[str, dict[str, Any]] = {
     "openvla": {},
@@ -118,17 +119,28 @@ def test_the_first_of_equals_is_taken_as_argmax_takes_it():
     assert found.tolist() == [1, 1, -1, -1]
 
 
+def test_inputs_on_a_device_are_looked_at_when_the_action_comes(policy, monkeypatch):
+    # Stands for a tensor on a GPU: the check beforehand, which would wait there, sees nothing.
+    monkeypatch.setattr(network, "check_inputs", lambda **inputs: None)
+    inputs = tiny_inputs(policy)
+    inputs["pixel_values"][0, 2, 100, 50] = float("nan")
+    with pytest.raises(ObservationError, match="pixel_values holds numbers that are not finite"):
+        policy.predict_action(**inputs)
+    with pytest.raises(ObservationError, match="pixel_values holds"):
+        check_inputs(everywhere=True, proprio=None, pixel_values=inputs["pixel_values"])
+
+
 def test_a_pruned_policy_goes_on_after_a_wrong_image(policy):
     inputs = tiny_inputs(policy)
     bad = {**inputs, "pixel_values": inputs["pixel_values"] * float("nan")}
-    with vp.VLAPruner(keep=0.5, window=2).attach(policy):
+    found = []
+    for wrong in (True, False):
         torch.manual_seed(0)
-        policy.predict_action(**inputs)
-        with pytest.raises(ObservationError, match="pixel_values holds"):
-            policy.predict_action(**bad)
-        policy.reset()
-        torch.manual_seed(0)
-        expected = policy.predict_action(**inputs)
-    with vp.VLAPruner(keep=0.5, window=2).attach(policy):
-        torch.manual_seed(0)
-        np.testing.assert_array_equal(policy.predict_action(**inputs), expected)
+        with vp.VLAPruner(keep=0.5, window=1).attach(policy) as session:
+            policy.predict_action(**inputs)
+            if wrong:
+                with pytest.raises(ObservationError, match="pixel_values holds"):
+                    policy.predict_action(**bad)
+            found.append(policy.predict_action(**inputs))
+            assert session.kept is not None  # the history is full, so the wrong image met a choice
+    np.testing.assert_array_equal(*found)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from vla_pruner.errors import CheckpointError, ObservationError, VLAPrunerError
@@ -22,7 +19,7 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, tokens.where(highest.isfinite(), _NO_TOKEN)
 
 
-def checked(found: Tensor, module: nn.Module, **inputs: Any) -> Tensor:
+def checked(found: Tensor, module: nn.Module, **inputs: Tensor | None) -> Tensor:
     """`found` on the CPU, if all of it is finite.
 
     Args:
@@ -38,14 +35,26 @@ def checked(found: Tensor, module: nn.Module, **inputs: Any) -> Tensor:
     good = found.isfinite() if found.is_floating_point() else found != _NO_TOKEN
     if good.all():
         return found
-    raise _fault(module, inputs)
+    check_inputs(everywhere=True, **inputs)
+    raise _fault(module)
 
 
-def _fault(module: nn.Module, inputs: dict[str, Any]) -> VLAPrunerError:
-    # Looked at only now: on a device this is a wait.
+def check_inputs(everywhere: bool = False, **inputs: Tensor | None) -> None:
+    """Refuse inputs that are not finite, by name: before the network spends time on them, and before a session that
+    prunes has to choose tokens by them.
+
+    Args:
+        everywhere: look at those on a device too, which is a wait.
+
+    Raises:
+        ObservationError: one is not finite.
+    """
     for name, value in inputs.items():
-        if value is not None and not torch.as_tensor(value).isfinite().all():
-            return ObservationError(f"{name} holds numbers that are not finite (NaN or infinity); give finite ones.")
+        if value is not None and (everywhere or value.device.type == "cpu") and not value.isfinite().all():
+            raise ObservationError(f"{name} holds numbers that are not finite (NaN or infinity); give finite ones.")
+
+
+def _fault(module: nn.Module) -> VLAPrunerError:
     dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     advice = "float16 overflows beyond 65504: load the policy with dtype=torch.bfloat16 or torch.float32. "
     return CheckpointError(

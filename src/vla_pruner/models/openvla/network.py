@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from vla_pruner.errors import CheckpointError, ObservationError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig, tower_sizes
-from vla_pruner.models.openvla.finite import checked, most_likely
+from vla_pruner.models.openvla.finite import check_inputs, checked, most_likely
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
 from vla_pruner.models.openvla.vision import Projector, VisionBackbone, unused_weights
 
@@ -291,6 +291,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 f"pixel_values must be a tensor of the shape {expected}: a row for each prompt, and six channels for "
                 f"each of the cameras {', '.join(self.cameras)}; found {found}."
             )
+        check_inputs(pixel_values=pixel_values)
         weight = self.projector.fc1.weight
         return self.projector(self.vision_backbone(moved(pixel_values, weight.device, weight.dtype)))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig
-from vla_pruner.models.openvla.finite import checked, most_likely
+from vla_pruner.models.openvla.finite import check_inputs, checked, most_likely
 from vla_pruner.models.openvla.heads import (
     DDIM,
     DiffusionActionHead,
@@ -158,8 +158,9 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
                 f"{self.action_dim}; choose the dataset that it was trained on with unnorm_key."
             )
         prompt = read_prompt(input_ids, attention_mask, self.config)
-        features = self.visual_tokens(pixel_values, len(input_ids))
         proprio = _as_tensor(proprio)
+        features = self.visual_tokens(pixel_values, len(input_ids))
+        check_inputs(proprio=proprio, noise=noise if isinstance(noise, Tensor) else None)
         state = self._state_token(proprio, features)
         if isinstance(self.action_head, DiffusionActionHead):
             normalized = self._denoise(self.action_head, prompt, [features, *state], noise)
