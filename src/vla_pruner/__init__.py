@@ -41,6 +41,7 @@ from vla_pruner.methods import (
 
 if TYPE_CHECKING:
     from vla_pruner.auditing import audit
+    from vla_pruner.benching import bench
     from vla_pruner.models.reference import reference_policy
     from vla_pruner.policies.loading import load_policy
     from vla_pruner.policies.random import random_policy
@@ -71,6 +72,7 @@ __all__ = [
     "VLAPruner",
     "VLAPrunerError",
     "audit",
+    "bench",
     "load_policy",
     "random_policy",
     "reference_policy",
@@ -79,6 +81,7 @@ __all__ = [
 # Heavy, or in need of what is: imported when asked for.
 _LAZY = {
     "audit": "vla_pruner.auditing",
+    "bench": "vla_pruner.benching",
     "load_policy": "vla_pruner.policies.loading",
     "random_policy": "vla_pruner.policies.random",
     "reference_policy": "vla_pruner.models.reference",

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
     _add_demo(commands)
     _add_audit(commands)
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -203,6 +204,12 @@ def _audit(options: argparse.Namespace) -> int:
         json=options.json,
     )
     return run_audit(settings, Console(highlight=False, stderr=options.json == "-"))
+
+
+def _add_bench(commands: Any) -> None:
+    from vla_pruner.benching.command import add_bench
+
+    add_bench(commands)
 
 
 def _keep(text: str) -> float | int:

@@ -146,11 +146,24 @@ class Tower:
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert that reads the prompt's keys and values: its sizes, the tokens of one pass, and the passes."""
+    """An expert that reads the prompt's keys and values: its sizes, the tokens of one pass, and the passes.
+
+    Layers named in `cross` attend to the prompt alone, whose keys and values they project first.
+    """
 
     shape: DecoderShape
     tokens: int
     passes: int
+    cross: frozenset[int] = frozenset()
+
+    def layer(self, index: int, prompt: int) -> Flops:
+        """One layer of one pass over a cache of `prompt` tokens."""
+        if index not in self.cross:
+            return self.shape.layer(self.tokens, prompt + self.tokens)
+        width = self.shape.kv_heads * self.shape.head_dim
+        own = self.shape.layer(0, 0, frozen=self.tokens)
+        whole = self.shape.layer(self.tokens, prompt)
+        return Flops(whole.linear - own.linear + 2 * 2 * prompt * width * width, whole.quadratic)
 
 
 @dataclass(frozen=True)
@@ -194,8 +207,7 @@ class ControlStep:
             for position in range(1, self.decoded + 1):
                 after += shape.layer(1, length + position)
             if self.expert is not None:
-                tokens = self.expert.tokens
-                after += self.expert.passes * self.expert.shape.layer(tokens, length + tokens)
+                after += self.expert.passes * self.expert.layer(index, length)
         deep = (shape.layers - layer) * shape.layer(live, seen, seen - live)
         return {
             "vision": vision.total,

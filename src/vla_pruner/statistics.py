@@ -141,3 +141,18 @@ def percentile(values: Sequence[float], q: float) -> float:
     below = int(position)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """The interval of the median between two of the values themselves, by the binomial test: exact for any
+    distribution. None where there are too few values for one (fewer than 6 at 95 %).
+    """
+    _quantile(confidence)
+    ordered, n = sorted(values), len(values)
+    tail, cut = 0.0, 0
+    for outside in range(n // 2):
+        tail += comb(n, outside) / 2**n
+        if tail > (1 - confidence) / 2:
+            break
+        cut = outside + 1
+    return None if cut == 0 else (ordered[cut - 1], ordered[n - cut])

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,8 @@ class SmolVLASize:
 
 
 _TINY_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_GEMMA_2B = {"width": 2048, "depth": 18, "mlp_dim": 16384, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
+_GEMMA_300M = {**_GEMMA_2B, "width": 1024, "mlp_dim": 4096}
 _TINY_GEMMA = {"depth": 6, "num_heads": 8, "num_kv_heads": 1, "head_dim": 16}
 SIZES: dict[tuple[str, str], PiSize | SmolVLASize] = {
     ("pi", "full"): PiSize(),
@@ -128,6 +130,8 @@ def random_lerobot(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    layers: int | None = None,
+    cameras: tuple[str, ...] | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
     """A LeRobot policy with random weights that fill the numbers' range, so that its actions depend on what it sees.
@@ -141,6 +145,8 @@ def random_lerobot(
         device: where it is built.
         dtype: torch.float32 or torch.bfloat16, in the places where LeRobot uses it.
         seed: of the weights.
+        layers: depth of the decoder and of the expert; None: that of the size.
+        cameras: names of the images; None: three.
         **config: fields of LeRobot's config that are to differ from its defaults.
 
     Raises:
@@ -154,15 +160,17 @@ def random_lerobot(
             f"{', '.join(map(repr, KINDS))}, size 'tiny' or 'full', dtype torch.float32 or torch.bfloat16."
         )
     sizes = SIZES["smolvla" if kind == "smolvla" else "pi", size]
+    if layers is not None:
+        sizes = _of_depth(sizes, layers)
     is_tiny = size == "tiny"
     defaults: dict[str, Any] = {"device": str(device)}
     if is_tiny:
         defaults |= {"chunk_size": 10, "n_action_steps": 10, "tokenizer_max_length": 48}
     if isinstance(sizes, SmolVLASize):
-        cameras = SMOLVLA_CAMERAS
+        cameras = cameras or SMOLVLA_CAMERAS
         defaults |= {"num_vlm_layers": sizes.layers, "resize_imgs_with_padding": (sizes.image, sizes.image)}
     else:
-        cameras = CAMERAS[kind]
+        cameras = cameras or CAMERAS[kind]
         defaults |= {"image_resolution": (sizes.image, sizes.image), "dtype": str(dtype).removeprefix("torch.")}
     given = lerobot_config(kind, cameras, sizes.image, STATE, ACTION, **defaults | config)
     # LeRobot prints what it builds.
@@ -176,6 +184,14 @@ def random_lerobot(
     if kind == "smolvla":
         _calm(policy.model.vlm_with_expert)
     return LeRobotPolicy(policy, *_processors(kind, given, _vocabulary(policy)))
+
+
+def _of_depth(size: PiSize | SmolVLASize, layers: int) -> PiSize | SmolVLASize:
+    """The same size with so many layers in the decoder and in the expert."""
+    if isinstance(size, SmolVLASize):
+        return replace(size, text={**size.text, "num_hidden_layers": layers}, layers=layers)
+    vlm, expert = size.vlm or _GEMMA_2B, size.expert or _GEMMA_300M
+    return replace(size, vlm={**vlm, "depth": layers}, expert={**expert, "depth": layers})
 
 
 @contextlib.contextmanager

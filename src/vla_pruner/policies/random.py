@@ -116,14 +116,15 @@ def _pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     from vla_pruner.models.openvla.tokenizer import StandInTokenizer
     from vla_pruner.policies.pi0 import CAMERAS, TransformersPI0, build
 
-    config: Any = PI0Config() if size == "full" else PI0Config(**_tiny_pi0())
+    config: Any = PI0Config() if size == "full" else PI0Config(**tiny_pi0())
     module = build(config, device, dtype)
     draw_weights(module, seed)
     cameras = CAMERAS if size == "full" else ("base", "wrist")
     return TransformersPI0(module, cameras, StandInTokenizer(config.vlm_config.text_config.vocab_size))
 
 
-def _tiny_pi0() -> dict[str, Any]:
+def tiny_pi0() -> dict[str, Any]:
+    """Sizes of a pi0 that runs in seconds on a CPU."""
     gemma = {
         "model_type": "gemma",
         "num_hidden_layers": 6,

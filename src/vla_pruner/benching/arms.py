@@ -1,0 +1,106 @@
+"""The arms of a benchmark, and how they take turns on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.benching.subject import Subject, warm
+from vla_pruner.errors import SessionError
+
+BASELINE = "unpruned"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the policy.
+
+    Attributes:
+        name: what reports call it; unique.
+        kind: the method's name, or "unpruned".
+        method: what is attached; None runs the untouched model.
+    """
+
+    name: str
+    kind: str
+    method: Any
+
+    @property
+    def layer(self) -> int:
+        """Layers before this one run on every token."""
+        return 0 if self.method is None else self.method.layer
+
+    @property
+    def pruned(self) -> str:
+        """What becomes of the tokens that are not kept."""
+        return "drop" if self.method is None else self.method.pruned
+
+
+def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:
+    """The untouched model first, then every method that the settings name."""
+    arms = [Arm(BASELINE, BASELINE, None)]
+    for kind, method in settings.chosen_methods():
+        options: Any = method
+        name = f"{kind} {options.keep:g} {method.pruned} K={method.layer}"
+        arms.append(Arm(name, kind, method))
+    unique = {arm.name: arm for arm in arms}
+    return tuple(unique.values())
+
+
+def turn(arms: Sequence[Arm], round_number: int) -> list[Arm]:
+    """The order of the arms in this round: another one begins each time."""
+    first = round_number % len(arms)
+    return [*arms[first:], *arms[:first]]
+
+
+class Turns:
+    """Runs any arm at any time: its session is attached for a turn and leaves no trace, its memory is kept between.
+
+    Attributes:
+        kept: visual tokens kept of each row, by arm; None of the untouched model.
+    """
+
+    def __init__(self, subject: Subject, arms: Sequence[Arm]) -> None:
+        self.subject = subject
+        self.arms = tuple(arms)
+        self.kept: dict[str, int | None] = {}
+        self._memories: dict[str, Any] = {}
+        for arm in self.arms:
+            self._begin(arm)
+
+    def _begin(self, arm: Arm) -> None:
+        """An episode's first steps, which some methods do not prune."""
+        self.kept[arm.name] = None
+        with self.subject.attach(arm.method) as session:
+            if session is None:
+                self.subject.step()
+                return
+            self._memories[arm.name] = warm(self.subject, session)
+            self.kept[arm.name] = int(session.kept.shape[1])
+
+    @contextmanager
+    def open(self, arm: Arm) -> Iterator[Any]:
+        """The arm's turn: gives its session (None for the untouched model), after one step that nobody measures.
+
+        This is the one place where an arm gets ready; a compiled one is compiled here.
+        """
+        with self.subject.attach(arm.method) as session:
+            if session is not None:
+                session.memory = self._memories[arm.name]
+            self.subject.step()
+            yield session
+
+    def check(self, arm: Arm, session: Any) -> None:
+        """The step that was just measured is what its arm says.
+
+        Raises:
+            SessionError: it was not pruned, or not to as many tokens as before.
+        """
+        kept = None if session is None or session.kept is None else int(session.kept.shape[1])
+        if kept != self.kept[arm.name]:
+            raise SessionError(
+                f"A step of {arm.name} kept {kept} visual tokens, not {self.kept[arm.name]}; it cannot be compared."
+            )

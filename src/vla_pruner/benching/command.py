@@ -1,0 +1,148 @@
+"""`vla-pruner bench`: its flags, the run, the table and the files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vla_pruner.benching.settings import DTYPES, NAMED, SIZES, BenchSettings
+from vla_pruner.errors import BudgetError
+
+_FIELDS = (
+    "model", "size", "layers", "keep", "methods", "pruned", "layer", "batch", "cameras", "dtype", "device", "compile",
+    "prompt_tokens", "decode_tokens", "denoise_steps", "iters", "threads", "seed",
+)  # fmt: skip
+
+
+def add_bench(commands: Any) -> None:
+    """Adds the subcommand."""
+    command = commands.add_parser(
+        "bench",
+        help="how fast is a policy, unpruned and pruned, and why not faster",
+        description=(
+            "Times whole control steps of a policy, unpruned and pruned, in one process and in turns, with the time\n"
+            "of each stage, the FLOPs counted and by formula, the roofline of the device and what pruning can reach\n"
+            "at most. Weights are drawn on the device unless MODEL is a checkpoint."
+        ),
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "--model",
+        metavar="MODEL",
+        required=True,
+        help=f"{', '.join(NAMED)},\nllama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB], or the folder of a checkpoint",
+    )
+    add("--size", choices=SIZES, default="full", help="of random weights: published or tiny (default: %(default)s)")
+    add("--layers", metavar="N", type=int, help="depth of the decoder, and of an expert (default: as published)")
+    add(
+        "--keep",
+        metavar="X,Y",
+        type=_listed(_keep),
+        default=(0.25,),
+        help="visual tokens kept, fractions such as 0.25 or numbers such as 64; one arm each (default: 0.25)",
+    )
+    add(
+        "--method",
+        dest="methods",
+        metavar="A,B",
+        type=_listed(str),
+        default=("vla-pruner",),
+        help="what prunes; one arm each (default: vla-pruner)",
+    )
+    add(
+        "--pruned",
+        metavar="A,B",
+        type=_listed(str),
+        default=("drop",),
+        help="what becomes of the other tokens, drop or freeze; one arm each (default: drop)",
+    )
+    add("--layer", metavar="K,L", type=_listed(int), default=(3,), help="pruning layers; one arm each (default: 3)")
+    add("--batch", metavar="B", type=int, default=1, help="robots in one call (default: %(default)s)")
+    add("--cameras", metavar="N", type=int, help="images of each robot (default: as published)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    add("--compile", action="store_true", help="compile every arm, the unpruned one too (default: off)")
+    add("--prompt-tokens", metavar="N", type=int, help="positions of the prompt, visual ones included")
+    add("--decode-tokens", metavar="N", type=int, help="tokens that act, where they are decoded")
+    add("--denoise-steps", metavar="N", type=int, help="steps of flow matching (default of all three: as published)")
+    add("--iters", metavar="N", type=int, default=30, help="timed control steps of each arm (default: %(default)s)")
+    add("--threads", metavar="N", type=int, help="of torch on the CPU (default: torch's)")
+    add("--seed", metavar="N", type=int, default=0, help="of weights and inputs (default: %(default)s)")
+    add("--json", metavar="FILE", help="write everything there; '-' is standard output (default: nowhere)")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder for bench.json and bench.md, one Markdown row an arm (default: none)",
+    )
+    command.set_defaults(run=run_bench)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Runs the benchmark, prints the table and writes the files.
+
+    Raises:
+        VLAPrunerError: the flags do not allow a benchmark.
+    """
+    settings = BenchSettings(**{name: getattr(options, name) for name in _FIELDS})
+    if options.json not in (None, "-") and not Path(options.json).resolve().parent.is_dir():
+        raise BudgetError(f"--json is {options.json}, but there is no such folder; make it first.")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise BudgetError(f"--out is {options.out}, which is a file; give a folder.")
+    console = Console(highlight=False, stderr=options.json == "-")
+    # Standard output is the report's alone where it was asked for; policies' own libraries print things, too.
+    with redirect_stdout(sys.stderr) if options.json == "-" else nullcontext():
+        report = _run(settings, console)
+    from vla_pruner.benching.table import to_markdown
+
+    text = json.dumps(report.to_json(), indent=2) + "\n"
+    if options.json == "-":
+        sys.stdout.write(text)
+    elif options.json is not None:
+        Path(options.json).write_text(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "bench.json").write_text(text)
+        (options.out / "bench.md").write_text(to_markdown(report))
+    return 0
+
+
+def _run(settings: BenchSettings, console: Console) -> Any:
+    from vla_pruner.benching.run import bench
+    from vla_pruner.benching.table import notes, to_rich
+
+    options = {name: getattr(settings, name) for name in _FIELDS if name != "model"}
+    with console.status("loading") as status:
+
+        def progress(what: str, done: int, of: int) -> None:
+            status.update(what if of <= 1 else f"{what}, round {done} of {of}")
+
+        report = bench(settings.model, progress=progress, **options)
+    console.print(to_rich(report))
+    for note in notes(report):
+        console.print(note, soft_wrap=True, markup=False)
+    for warning in report.warnings:
+        console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, markup=False)
+    return report
+
+
+def _keep(text: str) -> float | int:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of values separated by commas") from error
+
+    return read

@@ -1,0 +1,244 @@
+"""Inputs of every kind of policy, prepared on the host, and the call that is one control step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.benching.subject import Feed, on_host
+from vla_pruner.errors import BudgetError, UnsupportedModelError
+
+INSTRUCTION = "pick up the red block and put it into the bowl"
+LLAMA_TEXT, LLAMA_CAMERA, LLAMA_DECODED = 24, 256, 7
+PI0_TEXT, PI05_TEXT, SMOLVLA_TEXT = 48, 200, 48
+OPENVLA_TEXT = 25
+_SIDE = 224
+
+
+def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """The inputs of this policy.
+
+    Raises:
+        BudgetError: `--prompt-tokens` leaves no text.
+        UnsupportedModelError: no inputs are known for this policy.
+    """
+    name = type(policy).__name__
+    makers = {
+        "LlamaForCausalLM": _llama,
+        "OpenVLAForActionPrediction": _openvla,
+        "OpenVLAOFT": _oft,
+        "ReferencePolicy": _reference,
+        "TransformersPI0": _pi0,
+        "LeRobotPolicy": _lerobot,
+    }
+    if name not in makers:
+        raise UnsupportedModelError(f"A benchmark of {name} is not known; known are {', '.join(makers)}.")
+    return makers[name](policy, settings, device)
+
+
+def _other(settings: BenchSettings, visual: int, usual: int, least: int) -> int:
+    """Positions of the prompt that are not visual tokens."""
+    if settings.prompt_tokens is None:
+        return usual
+    other = settings.prompt_tokens - visual
+    if other < least:
+        raise BudgetError(
+            f"--prompt-tokens is {settings.prompt_tokens}, of which {visual} are visual and {least - 1} or more others "
+            f"are not text; give {visual + least} or more."
+        )
+    return other
+
+
+def _draw(settings: BenchSettings) -> torch.Generator:
+    return torch.Generator().manual_seed(settings.seed)
+
+
+def _images(settings: BenchSettings, count: int, side: int) -> list[np.ndarray]:
+    """(B, side, side, 3) uint8 of each camera."""
+    draw = np.random.default_rng(settings.seed)
+    return [draw.integers(0, 256, (settings.batch, side, side, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def _llama(model: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    from transformers import DynamicCache
+
+    rows, visual = settings.batch, LLAMA_CAMERA * (settings.cameras or 1)
+    other = _other(settings, visual, LLAMA_TEXT, 2)
+    length, tokens = visual + other, settings.decode_tokens or LLAMA_DECODED
+    weight = model.get_input_embeddings().weight
+    draw = _draw(settings)
+    prompt = torch.randn(rows, length, weight.shape[1], generator=draw) * weight.float().std().cpu()
+    prompt = prompt.to(device, weight.dtype)
+    # An explicit mask: without one transformers may read positions with gaps as several sequences.
+    mask = torch.ones(rows, length + tokens, dtype=torch.int64, device=device)
+    positions = torch.arange(length + tokens, device=device).expand(rows, -1)
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        cache = DynamicCache(config=model.config)
+        given: dict[str, Any] = {"inputs_embeds": prompt}
+        start, end, chosen = 0, length, []
+        for _ in range(tokens):
+            output = model(
+                **given,
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            chosen.append(output.logits[:, -1].argmax(dim=-1))
+            given = {"input_ids": chosen[-1][:, None]}
+            start, end = end, end + 1
+        return torch.stack(chosen, dim=1).cpu()
+
+    return Feed(step, visual, other, decoded=tokens - 1, attach={"visual": slice(1, 1 + visual)})
+
+
+def _openvla_inputs(policy: Any, settings: BenchSettings, usual: int, beside: int) -> tuple[int, int, Tensor, Tensor]:
+    """Visual tokens, other tokens, ids (B, T) that end in OpenVLA's empty token, and pixels of all cameras.
+
+    `beside`: positions that are neither visual nor of the text.
+    """
+    span = policy.visual_slice
+    visual = span.stop - span.start
+    other = _other(settings, visual, usual, beside + 3)
+    draw = _draw(settings)
+    ids = torch.randint(3, 30_000, (settings.batch, other - beside), generator=draw)
+    ids[:, 0], ids[:, -1] = 1, 29871
+    pixels = torch.randn(settings.batch, 6 * len(policy.cameras), _SIDE, _SIDE, generator=draw)
+    return visual, other, ids, pixels
+
+
+def _openvla_prepare(policy: Any, settings: BenchSettings) -> Any:
+    images = _images(settings, len(policy.cameras), _SIDE)
+
+    def prepare() -> Any:
+        texts = [policy.processor.prompt(INSTRUCTION)] * settings.batch
+        return policy.processor.tokenize(texts), policy.processor.pixel_values(images)
+
+    return None if policy.processor is None else prepare
+
+
+def _openvla(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    visual, other, ids, pixels = _openvla_inputs(policy, settings, OPENVLA_TEXT, 0)
+    key = next(iter(policy.norm_stats), None) if policy.unnorm_key is None else policy.unnorm_key
+    tokens = settings.decode_tokens or policy.get_action_dim(key)
+    mask = torch.ones_like(ids)
+
+    def step() -> Tensor:
+        return policy.decode_tokens(ids, pixels, mask, tokens)
+
+    return Feed(step, visual, other, decoded=tokens - 1, prepare=_openvla_prepare(policy, settings))
+
+
+def _oft(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    beside = (policy.proprio_projector is not None) + policy.diffusion + policy.action_tokens + 1
+    visual, other, ids, pixels = _openvla_inputs(policy, settings, OPENVLA_TEXT + beside, beside)
+    if policy.diffusion:
+        raise UnsupportedModelError(
+            "A benchmark of OpenVLA-OFT with a diffusion head is not supported; use an L1 head."
+        )
+    key = next(iter(policy.norm_stats)) if policy.unnorm_key is None else policy.unnorm_key
+    size, mask = policy.proprio_size, torch.ones_like(ids)
+    state = None if size is None else np.zeros((settings.batch, size))
+
+    def step() -> Any:
+        return policy.predict_action(ids, key, pixel_values=pixels, attention_mask=mask, proprio=state)
+
+    return Feed(step, visual, other, uses_head=policy.action_head is None, prepare=_openvla_prepare(policy, settings))
+
+
+def _reference(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    config = policy.config
+    (images,) = _images(settings, 1, config.image_size)
+    state = np.tile(np.asarray(config.proprio_mean, dtype=np.float32), (settings.batch, 1))
+    visual = config.num_visual_tokens
+
+    def step() -> Any:
+        return policy.predict_action(images, policy.instructions[0], state)
+
+    return Feed(step, visual, config.prompt_length - visual, decoded=config.action_dimensions - 1)
+
+
+def _pi0(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    from vla_pruner.policies.pi0 import prepare_image
+
+    module, rows, cameras = policy.module, settings.batch, len(policy.cameras)
+    config, dtype = module.config, module.action_out_proj.weight.dtype
+    vision = config.vlm_config.vision_config
+    visual = cameras * (vision.image_size // vision.patch_size) ** 2
+    other = _other(settings, visual, PI0_TEXT, 1)
+    steps = settings.denoise_steps or config.num_inference_steps
+    draw = _draw(settings)
+    text = torch.randint(3, min(400, config.vlm_config.text_config.vocab_size), (rows, other), generator=draw)
+    ids = torch.cat([torch.full((rows, visual), config.vlm_config.image_token_id), text], dim=1)
+    pixels = torch.randn(rows, cameras, 3, vision.image_size, vision.image_size, generator=draw)
+    state = torch.zeros(rows, config.max_state_dim)
+    noise = torch.randn(rows, config.chunk_size, config.max_action_dim, generator=draw).to(device, dtype)
+    shown = torch.ones(rows, cameras, dtype=torch.bool, device=device)
+    mask = torch.ones(rows, visual + other, dtype=torch.int64, device=device)
+    images = _images(settings, cameras, vision.image_size)
+
+    def step() -> Tensor:
+        actions = module.sample_actions(
+            state=state.to(device, dtype),
+            input_ids=ids.to(device),
+            pixel_values=pixels.to(device, dtype),
+            noise=noise,
+            attention_mask=mask,
+            pixel_attention_mask=shown,
+            num_steps=steps,
+        )
+        return on_host(actions)
+
+    def prepare() -> Any:
+        return [prepare_image(image, vision.image_size) for camera in images for image in camera]
+
+    return Feed(step, visual, other, denoised=(config.chunk_size + 1, steps), uses_head=False, prepare=prepare)
+
+
+def _lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    module, rows = policy.module, settings.batch
+    config, kind = module.config, module.config.type
+    keys = list(config.image_features)
+    shapes = [config.image_features[key].shape for key in keys]
+    smol = kind == "smolvla"
+    each, around = _lerobot_tokens(module, smol)
+    visual = each * len(keys)
+    # The prompt of SmolVLA ends in the state.
+    beside = around * len(keys) + smol
+    usual = {"pi0": PI0_TEXT, "pi05": PI05_TEXT, "smolvla": SMOLVLA_TEXT}[kind] + beside
+    other = _other(settings, visual, usual, beside + 1)
+    draw = _draw(settings)
+    batch: dict[str, Tensor] = {
+        key: torch.rand(rows, *shape, generator=draw) for key, shape in zip(keys, shapes, strict=True)
+    }
+    batch["observation.state"] = torch.zeros(rows, config.robot_state_feature.shape[0])
+    batch["observation.language.tokens"] = torch.randint(3, 250, (rows, other - beside), generator=draw)
+    batch["observation.language.attention_mask"] = torch.ones(rows, other - beside, dtype=torch.bool)
+    noise = torch.randn(rows, config.chunk_size, config.max_action_dim, generator=draw).to(device)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        moved = {key: value.to(device) for key, value in batch.items()}
+        return on_host(module.predict_action_chunk(moved, noise=noise))
+
+    passes = config.num_steps if smol else config.num_inference_steps
+    suffix = config.chunk_size + (kind == "pi0")
+    return Feed(step, visual, other, denoised=(suffix, passes), uses_head=False)
+
+
+def _lerobot_tokens(module: Any, smol: bool) -> tuple[int, int]:
+    """Visual tokens of a camera, and other tokens around them."""
+    from vla_pruner.families import family_of
+
+    family: Any = family_of(module)
+    tokens = family.camera_tokens
+    if tokens is None:
+        raise UnsupportedModelError("SmolVLA without resize_imgs_with_padding has images of any size; set it.")
+    return tokens[0], sum(family.around_block()) if smol else 0

@@ -1,0 +1,164 @@
+"""Everything that is measured: milliseconds, stages, memory, FLOPs, and what pruning can reach at all."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from vla_pruner.auditing.share import SpanProbe, now
+from vla_pruner.benching.arms import Arm, Turns, turn
+from vla_pruner.cost import flop_reading
+from vla_pruner.timing import STAGES, StageMeter, StageTimer
+
+STEPS_A_TURN = 2
+"""Control steps that are timed each time an arm has its turn."""
+
+WARM_UP_ROUNDS = 2
+"""Rounds that do not count."""
+
+LEAST_ROUNDS = 6
+"""Fewer give no interval."""
+
+
+@dataclass
+class Timings:
+    """What the rounds gave.
+
+    Attributes:
+        steps: milliseconds of every timed step, by arm.
+        rounds: median of each round, by arm, in the order of the rounds.
+        order: which arms had their turn in each round, in their order.
+    """
+
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    order: list[list[str]] = field(default_factory=list)
+
+
+def time_steps(turns: Turns, rounds: int, progress: Callable[[], None] | None = None) -> Timings:
+    """Whole control steps, arms taking turns in another order each round; the first rounds are thrown away."""
+    timings = Timings({arm.name: [] for arm in turns.arms}, {arm.name: [] for arm in turns.arms})
+    for number in range(WARM_UP_ROUNDS + rounds):
+        order = turn(turns.arms, number)
+        for arm in order:
+            with turns.open(arm) as session:
+                taken = []
+                for _ in range(STEPS_A_TURN):
+                    taken.append(step_milliseconds(turns.subject.step, turns.subject.device))
+                    turns.check(arm, session)
+            if number >= WARM_UP_ROUNDS:
+                timings.steps[arm.name] += taken
+                timings.rounds[arm.name].append(statistics.median(taken))
+        if number >= WARM_UP_ROUNDS:
+            timings.order.append([arm.name for arm in order])
+        if progress is not None:
+            progress()
+    return timings
+
+
+def step_milliseconds(step: Callable[[], Any], device: torch.device) -> float:
+    """One control step; on a GPU by its own clock, from an empty queue to an empty queue."""
+    if device.type != "cuda":
+        start = now(device)
+        step()
+        return 1e3 * (now(device) - start)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end)
+
+
+def time_stages(turns: Turns, rounds: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each stage, and of the whole step as it is while stages are timed ("total"), by arm.
+
+    Apart from `time_steps`, since to tell stages apart a device must be waited for at each of them.
+    """
+    found: dict[str, list[Any]] = {arm.name: [] for arm in turns.arms}
+    for number in range(1 + rounds):
+        for arm in turn(turns.arms, number):
+            with turns.open(arm) as session, StageTimer(turns.subject.policy, turns.subject.watched()) as timer:
+                if session is not None:
+                    session.clock = timer.stage
+                for _ in range(STEPS_A_TURN):
+                    with timer.step():
+                        turns.subject.step()
+            if number:
+                found[arm.name] += timer.steps
+    return {
+        name: {stage: statistics.median(getattr(step, stage) for step in steps) for stage in (*STAGES, "total")}
+        for name, steps in found.items()
+    }
+
+
+def count_stages(turns: Turns, arm: Arm) -> dict[str, float]:
+    """FLOPs of each stage of one control step, as torch's dispatcher counts them."""
+    with flop_reading() as read:
+        meter = StageMeter(turns.subject.watched(), read)
+        with turns.open(arm) as session, meter:
+            if session is not None:
+                session.clock = meter.stage
+            with meter.step():
+                turns.subject.step()
+    return {stage: meter.last.get(stage, 0.0) for stage in STAGES}
+
+
+def peak_memory(turns: Turns, arm: Arm) -> dict[str, Any]:
+    """Bytes at the peak of one control step; on the CPU only the process as a whole can be asked, after it."""
+    device = turns.subject.device
+    with turns.open(arm):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        turns.subject.step()
+        if device.type == "cuda":
+            return {"kind": "peak allocated by torch", "bytes": torch.cuda.max_memory_allocated(device)}
+        return {"kind": "resident size of the process, everything in it", "bytes": resident_bytes()}
+
+
+def resident_bytes() -> int | None:
+    """Of this process; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+def reachable_share(turns: Turns, layer: int, repeats: int = 5) -> float | None:
+    """How much of an unpruned control step the prompt spends in the layers from `layer` on; None if that cannot be
+    told.
+    """
+    subject, shares = turns.subject, []
+    for repeat in range(1 + repeats):
+        with SpanProbe(subject.family.decoder, layer, subject.device) as probe:
+            start = now(subject.device)
+            subject.step()
+            total = now(subject.device) - start
+        if repeat:
+            shares.append(probe.seconds / total)
+    share = statistics.median(shares)
+    return share if 0 < share < 1 else None
+
+
+def preparation(turns: Turns, repeats: int = 5) -> float | None:
+    """Median milliseconds from images and words to the inputs of a control step, on the host."""
+    prepare = turns.subject.feed.prepare
+    if prepare is None:
+        return None
+    taken = []
+    for repeat in range(1 + repeats):
+        start = perf_counter()
+        prepare()
+        if repeat:
+            taken.append(1e3 * (perf_counter() - start))
+    return statistics.median(taken)

@@ -1,0 +1,118 @@
+"""The policies that are benchmarked: published sizes with random weights made on the device, or a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.errors import BudgetError, UnsupportedModelError
+
+_CAMERA_NAMES = ("image", "wrist_image", "side_image")
+
+
+def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """The policy, or the bare language model, that the settings name.
+
+    Raises:
+        UnsupportedModelError: the family does not offer what is asked, or is not installed.
+        CheckpointError: a checkpoint that cannot be read.
+    """
+    kind = settings.kind
+    if kind == "llama":
+        return _llama(settings, device, dtype)
+    if kind in ("openvla-7b", "openvla-oft"):
+        return _openvla(settings, device, dtype)
+    if kind == "pi0":
+        return _pi0(settings, device, dtype)
+    if kind in ("pi05", "smolvla"):
+        return _lerobot(settings, device, dtype)
+    from vla_pruner.policies.loading import load_policy
+    from vla_pruner.policies.random import random_policy
+
+    if kind == "reference" and settings.size == "tiny":
+        return random_policy("reference", "tiny", device, dtype, settings.seed)
+    return load_policy("reference" if kind == "reference" else settings.model, device, dtype)
+
+
+def _llama(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    from vla_pruner.policies.random import draw_weights
+
+    size = settings.llama()
+    config = LlamaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    )
+    with torch.device(device), no_init_weights():
+        model: Any = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    draw_weights(model, settings.seed)
+    return model.eval()
+
+
+def _openvla(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    from vla_pruner.models.openvla import random_openvla
+
+    if settings.cameras is not None and settings.cameras > len(_CAMERA_NAMES):
+        raise BudgetError(f"--cameras is {settings.cameras}; OpenVLA has one to {len(_CAMERA_NAMES)}.")
+    text: dict[str, Any] = {} if settings.layers is None else {"num_hidden_layers": settings.layers}
+    return random_openvla(
+        settings.size,  # type: ignore[arg-type]
+        oft=settings.kind == "openvla-oft",
+        cameras=None if settings.cameras is None else _CAMERA_NAMES[: settings.cameras],
+        device=device,
+        dtype=dtype,
+        seed=settings.seed,
+        **text,
+    )
+
+
+def _pi0(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import PI0Config
+
+    from vla_pruner.models.openvla.tokenizer import StandInTokenizer
+    from vla_pruner.policies.pi0 import TransformersPI0
+    from vla_pruner.policies.pi0 import build as build_pi0
+    from vla_pruner.policies.random import draw_weights, tiny_pi0
+
+    sizes = PI0Config().to_dict() if settings.size == "full" else tiny_pi0()
+    if settings.layers is not None:
+        # The expert reads the decoder's cache layer by layer, so both have one depth.
+        sizes["dit_config"]["num_hidden_layers"] = settings.layers
+        sizes["vlm_config"]["text_config"]["num_hidden_layers"] = settings.layers
+    config: Any = PI0Config(**sizes)
+    module: Any = build_pi0(config, device, dtype)
+    draw_weights(module, settings.seed)
+    if settings.denoise_steps is not None:
+        module.config.num_inference_steps = settings.denoise_steps
+    tokenizer = StandInTokenizer(config.vlm_config.text_config.vocab_size)
+    return TransformersPI0(module, _cameras(settings.cameras or 3), tokenizer)
+
+
+def _lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    from vla_pruner.families.lerobot_common import check_version
+    from vla_pruner.policies.lerobot_random import random_lerobot
+
+    check_version()
+
+    if dtype == torch.float16:
+        raise UnsupportedModelError("--dtype is float16; LeRobot has its policies in float32 and bfloat16.")
+    fields: dict[str, Any] = {}
+    if settings.denoise_steps is not None:
+        fields["num_steps" if settings.kind == "smolvla" else "num_inference_steps"] = settings.denoise_steps
+    cameras = None if settings.cameras is None else _cameras(settings.cameras)
+    return random_lerobot(
+        settings.kind, settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields
+    )
+
+
+def _cameras(count: int) -> tuple[str, ...]:
+    return tuple(f"camera{number}" for number in range(1, count + 1))

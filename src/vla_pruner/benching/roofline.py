@@ -1,0 +1,133 @@
+"""What the device can do at best, measured beside the benchmark, and the time that a control step cannot go below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vla_pruner.auditing.share import now
+from vla_pruner.benching.subject import Subject
+
+DATA_SHEETS: dict[str, tuple[float, float]] = {
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H100": (989e12, 3.35e12),
+    "A100-SXM4-80GB": (312e12, 2.039e12),
+    "A100": (312e12, 1.555e12),
+    "L40S": (362e12, 0.864e12),
+    "RTX 4090": (165e12, 1.008e12),
+}
+"""NVIDIA's figures by a part of the GPU's name, the more special first: dense bfloat16 FLOP/s, bytes of memory/s."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The device at its best.
+
+    Attributes:
+        flops: FLOP/s of a large square matrix product in the benchmark's dtype.
+        bandwidth: bytes/s read and written by a copy that fits into no cache.
+        data_sheet: the vendor's figures (bfloat16, dense); None where they are not known.
+    """
+
+    flops: float
+    bandwidth: float
+    data_sheet: tuple[float, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For `json.dump`."""
+        sheet = None
+        if self.data_sheet is not None:
+            sheet = {"bfloat16_flops": self.data_sheet[0], "bandwidth": self.data_sheet[1]}
+        return {"measured_flops": self.flops, "measured_bandwidth": self.bandwidth, "data_sheet": sheet}
+
+
+def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """Runs a short product and a short copy on the device, and takes the best of several."""
+    on_gpu = device.type == "cuda"
+    side, size, repeats = (8192, 1 << 30, 10) if on_gpu else (1024, 1 << 27, 5)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    seconds = _best(lambda: torch.mm(matrix, matrix), device, repeats)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = _best(lambda: target.copy_(source), device, repeats)
+    sheet = data_sheet(torch.cuda.get_device_name(device)) if on_gpu else None
+    return Peaks(2 * side**3 / seconds, 2 * size / copied, sheet)
+
+
+def data_sheet(name: str) -> tuple[float, float] | None:
+    """The vendor's figures for a GPU of this name; None where they are not known."""
+    return next((figures for part, figures in DATA_SHEETS.items() if part in name), None)
+
+
+def _best(call: Any, device: torch.device, repeats: int) -> float:
+    """Seconds of the fastest of several calls."""
+    call()
+    taken = []
+    for _ in range(repeats):
+        start = now(device)
+        call()
+        taken.append(now(device) - start)
+    return min(taken)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a control step cannot do without.
+
+    Attributes:
+        flops: by stage, of all rows.
+        bytes: by stage, weights and cache.
+    """
+
+    flops: dict[str, float]
+    bytes: dict[str, float]
+
+    def milliseconds(self, peaks: Peaks) -> dict[str, float]:
+        """The least time of each stage: computing or reading, whichever takes longer."""
+        return {
+            stage: 1e3 * max(flops / peaks.flops, self.bytes.get(stage, 0.0) / peaks.bandwidth)
+            for stage, flops in self.flops.items()
+        }
+
+    def bound_by_reading(self, stage: str, peaks: Peaks) -> bool:
+        """Whether the stage waits for memory."""
+        return self.bytes.get(stage, 0.0) / peaks.bandwidth > self.flops[stage] / peaks.flops
+
+
+def least_work(
+    subject: Subject, kept: int | None, layer: int, pruned: str, counted_vision: float | None = None
+) -> Work:
+    """Of one control step, by the formulas of `cost`.
+
+    Args:
+        subject: what runs.
+        kept: visual tokens kept; None: all.
+        layer, pruned: of the arm.
+        counted_vision: FLOPs of the vision encoder where no formula knows it.
+    """
+    step, rows = subject.control_step, subject.rows
+    parts = step.flops(kept, layer, pruned)
+    cache = step.cache_elements(kept, layer, pruned)
+    vision = rows * parts["vision"]
+    if not subject.vision_by_formula and counted_vision is not None:
+        vision = counted_vision
+    freezing = 0.0
+    if pruned == "freeze" and kept is not None:
+        deep = step.decoder.layers - layer
+        freezing = rows * step.prompt_passes * deep * step.decoder.layer(0, 0, step.visual - kept).total
+    flops = {
+        "vision": vision,
+        "prefill": rows * (parts["prompt, layers before"] + parts["prompt, layers pruned"]) - freezing,
+        # A session computes the keys and values of frozen tokens, so its clock has them.
+        "pruning": freezing,
+        "decode": rows * parts["decoding or denoising"],
+    }
+    moved = subject.weight_bytes()
+    size = rows * subject.element_bytes
+    moved["prefill"] += size * cache["written"]
+    moved["decode"] += size * cache["read"]
+    return Work(flops, moved)

@@ -1,0 +1,246 @@
+"""A benchmark from its settings to its report."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vla_pruner.benching.arms import Arm, Turns, arms_of
+from vla_pruner.benching.feeds import feed
+from vla_pruner.benching.measure import (
+    LEAST_ROUNDS,
+    STEPS_A_TURN,
+    WARM_UP_ROUNDS,
+    Timings,
+    count_stages,
+    peak_memory,
+    preparation,
+    reachable_share,
+    time_stages,
+    time_steps,
+)
+from vla_pruner.benching.policies import build
+from vla_pruner.benching.report import ArmResult, BenchReport, FlopCount, Speed
+from vla_pruner.benching.roofline import Peaks, least_work, measure_peaks
+from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.benching.subject import Subject
+from vla_pruner.benching.verdict import Timed, why
+from vla_pruner.conditions import busy_cores, load_average, machine_conditions
+from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.statistics import median_interval, percentile
+
+_PACKAGES = ("vla-pruner", "torch", "transformers", "numpy", "lerobot", "triton")
+_BUSY_CORES = 0.25
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, and how many rounds of how many are."""
+
+
+def bench(model: str, *, progress: Progress | None = None, **options: Any) -> BenchReport:
+    """Times a policy unpruned and pruned, and says what pruning saves and why not more.
+
+    Args:
+        model: a name, "llama:HIDDEN,LAYERS" or a checkpoint's folder; see `BenchSettings`.
+        progress: told what is being done.
+        **options: fields of `BenchSettings`: keep, methods, pruned, layer, batch, dtype, device, iters, ...
+
+    Raises:
+        BudgetError: an option is out of its range, or does not apply to this model.
+        UnsupportedModelError: no such model, or it cannot run here.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    settings = BenchSettings(model=model, **options)
+    device = usable_device(settings.device)
+    with _threads(settings.threads):
+        policy = build(settings, device, getattr(torch, settings.dtype))
+        return bench_subject(Subject(policy, feed(policy, settings, device), settings, device), progress)
+
+
+def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchReport:
+    """The benchmark of a policy that is there already; the policy is left as it was."""
+    settings, tell = subject.settings, progress or (lambda *_: None)
+    conditions = _conditions(subject)
+    tell("probing the device", 0, 1)
+    peaks = measure_peaks(subject.device, getattr(torch, settings.dtype))
+    turns = Turns(subject, arms_of(settings))
+    rounds = max(1, -(-settings.iters // STEPS_A_TURN))
+    done = iter(range(1, WARM_UP_ROUNDS + rounds + 1))
+    timings = time_steps(turns, rounds, lambda: tell("timing steps", next(done), WARM_UP_ROUNDS + rounds))
+    tell("timing stages", 0, 1)
+    stages = time_stages(turns, max(3, rounds // 4))
+    layers = sorted({arm.layer for arm in turns.arms if arm.method is not None})
+    shares = {layer: reachable_share(turns, layer) for layer in layers}
+    prepare_ms = preparation(turns)
+    tell("counting", 0, 1)
+    conditions |= {"busy_cores_after": busy_cores(), "load_average_after": load_average()}
+    results = _results(turns, timings, stages, shares, peaks)
+    return BenchReport(
+        settings=settings.to_json(),
+        conditions=conditions,
+        shape=_shape(subject),
+        peaks=peaks,
+        arms=results,
+        order=timings.order,
+        shares=shares,
+        prepare_ms=prepare_ms,
+        acting=subject.acting,
+        warnings=tuple(_warnings(conditions, results, rounds)),
+    )
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        UnsupportedModelError: torch cannot use it here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModelError(f"--device is {name}, which torch cannot use here ({reason}).") from error
+    return device
+
+
+def _results(
+    turns: Turns,
+    timings: Timings,
+    stages: dict[str, dict[str, float]],
+    shares: dict[int, float | None],
+    peaks: Peaks,
+) -> tuple[ArmResult, ...]:
+    subject, base_name = turns.subject, turns.arms[0].name
+    counted = {arm.name: count_stages(turns, arm) for arm in turns.arms}
+    work = {
+        arm.name: least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned, counted[base_name]["vision"])
+        for arm in turns.arms
+    }
+
+    def timed(name: str) -> Timed:
+        return Timed(percentile(timings.steps[name], 50), stages[name], work[name])
+
+    def result(arm: Arm) -> ArmResult:
+        name, kept = arm.name, turns.kept[arm.name]
+        is_base = arm.method is None
+        roofline = work[name].milliseconds(peaks)
+        p50 = percentile(timings.steps[name], 50)
+        passes = subject.feed.decoded or (subject.feed.denoised or (0, 0))[1]
+        return ArmResult(
+            name=name,
+            kind=arm.kind,
+            method=None if is_base else repr(arm.method),
+            layer=None if is_base else arm.layer,
+            pruned=None if is_base else arm.pruned,
+            kept=subject.feed.visual if kept is None else kept,
+            milliseconds=_milliseconds(timings.steps[name]),
+            stages=stages[name],
+            speed=None if is_base else _speed(timings.rounds[base_name], timings.rounds[name]),
+            flops=FlopCount(counted[name], work[name].flops, subject.vision_by_formula),
+            bytes_moved=work[name].bytes,
+            roofline=roofline,
+            reached=sum(roofline.values()) / p50,
+            ceiling=None if is_base else _ceiling(subject, kept, shares[arm.layer]),
+            memory=peak_memory(turns, arm),
+            why="" if is_base else why(timed(base_name), timed(name), peaks, subject.acting, passes),
+        )
+
+    return tuple(result(arm) for arm in turns.arms)
+
+
+def _milliseconds(samples: list[float]) -> dict[str, Any]:
+    figures: dict[str, Any] = {f"p{q}": percentile(samples, q) for q in (50, 90, 99)}
+    return {**figures, "mean": statistics.fmean(samples), "samples": samples}
+
+
+def _speed(base: list[float], arm: list[float]) -> Speed:
+    ratios = [before / after for before, after in zip(base, arm, strict=True)]
+    low, high = median_interval(ratios) or (None, None)
+    return Speed(statistics.median(ratios), low, high, len(ratios))
+
+
+def _ceiling(subject: Subject, kept: int | None, share: float | None) -> float | None:
+    if share is None or kept is None:
+        return None
+    gone = (subject.feed.visual - kept) / (subject.feed.visual + subject.feed.other)
+    return 1 / (1 - share * gone)
+
+
+def _shape(subject: Subject) -> dict[str, Any]:
+    feed = subject.feed
+    rows, steps = feed.denoised or (None, None)
+    return {
+        "policy": type(subject.policy).__name__,
+        "batch": subject.rows,
+        "cameras": subject.control_step.cameras,
+        "visual_tokens": feed.visual,
+        "other_tokens": feed.other,
+        "layers": subject.family.depth,
+        "passes_decoded": feed.decoded,
+        "expert_rows": rows,
+        "denoise_steps": steps,
+        "parameters": sum(parameter.numel() for parameter in subject.module.parameters()),
+    }
+
+
+def _conditions(subject: Subject) -> dict[str, Any]:
+    device, found = subject.device, machine_conditions(_PACKAGES)
+    weight = subject.family.decoder.norm.weight
+    found |= {
+        "device": str(device),
+        "device_name": found["processor"],
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "attention": subject.family.backend,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "steps_a_turn": STEPS_A_TURN,
+        "warm_up_rounds": WARM_UP_ROUNDS,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device_name": torch.cuda.get_device_name(device),
+            "device_memory": properties.total_memory,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0]
+
+
+def _warnings(conditions: dict[str, Any], results: tuple[ArmResult, ...], rounds: int) -> Iterator[str]:
+    for when in ("before", "after"):
+        busy = conditions[f"busy_cores_{when}"]
+        if busy is not None and busy > _BUSY_CORES:
+            yield f"The machine was busy: other programs used {busy:g} cores {when} the benchmark. Repeat it when idle."
+    if rounds < LEAST_ROUNDS:
+        yield f"{rounds} rounds are too few for an interval; give --iters {LEAST_ROUNDS * STEPS_A_TURN} or more."
+    for arm in results:
+        if not arm.flops.agree:
+            part = arm.flops.difference["decoder"]
+            yield f"{arm.name}: {100 * part:+.1f} % FLOPs of the decoder were counted against the formula's."
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,226 @@
+"""A policy made ready to be timed: its control step as a function without arguments, and what that step consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.session import Session
+from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.cost import ControlStep, DecoderShape, Expert, Tower
+from vla_pruner.errors import BudgetError
+from vla_pruner.families import family_of
+from vla_pruner.methods import Method
+from vla_pruner.timing import Watched, always, prefill_or_decode
+
+_PROJECTORS = ("projector", "multi_modal_projector", "connector")
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a kind of policy is fed with, and what follows from it.
+
+    Attributes:
+        step: one control step, from prepared inputs on the host to actions on the host.
+        visual: visual tokens of all cameras.
+        other: other tokens of the prompt.
+        decoded: passes that decode a token after the prompt.
+        denoised: rows of one pass of the expert, and passes; None without an expert.
+        uses_head: whether the language model's head over the vocabulary runs.
+        prepare: from images and words to what `step` takes; None where `step` does that too.
+        attach: options for `Method.attach`.
+    """
+
+    step: Callable[[], Any]
+    visual: int
+    other: int
+    decoded: int = 0
+    denoised: tuple[int, int] | None = None
+    uses_head: bool = True
+    prepare: Callable[[], Any] | None = None
+    attach: dict[str, Any] = field(default_factory=dict)
+
+
+class Subject:
+    """A policy and its control step.
+
+    Args:
+        policy: what methods attach to.
+        feed: its inputs.
+        settings: of the benchmark.
+        device: where it runs.
+
+    Attributes:
+        step: one control step.
+        family: where things are in it.
+        control_step: what one control step of one robot computes, for the formulas.
+        rows: robots in one call.
+    """
+
+    def __init__(self, policy: Any, feed: Feed, settings: BenchSettings, device: torch.device) -> None:
+        self.policy = policy
+        self.feed = feed
+        self.settings = settings
+        self.device = device
+        self.step = feed.step
+        self.rows = settings.batch
+        self.module: nn.Module = policy if isinstance(policy, nn.Module) else policy.module
+        self.family: Any = family_of(policy, **feed.attach)
+        self.towers: tuple[nn.Module, ...] = tuple(getattr(policy, "vision_towers", ()))
+        self.projectors = _projectors(self.module)
+        self.experts = _experts(self.family)
+        self.head = _head(self.module, self.family.decoder) if feed.uses_head else None
+        self.control_step = self._control_step()
+
+    @property
+    def acting(self) -> str:
+        """What comes after the prompt."""
+        if self.feed.denoised is not None:
+            return "denoise"
+        return "decode" if self.feed.decoded else ""
+
+    def attach(self, method: Method | None) -> Any:
+        """A context manager that gives a session of `method`, or None for the untouched model."""
+        return nullcontext(None) if method is None else method.attach(self.policy, **self.feed.attach)
+
+    def watched(self) -> Watched:
+        """Which modules are which stage, for `StageTimer`."""
+        seen = [(module, always("vision")) for module in (*self.towers, *self.projectors)]
+        both = getattr(self.family, "both", None)
+        if both is not None:  # SmolVLA computes decoder and expert in one module
+            return [*seen, (both, _prefix_or_suffix)]
+        owner = _head_owner(self.module, self.family.decoder) or self.family.decoder
+        experts = [(module, always("decode")) for module in self.experts]
+        return [*seen, (owner, prefill_or_decode), *experts]
+
+    def weight_bytes(self) -> dict[str, float]:
+        """Bytes of weights that one control step reads, stage by stage: every pass reads its own once."""
+        decoder = _bytes(self.family.decoder.layers) + (0 if self.head is None else _bytes(self.head))
+        after = self.feed.decoded * decoder
+        if self.feed.denoised is not None:
+            after += self.feed.denoised[1] * sum(_bytes(expert.layers) for expert in self.experts)
+        vision = sum(_bytes(module) for module in (*self.towers, *self.projectors))
+        return {"vision": vision, "prefill": decoder * self.control_step.prompt_passes, "decode": after}
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number in the key-value cache."""
+        return self.family.decoder.norm.weight.element_size()
+
+    def _control_step(self) -> ControlStep:
+        feed = self.feed
+        decoder = _shape(self.family.decoder, self.head is not None)
+        expert = None
+        if feed.denoised is not None:
+            expert = Expert(_shape(self.experts[0], False), *feed.denoised, _cross_layers(self.family))
+        towers = tuple(tower for tower in map(_tower, self.towers) if tower is not None)
+        return ControlStep(
+            decoder=decoder,
+            visual=feed.visual,
+            other=feed.other,
+            towers=towers,
+            cameras=max(1, len(getattr(self.policy, "cameras", ()))),
+            projector=sum(2.0 * _matrices(module) for module in self.projectors),
+            decoded=feed.decoded,
+            expert=expert,
+        )
+
+    @property
+    def vision_by_formula(self) -> bool:
+        """Whether the sizes of all vision towers are known."""
+        return len(self.control_step.towers) == len(self.towers)
+
+
+def warm(subject: Subject, session: Session) -> Any:
+    """Runs control steps until one is pruned; returns the memory before the next.
+
+    Raises:
+        BudgetError: the method prunes none of the first steps.
+    """
+    session.reset()
+    for _ in range(session.method.history + 16):
+        subject.step()
+        if session.kept is not None:
+            return session.memory
+    raise BudgetError(
+        f"{session.method!r} pruned none of the first {session.method.history + 16} control steps, so there is "
+        "nothing to compare; give a smaller keep."
+    )
+
+
+def _prefix_or_suffix(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    inputs = kwargs.get("inputs_embeds")
+    return "decode" if inputs is not None and inputs[0] is None else "prefill"
+
+
+def _projectors(module: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(part for name, part in module.named_modules() if name.rpartition(".")[2] in _PROJECTORS)
+
+
+def _experts(family: Any) -> tuple[Any, ...]:
+    both = getattr(family, "both", None)
+    return family.readers if both is None else (both.lm_expert,)
+
+
+def _cross_layers(family: Any) -> frozenset[int]:
+    """Layers of the expert that attend to the prompt alone: SmolVLA's."""
+    both = getattr(family, "both", None)
+    if both is None or "cross" not in both.attention_mode:
+        return frozenset()
+    every = both.self_attn_every_n_layers
+    return frozenset(index for index in range(family.depth) if not (every > 0 and index % every == 0))
+
+
+def _head_owner(module: nn.Module, decoder: Any) -> Any:
+    """The module that holds the decoder beside a head over the vocabulary."""
+    for part in module.modules():
+        if getattr(part, "model", None) is decoder and hasattr(part, "lm_head"):
+            return part
+    return None
+
+
+def _head(module: nn.Module, decoder: Any) -> nn.Module | None:
+    owner = _head_owner(module, decoder)
+    return None if owner is None else owner.lm_head
+
+
+def _shape(decoder: Any, with_head: bool) -> DecoderShape:
+    shape = DecoderShape.of(decoder.config)
+    layers = len(decoder.layers)
+    return replace(shape, layers=layers, vocabulary=shape.vocabulary if with_head else 0)
+
+
+def _tower(module: Any) -> Tower | None:
+    """The sizes of a vision encoder; None where they are not known."""
+    size, config = getattr(module, "size", None), getattr(module, "config", None)
+    if size is not None and hasattr(size, "mlp_width"):
+        width, heads, layers, feed_forward = size.width, size.heads, size.depth - 1, size.mlp_width
+        patch, patches, prefix = size.patch, size.patches, size.prefix
+    elif config is not None and hasattr(config, "patch_size") and hasattr(config, "intermediate_size"):
+        width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+        feed_forward, patch, prefix = config.intermediate_size, config.patch_size, 0
+        patches = (config.image_size // patch) ** 2
+    else:
+        return None
+    shape = DecoderShape(layers, width, heads, heads, width // heads, feed_forward, matrices=2)
+    return Tower(shape, patches + prefix, layers, patching=2.0 * 3 * patch**2 * width * patches)
+
+
+def _bytes(module: Any) -> int:
+    """Of its weights, each counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _matrices(module: nn.Module) -> int:
+    """Numbers in its matrices."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def on_host(actions: Tensor) -> Tensor:
+    """Actions as a robot needs them: on the CPU, which also waits for the device."""
+    return actions.detach().float().cpu()

@@ -1,0 +1,123 @@
+"""The figures as text: one table for the terminal, one row an arm for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.table import Table
+
+from vla_pruner.benching.report import ArmResult, BenchReport
+
+_NONE = "-"
+
+
+def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
+    """(what it is, one cell an arm) from top to bottom; what belongs to the row above is indented."""
+    base = report.baseline
+    arms = report.arms
+
+    def stage(title: str, name: str) -> tuple[str, list[str]]:
+        return f"  {title}", [f"{arm.stages[name]:.2f}" for arm in arms]
+
+    after = [stage(report.acting, "decode")] if report.acting else []
+    return [
+        ("visual tokens", [f"{arm.kept}" for arm in arms]),
+        ("ms a step, p50", [f"{arm.milliseconds['p50']:.2f}" for arm in arms]),
+        ("  p90", [f"{arm.milliseconds['p90']:.2f}" for arm in arms]),
+        ("  p99", [f"{arm.milliseconds['p99']:.2f}" for arm in arms]),
+        ("speed", [_speed(arm) for arm in arms]),
+        ("  95 % interval", [_interval(arm) for arm in arms]),
+        ("  at most (Amdahl)", [_NONE if arm.ceiling is None else f"{arm.ceiling:.2f}x" for arm in arms]),
+        ("ms by stage", ["" for _ in arms]),
+        stage("vision", "vision"),
+        stage("prefill", "prefill"),
+        stage("pruning", "pruning"),
+        *after,
+        stage("other", "other"),
+        ("GFLOPs counted", [f"{sum(arm.flops.counted.values()) / 1e9:.4g}" for arm in arms]),
+        ("  of unpruned", [f"{100 * _flops(arm) / _flops(base):.0f} %" for arm in arms]),
+        ("  by formula", [f"{sum(arm.flops.formula.values()) / 1e9:.4g}" for arm in arms]),
+        ("GB moved", [f"{sum(arm.bytes_moved.values()) / 1e9:.3g}" for arm in arms]),
+        ("roofline ms", [f"{sum(arm.roofline.values()):.2f}" for arm in arms]),
+        ("  reached", [f"{100 * arm.reached:.0f} %" for arm in arms]),
+        ("memory, GB", [_memory(arm) for arm in arms]),
+    ]
+
+
+def to_rich(report: BenchReport) -> Table:
+    """For the terminal: one column an arm."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for arm in report.arms:
+        table.add_column(arm.name.replace(" ", "\n", 1), justify="right")
+    for title, cells in rows(report):
+        table.add_row(title, *cells)
+    return table
+
+
+def to_markdown(report: BenchReport) -> str:
+    """One row an arm, with a head."""
+    titles = (
+        "model", "arm", "tokens", "ms p50", "p90", "p99", "speed (95 %)", "at most",
+        f"vision / prefill / pruning / {report.acting or 'decode'} / other, ms",
+        "GFLOPs", "GB moved", "roofline ms", "reached",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for arm in report.arms:
+        figures = arm.milliseconds
+        speed = _speed(arm) + ("" if arm.speed is None or arm.speed.low is None else f" ({_interval(arm)})")
+        stages = " / ".join(f"{arm.stages[name]:.2f}" for name in ("vision", "prefill", "pruning", "decode", "other"))
+        cells = (
+            report.settings["model"],
+            arm.name,
+            f"{arm.kept}",
+            f"{figures['p50']:.2f}",
+            f"{figures['p90']:.2f}",
+            f"{figures['p99']:.2f}",
+            speed,
+            _NONE if arm.ceiling is None else f"{arm.ceiling:.2f}x",
+            stages,
+            f"{_flops(arm) / 1e9:.4g}",
+            f"{sum(arm.bytes_moved.values()) / 1e9:.3g}",
+            f"{sum(arm.roofline.values()):.2f}",
+            f"{100 * arm.reached:.0f} %",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def notes(report: BenchReport) -> Iterator[str]:
+    """What stands below the table."""
+    found, peaks = report.conditions, report.peaks
+    threads = f", {found['threads']} threads" if found["device"] == "cpu" else f", driver {found.get('driver')}"
+    rounds = len(report.order)
+    yield (
+        f"{found['device_name']}{threads}, {found['dtype']}, {found['attention']}, torch "
+        f"{found['versions']['torch']}: {peaks.flops / 1e12:.3g} TFLOP/s and {peaks.bandwidth / 1e9:.3g} GB/s "
+        f"measured. {rounds} rounds of {len(report.arms)} arms, {found['steps_a_turn']} steps each."
+    )
+    if report.prepare_ms is not None:
+        yield f"Images and words to inputs: {report.prepare_ms:.2f} ms on the host, the same in every arm and in none."
+    for arm in report.arms:
+        if arm.why:
+            yield f"{arm.name}: {arm.why}"
+
+
+def _flops(arm: ArmResult) -> float:
+    return sum(arm.flops.counted.values())
+
+
+def _speed(arm: ArmResult) -> str:
+    return _NONE if arm.speed is None else f"{arm.speed.value:.2f}x"
+
+
+def _interval(arm: ArmResult) -> str:
+    if arm.speed is None or arm.speed.low is None or arm.speed.high is None:
+        return _NONE
+    return f"{arm.speed.low:.2f} to {arm.speed.high:.2f}"
+
+
+def _memory(arm: ArmResult) -> str:
+    size = arm.memory["bytes"]
+    return _NONE if size is None else f"{size / 1e9:.2f}"

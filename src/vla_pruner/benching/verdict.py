@@ -1,0 +1,105 @@
+"""Why a saved token is a saved millisecond, or is not: sentences made from the figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vla_pruner.benching.roofline import Peaks, Work
+
+NOTICEABLE = 0.25
+"""A stage is named if it takes this part of an unpruned step; a cost, if it takes this part of what is saved."""
+
+SLACK = 1.15
+"""The pruned prompt is slower than its FLOPs say if it takes this much longer."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One arm as the sentences need it.
+
+    Attributes:
+        total: median milliseconds of the whole step.
+        stages: median milliseconds by stage.
+        work: the least that it must do.
+    """
+
+    total: float
+    stages: dict[str, float]
+    work: Work
+
+
+def why(base: Timed, arm: Timed, peaks: Peaks, acting: str, passes: int) -> str:
+    """What was saved against what the FLOPs of the prompt promise, and what holds it up.
+
+    Args:
+        base: the untouched model.
+        arm: the pruned one.
+        peaks: of the device.
+        acting: "decode", "denoise" or "".
+        passes: passes after the prompt.
+    """
+    ratio = (arm.work.flops["prefill"] + arm.work.flops["pruning"]) / base.work.flops["prefill"]
+    promised = base.stages["prefill"] * (1 - ratio)
+    saved = base.total - arm.total
+    first = (
+        f"The prompt's FLOPs fall to {100 * ratio:.0f} %, which would save {promised:.2f} ms of {base.total:.2f}; "
+        f"{saved:.2f} ms are saved."
+    )
+    reasons = [
+        *_choosing(arm, promised),
+        *_prompt(base, arm, peaks),
+        *_acting(base, peaks, acting, passes),
+        *_vision(base),
+        *_other(base),
+    ]
+    if not reasons:
+        reasons = ["Here a saved token is a saved millisecond."] if saved >= promised / SLACK else []
+    return " ".join([first, *reasons])
+
+
+def _choosing(arm: Timed, promised: float) -> list[str]:
+    cost = arm.stages["pruning"]
+    if cost > promised:
+        return [f"Choosing, gathering and freezing cost {cost:.2f} ms, more than the shorter prompt saves."]
+    if cost > NOTICEABLE * promised:
+        return [f"Choosing, gathering and freezing cost {cost:.2f} ms of that."]
+    return []
+
+
+def _prompt(base: Timed, arm: Timed, peaks: Peaks) -> list[str]:
+    ratio = arm.work.flops["prefill"] / base.work.flops["prefill"]
+    taken, expected = arm.stages["prefill"], base.stages["prefill"] * ratio
+    if arm.work.bound_by_reading("prefill", peaks):
+        return ["The pruned prompt is so short that reading the weights bounds it, and these are read all the same."]
+    if taken > SLACK * expected:
+        return [
+            f"The pruned prompt takes {taken:.2f} ms where its FLOPs say {expected:.2f}: smaller products use less of "
+            "the device, and launching them costs the same."
+        ]
+    return []
+
+
+def _acting(base: Timed, peaks: Peaks, acting: str, passes: int) -> list[str]:
+    taken = base.stages["decode"]
+    if not acting or taken < NOTICEABLE * base.total:
+        return []
+    name = "Decoding" if acting == "decode" else "Denoising"
+    bound = ""
+    if base.work.bound_by_reading("decode", peaks):
+        gigabytes = base.work.bytes["decode"] / 1e9
+        bound = f", bound by memory: its {passes} passes read {gigabytes:.2f} GB"
+    return [f"{name} takes {taken:.2f} ms, and hardly less where tokens are gone{bound}."]
+
+
+def _vision(base: Timed) -> list[str]:
+    taken = base.stages["vision"]
+    if taken < NOTICEABLE * base.total:
+        return []
+    return [f"The vision encoder takes {taken:.2f} ms, and it is behind it that tokens are dropped."]
+
+
+def _other(base: Timed) -> list[str]:
+    taken = base.stages["other"]
+    if taken < NOTICEABLE * base.total:
+        return []
+    return [f"{taken:.2f} ms are spent outside of encoder, decoder and expert (moving inputs, embedding, sampling)."]

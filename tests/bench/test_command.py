@@ -1,0 +1,132 @@
+"""`vla-pruner bench`: the report, the files, and flags that make no sense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench.conftest import LLAMA
+from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.cli import main
+from vla_pruner.errors import BudgetError, VLAPrunerError
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--keep", "0.25,32", "--pruned", "freeze", "--iters", "3", "--out", str(tmp_path)]
+    assert main(["bench", "--model", "pi0", "--size", "tiny", "--denoise-steps", "2", "--json", "-", *flags]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report == json.loads((tmp_path / "bench.json").read_text())
+
+    names = ["unpruned", "vla-pruner 0.25 freeze K=3", "vla-pruner 32 freeze K=3"]
+    assert [arm["name"] for arm in report["arms"]] == names
+    assert [arm["kept"] for arm in report["arms"]] == [192, 48, 32]
+    assert len(report["order"]) == 2  # three steps of each arm, two in each turn
+    conditions = report["conditions"]
+    assert {"python", "torch", "transformers"} <= set(conditions["versions"])
+    assert (conditions["device"], conditions["dtype"], conditions["attention"]) == ("cpu", "float32", "sdpa")
+    for name in ("device_name", "threads", "load_average_before", "load_average_after", "busy_cores_before", "git"):
+        assert name in conditions
+    assert report["settings"]["keep"] == [0.25, 32]
+    assert report["shape"]["denoise_steps"] == 2
+    assert report["acting"] == "denoise"
+    assert report["prepare_ms"] > 0
+    assert 0 < report["reachable_share"]["3"] < 1
+    assert report["peaks"] == {"measured_flops": 1e11, "measured_bandwidth": 1e10, "data_sheet": None}
+    for arm in report["arms"]:
+        times = arm["milliseconds"]
+        assert len(times["samples"]) == 4
+        assert min(times["samples"]) <= times["p50"] <= times["p90"] <= times["p99"] <= max(times["samples"])
+        assert arm["flops"]["agree"]
+        assert arm["roofline"]["total"] == pytest.approx(sum(arm["roofline"].values()) / 2)
+        assert arm["reached"] == pytest.approx(arm["roofline"]["total"] / times["p50"])
+        assert arm["memory"]["bytes"] > 0
+        assert "resident" in arm["memory"]["kind"]
+        if arm["name"] == "unpruned":
+            assert arm["speed"] is arm["method"] is arm["ceiling"] is None
+        else:
+            assert arm["speed"]["rounds"] == 2
+            assert arm["speed"]["low"] is None  # two rounds have no interval
+            assert arm["method"].startswith("VLAPruner(")
+            assert arm["ceiling"] > 1
+            assert arm["why"].startswith("The prompt's FLOPs fall to")
+
+    rows = (tmp_path / "bench.md").read_text().splitlines()
+    assert len(rows) == 2 + len(names)
+    assert all(row.count("|") == rows[0].count("|") for row in rows)
+    assert [row.split("|")[2].strip() for row in rows[2:]] == names
+    assert "ms a step, p50" in printed.err
+    assert "Warning: 2 rounds are too few for an interval" in " ".join(printed.err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "gpt"], "neither a folder nor one of openvla-7b"),
+        (["--model", "llama:64"], "it is llama:HIDDEN,LAYERS"),
+        (["--model", "llama:64,4,3"], "does not divide into 3 heads"),
+        (["--compile"], "sessions cannot be compiled yet"),
+        (["--method", "magic"], "--method is magic; it is one of action-only"),
+        (["--keep", "1.5"], "keep=1.5 was given"),
+        (["--keep", "a,b"], "no list of values"),
+        (["--keep", ","], "--keep names nothing"),
+        (["--layer", "6"], "the decoder has 6 layers"),
+        (["--pruned", "drop,melt"], "--pruned is melt; it is drop, freeze"),
+        (["--batch", "0"], "--batch is 0; it is a whole number of 1 or more"),
+        (["--prompt-tokens", "256"], "give 258 or more"),
+        (["--denoise-steps", "4"], "--denoise-steps does not apply to llama"),
+        (["--size", "tiny"], "--size does not apply to llama"),
+        (["--model", "reference", "--layers", "3"], "--layers does not apply to reference"),
+        (["--model", "reference", "--cameras", "2"], "--cameras does not apply to reference"),
+        (["--model", "openvla-oft", "--decode-tokens", "7"], "--decode-tokens does not apply to openvla-oft"),
+        (["--model", "openvla-7b", "--size", "tiny", "--cameras", "4"], "OpenVLA has one to 3"),
+        (["--device", "warp"], "--device is warp, which torch cannot use here"),
+        (["--json", "/no/such/folder/x.json"], "there is no such folder"),
+        (["--out", __file__], "which is a file; give a folder"),
+    ],
+)
+def test_flags_that_make_no_sense(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = flags if "--model" in flags else ["--model", LLAMA, *flags]
+    try:
+        code: Any = main(["bench", *given])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    printed = capsys.readouterr()
+    assert said in " ".join(printed.err.split())
+    assert printed.out == ""
+
+
+def test_a_checkpoint_has_its_own_sizes(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="--layers does not apply to a checkpoint"):
+        BenchSettings(str(tmp_path), layers=3)
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--model", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_lerobot_s_policies_need_lerobot() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("lerobot") is not None:
+        pytest.skip("lerobot is installed")
+    from vla_pruner.benching import bench
+
+    with pytest.raises(VLAPrunerError, match="lerobot is not installed"):
+        bench("pi05", size="tiny")
+
+
+def test_sizes_that_are_left_out_are_llama_s() -> None:
+    size = BenchSettings("llama:1024,16").llama()
+    assert (size.hidden, size.layers, size.heads, size.intermediate, size.vocabulary) == (1024, 16, 16, 2816, 32064)
+    size = BenchSettings("llama:4096,32").llama()
+    assert (size.heads, size.intermediate) == (32, 11008)
+    assert BenchSettings("llama:64,4,2,100,50", layers=2).llama().layers == 2
+    assert BenchSettings("llama:64,4,2,100,50").llama().vocabulary == 50

@@ -1,0 +1,169 @@
+"""Arms that take turns, what counts, and that nothing stays on the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vla_pruner as vp
+from tests.bench.conftest import LLAMA, subject_of
+from tests.state import whole_state
+from vla_pruner.benching import measure
+from vla_pruner.benching.arms import BASELINE, Turns, arms_of, turn
+from vla_pruner.benching.measure import STEPS_A_TURN, WARM_UP_ROUNDS, count_stages, time_stages, time_steps
+from vla_pruner.benching.roofline import least_work
+from vla_pruner.benching.settings import BenchSettings, known_methods
+from vla_pruner.errors import BudgetError, SessionError
+
+
+def turns_of(subject: Any) -> Turns:
+    return Turns(subject, arms_of(subject.settings))
+
+
+def test_counted_flops_are_those_of_the_formula(subject: Any) -> None:
+    turns = turns_of(subject)
+    for arm in turns.arms:
+        counted = count_stages(turns, arm)
+        formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned).flops
+        for stage in ("prefill", "decode"):
+            assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
+        assert counted["pruning"] >= formula["pruning"]
+        assert (counted["pruning"] > 0) == (arm.method is not None)
+        if subject.towers and subject.vision_by_formula:
+            assert counted["vision"] == pytest.approx(formula["vision"], rel=0.01)
+
+
+def test_every_arm_keeps_what_it_says(subject: Any) -> None:
+    turns = turns_of(subject)
+    visual = subject.feed.visual
+    assert turns.kept == {arm.name: None if arm.method is None else visual // 4 for arm in turns.arms}
+
+
+def test_arms_take_turns_and_the_first_rounds_do_not_count(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[str] = []
+    turns = turns_of(llama)
+    known_open = turns.open
+
+    def noted(arm: Any) -> Any:
+        running.append(arm.name)
+        return known_open(arm)
+
+    monkeypatch.setattr(turns, "open", noted)
+    clock = iter(range(1000))
+    monkeypatch.setattr(measure, "step_milliseconds", lambda step, device: (step(), float(next(clock)))[1])
+    timings = time_steps(turns, rounds=4)
+
+    names = [arm.name for arm in turns.arms]
+    assert names[0] == BASELINE
+    assert len(names) == 3
+    rounds = [running[start : start + 3] for start in range(0, len(running), 3)]
+    assert len(rounds) == WARM_UP_ROUNDS + 4
+    assert timings.order == rounds[WARM_UP_ROUNDS:]
+    assert all(sorted(order) == sorted(names) for order in rounds)
+    assert {order[0] for order in timings.order} == set(names)
+    discarded = WARM_UP_ROUNDS * len(names) * STEPS_A_TURN
+    samples = sorted(value for values in timings.steps.values() for value in values)
+    assert samples == [float(value) for value in range(discarded, discarded + 4 * len(names) * STEPS_A_TURN)]
+    assert {len(values) for values in timings.rounds.values()} == {4}
+
+
+def test_a_turn_begins_with_another_arm_each_round() -> None:
+    arms = arms_of(BenchSettings(LLAMA, keep=(0.5, 0.25)))
+    assert [turn(arms, number)[0].name for number in range(4)] == [
+        BASELINE,
+        "vla-pruner 0.5 drop K=3",
+        "vla-pruner 0.25 drop K=3",
+        BASELINE,
+    ]
+
+
+def test_the_unpruned_arm_is_the_untouched_model_and_nothing_stays(subject: Any) -> None:
+    before = whole_state(subject.module)
+    turns = turns_of(subject)
+    for arm in turns.arms:
+        with turns.open(arm) as session:
+            if arm.method is None:
+                assert session is None
+                assert whole_state(subject.module) == before
+            else:
+                assert whole_state(subject.module) != before
+    assert whole_state(subject.module) == before
+    count_stages(turns, turns.arms[-1])
+    time_stages(turns, 1)
+    assert whole_state(subject.module) == before
+
+
+def test_every_measured_step_is_pruned_from_the_first_on(llama: Any) -> None:
+    """VLAPruner leaves the first steps of an episode unpruned; its memory comes back with each turn."""
+    turns = turns_of(llama)
+    arm = turns.arms[1]
+    for _ in range(2):
+        with turns.open(arm) as session:
+            for _ in range(2):
+                llama.step()
+                assert session.kept.shape == (1, 64)
+
+
+def test_a_step_that_is_not_as_its_arm_says_stops_the_benchmark(llama: Any) -> None:
+    turns = turns_of(llama)
+    turns.kept[turns.arms[1].name] = 63
+    with pytest.raises(SessionError, match="kept 64 visual tokens, not 63"):
+        time_steps(turns, rounds=1)
+
+
+def test_an_arm_that_prunes_nothing_is_refused() -> None:
+    with pytest.raises(BudgetError, match="pruned none of the first"):
+        turns_of(subject_of(BenchSettings(LLAMA, keep=(1.0,))))
+
+
+def test_every_method_is_an_arm() -> None:
+    methods = tuple(known_methods())
+    turns = turns_of(subject_of(BenchSettings(LLAMA, methods=methods, layer=(2,), decode_tokens=2)))
+    assert [arm.kind for arm in turns.arms] == [BASELINE, *methods]
+    assert set(turns.kept.values()) == {None, 64}
+
+
+def test_stages_add_up(subject: Any) -> None:
+    turns = turns_of(subject)
+    stages = time_stages(turns, 1)
+    for arm in turns.arms:
+        found = stages[arm.name]
+        assert found["prefill"] > 0
+        assert (found["pruning"] > 0) == (arm.method is not None)
+        assert (found["decode"] > 0) == bool(subject.acting)
+        assert (found["vision"] > 0) == bool(subject.towers)
+
+
+def test_the_decoded_tokens_of_the_plain_llama_are_its_own(llama: Any) -> None:
+    """Against a loop without a cache."""
+    model = llama.policy
+    tokens = llama.step()
+    assert tokens.shape == (1, 3)
+    captured: dict[str, Any] = {}
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        captured.setdefault("prompt", kwargs["inputs_embeds"])
+
+    handle = model.model.register_forward_pre_hook(note, with_kwargs=True)
+    llama.step()
+    handle.remove()
+    sequence = captured["prompt"]
+    with torch.inference_mode():
+        for position in range(3):
+            chosen = model(inputs_embeds=sequence).logits[:, -1].argmax(-1)
+            assert chosen == tokens[0, position]
+            sequence = torch.cat([sequence, model.get_input_embeddings()(chosen)[:, None]], dim=1)
+
+
+def test_weights_are_read_once_a_pass(llama: Any) -> None:
+    moved = llama.weight_bytes()
+    layers = 4 * sum(parameter.numel() for parameter in llama.policy.model.layers.parameters())
+    assert moved == {"vision": 0, "prefill": layers + 4 * 32 * 100, "decode": 2 * (layers + 4 * 32 * 100)}
+
+
+def test_bench_is_part_of_the_library(quick: None) -> None:
+    report = vp.bench(LLAMA, iters=2, layers=4)
+    assert report.shape["layers"] == 4
+    assert [arm.kind for arm in report.arms] == [BASELINE, "vla-pruner"]
