@@ -37,7 +37,7 @@ class HookWiring:
             record = session.record_reader if family.readers else session.record_decoder
             for actor in family.readers or (family.decoder,):
                 for index in session.method.action_layers(len(actor.layers)):
-                    callback = partial(record, index >= session.method.layer)
+                    callback = partial(record, index)
                     self._recorder.watch(actor.layers[index].self_attn, family.backend, callback)
         self._shortener.install()
 

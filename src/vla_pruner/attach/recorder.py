@@ -30,6 +30,7 @@ class Attention:
         causal: whether the kernel masks later keys by itself (aligned at the first key, as sdpa does).
         scaling: factor on the logits.
         softcap: bound on the logits, if any.
+        weights: (B, H, Q, S) the probabilities themselves, in the model's dtype, where the kernel hands them out.
     """
 
     query: Tensor
@@ -38,6 +39,7 @@ class Attention:
     causal: bool
     scaling: float
     softcap: float | None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def _record(
         causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
+        weights=result[1],
     )
     for callback in tap.callbacks:
         callback(attention)

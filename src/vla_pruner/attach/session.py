@@ -80,6 +80,8 @@ class Session:
         """
         if self._decoder in _attached:
             _attached.discard(self._decoder)
+            if self._step is not None:
+                self._step.settle()
             self._remove()
 
     def reset(self, rows: list[int] | None = None) -> None:
@@ -256,26 +258,26 @@ class Session:
                 step.add_semantic(attention, self.method.queries, self.method.attention == "logits")
 
     @torch.no_grad()
-    def record_decoder(self, shortened: bool, attention: Attention) -> None:
-        """A layer of the decoder whose rows act attended; `shortened`: from the pruning layer on."""
+    def record_decoder(self, layer: int, attention: Attention) -> None:
+        """A layer of the decoder whose rows act attended."""
         step = self._step
         if step is None or step.closed:
             return
         with self.timed():
-            rows = None
+            shortened, rows = layer >= self.method.layer, None
             if step.prefilling:
                 rows = step.short_action_rows if shortened and step.shortening is not None else step.action_rows
-            step.add_action(attention, rows, shortened)
+            step.add_action(layer, attention, rows, shortened, decoding=True)
 
     @torch.no_grad()
-    def record_reader(self, shortened: bool, attention: Attention) -> None:
-        """A layer of an expert attended to what the decoder's layer cached; `shortened`: from the pruning layer on."""
+    def record_reader(self, layer: int, attention: Attention) -> None:
+        """A layer of an expert attended to what the decoder's layer of this index cached."""
         step = self._step
         if step is None or step.closed:
             return
         with self.timed():
             rows = self._family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
-            step.add_action(attention, rows, shortened)
+            step.add_action(layer, attention, rows, layer >= self.method.layer)
 
     def _follow_resets(self, policy: Any) -> None:
         """A policy that is told of a new episode tells this session."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.attach.layout import Layout, Shortening
+from vla_pruner.attach.reads import DeferredReads
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import attention_probabilities, mean_logits, mean_over_rows
@@ -50,18 +51,44 @@ class Step:
     closed: bool = False
     frozen_hidden: Tensor | None = None
     _columns: dict[bool, Tensor] = field(default_factory=dict)
-    _layers_read: int = 0
+    _deferred: DeferredReads = field(default_factory=DeferredReads)
+    _rows_read: int = 0
+    _known: tuple[int, Tensor] | None = None
 
     @property
     def action(self) -> Tensor | None:
         """(B, M) float32 action score so far, None before the first action row. Layers that lack a token count as 0."""
-        if not self._columns:
+        count = self._rows_read + self._deferred.count
+        if not count:
             return None
-        grids = [
-            self.shortening.to_grid(columns) if shortened and self.shortening is not None else columns
-            for shortened, columns in self._columns.items()
-        ]
-        return sum(grids[1:], grids[0]).gather(1, self.layout.visual) / self._layers_read
+        if self._known is None or self._known[0] != count:
+            grids = []
+            for shortened in (False, True):
+                for columns in (self._columns.get(shortened), self._deferred_columns(shortened)):
+                    if columns is not None:
+                        whole = self.shortening is None or not shortened
+                        grids.append(columns if whole else self.shortening.to_grid(columns))  # type: ignore[union-attr]
+            score = sum(grids[1:], grids[0]).gather(1, self.layout.visual) / count
+            self._known = (count, score)
+        return self._known[1]
+
+    def settle(self) -> None:
+        """Compute what was put off, and let go of the cache that it needs."""
+        _ = self.action
+        for shortened in (False, True):
+            columns = self._deferred_columns(shortened)
+            if columns is not None:
+                self._add_columns(columns, shortened)
+        self._rows_read += self._deferred.count
+        self._deferred = DeferredReads()
+
+    def _deferred_columns(self, shortened: bool) -> Tensor | None:
+        columns = self._deferred.columns(shortened, self._prompt_columns(shortened))
+        return None if columns is None else columns.to(self.layout.visual.device)
+
+    def _add_columns(self, columns: Tensor, shortened: bool) -> None:
+        known = self._columns.get(shortened)
+        self._columns[shortened] = columns if known is None else known + columns
 
     @property
     def seen(self) -> Tensor:
@@ -99,25 +126,44 @@ class Step:
             received = mean_over_rows(_rows_of(attention, rows), weights.to(device))
         self.semantic = received.to(layout.visual.device).gather(1, layout.visual)
 
-    def add_action(self, attention: Attention, rows: Tensor | None, shortened: bool) -> None:
+    def add_action(
+        self, layer: int, attention: Attention, rows: Tensor | None, shortened: bool, decoding: bool = False
+    ) -> None:
         """Add what the action rows of one layer attend to.
 
         Args:
+            layer: index of the layer.
             attention: the kernel call.
             rows: (B, R) query rows that act; None if all of them do.
             shortened: whether this layer's cache is a shortened one.
+            decoding: the rows are decoded one by one.
         """
-        # Sums stay in the cache's own order of columns until somebody reads them: this runs once a layer and token.
-        columns = _rows_of(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(shortened)]
-        columns = columns.to(self.layout.visual.device)
-        known = self._columns.get(shortened)
-        self._columns[shortened] = columns if known is None else known + columns
-        self._layers_read += 1
+        one = decoding and (attention.query.shape[2] if rows is None else rows.shape[1]) == 1
+        # A static cache has room for more, and may be emptied before anybody asks.
+        grows = attention.key.shape[2] == self._prompt_columns(shortened) + self._deferred.rows(layer, shortened)
+        if one and grows and attention.weights is None:
+            self._deferred.add(layer, shortened, attention, rows)
+            return
+        # Sums stay in the cache's own order of columns until somebody reads them.
+        columns = _known_rows(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(shortened)]
+        self._add_columns(columns.to(self.layout.visual.device), shortened)
+        self._rows_read += 1
 
     def _prompt_columns(self, shortened: bool) -> int:
         if shortened and self.shortening is not None:
             return self.shortening.prefix.shape[1]
         return self.layout.length
+
+
+def _known_rows(attention: Attention, rows: Tensor | None) -> Tensor:
+    """As `_rows_of`, but what the kernel computed itself is not computed again."""
+    weights = attention.weights
+    if weights is None:
+        return _rows_of(attention, rows)
+    if rows is not None:
+        index = rows.to(weights.device)[:, None, :, None]
+        weights = weights.gather(2, index.expand(-1, weights.shape[1], -1, weights.shape[3]))
+    return weights.float()
 
 
 def _rows_of(attention: Attention, rows: Tensor | None) -> Tensor:

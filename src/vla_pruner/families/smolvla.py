@@ -234,7 +234,7 @@ class SmolVLAWiring:
             if step.prefilling:
                 self._session.record_semantic(attention)
             else:
-                self._session.record_reader(self._index >= self._layer, attention)
+                self._session.record_reader(self._index, attention)
         return output
 
     def _keys_values(self, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
