@@ -9,7 +9,14 @@ import torch
 import vla_pruner as vp
 from vla_pruner.methods.base import Evidence, resolve_keep
 from vla_pruner.methods.scores import attention_probabilities, mean_over_rows, temporal_estimate
-from vla_pruner.methods.selection import distances, max_min_order, order_by_score, top_mask
+from vla_pruner.methods.selection import (
+    distances,
+    max_min_order,
+    max_min_order_in_arrays,
+    max_min_order_in_tensors,
+    order_by_score,
+    top_mask,
+)
 
 M, D, ROWS = 20, 6, 3
 
@@ -246,3 +253,20 @@ def test_memory_rows_can_be_taken_and_put_back():
     assert torch.equal(moved.action[0], memory.action[1])
     assert moved.steps.tolist() == [5, 0, 5]
     assert torch.equal(memory.steps, torch.tensor([5, 5, 5])), "the original is a value and stays as it was"
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_there_is_a_choice_among_numbers_that_are_none(metric):
+    """A network that overflowed reports that itself; choosing must neither fail nor take a token twice."""
+    features = torch.randn(2, 12, 4)
+    features[0] = torch.nan
+    features[1, 3] = torch.inf
+    scores = torch.full((2, 12), torch.nan)
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[1, :5] = False
+    mask = top_mask(scores, valid, 6)
+    assert mask.sum(1).tolist() == [6, 6]
+    assert not mask[1, :5].any()
+    for form in (max_min_order_in_arrays, max_min_order_in_tensors):
+        order = form(distances(features, metric), mask, 5)
+        assert all(len(set(row)) == 5 for row in order.tolist())

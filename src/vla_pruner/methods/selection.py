@@ -11,8 +11,12 @@ from torch import Tensor
 
 
 def order_by_score(scores: Tensor, valid: Tensor) -> Tensor:
-    """Ids (B, M) by falling score; tokens that are not `valid` (B, M) come after all that are; ties by id."""
-    scores = torch.where(valid, scores.float(), -torch.inf)
+    """Ids (B, M) by falling score; tokens that are not `valid` (B, M) come after all that are; ties by id.
+
+    What is not a number counts as the least, so that there is a choice in any case.
+    """
+    least = torch.finfo(torch.float32).min
+    scores = torch.where(valid, scores.float().nan_to_num(least, neginf=least), -torch.inf)
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
@@ -36,13 +40,13 @@ def present_or_enough(valid: Tensor, k: int) -> Tensor:
 
 def distances(features: Tensor, metric: str = "cosine") -> Tensor:
     """Pairwise distances (B, M, M) float32 of features (B, M, D): "cosine" is 1 - v_i.v_j / (|v_i| |v_j|), or
-    "euclidean".
+    "euclidean". What is not a number counts as 0.
     """
     features = features.float()
     if metric == "euclidean":
-        return torch.cdist(features, features)
+        return torch.cdist(features, features).nan_to_num(0.0)
     features = torch.nn.functional.normalize(features, dim=-1)
-    return 1 - features @ features.transpose(-1, -2)
+    return (1 - features @ features.transpose(-1, -2)).nan_to_num(0.0)
 
 
 def max_min_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
