@@ -152,3 +152,17 @@ def test_a_busy_machine_and_wrong_formulas_are_warned_of() -> None:
     assert "too few for an interval" in found[1]
     assert "two: +10.0 %" in found[2]
     assert list(_warnings({"busy_cores_before": 0.1, "busy_cores_after": 0.0}, arms[:1], rounds=6)) == []
+
+
+def test_published_vision_towers_are_those_of_the_table() -> None:
+    """README's table of FLOPs and the benchmark have the same encoders."""
+    from benchmarks.family_flops import FAMILIES
+    from vla_pruner.benching.subject import _tower
+    from vla_pruner.models.openvla.configuration import DINO, PUBLISHED_TOWERS, SIGLIP
+
+    for tower, name in zip(FAMILIES["OpenVLA"].step.towers, (DINO, SIGLIP), strict=True):
+        found = _tower(SimpleNamespace(size=PUBLISHED_TOWERS[name]))
+        assert found is not None
+        assert (found.tokens, found.layers) == (tower.tokens, tower.layers)
+        assert found.shape.layer(7, 9) == tower.shape.layer(7, 9)
+        assert found.patching == 2 * 3 * 14 * 14 * tower.shape.hidden * 256

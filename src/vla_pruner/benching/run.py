@@ -72,7 +72,7 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
     done = iter(range(1, WARM_UP_ROUNDS + rounds + 1))
     timings = time_steps(turns, rounds, lambda: tell("timing steps", next(done), WARM_UP_ROUNDS + rounds))
     tell("timing stages", 0, 1)
-    stages = time_stages(turns, max(3, rounds // 4))
+    stages = time_stages(turns, max(2, rounds // 4))
     layers = sorted({arm.layer for arm in turns.arms if arm.method is not None})
     shares = {layer: reachable_share(turns, layer) for layer in layers}
     prepare_ms = preparation(turns)

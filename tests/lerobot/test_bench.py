@@ -1,0 +1,46 @@
+"""The benchmark of LeRobot's policies: what runs is what the formulas say, and nothing stays on the policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bench.conftest import subject_of
+from tests.state import whole_state
+from vla_pruner.benching.arms import Turns, arms_of
+from vla_pruner.benching.measure import count_stages, time_stages
+from vla_pruner.benching.roofline import least_work
+from vla_pruner.benching.settings import BenchSettings
+
+CASES = (
+    BenchSettings("pi05", size="tiny", layers=4, cameras=2, denoise_steps=2, pruned=("drop", "freeze")),
+    BenchSettings("smolvla", size="tiny", batch=2, denoise_steps=2, pruned=("drop", "freeze")),
+)
+
+
+@pytest.mark.parametrize("settings", CASES, ids=lambda settings: settings.model)
+def test_counted_flops_are_those_of_the_formula(settings: BenchSettings) -> None:
+    subject = subject_of(settings)
+    subject.step()  # LeRobot sets the attention backend in its first call
+    before = whole_state(subject.module)
+    turns = Turns(subject, arms_of(settings))
+    for arm in turns.arms:
+        counted = count_stages(turns, arm)
+        formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned).flops
+        for stage in ("vision", "prefill", "decode"):
+            assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
+    assert whole_state(subject.module) == before
+
+
+@pytest.mark.parametrize("settings", CASES, ids=lambda settings: settings.model)
+def test_stages_are_found(settings: BenchSettings) -> None:
+    turns = Turns(subject_of(settings), arms_of(settings))
+    assert turns.subject.acting == "denoise"
+    for found in time_stages(turns, 1).values():
+        assert min(found["vision"], found["prefill"], found["decode"], found["other"]) > 0
+
+
+def test_depth_and_cameras_are_those_asked_for() -> None:
+    subject = subject_of(CASES[0])
+    assert (subject.family.depth, len(subject.experts[0].layers)) == (4, 4)
+    assert subject.policy.cameras == ("camera1", "camera2")
+    assert subject_of(BenchSettings("smolvla", size="tiny", layers=4)).family.depth == 4
