@@ -167,3 +167,25 @@ def test_bench_is_part_of_the_library(quick: None) -> None:
     report = vp.bench(LLAMA, iters=2, layers=4)
     assert report.shape["layers"] == 4
     assert [arm.kind for arm in report.arms] == [BASELINE, "vla-pruner"]
+
+
+@pytest.mark.parametrize("name", ["openvla_tiny", "openvla_oft_tiny", "transformers_pi0_tiny"])
+def test_a_checkpoint_is_benchmarked_as_it_is(golden: Any, name: str) -> None:
+    subject = subject_of(BenchSettings(str(golden / name)))
+    turns = turns_of(subject)
+    arm = turns.arms[1]
+    assert turns.kept[arm.name] == round(subject.feed.visual / 4)
+    formula = least_work(subject, turns.kept[arm.name], 3, "drop").flops
+    assert count_stages(turns, arm)["prefill"] == pytest.approx(formula["prefill"], rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_timed_by_its_own_clock() -> None:
+    report = vp.bench("llama:256,6", device="cuda", dtype="bfloat16", iters=2)
+    assert report.conditions["device_name"] == torch.cuda.get_device_name()
+    assert report.conditions["driver"]
+    for arm in report.arms:
+        assert arm.milliseconds["p50"] > 0
+        assert arm.memory["kind"] == "peak allocated by torch"
+        assert arm.flops.agree
