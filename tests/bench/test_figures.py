@@ -135,9 +135,17 @@ def test_what_holds_it_up_is_named(base: Timed, arm: Timed, reason: str) -> None
     assert "Here a saved token" not in found
 
 
-def test_denoising_is_called_so() -> None:
-    base = timed(100, 8e9, prefill=9, decode=90)
-    assert "Denoising takes 90.00 ms" in why(base, timed(97, 4e9, prefill=4.5), PEAKS, "denoise", 10)
+def test_overhead_is_not_called_bandwidth() -> None:
+    """Ten passes that could be done in a millisecond."""
+    base = timed(100, 8e9, {"decode": 1e8}, prefill=9, decode=90)
+    found = why(base, timed(97, 4e9, prefill=4.5), PEAKS, "denoise", 10)
+    assert "Denoising takes 90.00 ms, and hardly less where tokens are gone: computing and reading take 1.00" in found
+    assert "bound by memory" not in found
+
+
+def test_a_slower_step_is_called_slower() -> None:
+    found = why(timed(10, 8e9, prefill=9), timed(12, 4e9, prefill=4.5, pruning=7), PEAKS, "", 0)
+    assert "the step takes 2.00 ms more." in found
 
 
 def test_a_busy_machine_and_wrong_formulas_are_warned_of() -> None:

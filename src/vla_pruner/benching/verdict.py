@@ -12,6 +12,9 @@ NOTICEABLE = 0.25
 SLACK = 1.15
 """The pruned prompt is slower than its FLOPs say if it takes this much longer."""
 
+OVERHEAD = 3.0
+"""What comes after the prompt is mostly overhead if it takes this many times its roofline's time."""
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -41,9 +44,10 @@ def why(base: Timed, arm: Timed, peaks: Peaks, acting: str, passes: int) -> str:
     ratio = (arm.work.flops["prefill"] + arm.work.flops["pruning"]) / base.work.flops["prefill"]
     promised = base.stages["prefill"] * (1 - ratio)
     saved = base.total - arm.total
+    outcome = f"{saved:.2f} ms are saved" if saved >= 0 else f"the step takes {-saved:.2f} ms more"
     first = (
         f"The prompt's FLOPs fall to {100 * ratio:.0f} %, which would save {promised:.2f} ms of {base.total:.2f}; "
-        f"{saved:.2f} ms are saved."
+        f"{outcome}."
     )
     reasons = [
         *_choosing(arm, promised),
@@ -84,8 +88,10 @@ def _acting(base: Timed, peaks: Peaks, acting: str, passes: int) -> list[str]:
     if not acting or taken < NOTICEABLE * base.total:
         return []
     name = "Decoding" if acting == "decode" else "Denoising"
-    bound = ""
-    if base.work.bound_by_reading("decode", peaks):
+    bound, least = "", base.work.milliseconds(peaks)["decode"]
+    if taken > OVERHEAD * least:
+        bound = f": computing and reading take {least:.2f} ms of it, the rest is the overhead of many small calls"
+    elif base.work.bound_by_reading("decode", peaks):
         gigabytes = base.work.bytes["decode"] / 1e9
         bound = f", bound by memory: its {passes} passes read {gigabytes:.2f} GB"
     return [f"{name} takes {taken:.2f} ms, and hardly less where tokens are gone{bound}."]
