@@ -34,6 +34,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
 	@test -x $(PY) || { echo "==> Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); } || \
 		{ echo "The venv module is missing. On Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 1; }
 	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints.txt; a few minutes the first time)"
@@ -59,6 +60,7 @@ format: install
 
 $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
 	@test -x $(OLDEST_VENV)/bin/python || { echo "==> Creating $(OLDEST_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(OLDEST_VENV); }
 	@echo "==> Installing the oldest supported transformers into $(OLDEST_VENV)"
 	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . pytest
@@ -70,6 +72,7 @@ test-oldest: $(OLDEST_VENV)/.installed
 # Not in $(VENV): torchao prints warnings wherever transformers is imported.
 $(QUANTIZATION_VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
 	@test -x $(QUANTIZATION_VENV)/bin/python || { echo "==> Creating $(QUANTIZATION_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(QUANTIZATION_VENV); }
 	@echo "==> Installing accelerate, bitsandbytes and torchao into $(QUANTIZATION_VENV)"
 	@$(QUANTIZATION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantization]' pytest
