@@ -30,5 +30,7 @@ def encode(instruction: str, words: tuple[str, ...], length: int) -> list[int]:
         what = f"words it was never trained on: {', '.join(unknown)}" if unknown else "no words"
         raise ObservationError(f"The instruction {instruction!r} has {what}. The policy knows: {', '.join(words)}.")
     if len(found) > length:
-        raise ObservationError(f"The instruction {instruction!r} has {len(found)} words; the policy takes up to {length}.")
+        raise ObservationError(
+            f"The instruction {instruction!r} has {len(found)} words; the policy takes up to {length}."
+        )
     return [PAD] * (length - len(found)) + [ids[word] for word in found]
