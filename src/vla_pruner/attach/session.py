@@ -340,7 +340,8 @@ class Session:
             )
         if "semantic" in self.method.needs and self.method.semantic_layer >= layers:
             raise BudgetError(
-                f"The semantic score is read at layer {self.method.semantic_layer}, but the decoder has {layers} layers."
+                f"The semantic score is read at layer {self.method.semantic_layer}, but the decoder has {layers} "
+                "layers."
             )
 
     def _remove(self) -> None:

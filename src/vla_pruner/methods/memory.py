@@ -19,7 +19,7 @@ class Memory:
         action: (B, window, M) float32, what was known of each visual token's action score after each of the last
             control steps, newest last: the score of that step, or of the last step that saw the token.
         age: (B, window, M) int64, how many control steps old that score was then; 0 where the step itself saw it.
-        semantic: (B, window, M) float32, the same of the semantic score; (B, 0, M) where the method does not ask for it.
+        semantic: (B, window, M) float32, the same of the semantic score; (B, 0, M) where the method asks for none.
         steps: (B,) int64 on the CPU, control steps since the row's episode began.
         episode: (B,) int64 on the CPU, how many episodes this row has begun before this one.
     """
