@@ -95,6 +95,13 @@ class Family:
         """Visual tokens of each camera where the model alone decides it, else None."""
         return None
 
+    @property
+    def first_layer(self) -> int:
+        """The lowest pruning layer: 0 where the call of the decoder itself can be made short, 1 where something else
+        reads its first layer's cache.
+        """
+        return 1 if self.readers else 0
+
     def wiring(self, session: Session) -> Wiring | None:
         """What connects `session` to this model; None: hooks on the decoder's layers."""
         return None

@@ -31,7 +31,7 @@ class HookWiring:
         session, family = self._session, self._family
         layers, needs = family.decoder.layers, session.method.needs
         if "semantic" in needs:
-            attention = layers[session.method.layer - 1].self_attn
+            attention = layers[session.method.semantic_layer].self_attn
             self._recorder.watch(attention, family.backend, session.record_semantic)
         if "action" in needs:
             record = session.record_reader if family.readers else session.record_decoder

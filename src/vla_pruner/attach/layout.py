@@ -131,7 +131,7 @@ class Shortening:
         if self.frozen is None or not causal:
             return None
         visible = self.prefix[:, None, None, :] <= self.kept[:, None, :, None]
-        return _pad_columns(visible, buffer)
+        return pad_columns(visible, buffer)
 
     def reader_mask(self, mask: Tensor | None, buffer: int | None) -> Tensor | None:
         """The same for query rows that come after the prompt (decoded tokens, an expert): only columns change."""
@@ -146,7 +146,7 @@ class Shortening:
         tail = torch.arange(self.length, mask.shape[-1], device=mask.device).expand(rows, -1)
         columns = torch.cat([self.prefix.to(mask.device), tail], dim=1)[:, None, None, :]
         mask = mask.expand(rows, *mask.shape[1:])
-        return _pad_columns(mask.gather(3, columns.expand(*mask.shape[:3], -1)), buffer)
+        return pad_columns(mask.gather(3, columns.expand(*mask.shape[:3], -1)), buffer)
 
 
 def ensure(condition: Tensor, message: str) -> None:
@@ -169,7 +169,7 @@ def _gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))
 
 
-def _pad_columns(mask: Tensor, width: int | None) -> Tensor:
+def pad_columns(mask: Tensor, width: int | None) -> Tensor:
     """A static cache always offers its whole buffer: the slots that pruning leaves empty at its end are masked."""
     if width is None or width <= mask.shape[-1]:
         return mask

@@ -133,15 +133,21 @@ class Session:
         step = self._step
         if step is None or step.closed:
             return self._memory
-        if step.running or (step.action is None and "action" in self.method.needs):
+        keeps, needs = self.method.remembers_semantic, self.method.needs
+        if step.running or (step.action is None and "action" in needs) or (step.semantic is None and keeps):
             # A call failed, or nothing acted: no control step came of it.
             return step.memory
-        return step.memory.push(step.action, step.seen)
+        return step.memory.push(step.action, step.seen, step.semantic if keeps else None)
 
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
         if memory is not None and not isinstance(memory, Memory):
             raise SessionError(f"session.memory was set to a {type(memory).__name__}; set a Memory, or None.")
+        if memory is not None and memory.holds_semantic != self.method.remembers_semantic:
+            raise SessionError(
+                "session.memory was set to one of a method that prunes at another layer: with layer=0 a memory holds "
+                "semantic scores too, with others it does not."
+            )
         if memory is not None and memory.window != self.method.history:
             raise SessionError(
                 f"session.memory was set to one that holds {memory.window} control steps of scores, but this "
@@ -196,7 +202,8 @@ class Session:
             ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
         memory = self.memory
         if memory is None:
-            memory = Memory.empty(layout.rows, self.method.history, layout.tokens, call.device)
+            semantic = self.method.remembers_semantic
+            memory = Memory.empty(layout.rows, self.method.history, layout.tokens, call.device, semantic)
             if self._episode is not None and len(self._episode) == layout.rows:
                 memory = replace(memory, episode=self._episode)
         if (memory.rows, memory.tokens) != (layout.rows, layout.tokens):
@@ -325,10 +332,16 @@ class Session:
         layers = self._family.depth
         if type(self.method).select is Method.select:
             return  # It never prunes, so it fits every model.
-        if self.method.layer >= layers:
+        first = self._family.first_layer
+        if not first <= self.method.layer < layers:
             raise BudgetError(
-                f"layer={self.method.layer} was given, but the decoder has {layers} layers; give a layer from 1 "
+                f"layer={self.method.layer} was given, but the decoder has {layers} layers; give a layer from {first} "
                 f"to {layers - 1}."
+            )
+        if "semantic" in self.method.needs and self.method.semantic_layer >= layers:
+            raise BudgetError(
+                f"The semantic score is read at layer {self.method.semantic_layer}, but the decoder has {layers} "
+                "layers."
             )
 
     def _remove(self) -> None:

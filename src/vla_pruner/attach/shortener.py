@@ -10,8 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from vla_pruner.attach.before import short_prompt, short_token
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Shortening
 from vla_pruner.errors import SessionError, UnsupportedModelError
@@ -40,6 +42,7 @@ class Shortener:
         self._prompt_cache: Any = None
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
         self._scratch: Any = None
+        self._frozen_angles: Any = None
 
     def install(self) -> None:
         """Put the hooks in place.
@@ -84,6 +87,8 @@ class Shortener:
 
     def _check_caches_order(self, decoder: Any) -> None:
         # Mask and position lengths are read from the first cache layer of each attention type, so these must stay full.
+        if not self._layer:
+            return  # All caches are short alike.
         types = getattr(decoder.config, "layer_types", None) or []
         first = max((types.index(kind) for kind in set(types)), default=0)
         if self._layer <= first:
@@ -92,7 +97,9 @@ class Shortener:
                 f"masks are sized from it; give layer={first + 1} or more."
             )
 
-    def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._memo.clear()
         self._scratch = None
         given = self._signature.bind_partial(*args, **kwargs).arguments
@@ -107,6 +114,33 @@ class Shortener:
         self._check_model()
         if prompt:
             self._check_cache(given.get("past_key_values"))
+        return self._shorten_call(given, inputs, prompt) if self._layer == 0 else None
+
+    def _shorten_call(
+        self, given: dict[str, Any], inputs: Tensor, prompt: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the first layer there is nothing left to gather later: the call itself is made short."""
+        step, decoder = self._session.step, self._family.decoder
+        assert step is not None
+        with self._session.timed():
+            if not prompt:
+                if step.shortening is None:
+                    return None
+                return (), short_token(given, step.shortening, self._length - 1, inputs.device)
+            embeds = inputs if inputs.dim() == 3 else decoder.embed_tokens(inputs)
+            self._session.see_embeddings(embeds)
+            shortening = self._session.choose(embeds)
+            if shortening is None:
+                return None
+            short = short_prompt(given, embeds, shortening, decoder, self._backend != "sdpa")
+            if shortening.frozen is not None:
+                step.frozen_hidden = shortening.frozen_rows(embeds)
+                positions = given.get("position_ids")
+                if positions is None:
+                    positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+                positions = shortening.frozen_rows(positions.expand(len(embeds), -1))
+                self._frozen_angles = decoder.rotary_emb(step.frozen_hidden, positions)
+            return (), short
 
     def _check_model(self) -> None:
         config = self._family.decoder.config
@@ -148,7 +182,8 @@ class Shortener:
         if step.prefilling:
             # A cache that the decoder made itself shows up here first.
             self._prompt_cache = None if cache is None else weakref.ref(cache)
-            self._session.see_embeddings(_hidden(args, kwargs))
+            if self._layer:
+                self._session.see_embeddings(_hidden(args, kwargs))
         elif self._prompt_cache is None or cache is not self._prompt_cache():
             raise SessionError("A decode call was given another cache than the prompt; steps cannot be interleaved.")
 
@@ -159,7 +194,9 @@ class Shortener:
         step = self._session.step
         assert step is not None
         if not step.prefilling:
-            return self._read(index, module, args, kwargs)
+            return self._read(index, module, args, kwargs) if self._layer else None
+        if not self._layer:
+            return self._freeze_at(index, module, args, kwargs)
         with self._session.timed():
             if index == self._layer:
                 hidden = _hidden(args, kwargs)
@@ -171,6 +208,19 @@ class Shortener:
             if step.shortening is None:
                 return None
             return args, self._short_arguments(index, module, kwargs, step.shortening, step.frozen_hidden)
+
+    def _freeze_at(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a layer of a call that is short already: frozen tokens still offer keys and values."""
+        step = self._session.step
+        assert step is not None
+        if step.frozen_hidden is None:
+            return None
+        with self._session.timed():
+            cache = self._cache(kwargs)
+            cache.update(*self._family.keys_values(module, step.frozen_hidden, self._frozen_angles), index)
+        return args, {**kwargs, "past_key_values": cache}
 
     def _short_arguments(
         self, index: int, module: nn.Module, kwargs: dict[str, Any], shortening: Shortening, frozen: Tensor | None

@@ -101,10 +101,10 @@ class Step:
         return torch.zeros_like(valid).scatter(1, self.kept, True) & valid
 
     def add_semantic(self, attention: Attention, queries: str, logits: bool = False) -> None:
-        """Read the semantic score from the full-length prefill of the layer before pruning; `queries` as in `Method`,
-        `logits` for those instead of probabilities.
+        """Read the semantic score from the prefill of a layer; `queries` as in `Method`, `logits` for those instead of
+        probabilities.
         """
-        layout, rows = self.layout, None
+        layout, short, rows = self.layout, self.shortening, None
         if queries == "all":
             weights = layout.prompt
         elif queries == "last":
@@ -114,6 +114,9 @@ class Step:
             weights = self.raters
         else:
             weights = layout.text()
+        if short is not None:
+            # Pruned before the decoder: the score is that of what is left.
+            weights = short.live_rows(weights)
         device = attention.query.device
         if logits:
             received = mean_logits(attention.query, attention.key, weights.to(device), attention.scaling)
@@ -124,7 +127,10 @@ class Step:
                 rows = torch.sort(weights.float(), dim=1, descending=True, stable=True).indices[:, :most]
                 weights = weights.gather(1, rows)
             received = mean_over_rows(_rows_of(attention, rows), weights.to(device))
-        self.semantic = received.to(layout.visual.device).gather(1, layout.visual)
+        received = received.to(layout.visual.device)
+        if short is not None:
+            received = short.to_grid(received[:, : short.prefix.shape[1]])
+        self.semantic = received.gather(1, layout.visual)
 
     def add_action(
         self, layer: int, attention: Attention, rows: Tensor | None, shortened: bool, decoding: bool = False

@@ -79,6 +79,10 @@ class LeRobotFamily(TransformersFamily):
         return any((kind.__module__, kind.__name__) in cls.classes for kind in type(model).__mro__)
 
     @property
+    def first_layer(self) -> int:
+        return 1
+
+    @property
     def backend(self) -> str:
         # LeRobot sets it anew in every call.
         return "eager"

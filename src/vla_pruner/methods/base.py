@@ -37,8 +37,12 @@ class Evidence:
 
     def span(self, start: int, stop: int) -> Evidence:
         """The evidence on the visual tokens of ids `start` to `stop` alone."""
+        held = self.memory
         memory = replace(
-            self.memory, action=self.memory.action[:, :, start:stop], age=self.memory.age[:, :, start:stop]
+            held,
+            action=held.action[:, :, start:stop],
+            age=held.age[:, :, start:stop],
+            semantic=held.semantic[:, :, start:stop],
         )
         return Evidence(
             valid=self.valid[:, start:stop],
@@ -64,9 +68,14 @@ class Method:
     pruned: str = field(default="drop", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not is_count(self.layer, 1):
+        if not is_count(self.layer, 0):
             raise BudgetError(
-                f"layer={self.layer!r} was given; the pruning layer is an int of 1 or more (the paper's is 3)."
+                f"layer={self.layer!r} was given; the pruning layer is an int of 0 or more (the paper's is 3)."
+            )
+        if self.layer == 0 and "semantic" in self.needs and not self.remembers_semantic:
+            raise BudgetError(
+                f"layer=0 was given, but {type(self).__name__} chooses by attention in the layer before; give layer=1 "
+                "or more."
             )
         check_choice("pruned", self.pruned, PRUNED)
 
@@ -79,6 +88,16 @@ class Method:
     def history(self) -> int:
         """How many steps of action scores the memory must hold."""
         return 0
+
+    @property
+    def remembers_semantic(self) -> bool:
+        """Whether the memory must hold the semantic scores too, for a choice before the first layer."""
+        return False
+
+    @property
+    def semantic_layer(self) -> int:
+        """Layer at which the semantic score is read: the one before pruning, as in the paper."""
+        return max(self.layer, 3) - 1 if self.layer == 0 else self.layer - 1
 
     @property
     def queries(self) -> str:

@@ -19,21 +19,32 @@ class Memory:
         action: (B, window, M) float32, what was known of each visual token's action score after each of the last
             control steps, newest last: the score of that step, or of the last step that saw the token.
         age: (B, window, M) int64, how many control steps old that score was then; 0 where the step itself saw it.
+        semantic: (B, window, M) float32, the same of the semantic score; (B, 0, M) where the method asks for none.
         steps: (B,) int64 on the CPU, control steps since the row's episode began.
         episode: (B,) int64 on the CPU, how many episodes this row has begun before this one.
     """
 
     action: Tensor
     age: Tensor
+    semantic: Tensor
     steps: Tensor
     episode: Tensor
 
     @classmethod
-    def empty(cls, rows: int, window: int, tokens: int, device: torch.device | str = "cpu") -> Memory:
-        """The memory of `rows` robots at the start of their first episode, for `tokens` visual tokens."""
+    def empty(
+        cls, rows: int, window: int, tokens: int, device: torch.device | str = "cpu", semantic: bool = False
+    ) -> Memory:
+        """The memory of `rows` robots at the start of their first episode, for `tokens` visual tokens.
+
+        Args:
+            rows, window, tokens: B, the steps held, M.
+            device: of the scores.
+            semantic: whether semantic scores are held too.
+        """
         return cls(
             action=torch.zeros(rows, window, tokens, device=device),
             age=torch.ones(rows, window, tokens, dtype=torch.int64, device=device),
+            semantic=torch.zeros(rows, window if semantic else 0, tokens, device=device),
             steps=torch.zeros(rows, dtype=torch.int64),
             episode=torch.zeros(rows, dtype=torch.int64),
         )
@@ -53,13 +64,19 @@ class Memory:
         """Number of visual tokens M."""
         return self.action.shape[2]
 
-    def push(self, scores: Tensor | None, seen: Tensor | None = None) -> Memory:
+    @property
+    def holds_semantic(self) -> bool:
+        """Whether semantic scores are held."""
+        return self.semantic.shape[1] > 0
+
+    def push(self, scores: Tensor | None, seen: Tensor | None = None, semantic: Tensor | None = None) -> Memory:
         """The memory after one more control step.
 
         Args:
             scores: (B, M) float32 action scores of the step, or None where the method reads none (only the count
                 advances).
             seen: (B, M) bool, False where the token was pruned away and its score means nothing. None: all were seen.
+            semantic: (B, M) float32 semantic scores of the step, where they are held.
         """
         steps = self.steps + 1
         if scores is None or not self.window:
@@ -68,8 +85,13 @@ class Memory:
         if seen is not None:
             scores = torch.where(seen, scores, self.action[:, -1])
             age = torch.where(seen, age, self.age[:, -1] + 1)
+        held = self.semantic
+        if self.holds_semantic and semantic is not None:
+            newest = semantic if seen is None else torch.where(seen, semantic, held[:, -1])
+            held = torch.cat([held[:, 1:], newest[:, None]], dim=1)
         return replace(
             self,
+            semantic=held,
             action=torch.cat([self.action[:, 1:], scores[:, None]], dim=1),
             age=torch.cat([self.age[:, 1:], age[:, None]], dim=1),
             steps=steps,
@@ -77,7 +99,7 @@ class Memory:
 
     def reset(self, rows: list[int]) -> Memory:
         """The same memory, with the named rows at the start of a new episode."""
-        fresh = Memory.empty(len(rows), self.window, self.tokens, self.action.device)
+        fresh = Memory.empty(len(rows), self.window, self.tokens, self.action.device, self.holds_semantic)
         return self.put(rows, replace(fresh, episode=self.take(rows).episode + 1))
 
     def take(self, rows: list[int]) -> Memory:
@@ -94,7 +116,8 @@ class Memory:
 
     def to(self, device: torch.device | str) -> Memory:
         """The same memory with its scores on `device`; the counters go to the CPU, to be read without a wait."""
-        return Memory(self.action.to(device), self.age.to(device), self.steps.cpu(), self.episode.cpu())
+        scores = (self.action.to(device), self.age.to(device), self.semantic.to(device))
+        return Memory(*scores, self.steps.cpu(), self.episode.cpu())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, for `torch.save` or `safetensors`; `Memory(**state)` restores them."""

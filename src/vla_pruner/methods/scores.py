@@ -105,6 +105,7 @@ def temporal_estimate(
     decay: float,
     unseen: str = "zero",
     newest_weighs_most: bool = True,
+    semantic: bool = False,
 ) -> Tensor:
     """Decayed mean of the last steps' action scores: sum_i decay^i S(t-i) / sum_i decay^i over the steps that exist.
 
@@ -113,6 +114,7 @@ def temporal_estimate(
         decay: weight of a step against the one after it, in (0, 1].
         unseen: what a token counts that was pruned away in a step: "zero" (as published) or "carry" (the score at
             which it was last seen, times decay for every step since).
+        semantic: of the semantic scores instead, which the memory must hold.
         newest_weighs_most: as the paper writes it. False is what the authors' code does: the oldest step gets weight 1.
 
     Returns:
@@ -125,5 +127,5 @@ def temporal_estimate(
     exists = steps_ago[None] <= memory.steps.to(steps_ago.device, non_blocking=True)[:, None]
     weights = weights * exists
     known = decay**memory.age if unseen == "carry" else memory.age == 0
-    scores = memory.action * known * weights[..., None]
+    scores = (memory.semantic if semantic else memory.action) * known * weights[..., None]
     return scores.sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-12)

@@ -28,7 +28,8 @@ class VLAPruner(Method):
         keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int): one budget for all
             cameras (as published), or per camera, `{"image": 64, "wrist_image": 0.5}`: then each camera's tokens
             compete among themselves.
-        layer, pruned: see `Method` (paper: drop at layer 3).
+        layer, pruned: see `Method` (paper: drop at layer 3). `layer=0` prunes before the decoder, by what memory says
+            of both scores: every layer is short, and nothing of the present image has a say. Needs `refresh_every`.
         window: control steps of action attention that are smoothed (paper: 3).
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
         preset: "paper", or "official" for what the authors' code does: the decay runs backwards (the oldest step weighs
@@ -68,6 +69,11 @@ class VLAPruner(Method):
             raise BudgetError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         if self.refresh_every is not None and not is_count(self.refresh_every, 2):
             raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+        if self.layer == 0 and self.refresh_every is None:
+            raise BudgetError(
+                "layer=0 was given without refresh_every: tokens are then chosen by memory alone, and what is pruned "
+                "away would never be seen again; give refresh_every=4 or the like."
+            )
         check_choice("preset", self.preset, ("paper", "official"))
         check_choice("warmup", self.warmup, ("full", "semantic"))
         check_choice("semantic_queries", self.semantic_queries, ("all", "text", "last"))
@@ -80,6 +86,10 @@ class VLAPruner(Method):
     @property
     def history(self) -> int:
         return self.window
+
+    @property
+    def remembers_semantic(self) -> bool:
+        return self.layer == 0
 
     @property
     def queries(self) -> str:
@@ -101,7 +111,9 @@ class VLAPruner(Method):
 
     def prunes(self, memory: Memory) -> bool:
         steps = memory.steps.tolist()
-        if self.warmup == "full" and min(steps) < self.window:
+        # Before the decoder there is nothing to choose by but what was seen.
+        fewest = self.window if self.warmup == "full" else int(self.layer == 0)
+        if min(steps) < fewest:
             return False
         return self.refresh_every is None or all(step % self.refresh_every for step in steps)
 
@@ -117,8 +129,11 @@ class VLAPruner(Method):
 
     def candidates(self, evidence: Evidence, k: int) -> Tensor:
         """(B, M) bool: the union of both top k; rows in their warm-up have the semantic top k alone."""
-        assert evidence.semantic is not None
-        semantic = top_mask(evidence.semantic, evidence.valid, k)
+        score = evidence.semantic
+        if self.layer == 0:
+            score = temporal_estimate(evidence.memory, self.decay, self.unseen, semantic=True)
+        assert score is not None
+        semantic = top_mask(score, evidence.valid, k)
         action = top_mask(self.action_estimate(evidence.memory), evidence.valid, k)
         warmed_up = evidence.memory.steps >= self.window
         return semantic | (action & warmed_up.to(action.device, non_blocking=True)[:, None])

@@ -1,0 +1,94 @@
+"""Pruning before the first layer: the call of the decoder itself is made short, so every layer and every cache is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vla_pruner.attach.layout import Shortening, pad_columns
+
+
+def short_prompt(
+    given: dict[str, Any], embeds: Tensor, shortening: Shortening, decoder: Any, additive: bool
+) -> dict[str, Any]:
+    """Arguments of a decoder's call that runs a prompt, for the kept positions alone.
+
+    Args:
+        given: the call's arguments by name.
+        embeds: (B, N, D) input embeddings of the whole prompt.
+        shortening: what becomes of it.
+        decoder: whose call it is.
+        additive: whether masks are added to the scores (eager), instead of saying what is visible (sdpa).
+
+    Returns:
+        new arguments. Positions are the original ones and the mask is always explicit: with positions that are not
+        consecutive and no mask, transformers would take the pieces for packed sequences.
+    """
+    rows, length, _ = embeds.shape
+    short = _without(given, "input_ids", "cache_position", "inputs_embeds")
+    positions = given.get("position_ids")
+    if positions is None:
+        positions = torch.arange(length, device=embeds.device)[None]
+    short["inputs_embeds"] = shortening.live_rows(embeds)
+    short["position_ids"] = shortening.live_rows(positions.expand(rows, -1))
+    causal = bool(getattr(decoder.layers[0].self_attn, "is_causal", True))
+    width = _buffer(given.get("past_key_values"))
+    short["attention_mask"] = _mask(given.get("attention_mask"), shortening, causal, width, embeds.dtype, additive)
+    return short
+
+
+def short_token(given: dict[str, Any], shortening: Shortening, past: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of a call that decodes one token after a prompt that was made short.
+
+    Args:
+        given: the call's arguments by name.
+        shortening: of the prompt.
+        past: positions before this one, dropped ones included.
+        device: of the input.
+    """
+    short = _without(given, "cache_position")
+    if short.get("position_ids") is None:
+        # The cache is shorter than the sequence, so its length is not the position.
+        short["position_ids"] = torch.full((1, 1), past, device=device)
+    mask = given.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        tail = mask[:, shortening.length :]
+        short["attention_mask"] = torch.cat([mask.gather(1, shortening.prefix), tail], dim=1)
+    elif mask is not None:
+        short["attention_mask"] = shortening.reader_mask(mask, None)
+    return short
+
+
+def _mask(
+    mask: Any, shortening: Shortening, causal: bool, width: int | None, dtype: torch.dtype, additive: bool
+) -> Any:
+    if isinstance(mask, dict):
+        return {
+            kind: _mask(one, shortening, causal, width, dtype, additive) if one is not None or causal else None
+            for kind, one in mask.items()
+        }
+    if mask is not None and mask.dim() == 4:
+        return shortening.prefill_mask(mask, causal, width)
+    keys, queries = shortening.prefix[:, None, :], shortening.kept[:, :, None]
+    visible = keys <= queries if causal else torch.ones_like(keys <= queries)
+    if mask is not None:
+        visible = visible & mask.gather(1, shortening.prefix).bool()[:, None, :]
+        # A padded query sees itself, so that no row is empty.
+        visible = visible | (keys == queries)
+    visible = pad_columns(visible[:, None], width)
+    if not additive:
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def _without(given: dict[str, Any], *names: str) -> dict[str, Any]:
+    flat = {**given, **given.get("kwargs", {})}
+    return {name: value for name, value in flat.items() if name not in (*names, "kwargs")}
+
+
+def _buffer(cache: Any) -> int | None:
+    """Width of a static cache's key buffer, None for a cache that grows."""
+    layers = getattr(cache, "layers", [])
+    return getattr(layers[0], "max_cache_len", None) if layers else None
