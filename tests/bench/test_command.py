@@ -75,6 +75,7 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--keep", "1.5"], "keep=1.5 was given"),
         (["--keep", "a,b"], "no list of values"),
         (["--keep", ","], "--keep names nothing"),
+        (["--model", "pi0", "--size", "tiny", "--layer", "0"], "layer=0 was given"),
         (["--layer", "6"], "the decoder has 6 layers"),
         (["--pruned", "drop,melt"], "--pruned is melt; it is drop, freeze"),
         (["--batch", "0"], "--batch is 0; it is a whole number of 1 or more"),

@@ -106,6 +106,29 @@ def test_every_measured_step_is_pruned_from_the_first_on(llama: Any) -> None:
                 assert session.kept.shape == (1, 64)
 
 
+@pytest.mark.parametrize("every", [2, 3, 8])
+def test_only_pruned_steps_count_where_some_are_not(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = turns_of(subject_of(BenchSettings(LLAMA, refresh_every=every, decode_tokens=2)))
+    arm = turns.arms[1]
+    assert arm.refresh_every == every
+    clock = iter(range(1000))
+    monkeypatch.setattr(measure, "step_milliseconds", lambda step, device: (step(), float(next(clock)))[1])
+    timings = time_steps(turns, rounds=2)  # it checks every step itself
+    assert len(timings.steps[arm.name]) == 2 * STEPS_A_TURN
+    assert len(timings.fresh[arm.name]) == 2
+    assert BASELINE not in timings.fresh
+    assert count_stages(turns, arm)["prefill"] < count_stages(turns, turns.arms[0])["prefill"]
+    assert time_stages(turns, 1)[arm.name]["pruning"] > 0
+
+
+def test_layer_0_shortens_every_layer_and_sees_again() -> None:
+    turns = turns_of(subject_of(BenchSettings(LLAMA, layer=(0,), methods=("vla-pruner", "divprune"), decode_tokens=2)))
+    assert [arm.refresh_every for arm in turns.arms] == [None, 8, None]
+    for arm in turns.arms:
+        formula = least_work(turns.subject, turns.kept[arm.name], arm.layer, arm.pruned).flops
+        assert count_stages(turns, arm)["prefill"] == pytest.approx(formula["prefill"], rel=0.01)
+
+
 def test_a_step_that_is_not_as_its_arm_says_stops_the_benchmark(llama: Any) -> None:
     turns = turns_of(llama)
     turns.kept[turns.arms[1].name] = 63
@@ -167,6 +190,23 @@ def test_bench_is_part_of_the_library(quick: None) -> None:
     report = vp.bench(LLAMA, iters=2, layers=4)
     assert report.shape["layers"] == 4
     assert [arm.kind for arm in report.arms] == [BASELINE, "vla-pruner"]
+    assert report.arms[1].refresh is None
+
+
+def test_a_cycle_is_amortised(quick: None) -> None:
+    from vla_pruner.benching.table import notes, rows, to_markdown
+
+    report = vp.bench(LLAMA, iters=2, decode_tokens=2, refresh_every=4, methods=("vla-pruner", "fastv"))
+    base, arm, other = report.arms
+    assert base.refresh is None
+    assert other.refresh is None
+    assert arm.refresh is not None
+    pruned, fresh = arm.milliseconds["mean"], arm.refresh.milliseconds
+    assert arm.refresh.amortised == pytest.approx((3 * pruned + fresh) / 4)
+    assert arm.refresh.speed == pytest.approx(base.milliseconds["mean"] / arm.refresh.amortised)
+    assert dict(rows(report))["ms over a cycle"] == ["-", f"{arm.refresh.amortised:.2f}", "-"]
+    assert "over a cycle" in to_markdown(report)
+    assert any("every 4th step unpruned" in note for note in notes(report))
 
 
 @pytest.mark.parametrize("name", ["openvla_tiny", "openvla_oft_tiny", "transformers_pi0_tiny"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vla_pruner.benching.settings import BenchSettings
@@ -37,6 +37,11 @@ class Arm:
     def pruned(self) -> str:
         """What becomes of the tokens that are not kept."""
         return "drop" if self.method is None else self.method.pruned
+
+    @property
+    def refresh_every(self) -> int | None:
+        """Every so many steps one runs unpruned; None: none does."""
+        return getattr(self.method, "refresh_every", None)
 
 
 def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:
@@ -92,6 +97,18 @@ class Turns:
                 session.memory = self._memories[arm.name]
             self.subject.step()
             yield session
+
+    def ready(self, arm: Arm, session: Any) -> None:
+        """Runs the steps that the method leaves unpruned, so that the next one is pruned."""
+        while session is not None and not arm.method.prunes(session.memory):
+            self.subject.step()
+
+    def make_fresh(self, arm: Arm, session: Any) -> None:
+        """Has the next step be one that its method leaves unpruned, by counting the steps before it as more."""
+        memory = self._memories[arm.name]
+        while arm.method.prunes(memory):
+            memory = replace(memory, steps=memory.steps + 1)
+        session.memory = memory
 
     def check(self, arm: Arm, session: Any) -> None:
         """The step that was just measured is what its arm says.

@@ -17,7 +17,7 @@ from vla_pruner.errors import BudgetError
 
 _FIELDS = (
     "model", "size", "layers", "keep", "methods", "pruned", "layer", "batch", "cameras", "dtype", "device", "compile",
-    "prompt_tokens", "decode_tokens", "denoise_steps", "iters", "threads", "seed",
+    "prompt_tokens", "decode_tokens", "denoise_steps", "refresh_every", "iters", "threads", "seed",
 )  # fmt: skip
 
 
@@ -73,6 +73,12 @@ def add_bench(commands: Any) -> None:
     add("--prompt-tokens", metavar="N", type=int, help="positions of the prompt, visual ones included")
     add("--decode-tokens", metavar="N", type=int, help="tokens that act, where they are decoded")
     add("--denoise-steps", metavar="N", type=int, help="steps of flow matching (default of all three: as published)")
+    add(
+        "--refresh-every",
+        metavar="N",
+        type=int,
+        help="run every N-th step unpruned, of methods that can (default: never; at layer 0 every 8th)",
+    )
     add("--iters", metavar="N", type=int, default=30, help="timed control steps of each arm (default: %(default)s)")
     add("--threads", metavar="N", type=int, help="of torch on the CPU (default: torch's)")
     add("--seed", metavar="N", type=int, default=0, help="of weights and inputs (default: %(default)s)")
@@ -135,7 +141,12 @@ def _run(settings: BenchSettings, console: Console) -> Any:
 
 
 def _keep(text: str) -> float | int:
-    return int(text) if text.isdigit() else float(text)
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a fraction of the visual tokens, such as 0.25, nor a number of them, such as 64"
+        ) from error
 
 
 def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -144,5 +155,7 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
             return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of values separated by commas") from error
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of values separated by commas: {error}") from error
 
     return read

@@ -14,6 +14,7 @@ import torch
 from vla_pruner.auditing.share import SpanProbe, now
 from vla_pruner.benching.arms import Arm, Turns, turn
 from vla_pruner.cost import flop_reading
+from vla_pruner.errors import SessionError
 from vla_pruner.timing import STAGES, StageMeter, StageTimer
 
 STEPS_A_TURN = 2
@@ -32,6 +33,7 @@ class Timings:
 
     Attributes:
         steps: milliseconds of every timed step, by arm.
+        fresh: milliseconds of the steps that a method with `refresh_every` leaves unpruned, one a round, by arm.
         rounds: median of each round, by arm, in the order of the rounds.
         order: which arms had their turn in each round, in their order.
     """
@@ -39,6 +41,7 @@ class Timings:
     steps: dict[str, list[float]] = field(default_factory=dict)
     rounds: dict[str, list[float]] = field(default_factory=dict)
     order: list[list[str]] = field(default_factory=list)
+    fresh: dict[str, list[float]] = field(default_factory=dict)
 
 
 def time_steps(turns: Turns, rounds: int, progress: Callable[[], None] | None = None) -> Timings:
@@ -50,9 +53,13 @@ def time_steps(turns: Turns, rounds: int, progress: Callable[[], None] | None = 
             with turns.open(arm) as session:
                 taken = []
                 for _ in range(STEPS_A_TURN):
+                    turns.ready(arm, session)
                     taken.append(step_milliseconds(turns.subject.step, turns.subject.device))
                     turns.check(arm, session)
+                fresh = _fresh_step(turns, arm, session)
             if number >= WARM_UP_ROUNDS:
+                if fresh is not None:
+                    timings.fresh.setdefault(arm.name, []).append(fresh)
                 timings.steps[arm.name] += taken
                 timings.rounds[arm.name].append(statistics.median(taken))
         if number >= WARM_UP_ROUNDS:
@@ -60,6 +67,16 @@ def time_steps(turns: Turns, rounds: int, progress: Callable[[], None] | None = 
         if progress is not None:
             progress()
     return timings
+
+
+def _fresh_step(turns: Turns, arm: Arm, session: Any) -> float | None:
+    if arm.refresh_every is None:
+        return None
+    turns.make_fresh(arm, session)
+    taken = step_milliseconds(turns.subject.step, turns.subject.device)
+    if session.kept is not None:
+        raise SessionError(f"A step of {arm.name} that should see every token was pruned.")
+    return taken
 
 
 def step_milliseconds(step: Callable[[], Any], device: torch.device) -> float:
@@ -86,9 +103,11 @@ def time_stages(turns: Turns, rounds: int) -> dict[str, dict[str, float]]:
     for number in range(1 + rounds):
         for arm in turn(turns.arms, number):
             with turns.open(arm) as session, StageTimer(turns.subject.policy, turns.subject.watched()) as timer:
-                if session is not None:
-                    session.clock = timer.stage
                 for _ in range(STEPS_A_TURN):
+                    if session is not None:
+                        session.clock = None
+                        turns.ready(arm, session)
+                        session.clock = timer.stage
                     with timer.step():
                         turns.subject.step()
             if number:
@@ -104,6 +123,7 @@ def count_stages(turns: Turns, arm: Arm) -> dict[str, float]:
     with flop_reading() as read:
         meter = StageMeter(turns.subject.watched(), read)
         with turns.open(arm) as session, meter:
+            turns.ready(arm, session)
             if session is not None:
                 session.clock = meter.stage
             with meter.step():
@@ -114,7 +134,8 @@ def count_stages(turns: Turns, arm: Arm) -> dict[str, float]:
 def peak_memory(turns: Turns, arm: Arm) -> dict[str, Any]:
     """Bytes at the peak of one control step; on the CPU only the process as a whole can be asked, after it."""
     device = turns.subject.device
-    with turns.open(arm):
+    with turns.open(arm) as session:
+        turns.ready(arm, session)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         turns.subject.step()

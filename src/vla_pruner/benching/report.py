@@ -28,6 +28,23 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """Of a method that runs every n-th step unpruned: what a whole cycle costs.
+
+    Attributes:
+        every: n.
+        milliseconds: mean of the unpruned steps, with the session attached.
+        amortised: mean milliseconds of a step over the cycle of one unpruned and n - 1 pruned ones.
+        speed: mean of the untouched model over that.
+    """
+
+    every: int
+    milliseconds: float
+    amortised: float
+    speed: float
+
+
+@dataclass(frozen=True)
 class FlopCount:
     """FLOPs of one control step, all robots, by stage.
 
@@ -75,6 +92,8 @@ class ArmResult:
         reached: the roofline's time as a part of the median.
         ceiling: Amdahl's: how many times faster any method at this layer and keep can be; None where it is not known.
         memory: "kind" and "bytes".
+        refresh: what a whole cycle costs, of a method that runs every n-th step unpruned; else None. All other figures
+            are those of pruned steps.
         why: where the time that is saved comes from, and what holds it up.
     """
 
@@ -93,6 +112,7 @@ class ArmResult:
     reached: float
     ceiling: float | None
     memory: dict[str, Any]
+    refresh: Refresh | None = None
     why: str = ""
 
     def to_json(self) -> dict[str, Any]:

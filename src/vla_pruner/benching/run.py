@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from vla_pruner.benching.arms import Arm, Turns, arms_of
+from vla_pruner.benching.environment import conditions_of
 from vla_pruner.benching.feeds import feed
 from vla_pruner.benching.measure import (
     LEAST_ROUNDS,
@@ -25,16 +25,15 @@ from vla_pruner.benching.measure import (
     time_steps,
 )
 from vla_pruner.benching.policies import build
-from vla_pruner.benching.report import ArmResult, BenchReport, FlopCount, Speed
+from vla_pruner.benching.report import ArmResult, BenchReport, FlopCount, Refresh, Speed
 from vla_pruner.benching.roofline import Peaks, least_work, measure_peaks
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.subject import Subject
 from vla_pruner.benching.verdict import Timed, why
-from vla_pruner.conditions import busy_cores, load_average, machine_conditions
+from vla_pruner.conditions import busy_cores, load_average
 from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.statistics import median_interval, percentile
 
-_PACKAGES = ("vla-pruner", "torch", "transformers", "numpy", "lerobot", "triton")
 _BUSY_CORES = 0.25
 
 Progress = Callable[[str, int, int], None]
@@ -64,7 +63,7 @@ def bench(model: str, *, progress: Progress | None = None, **options: Any) -> Be
 def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchReport:
     """The benchmark of a policy that is there already; the policy is left as it was."""
     settings, tell = subject.settings, progress or (lambda *_: None)
-    conditions = _conditions(subject)
+    conditions = conditions_of(subject)
     tell("probing the device", 0, 1)
     peaks = measure_peaks(subject.device, getattr(torch, settings.dtype))
     turns = Turns(subject, arms_of(settings))
@@ -147,6 +146,7 @@ def _results(
             reached=sum(roofline.values()) / p50,
             ceiling=None if is_base else _ceiling(subject, kept, shares[arm.layer]),
             memory=peak_memory(turns, arm),
+            refresh=_refresh(arm, timings, base_name),
             why="" if is_base else why(timed(base_name), timed(name), peaks, subject.acting, passes),
         )
 
@@ -162,6 +162,16 @@ def _speed(base: list[float], arm: list[float]) -> Speed:
     ratios = [before / after for before, after in zip(base, arm, strict=True)]
     low, high = median_interval(ratios) or (None, None)
     return Speed(statistics.median(ratios), low, high, len(ratios))
+
+
+def _refresh(arm: Arm, timings: Timings, base_name: str) -> Refresh | None:
+    every = arm.refresh_every
+    if every is None:
+        return None
+    base, pruned = (statistics.fmean(timings.steps[name]) for name in (base_name, arm.name))
+    fresh = statistics.fmean(timings.fresh[arm.name])
+    amortised = ((every - 1) * pruned + fresh) / every
+    return Refresh(every, fresh, amortised, base / amortised)
 
 
 def _ceiling(subject: Subject, kept: int | None, share: float | None) -> float | None:
@@ -186,40 +196,6 @@ def _shape(subject: Subject) -> dict[str, Any]:
         "denoise_steps": steps,
         "parameters": sum(parameter.numel() for parameter in subject.module.parameters()),
     }
-
-
-def _conditions(subject: Subject) -> dict[str, Any]:
-    device, found = subject.device, machine_conditions(_PACKAGES)
-    weight = subject.family.decoder.norm.weight
-    found |= {
-        "device": str(device),
-        "device_name": found["processor"],
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "attention": subject.family.backend,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "steps_a_turn": STEPS_A_TURN,
-        "warm_up_rounds": WARM_UP_ROUNDS,
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "device_name": torch.cuda.get_device_name(device),
-            "device_memory": properties.total_memory,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "driver": _driver(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    return found
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0]
 
 
 def _warnings(conditions: dict[str, Any], results: tuple[ArmResult, ...], rounds: int) -> Iterator[str]:

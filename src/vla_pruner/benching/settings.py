@@ -15,6 +15,9 @@ from vla_pruner.methods.base import PRUNED
 NAMED = ("openvla-7b", "openvla-oft", "pi0", "pi05", "smolvla", "reference")
 DENOISING = ("pi0", "pi05", "smolvla")
 LLAMA = "llama:"
+FRESH = 8
+"""At layer 0 a token that is gone is seen by nothing: this often all of them are looked at again."""
+
 SIZES = ("full", "tiny")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,6 +53,7 @@ class BenchSettings:
         prompt_tokens: positions of the prompt, visual tokens included; None: as published.
         decode_tokens: tokens that act, of models that decode them; None: as published.
         denoise_steps: of flow models; None: as published.
+        refresh_every: of methods that have it: every n-th step runs unpruned; None: never, but at layer 0 every 8th.
         iters: timed control steps of each arm.
         threads: of torch on the CPU; None: as it is.
         seed: of weights and inputs.
@@ -70,6 +74,7 @@ class BenchSettings:
     prompt_tokens: int | None = None
     decode_tokens: int | None = None
     denoise_steps: int | None = None
+    refresh_every: int | None = None
     iters: int = 30
     threads: int | None = None
     seed: int = 0
@@ -137,6 +142,9 @@ class BenchSettings:
                 for pruned in self.pruned:
                     for keep in self.keep:
                         options: dict[str, Any] = {"keep": keep, "layer": layer, "pruned": pruned}
+                        refresh = self.refresh_every or (FRESH if layer == 0 else None)
+                        if refresh is not None and hasattr(kind, "refresh_every"):
+                            options["refresh_every"] = refresh
                         found.append((method_name(kind), kind(**options)))
         return tuple(found)
 

@@ -21,6 +21,12 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
         return f"  {title}", [f"{arm.stages[name]:.2f}" for arm in arms]
 
     after = [stage(report.acting, "decode")] if report.acting else []
+    cycles = []
+    if any(arm.refresh for arm in arms):
+        cycles = [
+            ("ms over a cycle", [f"{arm.refresh.amortised:.2f}" if arm.refresh else _NONE for arm in arms]),
+            ("  speed", [f"{arm.refresh.speed:.2f}x" if arm.refresh else _NONE for arm in arms]),
+        ]
     return [
         ("visual tokens", [f"{arm.kept}" for arm in arms]),
         ("ms a step, p50", [f"{arm.milliseconds['p50']:.2f}" for arm in arms]),
@@ -29,6 +35,7 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
         ("speed", [_speed(arm) for arm in arms]),
         ("  95 % interval", [_interval(arm) for arm in arms]),
         ("  at most (Amdahl)", [_NONE if arm.ceiling is None else f"{arm.ceiling:.2f}x" for arm in arms]),
+        *cycles,
         ("ms by stage", ["" for _ in arms]),
         stage("vision", "vision"),
         stage("prefill", "prefill"),
@@ -67,6 +74,7 @@ def to_markdown(report: BenchReport) -> str:
     for arm in report.arms:
         figures = arm.milliseconds
         speed = _speed(arm) + ("" if arm.speed is None or arm.speed.low is None else f" ({_interval(arm)})")
+        speed += f", {arm.refresh.speed:.2f}x over a cycle" if arm.refresh else ""
         stages = " / ".join(f"{arm.stages[name]:.2f}" for name in ("vision", "prefill", "pruning", "decode", "other"))
         cells = (
             report.settings["model"],
@@ -100,6 +108,11 @@ def notes(report: BenchReport) -> Iterator[str]:
     if report.prepare_ms is not None:
         yield f"Images and words to inputs: {report.prepare_ms:.2f} ms on the host, the same in every arm and in none."
     for arm in report.arms:
+        if arm.refresh:
+            yield (
+                f"{arm.name} runs every {arm.refresh.every}th step unpruned ({arm.refresh.milliseconds:.2f} ms): "
+                f"{arm.refresh.amortised:.2f} ms a step over the whole cycle, {arm.refresh.speed:.2f}x."
+            )
         if arm.why:
             yield f"{arm.name}: {arm.why}"
 
