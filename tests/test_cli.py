@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils.logging import is_progress_bar_enabled
 
 import vla_pruner as vp
 from vla_pruner import cli
+from vla_pruner.auditing import command as audit_command
 from vla_pruner.auditing.report import AuditReport, Check
 from vla_pruner.demo import DemoError, DemoSettings
 from vla_pruner.simulators.metaworld import SimulatorUnavailable
@@ -88,7 +92,6 @@ def test_help_shows_every_flag_with_its_default(command: str, flags: str, capsys
         ["audit", "x", "--size", "huge"],
         ["audit", "x", "--option", "y"],
         ["fly"],
-        [],
     ],
 )
 def test_wrong_flags_are_one_line_and_exit_code_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +101,56 @@ def test_wrong_flags_are_one_line_and_exit_code_2(flags: list[str], capsys: pyte
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--help" in error
+
+
+@pytest.mark.parametrize("command", [["audit", "x"], ["bench", "--model", "pi0"]])
+def test_a_wrong_keep_is_told_what_keep_means(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("abc", "1/2", "²"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, "--keep", wrong])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert "argument --keep: " in error
+        assert f"{wrong!r} is neither a fraction of the visual tokens, such as 0.25, nor a number" in error
+        assert "_keep" not in error
+
+
+def test_no_command_is_the_help_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    both = capsys.readouterr()
+    assert both.out == ""
+    assert both.err.startswith("usage: vla-pruner")
+    for name in ("demo", "audit", "bench"):
+        assert f"\n    {name} " in both.err
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"vla-pruner {vp.__version__}",
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("enabled", "environment", "shown"), [(True, None, False), (False, None, False), (True, False, True)]
+)
+def test_weights_load_without_a_progress_bar_and_downloads_with_theirs(
+    enabled: bool, environment: bool | None, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", enabled)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", environment)
+    inside: list[tuple[bool, bool]] = []
+
+    def look(*_: Any) -> int:
+        inside.append((is_progress_bar_enabled(), are_progress_bars_disabled()))
+        raise DemoError("no")
+
+    monkeypatch.setattr("vla_pruner.demo.run_demo", look)
+    assert cli.main(["demo"]) == 2
+    assert inside == [(shown, False)]
+    assert is_progress_bar_enabled() is enabled, "as it was, though the command failed"
 
 
 @pytest.mark.parametrize(
@@ -224,6 +277,14 @@ def test_audit_options_of_a_checkpoint(audited: list[tuple[Any, Any]], golden: P
         ([*AUDIT[1:], "--layer", "6"], "the decoder has 6 layers"),
         ([*AUDIT[1:], "--device", "abacus"], "--device is abacus"),
         ([*AUDIT[1:], "--json", "no/such/folder/x.json"], "no such folder"),
+        ([*AUDIT[1:], "--json", "."], "--json is ., which is a folder"),
+        ([*AUDIT[1:], "--json", ""], "--json is empty, which is a folder"),
+        ([*AUDIT[1:], "--json", "x" * 300], "cannot be written (File name too long)"),
+        ([*AUDIT[1:], "--seed", "-1"], "seed=-1 was given; it is an int from 0"),
+        (["reference", "--seed", "-1"], "seed=-1 was given; it is an int from 0"),
+        ([*AUDIT[1:], "--seed", "99999999999999999999"], "it is an int from 0 to 4294967295"),
+        ([*AUDIT[1:], "--instruction", ""], "The instruction is empty"),
+        ([*AUDIT[1:], "--instruction", " "], "The instruction is empty"),
         ([*AUDIT[1:], "--instruction", "juggle"], "words it was never trained on: juggle"),
     ],
 )
@@ -236,6 +297,64 @@ def test_audit_refusals_are_one_line_and_exit_code_2(
     assert both.err.count("\n") == 1
     assert both.err.startswith("vla-pruner: ")
     assert message in both.err
+
+
+@pytest.mark.parametrize("file", ["folder", "unwritable.json"])
+def test_the_report_can_be_written_or_nothing_runs(
+    file: str, audited: list[tuple[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "unwritable.json").touch(mode=0o400)
+    real = Path.open
+
+    def open_as_a_user(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if path.name == "unwritable.json" and mode != "r":  # root may write what is read-only
+            raise PermissionError(13, "Permission denied")
+        return real(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", open_as_a_user)
+    assert cli.main([*AUDIT, "--json", str(tmp_path / file)]) == 2
+    assert audited == []
+
+
+def test_looking_whether_a_report_can_be_written_changes_nothing(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("an older report")
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "new.json")
+    for file in ("old.json", "new.json", "link.json"):
+        assert cli.main(["audit", "nowhere", "--json", str(tmp_path / file)]) == 2
+    assert sorted(tmp_path.iterdir()) == [link, old]
+    assert old.read_text() == "an older report"
+    assert link.is_symlink()
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line(
+    audited: list[tuple[Any, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    assert cli.main([*AUDIT, "--json", "/dev/full"]) == 2
+    assert len(audited) == 1, "a device is not opened before"
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+
+
+def test_names_of_random_weights_are_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", "gpt", "--random-weights"]) == 2
+    listed = capsys.readouterr().err.strip().rstrip(".").split("there are ")[1].split(", ")
+    assert "lerobot-smolvla" in listed
+    assert "smolvla" not in listed
+    with pytest.raises(SystemExit):
+        cli.main(["audit", "--help"])
+    assert f"{', '.join(listed[:-1])} or {listed[-1]}" in capsys.readouterr().out
+
+
+def test_the_other_name_of_smolvla_is_understood(
+    audited: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(audit_command.NAMES, "smolvla", audit_command.NAMES["reference"])
+    assert cli.main(["audit", "smolvla", "--random-weights"]) == 0
+    assert len(audited) == 1
 
 
 def test_the_audit_for_real(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,15 +23,27 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (0 done, 1 a check failed, 2 wrong input, 130 interrupted)."""
-    parser = _Parser(prog="vla-pruner", description="Prune the visual tokens of vision-language-action policies.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    parser = _Parser(
+        prog="vla-pruner",
+        description="Prune the visual tokens of vision-language-action policies.",
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions of this, torch and transformers")
+    commands = parser.add_subparsers(dest="command", parser_class=_Parser, metavar="COMMAND")
     _add_demo(commands)
     _add_audit(commands)
     _add_bench(commands)
     options = parser.parse_args(arguments)
+    if options.version:
+        _print_versions()
+        return 0
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return WRONG_INPUT
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        return run(options)
+        with _no_loading_bars():
+            return run(options)
     except VLAPrunerError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -41,6 +54,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     print("vla-pruner: " + " ".join(message.split()), file=sys.stderr)
     return WRONG_INPUT
+
+
+def _print_versions() -> None:
+    import torch
+    import transformers
+
+    from vla_pruner import __version__
+
+    print(f"vla-pruner {__version__}\ntorch {torch.__version__}\ntransformers {transformers.__version__}")
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """transformers counts the weights that it loads on stderr, before any output of ours. Downloads keep their bars:
+    they take minutes.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or not logging.is_progress_bar_enabled():
+        yield  # the environment has the last word
+        return
+    logging.disable_progress_bar()
+    enable_progress_bars()  # those of downloads, which went with the others
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _add_demo(commands: Any) -> None:
@@ -213,7 +255,12 @@ def _add_bench(commands: Any) -> None:
 
 
 def _keep(text: str) -> float | int:
-    return int(text) if text.isdigit() else float(text)
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a fraction of the visual tokens, such as 0.25, nor a number of them, such as 64"
+        ) from error
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 import vla_pruner as vp
 from tests.state import whole_state
+from vla_pruner.auditing.report import AuditReport, Check
 from vla_pruner.auditing.run import CHECKS
 from vla_pruner.policies.base import module_of
 
@@ -85,6 +86,29 @@ def test_refusals():
         vp.audit(policy)
     with pytest.raises(vp.ObservationError, match="juggle"):
         vp.audit(policy, instruction="juggle")
+    with pytest.raises(vp.ObservationError, match="empty"):
+        vp.audit(policy, instruction="")
+
+
+@pytest.mark.parametrize(
+    ("method", "shown"), [(0.25, "0.25"), (vp.VLAPruner, "the class VLAPruner"), ("drop", "'drop'")]
+)
+def test_what_is_no_method_is_refused(method, shown):
+    with pytest.raises(vp.BudgetError, match=f"method is {shown}; it must be a Method"):
+        vp.audit(vp.random_policy("reference"), method)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, True])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(vp.BudgetError, match=f"seed={seed} was given; it is an int from 0"):
+        vp.audit(vp.random_policy("reference"), seed=seed)
+
+
+def test_a_check_that_does_not_exist_lists_those_that_do():
+    report = AuditReport("P", "M", {}, (Check("images", True), Check("keep 1.0", True)))
+    assert report["keep 1.0"].passed
+    with pytest.raises(KeyError, match=r"no check is called foo; there are images, keep 1\.0"):
+        report["foo"]
 
 
 def test_remote_code_is_refused():

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from vla_pruner.auditing.report import AuditReport
 from vla_pruner.auditing.run import audit
+from vla_pruner.auditing.subject import check_request
 from vla_pruner.auditing.table import print_check, summary
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
 from vla_pruner.methods import Method, RandomKeep, VLAPruner
@@ -23,6 +24,8 @@ from vla_pruner.policies.loading import load_policy
 from vla_pruner.policies.random import NAMES, random_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RANDOM = tuple(name for name in NAMES if name != "smolvla")
+"""Names that are shown; "smolvla" is understood, but is lerobot-smolvla."""
 METHODS = {"vla-pruner": VLAPruner, "random": RandomKeep}
 
 
@@ -31,7 +34,7 @@ class AuditSettings:
     """What the command line was given.
 
     Attributes:
-        model: a folder, a hub id, "reference", or with `random_weights` one of `policies.random.NAMES`.
+        model: a folder, a hub id, "reference", or with `random_weights` one of `NAMES`.
         random_weights: whether weights are drawn.
         size: "tiny" or "full", with `random_weights`; None: "tiny".
         method: "vla-pruner" or "random".
@@ -68,9 +71,10 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
         VLAPrunerError: the settings, the checkpoint or the policy do not allow an audit.
     """
     method: Method = METHODS[settings.method](keep=settings.keep, layer=settings.layer, pruned=settings.pruned)
+    check_request(method, settings.instruction, settings.seed)
     device = _device(settings.device)
-    if settings.json not in (None, "-") and not Path(str(settings.json)).resolve().parent.is_dir():
-        raise BudgetError(f"--json is {settings.json}, but there is no such folder; make it first.")
+    if settings.json not in (None, "-"):
+        check_file(str(settings.json))
     # Standard output is the report's alone where it was asked for; policies' own libraries print things, too.
     with redirect_stdout(sys.stderr) if settings.json == "-" else nullcontext():
         report = audit(
@@ -86,11 +90,42 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     return 0 if report.passed else 1
 
 
+def check_file(name: str) -> None:
+    """Proves that `--json FILE` can be written, before anything slow begins, and leaves no new file behind.
+
+    Raises:
+        BudgetError: saying why not.
+    """
+    try:
+        if not Path(name).resolve().parent.is_dir():
+            raise BudgetError(f"--json is {name}, but there is no such folder; make it first.")
+        if Path(name).is_dir():
+            raise BudgetError(f"--json is {name or 'empty'}, which is a folder; give a file in it.")
+        if Path(name).exists() and not Path(name).is_file():
+            return  # a pipe or a device: who reads it would take opening and closing for the whole report
+        file = Path(name).resolve()
+        is_new = not file.exists()
+        with file.open("ab"):
+            pass
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise _unwritable(name, error) from error
+
+
+def _unwritable(name: str, error: OSError) -> BudgetError:
+    return BudgetError(f"--json is {name}, which cannot be written ({error.strerror or error}); give another file.")
+
+
 def _policy(settings: AuditSettings, device: torch.device) -> Policy:
     dtype = None if settings.dtype is None else DTYPES[settings.dtype]
     if settings.random_weights:
         if settings.options:
             raise BudgetError(f"--option is for checkpoints; with --random-weights leave it out: {settings.options}.")
+        if settings.model not in NAMES:
+            raise UnsupportedModelError(
+                f"MODEL is {settings.model}; with random weights there are {', '.join(RANDOM)}."
+            )
         size = settings.size or "tiny"
         return random_policy(settings.model, size, device, torch.float32 if dtype is None else dtype, settings.seed)
     if settings.size is not None:
@@ -123,4 +158,7 @@ def _write(report: AuditReport, settings: AuditSettings) -> None:
     if settings.json == "-":
         sys.stdout.write(text)
     else:
-        Path(str(settings.json)).write_text(text)
+        try:
+            Path(str(settings.json)).write_text(text)
+        except OSError as error:  # a full disk, for instance
+            raise _unwritable(str(settings.json), error) from error

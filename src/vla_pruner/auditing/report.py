@@ -50,11 +50,11 @@ class AuditReport:
         return tuple(check for check in self.checks if check.passed is False)
 
     def __getitem__(self, name: str) -> Check:
-        """The check of this name; KeyError if there is none."""
+        """The check of this name; KeyError with the names that there are if it is none of them."""
         for check in self.checks:
             if check.name == name:
                 return check
-        raise KeyError(name)
+        raise KeyError(f"no check is called {name}; there are {', '.join(check.name for check in self.checks)}")
 
     def to_json(self) -> dict[str, Any]:
         """For `json.dump`."""

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.session import Session
 from vla_pruner.auditing.probes import HiddenProbe
-from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.errors import BudgetError, ObservationError, UnsupportedModelError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Method
+from vla_pruner.methods.base import is_count
 from vla_pruner.policies.base import Policy, module_of
 
 INSTRUCTION = "pick up the red block and put it into the bowl"
 _SIDE = 224
 _LONGEST_WARM_UP = 16
 """Control steps after which a method that has not pruned is taken to never prune."""
+_SEEDS = 2**32
+"""Seeds are multiplied, and torch takes 64 bits."""
 
 Images = Mapping[str, np.ndarray]
 
@@ -56,17 +59,19 @@ class Subject:
 
     Raises:
         UnsupportedModelError: the policy lacks something of the above, or its model is not supported.
-        BudgetError: the method does not fit the model.
+        BudgetError: the method is none or does not fit the model, or the seed is none.
+        ObservationError: the instruction is empty.
     """
 
     def __init__(self, policy: Policy, method: Method, instruction: str | None = None, seed: int = 0) -> None:
+        check_request(method, instruction, seed)
         self.policy = check_policy(policy)
         self.method = method
         self.seed = seed
         self.module = module_of(policy)
         self.family: Any = family_of(policy)
         known = getattr(policy, "instructions", ())
-        self.instruction = instruction or (known[0] if known else INSTRUCTION)
+        self.instruction = (known[0] if known else INSTRUCTION) if instruction is None else instruction
         self.steps = self._first_pruned()
 
     @property
@@ -160,6 +165,24 @@ def identical(one: tuple[np.ndarray, list[Tensor]], other: tuple[np.ndarray, lis
     """Whether what `Subject.watch` gave twice is the same, bit by bit."""
     same = len(one[1]) == len(other[1]) and all(torch.equal(*pair) for pair in zip(one[1], other[1], strict=True))
     return same and np.array_equal(one[0], other[0])
+
+
+def check_request(method: object, instruction: str | None, seed: int) -> None:
+    """Refuses what no policy can be audited with.
+
+    Raises:
+        BudgetError: `method` is no `Method`, or `seed` no int in [0, 2**32).
+        ObservationError: the instruction has no words.
+    """
+    if not isinstance(method, Method):
+        given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise BudgetError(f"method is {given}; it must be a Method, such as vla_pruner.VLAPruner(keep=0.25).")
+    if not is_count(seed, 0) or seed >= _SEEDS:
+        raise BudgetError(f"seed={seed!r} was given; it is an int from 0 to {_SEEDS - 1}.")
+    if instruction is not None and not instruction.strip():
+        raise ObservationError(
+            "The instruction is empty; say what the policy is to do, or leave it out for one that it knows."
+        )
 
 
 def check_policy(policy: Any) -> Policy:
