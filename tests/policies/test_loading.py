@@ -63,6 +63,39 @@ def test_options_reach_the_family(golden):
         vp.load_policy("reference", turbo=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "foo"}, "device='foo' was given, which torch cannot use here .*; there is 'cpu'"),
+        ({"device": "cuda:99"}, "device='cuda:99' was given, which torch cannot use here"),
+        ({"device": None}, "device='None' was given"),
+        ({"dtype": "bf16"}, "dtype='bf16' was given; weights are one of 'float32', 'bfloat16', 'float16'"),
+        ({"dtype": torch.int8}, "dtype=torch.int8 was given; weights are one of"),
+    ],
+)
+def test_devices_and_dtypes_that_cannot_be(options, message):
+    with pytest.raises(vp.BudgetError, match=message):
+        vp.load_policy("reference", **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none():
+    with pytest.raises(vp.BudgetError, match=r"device='cuda' was given, which torch cannot use here .*there is 'cpu'"):
+        vp.load_policy("reference", device="cuda")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes_by_name(dtype):
+    policy = vp.load_policy("reference", dtype=dtype)
+    assert next(module_of(policy).parameters()).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("nothing", [None, "", 3])
+def test_no_checkpoint_at_all(nothing):
+    with pytest.raises(vp.CheckpointError, match="in place of a checkpoint; give its folder"):
+        vp.load_policy(nothing)
+
+
 @pytest.mark.parametrize("kind", loading.LEROBOT_TYPES)
 def test_lerobot_folders_go_to_lerobot(tmp_path, monkeypatch, kind):
     seen = []

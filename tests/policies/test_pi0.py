@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,32 @@ def test_refusals(folder):
         policy.act(both, "lift", np.zeros(33))
     with pytest.raises(vp.ObservationError, match=r"\(H, W, 3\) uint8"):
         policy.act({**both, "two": image.astype(np.float32)}, "lift", np.zeros(8))
+    untyped: Any = policy
+    with pytest.raises(vp.ObservationError, match=r"images are a ndarray; give a mapping .*'one': \.\.\., 'two'"):
+        untyped.act(image, "lift", np.zeros(8))
+    with pytest.raises(vp.ObservationError, match=r"instruction is a string, .* found NoneType"):
+        untyped.act(both, None, np.zeros(8))
+    with pytest.raises(vp.ObservationError, match="proprio holds numbers that are not finite"):
+        policy.act(both, "lift", np.array([0.0, np.nan]))
+    with pytest.raises(vp.ObservationError, match="proprio is an array of numbers; found str"):
+        untyped.act(both, "lift", "left")
+    with pytest.raises(vp.UnsupportedModelError, match="'flash_attention_2' was given; 'sdpa' and 'eager'"):
+        load_pi0(folder, attn_implementation="flash_attention_2")
+
+
+def test_another_number_of_cameras_than_was_named(folder):
+    policy = load_pi0(folder)
+    assert len(policy.cameras) == 3
+    message = r"holds 2 per row\. .* load_policy\(\.\.\., cameras=\(\.\.\.\)\); .* attach\(policy\.module\)"
+    with vp.RandomKeep(keep=0.5).attach(policy), pytest.raises(vp.SessionError, match=message):
+        sample(policy, folder)
+    with vp.RandomKeep(keep=0.5).attach(policy.module) as session:
+        sample(policy, folder)
+        assert session.kept is not None
+    policy = load_pi0(folder, cameras=("one", "two"))
+    with vp.RandomKeep(keep=0.5).attach(policy) as session:
+        sample(policy, folder)
+        assert session.kept is not None
 
 
 def test_keep_per_camera_and_reset():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference import ReferencePolicy, reference_policy
 from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
 from vla_pruner.models.reference.tokenizer import encode, split_words
@@ -85,6 +87,35 @@ def test_wrong_inputs_are_named(policy: ReferencePolicy) -> None:
         policy.predict_action(IMAGES[:2], INSTRUCTIONS[:1], PROPRIO[:2])
     with pytest.raises(ValueError, match="banana"):
         policy.predict_action(IMAGES[0], "reach the banana", PROPRIO[0])
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_states_that_are_not_finite_are_refused(policy: ReferencePolicy, wrong: float) -> None:
+    state = PROPRIO[:2].copy()
+    state[1, 2] = wrong
+    with pytest.raises(ObservationError, match="proprio holds numbers that are not finite"):
+        policy.predict_action(IMAGES[:2], INSTRUCTIONS[:2], state)
+    with pytest.raises(ObservationError, match="proprio holds numbers that are not finite"):
+        policy.act({"image": IMAGES[0]}, INSTRUCTIONS[0], state[1])
+
+
+def test_what_is_no_observation_is_a_sentence(policy: ReferencePolicy) -> None:
+    untyped: Any = policy
+    image, text, state = IMAGES[0], INSTRUCTIONS[0], PROPRIO[0]
+    for absent, message in (
+        ((None, text, state), "The image is an array of numbers; found NoneType"),
+        ((image, None, state), "instruction is a string, .* found NoneType"),
+        ((image, 7, state), "instruction is a string, .* found int"),
+        ((image, [None], state), "instruction is a string, .* found NoneType"),
+        ((image, text, None), "proprio is an array of numbers; found NoneType"),
+        ((image, text, "left"), "proprio is an array of numbers; found str"),
+    ):
+        with pytest.raises(ObservationError, match=message):
+            untyped.predict_action(*absent)
+    with pytest.raises(ObservationError, match=r"images are a ndarray; give a mapping .*\{'image': \.\.\.\}"):
+        untyped.act(image, text, state)
+    with pytest.raises(ObservationError, match="images are a NoneType"):
+        untyped.act(None, text, state)
 
 
 def test_instructions_are_padded_on_the_left() -> None:

@@ -57,7 +57,10 @@ class PI0(TransformersFamily):
         is_image, prompt = self._is_image.expand(call.rows, -1), call.prompt()
         count, each = self._shown.shape[1], self._tokens_per_image
         if self.cameras and count != len(self.cameras):
-            raise SessionError(f"The cameras {self.cameras} were named, but pixel_values holds {count} per row.")
+            raise SessionError(
+                f"The cameras {self.cameras} were named, but pixel_values holds {count} per row. Name as many as there "
+                "are images, in their order: load_policy(..., cameras=(...)); or name none: attach(policy.module)."
+            )
         # A row with an absent camera has fewer image tokens and more padding: padding stands in for the missing ones,
         # so that every row drops equally many positions and none of them is text.
         rank = torch.where(is_image & prompt, 0, torch.where(prompt, 2, 1))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
 from vla_pruner.policies.lerobot_random import random_lerobot
+from vla_pruner.policies.observations import check_images, check_instruction, state_of
 
 __all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
 
@@ -95,6 +96,7 @@ class LeRobotPolicy:
                 "This checkpoint has no policy_preprocessor.json and policy_postprocessor.json, so act() cannot know "
                 "its tokenizer and its statistics; save them into its folder, or call .module with a batch of yours."
             )
+        check_instruction(instruction)
         batch = self.preprocessor({**self._observation(images, proprio), "task": instruction})
         with torch.no_grad():
             chunk: Tensor = self.module.predict_action_chunk(batch)
@@ -104,6 +106,7 @@ class LeRobotPolicy:
 
     def _observation(self, images: Mapping[str, np.ndarray], proprio: np.ndarray | None) -> dict[str, Tensor]:
         keys = dict(zip(camera_names(self.module.config), self.module.config.image_features, strict=True))
+        check_images(images, self.cameras)
         unknown = [name for name in images if name not in keys]
         if unknown or not images:
             raise ObservationError(
@@ -127,7 +130,7 @@ class LeRobotPolicy:
                 f"{None if size is None else (size,)}."
             )
         if proprio is not None:
-            observation["observation.state"] = torch.as_tensor(np.asarray(proprio, dtype=np.float32))
+            observation["observation.state"] = torch.from_numpy(state_of(proprio))
         return observation
 
 

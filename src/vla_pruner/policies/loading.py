@@ -12,6 +12,7 @@ import torch
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.folder import read_json
+from vla_pruner.policies.options import as_dtype, check_device
 
 LEROBOT_TYPES = ("pi0", "pi05", "smolvla")
 SUPPORTED = (
@@ -24,7 +25,7 @@ REFERENCE = "reference"
 def load_policy(
     path_or_hub_id: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> Policy:
     """A policy with everything that `act` needs, in eval mode.
@@ -33,15 +34,22 @@ def load_policy(
         path_or_hub_id: the folder of a published checkpoint as it is, its name on the Hugging Face hub, or "reference"
             for the policy that ships with this package.
         device: where it is put.
-        dtype: of its weights; None: what its family takes for granted.
+        dtype: of its weights, as torch's or by its name ("bfloat16"); None: what its family takes for granted.
         **options: of the family: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
             attn_implementation), `load_lerobot` or `reference_policy`.
 
     Raises:
         UnsupportedModelError: the folder holds another model, or what its family needs is not installed.
         CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
-        BudgetError: an option is not one of the family's.
+        BudgetError: an option is not one of the family's, there is no such device, or no such dtype.
     """
+    check_device(device)
+    dtype = as_dtype(dtype)
+    if not isinstance(path_or_hub_id, (str, Path)) or not str(path_or_hub_id):
+        raise CheckpointError(
+            f"load_policy was given {path_or_hub_id!r} in place of a checkpoint; give its folder, its name on the "
+            "Hugging Face hub, or 'reference' for the policy that ships with vla-pruner."
+        )
     if path_or_hub_id == REFERENCE:  # a folder of that name is Path('reference') or './reference'
         return _load(_reference, "the reference policy", None, device, dtype, options)
     from vla_pruner.models.openvla.loading import checkpoint_folder

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from vla_pruner.errors import CheckpointError, ObservationError
 from vla_pruner.policies.folder import check_names, read_json, read_weights
+from vla_pruner.policies.observations import check_images, check_instruction, state_of
+from vla_pruner.policies.options import check_attention
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """The published model's cameras, in its order."""
@@ -87,6 +89,8 @@ class TransformersPI0:
             ObservationError: images, cameras or state are not as the policy takes them.
             CheckpointError: the policy has no tokenizer.
         """
+        check_images(images, self.cameras)
+        check_instruction(instruction)
         if set(images) != set(self.cameras):
             raise ObservationError(
                 f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes exactly "
@@ -124,7 +128,7 @@ class TransformersPI0:
         """(1, max_state_dim) float32, normalised, zeros after the robot's own numbers."""
         if proprio is None:
             raise ObservationError("pi0 reads the robot's state; give proprio.")
-        state = np.asarray(proprio, dtype=np.float32)
+        state = state_of(proprio)
         mean, deviation = (self._statistics.get(name) for name in ("state_mean", "state_std"))
         exact = mean is not None
         if state.ndim != 1 or len(state) > self.proprio_size or (exact and len(state) != len(mean)):
@@ -187,7 +191,9 @@ def load_pi0(
 
     Raises:
         CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
+        UnsupportedModelError: `attn_implementation` is another one.
     """
+    check_attention(attn_implementation)
     from transformers import PI0Config
 
     from vla_pruner.models.openvla.loading import checkpoint_folder

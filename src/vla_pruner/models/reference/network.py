@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.tokenizer import BOS, encode
+from vla_pruner.policies.observations import check_images, check_instruction
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -288,12 +289,20 @@ class ReferencePolicy(nn.Module):
 
         Returns:
             (B, 4) float32 actions in [-1, 1], or (4,) if the image was not batched.
+
+        Raises:
+            ObservationError: an argument does not fit; the message says which.
         """
-        frames, body = torch.as_tensor(images), torch.as_tensor(proprio)
+        frames, body = _tensor("The image", images), _tensor("proprio", proprio)
         single = frames.ndim == 3
         if single:
             frames, body = frames[None], body.reshape(1, -1)
-        instructions = [instruction] * len(frames) if isinstance(instruction, str) else list(instruction)
+        if isinstance(instruction, (str, bytes)) or not isinstance(instruction, Iterable):
+            instructions = [instruction] * (len(frames) if frames.ndim else 1)
+        else:
+            instructions = list(instruction)
+        for text in instructions:
+            check_instruction(text)
         self._check_inputs(frames, instructions, body)
         actions = self._decode(self.prompt(frames, instructions, body)).float().cpu().numpy()
         return actions[0] if single else actions
@@ -325,9 +334,12 @@ class ReferencePolicy(nn.Module):
         return self.bin_values[torch.stack(chosen, dim=1)]
 
     def act(self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor) -> np.ndarray:
-        """One control step of one robot as a chunk: `images={"image": (H, W, 3) uint8}` -> (1, 4) float32."""
+        """One control step of one robot as a chunk: `images={"image": (H, W, 3) uint8}` -> (1, 4) float32. Errors as in
+        `predict_action`.
+        """
+        check_images(images, self.cameras)
         if set(images) != {"image"}:
-            raise ObservationError(f"The policy has one camera, 'image'; it was given {sorted(images)}.")
+            raise ObservationError(f"The policy has one camera, 'image'; it was given {list(images)}.")
         return np.atleast_2d(self.predict_action(images["image"], instruction, proprio))
 
     def _check_inputs(self, images: Tensor, instructions: list[str], proprio: Tensor) -> None:
@@ -338,5 +350,14 @@ class ReferencePolicy(nn.Module):
             )
         if tuple(proprio.shape) != (len(images), body):
             raise ObservationError(f"Proprio must have shape ({len(images)}, {body}); got {tuple(proprio.shape)}.")
+        if not proprio.isfinite().all():
+            raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
         if len(instructions) != len(images):
             raise ObservationError(f"{len(images)} images came with {len(instructions)} instructions.")
+
+
+def _tensor(what: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ObservationError(f"{what} is an array of numbers; found {type(value).__name__}.") from error

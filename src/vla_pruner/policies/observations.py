@@ -1,0 +1,52 @@
+"""What `act` is given, looked at before a policy makes anything of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vla_pruner.errors import ObservationError
+
+
+def check_images(images: Any, cameras: tuple[str, ...]) -> None:
+    """Refuse images that are not given by camera name.
+
+    Args:
+        images: what was given.
+        cameras: the policy's, for the message.
+
+    Raises:
+        ObservationError: it is no mapping.
+    """
+    if not isinstance(images, Mapping):
+        wanted = ", ".join(f"{camera!r}: ..." for camera in cameras)
+        raise ObservationError(
+            f"The images are a {type(images).__name__}; give a mapping of camera names to images: {{{wanted}}}."
+        )
+
+
+def check_instruction(instruction: Any) -> None:
+    """Refuse an instruction that is no text.
+
+    Raises:
+        ObservationError: it is no string.
+    """
+    if not isinstance(instruction, str):
+        raise ObservationError(f"The instruction is a string, what to do in words; found {type(instruction).__name__}.")
+
+
+def state_of(proprio: Any) -> np.ndarray:
+    """The robot's state as float32, of any shape.
+
+    Raises:
+        ObservationError: it is no array of numbers, or one of them is not finite.
+    """
+    try:
+        state = np.asarray(proprio, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ObservationError(f"proprio is an array of numbers; found {type(proprio).__name__} ({error}).") from error
+    if not np.isfinite(state).all():
+        raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
+    return state

@@ -1,0 +1,63 @@
+"""Options that every loader takes: what cannot be carried out is refused before a checkpoint is read."""
+
+from __future__ import annotations
+
+import torch
+
+from vla_pruner.errors import BudgetError, UnsupportedModelError
+
+ATTENTION = ("sdpa", "eager")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        BudgetError: it is none, or this torch cannot use it; the message says why.
+    """
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        there = ["'cpu'"]
+        if torch.cuda.is_available():
+            there += [f"'cuda:{index}'" for index in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            there.append("'mps'")
+        raise BudgetError(
+            f"device={str(device)!r} was given, which torch cannot use here ({reason}); there is {', '.join(there)}."
+        ) from error
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of weights that is meant; None stays None.
+
+    Args:
+        dtype: a floating point dtype of torch, or its name.
+
+    Raises:
+        BudgetError: it is none of "float32", "bfloat16", "float16" and "float64".
+    """
+    if dtype is None:
+        return None
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise BudgetError(
+            f"dtype={dtype!r} was given; weights are one of {', '.join(map(repr, _DTYPES))}, as that name or as "
+            "torch's dtype."
+        )
+    return found
+
+
+def check_attention(attn_implementation: str) -> None:
+    """Refuse an attention backend under which nothing can be pruned.
+
+    Raises:
+        UnsupportedModelError: it is neither "sdpa" nor "eager".
+    """
+    if attn_implementation not in ATTENTION:
+        raise UnsupportedModelError(
+            f"attn_implementation={attn_implementation!r} was given; 'sdpa' and 'eager' are supported, since other "
+            "backends show no attention to choose tokens by. Leave it out for 'sdpa'."
+        )
