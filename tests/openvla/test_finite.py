@@ -44,6 +44,14 @@ def test_wrong_images_are_named(policy, wrong):
         policy.predict_action(**inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_raw_colours_are_no_pixel_values(policy, dtype):
+    inputs = tiny_inputs(policy)
+    raw = {**inputs, "pixel_values": (inputs["pixel_values"].abs() * 100).to(dtype)}
+    with pytest.raises(ObservationError, match=rf"{dtype}, but .* floating point: .*processor\.pixel_values\(\[image"):
+        policy.predict_action(**raw)
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_states_are_named(wrong):
     policy = random_openvla(oft=True)

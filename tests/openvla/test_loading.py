@@ -73,7 +73,7 @@ def test_grouped_keys_and_values(tmp_path):
 def test_heads_with_and_without_the_prefix(tmp_path, head, prefix):
     original = random_openvla(oft=True, head=head, denoising_steps=2)
     folder = write_checkpoint(tmp_path / "model", original, prefix=prefix)
-    policy = load_openvla(folder, denoising_steps=2)
+    policy = load_openvla(folder, **({"denoising_steps": 2} if head == "diffusion" else {}))
     assert isinstance(policy, OpenVLAOFT)
     assert (policy.chunk, policy.action_dim, policy.bounds) == (8, 7, "q99")
     assert policy.cameras == ("image", "wrist_image")
@@ -105,16 +105,40 @@ def test_options_of_the_loader(oft, tmp_path):
     for cameras in ("front", (), ("a", "a"), ("a", "b", "c", "d")):
         with pytest.raises(CheckpointError, match="one to three different names"):
             load_openvla(folder, cameras=cameras)
-    with pytest.raises(BudgetError, match=r"from 1 to 50 inference steps .*; found 51"):
-        load_openvla(folder, denoising_steps=51)
+    with pytest.raises(BudgetError, match=r"denoising_steps=4 was given, .* no diffusion head"):
+        load_openvla(folder, denoising_steps=4)
+    for chunk in (0, -1, 2.5, True, "8"):
+        with pytest.raises(BudgetError, match=f"chunk={chunk!r} was given; .* int of 1 or more"):
+            load_openvla(folder, chunk=chunk)
+    with pytest.raises(UnsupportedModelError, match="'flash_attention_2' was given; 'sdpa' and 'eager' are supported"):
+        load_openvla(folder, attn_implementation="flash_attention_2")
     with pytest.raises(UnsupportedModelError, match="'openvla' or 'openvla_oft'"):
         load_openvla(folder, family="pi0")
     other = write_checkpoint(tmp_path / "plain", random_openvla())
+    with pytest.raises(BudgetError, match="OpenVLA denoises nothing"):
+        load_openvla(other, denoising_steps=4)
     for options in ({"chunk": 8}, {"cameras": ("a", "b")}):
         with pytest.raises(CheckpointError, match="so it is OpenVLA: one camera"):
             load_openvla(other, **options)
     with pytest.raises(CheckpointError, match="leave family out"):
         load_openvla(folder, family="openvla")
+
+
+def test_denoising_steps(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", random_openvla(oft=True, head="diffusion"))
+    assert len(load_openvla(folder).ddim.timesteps) == 50
+    assert len(load_openvla(folder, denoising_steps=5).ddim.timesteps) == 5
+    for wrong in (0, 51, 2.5):
+        with pytest.raises(BudgetError, match=f"from 1 to 50 inference steps .*; found {wrong}"):
+            load_openvla(folder, denoising_steps=wrong)
+
+
+def test_a_device_map_needs_accelerate(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("vla_pruner.models.openvla.loading.find_spec", lambda name: None)
+    with pytest.raises(
+        UnsupportedModelError, match=r"device_map='auto' needs accelerate\. Run: pip install accelerate"
+    ):
+        load_openvla(write_checkpoint(tmp_path / "model", plain), device_map="auto")
 
 
 def resized(policy, actions, proprio):
@@ -136,7 +160,7 @@ def test_official_platforms_are_known_by_their_sizes(tmp_path, actions, proprio,
 
 def test_another_platform_needs_the_chunk(tmp_path):
     folder = write_checkpoint(tmp_path / "m", resized(random_openvla(oft=True), 9, 8))
-    with pytest.raises(CheckpointError, match=r"actions of 9 numbers, states of 8 .* load_openvla\(..., chunk=8\)"):
+    with pytest.raises(CheckpointError, match=r"actions of 9 numbers, states of 8 .* load_policy\(..., chunk=8\)"):
         load_openvla(folder)
     policy = load_openvla(folder, chunk=4)
     assert (policy.chunk, policy.action_dim, policy.cameras) == (4, 9, ("image",))
@@ -309,7 +333,7 @@ def test_folders_that_are_none(plain, tmp_path, monkeypatch):
 
 def test_without_a_tokenizer_only_act_fails(plain, tmp_path):
     policy = load_openvla(write_checkpoint(tmp_path / "model", plain))
-    with pytest.raises(CheckpointError, match=r"no tokenizer.json or tokenizer.model"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json .*pixel_values=policy\.processor\.pixel_values\(\["):
         policy.act({"image": np.zeros((224, 224, 3), np.uint8)}, "go")
 
 

@@ -288,6 +288,9 @@ def test_wrong_arguments_are_refused():
         policy.predict_action(**inputs, action_head=torch.nn.Linear(1, 1))
     with pytest.raises(ObservationError, match="use_film"):
         policy.predict_action(**inputs, use_film=True)
+    with pytest.raises(ObservationError, match="do_sample=True was given; nothing is sampled") as refusal:
+        policy.predict_action(**inputs, do_sample=True)
+    assert "film" not in str(refusal.value).lower()
     with pytest.raises(ObservationError, match="give proprio"):
         policy.predict_action(**{**inputs, "proprio": None})
     with pytest.raises(ObservationError, match=r"proprio must have the shape \(1, 8\); found \(1, 7\)"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vla_pruner.errors import CheckpointError
+from vla_pruner.errors import BudgetError, CheckpointError
 from vla_pruner.models.openvla import heads
 from vla_pruner.models.openvla.oft import OpenVLAOFT
 from vla_pruner.models.openvla.robots import camera_names, find_platform
@@ -24,7 +24,7 @@ def equip(
     dtype: torch.dtype,
     cameras: tuple[str, ...] | None,
     chunk: int | None,
-    denoising_steps: int,
+    denoising_steps: int | None,
 ) -> None:
     """Give `policy` its heads and settings.
 
@@ -38,6 +38,7 @@ def equip(
     Raises:
         CheckpointError: a file is damaged, one lacks its counterpart or fits another language model, or the chunk's
             length is not known.
+        BudgetError: `denoising_steps` is out of range, or was given where nothing is denoised.
     """
     with as_checkpoint_error():
         states = {name: heads.read_head(file) for name, file in files.items()}
@@ -47,7 +48,12 @@ def equip(
             policy.proprio_projector = heads.ProprioProjector.from_state(states["proprio_projector"])
         if "noisy_action_projector" in states:
             policy.noisy_action_projector = heads.NoisyActionProjector.from_state(states["noisy_action_projector"])
-    policy.ddim = heads.DDIM(TRAINING_STEPS, denoising_steps)
+    if denoising_steps is not None and not policy.diffusion:
+        raise BudgetError(
+            f"denoising_steps={denoising_steps} was given, but {folder} has no diffusion head: nothing is denoised. "
+            "Leave it out."
+        )
+    policy.ddim = heads.DDIM(TRAINING_STEPS, TRAINING_STEPS if denoising_steps is None else denoising_steps)
     if policy.diffusion != (policy.noisy_action_projector is not None):
         absent = "action_head of the diffusion kind" if not policy.diffusion else "noisy_action_projector"
         raise CheckpointError(f"{folder} has {', '.join(files)} but no {absent}. Download the checkpoint again.")
@@ -92,7 +98,7 @@ def _settle(policy: OpenVLAOFT, folder: Path, cameras: tuple[str, ...] | None, c
         raise CheckpointError(
             f"{folder} has actions of {policy.action_dim} numbers, states of {proprio_dim or 'no'} numbers and the "
             f"datasets {', '.join(datasets) or 'none'}; that is not clearly LIBERO, ALOHA or Bridge, so the length of "
-            "its chunks is not known. Give it: load_openvla(..., chunk=8)."
+            "its chunks is not known. Give it: load_policy(..., chunk=8)."
         )
     if chunk is not None:
         policy.chunk = chunk

@@ -141,10 +141,10 @@ class DDIM:
     """
 
     def __init__(self, num_train_steps: int = 50, num_inference_steps: int = 10) -> None:
-        if not 1 <= num_inference_steps <= num_train_steps:
+        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_steps:
             raise BudgetError(
                 f"DDIM takes from 1 to {num_train_steps} inference steps (the number it was trained with); "
-                f"found {num_inference_steps}."
+                f"found {num_inference_steps!r}."
             )
         self.stride = num_train_steps // num_inference_steps
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1) * self.stride

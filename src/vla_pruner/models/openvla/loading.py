@@ -7,22 +7,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
-from vla_pruner.errors import CheckpointError, UnsupportedModelError
+from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.methods.base import is_count
 from vla_pruner.models.openvla import heads
 from vla_pruner.models.openvla.configuration import OpenVLAConfig
 from vla_pruner.models.openvla.equipment import as_checkpoint_error, equip
 from vla_pruner.models.openvla.network import OpenVLAForActionPrediction
 from vla_pruner.models.openvla.oft import OpenVLAOFT
 from vla_pruner.models.openvla.processing import OpenVLAProcessor
-from vla_pruner.models.openvla.quantization import quantization_config
+from vla_pruner.models.openvla.quantization import INSTALL, quantization_config
 from vla_pruner.models.openvla.robots import camera_names
 from vla_pruner.models.openvla.shards import check_shards
+from vla_pruner.policies.options import check_attention
 
 _STATISTICS = "dataset_statistics.json"
 _FILM = re.compile(r"vision_backbone\..*\.(scale|shift)\.(weight|bias)$|film", re.IGNORECASE)
@@ -41,7 +44,7 @@ def load_openvla(
     unnorm_key: str | None = None,
     cameras: tuple[str, ...] | None = None,
     chunk: int | None = None,
-    denoising_steps: int = 50,
+    denoising_steps: int | None = None,
 ) -> OpenVLAForActionPrediction | OpenVLAOFT:
     """A policy from a published checkpoint, in eval mode, with its heads, statistics and processor.
 
@@ -59,13 +62,18 @@ def load_openvla(
             has one, and OFT as many as its official platform (LIBERO two, ALOHA three, Bridge one), or one if it
             reads no state.
         chunk: actions in a chunk, where the official platforms leave it open.
-        denoising_steps: of a diffusion head; 50, as many as in training, is the official default.
+        denoising_steps: of a diffusion head; None: 50, as many as in training, the official default.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are not the model's; the message lists them.
         UnsupportedModelError: it is another model, or a variant that is not supported.
-        BudgetError: `denoising_steps` is not from 1 to 50.
+        BudgetError: `denoising_steps` is not from 1 to 50, or nothing is denoised; `chunk` is no number of actions.
     """
+    check_attention(attn_implementation)
+    if chunk is not None and not is_count(chunk, 1):
+        raise BudgetError(f"chunk={chunk!r} was given; it is how many actions are in a chunk, an int of 1 or more.")
+    if device_map is not None and find_spec("accelerate") is None:
+        raise UnsupportedModelError(f"device_map={device_map!r} needs accelerate. Run: {INSTALL['accelerate']}")
     folder = checkpoint_folder(path)
     config = _read_config(folder)
     check_shards(folder)
@@ -80,6 +88,8 @@ def load_openvla(
             f"{folder} has no action head and no proprio projector, so it is OpenVLA: one camera, one action at a "
             "time. For OpenVLA-OFT with discrete actions give family='openvla_oft'; else leave out chunk and cameras."
         )
+    if not oft and denoising_steps is not None:
+        raise BudgetError(f"denoising_steps={denoising_steps!r} was given, but OpenVLA denoises nothing; leave it out.")
     if dtype is None:
         on_cuda = torch.device(device).type == "cuda" if device_map is None else torch.cuda.is_available()
         dtype = torch.bfloat16 if on_cuda else torch.float32
@@ -246,7 +256,8 @@ class AbsentTokenizer:
     def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Any:
         raise CheckpointError(
             f"{self._folder} has no tokenizer.json or tokenizer.model, so instructions cannot be read. Copy them there "
-            "from the checkpoint that this one was trained from, or call predict_action with token ids."
+            "from the checkpoint that this one was trained from, or call predict_action with token ids of your own and "
+            "pixel_values=policy.processor.pixel_values([image, ...])."
         )
 
 

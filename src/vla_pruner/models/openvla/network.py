@@ -255,14 +255,14 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """
         if self.processor is None:
             raise CheckpointError(
-                "The policy has no processor, so it cannot read images and words: load it with load_openvla, set "
+                "The policy has no processor, so it cannot read images and words: load it with load_policy, set "
                 "`policy.processor`, or call predict_action with what you prepared yourself."
             )
         if not isinstance(images, Mapping) or set(images) != set(self.cameras):
             names = ", ".join(map(repr, images)) if isinstance(images, Mapping) else f"a {type(images).__name__}"
             raise ObservationError(
                 f"The images are {names or 'none'}; this policy takes exactly "
-                f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_openvla(cameras=...)."
+                f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_policy(cameras=...)."
             )
         input_ids, attention_mask = self.processor.tokenize([self.processor.prompt(instruction)])
         found = self.predict_action(
@@ -290,6 +290,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             raise ObservationError(
                 f"pixel_values must be a tensor of the shape {expected}: a row for each prompt, and six channels for "
                 f"each of the cameras {', '.join(self.cameras)}; found {found}."
+            )
+        if not pixel_values.is_floating_point():
+            raise ObservationError(
+                f"pixel_values is of {pixel_values.dtype}, but holds normalised colours in floating point: make "
+                "it with policy.processor.pixel_values([image, ...]) from uint8 images."
             )
         check_inputs(pixel_values=pixel_values)
         weight = self.projector.fc1.weight

@@ -149,8 +149,10 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
                 raise ObservationError(
                     f"{name} was given, but the policy uses the one it was loaded with; leave it out."
                 )
-        if use_film or do_sample:
-            raise ObservationError("use_film and do_sample can only be False: there is no FiLM here, and no sampling.")
+        if do_sample:
+            raise ObservationError("do_sample=True was given; nothing is sampled here, so give do_sample=False.")
+        if use_film:
+            raise ObservationError("use_film=True was given; FiLM is not supported, so give use_film=False.")
         stats = self.get_action_stats(unnorm_key)
         if self.get_action_dim(unnorm_key) != self.action_dim:
             raise ObservationError(
