@@ -90,14 +90,33 @@ def test_flags(evaluate):
     ("flags", "message"),
     [
         (("--policy.keep=2.5",), "keep=2.5"),
+        (("--policy.keep=much",), "keep='much'"),
+        (("--policy.method=random", '--policy.keep={"base": -1}'), "-1"),
         (("--policy.method=fastv",), "one of 'vla_pruner'"),
+        (("--policy.pruned=burn",), "pruned='burn'"),
+        (("--policy.layer=-1",), "layer=-1"),
         (('--policy.options={"windows": 2}',), "windows"),
-        (("--policy.pretrained_revision=main",), "newest revision"),
+        (('--policy.options={"warmup": "never"}',), "warmup='never'"),
     ],
 )
-def test_flags_that_are_wrong(evaluate, flags, message):
-    with pytest.raises(vp.VLAPrunerError, match=message):
+def test_flags_that_are_wrong_stop_before_an_environment_is_made(evaluate, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(lerobot_eval, "make_env", lambda *args, **kwargs: pytest.fail("an environment was made"))
+    with pytest.raises(SystemExit):
         evaluate("pi0", "--policy.type=vla_pruner", "--policy.pretrained_path=FOLDER", *flags)
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_that_is_wrong_in_a_script():
+    from lerobot_policy_vla_pruner import VLAPrunerConfig
+
+    with pytest.raises(vp.VLAPrunerError, match=r"keep=2\.5"):
+        VLAPrunerConfig(device="cpu", keep=2.5)
+
+
+def test_a_revision_is_refused(evaluate):
+    checkpoint = ("--policy.type=vla_pruner", "--policy.pretrained_path=FOLDER")
+    with pytest.raises(CheckpointError, match="newest revision"):
+        evaluate("pi0", *checkpoint, "--policy.pretrained_revision=main")
 
 
 def test_without_a_checkpoint(evaluate):

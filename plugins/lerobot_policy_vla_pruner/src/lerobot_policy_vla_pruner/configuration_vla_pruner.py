@@ -7,11 +7,15 @@ from typing import Any
 
 from lerobot.configs.policies import PreTrainedConfig
 
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import BudgetError, UnsupportedModelError, VLAPrunerError
 
 METHODS = {"vla_pruner": "VLAPruner", "random": "RandomKeep", "unpruned": "Unpruned"}
 
 NOT_TRAINED = "A pruned policy is not trained; train the checkpoint itself."
+
+
+class FlagError(VLAPrunerError):
+    """The flags describe no method. It is no ValueError, of which LeRobot's parser would not show the words."""
 
 
 @PreTrainedConfig.register_subclass("vla_pruner")
@@ -25,6 +29,9 @@ class VLAPrunerConfig(PreTrainedConfig):
         layer, pruned: as of vla-pruner's methods.
         options: further options of the method, such as {"warmup": "semantic"}.
         inner: fields of the checkpoint's own config that are to differ, such as {"n_action_steps": 10}.
+
+    Raises:
+        FlagError: they describe no method of vla-pruner.
     """
 
     method: str = "vla_pruner"
@@ -33,6 +40,14 @@ class VLAPrunerConfig(PreTrainedConfig):
     pruned: str = "drop"
     options: dict[str, Any] = field(default_factory=dict)
     inner: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Flags that are wrong say so before LeRobot makes environments and reads gigabytes.
+        try:
+            self.build_method()
+        except VLAPrunerError as error:
+            raise FlagError(str(error)) from error
+        super().__post_init__()
 
     def build_method(self) -> Any:
         """The method of vla-pruner that these flags describe.

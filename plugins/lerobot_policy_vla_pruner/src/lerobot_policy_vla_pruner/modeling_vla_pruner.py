@@ -50,7 +50,6 @@ class VLAPrunerPolicy(PreTrainedPolicy):
                 "pretrained_revision was given, but LeRobot 0.6 takes pi0's weights from the newest revision all the "
                 "same; download the revision and name its folder."
             )
-        config.build_method()  # Flags that are wrong say so before gigabytes are read.
         own = read_config(pretrained_name_or_path, config.inner_flags())
         if config.output_features:
             own.output_features = config.output_features
