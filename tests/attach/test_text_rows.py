@@ -105,4 +105,4 @@ def test_static_cache_gives_the_same_scores():
             with method.attach(model, visual=VISUAL) as session:
                 decode(model, embeds, None, make_cache(cache, model), 1)
                 found.append(session.scores["semantic"])
-        assert torch.equal(*found)
+        assert (found[0] - found[1]).abs().max() < 1e-6

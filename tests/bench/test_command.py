@@ -131,3 +131,10 @@ def test_sizes_that_are_left_out_are_llama_s() -> None:
     assert (size.heads, size.intermediate) == (32, 11008)
     assert BenchSettings("llama:64,4,2,100,50", layers=2).llama().layers == 2
     assert BenchSettings("llama:64,4,2,100,50").llama().vocabulary == 50
+
+
+def test_a_json_file_that_cannot_be_written_is_told_first(tmp_path, capsys):
+    assert main(["bench", "--model", "llama:64,4", "--json", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "which is a folder" in error
+    assert len(error.splitlines()) == 1

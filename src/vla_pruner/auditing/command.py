@@ -18,6 +18,7 @@ from vla_pruner.auditing.run import audit
 from vla_pruner.auditing.subject import check_request
 from vla_pruner.auditing.table import print_check, summary
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.methods import Method, RandomKeep, VLAPruner
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.loading import load_policy
@@ -90,33 +91,6 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     return 0 if report.passed else 1
 
 
-def check_file(name: str) -> None:
-    """Proves that `--json FILE` can be written, before anything slow begins, and leaves no new file behind.
-
-    Raises:
-        BudgetError: saying why not.
-    """
-    try:
-        if not Path(name).resolve().parent.is_dir():
-            raise BudgetError(f"--json is {name}, but there is no such folder; make it first.")
-        if Path(name).is_dir():
-            raise BudgetError(f"--json is {name or 'empty'}, which is a folder; give a file in it.")
-        if Path(name).exists() and not Path(name).is_file():
-            return  # a pipe or a device: who reads it would take opening and closing for the whole report
-        file = Path(name).resolve()
-        is_new = not file.exists()
-        with file.open("ab"):
-            pass
-        if is_new:
-            file.unlink()
-    except OSError as error:
-        raise _unwritable(name, error) from error
-
-
-def _unwritable(name: str, error: OSError) -> BudgetError:
-    return BudgetError(f"--json is {name}, which cannot be written ({error.strerror or error}); give another file.")
-
-
 def _policy(settings: AuditSettings, device: torch.device) -> Policy:
     dtype = None if settings.dtype is None else DTYPES[settings.dtype]
     if settings.random_weights:
@@ -161,4 +135,4 @@ def _write(report: AuditReport, settings: AuditSettings) -> None:
         try:
             Path(str(settings.json)).write_text(text)
         except OSError as error:  # a full disk, for instance
-            raise _unwritable(str(settings.json), error) from error
+            raise unwritable(str(settings.json), error) from error

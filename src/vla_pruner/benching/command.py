@@ -14,6 +14,7 @@ from rich.console import Console
 
 from vla_pruner.benching.settings import DTYPES, NAMED, SIZES, BenchSettings
 from vla_pruner.errors import BudgetError
+from vla_pruner.json_file import check_file, unwritable
 
 _FIELDS = (
     "model", "size", "layers", "keep", "methods", "pruned", "layer", "batch", "cameras", "dtype", "device", "compile",
@@ -99,8 +100,8 @@ def run_bench(options: argparse.Namespace) -> int:
         VLAPrunerError: the flags do not allow a benchmark.
     """
     settings = BenchSettings(**{name: getattr(options, name) for name in _FIELDS})
-    if options.json not in (None, "-") and not Path(options.json).resolve().parent.is_dir():
-        raise BudgetError(f"--json is {options.json}, but there is no such folder; make it first.")
+    if options.json not in (None, "-"):
+        check_file(options.json)
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise BudgetError(f"--out is {options.out}, which is a file; give a folder.")
     console = Console(highlight=False, stderr=options.json == "-")
@@ -113,7 +114,10 @@ def run_bench(options: argparse.Namespace) -> int:
     if options.json == "-":
         sys.stdout.write(text)
     elif options.json is not None:
-        Path(options.json).write_text(text)
+        try:
+            Path(options.json).write_text(text)
+        except OSError as error:
+            raise unwritable(options.json, error) from error
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "bench.json").write_text(text)
