@@ -79,7 +79,7 @@ $(QUANTIZATION_VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-quantization: $(QUANTIZATION_VENV)/.installed
-	$(QUANTIZATION_VENV)/bin/python -m pytest tests/openvla/test_loading.py tests/families/test_openvla.py $(ARGS)
+	$(QUANTIZATION_VENV)/bin/python -m pytest tests/openvla/test_quantization.py tests/openvla/test_loading.py tests/families/test_openvla.py $(ARGS)
 
 $(LEROBOT_VENV)/.installed: pyproject.toml constraints-lerobot.txt plugins/lerobot_policy_vla_pruner/pyproject.toml
 	@test -x $(LEROBOT_VENV)/bin/python || { echo "==> Creating $(LEROBOT_VENV) with $(LEROBOT_PYTHON)"; $(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV); }
