@@ -19,16 +19,18 @@ from vla_pruner.methods.selection import (
     max_min_order_in_tensors,
 )
 
-triton = pytest.importorskip(
-    "triton", reason="Triton is not installed (torch for the CPU comes without): make test-triton"
-)
+pytest.importorskip("triton", reason="Triton is not installed (torch for the CPU comes without): make test-triton")
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from vla_pruner.methods.greedy_triton import greedy_kernel, max_min_order_in_triton, nearest_kernel  # noqa: E402
+
+# Triton 3.6's interpreter reads a number out of an array in a way that NumPy will give up.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no CUDA device, and TRITON_INTERPRET=1 is not set: make test-triton", allow_module_level=True)
-
-from vla_pruner.methods.greedy_triton import max_min_order_in_triton  # noqa: E402
-
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZES = [
     (1, 1, 1, 1),
@@ -39,6 +41,10 @@ SIZES = [
     (2, 65, 64, 30),
     (1, 256, 120, 64),
 ]
+runs = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no CUDA device, and TRITON_INTERPRET=1 is not set: make test-triton",
+)
 on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -55,6 +61,7 @@ def problem(rows, tokens, count, levels, device=DEVICE):
     return distance.to(device), candidates.to(device)
 
 
+@runs
 @pytest.mark.parametrize("levels", [None, 1, 2, 3])
 @pytest.mark.parametrize(("rows", "tokens", "count", "k"), SIZES)
 def test_it_picks_what_arrays_and_tensors_pick(rows, tokens, count, k, levels):
@@ -65,6 +72,7 @@ def test_it_picks_what_arrays_and_tensors_pick(rows, tokens, count, k, levels):
     assert torch.equal(order.cpu(), max_min_order_in_arrays(distance.cpu(), candidates.cpu(), k))
 
 
+@runs
 def test_tensors_may_lie_in_memory_as_they_like():
     distance, candidates = problem(2, 40, 20, None)
     wide = torch.cat([candidates, candidates], dim=1)
@@ -73,6 +81,7 @@ def test_tensors_may_lie_in_memory_as_they_like():
     assert torch.equal(max_min_order_in_triton(turned, wide[:, :40], 9), expected)
 
 
+@runs
 def test_numbers_that_are_none_count_as_zero():
     distance, candidates = problem(2, 40, 30, None)
     distance[0, 3:20, 5:30] = torch.nan
@@ -143,3 +152,21 @@ def test_a_captured_graph_picks_anew():
     candidates.copy_(others)
     graph.replay()
     assert torch.equal(order, max_min_order_in_tensors(other, others, 64))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("block", "tokens_are_round"), [(256, True), (1024, False), (4096, True)])
+def test_it_compiles_for_gpus_that_are_not_here(block, tokens_are_round, capability, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {"distance": "*fp32", "candidates": "*i1", "nearest": "*fp32", "order": "*i64"}
+    for kernel, sizes in ((nearest_kernel, {"tile": 4096 // block, "block": block}), (greedy_kernel, {"block": block})):
+        signature = {name: "constexpr" if name in sizes else pointers.get(name, "i32") for name in kernel.arg_names}
+        constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
+        aligned = [name for name in kernel.arg_names if name in pointers or (name == "tokens" and tokens_are_round)]
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        assert compiled.asm["cubin"]
+        assert ".local" not in compiled.asm["ptx"], "what should stay in registers does not"
+        assert ("ld.global.v4" in compiled.asm["ptx"]) is tokens_are_round, "rows are read four numbers at a time"

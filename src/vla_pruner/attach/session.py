@@ -182,7 +182,8 @@ class Session:
                         f"The prompt of this control step has {step.layout.length} positions, but it was run again "
                         f"with {call.length}."
                     )
-                step.prefilling = step.running = True
+                step.prefilling = True
+                step.begin_call()
                 return True
             if step is None or step.prefilling:
                 raise SessionError(
@@ -194,7 +195,7 @@ class Session:
                     f"The decoder was called with {call.length} positions after the prompt; it decodes one at a "
                     "time. A prompt in several pieces and speculative decoding are not supported."
                 )
-            step.running = True
+            step.begin_call()
             return False
         layout = self._family.layout(call)
         rows = self._family.action_rows(layout)
@@ -218,7 +219,9 @@ class Session:
                 "blank images in the places of absent cameras (LeRobot's SmolVLA: config.empty_cameras)."
             )
         self._memory = memory = memory.to(call.device)
-        self._step = Step(layout=layout, memory=memory, action_rows=rows)
+        # Decided here, on the host, since the layers may run as a graph.
+        prunes = self.method.prunes(memory)
+        self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes)
         return True
 
     def choose(self, hidden: Tensor) -> Shortening | None:
@@ -230,7 +233,7 @@ class Session:
         step.chosen = True
         layout = step.layout
         budgets = self._budgets(layout.cameras, layout.absent)
-        if sum(budgets) >= layout.tokens or not self.method.prunes(step.memory):
+        if sum(budgets) >= layout.tokens or not step.prunes:
             return None
         features = step.embeddings
         if "features" in self.method.needs:

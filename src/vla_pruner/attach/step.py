@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.attach.layout import Layout, Shortening
-from vla_pruner.attach.reads import DeferredReads
+from vla_pruner.attach.reads import CallReads, DeferredReads, note
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import attention_probabilities, mean_logits, mean_over_rows
@@ -21,6 +21,7 @@ class Step:
     Attributes:
         layout: where things are in the sequence.
         memory: what the rows remembered when the step opened.
+        prunes: whether the method prunes this step.
         action_rows: (B, R) prompt positions whose attention is action attention; None if there are none.
         short_action_rows: (B, R) where these are among the rows of the shortened sequence; None if it is not pruned.
         kept: (B, k) sorted ids of the visual tokens kept; None if the step is not pruned.
@@ -33,11 +34,13 @@ class Step:
         chosen: what becomes of the sequence is decided.
         prefilling: the prefill is still running.
         running: a call that belongs to the step has begun and not come back; it stays so where one failed.
+        call: what the call that is running has read so far.
         closed: its scores are in the memory already, or were discarded with it.
     """
 
     layout: Layout
     memory: Memory
+    prunes: bool = True
     action_rows: Tensor | None = None
     short_action_rows: Tensor | None = None
     kept: Tensor | None = None
@@ -50,6 +53,7 @@ class Step:
     running: bool = True
     closed: bool = False
     frozen_hidden: Tensor | None = None
+    call: CallReads = field(default_factory=CallReads)
     _columns: dict[bool, Tensor] = field(default_factory=dict)
     _deferred: DeferredReads = field(default_factory=DeferredReads)
     _rows_read: int = 0
@@ -145,15 +149,34 @@ class Step:
             decoding: the rows are decoded one by one.
         """
         one = decoding and (attention.query.shape[2] if rows is None else rows.shape[1]) == 1
-        # A static cache has room for more, and may be emptied before anybody asks.
-        grows = attention.key.shape[2] == self._prompt_columns(shortened) + self._deferred.rows(layer, shortened)
-        if one and grows and attention.weights is None:
-            self._deferred.add(layer, shortened, attention, rows)
+        if one and attention.weights is None:
+            self.call.notes.append(note(layer, shortened, attention, rows))
             return
         # Sums stay in the cache's own order of columns until somebody reads them.
         columns = _known_rows(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(shortened)]
-        self._add_columns(columns.to(self.layout.visual.device), shortened)
-        self._rows_read += 1
+        self.call.add(columns.to(self.layout.visual.device), shortened)
+
+    def begin_call(self) -> None:
+        """A call of the decoder or of an expert begins."""
+        self.running = True
+        self.call = CallReads()
+
+    @torch.no_grad()
+    def end_call(self) -> None:
+        """The call came back: what it read counts."""
+        self.running = False
+        call, self.call = self.call, CallReads()
+        for shortened, columns in call.columns.items():
+            self._add_columns(columns, shortened)
+        self._rows_read += call.count
+        for row in call.notes:
+            prompt = self._prompt_columns(row.shortened)
+            if row.call.key.shape[2] == prompt + self._deferred.rows(row.layer, row.shortened):
+                self._deferred.add(row)
+            else:
+                # A static cache has room for more, and may be emptied before anybody asks.
+                self._add_columns(row.columns()[:, :prompt].to(self.layout.visual.device), row.shortened)
+                self._rows_read += 1
 
     def _prompt_columns(self, shortened: bool) -> int:
         if shortened and self.shortening is not None:

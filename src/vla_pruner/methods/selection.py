@@ -19,7 +19,7 @@ LARGEST_FUSED = 4096
 
 
 def order_by_score(scores: Tensor, valid: Tensor) -> Tensor:
-    """Ids (B, M) by falling score; tokens that are not `valid` (B, M) come after all that are; ties by id.
+    """Ids (..., M) by falling score; tokens that are not `valid` (..., M) come after all that are; ties by id.
 
     What is not a number counts as the least, so that there is a choice in any case.
     """
@@ -29,11 +29,11 @@ def order_by_score(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def top_mask(scores: Tensor, valid: Tensor, k: int) -> Tensor:
-    """(B, M) bool: the k highest `scores` (B, M) of each row among `valid` (B, M) tokens, filled up with others if
+    """(..., M) bool: the k highest `scores` (..., M) of each row among `valid` (..., M) tokens, filled up with others if
     there are too few.
     """
-    mask = torch.zeros_like(valid)
-    return mask.scatter(1, order_by_score(scores, valid)[:, :k], True)
+    order = order_by_score(scores, valid)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :k], True)
 
 
 def top_ids(scores: Tensor, valid: Tensor, k: int) -> Tensor:
@@ -43,7 +43,8 @@ def top_ids(scores: Tensor, valid: Tensor, k: int) -> Tensor:
 
 def present_or_enough(valid: Tensor, k: int) -> Tensor:
     """(B, M) bool: the `valid` (B, M) tokens, and in rows with fewer than k of them the first others up to k."""
-    return valid | top_mask(valid, valid, k)
+    missing = k - valid.sum(dim=1, keepdim=True)
+    return valid | ((~valid).cumsum(dim=1) <= missing)
 
 
 def distances(features: Tensor, metric: str = "cosine") -> Tensor:
