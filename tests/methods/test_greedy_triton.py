@@ -21,11 +21,11 @@ from vla_pruner.methods.selection import (
 
 pytest.importorskip("triton", reason="Triton is not installed (torch for the CPU comes without): make test-triton")
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from vla_pruner.methods.greedy_triton import greedy_kernel, max_min_order_in_triton, nearest_kernel  # noqa: E402
+from vla_pruner.methods.greedy_triton import greedy_kernel, max_min_order_in_triton, nearest_kernel, shape_of
 
 # Triton 3.6's interpreter reads a number out of an array in a way that NumPy will give up.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -156,17 +156,25 @@ def test_a_captured_graph_picks_anew():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("block", "tokens_are_round"), [(256, True), (1024, False), (4096, True)])
-def test_it_compiles_for_gpus_that_are_not_here(block, tokens_are_round, capability, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("tokens", "round_number"), [(256, True), (729, False), (768, True), (LARGEST_FUSED, True)])
+def test_it_compiles_for_gpus_that_are_not_here(tokens, round_number, capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    block, tile, warps = shape_of(tokens)
     pointers = {"distance": "*fp32", "candidates": "*i1", "nearest": "*fp32", "order": "*i64"}
-    for kernel, sizes in ((nearest_kernel, {"tile": 4096 // block, "block": block}), (greedy_kernel, {"block": block})):
+    for kernel, sizes, num_warps in (
+        (nearest_kernel, {"tile": tile, "block": block}, 4),
+        (greedy_kernel, {"block": block}, warps),
+    ):
+        place = kernel.arg_names.index
         signature = {name: "constexpr" if name in sizes else pointers.get(name, "i32") for name in kernel.arg_names}
-        constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
-        aligned = [name for name in kernel.arg_names if name in pointers or (name == "tokens" and tokens_are_round)]
-        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        aligned = [name for name in kernel.arg_names if name in pointers or (name == "tokens" and round_number)]
+        source = ASTSource(
+            fn=kernel,
+            signature=signature,
+            constexprs={(place(name),): value for name, value in sizes.items()},
+            attrs={(place(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
         assert compiled.asm["cubin"]
         assert ".local" not in compiled.asm["ptx"], "what should stay in registers does not"
-        assert ("ld.global.v4" in compiled.asm["ptx"]) is tokens_are_round, "rows are read four numbers at a time"
+        assert ("ld.global.v4" in compiled.asm["ptx"]) is round_number, "rows are read four numbers at a time"

@@ -14,8 +14,11 @@ import triton  # pyright: ignore[reportMissingImports] optional
 import triton.language as tl  # pyright: ignore[reportMissingImports] optional
 from torch import Tensor
 
-_DISTANCES_OF_A_PROGRAM = 4096  # In the first kernel.
-_TOKENS_OF_A_WARP = 256  # In the second.
+# The first kernel's programs.
+_DISTANCES_OF_A_PROGRAM = 4096
+_WARPS_OF_THE_FIRST = 4
+# The second's: eight tokens a thread, so that the models' usual 256 need one warp, which waits for no other.
+_TOKENS_OF_A_WARP = 256
 
 
 @triton.jit
@@ -57,6 +60,12 @@ def greedy_kernel(distance, nearest, order, tokens, k, block: tl.constexpr):
         tl.store(order + step, picked.to(tl.int64))
 
 
+def shape_of(tokens: int) -> tuple[int, int, int]:
+    """`block` and `tile` of the kernels for rows of so many tokens, and the warps of the second."""
+    block = max(32, triton.next_power_of_2(tokens))
+    return block, max(1, _DISTANCES_OF_A_PROGRAM // block), max(1, min(8, block // _TOKENS_OF_A_WARP))
+
+
 def max_min_order_in_triton(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
     """`max_min_order` in two launches, without a wait for the host and capturable in a CUDA graph.
 
@@ -74,13 +83,12 @@ def max_min_order_in_triton(distance: Tensor, candidates: Tensor, k: int) -> Ten
     distance, candidates = distance.contiguous(), candidates.contiguous()
     nearest = torch.empty_like(candidates, dtype=torch.float32)
     order = torch.empty((rows, k), dtype=torch.int64, device=distance.device)
-    block = max(32, triton.next_power_of_2(tokens))
-    tile = max(1, _DISTANCES_OF_A_PROGRAM // block)
-    warps = max(1, min(8, block // _TOKENS_OF_A_WARP))
+    block, tile, warps = shape_of(tokens)
     first: Any = nearest_kernel
     picks: Any = greedy_kernel
+    programs = (triton.cdiv(tokens, tile), rows)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(distance):
-        first[(triton.cdiv(tokens, tile), rows)](distance, candidates, nearest, tokens, tile, block, num_warps=4)
+        first[programs](distance, candidates, nearest, tokens, tile, block, num_warps=_WARPS_OF_THE_FIRST)
         picks[(rows,)](distance, nearest, order, tokens, k, block, num_warps=warps)
     return order

@@ -29,8 +29,8 @@ def order_by_score(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def top_mask(scores: Tensor, valid: Tensor, k: int) -> Tensor:
-    """(..., M) bool: the k highest `scores` (..., M) of each row among `valid` (..., M) tokens, filled up with others if
-    there are too few.
+    """(..., M) bool: the k highest `scores` (..., M) of each row among `valid` (..., M) tokens, filled up with others
+    if there are too few.
     """
     order = order_by_score(scores, valid)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :k], True)
