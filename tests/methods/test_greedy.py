@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from benchmarks import greedy
 from vla_pruner.methods import selection
 from vla_pruner.methods.selection import (
     distances,
@@ -120,3 +121,18 @@ def test_what_registers_cannot_hold_is_not_fused(monkeypatch):
         distance = torch.empty(1, tokens, tokens, device="meta")
         candidates = torch.empty(1, tokens, dtype=torch.bool, device="meta")
         assert (max_min_order(distance, candidates, 3) == "fused") is fused
+
+
+def test_the_benchmark_times_every_form_in_every_round():
+    cpu = torch.device("cpu")
+    forms = greedy.forms_on(*greedy.problem(2, 24, 6, cpu), 6)
+    assert list(forms) == ["tensors", "arrays"]
+    found = greedy.summary(greedy.time_forms(forms, 2, cpu))
+    assert all(len(of["ms"]) == 2 and min(of["ms"]) > 0 for of in found.values())
+    assert found["tensors"]["times_faster"] == 1
+
+
+def test_the_benchmark_refuses_forms_that_disagree(monkeypatch):
+    monkeypatch.setattr(greedy, "max_min_order_in_arrays", lambda distance, candidates, k: torch.zeros(1, k))
+    with pytest.raises(SystemExit, match="arrays picked other tokens"):
+        greedy.forms_on(*greedy.problem(1, 24, 6, torch.device("cpu")), 6)
