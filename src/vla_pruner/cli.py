@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_audit(commands)
     _add_bench(commands)
+    _add_eval(commands)
     options = parser.parse_args(arguments)
     if options.version:
         _print_versions()
@@ -252,6 +253,12 @@ def _add_bench(commands: Any) -> None:
     from vla_pruner.benching.command import add_bench
 
     add_bench(commands)
+
+
+def _add_eval(commands: Any) -> None:
+    from vla_pruner.evaluation.flags import add_eval
+
+    add_eval(commands)
 
 
 def _keep(text: str) -> float | int:

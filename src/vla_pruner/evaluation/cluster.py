@@ -1,0 +1,192 @@
+"""Units on a Ray cluster: one policy replica an actor, one writer of records, and nothing lost when a worker dies."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vla_pruner.errors import VLAPrunerError
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.records import Record, RecordFile
+from vla_pruner.evaluation.replica import Recipe, Replica, lost
+from vla_pruner.evaluation.run import Run, keep_record
+from vla_pruner.evaluation.units import Unit
+from vla_pruner.simulators.base import SimulatorUnavailable
+
+LOCAL = "local"
+TRIES = 3
+"""Workers that may die on one unit before it counts as crashed, or at their start before the run stops."""
+
+
+class Worker:
+    """What runs in an actor. Refusals come back as text, so that the driver can say them in one line."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._replica: Replica | None = None
+
+    def start(self) -> tuple[str, Any]:
+        """Loads the policy: ("described", ...) or ("refused", why)."""
+        try:
+            self._replica = Replica(self._recipe)
+            return "described", self._replica.describe()
+        except (VLAPrunerError, SimulatorUnavailable) as error:
+            return "refused", str(error)
+
+    def run_unit(self, unit: Unit, arms: Sequence[tuple[str, int]], run: str) -> tuple[str, Any]:
+        """Runs a unit: ("records", ...) or ("refused", why)."""
+        assert self._replica is not None
+        try:
+            return "records", list(self._replica.run_unit(unit, arms, run))
+        except (VLAPrunerError, SimulatorUnavailable) as error:
+            return "refused", str(error)
+
+
+class Cluster:
+    """Workers on a Ray cluster. A context manager: leaving it ends the workers.
+
+    Args:
+        recipe: what every worker is made from.
+        address: of a running cluster, "auto" for the one that this machine is part of, or "local" to start one here.
+        workers: how many; None: as many as the cluster has room for, one CUDA device or one core each.
+
+    Attributes:
+        described: of every worker, which all agree on it.
+
+    Raises:
+        EvaluationError: Ray is not installed or not reachable, or the workers cannot start or differ.
+    """
+
+    def __init__(self, recipe: Recipe, address: str, workers: int | None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            self._ray: Any = importlib.import_module("ray")
+        except ImportError as error:
+            raise EvaluationError(
+                "--ray needs Ray, which is not installed; run: pip install 'vla-pruner[ray]'"
+            ) from error
+        self._recipe = recipe
+        self._began = not self._ray.is_initialized()
+        if self._began:
+            self._connect(address, workers)
+        on_cuda = recipe.policy.device.startswith("cuda")
+        need = {"num_gpus": 1, "num_cpus": 1} if on_cuda else {"num_cpus": 1}
+        # An actor that died is replaced here, never restarted by Ray: only this process knows what it was doing.
+        self._actor = self._ray.remote(max_restarts=0, max_task_retries=0, **need)(Worker)
+        room = int(self._ray.cluster_resources().get("GPU" if on_cuda else "CPU", 0))
+        self._workers: list[Any] = []
+        self.described: dict[str, Any] = {}
+        try:
+            if room < (workers or 1):
+                what = "CUDA devices" if on_cuda else "cores"
+                raise EvaluationError(
+                    f"--workers is {workers or 1}, but the cluster has {room} {what}, and a worker takes one; ask for "
+                    "fewer, or add machines."
+                )
+            self._fill(workers or room)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, address: str, workers: int | None) -> None:
+        where: dict[str, Any] = {"num_cpus": workers} if address == LOCAL else {"address": address}
+        try:
+            self._ray.init(
+                log_to_driver=False, include_dashboard=False, **where
+            ) if address == LOCAL else self._ray.init(log_to_driver=False, **where)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise EvaluationError(
+                f"--ray is {address}, where no Ray cluster answers ({reason}); start one with 'ray start --head', or "
+                "give --ray alone for one of this machine's own."
+            ) from error
+
+    @property
+    def workers(self) -> tuple[Any, ...]:
+        """The live actors."""
+        return tuple(self._workers)
+
+    def _fill(self, count: int) -> None:
+        """Starts workers until there are `count`, together."""
+        for _ in range(TRIES):
+            missing = count - len(self._workers)
+            begun = [(actor := self._actor.remote(self._recipe), actor.start.remote()) for _ in range(missing)]
+            for actor, answer in begun:
+                try:
+                    self._admit(actor, self._ray.get(answer))
+                except self._ray.exceptions.RayError:
+                    self._discard(actor)
+            if len(self._workers) == count:
+                return
+        raise EvaluationError(
+            f"A worker died {TRIES} times at its start, mostly for want of memory; ask for fewer with --workers."
+        )
+
+    def _admit(self, actor: Any, answer: tuple[str, Any]) -> None:
+        kind, content = answer
+        if kind == "refused":
+            raise EvaluationError(content)
+        if self.described and content != self.described:
+            odd = sorted(name for name in content if content[name] != self.described[name])
+            raise EvaluationError(
+                f"The workers differ in {', '.join(odd)}; install the same versions and checkpoints on every machine."
+            )
+        self.described = content
+        self._workers.append(actor)
+
+    def _discard(self, actor: Any) -> None:
+        """Ends a worker, so that what it may still be doing is never counted."""
+        self._ray.kill(actor, no_restart=True)
+        if actor in self._workers:
+            self._workers.remove(actor)
+
+    def run(self, run: Run, file: RecordFile, max_errors: int) -> Iterator[Record]:
+        """Runs what is left, giving each record once it is on the disk; units in the order in which they end.
+
+        Raises:
+            EvaluationError: as `run_here`, or a worker refused.
+        """
+        waiting = deque((unit, arms, 0) for unit, arms in run.left())
+        running: dict[Any, tuple[Any, Unit, list[tuple[str, int]], int]] = {}
+        while waiting or running:
+            busy = {id(actor) for actor, *_ in running.values()}
+            for actor in self._workers:
+                if waiting and id(actor) not in busy:
+                    unit, arms, deaths = waiting.popleft()
+                    answer = actor.run_unit.remote(unit, arms, run.manifest.run)
+                    running[answer] = (actor, unit, arms, deaths)
+            ended, _ = self._ray.wait(list(running), num_returns=1)
+            actor, unit, arms, deaths = running.pop(ended[0])
+            try:
+                kind, content = self._ray.get(ended[0])
+            except self._ray.exceptions.RayError as error:
+                count = len(self._workers)
+                self._discard(actor)
+                self._fill(count)
+                if deaths + 1 < TRIES:
+                    waiting.appendleft((unit, arms, deaths + 1))
+                    continue
+                told = {"type": type(error).__name__, "message": f"{TRIES} workers died on it", "where": "Ray"}
+                kind, content = "records", [lost(unit, arm, run.manifest.run, number, told) for arm, number in arms]
+            if kind == "refused":
+                raise EvaluationError(content)
+            for record in content:
+                keep_record(run, file, record, max_errors)
+                yield record
+
+    def close(self) -> None:
+        """Ends the workers, and the cluster if it was started here."""
+        for actor in self.workers:
+            self._discard(actor)
+        if self._began:
+            self._ray.shutdown()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,175 @@
+"""`vla-pruner eval`: from the settings to the records, the table and `eval_info.json`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vla_pruner.demo.table import counted
+from vla_pruner.evaluation.cluster import Cluster
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.eval_info import EVAL_INFO, eval_info
+from vla_pruner.evaluation.merge import merge
+from vla_pruner.evaluation.records import Record, RecordFile, write_json, write_text
+from vla_pruner.evaluation.replica import Replica
+from vla_pruner.evaluation.run import Run, begin, open_records, recipe_of, run_here
+from vla_pruner.evaluation.settings import EvalSettings
+from vla_pruner.evaluation.summary import Summary, summarize
+from vla_pruner.evaluation.table import COSTS, NOTES, OUTCOMES, cost_rows, outcome_rows, to_markdown, to_rich
+from vla_pruner.evaluation.verdict import sentences
+from vla_pruner.simulators import find_suite
+from vla_pruner.simulators.base import SimulatorUnavailable, Suite
+from vla_pruner.statistics import wilson
+
+TABLE = "table.md"
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+_SAY_EVERY = 30.0
+"""Seconds between lines of progress where the output is no terminal."""
+
+
+def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite] = find_suite) -> int:
+    """Runs an evaluation, or goes on with the one in its folder, and writes its files.
+
+    Args:
+        settings: what was asked for.
+        console: where progress and the table go.
+        find: makes a suite of its name; a stand-in for tests.
+
+    Returns:
+        0: every planned episode is there; 1: an episode crashed; 130: interrupted.
+
+    Raises:
+        EvaluationError: it cannot run, go on or write; what was finished is kept.
+    """
+    wilson(0, 1)  # refused now, and not after hours, where scipy is missing
+    try:
+        run, interrupted = _run(settings, console, find)
+    except SimulatorUnavailable as error:
+        raise EvaluationError(str(error)) from error
+    if not run.records:
+        console.print("No episode was finished, so there is nothing to show.")
+        return INTERRUPTED
+    summary = _show(run, settings.out, console)
+    if interrupted:
+        return INTERRUPTED
+    return 1 if summary.crashed else 0
+
+
+def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
+    """Merges the folders of one evaluation and shows the whole; returns as `run_eval`.
+
+    Raises:
+        EvaluationError: they do not belong together.
+    """
+    wilson(0, 1)
+    run = merge(folders, out)
+    console.print(f"{len(run.records)} episodes of {len(folders)} folders.")
+    return 1 if _show(run, out, console).crashed else 0
+
+
+def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -> tuple[Run, bool]:
+    """The run as far as it came, and whether it was interrupted."""
+    stack = ExitStack()
+    try:
+        file = stack.enter_context(open_records(settings.out))
+        run, records = _start(settings, file, stack, find)
+        _greet(run, file, console)
+        try:
+            _follow(run, records, console)
+        except KeyboardInterrupt:
+            console.print("\nInterrupted: what is finished is kept; the same command goes on.")
+            return run, True
+        return run, False
+    finally:
+        stack.close()
+
+
+def _start(
+    settings: EvalSettings, file: RecordFile, stack: ExitStack, find: Callable[..., Suite]
+) -> tuple[Run, Iterator[Record]]:
+    recipe = recipe_of(settings, find)
+    if settings.ray is not None:
+        cluster = stack.enter_context(Cluster(recipe, settings.ray, settings.workers))
+        run = begin(settings, cluster.described, file)
+        return run, cluster.run(run, file, settings.max_errors)
+    replica = Replica(recipe)
+    stack.callback(replica.close)
+    run = begin(settings, replica.describe(), file)
+    return run, run_here(run, replica, file, settings.max_errors)
+
+
+def _greet(run: Run, file: RecordFile, console: Console) -> None:
+    plan, arms = run.manifest.plan, run.manifest.identity["arms"]
+    total = len(plan.units()) * len(arms)
+    part = "" if plan.shard is None else f", shard {plan.shard[0]} of {plan.shard[1]}"
+    margin = 100 * run.manifest.identity["margin"]
+    console.print(
+        f"{counted(len(plan.tasks), 'task')}, initial states {plan.first} to {plan.first + plan.episodes - 1}, "
+        f"{counted(len(arms), 'arm')}{part}: {counted(total, 'episode')}. Margin, declared now: {margin:g} points."
+    )
+    if run.torn:
+        console.print(f"The last line of {file.path} was cut off by a crash; its episode runs again.")
+    done = sum(not record.crashed for record in run.records.values())
+    if run.records:
+        crashed = len(run.records) - done
+        again = f"; {crashed} crashed and are tried again" if crashed else ""
+        console.print(f"Going on: {done} of {total} episodes are done{again}.")
+
+
+def _follow(run: Run, records: Iterator[Record], console: Console) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    arms = run.manifest.identity["arms"]
+    total = len(run.manifest.plan.units()) * len(arms)
+    done = sum(not record.crashed for record in run.records.values())
+    said = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("episodes", total=total, completed=done, note="")
+        for record in records:
+            done += not record.crashed
+            progress.update(bar, completed=done, note=f"{record.arm}: {record.unit.task}, {_ended(record)}")
+            if record.crashed:
+                error: Any = record.error
+                console.print(f"Crashed: {record.arm} on {record.unit}: {error['type']}: {error['message']}")
+            if not console.is_terminal and time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                console.print(f"{done} of {total} episodes")
+
+
+def _ended(record: Record) -> str:
+    if record.crashed:
+        return "crashed"
+    return f"{'solved' if record.success else 'not solved'} in {record.steps} steps"
+
+
+def _show(run: Run, out: Path, console: Console) -> Summary:
+    summary = summarize(run)
+    said = sentences(summary)
+    title = f"{counted(summary.planned, 'episode')} an arm, {counted(summary.tasks, 'task')}"
+    console.print()
+    console.print(to_rich(title, OUTCOMES, outcome_rows(summary)))
+    console.print(to_rich("What it took", COSTS, cost_rows(summary)))
+    for note in NOTES:
+        console.print(note, style="dim")
+    console.print()
+    for sentence in said:
+        console.print(f"- {sentence}")
+    write_json(out / EVAL_INFO, eval_info(run, summary, said))
+    write_text(out / TABLE, to_markdown(summary, said))
+    console.print()
+    console.print(f"Records: {(out / 'episodes.jsonl').resolve()}", soft_wrap=True)
+    console.print(f"Results: {(out / EVAL_INFO).resolve()}", soft_wrap=True)
+    return summary

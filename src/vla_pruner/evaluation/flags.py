@@ -1,0 +1,208 @@
+"""The flags of `vla-pruner eval`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.policies import PolicySource
+from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
+
+_ASKED = (
+    "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
+    "controls", "horizon", "shard", "max_errors", "ray", "workers",
+)  # fmt: skip
+
+
+def add_eval(commands: Any) -> None:
+    """Adds the subcommand."""
+    command = commands.add_parser(
+        "eval",
+        help="success rates on LIBERO or Meta-World: paired, resumable, with verdicts",
+        description=(
+            "Runs a policy on a benchmark, unpruned, pruned and under controls, every arm on the same episodes in\n"
+            "turns. Each episode is on the disk when it ends: the same command goes on where a run stopped.\n"
+            "Exit code: 0 all episodes ran, 1 some crashed (the same command tries them again), 2 wrong input."
+        ),
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "--policy",
+        metavar="MODEL",
+        help="folder of a checkpoint, its name on the Hugging Face hub, or 'reference' (ships with the package);\n"
+        "'expert' (the suite's script, which sees the simulator's state) and 'nothing' prove the harness itself",
+    )
+    add(
+        "--suite",
+        dest="suites",
+        metavar="A,B",
+        type=_names,
+        help="libero_spatial, libero_object, libero_goal, libero_10 (libero: these four), libero_90,\n"
+        "metaworld:mt8, metaworld:mt6 or metaworld:mt4",
+    )
+    add("--out", metavar="DIR", type=Path, required=True, help="folder of the run; an unfinished one is continued")
+    add("--tasks", metavar="A,B", type=_names, help="names or numbers of tasks (default: as the preset says)")
+    add(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="quick",
+        help="\n".join(f"{name}: {preset.what}" for name, preset in PRESETS.items()) + "\n(default: %(default)s)",
+    )
+    add("--episodes", metavar="N", type=int, help="of each task and arm (default: the preset's)")
+    add(
+        "--first",
+        metavar="I",
+        type=int,
+        default=0,
+        help="the first initial state; choose settings on some, confirm them on others (default: %(default)s)",
+    )
+    add("--seed", metavar="S", type=int, default=0, help="of what the policy draws (default: %(default)s)")
+    add(
+        "--method",
+        dest="methods",
+        metavar="A,B",
+        type=_names,
+        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv\n"
+        "or none (default: vla-pruner)",
+    )
+    add("--keep", metavar="X,Y", type=_listed(_keep), help="visual tokens kept: fractions or numbers (default: 0.25)")
+    add("--layer", metavar="K,L", type=_listed(int), help="pruning layers (default: 3)")
+    add("--pruned", metavar="A,B", type=_names, help="drop, freeze or drop,freeze (default: drop)")
+    add(
+        "--controls",
+        metavar="A,B",
+        type=_controls,
+        help="again (unpruned twice), random (as many tokens drawn), blank (black images), or none\n(default: all)",
+    )
+    add(
+        "--margin",
+        metavar="P",
+        type=float,
+        default=100 * DEFAULT_MARGIN,
+        help="loss in percentage points below which pruning counts as not worse, declared beforehand\n"
+        "(default: %(default)g)",
+    )
+    add("--horizon", metavar="N", type=int, help="actions of a chunk carried out (default: the policy's convention)")
+    add("--max-steps", metavar="N", type=int, help="of an episode (default: the suite's; smoke: 20)")
+    add("--max-errors", metavar="N", type=int, default=10, help="crashes that end the run (default: %(default)s)")
+    add(
+        "--shard", metavar="I/N", type=_shard, help="run the I-th of N parts; --merge puts them together (default: all)"
+    )
+    add("--merge", metavar="DIR", type=Path, nargs="+", help="run nothing: put the folders of one evaluation together")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="local",
+        help="spread episodes over a Ray cluster; without an address, one of this machine's own (default: off)",
+    )
+    add("--workers", metavar="N", type=int, help="policies that run at once on Ray (default: as many as there is room)")
+    add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)")
+    add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
+    add("--size", choices=("tiny", "full"), default="tiny", help="of random weights (default: %(default)s)")
+    add(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=_option,
+        help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
+    )
+    add(
+        "--suite-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=_option,
+        help="for the suites, such as assets=DIR; may be repeated (default: none)",
+    )
+    command.set_defaults(run=run_command)
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Runs what the flags ask for.
+
+    Raises:
+        VLAPrunerError: they ask for something that cannot be.
+    """
+    from rich.console import Console
+
+    from vla_pruner.evaluation.command import run_eval, run_merge
+
+    console = Console(highlight=False)
+    if options.merge:
+        if options.policy or options.suites:
+            raise EvaluationError("--merge runs nothing, so --policy and --suite do not go with it; leave them out.")
+        return run_merge(options.merge, options.out, console)
+    return run_eval(settings_of(options), console)
+
+
+def settings_of(options: argparse.Namespace) -> EvalSettings:
+    """The flags as settings.
+
+    Raises:
+        VLAPrunerError: they do not go together.
+    """
+    if not options.policy or not options.suites:
+        raise EvaluationError("--policy and --suite say what to run; give both (or --merge with folders).")
+    if options.workers is not None and options.ray is None:
+        raise EvaluationError("--workers is for --ray; give --ray too.")
+    source = PolicySource(
+        options.policy,
+        options.random_weights,
+        options.size,
+        options.device,
+        options.dtype,
+        dict(options.option),
+    )
+    return EvalSettings(
+        policy=source,
+        suites=options.suites,
+        margin=options.margin / 100,
+        suite_options=dict(options.suite_option),
+        **{name: getattr(options, name) for name in _ASKED},
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _controls(text: str) -> tuple[str, ...]:
+    return () if text.strip() == "none" else _names(text)
+
+
+def _keep(text: str) -> float | int:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(word) for word in _names(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers separated by commas") from error
+
+    return read
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part such as 2/4, the second of four")
+    return int(number), int(count)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    if name == "cameras" or len(parts) > 1:
+        return name, parts
+    return name, int(value) if value.isdigit() else value

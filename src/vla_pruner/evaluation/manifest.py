@@ -1,0 +1,219 @@
+"""`run.json`: what a run's records were made with, and what it set out to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.records import Record, write_json
+from vla_pruner.evaluation.settings import EvalSettings
+from vla_pruner.evaluation.units import Unit, plan, shard
+from vla_pruner.simulators.base import Task
+
+FORMAT = "vla-pruner eval 1"
+MANIFEST = "run.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units a run has.
+
+    Attributes:
+        tasks: of all suites.
+        first: the first initial state.
+        episodes: of each task and arm.
+        shard: (number, count), or None for all.
+    """
+
+    tasks: tuple[Task, ...]
+    first: int
+    episodes: int
+    policy_seed: int
+    shard: tuple[int, int] | None = None
+
+    def units(self) -> list[Unit]:
+        """In the order in which they run.
+
+        Raises:
+            EvaluationError: a task has not that many initial states.
+        """
+        units = plan(self.tasks, self.episodes, self.first, self.policy_seed)
+        return units if self.shard is None else shard(units, *self.shard)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "tasks": [dataclasses.asdict(task) for task in self.tasks]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Plan:
+        tasks = tuple(Task(**task) for task in content["tasks"])
+        part = content["shard"]
+        return cls(**{**content, "tasks": tasks, "shard": None if part is None else (part[0], part[1])})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A run's settings.
+
+    Attributes:
+        identity: all that one record depends on besides its unit, its arm and its suite's versions; and the margin,
+            which is declared before the first episode.
+        plan: which units.
+        for_claims: whether it is long enough to be evidence.
+        extended: numbers of episodes a task that were asked for before the present one: who adds episodes after looking
+            has more than the nominal chance of a wrong verdict.
+        conditions: machine, load and source tree, of every process that wrote to the run.
+    """
+
+    identity: Mapping[str, Any]
+    plan: Plan
+    for_claims: bool
+    extended: tuple[int, ...] = ()
+    conditions: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
+
+    @property
+    def run(self) -> str:
+        """Twelve hexadecimal digits of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "run": self.run,
+            "identity": self.identity,
+            "plan": self.plan.to_json(),
+            "for_claims": self.for_claims,
+            "extended": list(self.extended),
+            "conditions": list(self.conditions),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Into its file; errors as in `write_json`."""
+        write_json(folder / MANIFEST, self.to_json())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """From its file.
+
+        Raises:
+            EvaluationError: there is none, or it is damaged.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise EvaluationError(f"{path} is of the format {content['format']!r}; this version reads {FORMAT!r}.")
+            found = cls(
+                content["identity"],
+                Plan.from_json(content["plan"]),
+                content["for_claims"],
+                tuple(content["extended"]),
+                tuple(content["conditions"]),
+            )
+            if found.run != content["run"]:
+                raise ValueError("its settings were changed")
+        except OSError as error:
+            raise EvaluationError(
+                f"{folder} holds no evaluation ({path.name}: {error.strerror}); give the --out of one."
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{path} is damaged ({error}). The episodes beside it are whole; restore it from a copy or a shard."
+            ) from error
+        return found
+
+    def continued(self, asked: Manifest, folder: Path) -> Manifest:
+        """The run of a folder, as it goes on with what is asked of it now.
+
+        Raises:
+            EvaluationError: that is another run, or fewer episodes.
+        """
+        check_same(self.identity, asked.identity, str(folder), "the command")
+        mine, other = self.plan, asked.plan
+        if (mine.tasks, mine.first, mine.shard) != (other.tasks, other.first, other.shard):
+            raise EvaluationError(
+                f"{folder} holds another selection (--suite, --tasks, --first or --shard differ from those that it was "
+                "started with); repeat the command that started it, or choose another --out."
+            )
+        if other.episodes < mine.episodes:
+            raise EvaluationError(
+                f"{folder} was started with {mine.episodes} episodes a task, and {other.episodes} were asked for now; "
+                "give at least as many, or choose another --out."
+            )
+        extended = (*self.extended, mine.episodes) if other.episodes > mine.episodes else self.extended
+        return dataclasses.replace(asked, extended=extended, conditions=(*self.conditions, *asked.conditions))
+
+
+def identity(settings: EvalSettings, described: Mapping[str, Any]) -> dict[str, Any]:
+    """What one record depends on; plain JSON values.
+
+    Args:
+        described: of a `Replica`.
+    """
+    source = settings.policy
+    content = {
+        "weights": described["weights"],  # not the path: the same checkpoint lies elsewhere on another machine
+        "policy": {
+            "device": source.device.partition(":")[0],
+            "dtype": source.dtype,
+            "options": {name: str(value) for name, value in source.options.items()},
+        },
+        "seed": settings.seed,
+        "arms": [arm.to_json() for arm in settings.arms()],
+        "margin": settings.margin,
+        "max_steps": settings.step_limit,
+        "horizon": settings.horizon,
+        "suite_options": {name: str(value) for name, value in settings.suite_options.items()},
+    }
+    return json.loads(json.dumps(content))
+
+
+def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, there: str) -> None:
+    """Refuse two identities that differ.
+
+    Raises:
+        EvaluationError: it names what differs.
+    """
+    differing = [name for name in sorted({*mine, *other}) if mine.get(name) != other.get(name)]
+    if differing:
+        told = "; ".join(f"{name}: {_short(mine.get(name))}, not {_short(other.get(name))}" for name in differing)
+        raise EvaluationError(
+            f"{where} was run with other settings than {there} ({told}). Results of two settings do not mix: choose "
+            "another --out, or repeat the command that started it."
+        )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        value = [one.get("key", one) if isinstance(one, dict) else one for one in value]
+    text = json.dumps(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def check_versions(records: Sequence[Record], here: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Refuse episodes of one suite that ran on different versions.
+
+    Args:
+        here: by suite, the versions that further episodes would run on.
+
+    Raises:
+        EvaluationError: it names a version that differs.
+    """
+    seen = {suite: dict(versions) for suite, versions in (here or {}).items()}
+    for record in records:
+        if not record.versions:
+            continue
+        known = seen.setdefault(record.unit.suite, record.versions)
+        differing = [name for name in {*known, *record.versions} if known.get(name) != record.versions.get(name)]
+        if differing:
+            name = sorted(differing)[0]
+            raise EvaluationError(
+                f"Episodes of {record.unit.suite} ran on different versions ({name} {known.get(name)} and "
+                f"{record.versions.get(name)}), which can change a success rate by itself. Install the version that "
+                "the run was started with, or choose another --out."
+            )

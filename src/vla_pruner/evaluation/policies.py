@@ -1,0 +1,116 @@
+"""The policy of an evaluation: any that `load_policy` knows, a suite's scripted expert, or one that does nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.simulators.base import Environment, SeesTheState, Suite
+
+EXPERT, NOTHING = "expert", "nothing"
+SCRIPTED = (EXPERT, NOTHING)
+
+
+class DoNothing(nn.Module):
+    """A policy without images whose every action is zero: what a harness must see fail.
+
+    Args:
+        action_size: numbers in an action.
+    """
+
+    cameras: tuple[str, ...] = ()
+    vision_towers: tuple[nn.Module, ...] = ()
+    proprio_size = None
+
+    def __init__(self, action_size: int) -> None:
+        super().__init__()
+        self.action_size = action_size
+
+    def watch(self, environment: Environment) -> None:
+        """There is nothing that it wants to know."""
+
+    def reset(self) -> None:
+        """There is nothing that it remembers."""
+
+    def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
+        """(1, action_size) zeros."""
+        return np.zeros((1, self.action_size), np.float32)
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """Where a policy comes from; small, so that it can be sent to workers.
+
+    Attributes:
+        name: "expert", "nothing", or what `load_policy` takes; with `random_weights` what `random_policy` takes.
+        random_weights: whether weights are drawn.
+        size: of random weights, "tiny" or "full".
+        device, dtype: as of `load_policy`.
+        options: of the family.
+    """
+
+    name: str
+    random_weights: bool = False
+    size: str = "tiny"
+    device: str = "cpu"
+    dtype: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scripted(self) -> bool:
+        """Whether it acts without images, so that nothing can be pruned."""
+        return self.name in SCRIPTED and not self.random_weights
+
+    def load(self, suite: Suite) -> Any:
+        """The policy for a suite; only scripted ones differ from suite to suite.
+
+        Raises:
+            VLAPrunerError: it cannot be loaded.
+            EvaluationError: the suite has no expert.
+        """
+        if self.scripted:
+            return DoNothing(suite.action_size) if self.name == NOTHING else _expert(suite)
+        if self.random_weights:
+            from vla_pruner.policies.options import as_dtype, check_device
+            from vla_pruner.policies.random import random_policy
+
+            check_device(self.device)
+            return random_policy(self.name, self.size, self.device, as_dtype(self.dtype) or torch.float32)
+        from vla_pruner.policies.loading import load_policy
+
+        return load_policy(self.name, self.device, self.dtype, **self.options)
+
+
+def _expert(suite: Suite) -> Any:
+    make = getattr(suite, "expert", None)
+    if make is None:
+        raise EvaluationError(f"--policy is expert, but {suite.name} has no scripted expert.")
+    return make()
+
+
+def sees_images(policy: Any) -> bool:
+    """Whether a policy acts by images, so that pruning and blank images mean something."""
+    return not isinstance(policy, SeesTheState)
+
+
+def fingerprint(policy: Any) -> str:
+    """Sixteen hexadecimal digits of a policy's weights: names, shapes, types and up to 64 values of each.
+
+    Two checkpoints under one name differ in it, so that their results do not mix.
+    """
+    module = getattr(policy, "module", policy)
+    digest = hashlib.sha256(type(module).__name__.encode())
+    for name, parameter in sorted(getattr(module, "named_parameters", list)()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 64)][:64].to("cpu")
+        values = picked.double() if picked.is_floating_point() else picked
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,276 @@
+"""One line of JSON an episode, appended so that a crash, a full disk or a cut line loses nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.units import Unit
+
+EPISODES = "episodes.jsonl"
+TERMINATIONS = ("success", "max_steps", "error")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Record:
+    """How one arm did on one unit."""
+
+    run: str
+    """Identity of the run's settings; records of two runs do not mix."""
+    arm: str
+    unit: Unit
+    success: bool | None
+    """None where the episode crashed: that is no failure of the policy."""
+    termination: str
+    """One of `TERMINATIONS`."""
+    steps: int
+    """Actions carried out."""
+    control_steps: int
+    """Observations that the policy was given."""
+    sum_reward: float
+    max_reward: float
+    latency_ms: list[float] = field(default_factory=list)
+    """Of `act`, one for each control step; simulation, drawing and preprocessing for the suite are not in it."""
+    latency_p50_ms: float | None = None
+    latency_p99_ms: float | None = None
+    visual_tokens: int | None = None
+    """Of the prompt; None where nothing was attached that counts them."""
+    kept_tokens: list[int] = field(default_factory=list)
+    """Fewest and most visual tokens kept in a pruned step; empty where none was pruned."""
+    pruned_steps: int = 0
+    error: dict[str, str] | None = None
+    """Of a crash: type, message and where."""
+    attempt: int = 1
+    """Counts the crashes of this arm on this unit before, from 1."""
+    seconds: float = 0.0
+    """Of the whole episode, the environment included."""
+    started: str = ""
+    worker: str = ""
+    versions: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Unit, str]:
+        """What may be there once."""
+        return self.unit, self.arm
+
+    @property
+    def crashed(self) -> bool:
+        return self.termination == "error"
+
+    def to_line(self) -> bytes:
+        """One line of JSON, its end included."""
+        content = dataclasses.asdict(self)
+        unit = content.pop("unit")
+        ordered = {"run": content.pop("run"), "arm": content.pop("arm"), **unit, **content}
+        return (json.dumps(ordered, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Record:
+        """Reads `to_line`.
+
+        Raises:
+            ValueError: it is no record; the message says why.
+        """
+        content = json.loads(line)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no record")
+        names = {one.name for one in dataclasses.fields(cls)} - {"unit"}
+        of_unit = {one.name for one in dataclasses.fields(Unit)}
+        if set(content) != names | of_unit:
+            odd = sorted(set(content) ^ (names | of_unit))
+            raise ValueError(f"the fields {', '.join(odd)} are missing or unknown")
+        if content["termination"] not in TERMINATIONS:
+            raise ValueError(f"its termination is {content['termination']!r}")
+        if not isinstance(content["success"], bool) and content["termination"] != "error":
+            raise ValueError(f"its success is {content['success']!r}")
+        unit = Unit(**{name: content.pop(name) for name in of_unit})
+        return cls(unit=unit, **content)
+
+
+TIMES = ("latency_ms", "latency_p50_ms", "latency_p99_ms", "seconds", "started", "worker")
+"""Fields of a record that differ when the same episode runs again."""
+
+
+class RecordFile:
+    """A run's records, opened by one process at a time; every append is on the disk when it returns.
+
+    Args:
+        path: the file; made if absent.
+
+    Attributes:
+        records: what it held when it was opened, in order, and what was appended since.
+        torn: bytes of a last line that was cut off, and is gone; its episode runs again.
+
+    Raises:
+        EvaluationError: another process writes to it, it cannot be opened, or a line is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise EvaluationError(f"{path} cannot be opened ({error.strerror}); choose another --out.") from error
+        try:
+            self._lock()
+            content = path.read_bytes()
+            self._end = content.rfind(b"\n") + 1
+            self.torn = len(content) - self._end
+            self.records = read_lines(path, content[: self._end])
+            if self.torn:
+                os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+            _sync_folder(path.parent)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _lock(self) -> None:
+        import fcntl
+
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EvaluationError(
+                f"Another run is writing to {self.path} at this moment; wait for it, end it, or choose another --out."
+            ) from error
+
+    def append(self, record: Record) -> None:
+        """Adds a record, wholly or not at all.
+
+        Raises:
+            EvaluationError: it could not be written; the file is as before.
+        """
+        line = record.to_line()
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, self._end)
+            what = "the disk is full" if error.errno in _FULL else error.strerror
+            raise EvaluationError(
+                f"{self.path} cannot be written to ({what}). The {len(self.records)} episodes before are safe: make "
+                "room and give the same command again to continue."
+            ) from error
+        self._end += len(line)
+        self.records.append(record)
+
+    def close(self) -> None:
+        """Lets others write."""
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """A run's records, without those of a last line that was cut off.
+
+    Raises:
+        EvaluationError: there are none, or a line is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be read ({error.strerror}); give the folder of an evaluation.") from error
+    return read_lines(path, content[: content.rfind(b"\n") + 1])
+
+
+def read_lines(path: Path, content: bytes) -> list[Record]:
+    """Reads whole lines; see `read_records`."""
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            records.append(Record.from_line(line))
+        except (ValueError, TypeError) as error:
+            raise EvaluationError(
+                f"Line {number} of {path} is damaged ({error}). Nothing was changed: restore the line, or delete it "
+                "and give the same command again, which runs its episode again."
+            ) from error
+    return records
+
+
+def latest(records: Iterable[Record], where: str) -> dict[tuple[Unit, str], Record]:
+    """The record that counts for every unit and arm: the finished one, or else the last crash.
+
+    Args:
+        where: what the records came from, for the message.
+
+    Raises:
+        EvaluationError: one finished twice.
+    """
+    found: dict[tuple[Unit, str], Record] = {}
+    for record in records:
+        before = found.get(record.key)
+        if before is not None and not before.crashed:
+            if record.crashed:
+                continue
+            raise EvaluationError(
+                f"{where} holds two records of {record.arm} on {record.unit}; an episode counts once. Remove one of "
+                "them, or give each run a folder of its own."
+            )
+        found[record.key] = record
+    return found
+
+
+def check_run(records: Iterable[Record], run: str, where: str) -> None:
+    """Refuse records of other settings.
+
+    Raises:
+        EvaluationError: a record belongs to another run.
+    """
+    other = next((record for record in records if record.run != run), None)
+    if other is not None:
+        raise EvaluationError(
+            f"{where} holds a record of {other.arm} on {other.unit} from a run with other settings ({other.run}, not "
+            f"{run}); results of two settings do not mix. Give this run a folder of its own with --out."
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file's name is on the disk too."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaces a file at once: whoever reads it finds the old one or the new one.
+
+    Raises:
+        EvaluationError: it could not be written; the old file is as before.
+    """
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`, of text."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        what = "the disk is full" if error.errno in _FULL else error.strerror
+        raise EvaluationError(
+            f"{path} cannot be written ({what}). The episodes are safe: make room and give the same command again."
+        ) from error

@@ -1,0 +1,176 @@
+"""The run: every arm on the same units in turns, each finished episode on the disk before the next one begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.conditions import machine_conditions
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.manifest import MANIFEST, Manifest, Plan, check_versions, identity
+from vla_pruner.evaluation.records import EPISODES, Record, RecordFile, check_run, latest
+from vla_pruner.evaluation.replica import Recipe, Replica
+from vla_pruner.evaluation.settings import EvalSettings
+from vla_pruner.evaluation.units import Unit
+from vla_pruner.simulators import find_suite
+from vla_pruner.simulators.base import Suite, Task, find_task
+
+Work = list[tuple[Unit, list[tuple[str, int]]]]
+"""Units, and for each the arms that are left with the number of the attempt, in the order in which they run."""
+
+
+@dataclass
+class Run:
+    """A run that has begun, was continued, or is over.
+
+    Attributes:
+        manifest: its settings.
+        records: what counts: one for each unit and arm that is done or has crashed.
+        torn: bytes of a last line that was cut off, and is gone.
+        crashes: of this process.
+    """
+
+    manifest: Manifest
+    records: dict[tuple[Unit, str], Record]
+    torn: int = 0
+    crashes: list[Record] = field(default_factory=list)
+
+    def left(self) -> Work:
+        """What remains to be run; crashed episodes are tried again."""
+        arms = [arm["key"] for arm in self.manifest.identity["arms"]]
+        work: Work = []
+        for index, unit in enumerate(self.manifest.plan.units()):
+            # The order turns from unit to unit: no arm always runs on the machine that another has warmed up.
+            turn = index % len(arms)
+            missing = []
+            for arm in (*arms[turn:], *arms[:turn]):
+                record = self.records.get((unit, arm))
+                if record is None or record.crashed:
+                    missing.append((arm, 1 if record is None else record.attempt + 1))
+            if missing:
+                work.append((unit, missing))
+        return work
+
+
+def recipe_of(settings: EvalSettings, find: Callable[..., Suite] = find_suite) -> Recipe:
+    """What every replica of a run is made from."""
+    return Recipe(
+        policy=settings.policy,
+        suites=settings.suite_names,
+        suite_options=dict(settings.suite_options),
+        arms=settings.arms(),
+        max_steps=settings.step_limit,
+        horizon=settings.horizon,
+        find=find,
+    )
+
+
+def tasks_of(offered: Mapping[str, tuple[Task, ...]], settings: EvalSettings) -> tuple[Task, ...]:
+    """The tasks that run, suite by suite.
+
+    Args:
+        offered: all tasks of each suite, by its name.
+
+    Raises:
+        SuiteError: a task that was named is in none of the suites.
+    """
+    if settings.tasks is None:
+        return tuple(task for tasks in offered.values() for task in tasks[: settings.tasks_a_suite])
+    found: set[Task] = set()
+    for wanted in settings.tasks:
+        asked = int(wanted) if wanted.isdigit() else wanted
+        having = [tasks for tasks in offered.values() if any(asked in (task.name, task.index) for task in tasks)]
+        for tasks in having or list(offered.values())[:1]:
+            found.add(find_task(tasks, asked))
+    return tuple(task for tasks in offered.values() for task in tasks if task in found)
+
+
+def begin(settings: EvalSettings, described: Mapping[str, Any], file: RecordFile) -> Run:
+    """Begins a run in its folder, or goes on with the one that is there.
+
+    Args:
+        described: of a `Replica`.
+        file: the folder's records.
+
+    Raises:
+        EvaluationError: the folder holds another run.
+    """
+    conditions = {
+        **machine_conditions(()),
+        "policy": settings.policy.name,
+        "versions": described["versions"],
+        "horizons": described["horizons"],
+    }
+    asked = Manifest(
+        identity(settings, described),
+        Plan(
+            tasks_of(described["tasks"], settings),
+            settings.first,
+            settings.episodes_a_task,
+            settings.seed,
+            settings.shard,
+        ),
+        settings.for_claims,
+        conditions=(conditions,),
+    )
+    asked.plan.units()  # refused now, if a task has not that many initial states
+    folder = settings.out
+    if (folder / MANIFEST).exists():
+        manifest = Manifest.read(folder).continued(asked, folder)
+    elif file.records:
+        raise EvaluationError(
+            f"{file.path} holds {len(file.records)} episodes, but {folder / MANIFEST} is missing, so what they were "
+            "run with is not known. Restore it, or choose another --out."
+        )
+    else:
+        manifest = asked
+    check_run(file.records, manifest.run, str(file.path))
+    records = latest(file.records, str(file.path))
+    check_versions(list(records.values()), described["versions"])
+    manifest.write(folder)
+    return Run(manifest, records, file.torn)
+
+
+def run_here(run: Run, replica: Replica, file: RecordFile, max_errors: int) -> Iterator[Record]:
+    """Runs what is left in this process, giving each record once it is on the disk.
+
+    Raises:
+        EvaluationError: more than `max_errors` episodes crashed, or a record could not be written.
+    """
+    for unit, arms in run.left():
+        for record in replica.run_unit(unit, arms, run.manifest.run):
+            keep_record(run, file, record, max_errors)
+            yield record
+
+
+def keep_record(run: Run, file: RecordFile, record: Record, max_errors: int) -> None:
+    """Writes a record; errors as in `run_here`."""
+    file.append(record)
+    run.records[record.key] = record
+    if not record.crashed:
+        return
+    run.crashes.append(record)
+    if len(run.crashes) > max_errors:
+        error = record.error or {}
+        raise EvaluationError(
+            f"{len(run.crashes)} episodes crashed, more than --max-errors {max_errors}; the last was {record.arm} on "
+            f"{record.unit}: {error.get('type')}: {error.get('message')} ({error.get('where')}). Crashes are no "
+            "failures: mend their cause and give the same command again, which runs them anew."
+        )
+
+
+def open_records(folder: Path) -> RecordFile:
+    """The records of a run's folder, made if it is absent.
+
+    Raises:
+        EvaluationError: it cannot be written to, is in use, or holds a damaged record.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(
+            f"The folder {folder} cannot be made ({error.strerror}); choose another --out."
+        ) from error
+    return RecordFile(folder / EPISODES)

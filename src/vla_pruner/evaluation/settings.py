@@ -1,0 +1,168 @@
+"""What an evaluation is asked to do, checked before anything slow begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.policies import PolicySource
+from vla_pruner.methods.base import PRUNED
+
+DEFAULT_METHODS = ("vla-pruner",)
+NO_METHOD = ("none",)
+"""The unpruned policy alone, and controls."""
+DEFAULT_KEEP: tuple[float | int, ...] = (0.25,)
+DEFAULT_MARGIN = 0.02
+CLAIM_EPISODES = 50
+"""Episodes a task below which a run is a look and no evidence."""
+
+LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is run.
+
+    Attributes:
+        tasks: of each suite; None: all.
+        episodes: of each task and arm.
+        max_steps: of an episode; None: the suite's own.
+    """
+
+    tasks: int | None
+    episodes: int
+    max_steps: int | None
+    what: str
+
+
+PRESETS = {
+    "smoke": Preset(1, 1, 20, "1 task a suite, 1 episode of 20 steps: does everything run?"),
+    "quick": Preset(None, 10, None, "10 episodes a task and arm: a look, not for claims"),
+    "standard": Preset(None, CLAIM_EPISODES, None, "50 episodes a task and arm: what is published"),
+}
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The flags of `vla-pruner eval`; see its help.
+
+    Attributes:
+        policy: where the policy comes from.
+        suites: names of suites; "libero" is all four that are published.
+        out: the folder of the run.
+        tasks: names or numbers of tasks, in every suite that has them; None: as the preset says.
+        preset: one of `PRESETS`.
+        episodes, max_steps: in place of the preset's.
+        first: the first initial state.
+        seed: of what the policy draws.
+        methods, keep, layer, pruned: every combination is an arm.
+        controls: some of `CONTROLS`.
+        margin: loss of success rate, as a fraction, below which an arm counts as not worse; declared beforehand.
+        horizon: actions of a chunk that are carried out before the policy is asked again; None: the suite's convention.
+        shard: (number from 1, count): run only these units.
+        max_errors: crashes after which the run stops.
+        suite_options: for `find_suite`.
+        ray: None: here; else the address of a Ray cluster, "local" for one of this machine's own.
+        workers: policies that run at once on Ray; None: as many as the cluster has room for.
+    """
+
+    policy: PolicySource
+    suites: tuple[str, ...]
+    out: Path
+    tasks: tuple[str, ...] | None = None
+    preset: str = "quick"
+    episodes: int | None = None
+    max_steps: int | None = None
+    first: int = 0
+    seed: int = 0
+    methods: tuple[str, ...] | None = None
+    keep: tuple[float | int, ...] | None = None
+    layer: tuple[int, ...] | None = None
+    pruned: tuple[str, ...] | None = None
+    controls: tuple[str, ...] | None = None
+    margin: float = DEFAULT_MARGIN
+    horizon: int | None = None
+    shard: tuple[int, int] | None = None
+    max_errors: int = 10
+    suite_options: Mapping[str, Any] = field(default_factory=dict)
+    ray: str | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise EvaluationError(f"--preset is {self.preset}; it is one of {', '.join(PRESETS)}.")
+        for name, least in (("episodes", 1), ("max_steps", 1), ("horizon", 1), ("workers", 1), ("first", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise EvaluationError(f"{flag(name)} is {value}; it must be {least} or more.")
+        if not 0 <= self.seed < 2**32:
+            raise EvaluationError(f"--seed is {self.seed}; it must be 0 or more, and below 2**32.")
+        if not 0.0 < self.margin < 1.0:
+            raise EvaluationError(
+                f"--margin is {100 * self.margin:g}; it is a loss in percentage points between 0 and 100, such as 2."
+            )
+        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
+            raise EvaluationError(f"--shard is {self.shard[0]}/{self.shard[1]}; the first of two is 1/2, the last 2/2.")
+        for name in ("suites", "tasks", "methods", "keep", "layer", "pruned"):
+            if getattr(self, name) is not None and not getattr(self, name):
+                raise EvaluationError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
+        unknown = [word for word in self.pruned or () if word not in PRUNED]
+        if unknown:
+            raise EvaluationError(f"--pruned is {', '.join(unknown)}; it is drop, freeze, or drop,freeze.")
+        asked = [name for name in ("methods", "keep", "layer", "pruned") if getattr(self, name) is not None]
+        if self.policy.scripted and (asked or set(self.controls or ()) - {"again"}):
+            raise EvaluationError(
+                f"--policy is {self.policy.name}, which sees no images, so nothing can be pruned or blanked; leave out "
+                "--method, --keep, --layer, --pruned and --controls."
+            )
+        self.arms()
+
+    @property
+    def suite_names(self) -> tuple[str, ...]:
+        """The suites, each once, "libero" spelt out."""
+        names = [one for name in self.suites for one in (LIBERO if name == "libero" else (name,))]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def episodes_a_task(self) -> int:
+        return PRESETS[self.preset].episodes if self.episodes is None else self.episodes
+
+    @property
+    def tasks_a_suite(self) -> int | None:
+        """How many of the first tasks of a suite run; None: all, or those that are named."""
+        return None if self.tasks is not None else PRESETS[self.preset].tasks
+
+    @property
+    def step_limit(self) -> int | None:
+        """Steps after which an episode ends early; None: the suite's own limit alone."""
+        return PRESETS[self.preset].max_steps if self.max_steps is None else self.max_steps
+
+    @property
+    def for_claims(self) -> bool:
+        """Whether the run is long enough, and its episodes whole."""
+        return self.episodes_a_task >= CLAIM_EPISODES and self.step_limit is None
+
+    def arms(self) -> tuple[Arm, ...]:
+        """The baseline first.
+
+        Raises:
+            VLAPrunerError: a method, an option or a control is unknown.
+        """
+        if self.policy.scripted:
+            return all_arms([], ("again",) if self.controls is None else self.controls)
+        names = () if self.methods == NO_METHOD else self.methods or DEFAULT_METHODS
+        methods = method_arms(names, self.keep or DEFAULT_KEEP, self.layer or (3,), self.pruned or ("drop",))
+        return all_arms(methods, CONTROLS if self.controls is None else self.controls)
+
+    def with_out(self, out: Path) -> EvalSettings:
+        """The same, written elsewhere."""
+        return replace(self, out=out)
+
+
+def flag(name: str) -> str:
+    """How the command line calls a setting."""
+    return "--" + {"methods": "method", "suites": "suite"}.get(name, name).replace("_", "-")

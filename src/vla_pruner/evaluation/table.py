@@ -1,0 +1,96 @@
+"""The table of an evaluation, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isnan
+
+from rich import box
+from rich.table import Table
+
+from vla_pruner.evaluation.summary import ArmSummary, Summary
+from vla_pruner.evaluation.verdict import points
+
+OUTCOMES = ("arm", "solved", "% (95 %)", "difference", "+/-", "p", "verdict")
+COSTS = ("arm", "steps", "difference", "p50 ms", "p99 ms", "tokens", "pruned", "crashed")
+
+NOTES = (
+    "%: rate of success with Wilson's interval. difference: percentage points to unpruned on the same episodes, with "
+    "Newcombe's interval for pairs, tasks as strata. +/-: episodes that only this arm / only the unpruned policy "
+    "solved. p: exact McNemar test, by Holm over the methods (controls: as it is).",
+    "steps: actions within which half of the episodes were solved; difference: of the mean, a failure counting as the "
+    "longest episode. ms: of one control step of the policy, simulation excluded, on this machine as busy as it was. "
+    "pruned: share of the control steps.",
+)
+
+
+def outcome_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """One row an arm, of `OUTCOMES`."""
+    return [_outcome(arm) for arm in summary.arms]
+
+
+def cost_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """One row an arm, of `COSTS`."""
+    return [_cost(arm) for arm in summary.arms]
+
+
+def _outcome(arm: ArmSummary) -> tuple[str, ...]:
+    rate, difference = arm.success, arm.difference
+    solved = f"{rate.successes}/{rate.total}"
+    interval = f"{_percent(rate.value)} ({_percent(rate.low)} to {_percent(rate.high)})" if rate.total else "-"
+    if difference is None or not difference.pairs:
+        return arm.title, solved, interval, "-", "-", "-", ""
+    p = difference.p_value if arm.p_adjusted is None else arm.p_adjusted
+    return (
+        arm.title,
+        solved,
+        interval,
+        f"{points(difference.value)} ({points(difference.low)} to {points(difference.high)})",
+        f"{difference.gained}/{difference.lost}",
+        "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0"),
+        arm.verdict.word if arm.verdict else "",
+    )
+
+
+def _cost(arm: ArmSummary) -> tuple[str, ...]:
+    slower = arm.slower
+    kept = "-".join(map(str, dict.fromkeys(arm.kept)))
+    return (
+        arm.title,
+        "-" if arm.median_steps is None else f"{arm.median_steps:.0f}",
+        "-" if slower is None else f"{slower.value:+.1f} ({slower.low:+.1f} to {slower.high:+.1f})",
+        _milliseconds(arm.latency_p50_ms),
+        _milliseconds(arm.latency_p99_ms),
+        f"{kept or 'all'}/{arm.visual_tokens}" if arm.visual_tokens else "all",
+        f"{_percent(arm.pruned_share)} %",
+        str(arm.crashed),
+    )
+
+
+def to_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table; where the terminal is narrow, the arms' titles break."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index else "left", no_wrap=bool(index), min_width=0 if index else 12)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def to_markdown(summary: Summary, sentences: Sequence[str]) -> str:
+    """Both tables, the notes and the sentences."""
+    parts = [_markdown(OUTCOMES, outcome_rows(summary)), _markdown(COSTS, cost_rows(summary)), *NOTES]
+    return "\n\n".join([*parts, "\n".join(f"- {sentence}" for sentence in sentences)]) + "\n"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}".removesuffix(".0")
+
+
+def _milliseconds(value: float) -> str:
+    return "-" if isnan(value) else f"{value:.1f}"

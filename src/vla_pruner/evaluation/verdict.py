@@ -1,0 +1,131 @@
+"""What the numbers say, in plain sentences. Every sentence is computed; none is written in advance."""
+
+from __future__ import annotations
+
+from vla_pruner.demo.table import counted
+from vla_pruner.evaluation.settings import CLAIM_EPISODES
+from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, ArmSummary, Summary
+from vla_pruner.statistics import PairedDifference
+
+
+def sentences(summary: Summary) -> list[str]:
+    """The verdicts first, then what the controls say, then what limits all of them."""
+    found = [f"{arm.title}: {_judged(arm, summary)}" for arm in summary.of("method")]
+    return [*found, *_again(summary), *_blank(summary), *_limits(summary)]
+
+
+def points(value: float) -> str:
+    """A difference of rates in percentage points: "+1.5", "-2", "0"."""
+    text = f"{100 * value:+.1f}".removesuffix(".0")
+    return "0" if text in ("+0", "-0") else text
+
+
+def spread(difference: PairedDifference) -> str:
+    """ "-1.5 points (-4 to +0.5)"."""
+    return f"{points(difference.value)} points ({points(difference.low)} to {points(difference.high)})"
+
+
+def _judged(arm: ArmSummary, summary: Summary) -> str:
+    difference, verdict = arm.difference, arm.verdict
+    if difference is None or verdict is None or not difference.pairs:
+        return "no episode was finished by it and by the unpruned policy."
+    margin = f"{100 * summary.margin:g} points"
+    head = f"{verdict.word}, {spread(difference)} against unpruned on {counted(difference.pairs, 'pair')}"
+    if verdict.word == NOT_WORSE:
+        return f"{head}: a loss of {margin} or more is ruled out.{_random(arm)}"
+    if verdict.word != INCONCLUSIVE:
+        return f"{head}: a loss of more than {margin} is shown.{_random(arm)}"
+    shown = arm.p_adjusted is not None and arm.p_adjusted <= 0.05 and difference.value < 0
+    what = (
+        f"a loss is shown, but not whether it is more than {margin}"
+        if shown
+        else f"neither a loss of {margin} nor its absence is shown"
+    )
+    if verdict.more is None:
+        more = "The difference is so close to the margin that no sensible number of episodes would decide it."
+    else:
+        more = f"About {_rounded(verdict.more)} more episodes a task would decide it, if this is the truth."
+    return f"{head}: {what}. {more}{_random(arm)}"
+
+
+def _rounded(number: int) -> int:
+    """To two digits: more would pretend to know."""
+    step = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // step) * step
+
+
+def _random(arm: ArmSummary) -> str:
+    chosen = arm.against_random
+    if chosen is None or not chosen.pairs:
+        return ""
+    if chosen.within_noise:
+        return f" That choosing beats drawing at random is not shown: {spread(chosen)}."
+    if chosen.value > 0:
+        return f" Choosing beats drawing at random: {spread(chosen)}."
+    return f" Drawing at random did better: {spread(chosen)}."
+
+
+def _again(summary: Summary) -> list[str]:
+    found = []
+    for arm in summary.of("again"):
+        again = arm.difference
+        if again is None or not again.pairs:
+            continue
+        disagreed = again.gained + again.lost
+        share = f"{disagreed} of {again.pairs} episodes ({100 * disagreed / again.pairs:.1f} %)"
+        if disagreed:
+            found.append(f"Noise floor: two runs of the unpruned policy disagree on {share}.")
+        else:
+            found.append(
+                f"Noise floor: two runs of the unpruned policy agree on all of {again.pairs} episodes, so they repeat."
+            )
+    return found
+
+
+def _blank(summary: Summary) -> list[str]:
+    found = []
+    for arm in summary.of("blank"):
+        blank = arm.difference
+        if blank is None or not blank.pairs:
+            continue
+        solved = f"With black images the policy solves {_rate(arm)}, against {_rate(summary.baseline)}"
+        if blank.high < 0:
+            found.append(f"{solved}: it needs to see, so pruning can show.")
+        else:
+            found.append(
+                f"{solved}: it is not shown that it needs to see, and what needs no image survives any pruning."
+            )
+    return found
+
+
+def _rate(arm: ArmSummary) -> str:
+    return f"{arm.success.successes} of {arm.success.total}"
+
+
+def _limits(summary: Summary) -> list[str]:
+    found = []
+    if summary.baseline.success.total and not summary.baseline.success.successes:
+        found.append("The unpruned policy solved nothing, so nothing can be said about pruning it.")
+    if summary.crashed:
+        found.append(
+            f"{counted(summary.crashed, 'episode')} crashed. They count neither as solved nor as failed; the "
+            "same command runs them again."
+        )
+    missing = max((summary.planned - arm.success.total - arm.crashed for arm in summary.arms), default=0)
+    if missing:
+        found.append(
+            f"The run is not finished: up to {missing} of {summary.planned} episodes an arm are left; the same command "
+            "runs them."
+        )
+    if summary.extended:
+        asked = ", ".join(map(str, summary.extended))
+        found.append(
+            f"Episodes were added after a first look (at {asked} a task), so a wrong verdict is likelier than 5 %; "
+            "confirm it on other initial states (--first) before claiming it."
+        )
+    if not summary.for_claims:
+        found.append(
+            f"Not for claims: whole episodes and at least {CLAIM_EPISODES} of them a task and arm (--preset standard) "
+            "are evidence, this is a look."
+        )
+    return found
