@@ -1,0 +1,205 @@
+"""One LIBERO task as an environment of `simulators.base`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_pruner.errors import SessionError
+from vla_pruner.simulators.base import Image, Images, Observation, SimulatorUnavailable, SuiteError, Task
+from vla_pruner.simulators.libero_package import INSTALL_ASSETS, INSTALL_GL, LiberoPackage
+from vla_pruner.simulators.libero_truth import GroundTruth
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+"""In front of the robot, and on its hand."""
+
+ACTION_SIZE = 7
+PROPRIO_SIZE = 8
+SETTLING_STEPS = 10
+DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+"""Stands still with the hand open: what is carried out while objects settle, for they begin above the table."""
+
+_OF_DATA = (
+    "xpos",
+    "xmat",
+    "geom_xpos",
+    "geom_xmat",
+    "site_xpos",
+    "site_xmat",
+    "cam_xpos",
+    "cam_xmat",
+    "light_xpos",
+    "light_xdir",
+)
+_OF_MODEL = ("site_rgba", "geom_rgba")  # a burner that is on glows
+
+
+class LiberoEnvironment:
+    """One task of LIBERO; see `simulators.base.Environment`.
+
+    Made by `LiberoSuite.make`.
+
+    Attributes:
+        task: which.
+        images_drawn: camera images drawn so far.
+        truth: where everything really is: what a scripted expert may see, and no policy.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        package: LiberoPackage,
+        bddl: Path,
+        initial_states: np.ndarray,
+        image_size: int,
+        seed: int,
+    ) -> None:
+        self.task = task
+        self.images_drawn = 0
+        self._package = package
+        self._initial_states = initial_states
+        self._size = image_size
+        self._seed = seed
+        self._steps = 0
+        self._episode = 0
+        self._over = True
+        self._moment: dict[str, np.ndarray] = {}
+        self._env: Any = self._make(bddl)
+        self._env.env.add_observable(self._moments())
+        self.truth = GroundTruth(self._env.env)
+
+    def _make(self, bddl: Path) -> Any:
+        try:
+            with self._package.loading(self._seed):
+                # Without camera observations: robosuite would draw both cameras in every step.
+                return self._package.make(bddl_file_name=str(bddl), use_camera_obs=False)
+        except (FileNotFoundError, ValueError) as error:  # MuJoCo's word for a mesh that it cannot open
+            raise SimulatorUnavailable(
+                f"LIBERO cannot build {self.task.name} from the assets in {self._package.assets} ({error})",
+                INSTALL_ASSETS,
+            ) from error
+        except (ImportError, RuntimeError) as error:
+            raise SimulatorUnavailable(f"MuJoCo cannot open a rendering context ({error})", INSTALL_GL) from error
+
+    def _moments(self) -> Any:
+        """What robosuite calls at the moments at which it would draw the cameras: it notes where everything is.
+
+        robosuite looks at a scene once in a control step, a substep or two before its end.
+        """
+        from robosuite.utils.observables import Observable, sensor
+
+        @sensor(modality="moment")
+        def moment(_: Mapping[str, Any]) -> float:
+            sim = self._env.sim
+            self._moment = {name: np.array(getattr(sim.data._data, name)) for name in _OF_DATA}
+            self._moment |= {name: np.array(getattr(sim.model._model, name)) for name in _OF_MODEL}
+            return 0.0
+
+        return Observable("moment", moment, sampling_rate=self._env.env.control_freq)
+
+    def reset(self, *, initial_state: int) -> tuple[Observation, dict[str, Any]]:
+        """As `Environment.reset`, after the settling steps."""
+        self.task.check_initial_state(initial_state)
+        self._episode += 1
+        self._over = True  # until it has settled
+        with self._package.loading(self._seed):
+            self._open().reset()
+            self._env.set_init_state(self._initial_states[int(initial_state)])
+        for _ in range(SETTLING_STEPS):
+            seen, *_ = self._env.step(DUMMY_ACTION)
+        self._steps = 0
+        self._over = False
+        return self._observation(seen), {"success": False}  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """As `Environment.step`.
+
+        Args:
+            action: (7,) translation, rotation and gripper (-1 opens, +1 closes) in [-1, 1], beyond which robosuite clips.
+
+        Raises:
+            SuiteError: the action has another shape, or numbers that are not finite.
+            SessionError: the episode is over, or the environment closed.
+        """
+        if self._over:
+            raise SessionError("The episode is over, or none has begun; call reset(initial_state=...) first.")
+        values = np.asarray(action, dtype=np.float64)
+        if values.shape != (ACTION_SIZE,) or not np.isfinite(values).all():
+            raise SuiteError(f"LIBERO takes actions of {ACTION_SIZE} finite numbers; found {action!r}.")
+        seen, reward, solved, _ = self._open().step(values)
+        self._steps += 1
+        success = bool(solved)
+        truncated = not success and self._steps >= self.task.max_steps
+        self._over = success or truncated
+        return self._observation(seen), float(reward), success, truncated, {"success": success}
+
+    def frame(self, size: int) -> Image:
+        """As `Environment.frame`: from in front of the robot."""
+        return self._draw(CAMERAS[0], size)
+
+    def close(self) -> None:
+        """As `Environment.close`."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+        self._over = True
+
+    def _open(self) -> Any:
+        if self._env is None:
+            raise SessionError("The environment is closed; make another one.")
+        return self._env
+
+    def _observation(self, seen: Mapping[str, np.ndarray]) -> Observation:
+        moment, episode = self._moment, self._episode
+
+        def draw(camera: str) -> Image:
+            self.images_drawn += 1
+            return self._draw_moment(camera, moment)
+
+        images = Images(draw, CAMERAS, lambda: self._env is not None and self._episode == episode)
+        proprio = np.concatenate(
+            [seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"]), seen["robot0_gripper_qpos"]]
+        )
+        return Observation(images, proprio.astype(np.float32), self.task.instruction)
+
+    def _draw_moment(self, camera: str, moment: Mapping[str, np.ndarray]) -> Image:
+        """What a camera saw at a moment: the scene is put back there and returns."""
+        sim = self._open().sim
+        places = {name: getattr(sim.data._data, name) for name in _OF_DATA}
+        places |= {name: getattr(sim.model._model, name) for name in _OF_MODEL}
+        now = {name: np.array(place) for name, place in places.items()}
+        try:
+            for name, place in places.items():
+                place[:] = moment[name]
+            return self._draw(camera, self._size)
+        finally:
+            for name, place in places.items():
+                place[:] = now[name]
+
+    def _draw(self, camera: str, size: int) -> Image:
+        """(size, size, 3) uint8, turned by 180 degrees: OpenGL's images are upside down, and all data sets are turned."""
+        sim = self._open().sim
+        sim._render_context_offscreen.gl_ctx.make_current()  # another environment's may be
+        return np.ascontiguousarray(sim.render(width=size, height=size, camera_name=camera)[::-1, ::-1])
+
+
+def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """A rotation as axis times angle, as LIBERO's policies were trained on it: the angle is 0 to 2 pi, and q and -q are
+    told apart.
+
+    Args:
+        quaternion: (4,) x, y, z, w.
+
+    Returns:
+        (3,) float64; zeros for no rotation.
+    """
+    x, y, z, w = (float(part) for part in quaternion)
+    w = min(max(w, -1.0), 1.0)
+    length = math.sqrt(1.0 - w * w)
+    if math.isclose(length, 0.0):
+        return np.zeros(3)
+    return np.array([x, y, z]) * (2.0 * math.acos(w) / length)
