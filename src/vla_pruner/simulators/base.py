@@ -247,6 +247,14 @@ class Suite(Protocol):
         """
         ...
 
+    def expert(self) -> Any:
+        """A scripted policy that solves the tasks by the simulator's state (`SeesTheState`).
+
+        Raises:
+            SuiteError: there is none for this suite.
+        """
+        ...
+
     def versions(self) -> dict[str, str]:
         """What a result depends on: versions of the simulator's packages, and the rendering backend."""
         ...

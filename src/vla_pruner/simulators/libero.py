@@ -3,8 +3,8 @@
 Per suite the published number of steps, ten settling steps, 256 x 256 images of both cameras turned by 180 degrees, the
 state as eight numbers, the fixed initial states in their order. Four things differ from the scripts, on purpose:
 
-- The generator is seeded before every reset, not once. Fixtures stand where it draws them (up to centimetres), so in the
-  scripts an episode depends on how many ran before it.
+- The generator is seeded before every reset, not once. Fixtures stand where it draws them (up to centimetres), so in
+  the scripts an episode depends on how many ran before it.
 - An image is drawn only if it is looked at. It shows the moment at which LIBERO would have drawn it.
 - Contexts are made current before drawing, so that environments can be open side by side.
 - Success ends an episode, and running out of steps truncates it; an error is an error.
@@ -100,8 +100,8 @@ class LiberoSuite:
     def convention(self, policy: Any) -> Convention:
         """How the policy's family is evaluated on LIBERO.
 
-        OpenVLA and OFT: images through `preprocessing.libero`, the gripper's sign as LIBERO has it, one action at a time
-        or the whole chunk. pi0 of transformers: openpi's five actions. LeRobot's: `n_action_steps` of the checkpoint.
+        OpenVLA and OFT: images through `preprocessing.libero`, the gripper's sign as LIBERO has it, one action at a
+        time or the whole chunk. pi0 of transformers: openpi's five actions. LeRobot's: `n_action_steps` of the checkpoint.
 
         Raises:
             SuiteError: the policy is of another family, or its cameras or its state are not LIBERO's.
@@ -123,6 +123,18 @@ class LiberoSuite:
             f"How a {type(policy).__name__} sees LIBERO is not known; OpenVLA, OpenVLA-OFT, pi0 of transformers, and "
             "LeRobot's pi0, pi0.5 and SmolVLA are, and policies that see the simulator's state."
         )
+
+    def expert(self) -> Any:
+        """The scripted expert.
+
+        Raises:
+            SuiteError: only the object suite has one.
+        """
+        if self.name != "libero_object":
+            raise SuiteError(f"{self.name} has no scripted expert; libero_object has one, and so has Meta-World.")
+        from vla_pruner.simulators.libero_expert import LiberoObjectExpert
+
+        return LiberoObjectExpert()
 
     def versions(self) -> dict[str, str]:
         """Of MuJoCo, robosuite, hf-libero and numpy, and the rendering backend."""
@@ -151,7 +163,8 @@ class LiberoSuite:
         size = policy.proprio_size
         if size not in (None, PROPRIO_SIZE):
             raise SuiteError(
-                f"LIBERO's state has {PROPRIO_SIZE} numbers; this policy takes {size}. Use a checkpoint trained on LIBERO."
+                f"LIBERO's state has {PROPRIO_SIZE} numbers; this policy takes {size}. Use a checkpoint that was trained "
+                "on LIBERO."
             )
         return size is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,16 +91,16 @@ class LiberoEnvironment:
 
         robosuite looks at a scene once in a control step, a substep or two before its end.
         """
-        from robosuite.utils.observables import Observable, sensor
+        observables = importlib.import_module("robosuite.utils.observables")
 
-        @sensor(modality="moment")
+        @observables.sensor(modality="moment")
         def moment(_: Mapping[str, Any]) -> float:
             sim = self._env.sim
             self._moment = {name: np.array(getattr(sim.data._data, name)) for name in _OF_DATA}
             self._moment |= {name: np.array(getattr(sim.model._model, name)) for name in _OF_MODEL}
             return 0.0
 
-        return Observable("moment", moment, sampling_rate=self._env.env.control_freq)
+        return observables.Observable("moment", moment, sampling_rate=self._env.env.control_freq)
 
     def reset(self, *, initial_state: int) -> tuple[Observation, dict[str, Any]]:
         """As `Environment.reset`, after the settling steps."""
@@ -119,7 +120,7 @@ class LiberoEnvironment:
         """As `Environment.step`.
 
         Args:
-            action: (7,) translation, rotation and gripper (-1 opens, +1 closes) in [-1, 1], beyond which robosuite clips.
+            action: (7,) translation, rotation and gripper (-1 opens, +1 closes) in [-1, 1]; robosuite clips beyond.
 
         Raises:
             SuiteError: the action has another shape, or numbers that are not finite.
@@ -181,7 +182,7 @@ class LiberoEnvironment:
                 place[:] = now[name]
 
     def _draw(self, camera: str, size: int) -> Image:
-        """(size, size, 3) uint8, turned by 180 degrees: OpenGL's images are upside down, and all data sets are turned."""
+        """(size, size, 3) uint8, turned by 180 degrees as all data sets are: OpenGL's images are upside down."""
         sim = self._open().sim
         sim._render_context_offscreen.gl_ctx.make_current()  # another environment's may be
         return np.ascontiguousarray(sim.render(width=size, height=size, camera_name=camera)[::-1, ::-1])

@@ -100,7 +100,7 @@ def load_libero(assets: str | Path | None = None) -> LiberoPackage:
     _prepare_rendering()
     try:
         with _quiet_import():
-            package = importlib.import_module("libero.libero")
+            package: Any = importlib.import_module("libero.libero")
             root = Path(str(package.__file__)).parent
             # Modules that are imported from here on take this function by name; the file it replaces is gone.
             package.get_libero_path = {

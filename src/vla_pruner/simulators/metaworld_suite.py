@@ -88,6 +88,10 @@ class MetaWorldSuite:
             )
         return Convention({"image": CAMERA}, proprio=policy.proprio_size is not None)
 
+    def expert(self) -> MetaWorldExpert:
+        """Meta-World's own scripted policies."""
+        return MetaWorldExpert()
+
     def versions(self) -> dict[str, str]:
         """Of Meta-World, MuJoCo and Gymnasium, and the rendering backend."""
         return {
