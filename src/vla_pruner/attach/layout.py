@@ -142,18 +142,17 @@ class Shortening:
         return columns.new_zeros(columns.shape[0], self.length).scatter(1, self.prefix, columns)
 
     def _columns(self, mask: Tensor, buffer: int | None) -> Tensor:
-        rows = self.kept.shape[0]
-        tail = torch.arange(self.length, mask.shape[-1], device=mask.device).expand(rows, -1)
-        columns = torch.cat([self.prefix.to(mask.device), tail], dim=1)[:, None, None, :]
-        mask = mask.expand(rows, *mask.shape[1:])
-        return pad_columns(mask.gather(3, columns.expand(*mask.shape[:3], -1)), buffer)
+        mask = mask.expand(self.kept.shape[0], *mask.shape[1:])
+        prefix = self.prefix.to(mask.device)[:, None, None, :].expand(*mask.shape[:3], -1)
+        # The tail's length is a variable of a compiled decode step, so nothing may be made of it but a slice.
+        return pad_columns(torch.cat([mask.gather(3, prefix), mask[..., self.length :]], dim=3), buffer)
 
 
 def ensure(condition: Tensor, message: str) -> None:
     """Raise SessionError with `message` unless `condition` (a bool scalar) holds; on an accelerator, without waiting
     for it.
     """
-    if condition.device.type != "cpu":
+    if condition.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not condition:
         raise SessionError(message)

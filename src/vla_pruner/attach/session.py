@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.attach.compiled import Compiled
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.layout import Layout, Shortening, ensure
@@ -44,6 +45,8 @@ class Session:
         self.method = method
         self.clock: Clock | None = None
         self._family = family
+        self._policy = model
+        self._compiled: Compiled | None = None
         self._decoder = family.decoder
         self._episode: Tensor | None = None
         self._memory: Memory | None = None
@@ -73,6 +76,28 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the decoder, experts and vision encoders as static graphs, what pruning adds included.
+
+        Each kind of call is compiled when it is first made, so the first steps of the first episode take long:
+        unpruned and pruned prompts are graphs of their own, and so is every other length of the prompt. On CUDA they
+        are captured as CUDA graphs. Compiled code lives as long as the session.
+
+        Args:
+            backend: as in `torch.compile`.
+
+        Raises:
+            SessionError: it is detached, or compiled already.
+            UnsupportedModelError: this policy's calls cannot be compiled.
+        """
+        if self._decoder not in _attached:
+            raise SessionError("This session is detached; attach the method anew.")
+        if self._compiled is not None:
+            raise SessionError("This session is compiled already.")
+        compiled = Compiled(self._family, getattr(self._policy, "vision_towers", ()), backend, self)
+        compiled.install()
+        self._compiled = compiled
 
     def detach(self) -> None:
         """Leave the model as it was before. What the last control step left can still be read. Detaching twice does
@@ -348,6 +373,9 @@ class Session:
             )
 
     def _remove(self) -> None:
+        if self._compiled is not None:
+            self._compiled.remove()
+            self._compiled = None
         self._replaced.remove()
         self._wiring.remove()
         self._family.remove()
