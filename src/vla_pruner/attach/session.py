@@ -15,6 +15,7 @@ from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.layout import Layout, Shortening, ensure
 from vla_pruner.attach.recorder import Attention
+from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
@@ -104,6 +105,28 @@ class Session:
             raise SessionError(f"reset(rows={rows}) was called, but the batch has rows 0 to {memory.rows - 1}.")
         self.memory = memory.reset(rows)
 
+    def moved(self, distance: float | Tensor) -> None:
+        """Say how far the arm moved in the last control step, for methods that prune by it (`Method.motion`). Call it
+        once after each step, before the next one: whoever commands the robot knows, and the model does not.
+
+        Args:
+            distance: (B,), or one number where there is one row: the length of the path of the whole action chunk, the
+                sum of |p_{t+1} - p_t| over the arm's positions, in whatever unit.
+
+        Raises:
+            SessionError: the method reads no motion, there was no step, this is the second call after it, or
+                `distance` is negative, not finite, or of another number of rows.
+        """
+        if not self.method.motion:
+            raise SessionError(
+                f"moved(...) was called, but {type(self.method).__name__} as it was made prunes whatever the arm does; "
+                "leave the call out, or attach a method with a motion gate, such as TextQuery(gate=3)."
+            )
+        memory = self.memory
+        if memory is None:
+            raise SessionError("moved(...) was called before the first control step; call it after each.")
+        self.memory = memory.moved(distance)
+
     @property
     def kept(self) -> Tensor | None:
         """(B, k) int64, sorted ids of the visual tokens kept in the last control step; None where it was not pruned."""
@@ -137,22 +160,12 @@ class Session:
         if step.running or (step.action is None and "action" in needs) or (step.semantic is None and keeps):
             # A call failed, or nothing acted: no control step came of it.
             return step.memory
-        return step.memory.push(step.action, step.seen, step.semantic if keeps else None)
+        return step.memory.push(step.action, step.seen, step.semantic if keeps else None, pruned=step.kept is not None)
 
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
-        if memory is not None and not isinstance(memory, Memory):
-            raise SessionError(f"session.memory was set to a {type(memory).__name__}; set a Memory, or None.")
-        if memory is not None and memory.holds_semantic != self.method.remembers_semantic:
-            raise SessionError(
-                "session.memory was set to one of a method that prunes at another layer: with layer=0 a memory holds "
-                "semantic scores too, with others it does not."
-            )
-        if memory is not None and memory.window != self.method.history:
-            raise SessionError(
-                f"session.memory was set to one that holds {memory.window} control steps of scores, but this "
-                f"method's holds {self.method.history}; it is another method's memory."
-            )
+        if memory is not None:
+            check_memory(memory, self.method)
         self._memory = memory
         if self._step is not None:
             self._step.closed = True
@@ -202,8 +215,7 @@ class Session:
             ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
         memory = self.memory
         if memory is None:
-            semantic = self.method.remembers_semantic
-            memory = Memory.empty(layout.rows, self.method.history, layout.tokens, call.device, semantic)
+            memory = empty_memory(self.method, layout, call.device)
             if self._episode is not None and len(self._episode) == layout.rows:
                 memory = replace(memory, episode=self._episode)
         if (memory.rows, memory.tokens) != (layout.rows, layout.tokens):

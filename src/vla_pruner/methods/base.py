@@ -90,6 +90,13 @@ class Method:
         return 0
 
     @property
+    def motion(self) -> int:
+        """In how many of the last control steps it reads how far the arm moved; somebody must say so after each, with
+        `Session.moved`. 0: it reads no motion.
+        """
+        return 0
+
+    @property
     def remembers_semantic(self) -> bool:
         """Whether the memory must hold the semantic scores too, for a choice before the first layer."""
         return False
