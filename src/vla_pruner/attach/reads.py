@@ -30,16 +30,16 @@ class DeferredReads:
     """Rows of a growing cache. One product of all rows and layers costs little more than one of a row and a layer."""
 
     def __init__(self) -> None:
-        self._layers: dict[tuple[int, bool], LayerReads] = {}
+        self._layers: dict[tuple[int, int], LayerReads] = {}
         self.count = 0
         """Rows noted so far, in all layers together."""
 
-    def add(self, layer: int, shortened: bool, attention: Attention, row: Tensor | None) -> None:
+    def add(self, layer: int, stage: int, attention: Attention, row: Tensor | None) -> None:
         """Note a row.
 
         Args:
             layer: index of the layer.
-            shortened: whether its cache is a shortened one.
+            stage: how many stages of pruning made its cache what it is.
             attention: the kernel call.
             row: (B, 1) which of its query rows acts, the last real one of the prompt; None: there is but one.
         """
@@ -50,27 +50,27 @@ class DeferredReads:
             if visible is not None and visible.shape[2] > 1:
                 visible = visible.expand(len(row), *visible.shape[1:])
                 visible = visible.gather(2, index.expand(-1, visible.shape[1], -1, visible.shape[3]))
-        reads = self._layers.setdefault((layer, shortened), LayerReads())
+        reads = self._layers.setdefault((layer, stage), LayerReads())
         reads.queries.append(query)
         reads.visible, reads.call = visible, attention
         self.count += 1
 
-    def rows(self, layer: int, shortened: bool) -> int:
+    def rows(self, layer: int, stage: int) -> int:
         """Rows of one layer noted so far."""
-        reads = self._layers.get((layer, shortened))
+        reads = self._layers.get((layer, stage))
         return 0 if reads is None else len(reads.queries)
 
     @torch.no_grad()
-    def columns(self, shortened: bool, prompt: int) -> Tensor | None:
+    def columns(self, stage: int, prompt: int) -> Tensor | None:
         """(B, prompt) float32: attention to the prompt's columns, the mean over heads, summed over rows and layers.
 
         Args:
-            shortened: of which layers.
+            stage: of which layers.
             prompt: columns that the prompt has in their caches.
         """
         groups: dict[tuple[object, ...], list[LayerReads]] = {}
-        for (_, short), reads in self._layers.items():
-            if short == shortened:
+        for (_, made), reads in self._layers.items():
+            if made == stage:
                 assert reads.call is not None
                 alike = (id(reads.visible), len(reads.queries), reads.call.key.shape, reads.call.key.device)
                 groups.setdefault(alike, []).append(reads)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Layout, Shortening, ensure
+from vla_pruner.attach.layout import Shortening, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
+from vla_pruner.attach.stages import check_fewer, stages_of
 from vla_pruner.attach.step import Step
-from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
+from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
 
@@ -39,6 +40,7 @@ class Session:
         method: the method that chooses the tokens.
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering;
             for timing.
+        stages: where the method prunes, by layer, the first one first.
     """
 
     def __init__(self, method: Method, model: Any, family: Family) -> None:
@@ -49,10 +51,7 @@ class Session:
         self._episode: Tensor | None = None
         self._memory: Memory | None = None
         self._step: Step | None = None
-        self._camera_methods = method.for_cameras(family.cameras)
-        self._check_depth()
-        if family.camera_tokens is not None:
-            self._budgets(family.camera_tokens, frozenset())
+        self.stages = stages_of(method, family)
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
         _check_not_compiled(model, self._decoder)
@@ -230,51 +229,61 @@ class Session:
                 "blank images in the places of absent cameras (LeRobot's SmolVLA: config.empty_cameras)."
             )
         self._memory = memory = memory.to(call.device)
-        self._step = Step(layout=layout, memory=memory, action_rows=rows)
+        # Decided here, on the host, since the layers may run as a graph.
+        prunes = self.method.prunes(memory)
+        self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes)
         return True
 
-    def choose(self, hidden: Tensor) -> Shortening | None:
-        """Decide, at the pruning layer, what becomes of the sequence; `hidden` is (B, N, D). None: nothing changes."""
-        step = self._step
+    def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
+        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
+
+        Args:
+            hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
+            layer: its index.
+        """
+        step, stage = self._step, self.stages[layer]
         assert step is not None
-        if step.chosen:
+        if layer in step.chosen:
+            return step.shortening_at(layer)
+        step.chosen.add(layer)
+        budgets = stage.budgets(step.layout.cameras, step.layout.absent, self._family.camera_tokens)
+        check_fewer(sum(step.counts), sum(budgets))
+        if sum(budgets) >= sum(step.counts) or not step.prunes:
             return step.shortening
-        step.chosen = True
-        layout = step.layout
-        budgets = self._budgets(layout.cameras, layout.absent)
-        if sum(budgets) >= layout.tokens or not self.method.prunes(step.memory):
-            return None
-        features = step.embeddings
-        if "features" in self.method.needs:
-            features = visual_rows(hidden, layout)
-        evidence = Evidence(valid=layout.valid, memory=step.memory, semantic=step.semantic, features=features)
         with torch.no_grad():
-            step.kept = self._select(evidence, layout.cameras, budgets)
-            step.shortening = Shortening(layout, step.kept, freeze=self.method.pruned == "freeze")
-            if step.action_rows is not None:
-                step.short_action_rows = step.shortening.row_index(step.action_rows)
+            ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, budgets)
+            step.shorten(layer, ids, tuple(budgets), freeze=self.method.pruned == "freeze")
         return step.shortening
+
+    def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
+        """What `method` reads, on the visual tokens that are live so far."""
+        evidence = Evidence(step.layout.valid, step.memory, semantic=step.semantic, features=step.embeddings)
+        if step.kept is not None:
+            evidence = evidence.of(step.kept)
+        return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
 
     @torch.no_grad()
     def see_embeddings(self, hidden: Tensor) -> None:
         """The first layer's input (B, N, D) of a prefill, for methods that compare tokens there."""
-        step, method = self._step, self.method
+        step = self._step
         if step is None:
             return
-        if step.embeddings is None and "embeddings" in method.needs:
-            step.embeddings = visual_rows(hidden, step.layout)
-        if step.raters is None and method.queries == "raters":
-            with self.timed():
-                visual = visual_rows(hidden, step.layout)
-                step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
+        for stage in self.stages.values():
+            method = stage.method
+            if step.embeddings is None and "embeddings" in method.needs:
+                step.embeddings = step.visual_rows(hidden)
+            if step.raters is None and method.queries == "raters":
+                with self.timed():
+                    visual = step.visual_rows(hidden)
+                    step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
 
     @torch.no_grad()
-    def record_semantic(self, attention: Attention) -> None:
-        """The layer before the pruning layer attended; the prompt's first run in a control step counts."""
-        step = self._step
-        if step is not None and step.prefilling and step.semantic is None:
+    def record_semantic(self, layer: int, attention: Attention) -> None:
+        """The layer before the pruning layer `layer` attended; the prompt's first run in a control step counts."""
+        step, method = self._step, self.stages[layer].method
+        if step is not None and step.prefilling and (step.semantic is None or layer not in step.chosen):
             with self.timed():
-                step.add_semantic(attention, self.method.queries, self.method.attention == "logits")
+                step.add_semantic(attention, method.queries, method.attention == "logits")
 
     @torch.no_grad()
     def record_decoder(self, layer: int, attention: Attention) -> None:
@@ -283,10 +292,8 @@ class Session:
         if step is None or step.closed:
             return
         with self.timed():
-            shortened, rows = layer >= self.method.layer, None
-            if step.prefilling:
-                rows = step.short_action_rows if shortened and step.shortening is not None else step.action_rows
-            step.add_action(layer, attention, rows, shortened, decoding=True)
+            rows = step.action_rows_at(layer) if step.prefilling else None
+            step.add_action(layer, attention, rows, decoding=True)
 
     @torch.no_grad()
     def record_reader(self, layer: int, attention: Attention) -> None:
@@ -296,7 +303,7 @@ class Session:
             return
         with self.timed():
             rows = self._family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
-            step.add_action(layer, attention, rows, layer >= self.method.layer)
+            step.add_action(layer, attention, rows)
 
     def _follow_resets(self, policy: Any) -> None:
         """A policy that is told of a new episode tells this session."""
@@ -310,51 +317,6 @@ class Session:
         for owner in (policy, inner):
             if callable(getattr(owner, "reset", None)):
                 self._replaced.put(owner, "reset", reset)
-
-    def _budgets(self, cameras: tuple[int, ...], absent: frozenset[int]) -> list[int]:
-        """Tokens kept: one number for all cameras together, or one for each."""
-        present = [0 if camera in absent else count for camera, count in enumerate(cameras)]
-        # A camera that the policy left out of the sequence has its budget, but no tokens here.
-        known = self._family.camera_tokens or cameras
-        if self._camera_methods is None:
-            full = [self.method.budget(sum(known))]
-            short = [self.method.budget_of_present(sum(known), sum(present))]
-        else:
-            full = [method.budget(count) for method, count in zip(self._camera_methods, known, strict=True)]
-            short = [min(budget, count) for budget, count in zip(full, present, strict=True)]
-        # Where all is kept nothing may change, so absent cameras that hold a place stay too.
-        return list(cameras) if sum(full) >= sum(known) else short
-
-    def _select(self, evidence: Evidence, cameras: tuple[int, ...], budgets: list[int]) -> Tensor:
-        """The ids (B, k) int64, sorted, of the tokens to keep."""
-        if self._camera_methods is None:
-            return self.method.select(evidence, budgets[0])
-        kept, start = [], 0
-        for method, count, k in zip(self._camera_methods, cameras, budgets, strict=True):
-            ids = torch.arange(count, device=evidence.valid.device).expand(evidence.valid.shape[0], -1)
-            if k == 0:
-                ids = ids[:, :0]
-            elif k < count:
-                ids = method.select(evidence.span(start, start + count), k)
-            kept.append(ids + start)
-            start += count
-        return torch.cat(kept, dim=1)
-
-    def _check_depth(self) -> None:
-        layers = self._family.depth
-        if type(self.method).select is Method.select:
-            return  # It never prunes, so it fits every model.
-        first = self._family.first_layer
-        if not first <= self.method.layer < layers:
-            raise BudgetError(
-                f"layer={self.method.layer} was given, but the decoder has {layers} layers; give a layer from {first} "
-                f"to {layers - 1}."
-            )
-        if "semantic" in self.method.needs and self.method.semantic_layer >= layers:
-            raise BudgetError(
-                f"The semantic score is read at layer {self.method.semantic_layer}, but the decoder has {layers} "
-                "layers."
-            )
 
     def _remove(self) -> None:
         self._replaced.remove()
@@ -374,8 +336,3 @@ def _check_not_compiled(model: Any, decoder: nn.Module) -> None:
                 f"{name or type(model).__name__} is compiled and holds the decoder, so hooks on it would never run; "
                 "attach to the policy before it is compiled."
             )
-
-
-def visual_rows(hidden: Tensor, layout: Layout) -> Tensor:
-    """The visual tokens (B, M, D) of hidden states (B, N, D)."""
-    return hidden.gather(1, layout.visual[..., None].expand(-1, -1, hidden.shape[2]))
