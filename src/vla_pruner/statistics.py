@@ -1,14 +1,31 @@
-"""Success rates with honest intervals: one rate, and the difference between two arms that ran the same episodes.
+"""Success rates with honest intervals: one rate, and what changes between arms that ran the same episodes.
 
-All intervals are 95 % unless `confidence` says otherwise. Nothing here needs more than the standard library.
+All intervals are 95 % unless `confidence` says otherwise. Wilson's interval, binomial tests and Holm's procedure are
+scipy's and statsmodels'; what those lack (paired proportions, with tasks as strata) is here, with its paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
+from functools import lru_cache
+from math import ceil, comb, isnan, sqrt
 from statistics import NormalDist
+from typing import Any
+
+from vla_pruner.errors import VLAPrunerError
+
+POWER = 0.8
+"""Chance with which `pairs_needed` pairs decide a question, if what was seen so far is the truth."""
+
+_PSEUDO_PAIRS = 4.0
+"""Discordant pairs, half of them gained, that smooth the variances of strata: about z * z, as Agresti and Coull add to
+a single rate. Without them a task where every pair was lost would look free of chance."""
+
+
+class PackageMissing(VLAPrunerError, ImportError):
+    """A statistic needs a package that is not installed."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +61,38 @@ class PairedDifference:
         return self.low <= 0.0 <= self.high
 
 
-def _quantile(confidence: float) -> float:
+@dataclass(frozen=True)
+class MeanDifference:
+    """The mean of what changes between two arms that ran the same episodes, in the units of what was measured."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PackageMissing(
+            f"Intervals and tests need {name.split('.')[0]}, which is not installed; "
+            "run: pip install 'vla-pruner[eval]'"
+        ) from error
+
+
+def _check_confidence(confidence: float) -> None:
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1, for example 0.95.")
+
+
+def _quantile(confidence: float) -> float:
+    _check_confidence(confidence)
     return NormalDist().inv_cdf(0.5 + confidence / 2.0)
 
 
 def wilson(successes: int, total: int, confidence: float = 0.95) -> Rate:
-    """Wilson's score interval for a success rate.
+    """Wilson's score interval for a success rate, by scipy.
 
     Args:
         successes: how many of `total` succeeded.
@@ -59,64 +100,169 @@ def wilson(successes: int, total: int, confidence: float = 0.95) -> Rate:
 
     Raises:
         ValueError: if the counts are impossible.
+        PackageMissing: scipy is not installed.
     """
     if not 0 <= successes <= total:
         raise ValueError(f"{successes} successes of {total} trials is impossible.")
-    z = _quantile(confidence)
+    _check_confidence(confidence)
+    return _wilson(successes, total, confidence)
+
+
+@lru_cache(maxsize=4096)
+def _wilson(successes: int, total: int, confidence: float) -> Rate:
     if total == 0:
         return Rate(0, 0, float("nan"), 0.0, 1.0)
-    p = successes / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    # At 0 and at `total` the exact ends are 0 and 1; rounding would leave them a hair away.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == total else min(1.0, centre + half)
-    return Rate(successes, total, p, low, high)
+    tested = _package("scipy.stats").binomtest(successes, total)
+    limits = tested.proportion_ci(confidence, method="wilson")
+    return Rate(successes, total, successes / total, float(limits.low), float(limits.high))
 
 
+@lru_cache(maxsize=4096)
 def mcnemar_p(gained: int, lost: int) -> float:
-    """Two-sided exact McNemar p-value: the binomial test of `gained` among the `gained + lost` discordant pairs."""
+    """Two-sided exact McNemar p-value: the binomial test of `gained` among the `gained + lost` discordant pairs.
+
+    It holds for pairs of many tasks too: in each of them the two are equally likely.
+    """
     if gained < 0 or lost < 0:
         raise ValueError(f"Counts of pairs cannot be negative, found {gained} and {lost}.")
-    n = gained + lost
-    tail = sum(comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
-    return min(1.0, 2.0 * tail)
+    if gained + lost == 0:
+        return 1.0
+    return float(_package("scipy.stats").binomtest(gained, gained + lost).pvalue)
 
 
-def paired_difference(baseline: Sequence[bool], arm: Sequence[bool], confidence: float = 0.95) -> PairedDifference:
+@dataclass(frozen=True)
+class Pairs:
+    """Outcomes of two arms on the same episodes, counted by stratum.
+
+    Attributes:
+        counts: for each stratum (task) the pairs that both solved, only the arm, only the baseline, and neither.
+    """
+
+    counts: tuple[tuple[int, int, int, int], ...]
+
+    @classmethod
+    def of(cls, baseline: Sequence[bool], arm: Sequence[bool], strata: Sequence[Hashable] | None = None) -> Pairs:
+        """Counts two lists of outcomes, pair by pair.
+
+        Args:
+            strata: the task of every pair; None: all pairs are of one.
+
+        Raises:
+            ValueError: if the lists differ in length.
+        """
+        if len(baseline) != len(arm):
+            raise ValueError(
+                f"Paired episodes are needed: the baseline has {len(baseline)} outcomes and the arm {len(arm)}. "
+                "Pass only the episodes that both of them finished, in the same order."
+            )
+        of_pair = [None] * len(arm) if strata is None else strata
+        counts: dict[Hashable, list[int]] = {}
+        for before, after, stratum in zip(baseline, arm, of_pair, strict=True):
+            cell = (0 if before else 1) if after else (2 if before else 3)
+            counts.setdefault(stratum, [0, 0, 0, 0])[cell] += 1
+        return cls(tuple((both, gained, lost, neither) for both, gained, lost, neither in counts.values()))
+
+    @property
+    def total(self) -> tuple[int, int, int, int]:
+        """Both, gained, lost, neither over all strata."""
+        both, gained, lost, neither = (sum(cell) for cell in zip(*self.counts, strict=True)) if self.counts else [0] * 4
+        return both, gained, lost, neither
+
+    @property
+    def value(self) -> float:
+        """Success rate of the arm minus that of the baseline; nan without pairs."""
+        n = sum(self.total)
+        return (self.total[1] - self.total[2]) / n if n else float("nan")
+
+    def limits(self, confidence: float = 0.95) -> tuple[float, float]:
+        """The interval of the difference, for these tasks.
+
+        Newcombe's hybrid score interval for paired proportions (Statistics in Medicine 17, 1998, method 10): the two
+        Wilson intervals, combined with the correlation of the pairs. It stays sensible for few pairs and for rates
+        near 0 and 1, where the usual normal interval collapses. Differences between tasks are no chance, since every
+        arm runs the same tasks: both arms of the interval are multiplied by the ratio of the standard error within
+        strata to that of all pairs as one. With one stratum the ratio is 1.
+        """
+        both, gained, lost, neither = self.total
+        n = both + gained + lost + neither
+        if n == 0:
+            _check_confidence(confidence)
+            return -1.0, 1.0
+        first = wilson(both + gained, n, confidence)
+        second = wilson(both + lost, n, confidence)
+        correlation = _correlation(both, gained, lost, neither)
+
+        def spread(a: float, b: float) -> float:
+            return sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
+
+        ratio = sqrt(self.variance() / Pairs((self.total,)).variance())
+        low = self.value - ratio * spread(first.value - first.low, second.high - second.value)
+        high = self.value + ratio * spread(first.high - first.value, second.value - second.low)
+        return max(-1.0, low), min(1.0, high)
+
+    def variance(self) -> float:
+        """Of one pair's difference (+1 gained, -1 lost, 0), within strata; smoothed, so never 0."""
+        found, pairs = 0.0, 0.0
+        more = _PSEUDO_PAIRS / len(self.counts)
+        for both, gained, lost, neither in self.counts:
+            n = both + gained + lost + neither + more
+            found += gained + lost + more - (gained - lost) ** 2 / n
+            pairs += n
+        return found / pairs
+
+    def p_not_worse(self, margin: float) -> float:
+        """One-sided p-value of "the arm is worse by `margin` or more": small where it is shown not to be.
+
+        It is the level at which the lower limit is -margin, so at .025 it agrees with the 95 % interval. One minus it
+        is the p-value of "the arm is not worse by `margin`".
+        """
+        if not 0.0 < margin < 1.0:
+            raise ValueError(f"margin is {margin}; it is a difference of success rates between 0 and 1, such as 0.02.")
+        value, normal = self.value, NormalDist()
+        if isnan(value) or value == -margin:
+            return 0.5
+        side = 0 if value > -margin else 1  # which limit comes to -margin as the confidence grows
+        low, high = 0.0, 8.0  # in standard normal units
+        for _ in range(60):
+            z = (low + high) / 2
+            limit = self.limits(min(max(2 * normal.cdf(z) - 1, 1e-15), 1 - 1e-15))[side]
+            inside = limit > -margin if side == 0 else limit < -margin
+            low, high = (z, high) if inside else (low, z)
+        tail = 1 - normal.cdf(low)
+        return tail if side == 0 else 1 - tail
+
+    def pairs_needed(self, margin: float, level: float = 0.025) -> int | None:
+        """Pairs in all with which "worse by `margin` or not" would be decided with a chance of `POWER`, if the present
+        difference and variance are the truth; None where the difference is the margin itself, or more than a million.
+        """
+        distance = self.value + margin
+        if isnan(distance) or distance == 0.0:
+            return None
+        normal = NormalDist()
+        needed = self.variance() * ((normal.inv_cdf(1 - level) + normal.inv_cdf(POWER)) / distance) ** 2
+        return ceil(needed) if needed <= 1e6 else None
+
+
+def paired_difference(
+    baseline: Sequence[bool],
+    arm: Sequence[bool],
+    confidence: float = 0.95,
+    strata: Sequence[Hashable] | None = None,
+) -> PairedDifference:
     """Difference in success rate between two arms that ran the same episodes, in the same order.
 
-    The interval is Newcombe's hybrid score interval for paired proportions (Statistics in Medicine 17, 1998, method
-    10): the two Wilson intervals, combined with the correlation of the pairs. It stays sensible for few pairs and for
-    rates near 0 and 1, where the usual normal interval collapses.
+    Args:
+        strata: the task of every pair, so that differences between tasks do not widen the interval (`Pairs.limits`);
+            None: all pairs are of one.
 
     Raises:
-        ValueError: if the two lists differ in length.
+        ValueError: if the lists differ in length.
+        PackageMissing: scipy is not installed.
     """
-    if len(baseline) != len(arm):
-        raise ValueError(
-            f"Paired episodes are needed: the baseline has {len(baseline)} outcomes and the arm {len(arm)}. "
-            "Pass only the episodes that both of them finished, in the same order."
-        )
-    pairs = len(baseline)
-    both = sum(bool(a) and bool(b) for a, b in zip(arm, baseline, strict=True))
-    gained = sum(bool(a) and not b for a, b in zip(arm, baseline, strict=True))
-    lost = sum(bool(b) and not a for a, b in zip(arm, baseline, strict=True))
-    neither = pairs - both - gained - lost
-    if pairs == 0:
-        _quantile(confidence)
-        return PairedDifference(float("nan"), -1.0, 1.0, 0, 0, 0, 1.0)
-    first = wilson(both + gained, pairs, confidence)
-    second = wilson(both + lost, pairs, confidence)
-    correlation = _correlation(both, gained, lost, neither)
-
-    def spread(a: float, b: float) -> float:
-        return sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
-
-    value = (gained - lost) / pairs
-    low = value - spread(first.value - first.low, second.high - second.value)
-    high = value + spread(first.high - first.value, second.value - second.low)
-    return PairedDifference(value, max(-1.0, low), min(1.0, high), gained, lost, pairs, mcnemar_p(gained, lost))
+    pairs = Pairs.of(baseline, arm, strata)
+    low, high = pairs.limits(confidence)
+    _, gained, lost, _ = pairs.total
+    return PairedDifference(pairs.value, low, high, gained, lost, sum(pairs.total), mcnemar_p(gained, lost))
 
 
 def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
@@ -128,6 +274,75 @@ def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
     if cross > 0:
         cross = max(cross - (both + gained + lost + neither) / 2, 0.0)
     return cross / sqrt(product)
+
+
+def paired_mean_difference(
+    baseline: Sequence[float],
+    arm: Sequence[float],
+    strata: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> MeanDifference | None:
+    """Mean of arm minus baseline over pairs, with Student's interval from the variance within strata.
+
+    Returns:
+        None where no stratum has two pairs.
+
+    Raises:
+        ValueError: if the lists differ in length.
+        PackageMissing: scipy is not installed.
+    """
+    _check_confidence(confidence)
+    if len(baseline) != len(arm):
+        raise ValueError(f"Paired values are needed: the baseline has {len(baseline)} and the arm {len(arm)}.")
+    groups: dict[Hashable, list[float]] = {}
+    of_pair = [None] * len(arm) if strata is None else strata
+    for before, after, stratum in zip(baseline, arm, of_pair, strict=True):
+        groups.setdefault(stratum, []).append(after - before)
+    n = len(arm)
+    freedom = n - len(groups)
+    if freedom < 1:
+        return None
+    value = sum(sum(group) for group in groups.values()) / n
+    means = [sum(group) / len(group) for group in groups.values()]
+    squares = sum((x - mean) ** 2 for group, mean in zip(groups.values(), means, strict=True) for x in group)
+    half = float(_package("scipy.stats").t.ppf(0.5 + confidence / 2, freedom)) * sqrt(squares / freedom / n)
+    return MeanDifference(value, value - half, value + half, n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given, by statsmodels: each may be compared with the level as if it were
+    the only one.
+
+    Raises:
+        PackageMissing: statsmodels is not installed.
+    """
+    if len(p_values) < 2:
+        return list(p_values)
+    adjusted = _package("statsmodels.stats.multitest").multipletests(list(p_values), method="holm")[1]
+    return [float(p) for p in adjusted]
+
+
+def solved_within(steps: Sequence[float], solved: Sequence[bool]) -> list[tuple[float, float]]:
+    """Time to success: (steps, share of episodes solved within them), rising; failures count as not solved up to
+    their last step (Kaplan and Meier's estimate, by scipy).
+
+    Raises:
+        PackageMissing: scipy is not installed.
+    """
+    times = [time for time, done in zip(steps, solved, strict=True) if done]
+    if not times:
+        return []
+    stats = _package("scipy.stats")
+    ended = [time for time, done in zip(steps, solved, strict=True) if not done]
+    curve = stats.ecdf(stats.CensoredData(uncensored=times, right=ended)).cdf
+    known = set(times)
+    pairs = zip(curve.quantiles, curve.probabilities, strict=True)
+    return [(float(time), float(share)) for time, share in pairs if time in known]
+
+
+def steps_until(curve: Sequence[tuple[float, float]], share: float) -> float | None:
+    """Steps within which `share` of the episodes were solved, from `solved_within`; None where fewer ever were."""
+    return next((steps for steps, reached in curve if reached >= share - 1e-12), None)
 
 
 def percentile(values: Sequence[float], q: float) -> float:

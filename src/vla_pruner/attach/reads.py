@@ -11,6 +11,74 @@ from vla_pruner.attach.recorder import Attention
 from vla_pruner.methods.scores import attention_probabilities
 
 
+@dataclass(frozen=True)
+class Note:
+    """One query row that asked one layer's cache.
+
+    Attributes:
+        layer: index of the layer.
+        stage: how many stages of pruning made its cache what it is.
+        query: (B, H, 1, d), rotated.
+        visible: (B or 1, 1 or H, 1, S or more) mask, bool or additive; None: it sees all.
+        call: the kernel call.
+    """
+
+    layer: int
+    stage: int
+    query: Tensor
+    visible: Tensor | None
+    call: Attention
+
+    def columns(self) -> Tensor:
+        """(B, S) float32: what the row attends to, the mean over heads."""
+        visible = None if self.visible is None else self.visible[..., : self.call.key.shape[2]]
+        found = attention_probabilities(self.query, self.call.key, visible, self.call.scaling, self.call.softcap)
+        return found.mean(dim=(1, 2))
+
+
+def note(layer: int, stage: int, attention: Attention, row: Tensor | None) -> Note:
+    """Take a row's query and mask out of a kernel call.
+
+    Args:
+        layer: index of the layer.
+        stage: how many stages of pruning made its cache what it is.
+        attention: the kernel call.
+        row: (B, 1) which of its query rows acts, the last real one of the prompt; None: there is but one.
+    """
+    query, visible = attention.query, attention.mask
+    if row is not None:
+        index = row.to(query.device)[:, None, :, None]
+        query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
+        if visible is not None and visible.shape[2] > 1:
+            visible = visible.expand(len(row), *visible.shape[1:])
+            visible = visible.gather(2, index.expand(-1, visible.shape[1], -1, visible.shape[3]))
+    return Note(layer, stage, query, visible, attention)
+
+
+@dataclass
+class CallReads:
+    """What one call of a decoder or an expert reads of its action rows, empty when the call begins.
+
+    A call that runs as a graph then starts from the same state each time, and nothing in it counts calls.
+
+    Attributes:
+        columns: (B, P) float32 by the number of stages that made the layer's cache what it is: attention to the
+            prompt's columns, the mean over heads and rows, summed over layers.
+        count: how many layers are summed there.
+        notes: single rows, for later.
+    """
+
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    count: int = 0
+    notes: list[Note] = field(default_factory=list)
+
+    def add(self, columns: Tensor, stage: int) -> None:
+        """Add one layer's."""
+        known = self.columns.get(stage)
+        self.columns[stage] = columns if known is None else known + columns
+        self.count += 1
+
+
 @dataclass
 class LayerReads:
     """The rows that asked one layer's cache.
@@ -34,25 +102,11 @@ class DeferredReads:
         self.count = 0
         """Rows noted so far, in all layers together."""
 
-    def add(self, layer: int, stage: int, attention: Attention, row: Tensor | None) -> None:
-        """Note a row.
-
-        Args:
-            layer: index of the layer.
-            stage: how many stages of pruning made its cache what it is.
-            attention: the kernel call.
-            row: (B, 1) which of its query rows acts, the last real one of the prompt; None: there is but one.
-        """
-        query, visible = attention.query, attention.mask
-        if row is not None:
-            index = row.to(query.device)[:, None, :, None]
-            query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
-            if visible is not None and visible.shape[2] > 1:
-                visible = visible.expand(len(row), *visible.shape[1:])
-                visible = visible.gather(2, index.expand(-1, visible.shape[1], -1, visible.shape[3]))
-        reads = self._layers.setdefault((layer, stage), LayerReads())
-        reads.queries.append(query)
-        reads.visible, reads.call = visible, attention
+    def add(self, row: Note) -> None:
+        """Keep a row for later."""
+        reads = self._layers.setdefault((row.layer, row.stage), LayerReads())
+        reads.queries.append(row.query)
+        reads.visible, reads.call = row.visible, row.call
         self.count += 1
 
     def rows(self, layer: int, stage: int) -> int:

@@ -194,7 +194,8 @@ class Session:
                         f"The prompt of this control step has {step.layout.length} positions, but it was run again "
                         f"with {call.length}."
                     )
-                step.prefilling = step.running = True
+                step.prefilling = True
+                step.begin_call()
                 return True
             if step is None or step.prefilling:
                 raise SessionError(
@@ -206,7 +207,7 @@ class Session:
                     f"The decoder was called with {call.length} positions after the prompt; it decodes one at a "
                     "time. A prompt in several pieces and speculative decoding are not supported."
                 )
-            step.running = True
+            step.begin_call()
             return False
         layout = self._family.layout(call)
         rows = self._family.action_rows(layout)

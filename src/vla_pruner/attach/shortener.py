@@ -20,6 +20,7 @@ from vla_pruner.errors import SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
+    from vla_pruner.attach.step import Step
 
 
 class Shortener:
@@ -40,7 +41,7 @@ class Shortener:
         self._handles: list[Any] = []
         self._length = 0
         self._prompt_cache: Any = None
-        self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._memo: dict[str, list[tuple[Any, Any]]] = {}
         self._scratch: Any = None
         self._frozen_angles: Any = None
 
@@ -58,7 +59,8 @@ class Shortener:
         self._check_caches_order(decoder)
         self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._leave_decoder))
-        self._handles.append(decoder.layers[0].register_forward_pre_hook(self._enter_first, with_kwargs=True))
+        if self._layer:
+            self._handles.append(decoder.layers[0].register_forward_pre_hook(self._enter_first, with_kwargs=True))
         self._hook_layers(decoder, self._shorten)
         for reader in self._family.readers:
             self._handles.append(reader.register_forward_pre_hook(self._enter_reader, with_kwargs=True))
@@ -112,8 +114,12 @@ class Shortener:
             prompt = self._session.open_call(call)
         self._length = call.length if prompt else self._length + call.length
         self._check_model()
+        cache = given.get("past_key_values")
         if prompt:
-            self._check_cache(given.get("past_key_values"))
+            self._check_cache(cache)
+            self._remember_cache(cache)
+        elif self._prompt_cache is None or cache is not self._prompt_cache():
+            raise SessionError("A decode call was given another cache than the prompt; steps cannot be interleaved.")
         return self._shorten_call(given, inputs, prompt) if self._layer == 0 else None
 
     def _shorten_call(
@@ -178,14 +184,11 @@ class Shortener:
     def _enter_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._session.step
         assert step is not None
-        cache = kwargs.get("past_key_values")
         if step.prefilling:
-            # A cache that the decoder made itself shows up here first.
-            self._prompt_cache = None if cache is None else weakref.ref(cache)
-            if self._layer:
-                self._session.see_embeddings(_hidden(args, kwargs))
-        elif self._prompt_cache is None or cache is not self._prompt_cache():
-            raise SessionError("A decode call was given another cache than the prompt; steps cannot be interleaved.")
+            self._session.see_embeddings(_hidden(args, kwargs))
+
+    def _remember_cache(self, cache: Any) -> None:
+        self._prompt_cache = None if cache is None else weakref.ref(cache)
 
     def _shorten(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -249,11 +252,17 @@ class Shortener:
     def _enter_reader(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._memo.clear()
         if self._session.step is not None:
-            self._session.step.running = True
+            self._session.step.begin_call()
 
     def _leave_reader(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._session.step is not None:
-            self._session.step.running = False
+        self._end_call()
+
+    def _end_call(self) -> Step | None:
+        step = self._session.step
+        if step is not None:
+            with self._session.timed():
+                step.end_call()
+        return step
 
     def _read(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -284,12 +293,11 @@ class Shortener:
         return self._read(index, module, args, kwargs)
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        step = self._session.step
-        if step is None:
+        step = self._end_call()
+        if step is None or not step.prefilling:
             return None
-        step.running = False
-        if not step.prefilling:
-            return None
+        if self._prompt_cache is None:
+            self._remember_cache(getattr(output, "past_key_values", None))
         step.prefilling = False
         step.frozen_hidden = self._scratch = None
         self._memo.clear()
@@ -299,10 +307,13 @@ class Shortener:
         """What `make` returns, made once per call of the decoder for each source object; layers share most of their
         inputs.
         """
-        key = (purpose, id(source))
-        if key not in self._memo:
-            self._memo[key] = (source, make())
-        return self._memo[key][1]
+        known = self._memo.setdefault(purpose, [])
+        for seen, made in known:
+            if seen is source:
+                return made
+        made = make()
+        known.append((source, made))
+        return made
 
     def _cache(self, kwargs: dict[str, Any]) -> Any:
         """The call's cache, or one that lives for this call alone: frozen tokens offer their keys and values through

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.attach.layout import Layout, Shortening
-from vla_pruner.attach.reads import DeferredReads
+from vla_pruner.attach.reads import CallReads, DeferredReads, note
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.methods.base import rows_at
 from vla_pruner.methods.memory import Memory
@@ -35,6 +35,7 @@ class Step:
         chosen: pruning layers at which it is decided what becomes of the sequence.
         prefilling: the prefill is still running.
         running: a call that belongs to the step has begun and not come back; it stays so where one failed.
+        call: what the call that is running has read so far.
         closed: its scores are in the memory already, or were discarded with it.
     """
 
@@ -53,6 +54,7 @@ class Step:
     running: bool = True
     closed: bool = False
     frozen_hidden: Tensor | None = None
+    call: CallReads = field(default_factory=CallReads)
     _columns: dict[int, Tensor] = field(default_factory=dict)
     _deferred: DeferredReads = field(default_factory=DeferredReads)
     _rows_read: int = 0
@@ -65,7 +67,7 @@ class Step:
     @property
     def shortening(self) -> Shortening | None:
         """What the last stage so far made of the sequence; None if the step is not pruned."""
-        return next(reversed(self.shortenings.values()), None)
+        return self._shortening(len(self.shortenings)) if self.shortenings else None
 
     def shortening_at(self, layer: int) -> Shortening | None:
         """What the sequence is at a layer; None: whole."""
@@ -74,7 +76,7 @@ class Step:
 
     def stage_at(self, layer: int) -> int:
         """How many stages made the sequence of a layer what it is."""
-        return sum(first <= layer for first in self.shortenings)
+        return len([first for first in self.shortenings if first <= layer])
 
     def action_rows_at(self, layer: int) -> Tensor | None:
         """(B, R) where the action rows are in the prompt's sequence at a layer; None if there are none."""
@@ -191,15 +193,34 @@ class Step:
         """
         stage = self.stage_at(layer)
         one = decoding and (attention.query.shape[2] if rows is None else rows.shape[1]) == 1
-        # A static cache has room for more, and may be emptied before anybody asks.
-        grows = attention.key.shape[2] == self._prompt_columns(stage) + self._deferred.rows(layer, stage)
-        if one and grows and attention.weights is None:
-            self._deferred.add(layer, stage, attention, rows)
+        if one and attention.weights is None:
+            self.call.notes.append(note(layer, stage, attention, rows))
             return
         # Sums stay in the cache's own order of columns until somebody reads them.
         columns = _known_rows(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(stage)]
-        self._add_columns(columns.to(self.layout.visual.device), stage)
-        self._rows_read += 1
+        self.call.add(columns.to(self.layout.visual.device), stage)
+
+    def begin_call(self) -> None:
+        """A call of the decoder or of an expert begins."""
+        self.running = True
+        self.call = CallReads()
+
+    @torch.no_grad()
+    def end_call(self) -> None:
+        """The call came back: what it read counts."""
+        self.running = False
+        call, self.call = self.call, CallReads()
+        for stage, columns in call.columns.items():
+            self._add_columns(columns, stage)
+        self._rows_read += call.count
+        for row in call.notes:
+            prompt = self._prompt_columns(row.stage)
+            if row.call.key.shape[2] == prompt + self._deferred.rows(row.layer, row.stage):
+                self._deferred.add(row)
+            else:
+                # A static cache has room for more, and may be emptied before anybody asks.
+                self._add_columns(row.columns()[:, :prompt].to(self.layout.visual.device), row.stage)
+                self._rows_read += 1
 
     def _shortening(self, stage: int) -> Shortening:
         return list(self.shortenings.values())[stage - 1]

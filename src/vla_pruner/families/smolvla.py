@@ -145,9 +145,10 @@ class SmolVLAWiring:
             step = self._session.step
             if step is None:
                 return original(**given)
-            step.running = True
+            step.begin_call()
             result = original(**given)
-            step.running = False
+            with self._session.timed():
+                step.end_call()
             return result
         if suffix is not None or given.get("past_key_values") is not None:
             raise SessionError(
@@ -161,7 +162,8 @@ class SmolVLAWiring:
         assert step is not None
         outputs, cache = original(**given)
         self._cache = weakref.ref(cache)
-        step.prefilling, step.running, step.frozen_hidden = False, False, None
+        step.end_call()
+        step.prefilling, step.frozen_hidden = False, None
         if step.shortening is not None:
             outputs = [step.shortening.restore(outputs[0]), *outputs[1:]]
         return outputs, cache

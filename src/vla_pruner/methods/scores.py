@@ -34,8 +34,9 @@ def attention_probabilities(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
+        # In place, for these are the largest numbers that scoring makes.
         lowest = torch.finfo(torch.float32).min
-        logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
+        logits = logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else logits.add_(mask)
     return logits.softmax(dim=-1)
 
 
@@ -123,7 +124,7 @@ def temporal_estimate(
     window = memory.window
     steps_ago = torch.arange(window, 0, -1, device=memory.action.device)
     exponents = steps_ago if newest_weighs_most else window - steps_ago
-    weights = torch.full((window,), decay, device=memory.action.device) ** exponents
+    weights = decay**exponents
     exists = steps_ago[None] <= memory.steps.to(steps_ago.device, non_blocking=True)[:, None]
     weights = weights * exists
     known = decay**memory.age if unseen == "carry" else memory.age == 0

@@ -5,13 +5,21 @@ Ties: of two tokens with the same score or the same distance, the one with the s
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
 import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST_FUSED = 4096
+"""Visual tokens of a row up to which the greedy filter is fused: what the registers of one program hold."""
+
 
 def order_by_score(scores: Tensor, valid: Tensor) -> Tensor:
-    """Ids (B, M) by falling score; tokens that are not `valid` (B, M) come after all that are; ties by id.
+    """Ids (..., M) by falling score; tokens that are not `valid` (..., M) come after all that are; ties by id.
 
     What is not a number counts as the least, so that there is a choice in any case.
     """
@@ -21,11 +29,11 @@ def order_by_score(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def top_mask(scores: Tensor, valid: Tensor, k: int) -> Tensor:
-    """(B, M) bool: the k highest `scores` (B, M) of each row among `valid` (B, M) tokens, filled up with others if
-    there are too few.
+    """(..., M) bool: the k highest `scores` (..., M) of each row among `valid` (..., M) tokens, filled up with others
+    if there are too few.
     """
-    mask = torch.zeros_like(valid)
-    return mask.scatter(1, order_by_score(scores, valid)[:, :k], True)
+    order = order_by_score(scores, valid)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :k], True)
 
 
 def top_ids(scores: Tensor, valid: Tensor, k: int) -> Tensor:
@@ -35,7 +43,8 @@ def top_ids(scores: Tensor, valid: Tensor, k: int) -> Tensor:
 
 def present_or_enough(valid: Tensor, k: int) -> Tensor:
     """(B, M) bool: the `valid` (B, M) tokens, and in rows with fewer than k of them the first others up to k."""
-    return valid | top_mask(valid, valid, k)
+    missing = k - valid.sum(dim=1, keepdim=True)
+    return valid | ((~valid).cumsum(dim=1) <= missing)
 
 
 def distances(features: Tensor, metric: str = "cosine") -> Tensor:
@@ -63,14 +72,22 @@ def max_min_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
     Returns:
         (B, k) int64 ids in the order in which they were picked.
     """
-    # Without a graph to be part of, and without a device that would be waited for, arrays cost a fifth of tensors.
-    if distance.device.type == "cpu" and not torch.compiler.is_compiling():
+    # For a compiler one opaque step: traced, the loop would be a graph of k steps.
+    if torch.compiler.is_compiling():
+        return torch.ops.vla_pruner.max_min_order(distance, candidates, k)
+    return _max_min_order(distance, candidates, k)
+
+
+def _max_min_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """`max_min_order` in the form that is fastest where the tensors are."""
+    if distance.device.type == "cpu":
         return max_min_order_in_arrays(distance, candidates, k)
-    return max_min_order_in_tensors(distance, candidates, k)
+    fused = fused_form(distance.device) if distance.shape[-1] <= LARGEST_FUSED else None
+    return (fused or max_min_order_in_tensors)(distance, candidates, k)
 
 
 def max_min_order_in_tensors(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """`max_min_order` with static shapes and no wait for the host: for accelerators and for graphs."""
+    """`max_min_order` with static shapes and no wait for the host, some three launches for each pick."""
     tokens, rows = distance.shape[-1], torch.arange(distance.shape[0], device=distance.device)
     outside = ~candidates
     itself = torch.eye(tokens, dtype=torch.bool, device=distance.device)
@@ -108,3 +125,38 @@ def _max_min_row(distance: np.ndarray, candidates: np.ndarray, k: int) -> np.nda
         picked = reach.argmax()
         order.append(picked)
     return ids[order]
+
+
+@cache
+def fused_form(device: torch.device) -> Callable[[Tensor, Tensor, int], Tensor] | None:
+    """`max_min_order` for `device` in two launches; None where there is no Triton, or where it does not run."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    try:
+        from vla_pruner.methods.greedy_triton import max_min_order_in_triton
+
+        # Triton needs a C compiler, Python's headers and a GPU of compute capability 7 or newer: a try tells.
+        max_min_order_in_triton(torch.zeros(1, 2, 2, device=device), torch.ones(1, 2, 2, device=device)[0] > 0, 2)
+    except Exception as error:
+        warnings.warn(
+            f"Triton is installed but does not run on {device} ({type(error).__name__}: {error}), so the greedy filter "
+            "picks the same tokens in some three launches for each; mend Triton or uninstall it.",
+            stacklevel=2,
+        )
+        return None
+    return max_min_order_in_triton
+
+
+def _shape_of_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
+    return distance.new_empty((distance.shape[0], k), dtype=torch.int64)
+
+
+# Registered by hand: torch.library.custom_op does the same, but each call costs several times as much. Operators of our
+# own may be part of CUDA graphs unless their tags say otherwise; this one neither waits for the host nor has a shape
+# that depends on data.
+_library = torch.library.Library("vla_pruner", "FRAGMENT")
+_library.define(
+    "max_min_order(Tensor distance, Tensor candidates, SymInt k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.impl("max_min_order", _max_min_order, "CompositeExplicitAutograd")
+torch.library.register_fake("vla_pruner::max_min_order", _shape_of_order, lib=_library)

@@ -133,8 +133,9 @@ class VLAPruner(Method):
         if self.layer == 0:
             score = temporal_estimate(evidence.memory, self.decay, self.unseen, semantic=True)
         assert score is not None
-        semantic = top_mask(score, evidence.valid, k)
-        action = top_mask(self.action_estimate(evidence.memory), evidence.valid, k)
+        # Both at once: on a GPU a choice is a chain of small launches, of which sorting is several.
+        scores = torch.stack([score.float(), self.action_estimate(evidence.memory)])
+        semantic, action = top_mask(scores, evidence.valid, k)
         warmed_up = evidence.memory.steps >= self.window
         return semantic | (action & warmed_up.to(action.device, non_blocking=True)[:, None])
 

@@ -1,1 +1,76 @@
-"""Simulators that the reference policy was trained in and that the demo and the evaluation run."""
+"""Simulators behind one interface (`base`): Meta-World, which the reference policy was trained in, and LIBERO.
+
+Importing this imports no simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vla_pruner.simulators.base import (
+    Convention,
+    Environment,
+    Images,
+    Observation,
+    SeesTheState,
+    SimulatorUnavailable,
+    Suite,
+    SuiteError,
+    Task,
+)
+
+__all__ = [
+    "SUITES",
+    "Convention",
+    "Environment",
+    "Images",
+    "Observation",
+    "SeesTheState",
+    "SimulatorUnavailable",
+    "Suite",
+    "SuiteError",
+    "Task",
+    "find_suite",
+]
+
+
+def _libero(name: str, **options: Any) -> Suite:
+    from vla_pruner.simulators.libero import LiberoSuite
+
+    return LiberoSuite(name, **options)
+
+
+def _metaworld(name: str, **options: Any) -> Suite:
+    from vla_pruner.simulators.metaworld_suite import MetaWorldSuite
+
+    return MetaWorldSuite(name, **options)
+
+
+SUITES: dict[str, Callable[..., Suite]] = {
+    "libero_spatial": _libero,
+    "libero_object": _libero,
+    "libero_goal": _libero,
+    "libero_10": _libero,
+    "libero_90": _libero,
+    "metaworld:mt8": _metaworld,
+    "metaworld:mt6": _metaworld,
+    "metaworld:mt4": _metaworld,
+}
+"""Name of a suite -> what makes it, called with the name and the options."""
+
+
+def find_suite(name: str, **options: Any) -> Suite:
+    """The suite of a name. Its simulator is imported now, so that a missing one is known before anything runs.
+
+    Args:
+        name: a key of `SUITES`.
+        **options: of `LiberoSuite` (assets, image_size, seed) or `MetaWorldSuite` (image_size).
+
+    Raises:
+        SuiteError: there is no such suite.
+        SimulatorUnavailable: what it needs is not installed, is of an untested version, or has no assets.
+    """
+    if name not in SUITES:
+        raise SuiteError(f"There is no suite {name!r}; the suites are {', '.join(SUITES)}.")
+    return SUITES[name](name, **options)

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from vla_pruner.simulators.base import SimulatorUnavailable
+
 EVALUATION_SEED = 1_000_000
 """First seed of published evaluations; nothing was trained or tuned on seeds from here on."""
 
@@ -50,14 +52,6 @@ _GL_HELP = (
     "  (or set MUJOCO_GL to a backend that this machine has)"
 )
 _PIP_HELP = "pip install 'vla-pruner[metaworld]'"
-
-
-class SimulatorUnavailable(RuntimeError):
-    """Meta-World cannot run on this machine; `fix` is the one line to run."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(f"{what}. To fix it, run: {fix}")
-        self.fix = fix
 
 
 @dataclass(frozen=True)
@@ -197,13 +191,15 @@ class MetaWorldEnv:
         renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return renderer.render().copy()
 
+    def image(self) -> np.ndarray:
+        """(image_size, image_size, 3) uint8: the present scene as the policy sees it."""
+        size = self.image_size
+        large = self.render(size * _RENDER_SCALE).reshape(size, _RENDER_SCALE, size, _RENDER_SCALE, 3)
+        return large.mean(axis=(1, 3)).round().astype(np.uint8)
+
     def _observation(self) -> Observation:
         size = self.image_size
-        if self._render_images:
-            large = self.render(size * _RENDER_SCALE).reshape(size, _RENDER_SCALE, size, _RENDER_SCALE, 3)
-            image = large.mean(axis=(1, 3)).round().astype(np.uint8)
-        else:
-            image = np.zeros((size, size, 3), np.uint8)
+        image = self.image() if self._render_images else np.zeros((size, size, 3), np.uint8)
         return Observation(image, self._state[:PROPRIO_SIZE].astype(np.float32), self.instruction)
 
     def close(self) -> None:

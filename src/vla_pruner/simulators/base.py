@@ -1,0 +1,265 @@
+"""What the evaluation asks of a simulator. Another simulator is one more file that offers this.
+
+A `Suite` names tasks and makes their environments. An `Environment` follows Gymnasium: `reset` gives `(observation,
+info)`, `step` gives `(observation, reward, terminated, truncated, info)`. It differs in one point: an episode is begun
+by the number of its initial state and by nothing else, so that paired arms meet the same start whatever ran before. A
+`Convention` says how a policy sees the suite: which camera is which, what its images go through, what becomes of its
+actions, and how many of them are carried out before it is asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from vla_pruner.errors import SessionError, VLAPrunerError
+
+Image = np.ndarray
+"""(H, W, 3) uint8, RGB, upright."""
+
+
+class SimulatorUnavailable(RuntimeError):
+    """A simulator cannot run on this machine; `fix` is the one line to run."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}. To fix it, run: {fix}")
+        self.fix = fix
+
+
+class SuiteError(VLAPrunerError, ValueError):
+    """There is no such suite, task or initial state, or a policy cannot act in it."""
+
+
+class Images(Mapping[str, Image]):
+    """A scene's camera images, each drawn when it is first asked for and then kept.
+
+    Args:
+        draw: draws the camera of a name.
+        cameras: names of the cameras.
+        current: whether the scene is still the one that these images are of.
+    """
+
+    def __init__(self, draw: Callable[[str], Image], cameras: tuple[str, ...], current: Callable[[], bool]) -> None:
+        self._draw = draw
+        self._cameras = cameras
+        self._current = current
+        self._drawn: dict[str, Image] = {}
+
+    def __getitem__(self, camera: str) -> Image:
+        """The camera's image.
+
+        Raises:
+            KeyError: there is no such camera.
+            SessionError: the scene has moved on and this image had not been drawn.
+        """
+        if camera not in self._cameras:
+            raise KeyError(camera)
+        if camera not in self._drawn:
+            if not self._current():
+                raise SessionError(
+                    f"The image of {camera!r} was asked for after the environment had moved on, and images are only "
+                    "drawn when they are looked at; look at it before the next step or reset."
+                )
+            self._drawn[camera] = self._draw(camera)
+        return self._drawn[camera]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cameras)
+
+    def __len__(self) -> int:
+        return len(self._cameras)
+
+    def __contains__(self, camera: object) -> bool:  # Mapping's own would draw
+        return camera in self._cameras
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy may know at one control step."""
+
+    images: Mapping[str, Image]
+    """By the simulator's names of its cameras; drawn when looked at, so look before the next step."""
+    proprio: np.ndarray
+    """(d,) float32: the robot's state."""
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite."""
+
+    suite: str
+    index: int
+    """Its place in the suite, from 0: the task id of published tables."""
+    name: str
+    instruction: str
+    max_steps: int
+    """Control steps after which an episode is truncated; settling steps are not among them."""
+    initial_states: int | None
+    """How many there are; None: any number from 0 on."""
+
+    def check_initial_state(self, number: int) -> None:
+        """Refuse an initial state that the task does not have.
+
+        Raises:
+            SuiteError: it is not a number from 0 to below `initial_states`.
+        """
+        whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+        if whole and number >= 0 and (self.initial_states is None or number < self.initial_states):
+            return
+        bound = "on" if self.initial_states is None else f"to {self.initial_states - 1}"
+        raise SuiteError(
+            f"{self.suite} task {self.index} ({self.name}) has initial states from 0 {bound}; found {number!r}."
+        )
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One task, ready to run episodes.
+
+    Attributes:
+        task: which.
+        images_drawn: camera images drawn so far, in all episodes.
+    """
+
+    @property
+    def task(self) -> Task: ...
+    @property
+    def images_drawn(self) -> int: ...
+
+    def reset(self, *, initial_state: int) -> tuple[Observation, dict[str, Any]]:
+        """Begin the episode of an initial state, settled: the first observation is the first that a policy sees.
+
+        The same number gives the same episode, whatever ran before.
+
+        Returns:
+            the observation, and `info` with "success" (bool).
+
+        Raises:
+            SuiteError: the task has no such initial state.
+        """
+        ...
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One control step.
+
+        Args:
+            action: (action_size,) float, in the simulator's units.
+
+        Returns:
+            observation; reward (1.0 on success, else 0.0); terminated (the task is solved); truncated (`max_steps` are
+            over, and it is not solved); `info` with "success" (bool).
+        """
+        ...
+
+    def frame(self, size: int) -> Image:
+        """(size, size, 3) uint8: the present scene as a viewer would want it, for videos; not counted as drawn."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds; it cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class SeesTheState(Protocol):
+    """A policy that acts by the simulator's ground truth instead of images, such as a scripted expert.
+
+    This is the only door: whoever runs it calls `watch` with the environment after every `reset` of that environment,
+    before the first `act`.
+    """
+
+    def watch(self, environment: Environment) -> None: ...
+
+
+def _as_it_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How one policy sees one suite, as its published evaluation had it.
+
+    Attributes:
+        cameras: the policy's camera names, and the simulator's camera behind each; only these are drawn.
+        proprio: whether the policy is given the robot's state.
+        image: what an image goes through, upright (H, W, 3) uint8 -> what `act` takes.
+        actions: what a chunk goes through, (chunk, dim) -> (chunk, action_size) in the simulator's units.
+        horizon: actions of a chunk that are carried out before the policy is asked again; None: the whole chunk.
+    """
+
+    cameras: Mapping[str, str]
+    proprio: bool
+    image: Callable[[Image], Image] = _as_it_is
+    actions: Callable[[np.ndarray], np.ndarray] = _as_it_is
+    horizon: int | None = None
+
+    def observe(self, observation: Observation) -> tuple[dict[str, Image], np.ndarray | None]:
+        """Images by the policy's camera names, and the state or None: `policy.act(images, instruction, proprio)`."""
+        images = {name: self.image(observation.images[camera]) for name, camera in self.cameras.items()}
+        return images, observation.proprio if self.proprio else None
+
+    def plan(self, chunk: np.ndarray) -> np.ndarray:
+        """What of a chunk is carried out before the policy is asked again: (horizon, action_size)."""
+        return np.atleast_2d(self.actions(np.asarray(chunk)))[: self.horizon]
+
+
+@runtime_checkable
+class Suite(Protocol):
+    """A benchmark's tasks.
+
+    Attributes:
+        name: as on the command line, "libero_object".
+        tasks: in the order of published task ids.
+        cameras: the simulator's names of its cameras.
+        action_size: numbers in an action.
+        settling_steps: steps that `reset` takes before the first observation.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tasks(self) -> tuple[Task, ...]: ...
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
+    @property
+    def action_size(self) -> int: ...
+    @property
+    def settling_steps(self) -> int: ...
+
+    def make(self, task: Task | int | str) -> Environment:
+        """The environment of a task, by itself, its index or its name.
+
+        Raises:
+            SuiteError: there is no such task.
+            SimulatorUnavailable: the simulator or its rendering is missing on this machine.
+        """
+        ...
+
+    def convention(self, policy: Any) -> Convention:
+        """How `policy` sees this suite.
+
+        Raises:
+            SuiteError: it is not known how; the message says what is.
+        """
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """What a result depends on: versions of the simulator's packages, and the rendering backend."""
+        ...
+
+
+def find_task(tasks: tuple[Task, ...], wanted: Task | int | str) -> Task:
+    """The task that is meant.
+
+    Raises:
+        SuiteError: there is none.
+    """
+    for task in tasks:
+        if wanted in (task, task.name) or (wanted == task.index and not isinstance(wanted, bool)):
+            return task
+    names = ", ".join(f"{task.index} {task.name}" for task in tasks)
+    raise SuiteError(f"{tasks[0].suite} has no task {wanted!r}; its tasks are {names}.")
