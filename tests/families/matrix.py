@@ -168,7 +168,7 @@ def check_progressive(case: Case, pruned: str) -> None:
         first, *later = stages.items()
         reference = FullLength(model, layout, first[1], layer=first[0], then=dict(later), pruned=pruned, **case.options)
         reader = vp.ActionOnly(keep=1.0)
-        with reference, reader.attach(model, **case.options) as session:
+        with reader.attach(model, **case.options) as session, reference:
             expected = case.step(model, WINDOW, BOTH)
             seen = session.scores["action"]
         assert (actual - expected).abs().max() < 1e-4, method
