@@ -7,7 +7,7 @@ dense kernels compute; norms, rotary embeddings, softmax and activations are lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,6 +98,7 @@ def decoder_flops(
     kept: int | None = None,
     layer: int = 0,
     pruned: Literal["drop", "freeze"] = "drop",
+    then: Sequence[tuple[int, int]] = (),
 ) -> Flops:
     """FLOPs of the decoder in one control step, prefill and decode: the floor, without choosing what to keep.
 
@@ -105,22 +106,39 @@ def decoder_flops(
         kept: k, visual tokens kept; None does not prune.
         layer: K, layers 0..K-1 run on every token.
         pruned: what becomes of the others (dropped, or frozen: they still offer keys and values).
+        then: where pruning is progressive, the later pruning layers and the visual tokens kept from each on.
 
     Raises:
-        ValueError: if `kept` or `layer` is outside of what the shapes allow.
+        ValueError: if `kept`, `layer` or `then` is outside of what the shapes allow.
     """
-    kept = step.visual if kept is None else kept
-    if not 0 < kept <= step.visual:
-        raise ValueError(f"kept is {kept}; it must lie between 1 and the {step.visual} visual tokens.")
-    if not 0 <= layer <= decoder.layers:
-        raise ValueError(f"layer is {layer}; it must lie between 0 and the decoder's {decoder.layers} layers.")
-    prompt, live = step.visual + step.other, kept + step.other
-    frozen = step.visual - kept if pruned == "freeze" else 0
-    deep = decoder.layers - layer
-    flops = layer * decoder.layer(prompt, prompt) + deep * decoder.layer(live, live + frozen, frozen)
-    for position in range(1, step.actions):
-        flops += layer * decoder.layer(1, prompt + position) + deep * decoder.layer(1, live + frozen + position)
+    flops = Flops()
+    for visual in visual_tokens_at(decoder.layers, step.visual, kept, layer, then):
+        live = visual + step.other
+        seen = step.visual + step.other if pruned == "freeze" else live
+        flops += decoder.layer(live, seen, seen - live)
+        for position in range(1, step.actions):
+            flops += decoder.layer(1, seen + position)
     return flops + Flops(linear=2 * decoder.hidden * decoder.vocabulary * step.actions)
+
+
+def visual_tokens_at(
+    layers: int, visual: int, kept: int | None, layer: int, then: Sequence[tuple[int, int]] = ()
+) -> list[int]:
+    """Visual tokens that pass through each layer. Arguments as in `decoder_flops`.
+
+    Raises:
+        ValueError: if a number is outside of what the shapes allow.
+    """
+    found, first = [visual] * layers, 0
+    for start, count in ((layer, visual if kept is None else kept), *then):
+        most = found[first] if first < layers else visual
+        if not 0 < count <= most:
+            raise ValueError(f"kept is {count}; it must lie between 1 and the {most} visual tokens.")
+        if not first <= start <= layers:
+            raise ValueError(f"layer is {start}; it must lie between {first} and the decoder's {layers} layers.")
+        found[start:] = [count] * (layers - start)
+        first = start
+    return found
 
 
 def prefill_ratio(

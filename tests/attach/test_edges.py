@@ -225,3 +225,21 @@ def test_features_are_the_hidden_states_entering_the_pruning_layer():
         step(model)
     assert seen["features"].shape == (2, TOKENS, 32)
     assert torch.equal(seen["features"], expected)
+
+
+def test_a_method_that_is_replaced_twice_calls_both():
+    from vla_pruner.attach.replacements import Replacements
+
+    class Owner:
+        def double(self, number):
+            return 2 * number
+
+    owner, first, second = Owner(), Replacements(), Replacements()
+    first.put(owner, "double", lambda original, number: original(number) + 1)
+    second.put(owner, "double", lambda original, number: original(number) * 10)
+    assert owner.double(3) == 70
+    second.remove()
+    assert owner.double(3) == 7
+    first.remove()
+    assert owner.double(3) == 6
+    assert not vars(owner)

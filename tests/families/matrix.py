@@ -56,6 +56,27 @@ def methods(keep: float, pruned: str) -> list[vp.Method]:
     ]
 
 
+@dataclass(frozen=True)
+class Progressive(vp.VLAPruner):
+    """VLA-Pruner's rule at two layers: every kind of evidence, on what the first of them left."""
+
+    then: tuple[int, float] = (4, 0.25)
+
+    def stages(self) -> tuple[vp.Method, ...]:
+        rule = {"window": WINDOW, "pruned": self.pruned}
+        first, (layer, keep) = vp.VLAPruner(keep=self.keep, layer=self.layer, **rule), self.then
+        return first, vp.VLAPruner(keep=keep, layer=layer, **rule)
+
+
+def progressive(depth: int, pruned: str) -> list[vp.Method]:
+    """Methods of several pruning layers, for a decoder of `depth`."""
+    last = depth - 1
+    return [
+        Progressive(keep=0.5, layer=1, then=(last, 0.25), window=WINDOW, pruned=pruned),
+        vp.SparseVLM(keep=0.75, layer=1, then=((2, 0.5), (last, 0.125)), pruned=pruned),
+    ]
+
+
 BOTH = slice(0, 2)
 POLICIES = ("drop", "freeze")
 
@@ -119,6 +140,51 @@ def check_reference(case: Case, keep: float, pruned: str) -> None:
             assert (actual - untouched).abs().max() > 1e-3, "pruning must show, or this test could not fail"
         depth = len(lengths)
         assert lengths == [full] * method.layer + [full - dropped] * (depth - method.layer), method
+
+
+def check_progressive(case: Case, pruned: str) -> None:
+    """The same of several pruning layers, with the action score; rows of a batch are single robots."""
+    model = case.build()
+    depth = family_of(model, **case.options).depth
+    untouched = case.step(model, WINDOW, BOTH)
+    for method in progressive(depth, pruned):
+        with method.attach(model, **case.options) as session:
+            for scene in range(WINDOW):
+                case.step(model, scene, BOTH)
+            lengths, actual = prompt_lengths(model, case, WINDOW)
+            kept, step = session.kept, session.step
+            scores = session.scores
+            session.reset()
+            alone = [case.step(model, scene, slice(1, 2)) for scene in range(WINDOW + 1)][-1]
+        assert kept is not None
+        assert step is not None
+        layout, stages = step.layout, kept_at(step)
+        assert torch.equal(stages[method.stages()[-1].layer], kept)
+        expected_lengths = [layout.length] * depth
+        for stage in method.stages():
+            count = layout.length - layout.tokens + stage.budget(layout.tokens)
+            expected_lengths[stage.layer :] = [count] * (depth - stage.layer)
+        assert lengths == expected_lengths, method
+        first, *later = stages.items()
+        reference = FullLength(model, layout, first[1], layer=first[0], then=dict(later), pruned=pruned, **case.options)
+        reader = vp.ActionOnly(keep=1.0)
+        with reader.attach(model, **case.options) as session, reference:
+            expected = case.step(model, WINDOW, BOTH)
+            seen = session.scores["action"]
+        assert (actual - expected).abs().max() < 1e-4, method
+        assert (actual - untouched).abs().max() > 1e-3, "pruning must show, or this test could not fail"
+        assert (alone[0] - actual[1]).abs().max() < 1e-4, method
+        if "action" in method.needs:
+            assert (scores["action"] - seen).abs().max() < 1e-5, method
+
+
+def kept_at(step: Any) -> dict[int, Tensor]:
+    """(B, k) ids of the visual tokens that stay, by pruning layer."""
+    found = {}
+    for layer, short in step.shortenings.items():
+        live = torch.zeros_like(step.layout.prompt).scatter(1, short.kept, True).gather(1, step.layout.visual)
+        found[layer] = torch.nonzero(live)[:, 1].view(len(live), -1)
+    return found
 
 
 def check_no_trace(case: Case, pruned: str) -> None:

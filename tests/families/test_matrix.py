@@ -44,6 +44,12 @@ def test_pruned_agrees_with_the_full_length_reference(case, pruned, keep):
     matrix.check_reference(case, keep, pruned)
 
 
+@each_variant
+@each_pruned
+def test_progressive_pruning_agrees_with_the_full_length_reference(case, pruned):
+    matrix.check_progressive(case, pruned)
+
+
 @each_family
 @each_pruned
 def test_nothing_is_left_behind(case, pruned):

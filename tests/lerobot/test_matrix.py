@@ -68,3 +68,9 @@ def test_episodes_do_not_leak(case, pruned):
 @each_pruned
 def test_rows_are_what_single_robots_are(case, pruned):
     matrix.check_rows(case, pruned)
+
+
+@each_family
+@each_pruned
+def test_progressive_pruning_agrees_with_the_full_length_reference(case, pruned):
+    matrix.check_progressive(case, pruned)

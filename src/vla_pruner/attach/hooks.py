@@ -30,9 +30,10 @@ class HookWiring:
         """
         session, family = self._session, self._family
         layers, needs = family.decoder.layers, session.method.needs
-        if "semantic" in needs:
-            attention = layers[session.method.semantic_layer].self_attn
-            self._recorder.watch(attention, family.backend, session.record_semantic)
+        for layer, stage in session.stages.items():
+            if "semantic" in stage.method.needs:
+                attention = layers[stage.method.semantic_layer].self_attn
+                self._recorder.watch(attention, family.backend, partial(session.record_semantic, layer))
         if "action" in needs:
             record = session.record_reader if family.readers else session.record_decoder
             for actor in family.readers or (family.decoder,):

@@ -83,10 +83,12 @@ class Shortening:
         kept: (B, n) int64, sorted positions that stay live: every non-visual one and the kept visual ones.
         frozen: (B, N - n) int64, sorted positions of frozen tokens; None where the others are dropped.
         prefix: (B, n) or (B, N) int64, the prompt position behind each column of the cache.
+        before: what an earlier stage made of the sequence, which this one makes shorter still; None for the first.
     """
 
-    def __init__(self, layout: Layout, kept_ids: Tensor, freeze: bool) -> None:
+    def __init__(self, layout: Layout, kept_ids: Tensor, freeze: bool, before: Shortening | None = None) -> None:
         self.length = layout.length
+        self.before = before
         live = torch.ones_like(layout.prompt).scatter(1, layout.visual, False)
         live = live.scatter(1, layout.visual.gather(1, kept_ids), True)
         # A stable sort on "is not live" lists the live positions in their order, then the others in theirs.
@@ -95,6 +97,22 @@ class Shortening:
         self.kept = order[:, :count].contiguous()
         self.frozen = order[:, count:] if freeze else None
         self.prefix = self.kept if self.frozen is None else torch.cat([self.frozen, self.kept], dim=1)
+
+    def enter(self, hidden: Tensor, frozen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states as they go on, live (B, n, D) and frozen (B, N - n, D; None if dropped).
+
+        Args:
+            hidden: (B, N, D) as they enter the layer, or, after an earlier stage, (B, n, D) of what that kept.
+            frozen: (B, N - n, D) of what earlier stages froze.
+        """
+        if self.before is None:
+            return self.live_rows(hidden), None if self.frozen is None else self.frozen_rows(hidden)
+        held = hidden if frozen is None else torch.cat([frozen, hidden], dim=1)
+        columns = torch.arange(held.shape[1], device=self.kept.device).expand(len(self.kept), -1)
+        place = torch.zeros(len(held), self.length, dtype=torch.int64, device=self.kept.device)
+        place = place.scatter(1, self.before.prefix, columns)
+        live = _gather_rows(held, place.gather(1, self.kept))
+        return live, None if self.frozen is None else _gather_rows(held, place.gather(1, self.frozen))
 
     def live_rows(self, tensor: Tensor) -> Tensor:
         """The kept rows (B, n, ...) of a tensor (B or 1, N, ...)."""

@@ -17,14 +17,14 @@ class Note:
 
     Attributes:
         layer: index of the layer.
-        shortened: whether its cache is a shortened one.
+        stage: how many stages of pruning made its cache what it is.
         query: (B, H, 1, d), rotated.
         visible: (B or 1, 1 or H, 1, S or more) mask, bool or additive; None: it sees all.
         call: the kernel call.
     """
 
     layer: int
-    shortened: bool
+    stage: int
     query: Tensor
     visible: Tensor | None
     call: Attention
@@ -36,12 +36,12 @@ class Note:
         return found.mean(dim=(1, 2))
 
 
-def note(layer: int, shortened: bool, attention: Attention, row: Tensor | None) -> Note:
+def note(layer: int, stage: int, attention: Attention, row: Tensor | None) -> Note:
     """Take a row's query and mask out of a kernel call.
 
     Args:
         layer: index of the layer.
-        shortened: whether its cache is a shortened one.
+        stage: how many stages of pruning made its cache what it is.
         attention: the kernel call.
         row: (B, 1) which of its query rows acts, the last real one of the prompt; None: there is but one.
     """
@@ -52,7 +52,7 @@ def note(layer: int, shortened: bool, attention: Attention, row: Tensor | None) 
         if visible is not None and visible.shape[2] > 1:
             visible = visible.expand(len(row), *visible.shape[1:])
             visible = visible.gather(2, index.expand(-1, visible.shape[1], -1, visible.shape[3]))
-    return Note(layer, shortened, query, visible, attention)
+    return Note(layer, stage, query, visible, attention)
 
 
 @dataclass
@@ -62,20 +62,20 @@ class CallReads:
     A call that runs as a graph then starts from the same state each time, and nothing in it counts calls.
 
     Attributes:
-        columns: (B, P) float32 by whether the layer's cache is a shortened one: attention to the prompt's columns, the
-            mean over heads and rows, summed over layers.
+        columns: (B, P) float32 by the number of stages that made the layer's cache what it is: attention to the
+            prompt's columns, the mean over heads and rows, summed over layers.
         count: how many layers are summed there.
         notes: single rows, for later.
     """
 
-    columns: dict[bool, Tensor] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
     count: int = 0
     notes: list[Note] = field(default_factory=list)
 
-    def add(self, columns: Tensor, shortened: bool) -> None:
+    def add(self, columns: Tensor, stage: int) -> None:
         """Add one layer's."""
-        known = self.columns.get(shortened)
-        self.columns[shortened] = columns if known is None else known + columns
+        known = self.columns.get(stage)
+        self.columns[stage] = columns if known is None else known + columns
         self.count += 1
 
 
@@ -98,33 +98,33 @@ class DeferredReads:
     """Rows of a growing cache. One product of all rows and layers costs little more than one of a row and a layer."""
 
     def __init__(self) -> None:
-        self._layers: dict[tuple[int, bool], LayerReads] = {}
+        self._layers: dict[tuple[int, int], LayerReads] = {}
         self.count = 0
         """Rows noted so far, in all layers together."""
 
     def add(self, row: Note) -> None:
         """Keep a row for later."""
-        reads = self._layers.setdefault((row.layer, row.shortened), LayerReads())
+        reads = self._layers.setdefault((row.layer, row.stage), LayerReads())
         reads.queries.append(row.query)
         reads.visible, reads.call = row.visible, row.call
         self.count += 1
 
-    def rows(self, layer: int, shortened: bool) -> int:
+    def rows(self, layer: int, stage: int) -> int:
         """Rows of one layer noted so far."""
-        reads = self._layers.get((layer, shortened))
+        reads = self._layers.get((layer, stage))
         return 0 if reads is None else len(reads.queries)
 
     @torch.no_grad()
-    def columns(self, shortened: bool, prompt: int) -> Tensor | None:
+    def columns(self, stage: int, prompt: int) -> Tensor | None:
         """(B, prompt) float32: attention to the prompt's columns, the mean over heads, summed over rows and layers.
 
         Args:
-            shortened: of which layers.
+            stage: of which layers.
             prompt: columns that the prompt has in their caches.
         """
         groups: dict[tuple[object, ...], list[LayerReads]] = {}
-        for (_, short), reads in self._layers.items():
-            if short == shortened:
+        for (_, made), reads in self._layers.items():
+            if made == stage:
                 assert reads.call is not None
                 alike = (id(reads.visible), len(reads.queries), reads.call.key.shape, reads.call.key.device)
                 groups.setdefault(alike, []).append(reads)

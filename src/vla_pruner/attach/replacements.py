@@ -18,8 +18,9 @@ class Replaced:
     """
 
     def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
-        self._call = call
         functools.update_wrapper(self, original)
+        # Set last: where the original is such an object itself, its attributes were copied just now.
+        self._call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)

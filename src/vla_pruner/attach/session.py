@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from vla_pruner.attach.compiled import Compiled
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Layout, Shortening, ensure
+from vla_pruner.attach.layout import Shortening, ensure
 from vla_pruner.attach.recorder import Attention
+from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
+from vla_pruner.attach.stages import check_fewer, stages_of
 from vla_pruner.attach.step import Step
-from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
+from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
 
@@ -39,6 +41,7 @@ class Session:
         method: the method that chooses the tokens.
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering;
             for timing.
+        stages: where the method prunes, by layer, the first one first.
     """
 
     def __init__(self, method: Method, model: Any, family: Family) -> None:
@@ -51,10 +54,7 @@ class Session:
         self._episode: Tensor | None = None
         self._memory: Memory | None = None
         self._step: Step | None = None
-        self._camera_methods = method.for_cameras(family.cameras)
-        self._check_depth()
-        if family.camera_tokens is not None:
-            self._budgets(family.camera_tokens, frozenset())
+        self.stages = stages_of(method, family)
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
         _check_not_compiled(model, self._decoder)
@@ -129,6 +129,28 @@ class Session:
             raise SessionError(f"reset(rows={rows}) was called, but the batch has rows 0 to {memory.rows - 1}.")
         self.memory = memory.reset(rows)
 
+    def moved(self, distance: float | Tensor) -> None:
+        """Say how far the arm moved in the last control step, for methods that prune by it (`Method.motion`). Call it
+        once after each step, before the next one: whoever commands the robot knows, and the model does not.
+
+        Args:
+            distance: (B,), or one number where there is one row: the length of the path of the whole action chunk, the
+                sum of |p_{t+1} - p_t| over the arm's positions, in whatever unit.
+
+        Raises:
+            SessionError: the method reads no motion, there was no step, this is the second call after it, or
+                `distance` is negative, not finite, or of another number of rows.
+        """
+        if not self.method.motion:
+            raise SessionError(
+                f"moved(...) was called, but {type(self.method).__name__} as it was made prunes whatever the arm does; "
+                "leave the call out, or attach a method with a motion gate, such as TextQuery(gate=3)."
+            )
+        memory = self.memory
+        if memory is None:
+            raise SessionError("moved(...) was called before the first control step; call it after each.")
+        self.memory = memory.moved(distance)
+
     @property
     def kept(self) -> Tensor | None:
         """(B, k) int64, sorted ids of the visual tokens kept in the last control step; None where it was not pruned."""
@@ -162,22 +184,12 @@ class Session:
         if step.running or (step.action is None and "action" in needs) or (step.semantic is None and keeps):
             # A call failed, or nothing acted: no control step came of it.
             return step.memory
-        return step.memory.push(step.action, step.seen, step.semantic if keeps else None)
+        return step.memory.push(step.action, step.seen, step.semantic if keeps else None, pruned=step.kept is not None)
 
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
-        if memory is not None and not isinstance(memory, Memory):
-            raise SessionError(f"session.memory was set to a {type(memory).__name__}; set a Memory, or None.")
-        if memory is not None and memory.holds_semantic != self.method.remembers_semantic:
-            raise SessionError(
-                "session.memory was set to one of a method that prunes at another layer: with layer=0 a memory holds "
-                "semantic scores too, with others it does not."
-            )
-        if memory is not None and memory.window != self.method.history:
-            raise SessionError(
-                f"session.memory was set to one that holds {memory.window} control steps of scores, but this "
-                f"method's holds {self.method.history}; it is another method's memory."
-            )
+        if memory is not None:
+            check_memory(memory, self.method)
         self._memory = memory
         if self._step is not None:
             self._step.closed = True
@@ -228,8 +240,7 @@ class Session:
             ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
         memory = self.memory
         if memory is None:
-            semantic = self.method.remembers_semantic
-            memory = Memory.empty(layout.rows, self.method.history, layout.tokens, call.device, semantic)
+            memory = empty_memory(self.method, layout, call.device)
             if self._episode is not None and len(self._episode) == layout.rows:
                 memory = replace(memory, episode=self._episode)
         if (memory.rows, memory.tokens) != (layout.rows, layout.tokens):
@@ -249,48 +260,56 @@ class Session:
         self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes)
         return True
 
-    def choose(self, hidden: Tensor) -> Shortening | None:
-        """Decide, at the pruning layer, what becomes of the sequence; `hidden` is (B, N, D). None: nothing changes."""
-        step = self._step
+    def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
+        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
+
+        Args:
+            hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
+            layer: its index.
+        """
+        step, stage = self._step, self.stages[layer]
         assert step is not None
-        if step.chosen:
+        if layer in step.chosen:
+            return step.shortening_at(layer)
+        step.chosen.add(layer)
+        budgets = stage.budgets(step.layout.cameras, step.layout.absent, self._family.camera_tokens)
+        check_fewer(sum(step.counts), sum(budgets))
+        if sum(budgets) >= sum(step.counts) or not step.prunes:
             return step.shortening
-        step.chosen = True
-        layout = step.layout
-        budgets = self._budgets(layout.cameras, layout.absent)
-        if sum(budgets) >= layout.tokens or not step.prunes:
-            return None
-        features = step.embeddings
-        if "features" in self.method.needs:
-            features = visual_rows(hidden, layout)
-        evidence = Evidence(valid=layout.valid, memory=step.memory, semantic=step.semantic, features=features)
         with torch.no_grad():
-            step.kept = self._select(evidence, layout.cameras, budgets)
-            step.shortening = Shortening(layout, step.kept, freeze=self.method.pruned == "freeze")
-            if step.action_rows is not None:
-                step.short_action_rows = step.shortening.row_index(step.action_rows)
+            ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, budgets)
+            step.shorten(layer, ids, tuple(budgets), freeze=self.method.pruned == "freeze")
         return step.shortening
+
+    def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
+        """What `method` reads, on the visual tokens that are live so far."""
+        evidence = Evidence(step.layout.valid, step.memory, semantic=step.semantic, features=step.embeddings)
+        if step.kept is not None:
+            evidence = evidence.of(step.kept)
+        return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
 
     @torch.no_grad()
     def see_embeddings(self, hidden: Tensor) -> None:
         """The first layer's input (B, N, D) of a prefill, for methods that compare tokens there."""
-        step, method = self._step, self.method
+        step = self._step
         if step is None:
             return
-        if step.embeddings is None and "embeddings" in method.needs:
-            step.embeddings = visual_rows(hidden, step.layout)
-        if step.raters is None and method.queries == "raters":
-            with self.timed():
-                visual = visual_rows(hidden, step.layout)
-                step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
+        for stage in self.stages.values():
+            method = stage.method
+            if step.embeddings is None and "embeddings" in method.needs:
+                step.embeddings = step.visual_rows(hidden)
+            if step.raters is None and method.queries == "raters":
+                with self.timed():
+                    visual = step.visual_rows(hidden)
+                    step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
 
     @torch.no_grad()
-    def record_semantic(self, attention: Attention) -> None:
-        """The layer before the pruning layer attended; the prompt's first run in a control step counts."""
-        step = self._step
-        if step is not None and step.prefilling and step.semantic is None:
+    def record_semantic(self, layer: int, attention: Attention) -> None:
+        """The layer before the pruning layer `layer` attended; the prompt's first run in a control step counts."""
+        step, method = self._step, self.stages[layer].method
+        if step is not None and step.prefilling and (step.semantic is None or layer not in step.chosen):
             with self.timed():
-                step.add_semantic(attention, self.method.queries, self.method.attention == "logits")
+                step.add_semantic(attention, method.queries, method.attention == "logits")
 
     @torch.no_grad()
     def record_decoder(self, layer: int, attention: Attention) -> None:
@@ -299,10 +318,8 @@ class Session:
         if step is None or step.closed:
             return
         with self.timed():
-            shortened, rows = layer >= self.method.layer, None
-            if step.prefilling:
-                rows = step.short_action_rows if shortened and step.shortening is not None else step.action_rows
-            step.add_action(layer, attention, rows, shortened, decoding=True)
+            rows = step.action_rows_at(layer) if step.prefilling else None
+            step.add_action(layer, attention, rows, decoding=True)
 
     @torch.no_grad()
     def record_reader(self, layer: int, attention: Attention) -> None:
@@ -312,7 +329,7 @@ class Session:
             return
         with self.timed():
             rows = self._family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
-            step.add_action(layer, attention, rows, layer >= self.method.layer)
+            step.add_action(layer, attention, rows)
 
     def _follow_resets(self, policy: Any) -> None:
         """A policy that is told of a new episode tells this session."""
@@ -326,51 +343,6 @@ class Session:
         for owner in (policy, inner):
             if callable(getattr(owner, "reset", None)):
                 self._replaced.put(owner, "reset", reset)
-
-    def _budgets(self, cameras: tuple[int, ...], absent: frozenset[int]) -> list[int]:
-        """Tokens kept: one number for all cameras together, or one for each."""
-        present = [0 if camera in absent else count for camera, count in enumerate(cameras)]
-        # A camera that the policy left out of the sequence has its budget, but no tokens here.
-        known = self._family.camera_tokens or cameras
-        if self._camera_methods is None:
-            full = [self.method.budget(sum(known))]
-            short = [self.method.budget_of_present(sum(known), sum(present))]
-        else:
-            full = [method.budget(count) for method, count in zip(self._camera_methods, known, strict=True)]
-            short = [min(budget, count) for budget, count in zip(full, present, strict=True)]
-        # Where all is kept nothing may change, so absent cameras that hold a place stay too.
-        return list(cameras) if sum(full) >= sum(known) else short
-
-    def _select(self, evidence: Evidence, cameras: tuple[int, ...], budgets: list[int]) -> Tensor:
-        """The ids (B, k) int64, sorted, of the tokens to keep."""
-        if self._camera_methods is None:
-            return self.method.select(evidence, budgets[0])
-        kept, start = [], 0
-        for method, count, k in zip(self._camera_methods, cameras, budgets, strict=True):
-            ids = torch.arange(count, device=evidence.valid.device).expand(evidence.valid.shape[0], -1)
-            if k == 0:
-                ids = ids[:, :0]
-            elif k < count:
-                ids = method.select(evidence.span(start, start + count), k)
-            kept.append(ids + start)
-            start += count
-        return torch.cat(kept, dim=1)
-
-    def _check_depth(self) -> None:
-        layers = self._family.depth
-        if type(self.method).select is Method.select:
-            return  # It never prunes, so it fits every model.
-        first = self._family.first_layer
-        if not first <= self.method.layer < layers:
-            raise BudgetError(
-                f"layer={self.method.layer} was given, but the decoder has {layers} layers; give a layer from {first} "
-                f"to {layers - 1}."
-            )
-        if "semantic" in self.method.needs and self.method.semantic_layer >= layers:
-            raise BudgetError(
-                f"The semantic score is read at layer {self.method.semantic_layer}, but the decoder has {layers} "
-                "layers."
-            )
 
     def _remove(self) -> None:
         if self._compiled is not None:
@@ -393,8 +365,3 @@ def _check_not_compiled(model: Any, decoder: nn.Module) -> None:
                 f"{name or type(model).__name__} is compiled and holds the decoder, so hooks on it would never run; "
                 "attach to the policy before it is compiled."
             )
-
-
-def visual_rows(hidden: Tensor, layout: Layout) -> Tensor:
-    """The visual tokens (B, M, D) of hidden states (B, N, D)."""
-    return hidden.gather(1, layout.visual[..., None].expand(-1, -1, hidden.shape[2]))

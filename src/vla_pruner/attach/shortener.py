@@ -135,7 +135,7 @@ class Shortener:
                 return (), short_token(given, step.shortening, self._length - 1, inputs.device)
             embeds = inputs if inputs.dim() == 3 else decoder.embed_tokens(inputs)
             self._session.see_embeddings(embeds)
-            shortening = self._session.choose(embeds)
+            shortening = self._session.choose(embeds, 0)
             if shortening is None:
                 return None
             short = short_prompt(given, embeds, shortening, decoder, self._backend != "sdpa")
@@ -201,16 +201,18 @@ class Shortener:
         if not self._layer:
             return self._freeze_at(index, module, args, kwargs)
         with self._session.timed():
-            if index == self._layer:
+            if index in self._session.stages:
+                before = step.shortening_at(index - 1)
                 hidden = _hidden(args, kwargs)
-                shortening = self._session.choose(hidden)
-                if shortening is not None:
-                    args, kwargs = _with_hidden(args, kwargs, shortening.live_rows(hidden))
-                    if shortening.frozen is not None:
-                        step.frozen_hidden = shortening.frozen_rows(hidden)
-            if step.shortening is None:
+                shortening = self._session.choose(hidden, index)
+                if shortening is not None and shortening is not before:
+                    self._memo.clear()
+                    live, step.frozen_hidden = shortening.enter(hidden, step.frozen_hidden)
+                    args, kwargs = _with_hidden(args, kwargs, live)
+            shortening = step.shortening_at(index)
+            if shortening is None:
                 return None
-            return args, self._short_arguments(index, module, kwargs, step.shortening, step.frozen_hidden)
+            return args, self._short_arguments(index, module, kwargs, shortening, step.frozen_hidden)
 
     def _freeze_at(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -267,9 +269,11 @@ class Shortener:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a layer that reads the shortened cache and adds to it: a decode step."""
         step = self._session.step
-        if step is None or step.shortening is None:
+        shortening = None if step is None else step.shortening_at(index)
+        if shortening is None:
             return None
-        shortening = step.shortening
+        if index in self._session.stages:
+            self._memo.clear()
         mask = kwargs.get("attention_mask")
         if mask is None:
             return None
@@ -283,8 +287,9 @@ class Shortener:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a layer of an expert, whose own keys and values do not stay in the cache."""
         step = self._session.step
-        if step is not None and step.shortening is not None:
-            _truncate(kwargs, index, step.shortening.prefix.shape[1])
+        shortening = None if step is None else step.shortening_at(index)
+        if shortening is not None:
+            _truncate(kwargs, index, shortening.prefix.shape[1])
         return self._read(index, module, args, kwargs)
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -296,7 +301,7 @@ class Shortener:
         step.prefilling = False
         step.frozen_hidden = self._scratch = None
         self._memo.clear()
-        return None if step.shortening is None else _restored(output, step.shortening)
+        return _restored(output, step.shortenings) if step.shortenings else None
 
     def _once(self, purpose: str, source: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once per call of the decoder for each source object; layers share most of their
@@ -324,19 +329,21 @@ class Shortener:
         return self._scratch
 
 
-def _restored(output: Any, shortening: Shortening) -> Any:
+def _restored(output: Any, shortenings: dict[int, Shortening]) -> Any:
     """A decoder's output with every short sequence of hidden states in it put back to the prompt's length.
 
     Callers index the output by position, so it keeps its length; nobody reads the rows of tokens that are gone.
     """
     if isinstance(output, Tensor):
-        is_short = output.dim() == 3 and output.shape[1] == shortening.kept.shape[1]
-        return shortening.restore(output) if is_short else output
+        for shortening in shortenings.values():
+            if output.dim() == 3 and output.shape[1] == shortening.kept.shape[1]:
+                return shortening.restore(output)
+        return output
     if isinstance(output, tuple):
-        return tuple(_restored(part, shortening) for part in output)
+        return tuple(_restored(part, shortenings) for part in output)
     for name in ("last_hidden_state", "hidden_states"):
         if getattr(output, name, None) is not None:
-            output[name] = _restored(output[name], shortening)
+            output[name] = _restored(output[name], shortenings)
     return output
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vla_pruner.attach.layout import Layout, Shortening
 from vla_pruner.attach.reads import CallReads, DeferredReads, note
 from vla_pruner.attach.recorder import Attention
+from vla_pruner.methods.base import rows_at
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import attention_probabilities, mean_logits, mean_over_rows
 
@@ -23,15 +24,15 @@ class Step:
         memory: what the rows remembered when the step opened.
         prunes: whether the method prunes this step.
         action_rows: (B, R) prompt positions whose attention is action attention; None if there are none.
-        short_action_rows: (B, R) where these are among the rows of the shortened sequence; None if it is not pruned.
-        kept: (B, k) sorted ids of the visual tokens kept; None if the step is not pruned.
-        shortening: what that does to the sequence; None if the step is not pruned.
+        kept: (B, k) sorted ids of the visual tokens kept by the last stage so far; None if the step is not pruned.
+        counts: how many those are of each camera, or of all together.
+        shortenings: what the stages did to the sequence, by the layer from which on it holds.
         embeddings: (B, M, D) visual tokens as they enter the first layer, if the method asks for them.
         raters: (B, N) weights of the prompt rows over which the semantic score averages, if the method chooses them.
-        semantic: (B, M) float32 semantic score, if the method asks for it.
-        frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the pruning layer; None without
-            any.
-        chosen: what becomes of the sequence is decided.
+        semantic: (B, M) float32 semantic score read last, if the method asks for it.
+        frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the layer that froze them; None
+            without any.
+        chosen: pruning layers at which it is decided what becomes of the sequence.
         prefilling: the prefill is still running.
         running: a call that belongs to the step has begun and not come back; it stays so where one failed.
         call: what the call that is running has read so far.
@@ -42,22 +43,68 @@ class Step:
     memory: Memory
     prunes: bool = True
     action_rows: Tensor | None = None
-    short_action_rows: Tensor | None = None
     kept: Tensor | None = None
-    shortening: Shortening | None = None
+    counts: tuple[int, ...] = ()
+    shortenings: dict[int, Shortening] = field(default_factory=dict)
     embeddings: Tensor | None = None
     raters: Tensor | None = None
     semantic: Tensor | None = None
-    chosen: bool = False
+    chosen: set[int] = field(default_factory=set)
     prefilling: bool = True
     running: bool = True
     closed: bool = False
     frozen_hidden: Tensor | None = None
     call: CallReads = field(default_factory=CallReads)
-    _columns: dict[bool, Tensor] = field(default_factory=dict)
+    _columns: dict[int, Tensor] = field(default_factory=dict)
     _deferred: DeferredReads = field(default_factory=DeferredReads)
     _rows_read: int = 0
     _known: tuple[int, Tensor] | None = None
+    _short_action_rows: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.counts = self.layout.cameras
+
+    @property
+    def shortening(self) -> Shortening | None:
+        """What the last stage so far made of the sequence; None if the step is not pruned."""
+        return self._shortening(len(self.shortenings)) if self.shortenings else None
+
+    def shortening_at(self, layer: int) -> Shortening | None:
+        """What the sequence is at a layer; None: whole."""
+        stage = self.stage_at(layer)
+        return self._shortening(stage) if stage else None
+
+    def stage_at(self, layer: int) -> int:
+        """How many stages made the sequence of a layer what it is."""
+        return len([first for first in self.shortenings if first <= layer])
+
+    def action_rows_at(self, layer: int) -> Tensor | None:
+        """(B, R) where the action rows are in the prompt's sequence at a layer; None if there are none."""
+        stage = self.stage_at(layer)
+        return self._short_action_rows[stage] if stage and self.action_rows is not None else self.action_rows
+
+    def shorten(self, layer: int, live: Tensor, counts: tuple[int, ...], freeze: bool) -> None:
+        """Keep fewer visual tokens from a layer on.
+
+        Args:
+            layer: its index.
+            live: (B, k) sorted places of those that stay, among the ones kept so far.
+            counts: how many stay of each camera, or of all together.
+            freeze: whether the others stay readable.
+        """
+        self.kept = live if self.kept is None else self.kept.gather(1, live)
+        self.counts = counts
+        shortening = Shortening(self.layout, self.kept, freeze, before=self.shortening)
+        self.shortenings[layer] = shortening
+        if self.action_rows is not None:
+            self._short_action_rows[len(self.shortenings)] = shortening.row_index(self.action_rows)
+
+    def visual_rows(self, hidden: Tensor) -> Tensor:
+        """The visual tokens (B, m, D) of hidden states (B, n, D), of those that are live so far."""
+        places, short = self.layout.visual, self.shortening
+        if short is not None and self.kept is not None:
+            places = short.row_index(places.gather(1, self.kept))
+        return rows_at(hidden, places)
 
     @property
     def action(self) -> Tensor | None:
@@ -67,11 +114,10 @@ class Step:
             return None
         if self._known is None or self._known[0] != count:
             grids = []
-            for shortened in (False, True):
-                for columns in (self._columns.get(shortened), self._deferred_columns(shortened)):
+            for stage in range(len(self.shortenings) + 1):
+                for columns in (self._columns.get(stage), self._deferred_columns(stage)):
                     if columns is not None:
-                        whole = self.shortening is None or not shortened
-                        grids.append(columns if whole else self.shortening.to_grid(columns))  # type: ignore[union-attr]
+                        grids.append(self._shortening(stage).to_grid(columns) if stage else columns)
             score = sum(grids[1:], grids[0]).gather(1, self.layout.visual) / count
             self._known = (count, score)
         return self._known[1]
@@ -79,20 +125,20 @@ class Step:
     def settle(self) -> None:
         """Compute what was put off, and let go of the cache that it needs."""
         _ = self.action
-        for shortened in (False, True):
-            columns = self._deferred_columns(shortened)
+        for stage in range(len(self.shortenings) + 1):
+            columns = self._deferred_columns(stage)
             if columns is not None:
-                self._add_columns(columns, shortened)
+                self._add_columns(columns, stage)
         self._rows_read += self._deferred.count
         self._deferred = DeferredReads()
 
-    def _deferred_columns(self, shortened: bool) -> Tensor | None:
-        columns = self._deferred.columns(shortened, self._prompt_columns(shortened))
+    def _deferred_columns(self, stage: int) -> Tensor | None:
+        columns = self._deferred.columns(stage, self._prompt_columns(stage))
         return None if columns is None else columns.to(self.layout.visual.device)
 
-    def _add_columns(self, columns: Tensor, shortened: bool) -> None:
-        known = self._columns.get(shortened)
-        self._columns[shortened] = columns if known is None else known + columns
+    def _add_columns(self, columns: Tensor, stage: int) -> None:
+        known = self._columns.get(stage)
+        self._columns[stage] = columns if known is None else known + columns
 
     @property
     def seen(self) -> Tensor:
@@ -136,25 +182,23 @@ class Step:
             received = short.to_grid(received[:, : short.prefix.shape[1]])
         self.semantic = received.gather(1, layout.visual)
 
-    def add_action(
-        self, layer: int, attention: Attention, rows: Tensor | None, shortened: bool, decoding: bool = False
-    ) -> None:
+    def add_action(self, layer: int, attention: Attention, rows: Tensor | None, decoding: bool = False) -> None:
         """Add what the action rows of one layer attend to.
 
         Args:
             layer: index of the layer.
             attention: the kernel call.
             rows: (B, R) query rows that act; None if all of them do.
-            shortened: whether this layer's cache is a shortened one.
             decoding: the rows are decoded one by one.
         """
+        stage = self.stage_at(layer)
         one = decoding and (attention.query.shape[2] if rows is None else rows.shape[1]) == 1
         if one and attention.weights is None:
-            self.call.notes.append(note(layer, shortened, attention, rows))
+            self.call.notes.append(note(layer, stage, attention, rows))
             return
         # Sums stay in the cache's own order of columns until somebody reads them.
-        columns = _known_rows(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(shortened)]
-        self.call.add(columns.to(self.layout.visual.device), shortened)
+        columns = _known_rows(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(stage)]
+        self.call.add(columns.to(self.layout.visual.device), stage)
 
     def begin_call(self) -> None:
         """A call of the decoder or of an expert begins."""
@@ -166,22 +210,23 @@ class Step:
         """The call came back: what it read counts."""
         self.running = False
         call, self.call = self.call, CallReads()
-        for shortened, columns in call.columns.items():
-            self._add_columns(columns, shortened)
+        for stage, columns in call.columns.items():
+            self._add_columns(columns, stage)
         self._rows_read += call.count
         for row in call.notes:
-            prompt = self._prompt_columns(row.shortened)
-            if row.call.key.shape[2] == prompt + self._deferred.rows(row.layer, row.shortened):
+            prompt = self._prompt_columns(row.stage)
+            if row.call.key.shape[2] == prompt + self._deferred.rows(row.layer, row.stage):
                 self._deferred.add(row)
             else:
                 # A static cache has room for more, and may be emptied before anybody asks.
-                self._add_columns(row.columns()[:, :prompt].to(self.layout.visual.device), row.shortened)
+                self._add_columns(row.columns()[:, :prompt].to(self.layout.visual.device), row.stage)
                 self._rows_read += 1
 
-    def _prompt_columns(self, shortened: bool) -> int:
-        if shortened and self.shortening is not None:
-            return self.shortening.prefix.shape[1]
-        return self.layout.length
+    def _shortening(self, stage: int) -> Shortening:
+        return list(self.shortenings.values())[stage - 1]
+
+    def _prompt_columns(self, stage: int) -> int:
+        return self._shortening(stage).prefix.shape[1] if stage else self.layout.length
 
 
 def _known_rows(attention: Attention, rows: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ was pruned. Nothing is gathered, so it shares no arithmetic with pruning itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ class FullLength:
         layout: of the control step that was pruned (`session.step.layout`); the next ones must be like it.
         kept: (B, k) or (k,) ids of the visual tokens that stay.
         layer: the pruning layer.
+        then: where pruning is progressive, what stays from each later layer on: (B, k) or (k,) ids, fewer and fewer.
         pruned: "drop" or "freeze".
         **attach_options: as of `Method.attach`.
 
@@ -44,6 +45,7 @@ class FullLength:
         kept: Tensor,
         *,
         layer: int,
+        then: Mapping[int, Tensor] | None = None,
         pruned: str = "drop",
         **attach_options: Any,
     ) -> None:
@@ -52,7 +54,8 @@ class FullLength:
         self._layer = layer
         self._pruned = pruned
         self._length = layout.length
-        self._gone = _gone(layout, kept)
+        stages = {layer: kept, **(then or {})}
+        self._gone = {first: _gone(layout, ids) for first, ids in stages.items()}
         self._entered: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
 
@@ -60,11 +63,11 @@ class FullLength:
         family = self._family
         if self._pruned == "freeze":
             for index in range(self._layer, len(family.decoder.layers)):
-                hook = partial(self._overwrite, index == self._layer)
-                self._register(family.decoder.layers[index].input_layernorm, hook)
+                self._register(family.decoder.layers[index].input_layernorm, partial(self._overwrite, index))
         elif hasattr(family, "edit_masks"):
             # A model that does not call its layers as modules hands over the masks it makes.
-            self._undo.append(family.edit_masks(self._layer, self._hide))
+            for first, gone in self._gone.items():
+                self._undo.append(family.edit_masks(first, partial(self._hide, gone)))
         else:
             for stack in (family.decoder, *family.readers):
                 for index in range(self._layer, len(stack.layers)):
@@ -79,13 +82,17 @@ class FullLength:
     def _register(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def _columns(self, like: Tensor) -> Tensor:
+    def _columns(self, gone: Tensor, like: Tensor) -> Tensor:
         """(B, W) bool: which key columns of a mask (..., W) are gone; the prompt's come first."""
-        return nn.functional.pad(self._gone.to(like.device), (0, like.shape[-1] - self._length))
+        return nn.functional.pad(gone.to(like.device), (0, like.shape[-1] - self._length))
 
-    def _hide(self, visible: Tensor) -> Tensor:
+    def _hide(self, gone: Tensor, visible: Tensor) -> Tensor:
         """(B or 1, Q, W) bool: the same without the columns that are gone."""
-        return visible & ~self._columns(visible)[:, None]
+        return visible & ~self._columns(gone, visible)[:, None]
+
+    def _gone_at(self, index: int) -> Tensor | None:
+        """(B, N) bool: what is gone at a layer; None before the first pruning layer."""
+        return next((gone for first, gone in reversed(self._gone.items()) if first <= index), None)
 
     def _mask(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Before a layer of the decoder or of a reader."""
@@ -97,19 +104,22 @@ class FullLength:
             # Additive, because a row that sees nothing would be NaN, and 0 x NaN is NaN for who does not attend to it.
             lowest = torch.finfo(hidden.dtype).min
             mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
-        mask = torch.where(self._columns(mask)[:, None, None], torch.finfo(mask.dtype).min, mask)
+        gone = self._gone_at(index)
+        assert gone is not None
+        mask = torch.where(self._columns(gone, mask)[:, None, None], torch.finfo(mask.dtype).min, mask)
         return args, {**kwargs, "attention_mask": mask}
 
-    def _overwrite(self, first: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
+    def _overwrite(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Before the norm that a layer makes its queries, keys and values from."""
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] != self._length:
             return None  # a decode step: the cache has the frozen keys and values
-        if first:
+        gone = self._gone_at(index - 1)
+        if gone is not None:
+            assert self._entered is not None
+            hidden = torch.where(gone.to(hidden.device)[..., None], self._entered.to(hidden.device), hidden)
+        if index in self._gone:
             self._entered = hidden
-            return None
-        assert self._entered is not None
-        hidden = torch.where(self._gone.to(hidden.device)[..., None], self._entered.to(hidden.device), hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 

@@ -171,12 +171,18 @@ def check_request(method: object, instruction: str | None, seed: int) -> None:
     """Refuses what no policy can be audited with.
 
     Raises:
-        BudgetError: `method` is no `Method`, or `seed` no int in [0, 2**32).
+        BudgetError: `method` is no `Method` or one that the checks do not cover, or `seed` no int in [0, 2**32).
         ObservationError: the instruction has no words.
     """
     if not isinstance(method, Method):
         given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise BudgetError(f"method is {given}; it must be a Method, such as vla_pruner.VLAPruner(keep=0.25).")
+    if len(method.stages()) > 1 or method.motion:
+        what = "prunes by how far the arm moves" if method.motion else "prunes at several layers"
+        raise BudgetError(
+            f"{type(method).__name__} as it was made {what}, which the audit does not cover; audit it with one pruning "
+            "layer and without a gate. What it shares with that is everything but where and when it prunes."
+        )
     if not is_count(seed, 0) or seed >= _SEEDS:
         raise BudgetError(f"seed={seed!r} was given; it is an int from 0 to {_SEEDS - 1}.")
     if instruction is not None and not instruction.strip():

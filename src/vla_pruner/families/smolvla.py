@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Wiring
-from vla_pruner.attach.layout import Shortening
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.replacements import Replacements
+from vla_pruner.attach.step import Step
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import LeRobotFamily
 
@@ -99,7 +99,7 @@ class SmolVLAWiring:
         self._layer = session.method.layer
         self._rope: Callable[[Tensor, Tensor], Tensor] = sys.modules[type(self._both).__module__].apply_rope
         self._replaced = Replacements()
-        self._semantic: int | None = None
+        self._semantic: dict[int, int] = {}
         self._action: frozenset[int] = frozenset()
         self._index = 0
         self._cache: Any = None
@@ -112,8 +112,9 @@ class SmolVLAWiring:
             UnsupportedModelError: the method reads action attention in layers that have no expert.
         """
         method = self._session.method
-        if "semantic" in method.needs:
-            self._semantic = method.layer - 1
+        for layer, stage in self._session.stages.items():
+            if "semantic" in stage.method.needs:
+                self._semantic[stage.method.semantic_layer] = layer
         if "action" in method.needs:
             both = self._both
             experts = both.get_model_layers([self._family.decoder, both.lm_expert])[1]
@@ -181,23 +182,23 @@ class SmolVLAWiring:
         with self._session.timed():
             if step.prefilling:
                 self._shorten(index, given)
-            elif step.shortening is not None:
-                self._read(index, given, step.shortening)
+            else:
+                self._read(index, given, step)
         return original(**given)
 
     def _shorten(self, index: int, given: dict[str, Any]) -> None:
         """Before a layer of the prefix from the pruning layer on."""
         step = self._session.step
         assert step is not None
-        if index == self._layer:
+        if index in self._session.stages:
+            before = step.shortening_at(index - 1)
             hidden = given["inputs_embeds"][0]
-            shortening = self._session.choose(hidden)
-            if shortening is not None:
+            shortening = self._session.choose(hidden, index)
+            if shortening is not None and shortening is not before:
+                self._short.clear()
                 # The loop over the layers goes on with what is in this list.
-                given["inputs_embeds"][0] = shortening.live_rows(hidden)
-                if shortening.frozen is not None:
-                    step.frozen_hidden = shortening.frozen_rows(hidden)
-        shortening = step.shortening
+                given["inputs_embeds"][0], step.frozen_hidden = shortening.enter(hidden, step.frozen_hidden)
+        shortening = step.shortening_at(index)
         if shortening is None:
             return
         positions, mask = given["position_ids"], given["attention_mask"]
@@ -208,8 +209,13 @@ class SmolVLAWiring:
         given["position_ids"] = self._once("positions", lambda: shortening.live_rows(positions))
         given["attention_mask"] = self._once("mask", lambda: _flat(shortening.prefill_mask(mask[:, None], False, None)))
 
-    def _read(self, index: int, given: dict[str, Any], shortening: Shortening) -> None:
-        """Before a layer of the expert that reads a shortened layer of the cache."""
+    def _read(self, index: int, given: dict[str, Any], step: Step) -> None:
+        """Before a layer of the expert that reads a layer of the cache which may be shortened."""
+        shortening = step.shortening_at(index)
+        if shortening is None:
+            return
+        if index in self._session.stages:
+            self._short.clear()
         mask = given["attention_mask"]
         given["attention_mask"] = self._once("mask", lambda: _flat(shortening.reader_mask(mask[:, None], None)))
         # Self-attention left the columns of the denoising step before; the model's own crop goes to the full length.
@@ -222,7 +228,7 @@ class SmolVLAWiring:
         step = self._session.step
         if step is None:
             return output
-        wanted = self._index == self._semantic if step.prefilling else self._index in self._action
+        wanted = self._index in (self._semantic if step.prefilling else self._action)
         if wanted:
             given = inspect.signature(original).bind(*args, **kwargs).arguments
             attention = Attention(
@@ -234,7 +240,7 @@ class SmolVLAWiring:
                 softcap=None,
             )
             if step.prefilling:
-                self._session.record_semantic(attention)
+                self._session.record_semantic(self._semantic[self._index], attention)
             else:
                 self._session.record_reader(self._index, attention)
         return output

@@ -51,6 +51,23 @@ class Evidence:
             features=None if self.features is None else self.features[:, start:stop],
         )
 
+    def of(self, ids: Tensor) -> Evidence:
+        """The evidence on the visual tokens `ids` (B, m) alone."""
+        held = self.memory
+        steps = ids[:, None].expand(-1, held.window, -1)
+        memory = replace(
+            held,
+            action=held.action.gather(2, steps),
+            age=held.age.gather(2, steps),
+            semantic=held.semantic.gather(2, steps) if held.holds_semantic else held.semantic[..., : ids.shape[1]],
+        )
+        return Evidence(
+            valid=self.valid.gather(1, ids),
+            memory=memory,
+            semantic=None if self.semantic is None else self.semantic.gather(1, ids),
+            features=None if self.features is None else rows_at(self.features, ids),
+        )
+
 
 @dataclass(frozen=True)
 class Method:
@@ -90,6 +107,13 @@ class Method:
         return 0
 
     @property
+    def motion(self) -> int:
+        """In how many of the last control steps it reads how far the arm moved; somebody must say so after each, with
+        `Session.moved`. 0: it reads no motion.
+        """
+        return 0
+
+    @property
     def remembers_semantic(self) -> bool:
         """Whether the memory must hold the semantic scores too, for a choice before the first layer."""
         return False
@@ -123,6 +147,13 @@ class Method:
         raise NotImplementedError(
             f"{type(self).__name__} does not say which rows rate: define raters(visual, valid, prompt, text)."
         )
+
+    def stages(self) -> tuple[Method, ...]:
+        """What prunes at each pruning layer, in the order of their `layer`. One stage, the method itself, for all but
+        progressive methods; a later stage chooses among what the one before left, and its `keep` is of all visual
+        tokens. `prunes`, `history` and `pruned` are asked of the method itself.
+        """
+        return (self,)
 
     def action_layers(self, layers: int) -> tuple[int, ...]:
         """Decoder layers (0-based, of `layers`) at which action attention is read: the later half, as in the paper.
@@ -205,6 +236,11 @@ class Method:
         from vla_pruner.families import family_of
 
         return Session(self, model, family_of(model, **family_options))
+
+
+def rows_at(rows: Tensor, ids: Tensor) -> Tensor:
+    """The rows `ids` (B, m) of `rows` (B, M, D): (B, m, D)."""
+    return rows.gather(1, ids[..., None].expand(-1, -1, rows.shape[2]))
 
 
 def is_count(value: object, least: int) -> bool:

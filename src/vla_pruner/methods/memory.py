@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from vla_pruner.errors import SessionError
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +25,9 @@ class Memory:
         semantic: (B, window, M) float32, the same of the semantic score; (B, 0, M) where the method asks for none.
         steps: (B,) int64 on the CPU, control steps since the row's episode began.
         episode: (B,) int64 on the CPU, how many episodes this row has begun before this one.
+        motion: (B, W) float32 on the CPU, how far the arm moved in each of the last W control steps, newest last; NaN
+            where nobody said. (B, 0) where the method reads no motion.
+        streak: (B,) int64 on the CPU, how many control steps in a row were pruned, up to the last one.
     """
 
     action: Tensor
@@ -29,10 +35,18 @@ class Memory:
     semantic: Tensor
     steps: Tensor
     episode: Tensor
+    motion: Tensor
+    streak: Tensor
 
     @classmethod
     def empty(
-        cls, rows: int, window: int, tokens: int, device: torch.device | str = "cpu", semantic: bool = False
+        cls,
+        rows: int,
+        window: int,
+        tokens: int,
+        device: torch.device | str = "cpu",
+        semantic: bool = False,
+        motion: int = 0,
     ) -> Memory:
         """The memory of `rows` robots at the start of their first episode, for `tokens` visual tokens.
 
@@ -40,6 +54,7 @@ class Memory:
             rows, window, tokens: B, the steps held, M.
             device: of the scores.
             semantic: whether semantic scores are held too.
+            motion: W, control steps whose motion is held.
         """
         return cls(
             action=torch.zeros(rows, window, tokens, device=device),
@@ -47,6 +62,8 @@ class Memory:
             semantic=torch.zeros(rows, window if semantic else 0, tokens, device=device),
             steps=torch.zeros(rows, dtype=torch.int64),
             episode=torch.zeros(rows, dtype=torch.int64),
+            motion=torch.full((rows, motion), math.nan),
+            streak=torch.zeros(rows, dtype=torch.int64),
         )
 
     @property
@@ -69,7 +86,13 @@ class Memory:
         """Whether semantic scores are held."""
         return self.semantic.shape[1] > 0
 
-    def push(self, scores: Tensor | None, seen: Tensor | None = None, semantic: Tensor | None = None) -> Memory:
+    def push(
+        self,
+        scores: Tensor | None,
+        seen: Tensor | None = None,
+        semantic: Tensor | None = None,
+        pruned: bool = False,
+    ) -> Memory:
         """The memory after one more control step.
 
         Args:
@@ -77,10 +100,14 @@ class Memory:
                 advances).
             seen: (B, M) bool, False where the token was pruned away and its score means nothing. None: all were seen.
             semantic: (B, M) float32 semantic scores of the step, where they are held.
+            pruned: whether the step was pruned. How far the arm moves in it is for `moved` to say.
         """
-        steps = self.steps + 1
+        motion, steps = self.motion, self.steps + 1
+        if motion.shape[1]:
+            motion = torch.cat([motion[:, 1:], torch.full_like(motion[:, :1], math.nan)], dim=1)
+        streak = self.streak + 1 if pruned else torch.zeros_like(self.streak)
         if scores is None or not self.window:
-            return replace(self, steps=steps)
+            return replace(self, steps=steps, motion=motion, streak=streak)
         age = torch.zeros_like(self.age[:, -1])
         if seen is not None:
             scores = torch.where(seen, scores, self.action[:, -1])
@@ -95,11 +122,34 @@ class Memory:
             action=torch.cat([self.action[:, 1:], scores[:, None]], dim=1),
             age=torch.cat([self.age[:, 1:], age[:, None]], dim=1),
             steps=steps,
+            motion=motion,
+            streak=streak,
         )
+
+    def moved(self, distance: float | Tensor) -> Memory:
+        """The memory in which it is known how far the arms moved in the last control step.
+
+        Args:
+            distance: (B,), or one number where there is one row: finite, 0 or more, in whatever unit. Rows that are at
+                the start of an episode have no last step, and what is said of them is passed over.
+
+        Raises:
+            SessionError: it is not such a distance, there is no last control step, or it was said before.
+        """
+        told = _distances(distance, self.rows)
+        has_step = self.steps > 0
+        if not has_step.any():
+            raise SessionError("moved(...) was called before the first control step of an episode; call it after each.")
+        if not self.motion[has_step, -1].isnan().all():
+            raise SessionError("moved(...) was called twice after one control step; call it once after each.")
+        newest = torch.where(has_step, told, self.motion[:, -1])
+        return replace(self, motion=torch.cat([self.motion[:, :-1], newest[:, None]], dim=1))
 
     def reset(self, rows: list[int]) -> Memory:
         """The same memory, with the named rows at the start of a new episode."""
-        fresh = Memory.empty(len(rows), self.window, self.tokens, self.action.device, self.holds_semantic)
+        fresh = Memory.empty(
+            len(rows), self.window, self.tokens, self.action.device, self.holds_semantic, self.motion.shape[1]
+        )
         return self.put(rows, replace(fresh, episode=self.take(rows).episode + 1))
 
     def take(self, rows: list[int]) -> Memory:
@@ -117,7 +167,7 @@ class Memory:
     def to(self, device: torch.device | str) -> Memory:
         """The same memory with its scores on `device`; the counters go to the CPU, to be read without a wait."""
         scores = (self.action.to(device), self.age.to(device), self.semantic.to(device))
-        return Memory(*scores, self.steps.cpu(), self.episode.cpu())
+        return Memory(*scores, self.steps.cpu(), self.episode.cpu(), self.motion.cpu(), self.streak.cpu())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, for `torch.save` or `safetensors`; `Memory(**state)` restores them."""
@@ -126,3 +176,21 @@ class Memory:
 
 def _index(rows: list[int], tensor: Tensor) -> Tensor:
     return torch.as_tensor(rows, dtype=torch.int64, device=tensor.device)
+
+
+def _distances(distance: float | Tensor, rows: int) -> Tensor:
+    """(B,) float32 on the CPU; raises SessionError unless they are distances of `rows` rows."""
+    try:
+        told = torch.as_tensor(distance, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise SessionError(f"moved({distance!r}) was called; it takes how far the arm moved, as a number.") from None
+    if told.dim() == 0 and rows == 1:
+        told = told[None]
+    if told.shape != (rows,):
+        raise SessionError(
+            f"moved(...) was given distances of shape {tuple(told.shape)}, but the batch has {rows} rows; give one "
+            f"distance for each, of shape ({rows},)."
+        )
+    if not (told.isfinite() & (told >= 0)).all():
+        raise SessionError(f"moved({told.tolist()}) was called; a distance is a finite number of 0 or more.")
+    return told

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Evidence, check_choice
+from vla_pruner.errors import BudgetError
+from vla_pruner.methods.base import Evidence, Keep, check_choice, check_keep, is_count
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.scores import text_raters
 from vla_pruner.methods.selection import top_ids
@@ -27,10 +28,16 @@ class SparseVLM(Budgeted):
     Reference numbers (OpenVLA on LIBERO, success relative to unpruned; VLA-Pruner's paper): 95.44 % at keep .5, 88.67 %
     at .25, 63.20 % at .125. VLA-Cache's paper (arXiv 2502.02175) has a mean success of 64.7 % where OpenVLA has 75.0 %,
     in more time.
-    Deviations: one layer and a fixed `keep` instead of several and the rank rule, and no recycling, as in VLA-Pruner's
-    comparison (docs/methods.md says what more would take). Text is what follows the image in the prompt.
+    Deviations: fixed numbers instead of the rank rule, and no recycling, as in VLA-Pruner's comparison (docs/methods.md
+    says why); one layer, unless `then` names more. Text is what follows the image in the prompt.
+
+    The paper's settings are averages over the decoder's layers. For 192 of LLaVA-1.5's 576 tokens the authors prune at
+    layers 2, 6 and 15 of 32 to 300, 200 and 110; for 128 to 303, 110 and 36; for 64 to 66, 30 and 17. The first of them
+    for any number of tokens: `SparseVLM(keep=0.52, layer=2, then=((6, 0.35), (15, 0.19)))`.
 
     Attributes:
+        then: further pruning layers, rising, each with what it keeps of all visual tokens, falling: `keep` and `layer`
+            are the first. The score is read anew before each, over the tokens that are left.
         preset: "paper" lets every text token after the image be a rater. "official" is the comparison in VLA-Pruner's
             code: the first and the last of them never are.
         keep, warmup_steps: see `Budgeted`.
@@ -38,10 +45,26 @@ class SparseVLM(Budgeted):
     """
 
     preset: str = "paper"
+    then: tuple[tuple[int, Keep], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("preset", self.preset, ("paper", "official"))
+        if not isinstance(self.then, tuple) or not all(
+            isinstance(stage, tuple) and len(stage) == 2 for stage in self.then
+        ):
+            raise BudgetError(
+                f"then={self.then!r} was given; it is a tuple of further pruning layers, each with what it keeps: "
+                "then=((6, 0.35), (15, 0.19))."
+            )
+        for layer, keep in self.then:
+            check_keep(keep)
+            if not is_count(layer, 1):
+                raise BudgetError(f"then={self.then!r} was given; its layers are ints of 1 or more.")
+
+    def stages(self) -> tuple[SparseVLM, ...]:
+        first = replace(self, then=())
+        return (first, *(replace(first, layer=layer, keep=keep) for layer, keep in self.then))
 
     @property
     def needs(self) -> frozenset[str]:

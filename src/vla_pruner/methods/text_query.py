@@ -1,14 +1,20 @@
-"""VLA-ADP's score: keep the visual tokens whose keys the text's queries match best (arXiv 2509.22093)."""
+"""VLA-ADP: keep the visual tokens whose keys match the text's queries, while the arm moves far (arXiv 2509.22093)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vla_pruner.methods.base import Evidence
+from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.methods.base import Evidence, is_count
 from vla_pruner.methods.budgeted import Budgeted
+from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.selection import top_ids
+
+FIRST_STEPS = 2
+LONGEST_STREAK = 3
 
 
 @dataclass(frozen=True)
@@ -16,24 +22,45 @@ class TextQuery(Budgeted):
     """The top k visual tokens by the mean over heads and text rows of q . k / sqrt(d) in the first layer.
 
     Paper: Pei et al., "Action-aware Dynamic Pruning" (VLA-ADP), ICLR 2026, arXiv 2509.22093: text queries and visual
-    keys of layer 0 give the score, no softmax; the highest k = floor(keep x M) stay. It comes with a gate that prunes
-    only while the arm moves far; the gate is not here (docs/methods.md says what it would take), so this is the
-    ablation without dynamics ("w/o D").
+    keys of layer 0 give the score, no softmax; the highest k = floor(keep x M) stay. Its gate prunes a control step
+    unless the arm's path in the step before, sum |p_{t+1} - p_t| over the chunk, is at most the smallest of the last
+    tau; the first two steps, and the one after three pruned in a row, run unpruned. With `gate=tau` that is done here,
+    told by `session.moved(path)` after each step; without it this is the ablation without dynamics ("w/o D").
 
     Paper's defaults: keep .3 to .7 before layer 0; of two cameras' budget 4/10 to the scene and 6/10 to the wrist
-    (here a `keep` per camera: {"image": .4, "wrist_image": .6} is .5 of both together).
+    (here a `keep` per camera: {"image": .4, "wrist_image": .6} is .5 of both together); gated.
     Reference numbers (OpenVLA-OFT on LIBERO, mean success, unpruned 97.1 %): with the gate 96.3 % at keep .5, 94.4 % at
     .3; without it 93.5 %. With the gate 1.23 and 1.35 times faster.
     Deviations: the first layer still sees every token (`layer=1`); k is rounded, not cut off; queries and keys carry
     their rotary angles; text is what follows the image in the prompt, with placeholders where a policy has them there.
+    The gate is off by default, since only the robot's side knows the path. In a batch one row's closed gate is every
+    row's, since all rows share one shape.
 
     Attributes:
         keep, warmup_steps: see `Budgeted`.
+        gate: tau, the control steps among which the last one's path must not be the shortest, itself included: an int
+            of 2 or more. None prunes whatever the arm does.
         layer: layers before this one run on every token; the score is read at the last of them. 1 reads layer 0.
         pruned: see `Method`.
     """
 
+    gate: int | None = field(default=None, kw_only=True)
     layer: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate is not None and not is_count(self.gate, 2):
+            raise BudgetError(
+                f"gate={self.gate!r} was given; it is None, or the number of control steps whose paths are compared: "
+                "an int of 2 or more."
+            )
+
+    @property
+    def motion(self) -> int:
+        return self.gate or 0
+
+    def prunes(self, memory: Memory) -> bool:
+        return super().prunes(memory) and (self.gate is None or _moves_far(memory))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -50,3 +77,21 @@ class TextQuery(Budgeted):
     def select(self, evidence: Evidence, k: int) -> Tensor:
         assert evidence.semantic is not None
         return top_ids(evidence.semantic, evidence.valid, k)
+
+
+def _moves_far(memory: Memory) -> bool:
+    """Whether the gate is open in every row.
+
+    Raises:
+        SessionError: nobody said how far an arm moved in a step that counts.
+    """
+    steps = memory.steps.tolist()
+    if min(steps) < FIRST_STEPS or max(memory.streak.tolist()) >= LONGEST_STREAK:
+        return False
+    paths = [row[-step:] for row, step in zip(memory.motion.tolist(), steps, strict=True)]
+    if any(math.isnan(path) for row in paths for path in row):
+        raise SessionError(
+            "The method prunes by how far the arm moves, but was not told after every control step; call "
+            "session.moved(distance) after each, or attach TextQuery(gate=None)."
+        )
+    return all(row[-1] > min(row) for row in paths)
