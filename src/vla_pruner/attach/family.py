@@ -69,11 +69,13 @@ class Family:
         readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching
             expert).
         cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
+        compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
     """
 
     decoder: Any
     readers: tuple[Any, ...] = ()
     cameras: tuple[str, ...] = ("image",)
+    compilable: bool = True
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

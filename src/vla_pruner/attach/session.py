@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.attach.compiled import Compiled
+from vla_pruner.attach.compiled import Compiled, check_own_calls, encoders_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.layout import Shortening, ensure
@@ -58,6 +58,7 @@ class Session:
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
         _check_not_compiled(model, self._decoder)
+        check_own_calls(family)
         self._wiring = family.wiring(self) or HookWiring(self, family)
         self._replaced = Replacements()
         try:
@@ -89,13 +90,13 @@ class Session:
 
         Raises:
             SessionError: it is detached, or compiled already.
-            UnsupportedModelError: this policy's calls cannot be compiled.
+            UnsupportedModelError: the family's calls cannot be compiled.
         """
         if self._decoder not in _attached:
             raise SessionError("This session is detached; attach the method anew.")
         if self._compiled is not None:
             raise SessionError("This session is compiled already.")
-        compiled = Compiled(self._family, getattr(self._policy, "vision_towers", ()), backend, self)
+        compiled = Compiled(self._family, encoders_of(self._policy), backend, self)
         compiled.install()
         self._compiled = compiled
 
@@ -201,7 +202,8 @@ class Session:
 
     def timed(self) -> AbstractContextManager[Any]:
         """The clock's context for work that pruning adds."""
-        return nullcontext() if self.clock is None else self.clock("pruning")
+        no_clock = self.clock is None or torch.compiler.is_compiling()
+        return nullcontext() if no_clock else self.clock("pruning")  # type: ignore[misc]
 
     def open_call(self, call: Call) -> bool:
         """A call of the decoder begins; returns whether it runs the prompt. A prefill closes the last control step and
@@ -351,6 +353,11 @@ class Session:
         self._replaced.remove()
         self._wiring.remove()
         self._family.remove()
+
+
+def has_session(decoder: nn.Module) -> bool:
+    """Whether a session is attached to this decoder."""
+    return decoder in _attached
 
 
 def _check_not_compiled(model: Any, decoder: nn.Module) -> None:
