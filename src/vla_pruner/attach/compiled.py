@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
+from vla_pruner.attach.layout import NO_TEXT
 from vla_pruner.attach.replacements import Replaced, Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
+
+_numbers = count()
 
 
 class Compiled:
@@ -69,10 +73,9 @@ class Compiled:
                 f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
                 "cannot be compiled with what pruning does in them; leave compile out."
             )
-        check_own_calls(family)
-        self._replaced.put(family.decoder, "forward", self._decode)
+        family.put_around(family.decoder, self._decode, self._replaced)
         for index, reader in enumerate(family.readers):
-            self._replaced.put(reader, "forward", partial(self._read, index))
+            family.put_around(reader, partial(self._read, index), self._replaced)
         for index, encoder in enumerate(self._encoders):
             self._replaced.put(encoder, "forward", partial(self._see, index))
 
@@ -81,20 +84,37 @@ class Compiled:
         self._replaced.remove()
         self._programs.clear()
 
+    def run(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
+        """Run what a session does around a call as a program, too.
+
+        Args:
+            name: of the program.
+            function: what runs; it reads nothing that changes but its arguments and the step's state.
+            given: what the call runs on.
+            *args: for the function.
+        """
+        return self._run((name, *given.shape[:2], self._state()), given, function, args, {})
+
+    @staticmethod
+    def begin_step() -> None:
+        """A control step begins. Graphs write where their last run wrote: one step is one run of them all."""
+        torch.compiler.cudagraph_mark_step_begin()
+
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, state = _first_tensor(args, kwargs), self._state()
         prompt = given.shape[1] > 1 if state is None else state[0]
         if prompt:
-            # Graphs write where their last run wrote: one control step is one run of them all.
-            torch.compiler.cudagraph_mark_step_begin()
+            _fill_static_cache(self._family.decoder, given, kwargs.get("past_key_values"))
         else:
             _vary_lengths(kwargs)
+        if prompt and state is None:
+            self.begin_step()
         key = ("decoder", prompt, *given.shape[:2], state, _kind(kwargs))
         return self._run(key, given, original, args, kwargs)
 
     def _read(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = _first_tensor(args, kwargs)
-        key = ("reader", index, *given.shape[:2], self._state(), _kind(kwargs))
+        key = ("reader", index, *given.shape[:2], self._state(), _kind(kwargs), _cached(kwargs))
         return self._run(key, given, original, args, kwargs)
 
     def _see(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -108,11 +128,17 @@ class Compiled:
     def _run(
         self, key: Hashable, given: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        key = (key, given.dtype, given.device)
+        key = (key, given.dtype, given.device, self._family.decoder.training, torch.is_grad_enabled())
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)
-        return program(original, args, kwargs)
+        try:
+            return program(original, args, kwargs)
+        except RuntimeError as error:
+            # What a graph asserts is an error of torch's.
+            if NO_TEXT in str(error):
+                raise SessionError(NO_TEXT) from error
+            raise
 
     def _program(self, device: torch.device) -> Callable[..., Any]:
         def call(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,12 +147,13 @@ class Compiled:
             return result
 
         # torch keeps what it compiled by code object: with one of its own, no program is mistaken for another whose
-        # hooks differ, nor does it use up another's limit of recompilations.
-        call.__code__ = call.__code__.replace(co_name=f"call_{len(self._programs)}")
+        # hooks differ, nor does it use up another's limit of recompilations. By its name torch keeps which shapes
+        # varied, for all models of the process.
+        call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
         options: dict[str, Any] = {"guard_filter_fn": _guards_of_arguments}
         if self._backend == "inductor" and device.type == "cuda":
             options["triton.cudagraphs"] = True
-        return torch.compile(call, backend=self._backend, options=options, fullgraph=True)
+        return torch.compile(call, backend=self._backend, options=options, fullgraph=True, dynamic=False)
 
 
 def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Compiled:
@@ -150,6 +177,7 @@ def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Co
     family = family_of(model, **family_options)
     if has_session(family.decoder):
         raise SessionError(f"{type(model).__name__} has a session; call compile() of that, or detach it first.")
+    check_not_compiled(model, family)
     made = Compiled(family, encoders_of(model), backend)
     made.install()
     return made
@@ -160,8 +188,16 @@ def encoders_of(policy: Any) -> tuple[nn.Module, ...]:
     return tuple(getattr(policy, "vision_towers", ()))
 
 
-def check_own_calls(family: Family) -> None:
-    """Raise UnsupportedModelError where the decoder's or a reader's calls are compiled ones."""
+def check_not_compiled(model: Any, family: Family) -> None:
+    """Raise UnsupportedModelError where calls of a policy are compiled: no hook inside would ever run."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
+        compiled = getattr(part, "_compiled_call_impl", None) is not None
+        if compiled and any(inner is family.decoder for inner in part.modules()):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__} is compiled and holds the decoder, so hooks on it would never run; "
+                "attach to the policy before it is compiled."
+            )
     for module in (family.decoder, *family.readers):
         if isinstance(vars(module).get("forward"), Replaced):
             raise UnsupportedModelError(
@@ -189,10 +225,35 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _kind(kwargs: dict[str, Any]) -> tuple[Hashable, ...]:
-    """What else a call's course depends on: its cache's type and whether that is filled, and grad mode."""
+    """What else a call's course depends on: what its cache is, and whether that is filled.
+
+    Layers with a sliding window count their positions as numbers, which are constants of a graph.
+    """
     cache = kwargs.get("past_key_values")
     layers = getattr(cache, "layers", [])
-    return type(cache), len(layers), bool(layers) and layers[0].is_initialized, torch.is_grad_enabled()
+    kinds: list[Hashable] = [type(cache), len(layers)]
+    # Types alternate, or change once: the first and the last layer show them all.
+    for layer in (*layers[:1], *layers[-1:]):
+        length = getattr(layer, "cumulative_length", None)
+        positions = length if isinstance(length, int) else getattr(layer, "cumulative_length_int", None)
+        kinds += [type(layer), layer.is_initialized, getattr(layer, "max_cache_len", None), positions]
+    return tuple(kinds)
+
+
+def _cached(kwargs: dict[str, Any]) -> Hashable:
+    """How many positions the cache holds that an expert reads."""
+    layers = getattr(kwargs.get("past_key_values"), "layers", [])
+    return layers[0].keys.shape[2] if layers and layers[0].is_initialized else None
+
+
+def _fill_static_cache(decoder: Any, given: Tensor, cache: Any) -> None:
+    """Allocate a static cache outside of the graph, whose own memory the next step would overwrite."""
+    layers = getattr(cache, "layers", [])
+    if layers and hasattr(layers[0], "max_cache_len") and not layers[0].is_initialized:
+        config = decoder.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dtype = given.dtype if given.is_floating_point() else decoder.dtype
+        cache.early_initialization(len(given), config.num_key_value_heads, width, dtype, given.device)
 
 
 def _lay_out(output: Any) -> None:
@@ -208,6 +269,7 @@ def _vary_lengths(kwargs: dict[str, Any]) -> None:
         if not hasattr(layer, "max_cache_len") and layer.keys is not None:
             torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
             torch._dynamo.maybe_mark_dynamic(layer.values, 2)
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor):
-        torch._dynamo.maybe_mark_dynamic(mask, mask.dim() - 1)
+    masks = kwargs.get("attention_mask")
+    for mask in masks.values() if isinstance(masks, dict) else (masks,):
+        if isinstance(mask, Tensor):
+            torch._dynamo.maybe_mark_dynamic(mask, mask.dim() - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.layout import Layout
+from vla_pruner.attach.replacements import Replacements
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
@@ -144,6 +146,10 @@ class Family:
             position_embeddings: (cos, sin), (B or 1, F, d) each.
         """
         raise NotImplementedError
+
+    def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
+        """Have what the decoder or a reader computes, after hooks on it ran, go through `around(original, ...)`."""
+        replaced.put(module, "forward", around)
 
     def install(self) -> None:
         """Put in place whatever the family needs besides hooks on its decoders."""

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.attach.compiled import Compiled, check_own_calls, encoders_of
+from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Shortening, ensure
+from vla_pruner.attach.layout import Layout, Shortening, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.stages import check_fewer, stages_of
 from vla_pruner.attach.step import Step
-from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
 
@@ -57,8 +58,7 @@ class Session:
         self.stages = stages_of(method, family)
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
-        _check_not_compiled(model, self._decoder)
-        check_own_calls(family)
+        check_not_compiled(model, family)
         self._wiring = family.wiring(self) or HookWiring(self, family)
         self._replaced = Replacements()
         try:
@@ -155,7 +155,7 @@ class Session:
     @property
     def kept(self) -> Tensor | None:
         """(B, k) int64, sorted ids of the visual tokens kept in the last control step; None where it was not pruned."""
-        return None if self._step is None else self._step.kept
+        return None if self._step is None or self._step.kept is None else self._own(self._step.kept)
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ class Session:
         if self._step is None:
             return {}
         found = {"semantic": self._step.semantic, "action": self._step.action}
-        return {name: score for name, score in found.items() if score is not None}
+        return {name: self._own(score) for name, score in found.items() if score is not None}
 
     @property
     def memory(self) -> Memory | None:
@@ -204,6 +204,12 @@ class Session:
         """The clock's context for work that pruning adds."""
         no_clock = self.clock is None or torch.compiler.is_compiling()
         return nullcontext() if no_clock else self.clock("pruning")  # type: ignore[misc]
+
+    def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
+        """`function(*args)`, as a program where the session is compiled; see `Compiled.run`."""
+        if self._compiled is None:
+            return function(*args)
+        return self._compiled.run(name, function, given, *args)
 
     def open_call(self, call: Call) -> bool:
         """A call of the decoder begins; returns whether it runs the prompt. A prefill closes the last control step and
@@ -258,9 +264,21 @@ class Session:
             )
         self._memory = memory = memory.to(call.device)
         # Decided here, on the host, since the layers may run as a graph.
-        prunes = self.method.prunes(memory)
-        self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes)
+        prunes, budgets = self.method.prunes(memory), self._budgets(layout)
+        if self._compiled is not None:
+            self._compiled.begin_step()
+        self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes, budgets=budgets)
         return True
+
+    def _budgets(self, layout: Layout) -> dict[int, tuple[int, ...]]:
+        """Tokens that each stage keeps of the cameras of `layout`, or of all together, by its layer."""
+        known = self._family.camera_tokens
+        found = {
+            layer: tuple(stage.budgets(layout.cameras, layout.absent, known)) for layer, stage in self.stages.items()
+        }
+        for before, after in pairwise((layout.tokens, *(sum(budgets) for budgets in found.values()))):
+            check_fewer(before, after)
+        return found
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
         """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
@@ -274,13 +292,12 @@ class Session:
         if layer in step.chosen:
             return step.shortening_at(layer)
         step.chosen.add(layer)
-        budgets = stage.budgets(step.layout.cameras, step.layout.absent, self._family.camera_tokens)
-        check_fewer(sum(step.counts), sum(budgets))
+        budgets = step.budgets[layer]
         if sum(budgets) >= sum(step.counts) or not step.prunes:
             return step.shortening
         with torch.no_grad():
-            ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, budgets)
-            step.shorten(layer, ids, tuple(budgets), freeze=self.method.pruned == "freeze")
+            ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
+            step.shorten(layer, ids, budgets, freeze=self.method.pruned == "freeze")
         return step.shortening
 
     def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
@@ -346,6 +363,10 @@ class Session:
             if callable(getattr(owner, "reset", None)):
                 self._replaced.put(owner, "reset", reset)
 
+    def _own(self, tensor: Tensor) -> Tensor:
+        """A tensor that the next control step does not overwrite, as graphs do their results."""
+        return tensor if self._compiled is None else tensor.clone()
+
     def _remove(self) -> None:
         if self._compiled is not None:
             self._compiled.remove()
@@ -358,17 +379,3 @@ class Session:
 def has_session(decoder: nn.Module) -> bool:
     """Whether a session is attached to this decoder."""
     return decoder in _attached
-
-
-def _check_not_compiled(model: Any, decoder: nn.Module) -> None:
-    """Raise UnsupportedModelError where a module around the decoder is compiled: no hook inside would ever run."""
-    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
-    if not isinstance(module, nn.Module):
-        return
-    for name, part in module.named_modules():
-        compiled = getattr(part, "_compiled_call_impl", None) is not None
-        if compiled and any(inner is decoder for inner in part.modules()):
-            raise UnsupportedModelError(
-                f"{name or type(model).__name__} is compiled and holds the decoder, so hooks on it would never run; "
-                "attach to the policy before it is compiled."
-            )

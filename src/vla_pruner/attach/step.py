@@ -24,6 +24,7 @@ class Step:
         layout: where things are in the sequence.
         memory: what the rows remembered when the step opened.
         prunes: whether the method prunes this step.
+        budgets: how many tokens each stage keeps, of each camera or of all together, by its layer.
         action_rows: (B, R) prompt positions whose attention is action attention; None if there are none.
         kept: (B, k) sorted ids of the visual tokens kept by the last stage so far; None if the step is not pruned.
         counts: how many those are of each camera, or of all together.
@@ -43,6 +44,7 @@ class Step:
     layout: Layout
     memory: Memory
     prunes: bool = True
+    budgets: dict[int, tuple[int, ...]] = field(default_factory=dict)
     action_rows: Tensor | None = None
     kept: Tensor | None = None
     counts: tuple[int, ...] = ()
@@ -211,8 +213,9 @@ class Step:
             self.semantic is None,
             self.embeddings is None,
             self.raters is None,
-            tuple(self.chosen),
+            tuple(sorted(self.chosen)),
             tuple(self.shortenings),
+            self.layout.length,
             self.layout.cameras,
             self.layout.absent,
         )

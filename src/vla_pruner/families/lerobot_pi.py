@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.attach.replacements import Replacements
 from vla_pruner.families.base import check_decoder
 from vla_pruner.families.lerobot_common import LeRobotFamily
 
@@ -35,6 +36,7 @@ class LeRobotPi(LeRobotFamily):
         self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
         # The suffix of pi0 is [state][actions]; pi0.5 has the state in its text.
         self._first_action_row = 1 if hasattr(self._inner, "state_proj") else 0
+        self._led: dict[nn.Module, _ThroughModule] = {}
 
     @property
     def camera_tokens(self) -> tuple[int, ...]:
@@ -62,7 +64,19 @@ class LeRobotPi(LeRobotFamily):
     def install(self) -> None:
         super().install()
         for decoder in (self.decoder, *self.readers):
-            self._replaced.put(decoder, "forward", _ThroughModule(decoder))
+            self._led[decoder] = _ThroughModule(decoder)
+            self._replaced.put(decoder, "forward", self._led[decoder])
+
+    def remove(self) -> None:
+        super().remove()
+        self._led.clear()
+
+    def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
+        led = self._led.get(module)
+        if led is None:
+            super().put_around(module, around, replaced)
+        else:
+            replaced.put(led, "compute", lambda _, original, *args, **kwargs: around(original, *args, **kwargs))
 
 
 class _ThroughModule:
@@ -74,9 +88,13 @@ class _ThroughModule:
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._inside:
-            return original(*args, **kwargs)
+            return self.compute(original, *args, **kwargs)
         self._inside = True
         try:
             return self._decoder(*args, **kwargs)
         finally:
             self._inside = False
+
+    def compute(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call itself, after hooks on the module ran."""
+        return original(*args, **kwargs)

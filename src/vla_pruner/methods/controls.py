@@ -13,7 +13,7 @@ from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.memory import Memory
-from vla_pruner.methods.selection import top_ids
+from vla_pruner.methods.selection import define_op, top_ids
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,10 @@ class RandomKeep(Budgeted):
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
         tokens = evidence.valid.shape[1]
-        draws = [self._draw(step, tokens) for step in _clocks(evidence.memory)]
-        scores = torch.stack(draws).to(evidence.valid.device, non_blocking=True)
-        return top_ids(scores, evidence.valid, k)
-
-    def _draw(self, clock: tuple[int, int], tokens: int) -> Tensor:
-        episode, step = clock
-        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + episode) * 1_000_003 + step) % 2**63)
-        return torch.rand(tokens, generator=generator)
+        # For a compiler one opaque step: generators and numbers read from tensors cannot be traced.
+        draw = torch.ops.vla_pruner.random_scores if torch.compiler.is_compiling() else _random_scores
+        scores = draw(evidence.memory.episode, evidence.memory.steps, self.seed % 2**63, tokens)
+        return top_ids(scores.to(evidence.valid.device, non_blocking=True), evidence.valid, k)
 
 
 @dataclass(frozen=True)
@@ -99,5 +95,19 @@ class Unpruned(Method):
         return False
 
 
-def _clocks(memory: Memory) -> list[tuple[int, int]]:
-    return list(zip(memory.episode.tolist(), memory.steps.tolist(), strict=True))
+def _random_scores(episode: Tensor, steps: Tensor, seed: int, tokens: int) -> Tensor:
+    """(B, M) float32 on the CPU, drawn for each row from (seed, episode, step)."""
+    draws = []
+    for row, step in zip(episode.tolist(), steps.tolist(), strict=True):
+        generator = torch.Generator().manual_seed(((seed * 1_000_003 + row) * 1_000_003 + step) % 2**63)
+        draws.append(torch.rand(tokens, generator=generator))
+    return torch.stack(draws)
+
+
+def _shape_of_scores(episode: Tensor, steps: Tensor, seed: int, tokens: int) -> Tensor:
+    return torch.empty(episode.shape[0], tokens)
+
+
+define_op(
+    "random_scores(Tensor episode, Tensor steps, int seed, SymInt tokens) -> Tensor", _random_scores, _shape_of_scores
+)

@@ -151,12 +151,23 @@ def _shape_of_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
     return distance.new_empty((distance.shape[0], k), dtype=torch.int64)
 
 
-# Registered by hand: torch.library.custom_op does the same, but each call costs several times as much. Operators of our
-# own may be part of CUDA graphs unless their tags say otherwise; this one neither waits for the host nor has a shape
-# that depends on data.
 _library = torch.library.Library("vla_pruner", "FRAGMENT")
-_library.define(
-    "max_min_order(Tensor distance, Tensor candidates, SymInt k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_library.impl("max_min_order", _max_min_order, "CompositeExplicitAutograd")
-torch.library.register_fake("vla_pruner::max_min_order", _shape_of_order, lib=_library)
+
+
+def define_op(schema: str, function: Callable[..., Tensor], shape: Callable[..., Tensor]) -> None:
+    """Make `function` an operator of torch.ops.vla_pruner, which compilers call and do not look into.
+
+    Args:
+        schema: as torch writes operators.
+        function: a pure function.
+        shape: what makes an empty tensor of the result's shape, dtype and device.
+    """
+    # Registered by hand: torch.library.custom_op does the same, but each call costs several times as much. Operators of
+    # our own may be part of CUDA graphs unless their tags say otherwise; these neither wait for the host nor have
+    # shapes that depend on data.
+    name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vla_pruner::{name}", shape, lib=_library)
+
+
+define_op("max_min_order(Tensor distance, Tensor candidates, SymInt k) -> Tensor", _max_min_order, _shape_of_order)
