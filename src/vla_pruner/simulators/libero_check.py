@@ -19,10 +19,11 @@ from vla_pruner.simulators.libero import LiberoSuite
 from vla_pruner.simulators.libero_environment import DUMMY_ACTION
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-MOST_DRIFT = 0.01
-"""Metres that an untouched object may move after it has settled."""
-LEAST_BRIGHTNESS = 40.0
-"""Mean level of an image; what is not drawn is 0."""
+MOST_DRIFT = 0.03
+"""Metres that an untouched object may move sideways; in the spatial suite's task 5 a bowl slides by 1.5 cm on MuJoCo
+3.3.2, and by 3.9 cm on 3.4.0."""
+LEAST_BRIGHTNESS = {"libero_spatial": 100.0, "libero_object": 120.0, "libero_goal": 100.0, "libero_10": 50.0}
+"""Suite -> mean level of an image. The object suite has 138 to 140 on MuJoCo 3.3.2 and 102 on 3.4.0."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,17 @@ class Finding:
 
     task: Task
     drift: float
-    """Metres that the object which moved most has moved from its stored place, while the robot stood still."""
+    """Metres that the object which moved most moved sideways while it settled, and then in all."""
     brightness: dict[str, float]
     """Camera -> mean level of its image, 0 to 255."""
 
     @property
     def problems(self) -> list[str]:
         """What is not as it should be."""
-        found = [f"the image of {name} is dark" for name, mean in self.brightness.items() if mean < LEAST_BRIGHTNESS]
+        least = LEAST_BRIGHTNESS.get(self.task.suite, 1.0)
+        found = [f"the image of {name} is dark" for name, mean in self.brightness.items() if mean < least]
         if self.drift > MOST_DRIFT:
-            found.append(f"an object that nothing touches moves by {100 * self.drift:.1f} cm")
+            found.append(f"an object that nothing touches slides by {100 * self.drift:.1f} cm")
         return found
 
 
@@ -55,7 +57,7 @@ def check_task(suite: LiberoSuite, task: Task | int | str, initial_state: int = 
         for _ in range(steps):
             environment.step(np.array(DUMMY_ACTION))
         moved = [
-            float(np.linalg.norm(environment.truth.pose(name).position - place))
+            float(np.linalg.norm((environment.truth.pose(name).position - place)[:2]))
             for name, place in zip(names, before, strict=True)
         ]
         return Finding(environment.task, info["settling"] + max(moved), brightness)

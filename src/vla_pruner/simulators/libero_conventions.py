@@ -77,7 +77,7 @@ def _cameras(policy: Any) -> dict[str, str]:
     if unknown:
         raise SuiteError(
             f"LIBERO has a camera in front of the robot and one on its hand; this policy's camera {unknown[0]!r} is "
-            f"neither. Known names are {', '.join(POLICY_CAMERAS)}; load_policy(cameras=...) renames OpenVLA's and pi0's."
+            f"neither. Known names are {', '.join(POLICY_CAMERAS)}; for OpenVLA and pi0 give load_policy(cameras=...)."
         )
     return {name: POLICY_CAMERAS[name] for name in policy.cameras}
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from vla_pruner.simulators.base import SimulatorUnavailable
 
-VERSIONS = {"mujoco": "3.3.2", "robosuite": "1.4.0", "hf-libero": "0.1.4"}
+VERSIONS = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "mujoco": "3.3.2"}
 """The versions that published numbers hold for. MuJoCo from 3.3.3 on draws the object suite's floor darker, and from
 3.4 on task 5 of the spatial suite begins with its objects falling: success there drops from 98 to 12 percent.
 """
