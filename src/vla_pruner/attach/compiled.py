@@ -151,8 +151,9 @@ class Compiled:
         # varied, for all models of the process.
         call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
         options: dict[str, Any] = {"guard_filter_fn": _guards_of_arguments}
-        if self._backend == "inductor" and device.type == "cuda":
-            options["triton.cudagraphs"] = True
+        if self._backend == "inductor":
+            # Calls of small policies are short: on the CPU Python between the kernels would take a third of them.
+            options["triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"] = True
         return torch.compile(call, backend=self._backend, options=options, fullgraph=True, dynamic=False)
 
 

@@ -120,19 +120,26 @@ class Shortener:
             self._remember_cache(cache)
         elif self._prompt_cache is None or cache is not self._prompt_cache():
             raise SessionError("A decode call was given another cache than the prompt; steps cannot be interleaved.")
-        return self._shorten_call(given, inputs, prompt) if self._layer == 0 else None
+        if self._layer:
+            return None
+        if prompt:
+            return self._session.in_graph("shorten", self._shorten_prompt, inputs, given, inputs)
+        return self._shorten_token(given, inputs)
 
-    def _shorten_call(
-        self, given: dict[str, Any], inputs: Tensor, prompt: bool
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _shorten_token(self, given: dict[str, Any], inputs: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a call that decodes a token after a prompt that was made short."""
+        step = self._session.step
+        assert step is not None
+        if step.shortening is None:
+            return None
+        with self._session.timed():
+            return (), short_token(given, step.shortening, self._length - 1, inputs.device)
+
+    def _shorten_prompt(self, given: dict[str, Any], inputs: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the first layer there is nothing left to gather later: the call itself is made short."""
         step, decoder = self._session.step, self._family.decoder
         assert step is not None
         with self._session.timed():
-            if not prompt:
-                if step.shortening is None:
-                    return None
-                return (), short_token(given, step.shortening, self._length - 1, inputs.device)
             embeds = inputs if inputs.dim() == 3 else decoder.embed_tokens(inputs)
             self._session.see_embeddings(embeds)
             shortening = self._session.choose(embeds, 0)
