@@ -17,7 +17,7 @@ from vla_pruner.evaluation import Record, Summary, summarize
 from vla_pruner.evaluation.eval_info import eval_info
 from vla_pruner.evaluation.manifest import Manifest, Plan, identity
 from vla_pruner.evaluation.run import Run
-from vla_pruner.evaluation.table import COSTS, OUTCOMES, cost_rows, outcome_rows, to_markdown, to_rich
+from vla_pruner.evaluation.table import COSTS, OUTCOMES, cost_rows, outcome_rows, suite_table, to_markdown, to_rich
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.statistics import Pairs, holm, paired_difference
@@ -227,6 +227,23 @@ def test_the_tables_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     markdown = to_markdown(summary, sentences(summary))
     assert "| vla-pruner 0.25 drop K=3 | 104/120 |" in markdown
+
+
+def test_suites_have_a_table_of_their_own(tmp_path: Path) -> None:
+    summary = summarize(made(tmp_path, usual))
+    assert suite_table(summary) == (("arm", "fake"), [])
+    for arm in summary.arms:
+        arm.by_task["other/fly"] = (1, 4)
+    heads, rows = suite_table(summary)
+    assert heads == ("arm", "fake", "other")
+    assert rows[1] == ("vla-pruner 0.25 drop K=3", "104/120, 86.7 %", "1/4, 25 %")
+    assert "| arm | fake | other |" in to_markdown(summary, [])
+
+
+def test_a_method_that_pruned_nothing_is_no_result(tmp_path: Path) -> None:
+    run = made(tmp_path, usual)
+    run.records = {key: dataclasses.replace(one, pruned_steps=0, kept_tokens=[]) for key, one in run.records.items()}
+    assert "it pruned no control step, so it is the unpruned policy" in sentences(summarize(run))[0]
 
 
 def test_a_run_without_pairs_has_a_table(tmp_path: Path) -> None:

@@ -21,7 +21,16 @@ from vla_pruner.evaluation.replica import Replica
 from vla_pruner.evaluation.run import Run, begin, open_records, recipe_of, run_here
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.summary import Summary, summarize
-from vla_pruner.evaluation.table import COSTS, NOTES, OUTCOMES, cost_rows, outcome_rows, to_markdown, to_rich
+from vla_pruner.evaluation.table import (
+    COSTS,
+    NOTES,
+    OUTCOMES,
+    cost_rows,
+    outcome_rows,
+    suite_table,
+    to_markdown,
+    to_rich,
+)
 from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
@@ -161,6 +170,9 @@ def _show(run: Run, out: Path, console: Console) -> Summary:
     title = f"{counted(summary.planned, 'episode')} an arm, {counted(summary.tasks, 'task')}"
     console.print()
     console.print(to_rich(title, OUTCOMES, outcome_rows(summary)))
+    heads, rows = suite_table(summary)
+    if rows:
+        console.print(to_rich("By suite", heads, rows))
     console.print(to_rich("What it took", COSTS, cost_rows(summary)))
     for note in NOTES:
         console.print(note, style="dim")

@@ -34,6 +34,22 @@ def cost_rows(summary: Summary) -> list[tuple[str, ...]]:
     return [_cost(arm) for arm in summary.arms]
 
 
+def suite_table(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and rows: what each arm solved of each suite; no rows where there is but one."""
+    suites = tuple(dict.fromkeys(name.partition("/")[0] for arm in summary.arms for name in arm.by_task))
+    if len(suites) < 2:
+        return ("arm", *suites), []
+    rows = []
+    for arm in summary.arms:
+        cells = []
+        for suite in suites:
+            counts = [count for name, count in arm.by_task.items() if name.partition("/")[0] == suite]
+            solved, total = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+            cells.append(f"{solved}/{total}, {_percent(solved / total)} %" if total else "-")
+        rows.append((arm.title, *cells))
+    return ("arm", *suites), rows
+
+
 def _outcome(arm: ArmSummary) -> tuple[str, ...]:
     rate, difference = arm.success, arm.difference
     solved = f"{rate.successes}/{rate.total}"
@@ -78,8 +94,11 @@ def to_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def to_markdown(summary: Summary, sentences: Sequence[str]) -> str:
-    """Both tables, the notes and the sentences."""
+    """The tables, the notes and the sentences."""
     parts = [_markdown(OUTCOMES, outcome_rows(summary)), _markdown(COSTS, cost_rows(summary)), *NOTES]
+    heads, rows = suite_table(summary)
+    if rows:
+        parts.insert(1, _markdown(heads, rows))
     return "\n\n".join([*parts, "\n".join(f"- {sentence}" for sentence in sentences)]) + "\n"
 
 

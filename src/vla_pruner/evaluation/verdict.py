@@ -29,6 +29,11 @@ def _judged(arm: ArmSummary, summary: Summary) -> str:
     difference, verdict = arm.difference, arm.verdict
     if difference is None or verdict is None or not difference.pairs:
         return "no episode was finished by it and by the unpruned policy."
+    if not arm.pruned_share:
+        return (
+            "it pruned no control step, so it is the unpruned policy once more: its episodes end before its history "
+            "is full, or it keeps all tokens."
+        )
     margin = f"{100 * summary.margin:g} points"
     head = f"{verdict.word}, {spread(difference)} against unpruned on {counted(difference.pairs, 'pair')}"
     if verdict.word == NOT_WORSE:
