@@ -70,7 +70,6 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--model", "gpt"], "neither a folder nor one of openvla-7b"),
         (["--model", "llama:64"], "it is llama:HIDDEN,LAYERS"),
         (["--model", "llama:64,4,3"], "does not divide into 3 heads"),
-        (["--compile"], "sessions cannot be compiled yet"),
         (["--method", "magic"], "--method is magic; it is one of action-only"),
         (["--keep", "1.5"], "keep=1.5 was given"),
         (["--keep", "a,b"], "no list of values"),

@@ -135,6 +135,19 @@ def test_what_holds_it_up_is_named(base: Timed, arm: Timed, reason: str) -> None
     assert "Here a saved token" not in found
 
 
+def test_what_a_graph_hides_is_not_blamed_apart() -> None:
+    """Of a compiled arm, "pruning" is what happens around the graphs, and freezing is part of its prompt."""
+    slow = why(timed(10, 8e9, prefill=9), timed(7, 4e9, prefill=6, pruning=2), PEAKS, "", 0, compiled=True)
+    assert "outside of the graphs, cost 2.00 ms of that" in slow
+    assert "takes 6.00 ms where its FLOPs say 4.50: choosing and gathering are part of its graph" in slow
+    assert "Choosing" not in slow
+    assert "launching" not in slow
+    arm = timed(7, 4e9, prefill=6)
+    arm.work.flops["pruning"] = 1e9
+    assert "FLOPs say 4.50: smaller" in why(timed(10, 8e9, prefill=9), arm, PEAKS, "", 0)
+    assert "where its FLOPs say" not in why(timed(10, 8e9, prefill=9), arm, PEAKS, "", 0, compiled=True)
+
+
 def test_overhead_is_not_called_bandwidth() -> None:
     """Ten passes that could be done in a millisecond."""
     base = timed(100, 8e9, {"decode": 1e8}, prefill=9, decode=90)

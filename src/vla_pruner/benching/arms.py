@@ -76,6 +76,10 @@ class Turns:
         for arm in self.arms:
             self._begin(arm)
 
+    def subject_of(self, arm: Arm) -> Subject:
+        """What the arm runs on."""
+        return self.subject
+
     def _begin(self, arm: Arm) -> None:
         """An episode's first steps, which some methods do not prune."""
         self.kept[arm.name] = None
@@ -90,7 +94,7 @@ class Turns:
     def open(self, arm: Arm) -> Iterator[Any]:
         """The arm's turn: gives its session (None for the untouched model), after one step that nobody measures.
 
-        This is the one place where an arm gets ready; a compiled one is compiled here.
+        This is the one place where an arm gets ready.
         """
         with self.subject.attach(arm.method) as session:
             if session is not None:
@@ -101,7 +105,7 @@ class Turns:
     def ready(self, arm: Arm, session: Any) -> None:
         """Runs the steps that the method leaves unpruned, so that the next one is pruned."""
         while session is not None and not arm.method.prunes(session.memory):
-            self.subject.step()
+            self.subject_of(arm).step()
 
     def make_fresh(self, arm: Arm, session: Any) -> None:
         """Has the next step be one that its method leaves unpruned, by counting the steps before it as more."""

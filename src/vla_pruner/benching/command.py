@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from vla_pruner.benching.settings import DTYPES, NAMED, SIZES, BenchSettings
 from vla_pruner.errors import BudgetError
+from vla_pruner.flags import budget, listed, names
 from vla_pruner.json_file import check_file, unwritable
 
 _FIELDS = (
@@ -34,6 +34,21 @@ def add_bench(commands: Any) -> None:
         ),
         formatter_class=argparse.RawTextHelpFormatter,
     )
+    add_flags(command)
+    add = command.add_argument
+    add("--batch", metavar="B", type=int, default=1, help="robots in one call (default: %(default)s)")
+    add("--json", metavar="FILE", help="write everything there; '-' is standard output (default: nowhere)")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder for bench.json and bench.md, one Markdown row an arm (default: none)",
+    )
+    command.set_defaults(run=run_bench)
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+    """Adds every setting of a benchmark but the batch."""
     add = command.add_argument
     add(
         "--model",
@@ -46,7 +61,7 @@ def add_bench(commands: Any) -> None:
     add(
         "--keep",
         metavar="X,Y",
-        type=_listed(_keep),
+        type=listed(budget),
         default=(0.25,),
         help="visual tokens kept, fractions such as 0.25 or numbers such as 64; one arm each (default: 0.25)",
     )
@@ -54,19 +69,18 @@ def add_bench(commands: Any) -> None:
         "--method",
         dest="methods",
         metavar="A,B",
-        type=_listed(str),
+        type=names,
         default=("vla-pruner",),
         help="what prunes; one arm each (default: vla-pruner)",
     )
     add(
         "--pruned",
         metavar="A,B",
-        type=_listed(str),
+        type=names,
         default=("drop",),
         help="what becomes of the other tokens, drop or freeze; one arm each (default: drop)",
     )
-    add("--layer", metavar="K,L", type=_listed(int), default=(3,), help="pruning layers; one arm each (default: 3)")
-    add("--batch", metavar="B", type=int, default=1, help="robots in one call (default: %(default)s)")
+    add("--layer", metavar="K,L", type=listed(int), default=(3,), help="pruning layers; one arm each (default: 3)")
     add("--cameras", metavar="N", type=int, help="images of each robot (default: as published)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
@@ -83,14 +97,15 @@ def add_bench(commands: Any) -> None:
     add("--iters", metavar="N", type=int, default=30, help="timed control steps of each arm (default: %(default)s)")
     add("--threads", metavar="N", type=int, help="of torch on the CPU (default: torch's)")
     add("--seed", metavar="N", type=int, default=0, help="of weights and inputs (default: %(default)s)")
-    add("--json", metavar="FILE", help="write everything there; '-' is standard output (default: nowhere)")
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="folder for bench.json and bench.md, one Markdown row an arm (default: none)",
-    )
-    command.set_defaults(run=run_bench)
+
+
+def settings_of(options: argparse.Namespace, **given: Any) -> BenchSettings:
+    """The flags as settings; what is `given` is not asked of them.
+
+    Raises:
+        VLAPrunerError: they do not go together.
+    """
+    return BenchSettings(**{name: getattr(options, name) for name in _FIELDS if name not in given}, **given)
 
 
 def run_bench(options: argparse.Namespace) -> int:
@@ -99,7 +114,7 @@ def run_bench(options: argparse.Namespace) -> int:
     Raises:
         VLAPrunerError: the flags do not allow a benchmark.
     """
-    settings = BenchSettings(**{name: getattr(options, name) for name in _FIELDS})
+    settings = settings_of(options)
     if options.json not in (None, "-"):
         check_file(options.json)
     if options.out is not None and options.out.exists() and not options.out.is_dir():
@@ -142,24 +157,3 @@ def _run(settings: BenchSettings, console: Console) -> Any:
     for warning in report.warnings:
         console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     return report
-
-
-def _keep(text: str) -> float | int:
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a fraction of the visual tokens, such as 0.25, nor a number of them, such as 64"
-        ) from error
-
-
-def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def read(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of values separated by commas") from error
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of values separated by commas: {error}") from error
-
-    return read

@@ -13,6 +13,7 @@ import torch
 
 from vla_pruner.auditing.share import SpanProbe, now
 from vla_pruner.benching.arms import Arm, Turns, turn
+from vla_pruner.benching.subject import Subject
 from vla_pruner.cost import flop_reading
 from vla_pruner.errors import SessionError
 from vla_pruner.timing import STAGES, StageMeter, StageTimer
@@ -50,11 +51,12 @@ def time_steps(turns: Turns, rounds: int, progress: Callable[[], None] | None = 
     for number in range(WARM_UP_ROUNDS + rounds):
         order = turn(turns.arms, number)
         for arm in order:
+            subject = turns.subject_of(arm)
             with turns.open(arm) as session:
                 taken = []
                 for _ in range(STEPS_A_TURN):
                     turns.ready(arm, session)
-                    taken.append(step_milliseconds(turns.subject.step, turns.subject.device))
+                    taken.append(step_milliseconds(subject.step, subject.device))
                     turns.check(arm, session)
                 fresh = _fresh_step(turns, arm, session)
             if number >= WARM_UP_ROUNDS:
@@ -73,7 +75,7 @@ def _fresh_step(turns: Turns, arm: Arm, session: Any) -> float | None:
     if arm.refresh_every is None:
         return None
     turns.make_fresh(arm, session)
-    taken = step_milliseconds(turns.subject.step, turns.subject.device)
+    taken = step_milliseconds(turns.subject_of(arm).step, turns.subject.device)
     if session.kept is not None:
         raise SessionError(f"A step of {arm.name} that should see every token was pruned.")
     return taken
@@ -102,14 +104,15 @@ def time_stages(turns: Turns, rounds: int) -> dict[str, dict[str, float]]:
     found: dict[str, list[Any]] = {arm.name: [] for arm in turns.arms}
     for number in range(1 + rounds):
         for arm in turn(turns.arms, number):
-            with turns.open(arm) as session, StageTimer(turns.subject.policy, turns.subject.watched()) as timer:
+            subject = turns.subject_of(arm)
+            with turns.open(arm) as session, StageTimer(subject.policy, subject.watched()) as timer:
                 for _ in range(STEPS_A_TURN):
                     if session is not None:
                         session.clock = None
                         turns.ready(arm, session)
                         session.clock = timer.stage
                     with timer.step():
-                        turns.subject.step()
+                        subject.step()
             if number:
                 found[arm.name] += timer.steps
     return {
@@ -119,7 +122,7 @@ def time_stages(turns: Turns, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def count_stages(turns: Turns, arm: Arm) -> dict[str, float]:
-    """FLOPs of each stage of one control step, as torch's dispatcher counts them."""
+    """FLOPs of each stage of one control step, as torch's dispatcher counts them; of arms that are not compiled."""
     with flop_reading() as read:
         meter = StageMeter(turns.subject.watched(), read)
         with turns.open(arm) as session, meter:
@@ -133,12 +136,13 @@ def count_stages(turns: Turns, arm: Arm) -> dict[str, float]:
 
 def peak_memory(turns: Turns, arm: Arm) -> dict[str, Any]:
     """Bytes at the peak of one control step; on the CPU only the process as a whole can be asked, after it."""
-    device = turns.subject.device
+    subject = turns.subject_of(arm)
+    device = subject.device
     with turns.open(arm) as session:
         turns.ready(arm, session)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        turns.subject.step()
+        subject.step()
         if device.type == "cuda":
             return {"kind": "peak allocated by torch", "bytes": torch.cuda.max_memory_allocated(device)}
         return {"kind": "resident size of the process, everything in it", "bytes": resident_bytes()}
@@ -168,6 +172,21 @@ def reachable_share(turns: Turns, layer: int, repeats: int = 5) -> float | None:
         if repeat:
             shares.append(probe.seconds / total)
     share = statistics.median(shares)
+    return share if 0 < share < 1 else None
+
+
+def reachable_share_by_flops(subject: Subject, layer: int, stages: dict[str, float]) -> float | None:
+    """As `reachable_share`, of a prompt that is one graph, in which no layer can be timed: the layers' part of its
+    FLOPs stands for their part of its time.
+
+    Args:
+        subject: what runs.
+        layer: the first one.
+        stages: milliseconds of the untouched model by stage, and "total".
+    """
+    parts = subject.control_step.flops(None, layer)
+    before, after = parts["prompt, layers before"], parts["prompt, layers pruned"]
+    share = stages["prefill"] / stages["total"] * after / (before + after)
     return share if 0 < share < 1 else None
 
 

@@ -75,6 +75,19 @@ class FlopCount:
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """What compiling an arm took, before anything was timed.
+
+    Attributes:
+        graphs: how many there are: one for each kind of call.
+        seconds: of the steps in which they were compiled, which ran them too.
+    """
+
+    graphs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ArmResult:
     """One arm.
 
@@ -84,6 +97,7 @@ class ArmResult:
         layer, pruned: of the method; None for the untouched model.
         kept: visual tokens that stay, of each robot.
         milliseconds: of the whole step: "p50", "p90", "p99", "mean" and all "samples", in their order.
+        robots_per_second: control steps of single robots in a second: the batch over the median step.
         stages: median milliseconds by stage, and "total": the step as it is while stages are timed.
         speed: against the untouched model; None for itself.
         flops: counted and by formula.
@@ -94,6 +108,7 @@ class ArmResult:
         memory: "kind" and "bytes".
         refresh: what a whole cycle costs, of a method that runs every n-th step unpruned; else None. All other figures
             are those of pruned steps.
+        compiling: None where nothing is compiled.
         why: where the time that is saved comes from, and what holds it up.
     """
 
@@ -104,6 +119,7 @@ class ArmResult:
     pruned: str | None
     kept: int
     milliseconds: dict[str, Any]
+    robots_per_second: float
     stages: dict[str, float]
     speed: Speed | None
     flops: FlopCount
@@ -113,6 +129,7 @@ class ArmResult:
     ceiling: float | None
     memory: dict[str, Any]
     refresh: Refresh | None = None
+    compiling: Compiling | None = None
     why: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -133,7 +150,9 @@ class BenchReport:
         peaks: of the device.
         arms: the untouched model first.
         order: which arms had their turn in each round.
-        shares: for each pruning layer, the part of an unpruned step that the prompt spends from that layer on.
+        backend: what every arm was compiled with; None: nothing was.
+        shares: for each pruning layer, the part of an unpruned step that the prompt spends from that layer on. Of
+            compiled arms by FLOPs, since inside of a graph nothing can be timed.
         prepare_ms: from images and words to the inputs of a step; not part of any figure. None where the step has it.
         acting: what follows the prompt: "decode", "denoise" or "".
         warnings: why these figures may not be trusted.
@@ -148,6 +167,7 @@ class BenchReport:
     shares: dict[int, float | None]
     prepare_ms: float | None
     acting: str
+    backend: str | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -171,6 +191,7 @@ class BenchReport:
             "shape": self.shape,
             "peaks": self.peaks.to_json(),
             "acting": self.acting,
+            "compile_backend": self.backend,
             "prepare_ms": self.prepare_ms,
             "reachable_share": {str(layer): share for layer, share in self.shares.items()},
             "flops_tolerance": TOLERANCE,

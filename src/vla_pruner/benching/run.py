@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vla_pruner.benching.arms import Arm, Turns, arms_of
+from vla_pruner.benching.compiling import CompiledTurns
 from vla_pruner.benching.environment import conditions_of
 from vla_pruner.benching.feeds import feed
 from vla_pruner.benching.measure import (
@@ -21,17 +23,18 @@ from vla_pruner.benching.measure import (
     peak_memory,
     preparation,
     reachable_share,
+    reachable_share_by_flops,
     time_stages,
     time_steps,
 )
 from vla_pruner.benching.policies import build
-from vla_pruner.benching.report import ArmResult, BenchReport, FlopCount, Refresh, Speed
+from vla_pruner.benching.report import ArmResult, BenchReport, Compiling, FlopCount, Refresh, Speed
 from vla_pruner.benching.roofline import Peaks, least_work, measure_peaks
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.subject import Subject
 from vla_pruner.benching.verdict import Timed, why
 from vla_pruner.conditions import busy_cores, load_average
-from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.statistics import median_interval, percentile
 
 _BUSY_CORES = 0.25
@@ -66,18 +69,20 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
     conditions = conditions_of(subject)
     tell("probing the device", 0, 1)
     peaks = measure_peaks(subject.device, getattr(torch, settings.dtype))
-    turns = Turns(subject, arms_of(settings))
+    plain = Turns(subject, arms_of(settings))
     rounds = max(1, -(-settings.iters // STEPS_A_TURN))
     done = iter(range(1, WARM_UP_ROUNDS + rounds + 1))
-    timings = time_steps(turns, rounds, lambda: tell("timing steps", next(done), WARM_UP_ROUNDS + rounds))
-    tell("timing stages", 0, 1)
-    stages = time_stages(turns, max(2, rounds // 4))
-    layers = sorted({arm.layer for arm in turns.arms if arm.method is not None})
-    shares = {layer: reachable_share(turns, layer) for layer in layers}
-    prepare_ms = preparation(turns)
+    with _turns(plain, settings.backend, tell) as turns:
+        timings = time_steps(turns, rounds, lambda: tell("timing steps", next(done), WARM_UP_ROUNDS + rounds))
+        tell("timing stages", 0, 1)
+        stages = time_stages(turns, max(2, rounds // 4))
+        memory = {arm.name: peak_memory(turns, arm) for arm in turns.arms}
+        compiling = turns.compiling if isinstance(turns, CompiledTurns) else {}
+    shares = _shares(plain, stages[plain.arms[0].name], bool(compiling))
+    prepare_ms = preparation(plain)
     tell("counting", 0, 1)
     conditions |= {"busy_cores_after": busy_cores(), "load_average_after": load_average()}
-    results = _results(turns, timings, stages, shares, peaks)
+    results = _results(plain, Measured(timings, stages, shares, memory, compiling), peaks)
     return BenchReport(
         settings=settings.to_json(),
         conditions=conditions,
@@ -88,6 +93,7 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
         shares=shares,
         prepare_ms=prepare_ms,
         acting=subject.acting,
+        backend=settings.backend,
         warnings=tuple(_warnings(conditions, results, rounds)),
     )
 
@@ -107,14 +113,43 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def _results(
-    turns: Turns,
-    timings: Timings,
-    stages: dict[str, dict[str, float]],
-    shares: dict[int, float | None],
-    peaks: Peaks,
-) -> tuple[ArmResult, ...]:
+@contextmanager
+def _turns(plain: Turns, backend: str | None, tell: Progress) -> Iterator[Turns]:
+    """What is timed: the arms as they are, or compiled."""
+    if backend is None:
+        yield plain
+        return
+    count = iter(range(1, len(plain.arms) + 1))
+    with CompiledTurns(
+        plain.subject, plain.arms, backend, lambda arm: tell(f"compiling {arm.name}", next(count), len(plain.arms))
+    ) as turns:
+        if turns.kept != plain.kept:
+            raise SessionError(f"Compiled arms keep {turns.kept} visual tokens, and uncompiled ones {plain.kept}.")
+        yield turns
+
+
+def _shares(plain: Turns, base: dict[str, float], compiled: bool) -> dict[int, float | None]:
+    layers = sorted({arm.layer for arm in plain.arms if arm.method is not None})
+    if compiled:
+        return {layer: reachable_share_by_flops(plain.subject, layer, base) for layer in layers}
+    return {layer: reachable_share(plain, layer) for layer in layers}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was timed, by arm; `shares` by pruning layer. `compiling` is empty where nothing is compiled."""
+
+    timings: Timings
+    stages: dict[str, dict[str, float]]
+    shares: dict[int, float | None]
+    memory: dict[str, dict[str, Any]]
+    compiling: dict[str, Compiling]
+
+
+def _results(turns: Turns, measured: Measured, peaks: Peaks) -> tuple[ArmResult, ...]:
+    """`turns`: of arms that are not compiled, so that their FLOPs can be counted."""
     subject, base_name = turns.subject, turns.arms[0].name
+    timings, stages, compiled = measured.timings, measured.stages, bool(measured.compiling)
     counted = {arm.name: count_stages(turns, arm) for arm in turns.arms}
     work = {
         arm.name: least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned, counted[base_name]["vision"])
@@ -138,16 +173,18 @@ def _results(
             pruned=None if is_base else arm.pruned,
             kept=subject.feed.visual if kept is None else kept,
             milliseconds=_milliseconds(timings.steps[name]),
+            robots_per_second=1e3 * subject.rows / p50,
             stages=stages[name],
             speed=None if is_base else _speed(timings.rounds[base_name], timings.rounds[name]),
             flops=FlopCount(counted[name], work[name].flops, subject.vision_by_formula),
             bytes_moved=work[name].bytes,
             roofline=roofline,
             reached=sum(roofline.values()) / p50,
-            ceiling=None if is_base else _ceiling(subject, kept, shares[arm.layer]),
-            memory=peak_memory(turns, arm),
+            ceiling=None if is_base else _ceiling(subject, kept, measured.shares[arm.layer]),
+            memory=measured.memory[name],
             refresh=_refresh(arm, timings, base_name),
-            why="" if is_base else why(timed(base_name), timed(name), peaks, subject.acting, passes),
+            compiling=measured.compiling.get(name),
+            why="" if is_base else why(timed(base_name), timed(name), peaks, subject.acting, passes, compiled),
         )
 
     return tuple(result(arm) for arm in turns.arms)

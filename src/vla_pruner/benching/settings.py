@@ -18,6 +18,9 @@ LLAMA = "llama:"
 FRESH = 8
 """At layer 0 a token that is gone is seen by nothing: this often all of them are looked at again."""
 
+INDUCTOR = "inductor"
+"""torch's own backend."""
+
 SIZES = ("full", "tiny")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,7 +52,8 @@ class BenchSettings:
         cameras: number of images; None: as published.
         dtype: of the weights.
         device: as torch names it.
-        compile: whether every arm is compiled.
+        compile: whether every arm is compiled, the untouched model too; or the backend of `torch.compile` to do it
+            with, instead of "inductor".
         prompt_tokens: positions of the prompt, visual tokens included; None: as published.
         decode_tokens: tokens that act, of models that decode them; None: as published.
         denoise_steps: of flow models; None: as published.
@@ -70,7 +74,7 @@ class BenchSettings:
     cameras: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
-    compile: bool = False
+    compile: bool | str = False
     prompt_tokens: int | None = None
     decode_tokens: int | None = None
     denoise_steps: int | None = None
@@ -80,10 +84,6 @@ class BenchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.compile:
-            raise UnsupportedModelError(
-                "--compile was given, but sessions cannot be compiled yet; leave it out to compare both arms eager."
-            )
         counts = ("layers", "batch", "cameras", "prompt_tokens", "decode_tokens", "denoise_steps", "iters", "threads")
         for name in counts:
             value = getattr(self, name)
@@ -98,6 +98,7 @@ class BenchSettings:
         unknown = [word for word in self.pruned if word not in PRUNED]
         if unknown:
             raise BudgetError(f"--pruned is {', '.join(unknown)}; it is drop, freeze, or drop,freeze.")
+        self._check_backend()
         self._check_model()
         self.chosen_methods()
 
@@ -107,6 +108,11 @@ class BenchSettings:
         if self.model.startswith(LLAMA):
             return "llama"
         return self.model if self.model in NAMED else "checkpoint"
+
+    @property
+    def backend(self) -> str | None:
+        """What every arm is compiled with; None: they run as they are."""
+        return self.compile if isinstance(self.compile, str) else INDUCTOR if self.compile else None
 
     def llama(self) -> LlamaSize:
         """The sizes that "llama:..." names; those left out are Llama's usual ones for this width.
@@ -151,6 +157,15 @@ class BenchSettings:
     def to_json(self) -> dict[str, Any]:
         """For `json.dump`."""
         return dataclasses.asdict(self)
+
+    def _check_backend(self) -> None:
+        if isinstance(self.compile, bool):
+            return
+        from torch._dynamo import list_backends
+
+        known = list_backends(exclude_tags=())
+        if self.compile not in known:
+            raise BudgetError(f"compile={self.compile!r} was given; it is True, False, or one of {', '.join(known)}.")
 
     def _check_model(self) -> None:
         kind = self.kind

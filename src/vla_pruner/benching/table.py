@@ -27,11 +27,18 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
             ("ms over a cycle", [f"{arm.refresh.amortised:.2f}" if arm.refresh else _NONE for arm in arms]),
             ("  speed", [f"{arm.refresh.speed:.2f}x" if arm.refresh else _NONE for arm in arms]),
         ]
+    compiling = []
+    if report.backend is not None:
+        compiling = [
+            ("graphs", [f"{arm.compiling.graphs}" if arm.compiling else _NONE for arm in arms]),
+            ("  s to compile", [f"{arm.compiling.seconds:.1f}" if arm.compiling else _NONE for arm in arms]),
+        ]
     return [
         ("visual tokens", [f"{arm.kept}" for arm in arms]),
         ("ms a step, p50", [f"{arm.milliseconds['p50']:.2f}" for arm in arms]),
         ("  p90", [f"{arm.milliseconds['p90']:.2f}" for arm in arms]),
         ("  p99", [f"{arm.milliseconds['p99']:.2f}" for arm in arms]),
+        ("robots/s", [f"{arm.robots_per_second:.4g}" for arm in arms]),
         ("speed", [_speed(arm) for arm in arms]),
         ("  95 % interval", [_interval(arm) for arm in arms]),
         ("  at most (Amdahl)", [_NONE if arm.ceiling is None else f"{arm.ceiling:.2f}x" for arm in arms]),
@@ -39,7 +46,7 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
         ("ms by stage", ["" for _ in arms]),
         stage("vision", "vision"),
         stage("prefill", "prefill"),
-        stage("pruning", "pruning"),
+        stage("pruning" if report.backend is None else "pruning, outside of graphs", "pruning"),
         *after,
         stage("other", "other"),
         ("GFLOPs counted", [f"{sum(arm.flops.counted.values()) / 1e9:.4g}" for arm in arms]),
@@ -49,6 +56,7 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
         ("roofline ms", [f"{sum(arm.roofline.values()):.2f}" for arm in arms]),
         ("  reached", [f"{100 * arm.reached:.0f} %" for arm in arms]),
         ("memory, GB", [_memory(arm) for arm in arms]),
+        *compiling,
     ]
 
 
@@ -105,6 +113,14 @@ def notes(report: BenchReport) -> Iterator[str]:
         f"{found['versions']['torch']}: {peaks.flops / 1e12:.3g} TFLOP/s and {peaks.bandwidth / 1e9:.3g} GB/s "
         f"measured. {rounds} rounds of {len(report.arms)} arms, {found['steps_a_turn']} steps each."
     )
+    if report.backend is not None:
+        inside = [f'"{stage}"' for stage in ("prefill", report.acting) if stage]
+        yield (
+            f"Every arm is compiled with {report.backend}. What pruning does inside of a graph cannot be timed apart: "
+            f'it is part of {" and ".join(inside)}; "pruning" is what a session does around the graphs. FLOPs are '
+            "counted on the same arms without compiling, and how much of a step pruning can reach at most is taken "
+            "from FLOPs."
+        )
     if report.prepare_ms is not None:
         yield f"Images and words to inputs: {report.prepare_ms:.2f} ms on the host, the same in every arm and in none."
     for arm in report.arms:

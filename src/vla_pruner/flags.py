@@ -1,0 +1,47 @@
+"""What several subcommands read from their flags. Each function is an argparse type: text in, value out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def budget(text: str) -> float | int:
+    """Visual tokens kept: a fraction or a number of them."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a fraction of the visual tokens, such as 0.25, nor a number of them, such as 64"
+        ) from error
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Words separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Values separated by commas, each read by `kind`."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(word) for word in names(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of values separated by commas") from error
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of values separated by commas: {error}") from error
+
+    return read
+
+
+def option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; a value with commas, and that of "cameras", is several words, and digits are a number."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    parts = names(value)
+    if name == "cameras" or len(parts) > 1:
+        return name, parts
+    return name, int(value) if value.isdigit() else value
