@@ -1,11 +1,14 @@
-# make install | demo | test | check | test-oldest | test-quantization | test-lerobot | test-libero.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-quantization | test-lerobot | test-libero | test-triton.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 QUANTIZATION_VENV ?= .venv-quantization
 LEROBOT_VENV ?= .venv-lerobot
 LIBERO_VENV ?= .venv-libero
+TRITON_VENV ?= .venv-triton
 LIBERO_NO_DEPENDENCIES := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 ARGS ?=
+# Tests run in two processes of one thread each; make test WORKERS= runs them in one.
+WORKERS ?= -n 2
 PY := $(VENV)/bin/python
 GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
 CORE_TESTS := $(wildcard tests/methods tests/attach tests/families tests/openvla tests/policies tests/audit tests/preprocessing)
@@ -19,9 +22,10 @@ LEROBOT_PYTHON ?= $(shell for p in $(LEROBOT_VENV)/bin/python python3.12 python3
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 
 export HF_HUB_OFFLINE = 1
+test test-oldest: export OMP_NUM_THREADS = 1
 export MUJOCO_GL ?= egl
 
-.PHONY: help install demo test check format test-oldest test-quantization test-lerobot test-libero
+.PHONY: help install demo test check format test-oldest test-quantization test-lerobot test-libero test-triton
 help:
 	@echo "make install      create $(VENV) and install everything, pinned by constraints.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
@@ -32,6 +36,7 @@ help:
 	@echo "make test-quantization  run the tests with accelerate, bitsandbytes and torchao, in $(QUANTIZATION_VENV)"
 	@echo "make test-lerobot run LeRobot's tests in $(LEROBOT_VENV) (Python 3.12, 7 GB; LEROBOT=optional: none is no error)"
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
+	@echo "make test-triton  run the Triton kernels, interpreted, in $(TRITON_VENV) (700 MB)"
 
 install: $(VENV)/.installed
 
@@ -41,7 +46,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(PY) || { echo "==> Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); } || \
 		{ echo "The venv module is missing. On Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 1; }
 	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints.txt; a few minutes the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero-images,dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero-images,eval,dev]'
 	@sh .ci/rendering $(PY) $(GL_PACKAGES)
 	@touch $@
 	@echo "==> Installed"
@@ -50,7 +55,7 @@ demo: install
 	$(VENV)/bin/vla-pruner demo $(ARGS)
 
 test: install
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 check: install
 	$(VENV)/bin/ruff check .
@@ -66,11 +71,11 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
 	@test -x $(OLDEST_VENV)/bin/python || { echo "==> Creating $(OLDEST_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(OLDEST_VENV); }
 	@echo "==> Installing the oldest supported transformers into $(OLDEST_VENV)"
-	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . pytest
+	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . pytest pytest-xdist
 	@touch $@
 
 test-oldest: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python -m pytest $(CORE_TESTS) $(ARGS)
+	$(OLDEST_VENV)/bin/python -m pytest $(WORKERS) $(CORE_TESTS) $(ARGS)
 
 # Not in $(VENV): torchao prints warnings wherever transformers is imported.
 $(QUANTIZATION_VENV)/.installed: pyproject.toml constraints.txt
@@ -113,3 +118,17 @@ $(LIBERO_VENV)/.installed: pyproject.toml constraints-libero.txt
 
 test-libero: $(LIBERO_VENV)/.installed
 	$(LIBERO_VENV)/bin/python -m pytest tests/simulators $(ARGS)
+
+# Triton is 700 MB, and torch for the CPU comes without it. All else is borrowed from $(VENV).
+$(TRITON_VENV)/.installed: $(VENV)/.installed constraints-triton.txt
+	@test -x $(TRITON_VENV)/bin/python || { echo "==> Creating $(TRITON_VENV)"; $(PY) -m venv --without-pip $(TRITON_VENV); }
+	@echo "==> Installing Triton into $(TRITON_VENV) (700 MB)"
+	@$(PY) -m pip --python $(TRITON_VENV)/bin/python install --quiet --disable-pip-version-check --no-deps -c constraints-triton.txt triton
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; echo "import site; site.addsitedir('$$($(PY) -c "$$packages")')" \
+		> "$$($(TRITON_VENV)/bin/python -c "$$packages")/borrowed.pth"
+	@touch $@
+
+# In Triton's interpreter, then compiled for GPUs that need not be here (and run on one that is).
+test-triton: $(TRITON_VENV)/.installed
+	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest tests/methods/test_greedy_triton.py $(ARGS)
+	$(TRITON_VENV)/bin/python -m pytest tests/methods/test_greedy_triton.py $(ARGS)
