@@ -36,6 +36,7 @@ from vla_pruner.methods import (
     SparseVLM,
     TextQuery,
     Unpruned,
+    VLACache,
     VLAPruner,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "TextQuery",
     "Unpruned",
     "UnsupportedModelError",
+    "VLACache",
     "VLAPruner",
     "VLAPrunerError",
     "audit",

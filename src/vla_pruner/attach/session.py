@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from vla_pruner.attach.compiled import Compiled
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Shortening, ensure
+from vla_pruner.attach.layout import Layout, Shortening, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
+from vla_pruner.attach.reuse import Reuse
 from vla_pruner.attach.stages import check_fewer, stages_of
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import SessionError, UnsupportedModelError
@@ -42,6 +43,7 @@ class Session:
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering;
             for timing.
         stages: where the method prunes, by layer, the first one first.
+        reuse: what is held of the last control step, for methods whose `pruned` is "reuse".
     """
 
     def __init__(self, method: Method, model: Any, family: Family) -> None:
@@ -55,6 +57,7 @@ class Session:
         self._memory: Memory | None = None
         self._step: Step | None = None
         self.stages = stages_of(method, family)
+        self.reuse = Reuse(family) if method.pruned == "reuse" else None
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
         _check_not_compiled(model, self._decoder)
@@ -62,6 +65,8 @@ class Session:
         self._replaced = Replacements()
         try:
             family.install()
+            if self.reuse is not None:
+                self.reuse.install()
             self._wiring.install()
             self._follow_resets(model)
         except BaseException:
@@ -95,6 +100,11 @@ class Session:
             raise SessionError("This session is detached; attach the method anew.")
         if self._compiled is not None:
             raise SessionError("This session is compiled already.")
+        if self.reuse is not None:
+            raise UnsupportedModelError(
+                f"{type(self.method).__name__} reuses keys and values of the last control step, which a static graph "
+                "would overwrite; run it without compile()."
+            )
         compiled = Compiled(self._family, getattr(self._policy, "vision_towers", ()), backend, self)
         compiled.install()
         self._compiled = compiled
@@ -120,6 +130,8 @@ class Session:
             if memory is not None:
                 self._episode = memory.episode + 1
             self._memory = self._step = None
+            if self.reuse is not None:
+                self.reuse.forget()
             return
         if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
             raise SessionError(f"reset(rows={rows!r}) was called; rows is a list of row numbers.")
@@ -191,6 +203,8 @@ class Session:
         if memory is not None:
             check_memory(memory, self.method)
         self._memory = memory
+        if self.reuse is not None:
+            self.reuse.forget()
         if self._step is not None:
             self._step.closed = True
 
@@ -257,6 +271,9 @@ class Session:
         self._memory = memory = memory.to(call.device)
         # Decided here, on the host, since the layers may run as a graph.
         prunes = self.method.prunes(memory)
+        if self.reuse is not None:
+            self.reuse.begin()
+            prunes = prunes and self._may_reuse(layout, self.reuse.similarity)
         self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes)
         return True
 
@@ -278,12 +295,21 @@ class Session:
             return step.shortening
         with torch.no_grad():
             ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, budgets)
-            step.shorten(layer, ids, tuple(budgets), freeze=self.method.pruned == "freeze")
+            step.shorten(layer, ids, tuple(budgets), freeze=self.method.pruned != "drop")
         return step.shortening
+
+    def _may_reuse(self, layout: Layout, similarity: Tensor | None) -> bool:
+        """Whether there is a last control step, and the method finds enough of it in this one."""
+        if similarity is None:
+            return False
+        last = list(self.stages.values())[-1]
+        computed = sum(last.budgets(layout.cameras, layout.absent, self._family.camera_tokens))
+        return self.method.reuses(similarity, layout.tokens - computed)
 
     def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
         """What `method` reads, on the visual tokens that are live so far."""
-        evidence = Evidence(step.layout.valid, step.memory, semantic=step.semantic, features=step.embeddings)
+        similarity = None if self.reuse is None else self.reuse.similarity
+        evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity)
         if step.kept is not None:
             evidence = evidence.of(step.kept)
         return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
@@ -350,6 +376,8 @@ class Session:
             self._compiled = None
         self._replaced.remove()
         self._wiring.remove()
+        if self.reuse is not None:
+            self.reuse.remove()
         self._family.remove()
 
 
