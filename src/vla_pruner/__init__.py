@@ -12,6 +12,7 @@ with vp.VLAPruner(keep=0.25).attach(policy) as session:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vla_pruner.attach.compiled import compiled
 from vla_pruner.attach.session import Session
 from vla_pruner.errors import (
     BudgetError,
@@ -75,6 +76,7 @@ __all__ = [
     "VLAPrunerError",
     "audit",
     "bench",
+    "compiled",
     "load_policy",
     "random_policy",
     "reference_policy",

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, comb, isnan, sqrt
+from math import comb, isnan, sqrt
 from statistics import NormalDist
 from typing import Any
 
@@ -18,6 +18,8 @@ from vla_pruner.errors import VLAPrunerError
 
 POWER = 0.8
 """Chance with which `pairs_needed` pairs decide a question, if what was seen so far is the truth."""
+
+_MOST_PAIRS = 1_000_000
 
 _PSEUDO_PAIRS = 4.0
 """Discordant pairs, half of them gained, that smooth the variances of strata: about z * z, as Agresti and Coull add to
@@ -223,7 +225,7 @@ class Pairs:
             return 0.5
         side = 0 if value > -margin else 1  # which limit comes to -margin as the confidence grows
         low, high = 0.0, 8.0  # in standard normal units
-        for _ in range(60):
+        for _ in range(30):
             z = (low + high) / 2
             limit = self.limits(min(max(2 * normal.cdf(z) - 1, 1e-15), 1 - 1e-15))[side]
             inside = limit > -margin if side == 0 else limit < -margin
@@ -232,15 +234,35 @@ class Pairs:
         return tail if side == 0 else 1 - tail
 
     def pairs_needed(self, margin: float, level: float = 0.025) -> int | None:
-        """Pairs in all with which "worse by `margin` or not" would be decided with a chance of `POWER`, if the present
-        difference and variance are the truth; None where the difference is the margin itself, or more than a million.
+        """Pairs in all that decide "worse by `margin` or not" with a chance of `POWER`, if what was seen so far is the
+        truth: those at which the limit keeps that chance's distance from -margin.
+
+        Returns:
+            None where the difference is the margin itself, or a million pairs would not do.
         """
-        distance = self.value + margin
-        if isnan(distance) or distance == 0.0:
+        n, distance = sum(self.total), self.value + margin
+        if n == 0 or distance == 0.0:
             return None
         normal = NormalDist()
-        needed = self.variance() * ((normal.inv_cdf(1 - level) + normal.inv_cdf(POWER)) / distance) ** 2
-        return ceil(needed) if needed <= 1e6 else None
+        share = 1 + normal.inv_cdf(POWER) / normal.inv_cdf(1 - level)
+
+        def decided(pairs: int) -> bool:
+            scaled = Pairs(tuple(_scaled(counts, pairs / n) for counts in self.counts))
+            low, high = scaled.limits(1 - 2 * level)
+            return share * (scaled.value - low if distance > 0 else high - scaled.value) <= abs(distance)
+
+        low, high = 1, _MOST_PAIRS
+        if not decided(high):
+            return None
+        while high - low > max(1, high // 200):
+            middle = (low + high) // 2
+            low, high = (low, middle) if decided(middle) else (middle, high)
+        return high
+
+
+def _scaled(counts: tuple[int, int, int, int], factor: float) -> tuple[int, int, int, int]:
+    both, gained, lost, neither = (round(factor * count) for count in counts)
+    return both, gained, lost, neither
 
 
 def paired_difference(

@@ -1,4 +1,4 @@
-"""Decoders, experts and vision encoders compiled in place, whole calls as static graphs.
+"""Decoders, experts and vision encoders compiled in place: whole calls as static graphs.
 
 Hooks and taps inside of a call are traced with it, so scoring, choosing and gathering are part of its graph. What a
 session does around a call (opening a control step, adding what was read to the memory) stays outside.
@@ -7,13 +7,15 @@ session does around a call (opening a control step, adding what was read to the 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
-from vla_pruner.attach.replacements import Replacements
+from vla_pruner.attach.replacements import Replaced, Replacements
+from vla_pruner.errors import SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
 
 class Compiled:
     """Puts compiled calls in the places of a policy's own; `remove` takes them away, and with them what was compiled.
+    A context manager.
 
-    Every kind of call is a program of its own, compiled once: the prompt by its length, unpruned and pruned; decoding,
-    where only the cache's length varies and stays a variable; an expert's call. On CUDA each is captured as a graph.
+    Every kind of call is a program of its own, compiled when it is first made: the prompt by its length, unpruned and
+    pruned; decoding, where only the cache's length varies and stays a variable; an expert's call. On CUDA each is
+    captured as a CUDA graph.
 
     Args:
         family: of the policy.
@@ -33,7 +37,7 @@ class Compiled:
     """
 
     def __init__(
-        self, family: Family, encoders: Iterable[nn.Module], backend: str, session: Session | None = None
+        self, family: Family, encoders: Iterable[nn.Module], backend: str = "inductor", session: Session | None = None
     ) -> None:
         self._family = family
         self._encoders = tuple(encoders)
@@ -42,13 +46,35 @@ class Compiled:
         self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._replaced = Replacements()
 
+    def __enter__(self) -> Compiled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def programs(self) -> int:
+        """How many kinds of calls were compiled so far."""
+        return len(self._programs)
+
     def install(self) -> None:
-        """Put the compiled calls in place."""
-        self._replaced.put(self._family.decoder, "forward", self._decode)
-        for index, reader in enumerate(self._family.readers):
-            self._replaced.put(reader, "forward", _bound(self._read, index))
+        """Put the compiled calls in place.
+
+        Raises:
+            UnsupportedModelError: the family's calls are none of modules, or they are compiled already.
+        """
+        family = self._family
+        if not family.compilable:
+            raise UnsupportedModelError(
+                f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
+                "cannot be compiled with what pruning does in them; leave compile out."
+            )
+        check_own_calls(family)
+        self._replaced.put(family.decoder, "forward", self._decode)
+        for index, reader in enumerate(family.readers):
+            self._replaced.put(reader, "forward", partial(self._read, index))
         for index, encoder in enumerate(self._encoders):
-            self._replaced.put(encoder, "forward", _bound(self._see, index))
+            self._replaced.put(encoder, "forward", partial(self._see, index))
 
     def remove(self) -> None:
         """Put the model's own calls back."""
@@ -56,50 +82,98 @@ class Compiled:
         self._programs.clear()
 
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        rows, length = _size(args, kwargs)
-        step = None if self._session is None else self._session.step
-        prompt = length > 1 if step is None else step.prefilling
+        given, state = _first_tensor(args, kwargs), self._state()
+        prompt = given.shape[1] > 1 if state is None else state[0]
         if prompt:
-            # Graphs write where their last run wrote: one control step is one run of all of them.
+            # Graphs write where their last run wrote: one control step is one run of them all.
             torch.compiler.cudagraph_mark_step_begin()
         else:
             _vary_lengths(kwargs)
-        key = ("decoder", rows, length, prompt, step is not None and step.prunes)
-        return self._run(key, original, args, kwargs)
+        key = ("decoder", prompt, *given.shape[:2], state, _kind(kwargs))
+        return self._run(key, given, original, args, kwargs)
 
     def _read(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        step = None if self._session is None else self._session.step
-        return self._run(("reader", index, _size(args, kwargs), step is not None and step.prunes), original, args, kwargs)
+        given = _first_tensor(args, kwargs)
+        key = ("reader", index, *given.shape[:2], self._state(), _kind(kwargs))
+        return self._run(key, given, original, args, kwargs)
 
     def _see(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self._run(("encoder", index), original, args, kwargs)
+        given = _first_tensor(args, kwargs)
+        return self._run(("encoder", index, given.shape), given, original, args, kwargs)
 
-    def _run(self, key: Hashable, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _state(self) -> tuple[Hashable, ...] | None:
+        step = None if self._session is None else self._session.step
+        return None if step is None else step.state()
+
+    def _run(
+        self, key: Hashable, given: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        key = (key, given.dtype, given.device)
         program = self._programs.get(key)
         if program is None:
-            program = self._programs[key] = self._program()
+            program = self._programs[key] = self._program(given.device)
         return program(original, args, kwargs)
 
-    def _program(self) -> Callable[..., Any]:
+    def _program(self, device: torch.device) -> Callable[..., Any]:
         def call(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = original(*args, **kwargs)
             _lay_out(result)
             return result
 
-        # torch keeps what it compiled by code object: with one of its own, no program's limit of recompilations counts
-        # another's, and none is mistaken for another whose hooks differ.
+        # torch keeps what it compiled by code object: with one of its own, no program is mistaken for another whose
+        # hooks differ, nor does it use up another's limit of recompilations.
         call.__code__ = call.__code__.replace(co_name=f"call_{len(self._programs)}")
-        options: dict[str, Any] = {"guard_filter_fn": _guards_of_inputs}
-        if self._backend == "inductor" and next(self._family.decoder.parameters()).device.type == "cuda":
+        options: dict[str, Any] = {"guard_filter_fn": _guards_of_arguments}
+        if self._backend == "inductor" and device.type == "cuda":
             options["triton.cudagraphs"] = True
         return torch.compile(call, backend=self._backend, options=options, fullgraph=True)
 
 
-def _guards_of_inputs(guards: Any) -> list[bool]:
+def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Compiled:
+    """Compile a policy as it is, in place, in the same way as `session.compile()`: the baseline of a compiled session.
+
+    Args:
+        model: a supported policy or language model.
+        backend: as in `torch.compile`.
+        **family_options: as in `Method.attach`.
+
+    Returns:
+        what takes it away again: a context manager with `remove()`.
+
+    Raises:
+        UnsupportedModelError: the model is not supported, or compiled already.
+        SessionError: a session is attached; that has a compile() of its own.
+    """
+    from vla_pruner.attach.session import has_session
+    from vla_pruner.families import family_of
+
+    family = family_of(model, **family_options)
+    if has_session(family.decoder):
+        raise SessionError(f"{type(model).__name__} has a session; call compile() of that, or detach it first.")
+    made = Compiled(family, encoders_of(model), backend)
+    made.install()
+    return made
+
+
+def encoders_of(policy: Any) -> tuple[nn.Module, ...]:
+    """The vision encoders that a policy names."""
+    return tuple(getattr(policy, "vision_towers", ()))
+
+
+def check_own_calls(family: Family) -> None:
+    """Raise UnsupportedModelError where the decoder's or a reader's calls are compiled ones."""
+    for module in (family.decoder, *family.readers):
+        if isinstance(vars(module).get("forward"), Replaced):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is compiled already; take that away first (remove(), or detach())."
+            )
+
+
+def _guards_of_arguments(guards: Any) -> list[bool]:
     """Which guards are checked at every call: those of the arguments, and of the tensors in a cache.
 
-    Those of the model, its hooks and the session would be thousands, a millisecond a call. What may change there is in a
-    program's key.
+    Those of the model, its hooks and the session would be thousands, a millisecond a call. What may change there is in
+    a program's key.
     """
     kept = []
     for guard in guards:
@@ -108,32 +182,28 @@ def _guards_of_inputs(guards: Any) -> list[bool]:
     return kept
 
 
-def _bound(function: Callable[..., Any], index: int) -> Callable[..., Any]:
-    def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(index, original, *args, **kwargs)
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a call runs on: embeddings, ids or pixels."""
+    named = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("pixel_values"))
+    return next(value for value in (*named, *args) if isinstance(value, Tensor))
 
-    return around
 
-
-def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Rows and positions of a decoder's call."""
-    given = next(
-        value
-        for value in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
-        if isinstance(value, Tensor)
-    )
-    return given.shape[0], given.shape[1]
+def _kind(kwargs: dict[str, Any]) -> tuple[Hashable, ...]:
+    """What else a call's course depends on: its cache's type and whether that is filled, and grad mode."""
+    cache = kwargs.get("past_key_values")
+    layers = getattr(cache, "layers", [])
+    return type(cache), len(layers), bool(layers) and layers[0].is_initialized, torch.is_grad_enabled()
 
 
 def _lay_out(output: Any) -> None:
-    """A grown cache is contiguous from the first call on, so that decoding is one graph."""
+    """A growing cache is contiguous from the first call on, so that decoding is one graph."""
     for layer in getattr(getattr(output, "past_key_values", None), "layers", []):
         if not hasattr(layer, "max_cache_len") and layer.keys is not None:
             layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
 
 
 def _vary_lengths(kwargs: dict[str, Any]) -> None:
-    """Have the lengths of a cache that grows, and of its mask, be variables of the graph."""
+    """Have the lengths of a growing cache, and of its mask, be variables of the graph."""
     for layer in getattr(kwargs.get("past_key_values"), "layers", []):
         if not hasattr(layer, "max_cache_len") and layer.keys is not None:
             torch._dynamo.maybe_mark_dynamic(layer.keys, 2)

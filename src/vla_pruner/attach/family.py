@@ -71,12 +71,14 @@ class Family:
         eye: the module that is given the pixels of all cameras, once before each prompt; None where nobody knows which
             pixels a visual token covers, or where these tokens move in the prompt or run more than once in a step.
         cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
+        compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
     """
 
     decoder: Any
     readers: tuple[Any, ...] = ()
     eye: nn.Module | None = None
     cameras: tuple[str, ...] = ("image",)
+    compilable: bool = True
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

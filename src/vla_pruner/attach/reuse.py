@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
+from vla_pruner.attach.layout import Layout
+from vla_pruner.attach.stages import Stage
 from vla_pruner.errors import SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -78,8 +80,13 @@ class Reuse:
         self._last = self._now = self.similarity = None
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """A control step begins, whose images were seen.
+    def begin(self, layout: Layout, stage: Stage) -> bool:
+        """A control step begins, whose images were seen; returns whether there is one before it, of which the method
+        finds enough in this one.
+
+        Args:
+            layout: of the step.
+            stage: the last one, which reuses most.
 
         Raises:
             SessionError: no images were.
@@ -93,7 +100,11 @@ class Reuse:
         if self._now is not None and self._now.keys:
             self._last = self._now
         self._now = Held(self._family.patches(pixels).float())
-        self.similarity = None if self._last is None else pixel_similarity(self._now.pixels, self._last.pixels)
+        if self._last is None:
+            return False
+        self.similarity = pixel_similarity(self._now.pixels, self._last.pixels)
+        computed = sum(stage.budgets(layout.cameras, layout.absent, self._family.camera_tokens))
+        return stage.method.reuses(self.similarity, layout.tokens - computed)
 
     def keys_values(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, F, d) of the prompt positions (B, F) at a layer in the last control step."""

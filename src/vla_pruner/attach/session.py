@@ -11,10 +11,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.attach.compiled import Compiled
+from vla_pruner.attach.compiled import Compiled, check_own_calls, encoders_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Layout, Shortening, ensure
+from vla_pruner.attach.layout import Shortening, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
@@ -61,6 +61,7 @@ class Session:
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
         _check_not_compiled(model, self._decoder)
+        check_own_calls(family)
         self._wiring = family.wiring(self) or HookWiring(self, family)
         self._replaced = Replacements()
         try:
@@ -94,7 +95,7 @@ class Session:
 
         Raises:
             SessionError: it is detached, or compiled already.
-            UnsupportedModelError: this policy's calls cannot be compiled.
+            UnsupportedModelError: the family's calls cannot be compiled.
         """
         if self._decoder not in _attached:
             raise SessionError("This session is detached; attach the method anew.")
@@ -105,7 +106,7 @@ class Session:
                 f"{type(self.method).__name__} reuses keys and values of the last control step, which a static graph "
                 "would overwrite; run it without compile()."
             )
-        compiled = Compiled(self._family, getattr(self._policy, "vision_towers", ()), backend, self)
+        compiled = Compiled(self._family, encoders_of(self._policy), backend, self)
         compiled.install()
         self._compiled = compiled
 
@@ -215,7 +216,8 @@ class Session:
 
     def timed(self) -> AbstractContextManager[Any]:
         """The clock's context for work that pruning adds."""
-        return nullcontext() if self.clock is None else self.clock("pruning")
+        no_clock = self.clock is None or torch.compiler.is_compiling()
+        return nullcontext() if no_clock else self.clock("pruning")  # type: ignore[misc]
 
     def open_call(self, call: Call) -> bool:
         """A call of the decoder begins; returns whether it runs the prompt. A prefill closes the last control step and
@@ -272,8 +274,7 @@ class Session:
         # Decided here, on the host, since the layers may run as a graph.
         prunes = self.method.prunes(memory)
         if self.reuse is not None:
-            self.reuse.begin()
-            prunes = prunes and self._may_reuse(layout, self.reuse.similarity)
+            prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes)
         return True
 
@@ -297,14 +298,6 @@ class Session:
             ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, budgets)
             step.shorten(layer, ids, tuple(budgets), freeze=self.method.pruned != "drop")
         return step.shortening
-
-    def _may_reuse(self, layout: Layout, similarity: Tensor | None) -> bool:
-        """Whether there is a last control step, and the method finds enough of it in this one."""
-        if similarity is None:
-            return False
-        last = list(self.stages.values())[-1]
-        computed = sum(last.budgets(layout.cameras, layout.absent, self._family.camera_tokens))
-        return self.method.reuses(similarity, layout.tokens - computed)
 
     def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
         """What `method` reads, on the visual tokens that are live so far."""
@@ -379,6 +372,11 @@ class Session:
         if self.reuse is not None:
             self.reuse.remove()
         self._family.remove()
+
+
+def has_session(decoder: nn.Module) -> bool:
+    """Whether a session is attached to this decoder."""
+    return decoder in _attached
 
 
 def _check_not_compiled(model: Any, decoder: nn.Module) -> None:

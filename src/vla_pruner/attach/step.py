@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -193,12 +194,28 @@ class Step:
         """
         stage = self.stage_at(layer)
         one = decoding and (attention.query.shape[2] if rows is None else rows.shape[1]) == 1
-        if one and attention.weights is None:
+        # In a graph, reading at once costs nothing to speak of.
+        if one and attention.weights is None and not torch.compiler.is_compiling():
             self.call.notes.append(note(layer, stage, attention, rows))
             return
         # Sums stay in the cache's own order of columns until somebody reads them.
         columns = _known_rows(attention, rows).mean(dim=(1, 2))[:, : self._prompt_columns(stage)]
         self.call.add(columns.to(self.layout.visual.device), stage)
+
+    def state(self) -> tuple[Hashable, ...]:
+        """All that the course of a call depends on, besides the shapes of what it is given."""
+        return (
+            self.prefilling,
+            self.prunes,
+            self.closed,
+            self.semantic is None,
+            self.embeddings is None,
+            self.raters is None,
+            tuple(self.chosen),
+            tuple(self.shortenings),
+            self.layout.cameras,
+            self.layout.absent,
+        )
 
     def begin_call(self) -> None:
         """A call of the decoder or of an expert begins."""

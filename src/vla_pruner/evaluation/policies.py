@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.simulators.base import Environment, SeesTheState, Suite
 
 EXPERT, NOTHING = "expert", "nothing"
@@ -72,11 +71,10 @@ class PolicySource:
         """The policy for a suite; only scripted ones differ from suite to suite.
 
         Raises:
-            VLAPrunerError: it cannot be loaded.
-            EvaluationError: the suite has no expert.
+            VLAPrunerError: it cannot be loaded, or the suite has no expert.
         """
         if self.scripted:
-            return DoNothing(suite.action_size) if self.name == NOTHING else _expert(suite)
+            return DoNothing(suite.action_size) if self.name == NOTHING else suite.expert()
         if self.random_weights:
             from vla_pruner.policies.options import as_dtype, check_device
             from vla_pruner.policies.random import random_policy
@@ -86,13 +84,6 @@ class PolicySource:
         from vla_pruner.policies.loading import load_policy
 
         return load_policy(self.name, self.device, self.dtype, **self.options)
-
-
-def _expert(suite: Suite) -> Any:
-    make = getattr(suite, "expert", None)
-    if make is None:
-        raise EvaluationError(f"--policy is expert, but {suite.name} has no scripted expert.")
-    return make()
 
 
 def sees_images(policy: Any) -> bool:

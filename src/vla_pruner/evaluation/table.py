@@ -37,7 +37,7 @@ def cost_rows(summary: Summary) -> list[tuple[str, ...]]:
 def _outcome(arm: ArmSummary) -> tuple[str, ...]:
     rate, difference = arm.success, arm.difference
     solved = f"{rate.successes}/{rate.total}"
-    interval = f"{_percent(rate.value)} ({_percent(rate.low)} to {_percent(rate.high)})" if rate.total else "-"
+    interval = f"{_percent(rate.value)}\n{_percent(rate.low)} to {_percent(rate.high)}" if rate.total else "-"
     if difference is None or not difference.pairs:
         return arm.title, solved, interval, "-", "-", "-", ""
     p = difference.p_value if arm.p_adjusted is None else arm.p_adjusted
@@ -45,7 +45,7 @@ def _outcome(arm: ArmSummary) -> tuple[str, ...]:
         arm.title,
         solved,
         interval,
-        f"{points(difference.value)} ({points(difference.low)} to {points(difference.high)})",
+        f"{points(difference.value)}\n{points(difference.low)} to {points(difference.high)}",
         f"{difference.gained}/{difference.lost}",
         "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0"),
         arm.verdict.word if arm.verdict else "",
@@ -58,7 +58,7 @@ def _cost(arm: ArmSummary) -> tuple[str, ...]:
     return (
         arm.title,
         "-" if arm.median_steps is None else f"{arm.median_steps:.0f}",
-        "-" if slower is None else f"{slower.value:+.1f} ({slower.low:+.1f} to {slower.high:+.1f})",
+        "-" if slower is None else f"{slower.value:+.1f}\n{slower.low:+.1f} to {slower.high:+.1f}",
         _milliseconds(arm.latency_p50_ms),
         _milliseconds(arm.latency_p99_ms),
         f"{kept or 'all'}/{arm.visual_tokens}" if arm.visual_tokens else "all",
@@ -68,7 +68,7 @@ def _cost(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def to_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table; where the terminal is narrow, the arms' titles break."""
+    """A table, an interval under its value; where the terminal is narrow, the arms' titles break."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, head in enumerate(heads):
         table.add_column(head, justify="right" if index else "left", no_wrap=bool(index), min_width=0 if index else 12)
@@ -85,7 +85,8 @@ def to_markdown(summary: Summary, sentences: Sequence[str]) -> str:
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    cells = [[cell.replace("\n", ", ") for cell in row] for row in rows]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
 
 
 def _percent(value: float) -> str:

@@ -34,6 +34,7 @@ class SmolVLA(LeRobotFamily):
 
     classes = frozenset({("lerobot.policies.smolvla.modeling_smolvla", "SmolVLAPolicy")})
     prepare = "prepare_images"
+    compilable = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

@@ -240,11 +240,12 @@ class Method:
             f"{type(self).__name__} does not say which tokens it keeps: define select(evidence, k)."
         )
 
-    def attach(self, model: Any, **family_options: Any) -> Session:
+    def attach(self, model: Any, compile: bool = False, **family_options: Any) -> Session:
         """Attach to `model` in place and return the session, which is also a context manager.
 
         Args:
             model: a supported policy or language model (a module), or a policy that `load_policy` made.
+            compile: call `session.compile()` at once.
             **family_options: what the model's family must be told, for instance `visual=slice(1, 257)` for a language
                 model.
 
@@ -257,7 +258,14 @@ class Method:
         from vla_pruner.attach.session import Session
         from vla_pruner.families import family_of
 
-        return Session(self, model, family_of(model, **family_options))
+        session = Session(self, model, family_of(model, **family_options))
+        if compile:
+            try:
+                session.compile()
+            except BaseException:
+                session.detach()
+                raise
+        return session
 
 
 def rows_at(rows: Tensor, ids: Tensor) -> Tensor:

@@ -17,14 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from vla_pruner.simulators.base import Convention, SeesTheState, SuiteError, Task, find_task
-from vla_pruner.simulators.libero_environment import (
-    ACTION_SIZE,
-    CAMERAS,
-    PROPRIO_SIZE,
-    SETTLING_STEPS,
-    LiberoEnvironment,
-)
+from vla_pruner.simulators.base import Convention, SuiteError, Task, find_task
+from vla_pruner.simulators.libero_conventions import ACTION_SIZE, CAMERAS, libero_convention
+from vla_pruner.simulators.libero_environment import SETTLING_STEPS, LiberoEnvironment
 from vla_pruner.simulators.libero_package import installed_versions, load_libero
 
 MAX_STEPS = {
@@ -35,19 +30,6 @@ MAX_STEPS = {
     "libero_90": 400,
 }
 """Control steps of an episode, by OpenVLA's evaluation; LeRobot gives the spatial suite 280."""
-
-OPENPI_HORIZON = 5
-"""Of ten actions, openpi's evaluation of pi0 carries out five."""
-
-_AGENT, _WRIST = CAMERAS
-_POLICY_CAMERAS = {
-    "image": _AGENT,
-    "agentview": _AGENT,
-    "base_0_rgb": _AGENT,
-    "image2": _WRIST,
-    "wrist_image": _WRIST,
-    "left_wrist_0_rgb": _WRIST,
-}
 
 
 class LiberoSuite:
@@ -98,31 +80,8 @@ class LiberoSuite:
         return LiberoEnvironment(found, self._package, bddl, states, self.image_size, self.seed)
 
     def convention(self, policy: Any) -> Convention:
-        """How the policy's family is evaluated on LIBERO.
-
-        OpenVLA and OFT: images through `preprocessing.libero`, the gripper's sign as LIBERO has it, one action at a
-        time or the whole chunk. pi0 of transformers: openpi's five actions. LeRobot's: `n_action_steps` of the checkpoint.
-
-        Raises:
-            SuiteError: the policy is of another family, or its cameras or its state are not LIBERO's.
-        """
-        if isinstance(policy, SeesTheState):
-            return Convention({}, proprio=False)
-        from vla_pruner.models.openvla.network import OpenVLAForActionPrediction
-        from vla_pruner.policies.lerobot import LeRobotPolicy
-        from vla_pruner.policies.pi0 import TransformersPI0
-
-        if isinstance(policy, OpenVLAForActionPrediction):
-            return self._openvla(policy)
-        if isinstance(policy, TransformersPI0):
-            return Convention(self._cameras(policy), self._proprio(policy), horizon=OPENPI_HORIZON)
-        if isinstance(policy, LeRobotPolicy):
-            horizon = int(policy.module.config.n_action_steps)
-            return Convention(self._cameras(policy), self._proprio(policy), horizon=horizon)
-        raise SuiteError(
-            f"How a {type(policy).__name__} sees LIBERO is not known; OpenVLA, OpenVLA-OFT, pi0 of transformers, and "
-            "LeRobot's pi0, pi0.5 and SmolVLA are, and policies that see the simulator's state."
-        )
+        """How the policy's family is evaluated on LIBERO; errors as in `Suite.convention`."""
+        return libero_convention(policy, self.center_crop)
 
     def expert(self) -> Any:
         """The scripted expert.
@@ -139,34 +98,6 @@ class LiberoSuite:
     def versions(self) -> dict[str, str]:
         """Of MuJoCo, robosuite, hf-libero and numpy, and the rendering backend."""
         return installed_versions()
-
-    def _openvla(self, policy: Any) -> Convention:
-        from vla_pruner.models.openvla.actions import libero_gripper
-        from vla_pruner.preprocessing.libero import libero_image, rotate_180
-
-        def image(upright: np.ndarray) -> np.ndarray:
-            return libero_image(rotate_180(upright), self.center_crop)
-
-        return Convention(self._cameras(policy), self._proprio(policy), image, libero_gripper)
-
-    def _cameras(self, policy: Any) -> dict[str, str]:
-        unknown = [name for name in policy.cameras if name not in _POLICY_CAMERAS]
-        if unknown:
-            raise SuiteError(
-                f"LIBERO has a camera in front of the robot and one on its hand; this policy's camera "
-                f"{unknown[0]!r} is neither. Known names are {', '.join(_POLICY_CAMERAS)}; load_policy(cameras=...) "
-                "renames them."
-            )
-        return {name: _POLICY_CAMERAS[name] for name in policy.cameras}
-
-    def _proprio(self, policy: Any) -> bool:
-        size = policy.proprio_size
-        if size not in (None, PROPRIO_SIZE):
-            raise SuiteError(
-                f"LIBERO's state has {PROPRIO_SIZE} numbers; this policy takes {size}. Use a checkpoint that was trained "
-                "on LIBERO."
-            )
-        return size is not None
 
     def _initial_states(self, index: int) -> np.ndarray:
         """(50, n) float64: MuJoCo's time, positions and velocities."""

@@ -12,14 +12,10 @@ import numpy as np
 
 from vla_pruner.errors import SessionError
 from vla_pruner.simulators.base import Image, Images, Observation, SimulatorUnavailable, SuiteError, Task
+from vla_pruner.simulators.libero_conventions import ACTION_SIZE, AGENT, CAMERAS
 from vla_pruner.simulators.libero_package import INSTALL_ASSETS, INSTALL_GL, LiberoPackage
 from vla_pruner.simulators.libero_truth import GroundTruth
 
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-"""In front of the robot, and on its hand."""
-
-ACTION_SIZE = 7
-PROPRIO_SIZE = 8
 SETTLING_STEPS = 10
 DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 """Stands still with the hand open: what is carried out while objects settle, for they begin above the table."""
@@ -103,18 +99,26 @@ class LiberoEnvironment:
         return observables.Observable("moment", moment, sampling_rate=self._env.env.control_freq)
 
     def reset(self, *, initial_state: int) -> tuple[Observation, dict[str, Any]]:
-        """As `Environment.reset`, after the settling steps."""
+        """As `Environment.reset`, after the settling steps.
+
+        Returns:
+            the observation, and `info` with "success" and "settling": metres that the object which moved most moved
+            meanwhile.
+        """
         self.task.check_initial_state(initial_state)
         self._episode += 1
         self._over = True  # until it has settled
         with self._package.loading(self._seed):
             self._open().reset()
             self._env.set_init_state(self._initial_states[int(initial_state)])
+        stored = self._places()
         for _ in range(SETTLING_STEPS):
             seen, *_ = self._env.step(DUMMY_ACTION)
+        settling = float(np.linalg.norm(self._places() - stored, axis=1).max())
         self._steps = 0
         self._over = False
-        return self._observation(seen), {"success": False}  # pyright: ignore[reportPossiblyUnboundVariable]
+        observation = self._observation(seen)  # pyright: ignore[reportPossiblyUnboundVariable]
+        return observation, {"success": False, "settling": settling}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """As `Environment.step`.
@@ -140,7 +144,7 @@ class LiberoEnvironment:
 
     def frame(self, size: int) -> Image:
         """As `Environment.frame`: from in front of the robot."""
-        return self._draw(CAMERAS[0], size)
+        return self._draw(AGENT, size)
 
     def close(self) -> None:
         """As `Environment.close`."""
@@ -148,6 +152,10 @@ class LiberoEnvironment:
             self._env.close()
             self._env = None
         self._over = True
+
+    def _places(self) -> np.ndarray:
+        """(n, 3) of what can be moved."""
+        return np.array([self.truth.pose(name).position for name in self.truth.objects])
 
     def _open(self) -> Any:
         if self._env is None:

@@ -1,0 +1,91 @@
+"""How each family of policies is evaluated on LIBERO. Needs no simulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vla_pruner.simulators.base import Convention, SeesTheState, SuiteError
+
+AGENT, WRIST = "agentview", "robot0_eye_in_hand"
+"""LIBERO's cameras: in front of the robot, and on its hand."""
+
+CAMERAS = (AGENT, WRIST)
+ACTION_SIZE = 7
+PROPRIO_SIZE = 8
+"""Hand position (3), axis times angle (3), fingers (2)."""
+
+OPENPI_HORIZON = 5
+"""Of ten actions, openpi's evaluation of pi0 carries out five."""
+
+POLICY_CAMERAS = {
+    "image": AGENT,
+    "agentview": AGENT,
+    "base_0_rgb": AGENT,
+    "image2": WRIST,
+    "wrist_image": WRIST,
+    "left_wrist_0_rgb": WRIST,
+}
+"""What policies call LIBERO's cameras: OpenVLA-OFT image and wrist_image, LeRobot image and image2, openpi the rest."""
+
+
+def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
+    """How a policy's family is evaluated on LIBERO.
+
+    OpenVLA and OFT: images through `preprocessing.libero`, the gripper's sign as LIBERO has it, one action at a time or
+    the whole chunk. pi0 of transformers: openpi's five actions. LeRobot's: the checkpoint's `n_action_steps`.
+
+    Args:
+        policy: as `load_policy` gives it, or one that sees the simulator's state.
+        center_crop: for OpenVLA and OFT: whether the checkpoint was trained with image augmentation.
+
+    Raises:
+        SuiteError: the policy is of another family, or its cameras or its state are not LIBERO's.
+    """
+    if isinstance(policy, SeesTheState):
+        return Convention({}, proprio=False)
+    from vla_pruner.models.openvla.network import OpenVLAForActionPrediction
+    from vla_pruner.policies.lerobot import LeRobotPolicy
+    from vla_pruner.policies.pi0 import TransformersPI0
+
+    if isinstance(policy, OpenVLAForActionPrediction):
+        return _openvla(policy, center_crop)
+    if isinstance(policy, TransformersPI0):
+        return Convention(_cameras(policy), _proprio(policy), horizon=OPENPI_HORIZON)
+    if isinstance(policy, LeRobotPolicy):
+        horizon = int(policy.module.config.n_action_steps)
+        return Convention(_cameras(policy), _proprio(policy), horizon=horizon)
+    raise SuiteError(
+        f"How a {type(policy).__name__} sees LIBERO is not known; OpenVLA, OpenVLA-OFT, pi0 of transformers, and "
+        "LeRobot's pi0, pi0.5 and SmolVLA are, and policies that see the simulator's state."
+    )
+
+
+def _openvla(policy: Any, center_crop: bool) -> Convention:
+    from vla_pruner.models.openvla.actions import libero_gripper
+    from vla_pruner.preprocessing.libero import libero_image, rotate_180
+
+    def image(upright: np.ndarray) -> np.ndarray:
+        return libero_image(rotate_180(upright), center_crop)
+
+    return Convention(_cameras(policy), _proprio(policy), image, libero_gripper)
+
+
+def _cameras(policy: Any) -> dict[str, str]:
+    unknown = [name for name in policy.cameras if name not in POLICY_CAMERAS]
+    if unknown:
+        raise SuiteError(
+            f"LIBERO has a camera in front of the robot and one on its hand; this policy's camera {unknown[0]!r} is "
+            f"neither. Known names are {', '.join(POLICY_CAMERAS)}; load_policy(cameras=...) renames OpenVLA's and pi0's."
+        )
+    return {name: POLICY_CAMERAS[name] for name in policy.cameras}
+
+
+def _proprio(policy: Any) -> bool:
+    size = policy.proprio_size
+    if size not in (None, PROPRIO_SIZE):
+        raise SuiteError(
+            f"LIBERO's state has {PROPRIO_SIZE} numbers; this policy takes {size}. Use a checkpoint trained on LIBERO."
+        )
+    return size is not None

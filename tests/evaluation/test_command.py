@@ -1,0 +1,123 @@
+"""`vla-pruner eval` from its flags."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vla_pruner import cli
+from vla_pruner.evaluation import EvalSettings, PolicySource
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[EvalSettings]:
+    """Replaces the run by one that only notes what it was asked to do."""
+    seen: list[EvalSettings] = []
+
+    def note(settings: EvalSettings, _: Any) -> int:
+        seen.append(settings)
+        return 0
+
+    monkeypatch.setattr("vla_pruner.evaluation.command.run_eval", note)
+    return seen
+
+
+def test_flags_reach_the_settings(asked: list[EvalSettings], tmp_path: Path) -> None:
+    text = (
+        "eval --policy CKPT --suite libero,metaworld:mt6 --tasks 0,push --preset standard --episodes 7 --first 9 "
+        "--seed 3 --method vla-pruner:unseen=carry,fastv --keep .5,64 --layer 2,3 --pruned drop,freeze "
+        "--controls again,random --margin 5 --horizon 8 --max-steps 99 --max-errors 4 --shard 2/4 --ray auto "
+        "--workers 3 --device cuda --dtype bfloat16 --option unnorm_key=libero_object --option cameras=a,b "
+        f"--suite-option assets=/x --out {tmp_path}"
+    )
+    assert cli.main(text.split()) == 0
+    assert asked == [
+        EvalSettings(
+            policy=PolicySource(
+                "CKPT",
+                device="cuda",
+                dtype="bfloat16",
+                options={"unnorm_key": "libero_object", "cameras": ("a", "b")},
+            ),
+            suites=("libero", "metaworld:mt6"),
+            out=tmp_path,
+            tasks=("0", "push"),
+            preset="standard",
+            episodes=7,
+            max_steps=99,
+            first=9,
+            seed=3,
+            methods=("vla-pruner:unseen=carry", "fastv"),
+            keep=(0.5, 64),
+            layer=(2, 3),
+            pruned=("drop", "freeze"),
+            controls=("again", "random"),
+            margin=0.05,
+            horizon=8,
+            shard=(2, 4),
+            max_errors=4,
+            suite_options={"assets": "/x"},
+            ray="auto",
+            workers=3,
+        )
+    ]
+
+
+def test_defaults_are_the_settings_own(asked: list[EvalSettings], tmp_path: Path) -> None:
+    cli.main(["eval", "--policy", "reference", "--suite", "metaworld:mt6", "--out", str(tmp_path)])
+    cli.main(["eval", "--policy", "reference", "--suite", "a", "--out", "x", "--ray", "--controls", "none"])
+    assert asked[0] == EvalSettings(PolicySource("reference"), ("metaworld:mt6",), tmp_path)
+    assert (asked[1].ray, asked[1].controls) == ("local", ())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--suite metaworld:mt6", "--policy and --suite say what to run"),
+        ("--policy reference --suite mars", "There is no suite 'mars'; the suites are libero_spatial"),
+        ("--policy reference --suite metaworld:mt6 --keep lots", "'lots' is no list of numbers"),
+        ("--policy reference --suite metaworld:mt6 --keep 1.5", "keep=1.5 was given"),
+        ("--policy reference --suite metaworld:mt6 --shard 5", "'5' is no part such as 2/4"),
+        ("--policy reference --suite metaworld:mt6 --workers 2", "--workers is for --ray; give --ray too"),
+        ("--policy reference --suite metaworld:mt6 --method magic", "--method is magic"),
+        ("--policy expert --suite metaworld:mt6 --method fastv", "--policy is expert, which sees no images"),
+        ("--merge /nowhere/at/all", "holds no evaluation"),
+        ("--merge a b --policy reference", "--merge runs nothing"),
+    ],
+)
+def test_wrong_input_is_one_line(flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = cli.main(["eval", *flags.split(), "--out", str(tmp_path / "out")])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert said.startswith("vla-pruner")
+
+
+def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "10 episodes a task and arm: a look, not for claims" in text
+    required = ("policy", "suite", "out", "merge")
+    for flag in text.split("\n  --")[1:]:
+        name = flag.split()[0]
+        assert name in required or "(default" in flag, name
+
+
+def test_the_command_line_starts_without_scipy_and_simulators() -> None:
+    check = (
+        "import sys; from vla_pruner import cli; cli.main(['--version']);"
+        "heavy = {'scipy', 'statsmodels', 'mujoco', 'metaworld', 'ray', 'libero'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,229 @@
+"""What survives: kills, cut lines, full disks, damaged and doubled records, two runs at once, merging."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.fakes import settings
+from tests.evaluation.test_run import facts, run
+from vla_pruner.evaluation import EvaluationError, merge, read_records
+from vla_pruner.evaluation.records import EPISODES, RecordFile, latest, write_json
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.evaluation.fakes import settings
+from tests.evaluation.test_run import run
+sys.exit(run(settings(Path(sys.argv[1]), episodes=8, suite_options={"pause": 0.02}))[0])
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=environment, cwd=ROOT)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(settings(whole, episodes=8, suite_options={"pause": 0.02}))[0] == 0
+    process = start(killed)
+    deadline = time.monotonic() + 120
+    while not (killed / EPISODES).exists() or (killed / EPISODES).read_bytes().count(b"\n") < 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
+    done = read_records(killed / EPISODES)
+    assert 5 <= len(done) < 48
+    assert not (killed / "eval_info.json").exists()
+    assert start(killed).wait(120) == 0
+    assert read_records(killed / EPISODES)[: len(done)] == done, "what was finished stays"
+    assert facts(killed) == facts(whole)
+    before, after = (json.loads((folder / "eval_info.json").read_text())["arms"] for folder in (whole, killed))
+    assert [arm["overall"]["pc_success"] for arm in before.values()] == [
+        arm["overall"]["pc_success"] for arm in after.values()
+    ]
+
+
+def test_a_cut_line_is_noticed_and_gone(tmp_path: Path) -> None:
+    run(settings(tmp_path, episodes=1))
+    content = (tmp_path / EPISODES).read_bytes()
+    for cut in (1, 30, 200):
+        (tmp_path / EPISODES).write_bytes(content[:-cut])
+        with RecordFile(tmp_path / EPISODES) as file:
+            assert (len(file.records), file.torn > 0) == (5, True)
+        assert (tmp_path / EPISODES).read_bytes() == content[: content[:-1].rfind(b"\n") + 1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda line: line[:40] + b"\x00\x00" + line[42:], "JSON|control character|Expecting"),
+        (lambda line: b"", "Expecting value"),
+        (lambda line: b"[1]", "it holds no record"),
+        (lambda line: line.replace(b'"success": ', b'"success": 1'), "delimiter"),
+        (lambda line: line.replace(b": true", b": 1").replace(b": false", b": 0"), "its success is [01]"),
+        (lambda line: line.replace(b'"steps"', b'"stepz"'), "the fields steps, stepz are missing or unknown"),
+        (lambda line: line.replace(b'"termination": "', b'"termination": "x'), "its termination is"),
+    ],
+)
+def test_a_damaged_line_is_named_and_nothing_is_changed(
+    tmp_path: Path, damage: Callable[[bytes], bytes], why: str
+) -> None:
+    run(settings(tmp_path, episodes=1))
+    lines = (tmp_path / EPISODES).read_bytes().split(b"\n")
+    lines[2] = damage(lines[2])
+    (tmp_path / EPISODES).write_bytes(b"\n".join(lines))
+    with pytest.raises(EvaluationError, match=f"(?s)Line 3 of .*episodes.jsonl is damaged .*({why})") as refused:
+        run(settings(tmp_path, episodes=1))
+    assert "\n" not in str(refused.value)
+    assert (tmp_path / EPISODES).read_bytes() == b"\n".join(lines)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    asked = settings(tmp_path)
+    run(settings(tmp_path / "whole"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # Room for some records, and for a part of the next one.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (7000, hard))
+        with pytest.raises(EvaluationError, match=r"the disk is full.*are safe: make room and give the same") as full:
+            run(asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    content = (tmp_path / EPISODES).read_bytes()
+    assert content.endswith(b"\n"), "no part of a record is left"
+    count = len(read_records(tmp_path / EPISODES))
+    assert 0 < count < 18
+    assert f"The {count} episodes before are safe" in str(full.value)
+    code, said = run(asked)
+    assert code == 0
+    assert "cut off" not in said
+    assert facts(tmp_path) == facts(tmp_path / "whole")
+
+
+def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(EvaluationError, match=r"a.json cannot be written .the disk is full."):
+            write_json(tmp_path / "a.json", {"a": "x" * 5000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    with RecordFile(tmp_path / EPISODES), pytest.raises(EvaluationError, match="Another run is writing"):
+        RecordFile(tmp_path / EPISODES)
+    RecordFile(tmp_path / EPISODES).close()
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EvaluationError, match="cannot be made"):
+        run(settings(tmp_path / "file" / "out"))
+    run(settings(tmp_path / "out", episodes=1))
+    (tmp_path / "out" / "run.json").unlink()
+    with pytest.raises(EvaluationError, match=r"holds 6 episodes, but .*run.json is missing"):
+        run(settings(tmp_path / "out", episodes=1))
+    (tmp_path / "out" / "run.json").write_text('{"format": ')
+    with pytest.raises(EvaluationError, match=r"run.json is damaged"):
+        run(settings(tmp_path / "out", episodes=1))
+
+
+def test_a_record_counts_once(tmp_path: Path) -> None:
+    run(settings(tmp_path, episodes=1))
+    content = (tmp_path / EPISODES).read_bytes()
+    (tmp_path / EPISODES).write_bytes(content + content.splitlines(keepends=True)[1])
+    with pytest.raises(EvaluationError, match="holds two records of unpruned-again on fake task 0"):
+        run(settings(tmp_path, episodes=1))
+
+
+def test_a_finished_episode_outlives_its_crashes(tmp_path: Path) -> None:
+    run(settings(tmp_path, episodes=1))
+    done = read_records(tmp_path / EPISODES)[0]
+    crashed = type(done)(**{**vars(done), "success": None, "termination": "error"})
+    for order in ([done, crashed], [crashed, done], [crashed, done, crashed], [crashed, crashed, done]):
+        assert latest(order, "here") == {done.key: done}
+    assert latest([crashed, crashed], "here") == {done.key: crashed}
+
+
+def test_shards_merge_into_the_whole(tmp_path: Path) -> None:
+    run(settings(tmp_path / "whole"))
+    for number in (1, 2):
+        run(settings(tmp_path / str(number), shard=(number, 2)))
+    merged = merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
+    assert len(merged.records) == 18
+    whole = {json.dumps(record, sort_keys=True, default=str) for record in facts(tmp_path / "whole")}
+    assert {json.dumps(record, sort_keys=True, default=str) for record in facts(tmp_path / "merged")} == whole
+    code, said = run(settings(tmp_path / "merged"))
+    assert code == 0
+    assert "18 of 18 episodes are done" in said
+
+
+def test_suites_and_further_initial_states_merge(tmp_path: Path) -> None:
+    run(settings(tmp_path / "a", episodes=2))
+    run(settings(tmp_path / "b", episodes=1, first=2))
+    assert merge([tmp_path / "b", tmp_path / "a"], tmp_path / "ab").left() == []
+    run(settings(tmp_path / "c", suites=("other",)))
+    both = merge([tmp_path / "ab", tmp_path / "c"], tmp_path / "abc")
+    assert both.left() == []
+    assert {task.suite for task in both.manifest.plan.tasks} == {"fake", "other"}
+    run(settings(tmp_path / "d", episodes=1, first=7))
+    with pytest.raises(EvaluationError, match="initial states 0 to 1, 7 to 7, which do not add up"):
+        merge([tmp_path / "a", tmp_path / "d"], tmp_path / "ad")
+
+
+def test_a_part_merges_and_is_completed(tmp_path: Path) -> None:
+    run(settings(tmp_path / "1", shard=(1, 2)))
+    merged = merge([tmp_path / "1"], tmp_path / "merged")
+    assert sum(len(arms) for _, arms in merged.left()) == 9
+    assert run(settings(tmp_path / "merged"))[0] == 0
+    run(settings(tmp_path / "whole"))
+    key = lambda record: json.dumps(record, sort_keys=True, default=str)  # noqa: E731
+    assert sorted(facts(tmp_path / "merged"), key=key) == sorted(facts(tmp_path / "whole"), key=key)
+
+
+def test_what_does_not_belong_together_is_not_merged(tmp_path: Path) -> None:
+    run(settings(tmp_path / "a", episodes=1))
+    run(settings(tmp_path / "again", episodes=1))
+    run(settings(tmp_path / "seed", episodes=1, seed=1))
+    with pytest.raises(EvaluationError, match="holds two records of unpruned on fake task 0"):
+        merge([tmp_path / "a", tmp_path / "again"], tmp_path / "out")
+    with pytest.raises(EvaluationError, match=r"was run with other settings than .*seed: 0, not 1"):
+        merge([tmp_path / "a", tmp_path / "seed"], tmp_path / "out")
+    with pytest.raises(EvaluationError, match="names a folder twice"):
+        merge([tmp_path / "a", tmp_path / "again" / ".." / "a"], tmp_path / "out")
+    with pytest.raises(EvaluationError, match="holds no evaluation"):
+        merge([tmp_path / "a", tmp_path / "nowhere"], tmp_path / "out")
+    with pytest.raises(EvaluationError, match="holds an evaluation already"):
+        merge([tmp_path / "a"], tmp_path / "again")
+    assert not (tmp_path / "out").exists()
+    lines = (tmp_path / "seed" / EPISODES).read_bytes()
+    (tmp_path / "a" / EPISODES).write_bytes(lines)
+    with pytest.raises(EvaluationError, match="from a run with other settings"):
+        run(settings(tmp_path / "a", episodes=1))
+
+
+def test_versions_that_differ_are_not_merged(tmp_path: Path) -> None:
+    run(settings(tmp_path / "1", shard=(1, 2)))
+    run(settings(tmp_path / "2", shard=(2, 2)))
+    changed = (tmp_path / "2" / EPISODES).read_text().replace('"fake-simulator": "1"', '"fake-simulator": "2"')
+    (tmp_path / "2" / EPISODES).write_text(changed)
+    with pytest.raises(EvaluationError, match=r"different versions .fake-simulator 1 and 2."):
+        merge([tmp_path / "1", tmp_path / "2"], tmp_path / "out")

@@ -1,0 +1,246 @@
+"""The numbers, the table, the sentences and `eval_info.json`, from records made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.evaluation.fakes import FakeSuite, settings
+from vla_pruner.evaluation import Record, Summary, summarize
+from vla_pruner.evaluation.eval_info import eval_info
+from vla_pruner.evaluation.manifest import Manifest, Plan, identity
+from vla_pruner.evaluation.run import Run
+from vla_pruner.evaluation.table import COSTS, OUTCOMES, cost_rows, outcome_rows, to_markdown, to_rich
+from vla_pruner.evaluation.units import Unit
+from vla_pruner.evaluation.verdict import sentences
+from vla_pruner.statistics import Pairs, holm, paired_difference
+
+Outcome = Callable[[str, Unit], bool | None]
+EPISODES = 60
+PRUNED, RANDOM = "vla-pruner-0.25-drop-K3", "random-0.25-drop-K3-after-3"
+
+
+def made(tmp_path: Path, outcome: Outcome, episodes: int = EPISODES, **changes: Any) -> Run:
+    """A run whose episodes end as `outcome` says; None crashes."""
+    asked = settings(tmp_path, methods=("vla-pruner",), controls=("again", "random", "blank"), **changes)
+    plan = Plan(FakeSuite().tasks, 0, episodes, 0)
+    manifest = Manifest(identity(asked, {"weights": "w"}), plan, for_claims=episodes >= 50)
+    records = {}
+    for unit in plan.units():
+        for arm in asked.arms():
+            success = outcome(arm.key, unit)
+            steps = 3 if success else 6
+            record = Record(
+                run=manifest.run,
+                arm=arm.key,
+                unit=unit,
+                success=success,
+                termination="error" if success is None else "success" if success else "max_steps",
+                steps=steps,
+                control_steps=2,
+                sum_reward=float(bool(success)),
+                max_reward=float(bool(success)),
+                latency_ms=[10.0, 20.0] if arm.method is None else [10.0, 12.0],
+                latency_p50_ms=15.0,
+                latency_p99_ms=19.9,
+                visual_tokens=None if arm.method is None else 196,
+                kept_tokens=[] if arm.method is None else [49, 49],
+                pruned_steps=0 if arm.method is None else 1,
+                error={"type": "OSError", "message": "gone", "where": "x.py:1 f"} if success is None else None,
+                seconds=1.0,
+            )
+            records[record.key] = record
+    return Run(manifest, records)
+
+
+def usual(arm: str, unit: Unit) -> bool:
+    """The unpruned policy fails every tenth, its second run another one; pruned loses 4 more; black images lose all."""
+    if arm == "blank-image":
+        return False
+    if arm == PRUNED and unit.task_id == 1 and unit.initial_state in (2, 3, 4, 5):
+        return False
+    if arm == RANDOM and unit.initial_state % 3 == 1:
+        return False
+    if arm == "unpruned-again":
+        return unit.initial_state != 7
+    return unit.initial_state % 10 != 0
+
+
+def test_every_number_is_that_of_the_pairs(tmp_path: Path) -> None:
+    summary = summarize(made(tmp_path, usual))
+    rows = {arm.key: arm for arm in summary.arms}
+    assert list(rows) == ["unpruned", PRUNED, "unpruned-again", RANDOM, "blank-image"]
+    base, pruned = rows["unpruned"], rows[PRUNED]
+    assert (base.success.successes, base.success.total) == (108, 120)
+    assert base.difference is None
+    difference = pruned.difference
+    assert difference is not None
+    assert (difference.gained, difference.lost, difference.pairs) == (0, 4, 120)
+    counts = ((54, 0, 0, 6), (50, 0, 4, 6))
+    assert (difference.low, difference.high) == pytest.approx(Pairs(counts).limits())
+    assert pruned.difference_by_task["fake/push"].lost == 4
+    assert pruned.difference_by_task["fake/reach"].lost == 0
+    assert pruned.by_task == {"fake/push": (50, 60), "fake/reach": (54, 60)}
+    assert pruned.verdict is not None
+    assert pruned.verdict.p_not_worse == pytest.approx(Pairs(counts).p_not_worse(0.02))
+    assert pruned.verdict.word == "inconclusive"
+    assert pruned.verdict.more is not None
+    assert pruned.p_adjusted == difference.p_value == 0.125
+    against = pruned.against_random
+    assert against is not None
+    assert (against.gained, against.lost) == (35, 3)
+    assert pruned.median_steps == 3
+    assert pruned.slower is not None
+    assert pruned.slower.value == pytest.approx(4 * 3 / 120), "a failure counts as the longest episode"
+    assert (base.latency_p50_ms, pruned.latency_p50_ms) == (15.0, 11.0)
+    assert (pruned.kept, pruned.visual_tokens, pruned.pruned_share) == ([49, 49], 196, 0.5)
+    assert summary.complete
+
+
+@pytest.mark.parametrize(
+    ("lost", "margin", "word"), [(0, 0.1, "not worse"), (0, 0.001, "inconclusive"), (40, 0.02, "worse")]
+)
+def test_verdicts(tmp_path: Path, lost: int, margin: float, word: str) -> None:
+    def outcome(arm: str, unit: Unit) -> bool:
+        return not (arm == PRUNED and unit.initial_state < lost) and arm != "blank-image"
+
+    summary = summarize(made(tmp_path, outcome, margin=margin))
+    verdict = summary.of("method")[0].verdict
+    assert verdict is not None
+    assert verdict.word == word
+    assert (verdict.more is None) == (word != "inconclusive")
+    said = sentences(summary)[0]
+    assert said.startswith(f"vla-pruner 0.25 drop K=3: {word}, ")
+    assert ("is ruled out" in said) == (word == "not worse")
+    assert ("a loss of more than 2 points is shown" in said) == (word == "worse")
+    assert ("neither a loss of 0.1 points nor its absence" in said) == (word == "inconclusive")
+
+
+def test_holm_is_over_the_methods_and_no_controls(tmp_path: Path) -> None:
+    def outcome(arm: str, unit: Unit) -> bool:
+        lost = {PRUNED: 6, "vla-pruner-0.5-drop-K3": 7}.get(arm, 0)
+        return not unit.initial_state < lost or unit.task_id == 0
+
+    summary = summarize(made(tmp_path, outcome, keep=(0.25, 0.5)))
+    arms = summary.of("method")
+    plain = [paired_difference([True] * 120, [True] * (120 - lost) + [False] * lost).p_value for lost in (6, 7)]
+    assert [arm.p_adjusted for arm in arms] == pytest.approx(holm(plain))
+    assert arms[0].p_adjusted == pytest.approx(plain[0]), "the larger one stays"
+    assert arms[1].p_adjusted == pytest.approx(2 * plain[1])
+    assert all(arm.p_adjusted is None for arm in summary.arms if arm.kind != "method")
+
+
+def test_a_crash_counts_nowhere(tmp_path: Path) -> None:
+    def outcome(arm: str, unit: Unit) -> bool | None:
+        return None if (arm, unit.initial_state, unit.task_id) == (PRUNED, 5, 1) else usual(arm, unit)
+
+    run = made(tmp_path, outcome)
+    summary = summarize(run)
+    pruned = summary.of("method")[0]
+    assert (pruned.success.successes, pruned.success.total, pruned.crashed) == (104, 119, 1)
+    assert pruned.difference is not None
+    assert (pruned.difference.lost, pruned.difference.pairs) == (3, 119)
+    assert summary.baseline.success.total == 120
+    assert not summary.complete
+    said = sentences(summary)
+    assert any(one.startswith("1 episode crashed. They count neither") for one in said)
+    info = eval_info(run, summary, said)
+    assert info["arms"][PRUNED]["overall"]["n_episodes"] == 119
+    assert info["errors"] == [
+        {
+            "arm": PRUNED,
+            "task_group": "fake",
+            "task_id": 1,
+            "init_state_id": 5,
+            "attempt": 1,
+            "type": "OSError",
+            "message": "gone",
+            "where": "x.py:1 f",
+        }
+    ]
+
+
+def test_the_controls_speak(tmp_path: Path) -> None:
+    said = sentences(summarize(made(tmp_path, usual)))
+    assert "Choosing beats drawing at random: +26.7 points" in said[0]
+    assert any(one.startswith("Noise floor: two runs of the unpruned policy disagree on 14 of 120") for one in said)
+    assert any(
+        "With black images the policy solves 0 of 120, against 108 of 120: it needs to see" in one for one in said
+    )
+    blind = sentences(summarize(made(tmp_path, lambda arm, unit: True)))
+    assert any("it is not shown that it needs to see" in one for one in blind)
+    assert any("agree on all of 120 episodes" in one for one in blind)
+    assert not any("Not for claims" in one for one in said)
+    few = sentences(summarize(made(tmp_path, usual, episodes=10)))
+    assert any("Not for claims" in one for one in few)
+    never = sentences(summarize(made(tmp_path, lambda arm, unit: False)))
+    assert any("The unpruned policy solved nothing" in one for one in never)
+
+
+def test_eval_info_has_lerobots_keys(tmp_path: Path) -> None:
+    run = made(tmp_path, usual)
+    summary = summarize(run)
+    info = eval_info(run, summary, sentences(summary))
+    json.dumps(info, allow_nan=False)
+    first = info["per_task"][0]
+    assert set(first) == {"task_group", "task_id", "metrics"}
+    assert (first["task_group"], first["task_id"]) == ("fake", 0)
+    lists = {name: values for name, values in first["metrics"].items() if "video" not in name}
+    assert {"sum_rewards", "max_rewards", "successes"} < set(first["metrics"])
+    assert {"video_paths", "predicted_video_paths"} < set(first["metrics"])
+    assert {len(values) for values in lists.values()} == {60}
+    assert lists["init_state_ids"] == list(range(60))
+    keys = {"avg_sum_reward", "avg_max_reward", "pc_success", "n_episodes", "video_paths", "predicted_video_paths"}
+    assert set(info["per_group"]["fake"]) == keys
+    assert set(info["overall"]) == {*keys, "eval_s", "eval_ep_s"}
+    assert info["overall"]["pc_success"] == pytest.approx(90.0)
+    assert info["overall"] == info["arms"]["unpruned"]["overall"]
+    assert info["arms"][PRUNED]["overall"]["pc_success"] == pytest.approx(100 * 104 / 120)
+    assert info["summary"]["margin"] == 0.02
+    assert info["run"]["run"] == run.manifest.run
+
+
+def test_the_tables_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = summarize(made(tmp_path, usual))
+    console = Console(width=80, highlight=False)
+    console.print(to_rich("outcomes", OUTCOMES, outcome_rows(summary)))
+    console.print(to_rich("costs", COSTS, cost_rows(summary)))
+    text = capsys.readouterr().out
+    assert "…" not in text
+    for cell in (*outcome_rows(summary)[1][1:], *cost_rows(summary)[1][1:]):
+        assert all(line in text for line in cell.split("\n")), cell
+    assert outcome_rows(summary)[1] == (
+        "vla-pruner 0.25 drop K=3",
+        "104/120",
+        "86.7\n79.4 to 91.6",
+        "-3.3\n-7.9 to +0.6",
+        "0/4",
+        ".125",
+        "inconclusive",
+    )
+    markdown = to_markdown(summary, sentences(summary))
+    assert "| vla-pruner 0.25 drop K=3 | 104/120 |" in markdown
+
+
+def test_a_run_without_pairs_has_a_table(tmp_path: Path) -> None:
+    run = made(tmp_path, usual)
+    run.records = {key: record for key, record in run.records.items() if record.arm == PRUNED}
+    summary = summarize(run)
+    assert summary.baseline.success.total == 0
+    assert math.isnan(summary.baseline.latency_p50_ms)
+    assert outcome_rows(summary)[0] == ("unpruned", "0/0", "-", "-", "-", "-", "")
+    assert sentences(summary)[0].endswith("no episode was finished by it and by the unpruned policy.")
+    json.dumps(summary.to_json(), allow_nan=False)
+
+
+def test_a_summary_is_a_value(tmp_path: Path) -> None:
+    summary = summarize(made(tmp_path, usual))
+    assert isinstance(summary, Summary)
+    assert dataclasses.replace(summary) == summary
