@@ -37,6 +37,7 @@ from vla_pruner.methods import (
     SparseVLM,
     TextQuery,
     Unpruned,
+    VLACache,
     VLAPruner,
 )
 
@@ -70,6 +71,7 @@ __all__ = [
     "TextQuery",
     "Unpruned",
     "UnsupportedModelError",
+    "VLACache",
     "VLAPruner",
     "VLAPrunerError",
     "audit",

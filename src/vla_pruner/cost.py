@@ -97,7 +97,7 @@ def decoder_flops(
     step: StepShape,
     kept: int | None = None,
     layer: int = 0,
-    pruned: Literal["drop", "freeze"] = "drop",
+    pruned: Literal["drop", "freeze", "reuse"] = "drop",
     then: Sequence[tuple[int, int]] = (),
 ) -> Flops:
     """FLOPs of the decoder in one control step, prefill and decode: the floor, without choosing what to keep.
@@ -105,7 +105,8 @@ def decoder_flops(
     Args:
         kept: k, visual tokens kept; None does not prune.
         layer: K, layers 0..K-1 run on every token.
-        pruned: what becomes of the others (dropped, or frozen: they still offer keys and values).
+        pruned: what becomes of the others (dropped, or frozen: they still offer keys and values, or reused: those of
+            the last control step, which cost nothing).
         then: where pruning is progressive, the later pruning layers and the visual tokens kept from each on.
 
     Raises:
@@ -114,8 +115,8 @@ def decoder_flops(
     flops = Flops()
     for visual in visual_tokens_at(decoder.layers, step.visual, kept, layer, then):
         live = visual + step.other
-        seen = step.visual + step.other if pruned == "freeze" else live
-        flops += decoder.layer(live, seen, seen - live)
+        seen = live if pruned == "drop" else step.visual + step.other
+        flops += decoder.layer(live, seen, seen - live if pruned == "freeze" else 0)
         for position in range(1, step.actions):
             flops += decoder.layer(1, seen + position)
     return flops + Flops(linear=2 * decoder.hidden * decoder.vocabulary * step.actions)

@@ -73,6 +73,11 @@ class Compiled:
                 f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
                 "cannot be compiled with what pruning does in them; leave compile out."
             )
+        if self._session is not None and self._session.reuse is not None:
+            raise UnsupportedModelError(
+                f"{type(self._session.method).__name__} reuses keys and values of the last control step, which a "
+                "static graph would overwrite; run it without compile()."
+            )
         family.put_around(family.decoder, self._decode, self._replaced)
         for index, reader in enumerate(family.readers):
             family.put_around(reader, partial(self._read, index), self._replaced)

@@ -70,12 +70,15 @@ class Family:
         decoder: the transformers decoder (`.layers`, `.config`) whose sequence is shortened.
         readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching
             expert).
+        eye: the module that is given the pixels of all cameras, once before each prompt; None where nobody knows which
+            pixels a visual token covers, or where these tokens move in the prompt or run more than once in a step.
         cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
         compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
     """
 
     decoder: Any
     readers: tuple[Any, ...] = ()
+    eye: nn.Module | None = None
     cameras: tuple[str, ...] = ("image",)
     compilable: bool = True
 
@@ -133,6 +136,10 @@ class Family:
     def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
         """(B, R) query rows of a reader's call of `length` positions that act."""
         return torch.arange(length, device=device).expand(rows, -1)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """The pixels (B, M, P) that each visual token covers, 0 being black, of what `eye` was given."""
+        raise NotImplementedError
 
     def keys_values(
         self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]

@@ -108,11 +108,14 @@ class Shortening:
         if self.before is None:
             return self.live_rows(hidden), None if self.frozen is None else self.frozen_rows(hidden)
         held = hidden if frozen is None else torch.cat([frozen, hidden], dim=1)
-        columns = torch.arange(held.shape[1], device=self.kept.device).expand(len(self.kept), -1)
-        place = torch.zeros(len(held), self.length, dtype=torch.int64, device=self.kept.device)
-        place = place.scatter(1, self.before.prefix, columns)
+        place = self.before.columns()
         live = _gather_rows(held, place.gather(1, self.kept))
         return live, None if self.frozen is None else _gather_rows(held, place.gather(1, self.frozen))
+
+    def columns(self) -> Tensor:
+        """(B, N) int64: the column of `prefix` that each prompt position is in; 0 where it is in none."""
+        columns = torch.arange(self.prefix.shape[1], device=self.prefix.device).expand(len(self.prefix), -1)
+        return columns.new_zeros(len(columns), self.length).scatter(1, self.prefix, columns)
 
     def live_rows(self, tensor: Tensor) -> Tensor:
         """The kept rows (B, n, ...) of a tensor (B or 1, N, ...)."""

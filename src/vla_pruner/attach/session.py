@@ -19,6 +19,7 @@ from vla_pruner.attach.layout import Layout, Shortening, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
+from vla_pruner.attach.reuse import Reuse
 from vla_pruner.attach.stages import check_fewer, stages_of
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import SessionError
@@ -43,6 +44,7 @@ class Session:
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering;
             for timing.
         stages: where the method prunes, by layer, the first one first.
+        reuse: what is held of the last control step, for methods whose `pruned` is "reuse".
     """
 
     def __init__(self, method: Method, model: Any, family: Family) -> None:
@@ -56,6 +58,7 @@ class Session:
         self._memory: Memory | None = None
         self._step: Step | None = None
         self.stages = stages_of(method, family)
+        self.reuse = Reuse(family) if method.pruned == "reuse" else None
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
         check_not_compiled(model, family)
@@ -63,6 +66,8 @@ class Session:
         self._replaced = Replacements()
         try:
             family.install()
+            if self.reuse is not None:
+                self.reuse.install()
             self._wiring.install()
             self._follow_resets(model)
         except BaseException:
@@ -90,7 +95,7 @@ class Session:
 
         Raises:
             SessionError: it is detached, or compiled already.
-            UnsupportedModelError: the family's calls cannot be compiled.
+            UnsupportedModelError: the family's calls, or what the method does in them, cannot be compiled.
         """
         if self._decoder not in _attached:
             raise SessionError("This session is detached; attach the method anew.")
@@ -121,6 +126,8 @@ class Session:
             if memory is not None:
                 self._episode = memory.episode + 1
             self._memory = self._step = None
+            if self.reuse is not None:
+                self.reuse.forget()
             return
         if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
             raise SessionError(f"reset(rows={rows!r}) was called; rows is a list of row numbers.")
@@ -192,6 +199,8 @@ class Session:
         if memory is not None:
             check_memory(memory, self.method)
         self._memory = memory
+        if self.reuse is not None:
+            self.reuse.forget()
         if self._step is not None:
             self._step.closed = True
 
@@ -265,6 +274,8 @@ class Session:
         self._memory = memory = memory.to(call.device)
         # Decided here, on the host, since the layers may run as a graph.
         prunes, budgets = self.method.prunes(memory), self._budgets(layout)
+        if self.reuse is not None:
+            prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         if self._compiled is not None:
             self._compiled.begin_step()
         self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes, budgets=budgets)
@@ -297,12 +308,13 @@ class Session:
             return step.shortening
         with torch.no_grad():
             ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
-            step.shorten(layer, ids, budgets, freeze=self.method.pruned == "freeze")
+            step.shorten(layer, ids, budgets, freeze=self.method.pruned != "drop")
         return step.shortening
 
     def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
         """What `method` reads, on the visual tokens that are live so far."""
-        evidence = Evidence(step.layout.valid, step.memory, semantic=step.semantic, features=step.embeddings)
+        similarity = None if self.reuse is None else self.reuse.similarity
+        evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity)
         if step.kept is not None:
             evidence = evidence.of(step.kept)
         return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
@@ -373,6 +385,8 @@ class Session:
             self._compiled = None
         self._replaced.remove()
         self._wiring.remove()
+        if self.reuse is not None:
+            self.reuse.remove()
         self._family.remove()
 
 

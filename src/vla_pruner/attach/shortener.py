@@ -218,7 +218,8 @@ class Shortener:
                     args, kwargs = _with_hidden(args, kwargs, live)
             shortening = step.shortening_at(index)
             if shortening is None:
-                return None
+                # A prompt that runs without a cache gets one where the next control step may reuse what is in it.
+                return (args, {**kwargs, "past_key_values": self._cache(kwargs)}) if self._session.reuse else None
             return args, self._short_arguments(index, module, kwargs, shortening, step.frozen_hidden)
 
     def _freeze_at(
@@ -246,8 +247,12 @@ class Shortener:
         if frozen is not None:
             cache = self._cache(kwargs)
             short["past_key_values"] = cache
-            angles = self._once("frozen", rotary, lambda: _each(shortening.frozen_rows, rotary))
-            cache.update(*self._family.keys_values(module, frozen, angles), index)
+            if self._session.reuse is not None and shortening.frozen is not None:
+                held = self._session.reuse.keys_values(index, shortening.frozen)
+            else:
+                angles = self._once("frozen", rotary, lambda: _each(shortening.frozen_rows, rotary))
+                held = self._family.keys_values(module, frozen, angles)
+            cache.update(*held, index)
         mask = kwargs.get("attention_mask")
         causal = getattr(module.self_attn, "is_causal", True)
         buffer = _buffer(kwargs, index)
@@ -305,6 +310,9 @@ class Shortener:
             return None
         if self._prompt_cache is None:
             self._remember_cache(getattr(output, "past_key_values", None))
+        if self._session.reuse is not None:
+            cache = self._scratch or (self._prompt_cache and self._prompt_cache())
+            self._session.reuse.keep(cache, step, self._layer)
         step.prefilling = False
         step.frozen_hidden = self._scratch = None
         self._memo.clear()

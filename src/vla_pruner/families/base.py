@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -32,6 +33,12 @@ class TransformersFamily(Family):
         value = attention.v_proj(normed).view(shape).transpose(1, 2)
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         return rotate(key, key, *position_embeddings)[1], value
+
+
+def tiles(images: Tensor, tokens: int) -> Tensor:
+    """Square images (B, 3, S, S) cut into as many square tiles as there are tokens, in raster order: (B, tokens, P)."""
+    size = images.shape[-1] // math.isqrt(tokens)
+    return nn.functional.unfold(images.float(), kernel_size=size, stride=size).transpose(1, 2)
 
 
 def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.replacements import Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.families.base import tiles
 from vla_pruner.families.decoder_lm import DecoderLM
 
 PACKAGE = "vla_pruner.models.openvla"
@@ -29,6 +30,8 @@ class OpenVLA(DecoderLM):
         start, each = policy.visual_slice.start, policy.patches
         cameras = {name: slice(start + i * each, start + (i + 1) * each) for i, name in enumerate(policy.cameras)}
         super().__init__(policy.language_model, visual=cameras, padding_side="right")
+        self.eye: nn.Module | None = policy.vision_backbone
+        self._patches: int = policy.patches
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -41,6 +44,11 @@ class OpenVLA(DecoderLM):
             )
         return True
 
+    def patches(self, pixels: Tensor) -> Tensor:
+        # Six channels a camera, of which SigLIP's last three are normalised to [-1, 1].
+        images = pixels.unflatten(1, (-1, 6))[:, :, 3:] / 2 + 0.5
+        return tiles(images.flatten(0, 1), self._patches).reshape(len(pixels), images.shape[1] * self._patches, -1)
+
 
 class OpenVLAOFT(OpenVLA):
     """`OpenVLAOFT`: [BOS][visual tokens][proprio][instruction][placeholders][stop] in one bidirectional pass."""
@@ -48,6 +56,9 @@ class OpenVLAOFT(OpenVLA):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._policy: Any = model
+        if self._policy.diffusion:
+            # Every denoising step runs the prompt, with other keys and values in each.
+            self.eye = None
         self._replaced = Replacements()
 
     @classmethod

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from vla_pruner.families.base import tiles
 from vla_pruner.families.decoder_lm import DecoderLM
 
 
@@ -17,6 +18,12 @@ class Reference(DecoderLM):
     def __init__(self, model: nn.Module) -> None:
         policy: Any = model
         super().__init__(policy.language_model, visual=slice(1, 1 + policy.config.num_visual_tokens))
+        self.eye = policy.vision
+        self._tokens = policy.config.num_visual_tokens
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        # The policy normalises colours to (c - 127.5) / 64.
+        return tiles(pixels * 64 + 127.5, self._tokens)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

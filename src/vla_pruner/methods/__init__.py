@@ -11,6 +11,7 @@ from vla_pruner.methods.score_fusion import ScoreFusion
 from vla_pruner.methods.semantic_only import SemanticOnly
 from vla_pruner.methods.sparsevlm import SparseVLM
 from vla_pruner.methods.text_query import TextQuery
+from vla_pruner.methods.vla_cache import VLACache
 from vla_pruner.methods.vla_pruner import VLAPruner
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "SparseVLM",
     "TextQuery",
     "Unpruned",
+    "VLACache",
     "VLAPruner",
 ]

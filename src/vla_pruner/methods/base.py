@@ -28,12 +28,15 @@ class Evidence:
         semantic: (B, M) float32, prefill attention that each visual token received; there if "semantic" is needed.
         features: (B, M, D) hidden states of the visual tokens, as they enter the pruning layer ("features") or the
             first layer ("embeddings").
+        similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the last
+            control step; there if "similarity" is needed.
     """
 
     valid: Tensor
     memory: Memory
     semantic: Tensor | None = None
     features: Tensor | None = None
+    similarity: Tensor | None = None
 
     def span(self, start: int, stop: int) -> Evidence:
         """The evidence on the visual tokens of ids `start` to `stop` alone."""
@@ -49,6 +52,7 @@ class Evidence:
             memory=memory,
             semantic=None if self.semantic is None else self.semantic[:, start:stop],
             features=None if self.features is None else self.features[:, start:stop],
+            similarity=None if self.similarity is None else self.similarity[:, start:stop],
         )
 
     def of(self, ids: Tensor) -> Evidence:
@@ -66,6 +70,7 @@ class Evidence:
             memory=memory,
             semantic=None if self.semantic is None else self.semantic.gather(1, ids),
             features=None if self.features is None else rows_at(self.features, ids),
+            similarity=None if self.similarity is None else self.similarity.gather(1, ids),
         )
 
 
@@ -78,7 +83,8 @@ class Method:
         layer: decoder layers before this one (0-based) run on every token.
         pruned: what becomes, from `layer` on, of the visual tokens that are not kept. "drop" takes them away, as
             published. "freeze" stops updating them but leaves them readable: their keys and values at every later
-            layer are those of the hidden state with which they entered `layer`.
+            layer are those of the hidden state with which they entered `layer`. "reuse", for methods made for it,
+            leaves them readable too, with the keys and values that they had in the last control step.
     """
 
     layer: int = field(default=3, kw_only=True)
@@ -94,12 +100,19 @@ class Method:
                 f"layer=0 was given, but {type(self).__name__} chooses by attention in the layer before; give layer=1 "
                 "or more."
             )
-        check_choice("pruned", self.pruned, PRUNED)
+        check_choice("pruned", self.pruned, self.treatments)
 
     @property
     def needs(self) -> frozenset[str]:
-        """Evidence that `select` reads: any of "semantic", "action", and one of "features" and "embeddings"."""
+        """Evidence that `select` reads: any of "semantic", "action" and "similarity", and one of "features" and
+        "embeddings".
+        """
         return frozenset()
+
+    @property
+    def treatments(self) -> tuple[str, ...]:
+        """What `pruned` may be."""
+        return PRUNED
 
     @property
     def history(self) -> int:
@@ -166,6 +179,15 @@ class Method:
     def prunes(self, memory: Memory) -> bool:
         """Whether this control step is pruned at all, given what the rows remember. Only counters on the CPU may be
         read.
+        """
+        return True
+
+    def reuses(self, similarity: Tensor, count: int) -> bool:
+        """Whether a control step that `prunes` may reuse `count` tokens of the last one, where `pruned` is "reuse".
+
+        Args:
+            similarity: (B, M) float32, as in `Evidence`.
+            count: how many visual tokens of each row are reused in the end.
         """
         return True
 
@@ -270,6 +292,19 @@ def check_keep(keep: object) -> None:
             f"keep={keep!r} was given; keep is a fraction in (0, 1] as a float, or a number of visual tokens as an int "
             "(so keep=1 is one token and keep=1.0 is all of them), or maps each camera's name to one of these."
         )
+
+
+def check_stages(then: object) -> None:
+    """Raise BudgetError unless `then` is a tuple of later pruning layers, each with a `keep`."""
+    if not isinstance(then, tuple) or not all(isinstance(stage, tuple) and len(stage) == 2 for stage in then):
+        raise BudgetError(
+            f"then={then!r} was given; it is a tuple of further pruning layers, each with what it keeps: "
+            "then=((6, 0.35), (15, 0.19))."
+        )
+    for layer, keep in then:
+        check_keep(keep)
+        if not is_count(layer, 1):
+            raise BudgetError(f"then={then!r} was given; its layers are ints of 1 or more.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

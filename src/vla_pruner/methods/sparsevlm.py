@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Keep, check_choice, check_keep, is_count
+from vla_pruner.methods.base import Evidence, Keep, check_choice, check_stages
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.scores import text_raters
 from vla_pruner.methods.selection import top_ids
@@ -50,17 +49,7 @@ class SparseVLM(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("preset", self.preset, ("paper", "official"))
-        if not isinstance(self.then, tuple) or not all(
-            isinstance(stage, tuple) and len(stage) == 2 for stage in self.then
-        ):
-            raise BudgetError(
-                f"then={self.then!r} was given; it is a tuple of further pruning layers, each with what it keeps: "
-                "then=((6, 0.35), (15, 0.19))."
-            )
-        for layer, keep in self.then:
-            check_keep(keep)
-            if not is_count(layer, 1):
-                raise BudgetError(f"then={self.then!r} was given; its layers are ints of 1 or more.")
+        check_stages(self.then)
 
     def stages(self) -> tuple[SparseVLM, ...]:
         first = replace(self, then=())

@@ -6,7 +6,7 @@ state as eight numbers, the fixed initial states in their order. Four things dif
 - The generator is seeded before every reset, not once. Fixtures stand where it draws them (up to centimetres), so in
   the scripts an episode depends on how many ran before it.
 - An image is drawn only if it is looked at. It shows the moment at which LIBERO would have drawn it.
-- Contexts are made current before drawing, so that environments can be open side by side.
+- Rendering contexts are made current before they are used, so that environments can be open side by side.
 - Success ends an episode, and running out of steps truncates it; an error is an error.
 """
 

@@ -109,7 +109,8 @@ class LiberoEnvironment:
         self._episode += 1
         self._over = True  # until it has settled
         with self._package.loading(self._seed):
-            self._open().reset()
+            self._make_current()
+            self._env.reset()
             self._env.set_init_state(self._initial_states[int(initial_state)])
         stored = self._places()
         for _ in range(SETTLING_STEPS):
@@ -149,6 +150,7 @@ class LiberoEnvironment:
     def close(self) -> None:
         """As `Environment.close`."""
         if self._env is not None:
+            self._make_current()
             self._env.close()
             self._env = None
         self._over = True
@@ -189,10 +191,16 @@ class LiberoEnvironment:
             for name, place in places.items():
                 place[:] = now[name]
 
+    def _make_current(self) -> None:
+        """Have OpenGL mean this environment: another one's context may be current, and what is drawn, or freed in a
+        reset, would be that one's.
+        """
+        self._open().sim._render_context_offscreen.gl_ctx.make_current()
+
     def _draw(self, camera: str, size: int) -> Image:
         """(size, size, 3) uint8, turned by 180 degrees as all data sets are: OpenGL's images are upside down."""
+        self._make_current()
         sim = self._open().sim
-        sim._render_context_offscreen.gl_ctx.make_current()  # another environment's may be
         return np.ascontiguousarray(sim.render(width=size, height=size, camera_name=camera)[::-1, ::-1])
 
 

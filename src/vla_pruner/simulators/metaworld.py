@@ -51,7 +51,7 @@ _GL_HELP = (
     "sudo apt-get install -y libegl1 libgl1 libosmesa6 libgles2 libgl1-mesa-dri libegl-mesa0"
     "  (or set MUJOCO_GL to a backend that this machine has)"
 )
-_PIP_HELP = "pip install 'vla-pruner[metaworld]'"
+_PIP_HELP = "pip install '.[metaworld]'  (in a clone of vla-pruner)"
 
 
 @dataclass(frozen=True)

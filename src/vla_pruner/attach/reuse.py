@@ -1,0 +1,142 @@
+"""Keys and values that cross control steps: what a prompt left in the caches, and how alike the images are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.family import Family
+from vla_pruner.attach.layout import Layout
+from vla_pruner.attach.stages import Stage
+from vla_pruner.errors import SessionError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from vla_pruner.attach.step import Step
+
+
+@dataclass
+class Held:
+    """What one control step leaves to the next.
+
+    Attributes:
+        pixels: (B, M, P) float32, the pixels that each visual token covers.
+        keys, values: (B, G, S, d) by layer, as the prompt left them in the cache.
+        places: (B, N) int64 by layer, the column of each prompt position in these.
+    """
+
+    pixels: Tensor
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    places: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Reuse:
+    """Holds the last control step's images, keys and values, for methods whose `pruned` is "reuse".
+
+    They are of the rows as they are: whoever resets rows or exchanges their memory must `forget`.
+
+    Args:
+        family: of the model; it must know what its visual tokens cover.
+
+    Attributes:
+        similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the
+            last control step; None where there is none.
+
+    Raises:
+        UnsupportedModelError: the family does not know.
+    """
+
+    def __init__(self, family: Family) -> None:
+        if family.eye is None:
+            raise UnsupportedModelError(
+                "The method compares the pixels under each visual token with those of the last control step, and it is "
+                f"not known where {type(family).__name__} has them; supported are the reference policy, OpenVLA, and "
+                "OpenVLA-OFT without a diffusion head. Others: choose a method that drops or freezes."
+            )
+        self._family = family
+        self._eye = family.eye
+        self._handle: Any = None
+        self._pixels: Tensor | None = None
+        self._last: Held | None = None
+        self._now: Held | None = None
+        self.similarity: Tensor | None = None
+
+    def install(self) -> None:
+        """Begin to look at the images."""
+        self._handle = self._eye.register_forward_pre_hook(self._look)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self.forget()
+
+    def forget(self) -> None:
+        """The next control step has none before it."""
+        self._last = self._now = self.similarity = None
+
+    @torch.no_grad()
+    def begin(self, layout: Layout, stage: Stage) -> bool:
+        """A control step begins, whose images were seen; returns whether there is one before it, of which the method
+        finds enough in this one.
+
+        Args:
+            layout: of the step.
+            stage: the last one, which reuses most.
+
+        Raises:
+            SessionError: no images were.
+        """
+        pixels, self._pixels = self._pixels, None
+        if pixels is None:
+            raise SessionError(
+                "The decoder was called with a prompt, but no images went through the vision encoder since the last "
+                "one; call predict_action or act."
+            )
+        if self._now is not None and self._now.keys:
+            self._last = self._now
+        self._now = Held(self._family.patches(pixels).float())
+        if self._last is None:
+            return False
+        self.similarity = pixel_similarity(self._now.pixels, self._last.pixels)
+        computed = sum(stage.budgets(layout.cameras, layout.absent, self._family.camera_tokens))
+        return stage.method.reuses(self.similarity, layout.tokens - computed)
+
+    def keys_values(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, F, d) of the prompt positions (B, F) at a layer in the last control step."""
+        assert self._last is not None
+        key, value = self._last.keys[layer], self._last.values[layer]
+        columns = self._last.places[layer].gather(1, positions).to(key.device)[:, None, :, None]
+        key, value = (part.gather(2, columns.expand(-1, part.shape[1], -1, part.shape[3])) for part in (key, value))
+        return key, value
+
+    def keep(self, cache: Any, step: Step, first: int) -> None:
+        """The prompt went through the layers from `first` on: what `cache` holds of it is the next step's."""
+        assert self._now is not None
+        whole = torch.arange(step.layout.length, device=step.layout.visual.device).expand(step.layout.rows, -1)
+        places = {0: whole}
+        for index in range(first, len(cache.layers)):
+            layer, stage, short = cache.layers[index], step.stage_at(index), step.shortening_at(index)
+            if stage not in places:
+                assert short is not None
+                places[stage] = short.columns()
+            key, value = (part[..., : step.layout.length, :] for part in (layer.keys, layer.values))
+            if hasattr(layer, "max_cache_len"):
+                # The next control step writes into the same buffers.
+                key, value = key.clone(), value.clone()
+            self._now.keys[index], self._now.values[index] = key, value
+            self._now.places[index] = places[stage]
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._pixels = args[0]
+
+
+def pixel_similarity(pixels: Tensor, before: Tensor) -> Tensor:
+    """Cosine similarity (B, M) of the pixels (B, M, P) of each token in two images; 1 where they are equal."""
+    equal = (pixels == before).all(dim=-1)
+    # Black pixels have no direction.
+    return torch.where(equal, 1.0, torch.nn.functional.cosine_similarity(pixels, before, dim=-1))
