@@ -194,6 +194,16 @@ def test_a_crash_is_an_error_and_is_tried_again(tmp_path: Path) -> None:
     assert (info["overall"]["n_episodes"], info["errors"]) == (6, [])
 
 
+def test_an_environment_that_crashed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crash, made = tmp_path / "crash", []
+    crash.touch()
+    make = FakeSuite.make
+    monkeypatch.setattr(FakeSuite, "make", lambda suite, task: made.append(make(suite, task)) or made[-1])
+    run(settings(tmp_path / "out", suite_options={"crash": crash}))
+    assert len(made) == 2 + 6, "one for each task, and one after each crash"
+    assert all(environment.closed for environment in made)
+
+
 def test_too_many_crashes_end_the_run(tmp_path: Path) -> None:
     crash = tmp_path / "crash"
     crash.touch()

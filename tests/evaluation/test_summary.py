@@ -137,6 +137,23 @@ def test_holm_is_over_the_methods_and_no_controls(tmp_path: Path) -> None:
     assert all(arm.p_adjusted is None for arm in summary.arms if arm.kind != "method")
 
 
+def test_holm_is_in_the_verdicts_too(tmp_path: Path) -> None:
+    def outcome(arm: str, unit: Unit) -> bool:
+        return not (arm.startswith("vla-pruner") and unit.initial_state in (3, 30))
+
+    counts = ((58, 0, 2, 0),) * 2
+    margin = 0.085
+    p = Pairs(counts).p_not_worse(margin)
+    assert 0.0125 < p < 0.025
+    alone = summarize(made(tmp_path, outcome, margin=margin)).of("method")[0].verdict
+    assert alone is not None
+    assert (alone.word, alone.p_not_worse) == ("not worse", pytest.approx(p))
+    for arm in summarize(made(tmp_path, outcome, margin=margin, keep=(0.25, 0.5))).of("method"):
+        assert arm.verdict is not None
+        assert (arm.verdict.word, arm.verdict.p_not_worse) == ("inconclusive", pytest.approx(2 * p))
+        assert arm.verdict.p_worse == 1.0
+
+
 def test_a_crash_counts_nowhere(tmp_path: Path) -> None:
     def outcome(arm: str, unit: Unit) -> bool | None:
         return None if (arm, unit.initial_state, unit.task_id) == (PRUNED, 5, 1) else usual(arm, unit)

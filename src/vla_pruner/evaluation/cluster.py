@@ -6,6 +6,7 @@ import importlib
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vla_pruner.errors import VLAPrunerError
@@ -17,6 +18,9 @@ from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators.base import SimulatorUnavailable
 
 LOCAL = "local"
+PATIENCE = 600.0
+"""Seconds for which nothing at all happens on the cluster before the run stops."""
+
 TRIES = 3
 """Workers that may die on one unit before it counts as crashed, or at their start before the run stops."""
 
@@ -69,35 +73,42 @@ class Cluster:
             raise EvaluationError(
                 "--ray needs Ray, which is not installed; run: pip install 'vla-pruner[ray]'"
             ) from error
+        on_cuda = recipe.policy.device.startswith("cuda")
+        if on_cuda:  # Ray shows each worker one device, which is the first that it sees
+            recipe = replace(recipe, policy=replace(recipe.policy, device="cuda"))
         self._recipe = recipe
         self._began = not self._ray.is_initialized()
         if self._began:
             self._connect(address, workers)
-        on_cuda = recipe.policy.device.startswith("cuda")
         need = {"num_gpus": 1, "num_cpus": 1} if on_cuda else {"num_cpus": 1}
         # An actor that died is replaced here, never restarted by Ray: only this process knows what it was doing.
         self._actor = self._ray.remote(max_restarts=0, max_task_retries=0, **need)(Worker)
-        room = int(self._ray.cluster_resources().get("GPU" if on_cuda else "CPU", 0))
         self._workers: list[Any] = []
+        self._starting: dict[Any, Any] = {}
+        self._deaths_at_start = 0
         self.described: dict[str, Any] = {}
         try:
+            kind = "GPU" if on_cuda else "CPU"
+            room = int(self._ray.cluster_resources().get(kind, 0))
             if room < (workers or 1):
                 what = "CUDA devices" if on_cuda else "cores"
                 raise EvaluationError(
                     f"--workers is {workers or 1}, but the cluster has {room} {what}, and a worker takes one; ask for "
                     "fewer, or add machines."
                 )
-            self._fill(workers or room)
+            free = int(self._ray.available_resources().get(kind, 0))
+            for _ in range(workers or max(1, free)):
+                self._begin_worker()
+            while self._starting:
+                self._settle(self._next(list(self._starting)))
         except BaseException:
             self.close()
             raise
 
     def _connect(self, address: str, workers: int | None) -> None:
-        where: dict[str, Any] = {"num_cpus": workers} if address == LOCAL else {"address": address}
+        here = {"num_cpus": workers, "include_dashboard": False}
         try:
-            self._ray.init(
-                log_to_driver=False, include_dashboard=False, **where
-            ) if address == LOCAL else self._ray.init(log_to_driver=False, **where)
+            self._ray.init(log_to_driver=False, **(here if address == LOCAL else {"address": address}))
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EvaluationError(
@@ -110,21 +121,40 @@ class Cluster:
         """The live actors."""
         return tuple(self._workers)
 
-    def _fill(self, count: int) -> None:
-        """Starts workers until there are `count`, together."""
-        for _ in range(TRIES):
-            missing = count - len(self._workers)
-            begun = [(actor := self._actor.remote(self._recipe), actor.start.remote()) for _ in range(missing)]
-            for actor, answer in begun:
-                try:
-                    self._admit(actor, self._ray.get(answer))
-                except self._ray.exceptions.RayError:
-                    self._discard(actor)
-            if len(self._workers) == count:
-                return
-        raise EvaluationError(
-            f"A worker died {TRIES} times at its start, mostly for want of memory; ask for fewer with --workers."
-        )
+    def _begin_worker(self) -> None:
+        actor = self._actor.remote(self._recipe)
+        self._starting[actor.start.remote()] = actor
+
+    def _next(self, answers: list[Any]) -> Any:
+        """The next of these to be there.
+
+        Raises:
+            EvaluationError: none was for long, while no worker is at work.
+        """
+        while True:
+            ended, _ = self._ray.wait(answers, num_returns=1, timeout=PATIENCE)
+            if ended:
+                return ended[0]
+            if all(answer in self._starting for answer in answers):
+                raise EvaluationError(
+                    f"No worker could start within {PATIENCE / 60:g} minutes: the cluster has no room left for one. "
+                    "What is finished is kept; give the same command again when there is."
+                )
+
+    def _settle(self, answer: Any) -> None:
+        """A worker has started, refused, or died; one that died is replaced."""
+        actor = self._starting.pop(answer)
+        try:
+            self._admit(actor, self._ray.get(answer))
+        except self._ray.exceptions.RayError as error:
+            self._discard(actor)
+            self._deaths_at_start += 1
+            if self._deaths_at_start >= TRIES:
+                raise EvaluationError(
+                    f"Workers died {TRIES} times at their start, mostly for want of memory; ask for fewer with "
+                    "--workers."
+                ) from error
+            self._begin_worker()
 
     def _admit(self, actor: Any, answer: tuple[str, Any]) -> None:
         kind, content = answer
@@ -136,6 +166,7 @@ class Cluster:
                 f"The workers differ in {', '.join(odd)}; install the same versions and checkpoints on every machine."
             )
         self.described = content
+        self._deaths_at_start = 0
         self._workers.append(actor)
 
     def _discard(self, actor: Any) -> None:
@@ -159,14 +190,16 @@ class Cluster:
                     unit, arms, deaths = waiting.popleft()
                     answer = actor.run_unit.remote(unit, arms, run.manifest.run)
                     running[answer] = (actor, unit, arms, deaths)
-            ended, _ = self._ray.wait(list(running), num_returns=1)
-            actor, unit, arms, deaths = running.pop(ended[0])
+            ended = self._next([*running, *self._starting])
+            if ended in self._starting:
+                self._settle(ended)
+                continue
+            actor, unit, arms, deaths = running.pop(ended)
             try:
-                kind, content = self._ray.get(ended[0])
+                kind, content = self._ray.get(ended)
             except self._ray.exceptions.RayError as error:
-                count = len(self._workers)
                 self._discard(actor)
-                self._fill(count)
+                self._begin_worker()
                 if deaths + 1 < TRIES:
                     waiting.appendleft((unit, arms, deaths + 1))
                     continue
@@ -180,8 +213,9 @@ class Cluster:
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started here."""
-        for actor in self.workers:
+        for actor in (*self._workers, *self._starting.values()):
             self._discard(actor)
+        self._starting.clear()
         if self._began:
             self._ray.shutdown()
 

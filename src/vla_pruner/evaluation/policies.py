@@ -76,10 +76,10 @@ class PolicySource:
         if self.scripted:
             return DoNothing(suite.action_size) if self.name == NOTHING else suite.expert()
         if self.random_weights:
-            from vla_pruner.policies.options import as_dtype, check_device
+            from vla_pruner.policies.options import as_dtype, usable_device
             from vla_pruner.policies.random import random_policy
 
-            check_device(self.device)
+            usable_device(self.device)
             return random_policy(self.name, self.size, self.device, as_dtype(self.dtype) or torch.float32)
         from vla_pruner.policies.loading import load_policy
 
