@@ -165,9 +165,17 @@ class Memory:
         return Memory(**updated)
 
     def to(self, device: torch.device | str) -> Memory:
-        """The same memory with its scores on `device`; the counters go to the CPU, to be read without a wait."""
-        scores = (self.action.to(device), self.age.to(device), self.semantic.to(device))
-        return Memory(*scores, self.steps.cpu(), self.episode.cpu(), self.motion.cpu(), self.streak.cpu())
+        """The same memory with its scores on `device`; the counters go to the CPU, to be read without a wait.
+
+        All are of the documented dtypes and contiguous then, since compiled code takes that for granted.
+        """
+
+        def laid_out(name: str, value: Tensor) -> Tensor:
+            dtype = torch.float32 if name in ("action", "semantic", "motion") else torch.int64
+            place = device if name in ("action", "age", "semantic") else "cpu"
+            return value.to(place, dtype).contiguous()
+
+        return Memory(**{name: laid_out(name, value) for name, value in self.state_dict().items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, for `torch.save` or `safetensors`; `Memory(**state)` restores them."""

@@ -1,0 +1,244 @@
+"""Compiled sessions compute what uncompiled ones do, in programs that the first episode makes once and for all.
+
+The backend "eager" runs what was traced as it is: everything but the compiler's own arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import vla_pruner as vp
+from tests.attach.tiny import LENGTH, VISUAL, decode, make_cache, prompt, tiny_lm
+from tests.families.compiled import Record, assert_same, drive, graphs, record
+from tests.state import whole_state
+
+# Importing the compiler warns of itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+DEPTH = 4
+METHODS = {
+    "drop": (vp.VLAPruner(keep=0.25, window=1), {}),
+    "freeze": (vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze"), {"backend": "eager", "cache": "static"}),
+    "before": (vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=2), {}),
+    "before, frozen": (
+        vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2),
+        {"cache": "static"},
+    ),
+    "fastv": (vp.FastV(keep=0.25, pruned="freeze"), {"kind": "gemma2"}),
+    "progressive": (vp.SparseVLM(keep=0.75, layer=1, then=((2, 0.5), (3, 0.125))), {"backend": "eager"}),
+    "diverse": (vp.MaxMinDiversity(keep=0.25, layer=2, metric="euclidean"), {"cache": "static"}),
+    "random": (vp.RandomKeep(keep=0.25, layer=1, warmup_steps=1), {"kind": "qwen3"}),
+    "divprune": (vp.DivPrune(keep=0.25, pruned="freeze"), {"cache": "static"}),
+    "text": (vp.TextQuery(keep=0.25, gate=2), {}),
+    "refreshed": (vp.VLAPruner(keep=0.25, window=2, warmup="semantic", refresh_every=2), {"kind": "gemma2"}),
+}
+
+
+def lm(kind="llama", backend="sdpa") -> Any:
+    return tiny_lm(kind, backend, num_hidden_layers=DEPTH)
+
+
+def stepper(model: Any, cache: str = "dynamic", length: int = LENGTH) -> Callable[..., torch.Tensor]:
+    """What runs one control step on two rows of a scene: (B, 3, V) logits."""
+    return lambda scene: decode(model, prompt(2, seed=scene)[0][:, :length], None, make_cache(cache, model), 2)[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_as_uncompiled_and_no_graph_after_the_first_episode(name):
+    method, options = METHODS[name]
+    cache = options.get("cache", "dynamic")
+    model = lm(options.get("kind", "llama"), options.get("backend", "sdpa"))
+    step = stepper(model, cache)
+    with method.attach(model, visual=VISUAL) as session:
+        expected = drive(session, step)
+    with method.attach(model, visual=VISUAL) as session:
+        session.compile("eager")
+        counters.clear()
+        actual = drive(session, step, after_first=counters_stay)
+    assert_same(actual, expected)
+    kept = [one.kept is not None for one in actual]
+    assert any(kept[:4]), "the first episode must prune, or this test could not fail"
+
+
+def counters_stay() -> Callable[[], None]:
+    before = graphs()
+    assert before
+
+    def check() -> None:
+        assert graphs() == before
+
+    return check
+
+
+def test_a_new_prompt_length_compiles_its_own_programs_and_no_more():
+    model = lm()
+    method = vp.VLAPruner(keep=0.25, layer=1, window=1)
+    lengths = (LENGTH, LENGTH - 2, LENGTH, LENGTH - 2)
+    with method.attach(model, visual=VISUAL) as session:
+        expected = [episode(session, stepper(model, length=n)) for n in lengths]
+    with method.attach(model, visual=VISUAL) as session:
+        session.compile("eager")
+        counters.clear()
+        actual, seen = [], []
+        for n in lengths:
+            actual.append(episode(session, stepper(model, length=n)))
+            seen.append(graphs())
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other)
+    assert seen == [4, 8, 8, 8]
+
+
+def episode(session: vp.Session, step: Callable[..., torch.Tensor]) -> list[Record]:
+    session.reset()
+    return [record(session, step(scene)) for scene in range(3)]
+
+
+def test_a_static_cache_of_another_size_has_programs_of_its_own():
+    model = lm()
+
+    def step(scene: int) -> torch.Tensor:
+        cache = make_cache("static", model) if scene % 2 else bigger(model)
+        return decode(model, prompt(2, seed=scene)[0], None, cache, 2)[1]
+
+    method = vp.FastV(keep=0.25, layer=1)
+    with method.attach(model, visual=VISUAL) as session:
+        expected = [record(session, step(scene)) for scene in range(4)]
+    with method.attach(model, visual=VISUAL) as session:
+        session.compile("eager")
+        assert_same([record(session, step(scene)) for scene in range(4)], expected)
+
+
+def bigger(model: Any) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=2 * LENGTH)
+
+
+def test_a_static_cache_that_is_reset_needs_no_new_graph():
+    model = lm()
+    cache = make_cache("static", model)
+
+    def step(scene: int) -> torch.Tensor:
+        cache.reset()
+        return decode(model, prompt(2, seed=scene)[0], None, cache, 2)[1]
+
+    method = vp.KeepFixed((0, 5, 9), layer=1, pruned="freeze")
+    with method.attach(model, visual=VISUAL) as session:
+        expected = [record(session, step(scene)) for scene in range(3)]
+    cache = make_cache("static", model)
+    with method.attach(model, visual=VISUAL) as session:
+        session.compile("eager")
+        counters.clear()
+        actual = [record(session, step(0))]
+        check = counters_stay()
+        actual += [record(session, step(scene)) for scene in (1, 2)]
+        check()
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_keep_all_is_the_compiled_model_to_the_bit(cache):
+    model = lm()
+    step = stepper(model, cache)
+    with vp.compiled(model, "eager", visual=VISUAL) as baseline:
+        untouched = [step(scene) for scene in range(3)]
+        assert baseline.programs == 2
+    with vp.VLAPruner(keep=1.0, layer=1, window=1).attach(model, visual=VISUAL) as session:
+        session.compile("eager")
+        assert all(torch.equal(step(scene), untouched[scene]) for scene in range(3))
+
+
+def test_batches_of_other_sizes_and_models_beside_each_other():
+    """Each has programs with shapes of its own; nothing becomes a variable because another's differs."""
+    one, two = lm(), tiny_lm(seed=5, num_hidden_layers=DEPTH, hidden_size=16)
+    method = vp.FastV(keep=0.25, layer=1)
+    expected: dict[Any, Any] = {}
+    for compiled in (False, True):
+        found: dict[Any, Any] = {}
+        for model, width in ((one, 32), (two, 16)):
+            for rows in (1, 3):
+                with method.attach(model, visual=VISUAL) as session:
+                    if compiled:
+                        session.compile("eager")
+                        counters.clear()
+                    embeds = prompt(rows)[0][..., :width]
+                    found[width, rows] = decode(model, embeds, None, None, 2)[1]
+                    assert not compiled or graphs() == 2
+        for key, logits in expected.items():
+            assert (logits - found[key]).abs().max() < 1e-5
+        expected = found
+
+
+@pytest.mark.parametrize("name", ["drop", "freeze", "before"])
+def test_no_trace(name):
+    method, options = METHODS[name]
+    model = lm(backend=options.get("backend", "sdpa"))
+    step = stepper(model)
+    untouched, before = step(0), whole_state(model)
+    with method.attach(model, visual=VISUAL) as session:
+        session.compile("eager")
+        with pytest.raises(vp.SessionError, match="compiled already"):
+            session.compile("eager")
+        with pytest.raises(vp.SessionError, match="session already"):
+            vp.FastV(keep=0.5).attach(model, visual=VISUAL)
+        with pytest.raises(vp.SessionError, match="has a session"):
+            vp.compiled(model, "eager", visual=VISUAL)
+        with pytest.raises(vp.SessionError, match="copied or pickled"):
+            copy.deepcopy(model)
+        step(0)
+    assert whole_state(model) == before
+    with pytest.raises(vp.SessionError, match="detached"):
+        session.compile("eager")
+    assert torch.equal(step(0), untouched)
+
+
+def test_no_trace_of_the_baseline_and_what_it_refuses():
+    model = lm()
+    untouched, before = stepper(model)(0), whole_state(model)
+    made = vp.compiled(model, "eager", visual=VISUAL)
+    with pytest.raises(vp.UnsupportedModelError, match="compiled already"):
+        vp.compiled(model, "eager", visual=VISUAL)
+    with pytest.raises(vp.UnsupportedModelError, match="compiled already"):
+        vp.FastV(keep=0.5).attach(model, visual=VISUAL)
+    with pytest.raises(vp.SessionError, match="copied or pickled"):
+        copy.deepcopy(model)
+    assert (stepper(model)(0) - untouched).abs().max() < 1e-4
+    made.remove()
+    made.remove()
+    assert whole_state(model) == before
+    model.compile(backend="eager")
+    for refused in (vp.FastV(keep=0.5).attach, lambda one, **options: vp.compiled(one, "eager", **options)):
+        with pytest.raises(vp.UnsupportedModelError, match="is compiled and holds the decoder"):
+            refused(model, visual=VISUAL)
+
+
+def test_what_fails_inside_of_a_compiled_call_fails_and_disturbs_nothing():
+    model = lm()
+    before, step = whole_state(model), stepper(model)
+    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model, visual=VISUAL) as session:
+        expected = [record(session, step(scene)) for scene in range(3)]
+    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model, visual=VISUAL) as session, torch.no_grad():
+        session.compile("eager")
+        actual = [record(session, step(scene)) for scene in range(2)]
+        embeds = prompt(2)[0]
+        original = model.model.norm.weight
+        model.model.norm.weight = torch.nn.Parameter(torch.ones(3))
+        with pytest.raises(RuntimeError):
+            model(inputs_embeds=embeds)
+        model.model.norm.weight = original
+        cache = make_cache("dynamic", model)
+        model(inputs_embeds=embeds, past_key_values=cache)
+        with pytest.raises(vp.SessionError, match="another cache"):
+            model(input_ids=torch.ones(2, 1, dtype=torch.int64), past_key_values=make_cache("dynamic", model))
+        with pytest.raises(vp.SessionError, match="holds 31 positions"):
+            model(inputs_embeds=embeds, past_key_values=cache)
+        session.memory = actual[1].memory
+        actual.append(record(session, step(2)))
+    assert_same(actual, expected)
+    assert whole_state(model) == before
