@@ -99,16 +99,18 @@ def episode(session: vp.Session, step: Callable[..., torch.Tensor]) -> list[Reco
     return [record(session, step(scene)) for scene in range(3)]
 
 
-def test_a_static_cache_of_another_size_has_programs_of_its_own():
+@pytest.mark.parametrize("method", [vp.FastV(keep=0.25, layer=1), METHODS["before"][0]], ids=lambda one: one.layer)
+def test_a_static_cache_of_another_size_has_programs_of_its_own(method):
     model = lm()
 
     def step(scene: int) -> torch.Tensor:
-        cache = make_cache("static", model) if scene % 2 else bigger(model)
-        return decode(model, prompt(2, seed=scene)[0], None, cache, 2)[1]
+        cache = make_cache("static", model) if scene // 2 % 2 else bigger(model)
+        return decode(model, prompt(2, seed=scene)[0], None, cache, 1)[1]
 
-    method = vp.FastV(keep=0.25, layer=1)
     with method.attach(model, visual=VISUAL) as session:
         expected = [record(session, step(scene)) for scene in range(4)]
+    assert any(one.kept is not None for one in expected[:2])
+    assert any(one.kept is not None for one in expected[2:])
     with method.attach(model, visual=VISUAL) as session:
         session.compile("eager")
         assert_same([record(session, step(scene)) for scene in range(4)], expected)

@@ -65,7 +65,7 @@ class Compiled:
         """Put the compiled calls in place.
 
         Raises:
-            UnsupportedModelError: the family's calls are none of modules, or they are compiled already.
+            UnsupportedModelError: the family's calls are none of modules, or the method keeps what a graph overwrites.
         """
         family = self._family
         if not family.compilable:
@@ -96,9 +96,10 @@ class Compiled:
             name: of the program.
             function: what runs; it reads nothing that changes but its arguments and the step's state.
             given: what the call runs on.
-            *args: for the function.
+            *args: for the function; a dict is arguments of the decoder's call.
         """
-        return self._run((name, *given.shape[:2], self._state()), given, function, args, {})
+        kinds = tuple(_kind(value) for value in args if isinstance(value, dict))
+        return self._run((name, *given.shape[:2], self._state(), kinds), given, function, args, {})
 
     @staticmethod
     def begin_step() -> None:
