@@ -22,11 +22,10 @@ from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.methods import Method, RandomKeep, VLAPruner
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.loading import load_policy
-from vla_pruner.policies.random import NAMES, random_policy
+from vla_pruner.policies.options import usable_device
+from vla_pruner.policies.random import NAMES, SHOWN, random_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RANDOM = tuple(name for name in NAMES if name != "smolvla")
-"""Names that are shown; "smolvla" is understood, but is lerobot-smolvla."""
 METHODS = {"vla-pruner": VLAPruner, "random": RandomKeep}
 
 
@@ -73,7 +72,7 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     """
     method: Method = METHODS[settings.method](keep=settings.keep, layer=settings.layer, pruned=settings.pruned)
     check_request(method, settings.instruction, settings.seed)
-    device = _device(settings.device)
+    device = usable_device(settings.device, "--device")
     if settings.json not in (None, "-"):
         check_file(str(settings.json))
     # Standard output is the report's alone where it was asked for; policies' own libraries print things, too.
@@ -97,9 +96,7 @@ def _policy(settings: AuditSettings, device: torch.device) -> Policy:
         if settings.options:
             raise BudgetError(f"--option is for checkpoints; with --random-weights leave it out: {settings.options}.")
         if settings.model not in NAMES:
-            raise UnsupportedModelError(
-                f"MODEL is {settings.model}; with random weights there are {', '.join(RANDOM)}."
-            )
+            raise UnsupportedModelError(f"MODEL is {settings.model}; with random weights there are {', '.join(SHOWN)}.")
         size = settings.size or "tiny"
         return random_policy(settings.model, size, device, torch.float32 if dtype is None else dtype, settings.seed)
     if settings.size is not None:
@@ -112,16 +109,6 @@ def _policy(settings: AuditSettings, device: torch.device) -> Policy:
         raise
     except NotImplementedError as error:
         raise UnsupportedModelError(f"{settings.model} asks for something that is not supported: {error}") from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UnsupportedModelError(f"--device is {name}, which torch cannot use here ({reason}).") from error
-    return device
 
 
 def _write(report: AuditReport, settings: AuditSettings) -> None:

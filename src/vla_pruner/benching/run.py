@@ -34,7 +34,8 @@ from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.subject import Subject
 from vla_pruner.benching.verdict import Timed, why
 from vla_pruner.conditions import busy_cores, load_average
-from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.errors import SessionError
+from vla_pruner.policies.options import usable_device
 from vla_pruner.statistics import median_interval, percentile
 
 _BUSY_CORES = 0.25
@@ -52,12 +53,12 @@ def bench(model: str, *, progress: Progress | None = None, **options: Any) -> Be
         **options: fields of `BenchSettings`: keep, methods, pruned, layer, batch, dtype, device, iters, ...
 
     Raises:
-        BudgetError: an option is out of its range, or does not apply to this model.
-        UnsupportedModelError: no such model, or it cannot run here.
+        BudgetError: an option is out of its range, or does not apply to this model, or torch cannot use the device.
+        UnsupportedModelError: no such model, or it cannot be compiled.
         CheckpointError: the checkpoint cannot be read.
     """
     settings = BenchSettings(model=model, **options)
-    device = usable_device(settings.device)
+    device = usable_device(settings.device, "--device")
     with _threads(settings.threads):
         policy = build(settings, device, getattr(torch, settings.dtype))
         return bench_subject(Subject(policy, feed(policy, settings, device), settings, device), progress)
@@ -96,21 +97,6 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
         backend=settings.backend,
         warnings=tuple(_warnings(conditions, results, rounds)),
     )
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        UnsupportedModelError: torch cannot use it here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UnsupportedModelError(f"--device is {name}, which torch cannot use here ({reason}).") from error
-    return device
 
 
 @contextmanager

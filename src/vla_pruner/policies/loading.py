@@ -12,7 +12,7 @@ import torch
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.folder import read_json
-from vla_pruner.policies.options import as_dtype, check_device
+from vla_pruner.policies.options import as_dtype, usable_device
 
 LEROBOT_TYPES = ("pi0", "pi05", "smolvla")
 SUPPORTED = (
@@ -43,7 +43,7 @@ def load_policy(
         CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
         BudgetError: an option is not one of the family's, there is no such device, or no such dtype.
     """
-    check_device(device)
+    usable_device(device)
     dtype = as_dtype(dtype)
     if not isinstance(path_or_hub_id, (str, Path)) or not str(path_or_hub_id):
         raise CheckpointError(

@@ -10,14 +10,19 @@ ATTENTION = ("sdpa", "eager")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def check_device(device: str | torch.device) -> None:
-    """Refuse a device that is not there.
+def usable_device(device: str | torch.device, flag: str | None = None) -> torch.device:
+    """The device of this name.
+
+    Args:
+        device: as torch names it.
+        flag: of the command line that named it.
 
     Raises:
         BudgetError: it is none, or this torch cannot use it; the message says why.
     """
     try:
-        torch.empty(0, device=torch.device(device))
+        found = torch.device(device)
+        torch.empty(1, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         there = ["'cpu'"]
@@ -25,9 +30,9 @@ def check_device(device: str | torch.device) -> None:
             there += [f"'cuda:{index}'" for index in range(torch.cuda.device_count())]
         if torch.backends.mps.is_available():
             there.append("'mps'")
-        raise BudgetError(
-            f"device={str(device)!r} was given, which torch cannot use here ({reason}); there is {', '.join(there)}."
-        ) from error
+        given = f"device={str(device)!r} was given" if flag is None else f"{flag} is {device}"
+        raise BudgetError(f"{given}, which torch cannot use here ({reason}); there is {', '.join(there)}.") from error
+    return found
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

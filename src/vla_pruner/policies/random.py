@@ -30,7 +30,7 @@ def random_policy(
     """A policy that sees and attends but knows nothing, made directly on its device.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `SHOWN`.
         size: "tiny" (seconds on a CPU), or "full": the published size.
         device: where it is made.
         dtype: of its weights.
@@ -40,7 +40,7 @@ def random_policy(
         UnsupportedModelError: another name or size, or what the family needs is not installed.
     """
     if name not in NAMES:
-        raise UnsupportedModelError(f"{name!r} was given; with random weights there are {', '.join(NAMES)}.")
+        raise UnsupportedModelError(f"{name!r} was given; with random weights there are {', '.join(SHOWN)}.")
     if size not in SIZES:
         raise UnsupportedModelError(f"size={size!r} was given; it is 'tiny' or 'full'.")
     return NAMES[name](size, torch.device(device), dtype, seed)
@@ -178,3 +178,6 @@ NAMES: dict[str, Callable[..., Any]] = {
     "smolvla": _lerobot("smolvla"),
 }
 """What builds each policy; "pi0" is that of transformers."""
+
+SHOWN = tuple(name for name in NAMES if name != "smolvla")
+"""Names that are shown; "smolvla" is understood, but is lerobot-smolvla."""

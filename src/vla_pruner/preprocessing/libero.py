@@ -66,7 +66,7 @@ def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"LIBERO's images go through JPEG as in training, which needs {error.name}: "
-            "`pip install pillow simplejpeg`, or `pip install vla-pruner[libero-images]`.",
+            "`pip install pillow simplejpeg`, or `pip install '.[libero-images]'` in a clone of vla-pruner.",
             name=error.name,
         ) from error
     encoded = io.BytesIO()
