@@ -196,8 +196,10 @@ class Step:
         """
         stage = self.stage_at(layer)
         one = decoding and (attention.query.shape[2] if rows is None else rows.shape[1]) == 1
+        # A static cache's empty slots are hidden by the kernel's causal rule alone where there is no mask.
+        hides = attention.causal and attention.key.shape[2] > attention.query.shape[2]
         # In a graph, reading at once costs nothing to speak of.
-        if one and attention.weights is None and not torch.compiler.is_compiling():
+        if one and not hides and attention.weights is None and not torch.compiler.is_compiling():
             self.call.notes.append(note(layer, stage, attention, rows))
             return
         # Sums stay in the cache's own order of columns until somebody reads them.
