@@ -65,10 +65,10 @@ def test_inductor_computes_the_same():
     from tests.attach.tiny import VISUAL, decode, prompt, tiny_lm
 
     model = tiny_lm(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
-    method = vp.VLAPruner(keep=0.25, layer=1, window=1)
+    method = vp.MaxMinDiversity(keep=0.25, layer=1)
 
     def steps():
-        return [decode(model, prompt(1, seed=s)[0][..., :16], None, None, 2)[1] for s in range(4)]
+        return [decode(model, prompt(1, seed=s)[0][..., :16], None, None, 2)[1] for s in range(2)]
 
     with method.attach(model, visual=VISUAL):
         expected = steps()
@@ -79,7 +79,7 @@ def test_inductor_computes_the_same():
         made = counters["stats"]["unique_graphs"]
         session.reset()
         again = steps()
-        assert counters["stats"]["unique_graphs"] == made == 4
+        assert counters["stats"]["unique_graphs"] == made
     for one, two, other in zip(actual, again, expected, strict=True):
         assert (one - other).abs().max() < 1e-4
         assert torch.equal(one, two)
