@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import vla_pruner as vp
-from vla_pruner.attach import recorder, shortener
+from vla_pruner.attach import recorder, session, shortener
 from vla_pruner.auditing import environment, probes
 from vla_pruner.auditing.run import CHECKS, audit
 from vla_pruner.auditing.subject import Subject
@@ -123,11 +123,9 @@ def test_vision_that_is_skipped_while_pruned(policy):
 
 
 def test_pruning_that_starts_a_layer_late(policy, monkeypatch):
-    original = shortener.Shortener.__init__
+    original = session.stages_of
     monkeypatch.setattr(
-        shortener.Shortener,
-        "__init__",
-        lambda self, session, family, layer: original(self, session, family, layer + 1),
+        session, "stages_of", lambda *given: {layer + 1: stage for layer, stage in original(*given).items()}
     )
     method = vp.RandomKeep(keep=0.25)
     check = ask("lengths", policy, method)

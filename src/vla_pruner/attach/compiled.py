@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
-from vla_pruner.attach.layout import NO_TEXT
 from vla_pruner.attach.replacements import Replaced, Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
 
@@ -138,13 +137,7 @@ class Compiled:
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)
-        try:
-            return program(original, args, kwargs)
-        except RuntimeError as error:
-            # What a graph asserts is an error of torch's.
-            if NO_TEXT in str(error):
-                raise SessionError(NO_TEXT) from error
-            raise
+        return program(original, args, kwargs)
 
     def _program(self, device: torch.device) -> Callable[..., Any]:
         def call(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -277,6 +277,8 @@ class Session:
         if self.reuse is not None:
             prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         if self._compiled is not None:
+            if any(stage.method.queries in ("text", "raters") for stage in self.stages.values()):
+                layout.text()  # raises here what a graph cannot
             self._compiled.begin_step()
         self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes, budgets=budgets)
         return True

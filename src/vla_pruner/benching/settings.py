@@ -210,11 +210,12 @@ def method_class(name: str) -> type[Method]:
 
 
 def known_methods() -> dict[str, type[Method]]:
-    """Every method that has a budget, by its name with dashes."""
+    """Every method that has a budget and drops tokens, by its name with dashes."""
     found: dict[str, type[Method]] = {}
     for name in methods.__all__:
         kind: Any = getattr(methods, name)
-        if isinstance(kind, type) and issubclass(kind, Method) and hasattr(kind, "keep"):
+        is_method = isinstance(kind, type) and issubclass(kind, Method) and hasattr(kind, "keep")
+        if is_method and "drop" in kind().treatments:
             found[method_name(kind)] = kind
     return found
 
