@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vla_pruner.errors import VLAPrunerError
+from vla_pruner.flags import budget, names, option
 
 WRONG_INPUT = 2
 
@@ -101,7 +102,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--tasks",
         metavar="A,B",
-        type=_names,
+        type=names,
         help="task names, separated by commas (default: all that the policy knows)",
     )
     command.add_argument(
@@ -190,7 +191,7 @@ def _add_audit(commands: Any) -> None:
     command.add_argument(
         "--keep",
         metavar="X",
-        type=_keep,
+        type=budget,
         default=0.25,
         help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: %(default)s)",
     )
@@ -214,7 +215,7 @@ def _add_audit(commands: Any) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        type=_option,
+        type=option,
         help="for load_policy, such as unnorm_key=bridge_orig or cameras=image,wrist_image; may be repeated\n"
         "(default: none)",
     )
@@ -259,29 +260,6 @@ def _add_eval(commands: Any) -> None:
     from vla_pruner.evaluation.flags import add_eval
 
     add_eval(commands)
-
-
-def _keep(text: str) -> float | int:
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a fraction of the visual tokens, such as 0.25, nor a number of them, such as 64"
-        ) from error
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    parts = tuple(part.strip() for part in value.split(",") if part.strip())
-    if name == "cameras" or len(parts) > 1:
-        return name, parts
-    return name, int(value) if value.isdigit() else value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

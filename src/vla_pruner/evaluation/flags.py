@@ -10,6 +10,7 @@ from typing import Any
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
+from vla_pruner.flags import names, option
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
@@ -40,12 +41,12 @@ def add_eval(commands: Any) -> None:
         "--suite",
         dest="suites",
         metavar="A,B",
-        type=_names,
+        type=names,
         help="libero_spatial, libero_object, libero_goal, libero_10 (libero: these four), libero_90,\n"
         "metaworld:mt8, metaworld:mt6 or metaworld:mt4",
     )
     add("--out", metavar="DIR", type=Path, required=True, help="folder of the run; an unfinished one is continued")
-    add("--tasks", metavar="A,B", type=_names, help="names or numbers of tasks (default: as the preset says)")
+    add("--tasks", metavar="A,B", type=names, help="names or numbers of tasks (default: as the preset says)")
     add(
         "--preset",
         choices=tuple(PRESETS),
@@ -65,13 +66,13 @@ def add_eval(commands: Any) -> None:
         "--method",
         dest="methods",
         metavar="A,B",
-        type=_names,
+        type=names,
         help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv\n"
         "or none (default: vla-pruner)",
     )
     add("--keep", metavar="X,Y", type=_listed(_keep), help="visual tokens kept: fractions or numbers (default: 0.25)")
     add("--layer", metavar="K,L", type=_listed(int), help="pruning layers (default: 3)")
-    add("--pruned", metavar="A,B", type=_names, help="drop, freeze or drop,freeze (default: drop)")
+    add("--pruned", metavar="A,B", type=names, help="drop, freeze or drop,freeze (default: drop)")
     add(
         "--controls",
         metavar="A,B",
@@ -110,7 +111,7 @@ def add_eval(commands: Any) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        type=_option,
+        type=option,
         help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
     )
     add(
@@ -118,7 +119,7 @@ def add_eval(commands: Any) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        type=_option,
+        type=option,
         help="for the suites, such as assets=DIR; may be repeated (default: none)",
     )
     command.set_defaults(run=run_command)
@@ -169,12 +170,8 @@ def settings_of(options: argparse.Namespace) -> EvalSettings:
     )
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _controls(text: str) -> tuple[str, ...]:
-    return () if text.strip() == "none" else _names(text)
+    return () if text.strip() == "none" else names(text)
 
 
 def _keep(text: str) -> float | int:
@@ -184,7 +181,7 @@ def _keep(text: str) -> float | int:
 def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def read(text: str) -> tuple[Any, ...]:
         try:
-            return tuple(kind(word) for word in _names(text))
+            return tuple(kind(word) for word in names(text))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers separated by commas") from error
 
@@ -196,13 +193,3 @@ def _shard(text: str) -> tuple[int, int]:
     if not (number.isdigit() and count.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is no part such as 2/4, the second of four")
     return int(number), int(count)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    parts = tuple(part.strip() for part in value.split(",") if part.strip())
-    if name == "cameras" or len(parts) > 1:
-        return name, parts
-    return name, int(value) if value.isdigit() else value
