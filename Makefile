@@ -11,6 +11,7 @@ ARGS ?=
 WORKERS ?= -n 2
 PY := $(VENV)/bin/python
 GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
+BROWSER_PACKAGES := chromium chromium-driver fonts-dejavu-core
 CORE_TESTS := $(wildcard tests/methods tests/attach tests/families tests/openvla tests/policies tests/audit tests/preprocessing)
 
 # MuJoCo 3.3.0 has wheels for Python 3.11 to 3.13; `make PYTHON=/path/to/python` chooses another interpreter.
@@ -48,6 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints.txt; a few minutes the first time)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero-images,eval,dev]'
 	@sh .ci/rendering $(PY) $(GL_PACKAGES)
+	@sh .ci/browser $(BROWSER_PACKAGES)
 	@touch $@
 	@echo "==> Installed"
 
