@@ -23,6 +23,7 @@ from vla_pruner.errors import (
     VLAPrunerError,
 )
 from vla_pruner.methods import (
+    ActionAndDiversity,
     ActionOnly,
     DivPrune,
     Evidence,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActionAndDiversity",
     "ActionOnly",
     "BudgetError",
     "CheckpointError",

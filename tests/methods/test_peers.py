@@ -13,15 +13,16 @@ import vla_pruner as vp
 from tests.methods.test_selection import ROWS, M, literal_max_min, random_evidence
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.scores import attention_probabilities, mean_logits, temporal_estimate, text_raters
-from vla_pruner.methods.selection import distances, present_or_enough, top_ids
+from vla_pruner.methods.selection import distances, max_min_order, present_or_enough, top_ids
 
 K = 6
 BY_SCORE = [vp.FastV, vp.SemanticOnly, vp.SparseVLM, vp.TextQuery]
 BY_HISTORY = [vp.ActionOnly, vp.ScoreFusion]
+MIXTURE = vp.ActionAndDiversity(K)
 BY_DIVERSITY = [vp.DivPrune, vp.MaxMinDiversity]
 PEERS = BY_SCORE + BY_HISTORY + BY_DIVERSITY
 EUCLIDEAN = vp.MaxMinDiversity(K, metric="euclidean")
-METHODS = [peer(K) for peer in PEERS] + [EUCLIDEAN]
+METHODS = [peer(K) for peer in PEERS] + [EUCLIDEAN, MIXTURE]
 
 
 def name(method):
@@ -114,6 +115,27 @@ def test_the_metrics_differ_where_norms_do():
     assert vp.MaxMinDiversity(2, metric="euclidean").select(evidence, 2).tolist() == [[1, 2]]
     same = replace(evidence, features=torch.ones(1, 3, 2))
     assert vp.MaxMinDiversity(2).select(same, 2).tolist() == [[0, 1]], "ties: the smaller id"
+
+
+def test_the_mixture_is_action_first_then_what_is_far_apart_among_the_others():
+    torch.manual_seed(0)
+    action = torch.rand(9).tolist()
+    evidence = replace(evidence_of([0.0] * 9, [action]), features=torch.randn(1, 9, 4))
+    for k, by_action in ((4, 2), (5, 2), (6, 3), (1, 0)):
+        acting = top(action, by_action)
+        outside = torch.ones(1, 9, dtype=torch.bool)
+        outside[0, acting] = False
+        others = max_min_order(distances(evidence.features, "euclidean"), outside, k - by_action)
+        method = vp.ActionAndDiversity(k, window=1)
+        assert method.select(evidence, k).tolist() == [sorted(acting + others[0].tolist())], (k, by_action)
+    whole = vp.ActionAndDiversity(4, share=1.0, window=1)
+    assert whole.select(evidence, 4).tolist() == vp.ActionOnly(4, window=1).select(evidence, 4).tolist()
+    none = vp.ActionAndDiversity(4, share=0.0, window=1)
+    assert none.select(evidence, 4).tolist() == EUCLIDEAN.select(evidence, 4).tolist()
+    absent = replace(evidence, valid=torch.arange(9)[None] < 3)
+    assert vp.ActionAndDiversity(4, window=1).select(absent, 4).tolist() == [[0, 1, 2, 3]], "the first absent one fills"
+    with pytest.raises(vp.BudgetError, match="share"):
+        vp.ActionAndDiversity(4, share=1.5)
 
 
 def test_raters_are_the_text_that_resembles_the_image():
@@ -273,8 +295,9 @@ def test_the_document_has_every_method():
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     exported = [getattr(vp, name) for name in vp.__all__ if isinstance(getattr(vp, name), type)]
     methods = [cls for cls in exported if issubclass(cls, vp.Method) and cls is not vp.Method]
-    assert len(methods) == 13
+    assert len(methods) == 14
     for cls in methods:
         assert f"| `{cls.__name__}`" in text or f"`{cls.__name__}`" in text.split("controls")[0], cls
         assert cls.__doc__ is not None
-        assert "Paper:" in cls.__doc__ or cls in (vp.MaxMinDiversity, vp.RandomKeep, vp.KeepFixed, vp.Unpruned)
+        ours = (vp.ActionAndDiversity, vp.MaxMinDiversity, vp.RandomKeep, vp.KeepFixed, vp.Unpruned)
+        assert "Paper:" in cls.__doc__ or cls in ours

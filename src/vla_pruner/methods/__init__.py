@@ -1,5 +1,6 @@
 """Which tokens stay: pure tensors in, ids out. Nothing here knows a model."""
 
+from vla_pruner.methods.action_and_diversity import ActionAndDiversity
 from vla_pruner.methods.action_only import ActionOnly
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.controls import KeepFixed, RandomKeep, Unpruned
@@ -15,6 +16,7 @@ from vla_pruner.methods.vla_cache import VLACache
 from vla_pruner.methods.vla_pruner import VLAPruner
 
 __all__ = [
+    "ActionAndDiversity",
     "ActionOnly",
     "DivPrune",
     "Evidence",
