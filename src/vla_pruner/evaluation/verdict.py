@@ -10,8 +10,8 @@ from vla_pruner.statistics import PairedDifference
 
 def sentences(summary: Summary) -> list[str]:
     """The verdicts first, then what the controls say, then what limits all of them."""
-    found = [f"{arm.title}: {_judged(arm, summary)}" for arm in summary.of("method")]
-    return [*found, *_again(summary), *_blank(summary), *_limits(summary)]
+    found = [f"{arm.title}: {judged(arm, summary)}" for arm in summary.of("method")]
+    return [*found, *noise_floor(summary), *blank_image(summary), *limits(summary)]
 
 
 def points(value: float) -> str:
@@ -25,7 +25,8 @@ def spread(difference: PairedDifference) -> str:
     return f"{points(difference.value)} points ({points(difference.low)} to {points(difference.high)})"
 
 
-def _judged(arm: ArmSummary, summary: Summary) -> str:
+def judged(arm: ArmSummary, summary: Summary) -> str:
+    """Of a method's arm: the verdict with its interval, what it means, what would decide it, and random choice."""
     difference, verdict = arm.difference, arm.verdict
     if difference is None or verdict is None or not difference.pairs:
         return "no episode was finished by it and by the unpruned policy."
@@ -70,7 +71,8 @@ def _random(arm: ArmSummary) -> str:
     return f" Drawing at random did better: {spread(chosen)}."
 
 
-def _again(summary: Summary) -> list[str]:
+def noise_floor(summary: Summary) -> list[str]:
+    """How far two runs of the unpruned policy agree; empty without that control."""
     found = []
     for arm in summary.of("again"):
         again = arm.difference
@@ -87,7 +89,8 @@ def _again(summary: Summary) -> list[str]:
     return found
 
 
-def _blank(summary: Summary) -> list[str]:
+def blank_image(summary: Summary) -> list[str]:
+    """Whether the policy needs to see; empty without that control."""
     found = []
     for arm in summary.of("blank"):
         blank = arm.difference
@@ -107,7 +110,8 @@ def _rate(arm: ArmSummary) -> str:
     return f"{arm.success.successes} of {arm.success.total}"
 
 
-def _limits(summary: Summary) -> list[str]:
+def limits(summary: Summary) -> list[str]:
+    """What limits every verdict: crashes, episodes that are left, a second look, a run too short for claims."""
     found = []
     if summary.baseline.success.total and not summary.baseline.success.successes:
         found.append("The unpruned policy solved nothing, so nothing can be said about pruning it.")
