@@ -347,6 +347,20 @@ def test_arms_are_every_combination_once() -> None:
     assert next(arm for arm in arms if arm.key == "vla-pruner-64-drop-K2-unseencarry-window5").random == control.key
 
 
+def test_the_random_control_waits_as_long_as_the_method() -> None:
+    waits = {
+        "vla-pruner": 3,
+        "vla-pruner:warmup=semantic": 0,
+        "action-only:window=4": 4,
+        "action-only:warmup_steps=5": 5,
+        "fastv": 0,
+        "fastv:warmup_steps=2": 2,
+    }
+    for name, steps in waits.items():
+        control: Any = all_arms(method_arms((name,), (0.25,), (2,), ("drop",)), ("random",))[-1]
+        assert (control.kind, control.method.warmup_steps) == ("random", steps), name
+
+
 def test_a_random_choice_is_another_one_in_every_unit() -> None:
     policy = tiny_policy()
     arm = all_arms(method_arms(("fastv",), (0.25,), (1,), ("drop",)), ("random",))[-1]

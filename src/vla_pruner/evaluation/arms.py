@@ -137,7 +137,9 @@ def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]
 
 
 def _random(method: Any) -> Arm:
-    warm_up = method.history if getattr(method, "warmup", None) == "full" else getattr(method, "warmup_steps", 0)
+    # Methods with a history wait for it, except where VLAPruner fills it up while it prunes.
+    history = 0 if getattr(method, "warmup", None) == "semantic" else method.history
+    warm_up = max(history, getattr(method, "warmup_steps", 0))
     # It has no refreshes: where a method looks at everything now and then, the table's pruned steps show it.
     control = RandomKeep(keep=method.keep, layer=method.layer, pruned=method.pruned, warmup_steps=warm_up)
     title = f"random {method.keep:g} {method.pruned} K={method.layer}"
