@@ -6,6 +6,7 @@ from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.records import Record, read_records
 from vla_pruner.evaluation.settings import PRESETS, EvalSettings
 from vla_pruner.evaluation.summary import Summary, summarize
+from vla_pruner.evaluation.traces import Trace, read_trace, traces_of
 from vla_pruner.evaluation.units import Unit
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "PolicySource",
     "Record",
     "Summary",
+    "Trace",
     "Unit",
     "merge",
     "read_records",
+    "read_trace",
     "summarize",
+    "traces_of",
 ]

@@ -41,7 +41,7 @@ class Worker:
             return "refused", str(error)
 
     def run_unit(self, unit: Unit, arms: Sequence[tuple[str, int]], run: str) -> tuple[str, Any]:
-        """Runs a unit: ("records", ...) or ("refused", why)."""
+        """Runs a unit: ("records", pairs of a record and its trace or None) or ("refused", why)."""
         assert self._replica is not None
         try:
             return "records", list(self._replica.run_unit(unit, arms, run))
@@ -204,11 +204,12 @@ class Cluster:
                     waiting.appendleft((unit, arms, deaths + 1))
                     continue
                 told = {"type": type(error).__name__, "message": f"{TRIES} workers died on it", "where": "Ray"}
-                kind, content = "records", [lost(unit, arm, run.manifest.run, number, told) for arm, number in arms]
+                kind = "records"
+                content = [(lost(unit, arm, run.manifest.run, number, told), None) for arm, number in arms]
             if kind == "refused":
                 raise EvaluationError(content)
-            for record in content:
-                keep_record(run, file, record, max_errors)
+            for record, trace in content:
+                keep_record(run, file, record, trace, max_errors)
                 yield record
 
     def close(self) -> None:

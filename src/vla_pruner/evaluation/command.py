@@ -31,6 +31,7 @@ from vla_pruner.evaluation.table import (
     to_markdown,
     to_rich,
 )
+from vla_pruner.evaluation.traces import trace_path
 from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
@@ -91,6 +92,7 @@ def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -
         file = stack.enter_context(open_records(settings.out))
         run, records = _start(settings, file, stack, find)
         _greet(run, file, console)
+        _say_untraced(run, settings, console)
         try:
             _follow(run, records, console)
         except KeyboardInterrupt:
@@ -131,6 +133,16 @@ def _greet(run: Run, file: RecordFile, console: Console) -> None:
         crashed = len(run.records) - done
         again = f"; {crashed} crashed and are tried again" if crashed else ""
         console.print(f"Going on: {done} of {total} episodes are done{again}.")
+
+
+def _say_untraced(run: Run, settings: EvalSettings, console: Console) -> None:
+    traced = range(settings.first, settings.first + settings.trace)
+    done = [one.key for one in run.records.values() if one.unit.initial_state in traced and not one.crashed]
+    lacking = sum(not trace_path(settings.out, *key).exists() for key in done)
+    if lacking:
+        console.print(
+            f"{counted(lacking, 'episode')} of those that --trace asks for ended without it and stay untraced."
+        )
 
 
 def _follow(run: Run, records: Iterator[Record], console: Console) -> None:

@@ -17,6 +17,7 @@ from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.policies import sees_images
 from vla_pruner.evaluation.records import Record
+from vla_pruner.evaluation.traces import Tracer
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators.base import Convention, Environment, SimulatorUnavailable
 from vla_pruner.statistics import percentile
@@ -45,6 +46,7 @@ def run_episode(
     attempt: int = 1,
     max_steps: int | None = None,
     versions: Mapping[str, str | None] | None = None,
+    tracer: Tracer | None = None,
 ) -> Record:
     """Runs one episode to its end; a crash of policy or simulator ends it and is recorded as what it is.
 
@@ -57,6 +59,7 @@ def run_episode(
         convention: how the policy sees the suite.
         run, attempt, versions: for the record.
         max_steps: ends the episode earlier than the suite does.
+        tracer: is told of every control step; None: nobody is.
 
     Raises:
         VLAPrunerError, SimulatorUnavailable: it cannot run at all, as it would not the next time.
@@ -64,8 +67,8 @@ def run_episode(
     course, error = _Course(), None
     started, begun = datetime.now(UTC), perf_counter()
     try:
-        with torch.random.fork_rng(_cuda_devices(policy)):
-            _drive(course, policy, environment, convention, arm, unit, max_steps)
+        with torch.random.fork_rng(generator_devices(policy)):
+            _drive(course, policy, environment, convention, arm, unit, max_steps, tracer)
     except (VLAPrunerError, SimulatorUnavailable):
         raise
     except Exception as crash:
@@ -104,6 +107,7 @@ def _drive(
     arm: Arm,
     unit: Unit,
     max_steps: int | None,
+    tracer: Tracer | None,
 ) -> None:
     limit = environment.task.max_steps if max_steps is None else min(max_steps, environment.task.max_steps)
     observation, _ = environment.reset(initial_state=unit.initial_state)
@@ -118,11 +122,16 @@ def _drive(
             images, proprio = convention.observe(observation)
             if arm.is_blank:
                 images = {name: np.zeros_like(image) for name, image in images.items()}
-            torch.manual_seed(unit.noise_seed(len(course.latency), arm.noise_stream))
+            seed = unit.noise_seed(len(course.latency), arm.noise_stream)
+            torch.manual_seed(seed)
             start = perf_counter()
             chunk = policy.act(images, observation.instruction, proprio)
             course.latency.append(1e3 * (perf_counter() - start))
             _note_kept(course, session)
+            if tracer is not None:
+                tracer.note(
+                    images, observation.instruction, proprio, chunk, seed=seed, steps=course.steps, session=session
+                )
             for action in convention.plan(chunk):
                 observation, reward, terminated, truncated, info = environment.step(action)
                 course.steps += 1
@@ -148,7 +157,7 @@ def describe(crash: BaseException) -> dict[str, str]:
     return {"type": type(crash).__name__, "message": str(crash)[:2000], "where": where}
 
 
-def _cuda_devices(policy: Any) -> list[int]:
+def generator_devices(policy: Any) -> list[int]:
     """CUDA devices whose generators are put back: the policy's."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return []

@@ -14,7 +14,7 @@ from vla_pruner.flags import names, option
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
-    "controls", "horizon", "shard", "max_errors", "ray", "workers",
+    "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace",
 )  # fmt: skip
 
 
@@ -94,6 +94,14 @@ def add_eval(commands: Any) -> None:
         "--shard", metavar="I/N", type=_shard, help="run the I-th of N parts; --merge puts them together (default: all)"
     )
     add("--merge", metavar="DIR", type=Path, nargs="+", help="run nothing: put the folders of one evaluation together")
+    add(
+        "--trace",
+        metavar="N",
+        type=int,
+        default=0,
+        help="write down what was seen, done, scored and kept in N episodes of each task and arm, the first ones\n"
+        "(default: %(default)s)",
+    )
     add(
         "--ray",
         metavar="ADDRESS",

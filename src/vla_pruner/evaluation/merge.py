@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.manifest import MANIFEST, Manifest, Plan, check_same, check_versions
-from vla_pruner.evaluation.records import EPISODES, check_run, latest, read_records, write_text
+from vla_pruner.evaluation.records import EPISODES, Record, check_run, latest, read_records, write_bytes, write_text
 from vla_pruner.evaluation.run import Run
 from vla_pruner.evaluation.settings import CLAIM_EPISODES
+from vla_pruner.evaluation.traces import make_folder, trace_path
 
 
 def merge(folders: Sequence[Path], out: Path) -> Run:
-    """Writes the records of `folders` into `out`, which can then be continued like any run.
+    """Writes the records of `folders` into `out`, with their traces, which can then be continued like any run.
 
     Raises:
         EvaluationError: an episode is in two of them, their settings or versions differ, their selections do not add up
@@ -53,10 +55,25 @@ def merge(folders: Sequence[Path], out: Path) -> Run:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EvaluationError(f"The folder {out} cannot be made ({error.strerror}); choose another --out.") from error
+    for folder in folders:
+        _take_traces(folder, out, found.values())
     ordered = sorted(found.values(), key=lambda record: places[record.unit])
     write_text(out / EPISODES, "".join(record.to_line().decode() for record in ordered))
     whole.write(out)
     return Run(whole, {record.key: record for record in ordered})
+
+
+def _take_traces(folder: Path, out: Path, records: Iterable[Record]) -> None:
+    """Links the traces of these records, or copies them to another disk; those of episodes that were cut off stay."""
+    for record in records:
+        source, target = (trace_path(one, *record.key) for one in (folder, out))
+        if record.crashed or target.exists() or not source.exists():
+            continue
+        make_folder(target)
+        try:
+            os.link(source, target)
+        except OSError:
+            write_bytes(target, source.read_bytes())
 
 
 def _together(plans: Sequence[Plan]) -> Plan:

@@ -11,8 +11,10 @@ from vla_pruner.conditions import version
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation.arms import Arm, check_layers
 from vla_pruner.evaluation.episode import describe, run_episode
+from vla_pruner.evaluation.maps import with_score_maps
 from vla_pruner.evaluation.policies import PolicySource, fingerprint, sees_images
 from vla_pruner.evaluation.records import Record
+from vla_pruner.evaluation.traces import Trace, Tracer
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import Convention, Environment, SimulatorUnavailable, Suite
@@ -32,6 +34,7 @@ class Recipe:
         suite_options: for `find_suite`.
         arms: every arm of the run.
         max_steps, horizon: in place of the suites' own.
+        traced: initial states whose episodes are traced.
         find: makes a suite of its name and options; a stand-in for tests.
     """
 
@@ -41,6 +44,7 @@ class Recipe:
     arms: tuple[Arm, ...]
     max_steps: int | None = None
     horizon: int | None = None
+    traced: range = range(0)
     find: Callable[..., Suite] = find_suite
 
 
@@ -91,8 +95,8 @@ class Replica:
         ours = {name: version(name) for name in _PACKAGES}
         return {**{name: found for name, found in ours.items() if found}, **self.suites[suite].versions()}
 
-    def run_unit(self, unit: Unit, arms: Sequence[tuple[str, int]], run: str) -> Iterator[Record]:
-        """Runs a unit with some arms, one record each.
+    def run_unit(self, unit: Unit, arms: Sequence[tuple[str, int]], run: str) -> Iterator[tuple[Record, Trace | None]]:
+        """Runs a unit with some arms, one record each, with the trace of an episode that is traced and came to its end.
 
         Args:
             arms: (key, attempt) of each, in the order in which they run.
@@ -109,10 +113,12 @@ class Replica:
             except (VLAPrunerError, SimulatorUnavailable):
                 raise
             except Exception as crash:
-                yield lost(unit, key, run, attempt, describe(crash))
+                yield lost(unit, key, run, attempt, describe(crash)), None
                 continue
+            policy = self._policy(unit.suite)
+            tracer = Tracer(tuple(policy.cameras)) if unit.initial_state in self.recipe.traced else None
             record = run_episode(
-                self._policy(unit.suite),
+                policy,
                 environment,
                 self._conventions[unit.suite],
                 known[key],
@@ -121,10 +127,14 @@ class Replica:
                 attempt=attempt,
                 max_steps=self.recipe.max_steps,
                 versions=versions,
+                tracer=tracer,
             )
             if record.crashed:  # what crashed may be in any state
                 self._close((unit.suite, unit.task_id))
-            yield record
+            trace = None if tracer is None or record.crashed else tracer.trace(record)
+            if trace is not None and known[key].kind == "baseline":
+                trace = with_score_maps(policy, trace)
+            yield record, trace
 
     def _environment(self, unit: Unit) -> Environment:
         key = unit.suite, unit.task_id

@@ -13,6 +13,7 @@ from vla_pruner.evaluation.manifest import MANIFEST, Manifest, Plan, check_versi
 from vla_pruner.evaluation.records import EPISODES, Record, RecordFile, check_run, latest
 from vla_pruner.evaluation.replica import Recipe, Replica
 from vla_pruner.evaluation.settings import EvalSettings
+from vla_pruner.evaluation.traces import Trace, write_trace
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import Suite, Task, find_task
@@ -63,6 +64,7 @@ def recipe_of(settings: EvalSettings, find: Callable[..., Suite] = find_suite) -
         arms=settings.arms(),
         max_steps=settings.step_limit,
         horizon=settings.horizon,
+        traced=range(settings.first, settings.first + settings.trace),
         find=find,
     )
 
@@ -140,13 +142,17 @@ def run_here(run: Run, replica: Replica, file: RecordFile, max_errors: int) -> I
         EvaluationError: more than `max_errors` episodes crashed, or a record could not be written.
     """
     for unit, arms in run.left():
-        for record in replica.run_unit(unit, arms, run.manifest.run):
-            keep_record(run, file, record, max_errors)
+        for record, trace in replica.run_unit(unit, arms, run.manifest.run):
+            keep_record(run, file, record, trace, max_errors)
             yield record
 
 
-def keep_record(run: Run, file: RecordFile, record: Record, max_errors: int) -> None:
-    """Writes a record; errors as in `run_here`."""
+def keep_record(run: Run, file: RecordFile, record: Record, trace: Trace | None, max_errors: int) -> None:
+    """Writes a record, and before it the trace of the episode, so that none is missing where a run stopped between the
+    two; errors as in `run_here`.
+    """
+    if trace is not None:
+        write_trace(file.path.parent, trace)
     file.append(record)
     run.records[record.key] = record
     if not record.crashed:

@@ -68,6 +68,7 @@ class EvalSettings:
         suite_options: for `find_suite`.
         ray: None: here; else the address of a Ray cluster, "local" for one of this machine's own.
         workers: policies that run at once on Ray; None: as many as the cluster has room for.
+        trace: how many of the first initial states are traced, with every task and arm.
     """
 
     policy: PolicySource
@@ -91,11 +92,13 @@ class EvalSettings:
     suite_options: Mapping[str, Any] = field(default_factory=dict)
     ray: str | None = None
     workers: int | None = None
+    trace: int = 0
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise EvaluationError(f"--preset is {self.preset}; it is one of {', '.join(PRESETS)}.")
-        for name, least in (("episodes", 1), ("max_steps", 1), ("horizon", 1), ("workers", 1), ("first", 0)):
+        least_of = {"episodes": 1, "max_steps": 1, "horizon": 1, "workers": 1, "first": 0, "trace": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise EvaluationError(f"{flag(name)} is {value}; it must be {least} or more.")

@@ -1,0 +1,51 @@
+"""The score maps of an unpruned episode: what the methods would have read, from a second look at what was recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.evaluation.episode import generator_devices
+from vla_pruner.evaluation.traces import Trace, by_camera
+from vla_pruner.families import family_of
+from vla_pruner.methods import VLAPruner
+
+LAYER = 3
+"""The semantic score is that which VLA-Pruner's default layer reads, or a shallower model's last."""
+
+
+def with_score_maps(policy: Any, trace: Trace) -> Trace:
+    """An unpruned trace with semantic and action scores of all visual tokens, by `VLAPruner` with everything kept.
+
+    The episode itself ran untouched; here its observations are replayed, with the same noise, so that neither its
+    actions nor its milliseconds change. The policy begins a new episode afterwards.
+
+    Returns:
+        the trace as it was for a policy that sees nothing or that nothing can be attached to.
+    """
+    if not trace.images or not len(trace):
+        return trace
+    try:
+        method = VLAPruner(keep=1.0, layer=min(LAYER, family_of(policy).depth - 1))
+    except UnsupportedModelError:
+        return trace
+    scores: dict[str, list[np.ndarray]] = {"semantic": [], "action": []}
+    counts: tuple[int, ...] = ()
+    with torch.random.fork_rng(generator_devices(policy)), method.attach(policy) as session:
+        policy.reset()
+        for step in range(len(trace)):
+            torch.manual_seed(int(trace.noise_seeds[step]))
+            policy.act(*trace.observation(step))
+            for name, score in session.scores.items():
+                scores[name].append(score[0].float().cpu().numpy().copy())
+            counts = () if session.step is None else session.step.layout.cameras
+        policy.reset()
+    return dataclasses.replace(
+        trace,
+        scores={name: np.stack(found) for name, found in scores.items() if len(found) == len(trace)},
+        camera_tokens=by_camera(tuple(policy.cameras), counts),
+    )
