@@ -12,8 +12,6 @@ with vp.VLAPruner(keep=0.25).attach(policy) as session:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vla_pruner.attach.compiled import compiled
-from vla_pruner.attach.session import Session
 from vla_pruner.errors import (
     BudgetError,
     CheckpointError,
@@ -22,29 +20,31 @@ from vla_pruner.errors import (
     UnsupportedModelError,
     VLAPrunerError,
 )
-from vla_pruner.methods import (
-    ActionAndDiversity,
-    ActionOnly,
-    DivPrune,
-    Evidence,
-    FastV,
-    KeepFixed,
-    MaxMinDiversity,
-    Memory,
-    Method,
-    RandomKeep,
-    ScoreFusion,
-    SemanticOnly,
-    SparseVLM,
-    TextQuery,
-    Unpruned,
-    VLACache,
-    VLAPruner,
-)
 
 if TYPE_CHECKING:
+    from vla_pruner.attach.compiled import compiled
+    from vla_pruner.attach.session import Session
     from vla_pruner.auditing import audit
     from vla_pruner.benching import bench
+    from vla_pruner.methods import (
+        ActionAndDiversity,
+        ActionOnly,
+        DivPrune,
+        Evidence,
+        FastV,
+        KeepFixed,
+        MaxMinDiversity,
+        Memory,
+        Method,
+        RandomKeep,
+        ScoreFusion,
+        SemanticOnly,
+        SparseVLM,
+        TextQuery,
+        Unpruned,
+        VLACache,
+        VLAPruner,
+    )
     from vla_pruner.models.reference import reference_policy
     from vla_pruner.policies.loading import load_policy
     from vla_pruner.policies.random import random_policy
@@ -84,10 +84,35 @@ __all__ = [
     "reference_policy",
 ]
 
-# Heavy, or in need of what is: imported when asked for.
+# They are imported when asked for: torch is not needed by those who only use `vla_pruner.client`, nor a simulator or a
+# checkpoint's libraries by those who only attach.
 _LAZY = {
+    **dict.fromkeys(
+        (
+            "ActionAndDiversity",
+            "ActionOnly",
+            "DivPrune",
+            "Evidence",
+            "FastV",
+            "KeepFixed",
+            "MaxMinDiversity",
+            "Memory",
+            "Method",
+            "RandomKeep",
+            "ScoreFusion",
+            "SemanticOnly",
+            "SparseVLM",
+            "TextQuery",
+            "Unpruned",
+            "VLACache",
+            "VLAPruner",
+        ),
+        "vla_pruner.methods",
+    ),
+    "Session": "vla_pruner.attach.session",
     "audit": "vla_pruner.auditing",
     "bench": "vla_pruner.benching",
+    "compiled": "vla_pruner.attach.compiled",
     "load_policy": "vla_pruner.policies.loading",
     "random_policy": "vla_pruner.policies.random",
     "reference_policy": "vla_pruner.models.reference",
@@ -98,3 +123,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'vla_pruner' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

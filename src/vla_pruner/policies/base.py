@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,6 +46,24 @@ class Policy(Protocol):
 
     def reset(self) -> None:
         """Begin a new episode."""
+        ...
+
+
+@runtime_checkable
+class BatchPolicy(Policy, Protocol):
+    """A policy that can act for several robots in one forward pass, each row as if it were alone."""
+
+    def act_batch(
+        self,
+        images: Sequence[Mapping[str, np.ndarray]],
+        instructions: Sequence[str],
+        proprio: Sequence[np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """One control step of B robots: (B, chunk, dim). Arguments as in `act`, one for each robot.
+
+        Raises:
+            ObservationError: something does not fit the policy, of any of them.
+        """
         ...
 
 

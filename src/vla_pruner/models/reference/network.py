@@ -261,6 +261,8 @@ class ReferencePolicy(nn.Module):
 
     def encode_instructions(self, instructions: Sequence[str]) -> Tensor:
         """Instructions -> (B, instruction_length) int64."""
+        if len(self._instruction_ids) > 1000:
+            self._instruction_ids.clear()  # a server's clients may send new ones forever
         for instruction in instructions:
             if instruction not in self._instruction_ids:
                 ids = encode(instruction, self.config.words, self.config.instruction_length)
@@ -341,6 +343,13 @@ class ReferencePolicy(nn.Module):
         if set(images) != {"image"}:
             raise ObservationError(f"The policy has one camera, 'image'; it was given {list(images)}.")
         return np.atleast_2d(self.predict_action(images["image"], instruction, proprio))
+
+    def act_batch(
+        self, images: Sequence[Mapping[str, Any]], instructions: Sequence[str], proprio: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """One control step of B robots: (B, 1, 4) float32. Arguments as in `act`, one each; errors as there."""
+        frames = np.stack([one["image"] for one in images])
+        return self.predict_action(frames, list(instructions), np.stack(proprio))[:, None]
 
     def _check_inputs(self, images: Tensor, instructions: list[str], proprio: Tensor) -> None:
         size, body = self.config.image_size, len(self.config.proprio_mean)

@@ -1,0 +1,58 @@
+"""Action chunks, one action at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class InfersActions(Protocol):
+    """What a broker asks: a `PolicyClient`, openpi's client, or any object of this shape."""
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    def reset(self) -> None: ...
+
+
+class ActionChunkBroker:
+    """Carries out the first `horizon` actions of each chunk before it asks for another.
+
+    Args:
+        policy: what is asked.
+        horizon: actions of a chunk that are carried out; None: all of them.
+
+    Raises:
+        ValueError: the horizon is not 1 or more.
+    """
+
+    def __init__(self, policy: InfersActions, horizon: int | None = None) -> None:
+        if horizon is not None and horizon < 1:
+            raise ValueError(f"horizon={horizon} was given; it is a number of actions, 1 or more.")
+        self._policy = policy
+        self._horizon = horizon
+        self._result: dict[str, Any] | None = None
+        self._next = 0
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """The policy's last result with one action (dim,) as "actions"; the observation is looked at only when a new
+        chunk is needed.
+
+        Raises:
+            ValueError: the horizon is longer than the policy's chunks.
+        """
+        if self._result is None:
+            self._result, self._next = dict(self._policy.infer(observation)), 0
+        chunk = self._result["actions"]
+        horizon = len(chunk) if self._horizon is None else self._horizon
+        if horizon > len(chunk):
+            raise ValueError(f"horizon={horizon} was given, but the policy's chunks have {len(chunk)} actions.")
+        result = {**self._result, "actions": chunk[self._next]}
+        self._next += 1
+        if self._next >= horizon:
+            self._result = None
+        return result
+
+    def reset(self) -> None:
+        """Begin a new episode: what is left of the chunk is dropped, and the policy is told."""
+        self._result = None
+        self._policy.reset()

@@ -1,0 +1,167 @@
+"""openpi's msgpack format, to the byte: maps, lists, numbers, text, and numpy arrays as small maps with bytes keys.
+
+What comes in is data and never code: there is no pickle, arrays are of numbers alone, and nothing is allocated that the
+message does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from vla_pruner.client.errors import CodecError
+
+MAX_ITEMS = 100_000
+"""Entries of all lists and maps of one message together. Numbers of an array are not entries."""
+MAX_LENGTH = 8_192
+"""Entries of one list or map."""
+MAX_DIMENSIONS, MAX_SIZE = 8, 2**31 - 1
+"""Of an array, and of each of its dimensions."""
+
+_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
+_TEXT = re.compile(r"[<>|=]?U[0-9]{1,9}")
+_ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
+
+
+def pack(value: Any) -> bytes:
+    """A message.
+
+    Args:
+        value: maps with text keys, lists, text, numbers, and numpy arrays and scalars. Tuples become lists.
+
+    Raises:
+        CodecError: it holds something else, or an array of objects, records or complex numbers.
+    """
+    try:
+        return msgpack.packb(value, default=_packable)  # type: ignore[return-value]
+    except CodecError:
+        raise
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CodecError(f"The message cannot be packed: {error}.") from error
+
+
+def unpack(data: bytes) -> Any:
+    """What a message holds; arrays are read-only views of `data` in the machine's own byte order.
+
+    Raises:
+        CodecError: it is damaged, too deep or too long, or holds anything but what `pack` makes.
+    """
+    reader = _Reader()
+    try:
+        return msgpack.unpackb(
+            data,
+            object_hook=reader.map,
+            list_hook=reader.list,
+            ext_hook=_no_extension,
+            max_array_len=MAX_LENGTH,
+            max_map_len=MAX_LENGTH,
+            max_ext_len=0,
+        )
+    except CodecError:
+        raise
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        reason = str(error) or type(error).__name__
+        raise CodecError(f"The message is not msgpack as openpi's clients send it: {reason}.") from error
+
+
+def _packable(value: Any) -> Any:
+    if not isinstance(value, (np.ndarray, np.generic)):
+        raise CodecError(
+            f"A {type(value).__name__} cannot be packed; a message holds maps, lists, text, numbers and numpy arrays."
+        )
+    if value.dtype.kind in "VOc":
+        raise CodecError(f"Arrays of {value.dtype} cannot be packed; send booleans, whole numbers or floats.")
+    if isinstance(value, np.ndarray):
+        return {_ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
+
+
+class _Reader:
+    """Turns the maps of one message into arrays, and counts its entries."""
+
+    def __init__(self) -> None:
+        self._items = 0
+
+    def list(self, values: list[Any]) -> list[Any]:
+        self._count(len(values))
+        return values
+
+    def map(self, values: dict[Any, Any]) -> Any:
+        self._count(len(values))
+        if _ARRAY in values:
+            return _array(values)
+        if _SCALAR in values:
+            return _scalar(values)
+        for key in values:
+            if not isinstance(key, str):
+                raise CodecError(f"A map of the message has the key {key!r}; keys are text.")
+        return values
+
+    def _count(self, more: int) -> None:
+        self._items += more
+        if self._items > MAX_ITEMS:
+            raise CodecError(
+                f"The message has more than {MAX_ITEMS} entries in its lists and maps; send numbers as arrays."
+            )
+
+
+def _array(fields: dict[Any, Any]) -> np.ndarray:
+    data, dtype, shape = fields.get(b"data"), _dtype(fields.get(b"dtype")), fields.get(b"shape")
+    if not isinstance(data, bytes):
+        raise CodecError("An array of the message has no bytes as its data.")
+    sizes: list[Any] = shape if isinstance(shape, list) else [None]
+    if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in sizes):
+        raise CodecError(
+            f"An array of the message has the shape {_short(shape)}; a shape is a list of up to {MAX_DIMENSIONS} sizes "
+            "of 0 or more."
+        )
+    expected = math.prod(sizes) * dtype.itemsize
+    if expected != len(data):
+        raise CodecError(
+            f"An array of shape {tuple(sizes)} and type {dtype.name} takes {expected} bytes; the message has "
+            f"{len(data)} of it."
+        )
+    found = np.ndarray(buffer=data, dtype=dtype, shape=sizes)
+    if dtype.isnative:
+        return found
+    swapped = found.astype(dtype.newbyteorder("="))
+    swapped.setflags(write=False)
+    return swapped
+
+
+def _scalar(fields: dict[Any, Any]) -> Any:
+    data, name = fields.get(b"data"), fields.get(b"dtype")
+    if isinstance(name, str) and _TEXT.fullmatch(name) and isinstance(data, str):
+        return data
+    dtype = _dtype(name)
+    wanted = {"b": (bool,), "i": (int,), "u": (int,), "f": (float, int)}[dtype.kind]
+    if type(data) not in wanted:
+        raise CodecError(f"A number of the message is of type {dtype.name}, but its value is {_short(data)}.")
+    try:
+        return dtype.newbyteorder("=").type(data)
+    except (OverflowError, ValueError) as error:
+        raise CodecError(f"A number of the message does not fit its type: {error}.") from error
+
+
+def _dtype(name: Any) -> np.dtype:
+    # Text that numpy would read as records or objects never reaches it.
+    if not isinstance(name, str) or not _NUMBERS.fullmatch(name):
+        raise CodecError(
+            f"An array of the message is of type {_short(name)}; supported are booleans, whole numbers of 1 to 8 bytes "
+            "and floats of 2 to 8."
+        )
+    return np.dtype(name)
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise CodecError(f"The message holds a msgpack extension of type {code}; the protocol has none.")
+
+
+def _short(value: Any) -> str:
+    """What a stranger sent, for a message that is not longer than it need be."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

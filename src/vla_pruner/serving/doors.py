@@ -1,0 +1,98 @@
+"""Who may come in: health and metrics for anybody who may ask, websockets for robots with the key."""
+
+from __future__ import annotations
+
+import hmac
+import ssl
+from collections.abc import Callable
+from http import HTTPStatus
+
+from websockets.asyncio.server import Request, Response, ServerConnection
+
+from vla_pruner.serving.errors import ServingError
+from vla_pruner.serving.metrics import Metrics
+from vla_pruner.serving.settings import ServerSettings
+
+HEALTH = ("/healthz", "/health")
+METRICS = "/metrics"
+
+
+class Doors:
+    """Looks at each HTTP request before the websocket's handshake.
+
+    Args:
+        settings: key and limits.
+        metrics: what is shown, and where refusals are counted.
+        robots: how many are connected now.
+
+    Attributes:
+        open: whether new robots are let in.
+        full: what a robot is told that finds no room.
+    """
+
+    def __init__(self, settings: ServerSettings, metrics: Metrics, robots: Callable[[], int]) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._robots = robots
+        self.open = False
+        self.full = (
+            f"{settings.max_robots} robots are connected, which is as many as this server takes; try again later, or "
+            "start it with a higher --max-robots."
+        )
+
+    def answer(self, connection: ServerConnection, request: Request) -> Response | None:
+        """A response; None lets the handshake go on."""
+        path = request.path.partition("?")[0]
+        if path in HEALTH:
+            if self.open:
+                return connection.respond(HTTPStatus.OK, "OK\n")
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "stopping\n")
+        if not self._has_key(request):
+            self._metrics.turned_away("key")
+            response = connection.respond(
+                HTTPStatus.UNAUTHORIZED, "This server wants the header 'Authorization: Api-Key KEY' with its key.\n"
+            )
+            response.headers["WWW-Authenticate"] = "Api-Key"
+            return response
+        if path == METRICS:
+            response = connection.respond(HTTPStatus.OK, self._metrics.text())
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+            return response
+        if "upgrade" not in request.headers.get("Connection", "").lower():
+            return connection.respond(
+                HTTPStatus.NOT_FOUND, f"There are {', '.join((*HEALTH, METRICS))}, and websockets for robots.\n"
+            )
+        if not self.open:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "The server stops.\n")
+        if self._robots() >= self._settings.max_robots:
+            self._metrics.turned_away("full")
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, self.full + "\n")
+        return None
+
+    def _has_key(self, request: Request) -> bool:
+        key = self._settings.api_key
+        if key is None:
+            return True
+        given = request.headers.get_all("Authorization")
+        # Compared in constant time, so that nobody finds the key by how long a wrong one takes.
+        return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Api-Key {key}".encode())
+
+
+def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
+    """What encrypts the connections; None where no certificate is given.
+
+    Raises:
+        ServingError: the files cannot be read, or do not go together.
+    """
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ValueError) as error:
+        raise ServingError(
+            f"The certificate {settings.tls_cert} and the key {settings.tls_key} cannot be used ({error}); give PEM "
+            "files that belong together, the key without a password."
+        ) from error
+    return context

@@ -1,0 +1,293 @@
+"""The policy, its one session, and the memories of all robots: control steps of several robots, in one forward pass
+where they may share it. Everything here runs in one thread.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from logging import getLogger
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_pruner.attach.session import Session
+from vla_pruner.errors import VLAPrunerError
+from vla_pruner.families import family_of
+from vla_pruner.methods import Memory, Method, Unpruned
+from vla_pruner.policies.base import BatchPolicy, Policy, module_of
+from vla_pruner.serving.errors import ServingError
+from vla_pruner.serving.observations import ObservationReader, Seen
+from vla_pruner.serving.settings import ServerSettings
+from vla_pruner.serving.stages import StepTimer
+
+log = getLogger("vla_pruner.serving")
+
+_LONGEST_WARM_UP = 32
+_SIDE = 224
+_INSTRUCTION = "pick up the object"
+
+
+@dataclass
+class Robot:
+    """What the server remembers of one connection.
+
+    Attributes:
+        number: for logs.
+        memory: of the pruning method; None at the start of an episode.
+        episode: how many have begun before this one.
+        step: control steps of this episode so far.
+        instruction: of the last control step; None before the first one.
+    """
+
+    number: int
+    memory: Memory | None = None
+    episode: int = 0
+    step: int = 0
+    instruction: str | None = None
+
+    def begin_episode(self) -> None:
+        """Forget everything but that there was an episode."""
+        self.memory, self.instruction = None, None
+        self.episode, self.step = self.episode + 1, 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One control step that is asked for."""
+
+    robot: Robot
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One control step that was done.
+
+    Attributes:
+        actions: (chunk, dim) float.
+        timing: milliseconds and numbers of tokens, by name; times are those of the whole pass.
+        batch: robots that shared it.
+    """
+
+    actions: np.ndarray
+    timing: dict[str, float]
+    batch: int
+
+
+@dataclass
+class Engine:
+    """Runs control steps; `open` attaches the method, and `close` leaves the policy as it was.
+
+    Attributes:
+        policy: what acts.
+        method: what prunes; None: nothing does.
+        reader: how observations were read, whose image and action transforms are applied here.
+        settings: of the server.
+        actions_shape: (chunk, dim) of the policy's actions; known after the warm-up.
+        tokens: visual tokens of a control step; known after the warm-up.
+    """
+
+    policy: Policy
+    method: Method | None
+    reader: ObservationReader
+    settings: ServerSettings
+    actions_shape: tuple[int, ...] = ()
+    tokens: int = 0
+    _session: Session | None = None
+    _timer: StepTimer | None = None
+    _devices: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+
+    def open(self) -> None:
+        """Attach the method (compiled where asked), and run the policy until every kind of step has run.
+
+        Raises:
+            VLAPrunerError: the method does not fit the policy, or the policy does not act.
+        """
+        method = Unpruned() if self.method is None else self.method
+        parameters = module_of(self.policy).parameters()
+        self._devices = sorted({one.device.index or 0 for one in parameters if one.is_cuda})
+        self._session = method.attach(self.policy, compile=self.settings.compile)
+        try:
+            timer = StepTimer(self.policy, family_of(self.policy))
+            self._timer = timer.__enter__()
+            self._session.clock = timer.stage
+            self._warm_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave the policy as it was before."""
+        if self._timer is not None:
+            self._timer.__exit__(None, None, None)
+            self._timer = None
+        if self._session is not None:
+            self._session.detach()
+            self._session = None
+
+    def run(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
+        """One control step of each robot, in batches of those that may share a pass. What goes wrong with one of them
+        is its own answer, and nothing of it stays with the others.
+        """
+        answers: dict[int, Answer | Exception] = {}
+        for group in self._groups(jobs):
+            answers.update(zip(map(id, group), self._run_group(group), strict=True))
+        return [answers[id(job)] for job in jobs]
+
+    def prunes(self, robot: Robot) -> bool:
+        """Whether a robot's next control step is pruned."""
+        assert self._session is not None
+        memory = self._fresh(robot, tokens=1) if robot.memory is None else robot.memory
+        return self._session.method.prunes(memory)
+
+    def _groups(self, jobs: Sequence[Job]) -> Iterable[list[Job]]:
+        """Jobs that one pass can take: all pruned or none, images and states of one shape each."""
+        alike: dict[Any, list[Job]] = {}
+        for number, job in enumerate(jobs):
+            seen = job.seen
+            shapes = tuple(image.shape for image in seen.images.values())
+            state = None if seen.proprio is None else seen.proprio.shape
+            alone = None if isinstance(self.policy, BatchPolicy) else number
+            alike.setdefault((self.prunes(job.robot), shapes, state, alone), []).append(job)
+        for group in alike.values():
+            start = 0
+            while start < len(group):
+                size = next(size for size in self.settings.batch_sizes if size <= len(group) - start)
+                yield group[start : start + size]
+                start += size
+
+    def _run_group(self, group: list[Job]) -> Sequence[Answer | Exception]:
+        try:
+            return self._step(group)
+        except Exception as error:
+            if len(group) == 1:
+                return [_told(error)]
+        # One of them spoils the pass. Nothing was kept of it, so each can run by itself.
+        return [self._run_group([job])[0] for job in group]
+
+    def _step(self, group: list[Job]) -> list[Answer]:
+        session, timer, policy = self._session, self._timer, self.policy
+        assert session is not None
+        assert timer is not None
+        robots = [job.robot for job in group]
+        memories = [self._fresh(robot) if robot.memory is None else robot.memory for robot in robots]
+        session.memory = joined(memories) if self.tokens else None
+        with torch.random.fork_rng(self._devices):
+            # A robot's noise is its own affair: it does not depend on what others drew.
+            torch.manual_seed(_noise_seed(self.settings.seed, robots[0]))
+            with timer.step():
+                images = [
+                    {camera: self.reader.image(image) for camera, image in job.seen.images.items()} for job in group
+                ]
+                if len(group) == 1:
+                    seen = group[0].seen
+                    actions = np.asarray(policy.act(images[0], seen.instruction, seen.proprio))[None]
+                else:
+                    assert isinstance(policy, BatchPolicy)
+                    states = [job.seen.proprio for job in group if job.seen.proprio is not None]
+                    actions = policy.act_batch(images, [job.seen.instruction for job in group], states or None)
+        if not np.isfinite(actions).all():
+            raise ServingError(
+                "The policy gave actions that are not finite (NaN or infinity), which no robot may have."
+            )
+        done, step = session.memory, session.step
+        if done is None or step is None or done.rows != len(group):
+            raise ServingError("The policy acted without a control step of its decoder, so nothing is known of it.")
+        kept = step.layout.tokens if session.kept is None else session.kept.shape[1]
+        timing = {**timer.timing(), "kept_tokens": float(kept), "total_tokens": float(step.layout.tokens)}
+        self.tokens = step.layout.tokens
+        answers = []
+        for row, job in enumerate(group):
+            chunk = np.atleast_2d(self.reader.actions(actions[row]))
+            job.robot.memory, job.robot.instruction = done.take([row]), job.seen.instruction
+            job.robot.step += 1
+            answers.append(Answer(chunk, timing, len(group)))
+        return answers
+
+    def _fresh(self, robot: Robot, tokens: int | None = None) -> Memory:
+        assert self._session is not None
+        method = self._session.method
+        empty = Memory.empty(
+            1,
+            method.history,
+            self.tokens if tokens is None else tokens,
+            semantic=method.remembers_semantic,
+            motion=method.motion,
+        )
+        empty.episode.fill_(robot.episode)
+        return empty
+
+    def _warm_up(self) -> None:
+        """Runs every kind of step: unpruned and pruned, in every size of batch where that matters."""
+        known = getattr(self.policy, "instructions", ())
+        prompts = self.settings.prompts or (known[0] if known else _INSTRUCTION,)
+        sizes = [1]
+        if isinstance(self.policy, BatchPolicy):
+            sizes = sorted(self.settings.batch_sizes if self.settings.compile else {1, self.settings.max_batch})
+        for prompt in prompts:
+            for size in sizes:
+                robots = [Robot(number) for number in range(size)]
+                for _ in range(_LONGEST_WARM_UP):
+                    pruned = self.prunes(robots[0])
+                    for answer in self.run([Job(robot, self._blank(prompt)) for robot in robots]):
+                        if isinstance(answer, Exception):
+                            raise ServingError(f"The policy's first control step failed: {answer}") from answer
+                        self.actions_shape = answer.actions.shape
+                    if self.method is None or pruned:
+                        break
+
+    def _blank(self, prompt: str) -> Seen:
+        side, size = getattr(self.policy, "image_size", _SIDE), self.policy.proprio_size
+        middle = getattr(getattr(self.policy, "config", None), "proprio_mean", None)
+        state = None if size is None else np.zeros(size, np.float32)
+        if state is not None and middle is not None:
+            state = np.asarray(middle, np.float32)
+        grey = {camera: np.full((side, side, 3), 128, np.uint8) for camera in self.policy.cameras}
+        return Seen(grey, prompt, state, reset=False)
+
+
+def check_method(method: Method | None) -> None:
+    """Refuses methods whose steps need more than a memory for each robot.
+
+    Raises:
+        ServingError: it is no method, or such a one.
+    """
+    if method is None:
+        return
+    if not isinstance(method, Method):
+        raise ServingError(f"The pruner is {method!r}; give a Method, such as VLAPruner(keep=0.25), or None.")
+    if method.pruned == "reuse":
+        raise ServingError(
+            f"{type(method).__name__} reuses keys and values of the last control step, which are not kept for each "
+            "robot; serve a method that drops or freezes."
+        )
+    if method.motion:
+        raise ServingError(
+            f"{type(method).__name__} as it was made prunes by how far the arm moves, which no message of the protocol "
+            "says; serve it without a gate."
+        )
+
+
+def joined(memories: Sequence[Memory]) -> Memory:
+    """One memory of the rows of all, in their order."""
+    states = [memory.state_dict() for memory in memories]
+    devices = {name: value.device for name, value in states[-1].items()}
+    return Memory(**{name: torch.cat([state[name].to(devices[name]) for state in states]) for name in states[0]})
+
+
+def _noise_seed(seed: int, robot: Robot) -> int:
+    return ((seed * 1_000_003 + robot.episode) * 1_000_003 + robot.step) % 2**63
+
+
+def _told(error: Exception) -> Exception:
+    """What a client may read of an error: ours are sentences; of others, what and where is for the log alone."""
+    if isinstance(error, VLAPrunerError):
+        return error
+    log.error("A control step failed:\n%s", "".join(traceback.format_exception(error)))
+    return ServingError(f"The policy failed with {type(error).__name__}; the server's log has the details.")

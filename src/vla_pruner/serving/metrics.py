@@ -1,0 +1,72 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from vla_pruner.serving.engine import Answer
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_ROBOTS = (1, 2, 4, 8, 16, 32, 64)
+_PREFIX = "vla_pruner"
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own: several servers in one process do not mix.
+
+    Args:
+        robots: how many are connected now.
+        waiting: how many control steps wait now.
+    """
+
+    def __init__(self, robots: Callable[[], int], waiting: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            f"{_PREFIX}_requests", "Control steps asked for, by how they ended.", ["outcome"], registry=self._registry
+        )
+        self._refused = Counter(
+            f"{_PREFIX}_refused_connections", "Connections refused, by why.", ["reason"], registry=self._registry
+        )
+        self._latency = self._histogram("request_seconds", "From an observation's last byte to its reply.", _SECONDS)
+        self._inference = self._histogram(
+            "inference_seconds", "The forward pass that a control step had part in.", _SECONDS
+        )
+        self._batch = self._histogram(
+            "batch_robots", "Robots that shared a control step's forward pass, itself included.", _ROBOTS
+        )
+        self._kept = Counter(
+            f"{_PREFIX}_kept_tokens", "Visual tokens kept, of all control steps.", registry=self._registry
+        )
+        self._tokens = Counter(f"{_PREFIX}_visual_tokens", "Visual tokens, of all steps.", registry=self._registry)
+        Gauge(f"{_PREFIX}_sessions", "Robots connected.", registry=self._registry).set_function(robots)
+        Gauge(f"{_PREFIX}_queue_depth", "Control steps that wait.", registry=self._registry).set_function(waiting)
+        for outcome in ("answered", "refused", "failed", "overloaded"):
+            self._requests.labels(outcome)
+        for reason in ("key", "full"):
+            self._refused.labels(reason)
+
+    def answered(self, answer: Answer, seconds: float) -> None:
+        """A control step was done; `seconds` from its observation to its reply."""
+        self._requests.labels("answered").inc()
+        self._latency.observe(seconds)
+        self._inference.observe(answer.timing["infer_ms"] / 1e3)
+        self._batch.observe(answer.batch)
+        self._kept.inc(answer.timing["kept_tokens"])
+        self._tokens.inc(answer.timing["total_tokens"])
+
+    def failed(self, outcome: str) -> None:
+        """A control step was "refused" (the message was wrong), "failed" or "overloaded"."""
+        self._requests.labels(outcome).inc()
+
+    def turned_away(self, reason: str) -> None:
+        """A connection was refused: no "key", or the server is "full"."""
+        self._refused.labels(reason).inc()
+
+    def text(self) -> str:
+        """Prometheus' text format."""
+        return generate_latest(self._registry).decode()
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", what, buckets=buckets, registry=self._registry)

@@ -1,0 +1,236 @@
+"""What clients send, turned into what policies take: declared layouts of keys, and checks of every array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vla_pruner.errors import ObservationError
+from vla_pruner.policies.base import Policy
+from vla_pruner.serving.errors import ServingError
+
+LONGEST_SIDE = 4096
+"""Pixels of an image's side."""
+LONGEST_STATE = 1024
+"""Numbers of proprioception."""
+LONGEST_PROMPT = 2000
+"""Characters."""
+
+BY_CAMERA = "cameras"
+
+
+@dataclass(frozen=True)
+class ObservationLayout:
+    """Which keys observations have. "a/b" is a key of that name, or the key "b" in a map under "a".
+
+    Attributes:
+        images: the key of an image by the policy's name of that camera. Several names of one camera may stand for the
+            same key.
+        state: keys of the robot's state, joined in this order.
+        channels_first: whether images are (3, H, W) instead of (H, W, 3).
+    """
+
+    images: Mapping[str, str]
+    state: tuple[str, ...]
+    channels_first: bool = False
+
+
+_LIBERO = ("observation/image", "observation/wrist_image")
+_DROID = ("observation/exterior_image_1_left", "observation/wrist_image_left")
+_ALOHA = ("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist")
+
+LAYOUTS: dict[str, ObservationLayout] = {
+    BY_CAMERA: ObservationLayout({}, ("observation/state",)),
+    "libero": ObservationLayout(
+        {
+            **dict.fromkeys(("image", "agentview", "base_0_rgb"), _LIBERO[0]),
+            **dict.fromkeys(("image2", "wrist_image", "left_wrist_0_rgb"), _LIBERO[1]),
+        },
+        ("observation/state",),
+    ),
+    "droid": ObservationLayout(
+        {
+            **dict.fromkeys(("exterior_image_1_left", "image", "base_0_rgb"), _DROID[0]),
+            **dict.fromkeys(("wrist_image_left", "wrist_image", "left_wrist_0_rgb"), _DROID[1]),
+        },
+        ("observation/joint_position", "observation/gripper_position"),
+    ),
+    "aloha": ObservationLayout(
+        {
+            **{name: f"images/{name}" for name in _ALOHA},
+            "base_0_rgb": "images/cam_high",
+            "left_wrist_0_rgb": "images/cam_left_wrist",
+            "right_wrist_0_rgb": "images/cam_right_wrist",
+        },
+        ("state",),
+        channels_first=True,
+    ),
+}
+"""The keys of openpi's clients, and "cameras": observation/<the policy's own name> for each image."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One observation, checked.
+
+    Attributes:
+        images: (H, W, 3) uint8 by the policy's cameras.
+        instruction: what to do.
+        proprio: (d,) float32; None where the policy takes none.
+        reset: whether the client says that an episode begins.
+    """
+
+    images: dict[str, np.ndarray]
+    instruction: str
+    proprio: np.ndarray | None
+    reset: bool
+
+
+def _as_it_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+@dataclass(frozen=True)
+class ObservationReader:
+    """Reads a layout for one policy.
+
+    Attributes:
+        keys: the key of each of the policy's cameras, in its order.
+        state: keys of the state; empty where the policy takes none.
+        channels_first: as of the layout.
+        image: what an image goes through, (H, W, 3) uint8 -> the same; done where the model runs.
+        actions: what a chunk goes through, (chunk, dim) -> (chunk, dim).
+    """
+
+    keys: Mapping[str, str]
+    state: tuple[str, ...]
+    channels_first: bool = False
+    image: Callable[[np.ndarray], np.ndarray] = field(default=_as_it_is)
+    actions: Callable[[np.ndarray], np.ndarray] = field(default=_as_it_is)
+
+    def read(self, observation: Any) -> Seen:
+        """A message's observation.
+
+        Raises:
+            ObservationError: something is missing or not as it should be; the message says what, and what is.
+        """
+        if not isinstance(observation, dict):
+            raise ObservationError(f"An observation is a map of keys to values; found {type(observation).__name__}.")
+        prompt = self._find(observation, "prompt")
+        if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
+            found = f"{len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
+            raise ObservationError(f"'prompt' is text of up to {LONGEST_PROMPT} characters; found {found}.")
+        return Seen(
+            images={camera: self._image(observation, key) for camera, key in self.keys.items()},
+            instruction=prompt,
+            proprio=self._state(observation) if self.state else None,
+            reset=_flag(observation.get("reset", False)),
+        )
+
+    def _image(self, observation: dict[str, Any], key: str) -> np.ndarray:
+        image = self._find(observation, key)
+        shape = "(3, height, width)" if self.channels_first else "(height, width, 3)"
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
+            raise ObservationError(f"{key!r} is an image of shape {shape} and type uint8; found {_what(image)}.")
+        upright = image.transpose(1, 2, 0) if self.channels_first else image
+        height, width, channels = upright.shape
+        if channels != 3 or not 1 <= min(height, width) <= max(height, width) <= LONGEST_SIDE:
+            raise ObservationError(
+                f"{key!r} is an image of shape {shape} with sides of 1 to {LONGEST_SIDE}; found {_what(image)}."
+            )
+        return np.array(upright, order="C")  # messages are read-only, and torch wants memory that it may write
+
+    def _state(self, observation: dict[str, Any]) -> np.ndarray:
+        parts = []
+        for key in self.state:
+            try:
+                part = np.atleast_1d(np.asarray(self._find(observation, key)))
+            except ValueError:
+                part = np.empty(0, object)
+            if part.ndim != 1 or part.dtype.kind not in "iuf" or len(part) > LONGEST_STATE:
+                raise ObservationError(
+                    f"{key!r} is a list of up to {LONGEST_STATE} numbers; found {_what(observation.get(key, part))}."
+                )
+            with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
+                parts.append(part.astype(np.float32))
+        state = np.concatenate(parts)
+        if not np.isfinite(state).all():
+            raise ObservationError(
+                f"{' and '.join(map(repr, self.state))} must be finite as float32, but hold NaN or infinity; send "
+                "finite numbers."
+            )
+        return state
+
+    def _find(self, observation: dict[str, Any], key: str) -> Any:
+        value: Any = observation
+        if key in observation:
+            return observation[key]
+        for part in key.split("/"):
+            if not isinstance(value, dict) or part not in value:
+                wanted = ", ".join(map(repr, (*self.keys.values(), *self.state, "prompt")))
+                found = ", ".join(repr(name) for name in list(observation)[:20])
+                raise ObservationError(f"The observation has no {key!r}; this server reads {wanted}. Found {found}.")
+            value = value[part]
+        return value
+
+
+def reader_of(
+    policy: Policy, layout: str = BY_CAMERA, camera_keys: Mapping[str, str] | None = None
+) -> ObservationReader:
+    """What reads `layout` for `policy`.
+
+    LIBERO's images and actions go through what the policy's family was evaluated with there (OpenVLA: its image chain,
+    and the gripper's sign).
+
+    Args:
+        policy: whose cameras and state are wanted.
+        layout: a name of `LAYOUTS`.
+        camera_keys: keys of single cameras, in place of the layout's.
+
+    Raises:
+        ServingError: there is no such layout, or it has no key for one of the policy's cameras.
+        SuiteError: how the policy's family sees LIBERO is not known.
+    """
+    if layout not in LAYOUTS:
+        raise ServingError(f"observations is {layout!r}; it is one of {', '.join(LAYOUTS)}.")
+    declared, given = LAYOUTS[layout], dict(camera_keys or {})
+    strange = [camera for camera in given if camera not in policy.cameras]
+    if strange:
+        raise ServingError(
+            f"A key was given for the camera {strange[0]!r}; the policy's cameras are "
+            f"{', '.join(map(repr, policy.cameras))}."
+        )
+    known = {camera: f"observation/{camera}" for camera in policy.cameras} if layout == BY_CAMERA else declared.images
+    keys = {}
+    for camera in policy.cameras:
+        key = given.get(camera, known.get(camera))
+        if key is None:
+            keys_of_layout = ", ".join(dict.fromkeys(declared.images.values()))
+            raise ServingError(
+                f"The {layout} layout does not say which image the policy's camera {camera!r} is; say it yourself "
+                f"(--camera-key {camera}=KEY). The layout's keys are {keys_of_layout}."
+            )
+        keys[camera] = key
+    state = declared.state if policy.proprio_size is not None else ()
+    if layout != "libero":
+        return ObservationReader(keys, state, declared.channels_first)
+    from vla_pruner.simulators.libero_conventions import libero_convention
+
+    convention = libero_convention(policy)
+    return ObservationReader(keys, state, declared.channels_first, convention.image, convention.actions)
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_, int, float, np.integer, np.floating)) and value in (0, 1):
+        return bool(value)
+    raise ObservationError(f"'reset' is true or false; found {_what(value)}.")
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"shape {value.shape} of {value.dtype}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

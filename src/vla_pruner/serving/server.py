@@ -1,0 +1,309 @@
+"""A policy behind openpi's websocket protocol, as an object that starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from vla_pruner.client.codec import pack, unpack
+from vla_pruner.client.errors import CodecError
+from vla_pruner.errors import ObservationError
+from vla_pruner.methods import Method
+from vla_pruner.policies.base import Policy
+from vla_pruner.serving.batching import Batcher
+from vla_pruner.serving.doors import Doors, tls_context
+from vla_pruner.serving.engine import Answer, Engine, Job, Robot
+from vla_pruner.serving.errors import Overloaded, ServingError
+from vla_pruner.serving.metrics import Metrics
+from vla_pruner.serving.observations import reader_of
+from vla_pruner.serving.settings import ServerSettings
+
+log = logging.getLogger("vla_pruner.serving")
+# What strangers send is theirs to know: the library would log a traceback for each failed handshake.
+_library_log = logging.getLogger("vla_pruner.serving.websockets")
+_library_log.setLevel(logging.CRITICAL)
+
+GOING_AWAY, INTERNAL_ERROR, TRY_AGAIN_LATER = 1001, 1011, 1013
+_LONGEST_REPLY_WAIT = 60.0
+"""Seconds that a client may take to read its reply."""
+
+
+class PolicyServer:
+    """Serves one policy to many robots, each with a memory of its own.
+
+        with PolicyServer(policy, VLAPruner(keep=0.25)) as server:
+            print(server.url)
+
+    The event loop runs in a thread of its own and the policy in another, where the method is attached while the server
+    runs; nothing else may use the policy then.
+
+    Args:
+        policy: as `load_policy` gives it. It holds no state of its own between two calls of `act`.
+        pruner: a method, or None to serve the policy unpruned.
+        settings: address, limits and the rest.
+
+    Raises:
+        ServingError: the settings, the method or the observations' layout do not fit.
+    """
+
+    def __init__(self, policy: Policy, pruner: Method | None = None, settings: ServerSettings | None = None) -> None:
+        self.settings = ServerSettings() if settings is None else settings
+        reader = reader_of(policy, self.settings.observations, self.settings.camera_keys)
+        self._engine = Engine(policy, pruner, reader, self.settings)
+        self._reader = reader
+        self._robots: dict[int, Robot] = {}
+        self._numbers = 0
+        self._tls = tls_context(self.settings)
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._batcher: Batcher | None = None
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._port: int | None = None
+        self._metadata = b""
+        self.metrics = Metrics(self._count, lambda: 0 if self._batcher is None else self._batcher.waiting)
+        self._doors = Doors(self.settings, self.metrics, self._count)
+
+    def __enter__(self) -> PolicyServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def port(self) -> int:
+        """What is listened on.
+
+        Raises:
+            ServingError: the server does not run.
+        """
+        if self._port is None:
+            raise ServingError("The server does not run, so it has no port; call start() first.")
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """What a client connects to."""
+        scheme, host = "ws" if self._tls is None else "wss", self.settings.host
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def start(self) -> None:
+        """Warm the policy up, open the port, and return.
+
+        Raises:
+            ServingError: it runs already, the port cannot be had, or the policy does not act.
+            VLAPrunerError: the method does not fit the policy.
+        """
+        if self._thread is not None:
+            raise ServingError("The server runs already.")
+        self._ready.clear()
+        self._failure = None
+        self._thread = threading.Thread(target=self._run, name="vla-pruner-serve", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            self._thread.join()
+            self._thread = None
+            raise self._failure
+
+    def stop(self) -> None:
+        """Refuse new connections, answer what is under way, close the others, and leave the policy as it was. Stopping
+        twice does nothing.
+        """
+        if self._thread is None:
+            return
+        loop, stopping = self._loop, self._stopping
+        if loop is not None and stopping is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(stopping.set)
+        self._thread.join()
+        self._thread = None
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._port = None
+            self._ready.set()
+
+    async def _main(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="vla-pruner-policy") as worker:
+            await self._loop.run_in_executor(worker, self._engine.open)
+            try:
+                await self._listen(worker)
+            finally:
+                await self._loop.run_in_executor(worker, self._engine.close)
+
+    async def _listen(self, worker: ThreadPoolExecutor) -> None:
+        settings = self.settings
+        assert self._stopping is not None
+        self._metadata = pack(self._describe())
+        self._batcher = Batcher(
+            self._engine.run, worker, settings.batch_window, settings.max_batch, settings.max_waiting, self._count
+        )
+        try:
+            server = await serve(
+                self._serve,
+                settings.host,
+                settings.port,
+                process_request=self._doors.answer,
+                ssl=self._tls,
+                compression=None,
+                origins=[None],  # a web page may not use this machine's server; robots send no origin
+                max_size=settings.max_message,
+                max_queue=2,
+                ping_interval=settings.ping_interval,
+                ping_timeout=settings.ping_timeout,
+                logger=_library_log,
+                server_header=None,
+            )
+        except OSError as error:
+            await self._batcher.close()
+            raise ServingError(
+                f"{settings.host} port {settings.port} cannot be listened on ({error.strerror or error}); choose "
+                "another with --port, or 0 for a free one."
+            ) from error
+        self._port = next(iter(server.sockets)).getsockname()[1]
+        self._doors.open = True
+        self._ready.set()
+        await self._stopping.wait()
+        self._doors.open = False
+        server.close(close_connections=False)
+        try:
+            await asyncio.wait_for(server.wait_closed(), settings.grace)
+        except TimeoutError:
+            log.warning("Answers took longer than %g seconds of grace; their connections are cut.", settings.grace)
+        await self._batcher.close()
+        for connection in server.connections:
+            connection.transport.abort()
+
+    def _count(self) -> int:
+        return len(self._robots)
+
+    async def _serve(self, connection: ServerConnection) -> None:
+        """One robot, from its connection to its end."""
+        if self._count() >= self.settings.max_robots:
+            self.metrics.turned_away("full")
+            await _end(connection, self._doors.full, TRY_AGAIN_LATER)
+            return
+        self._numbers += 1
+        robot = Robot(self._numbers)
+        self._robots[robot.number] = robot
+        try:
+            await connection.send(self._metadata)
+            await self._converse(connection, robot)
+        except ConnectionClosed:
+            pass  # it left, or was gone
+        finally:
+            del self._robots[robot.number]
+
+    async def _converse(self, connection: ServerConnection, robot: Robot) -> None:
+        before = 0.0
+        while True:
+            message = await self._next(connection)
+            if message is None:
+                await connection.close(GOING_AWAY, "the server stops")
+                return
+            start = perf_counter()
+            try:
+                answer, waited = await self._step(robot, message)
+            except Overloaded as error:
+                self.metrics.failed("overloaded")
+                await _end(connection, str(error), TRY_AGAIN_LATER)
+                return
+            except (CodecError, ObservationError) as error:
+                self.metrics.failed("refused")
+                await _end(connection, str(error), INTERNAL_ERROR)
+                return
+            except Exception as error:
+                self.metrics.failed("failed")
+                log.warning("A control step of robot %d failed: %s", robot.number, error)
+                await _end(connection, str(error), INTERNAL_ERROR)
+                return
+            done = perf_counter()
+            reply = {
+                "actions": answer.actions,
+                "policy_timing": answer.timing,
+                "server_timing": {
+                    "infer_ms": 1e3 * (done - start),
+                    "queue_ms": 1e3 * waited,
+                    "batch_robots": float(answer.batch),
+                    "prev_total_ms": 1e3 * before,
+                },
+            }
+            async with asyncio.timeout(_LONGEST_REPLY_WAIT):
+                await connection.send(pack(reply))
+            before = perf_counter() - start
+            self.metrics.answered(answer, before)
+
+    async def _next(self, connection: ServerConnection) -> str | bytes | None:
+        """The client's next message; None where the server stops and none is there."""
+        assert self._stopping is not None
+        message = asyncio.create_task(connection.recv())
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait((message, stop), return_when=asyncio.FIRST_COMPLETED)
+            return message.result() if message.done() else None
+        finally:
+            stop.cancel()
+            if not message.done():
+                message.cancel()
+            await asyncio.gather(message, stop, return_exceptions=True)
+
+    async def _step(self, robot: Robot, message: str | bytes) -> tuple[Answer, float]:
+        assert self._batcher is not None
+        if isinstance(message, str):
+            raise CodecError("A text message came; observations are binary messages of msgpack.")
+        seen = self._reader.read(unpack(message))
+        if robot.step and (seen.reset or seen.instruction != robot.instruction):
+            robot.begin_episode()
+        return await self._batcher.submit(Job(robot, seen))
+
+    def _describe(self) -> dict[str, Any]:
+        """What clients are told when they connect."""
+        from vla_pruner import __version__
+
+        engine, policy = self._engine, self._engine.policy
+        horizon, size = engine.actions_shape
+        return {
+            "protocol": "openpi",
+            "server": f"vla-pruner/{__version__}",
+            "model": self.settings.name or type(policy).__name__,
+            "pruner": _described(engine.method),
+            "visual_tokens": engine.tokens,
+            "action_horizon": horizon,
+            "action_dim": size,
+            "image_keys": list(self._reader.keys.values()),
+            "state_keys": list(self._reader.state),
+            "state_size": policy.proprio_size,
+            "max_message": self.settings.max_message,
+            **self.settings.metadata,
+        }
+
+
+def _described(method: Method | None) -> dict[str, Any]:
+    if method is None:
+        return {"name": "none"}
+    found: dict[str, Any] = {"name": type(method).__name__}
+    for name, value in vars(method).items():
+        plain = isinstance(value, (bool, int, float, str, type(None)))
+        found[name] = value if plain else repr(value)
+    return found
+
+
+async def _end(connection: ServerConnection, text: str, code: int) -> None:
+    """An error, as openpi's clients expect it: a text, and the end of the connection."""
+    async with asyncio.timeout(_LONGEST_REPLY_WAIT):
+        await connection.send(text)
+        await connection.close(code, text.encode()[:120].decode(errors="ignore"))

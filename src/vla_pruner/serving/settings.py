@@ -1,0 +1,103 @@
+"""How a policy is served, checked before anything slow begins."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vla_pruner.serving.errors import ServingError
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The flags of `vla-pruner serve` that are not about the policy.
+
+    Attributes:
+        host: address that is listened on.
+        port: 0 takes a free one.
+        api_key: what clients must send as `Authorization: Api-Key ...`; None: nothing.
+        tls_cert, tls_key: PEM files; both or none.
+        observations: which keys observations have: a name of `observations.LAYOUTS`.
+        camera_keys: a policy's camera -> the key of its image, in place of the layout's.
+        max_robots: connections at a time; a further one is refused with 503.
+        max_waiting: control steps that may wait for the model; a further one is refused, and its connection closed.
+        max_message: bytes of one message; a longer one closes its connection with 1009.
+        max_batch: robots in one forward pass.
+        batch_window: seconds that a control step waits for others to share its pass, while there are others.
+        ping_interval, ping_timeout: seconds between keep-alives, and until a silent client counts as gone.
+        grace: seconds that a shutdown waits for answers that are under way.
+        seed: of what policies draw; the noise of a control step depends on it, on the robot's episode and step alone.
+        prompts: instructions that are run before the port opens; none: one that the policy knows.
+        compile: whether the policy is compiled before the port opens.
+        name: what metadata calls the model.
+        metadata: more that clients are told when they connect, such as {"reset_pose": [...]}.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    observations: str = "cameras"
+    camera_keys: Mapping[str, str] = field(default_factory=dict)
+    max_robots: int = 64
+    max_waiting: int = 64
+    max_message: int = 16 * MEBIBYTE
+    max_batch: int = 16
+    batch_window: float = 0.002
+    ping_interval: float = 20.0
+    ping_timeout: float = 20.0
+    grace: float = 30.0
+    seed: int = 0
+    prompts: tuple[str, ...] = ()
+    compile: bool = False
+    name: str | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_robots", "max_waiting", "max_message", "max_batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ServingError(f"{name} is {value!r}; it is a whole number of 1 or more.")
+        for name in ("ping_interval", "ping_timeout", "grace"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ServingError(f"{name} is {getattr(self, name)!r}; it is a number of seconds above 0.")
+        if not 0 <= self.batch_window <= 1:
+            raise ServingError(f"batch_window is {self.batch_window!r}; it is 0 to 1 seconds, such as 0.002.")
+        if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port < 2**16:
+            raise ServingError(f"port is {self.port!r}; it is a number from 0 (a free one) to 65535.")
+        if not 0 <= self.seed < 2**32:
+            raise ServingError(f"seed is {self.seed!r}; it is 0 or more, and below 2**32.")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ServingError("A certificate and its key go together: give both tls_cert and tls_key, or none.")
+        if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or " " in self.api_key):
+            raise ServingError("The API key is empty, or has blanks or characters beyond ASCII; choose another.")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines can reach the port and nobody asks them for a key."""
+        return self.api_key is None and not is_loopback(self.host)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Numbers of robots that share a pass, largest first. Compiled, each size is a program of its own, so there
+        are only powers of two.
+        """
+        if not self.compile:
+            return tuple(range(self.max_batch, 0, -1))
+        return tuple(2**power for power in reversed(range(self.max_batch.bit_length())))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
