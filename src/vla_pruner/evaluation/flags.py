@@ -62,23 +62,7 @@ def add_eval(commands: Any) -> None:
         help="the first initial state; choose settings on some, confirm them on others (default: %(default)s)",
     )
     add("--seed", metavar="S", type=int, default=0, help="of what the policy draws (default: %(default)s)")
-    add(
-        "--method",
-        dest="methods",
-        metavar="A,B",
-        type=names,
-        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv\n"
-        "or none (default: vla-pruner)",
-    )
-    add("--keep", metavar="X,Y", type=_listed(_keep), help="visual tokens kept: fractions or numbers (default: 0.25)")
-    add("--layer", metavar="K,L", type=_listed(int), help="pruning layers (default: 3)")
-    add("--pruned", metavar="A,B", type=names, help="drop, freeze or drop,freeze (default: drop)")
-    add(
-        "--controls",
-        metavar="A,B",
-        type=_controls,
-        help="again (unpruned twice), random (as many tokens drawn), blank (black images), or none\n(default: all)",
-    )
+    add_arms(command)
     add(
         "--margin",
         metavar="P",
@@ -110,6 +94,43 @@ def add_eval(commands: Any) -> None:
         help="spread episodes over a Ray cluster; without an address, one of this machine's own (default: off)",
     )
     add("--workers", metavar="N", type=int, help="policies that run at once on Ray (default: as many as there is room)")
+    add_weights(command)
+    add(
+        "--suite-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=option,
+        help="for the suites, such as assets=DIR; may be repeated (default: none)",
+    )
+    command.set_defaults(run=run_command)
+
+
+def add_arms(command: argparse.ArgumentParser) -> None:
+    """Adds what says which arms run: methods and their settings, and controls."""
+    add = command.add_argument
+    add(
+        "--method",
+        dest="methods",
+        metavar="A,B",
+        type=names,
+        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv\n"
+        "or none (default: vla-pruner)",
+    )
+    add("--keep", metavar="X,Y", type=_listed(_keep), help="visual tokens kept: fractions or numbers (default: 0.25)")
+    add("--layer", metavar="K,L", type=_listed(int), help="pruning layers (default: 3)")
+    add("--pruned", metavar="A,B", type=names, help="drop, freeze or drop,freeze (default: drop)")
+    add(
+        "--controls",
+        metavar="A,B",
+        type=_controls,
+        help="again (unpruned twice), random (as many tokens drawn), blank (black images), or none\n(default: all)",
+    )
+
+
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """Adds what says, beside --policy, where a policy comes from; `policy_source` reads it."""
+    add = command.add_argument
     add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)")
     add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
@@ -122,15 +143,18 @@ def add_eval(commands: Any) -> None:
         type=option,
         help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
     )
-    add(
-        "--suite-option",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        type=option,
-        help="for the suites, such as assets=DIR; may be repeated (default: none)",
+
+
+def policy_source(options: argparse.Namespace) -> PolicySource:
+    """Where the policy comes from."""
+    return PolicySource(
+        options.policy,
+        options.random_weights,
+        options.size,
+        options.device,
+        options.dtype,
+        dict(options.option),
     )
-    command.set_defaults(run=run_command)
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -161,16 +185,8 @@ def settings_of(options: argparse.Namespace) -> EvalSettings:
         raise EvaluationError("--policy and --suite say what to run; give both (or --merge with folders).")
     if options.workers is not None and options.ray is None:
         raise EvaluationError("--workers is for --ray; give --ray too.")
-    source = PolicySource(
-        options.policy,
-        options.random_weights,
-        options.size,
-        options.device,
-        options.dtype,
-        dict(options.option),
-    )
     return EvalSettings(
-        policy=source,
+        policy=policy_source(options),
         suites=options.suites,
         margin=options.margin / 100,
         suite_options=dict(options.suite_option),
