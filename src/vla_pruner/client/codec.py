@@ -142,7 +142,8 @@ def _scalar(fields: dict[Any, Any]) -> Any:
     if type(data) not in wanted:
         raise CodecError(f"A number of the message is of type {dtype.name}, but its value is {_short(data)}.")
     try:
-        return dtype.newbyteorder("=").type(data)
+        with np.errstate(over="ignore"):  # a float that is too large becomes infinite, as in an array
+            return dtype.newbyteorder("=").type(data)
     except (OverflowError, ValueError) as error:
         raise CodecError(f"A number of the message does not fit its type: {error}.") from error
 

@@ -146,14 +146,13 @@ class ObservationReader:
     def _state(self, observation: dict[str, Any]) -> np.ndarray:
         parts = []
         for key in self.state:
+            value = self._find(observation, key)
             try:
-                part = np.atleast_1d(np.asarray(self._find(observation, key)))
-            except ValueError:
+                part = np.atleast_1d(np.asarray(value))
+            except ValueError:  # lists of different lengths
                 part = np.empty(0, object)
             if part.ndim != 1 or part.dtype.kind not in "iuf" or len(part) > LONGEST_STATE:
-                raise ObservationError(
-                    f"{key!r} is a list of up to {LONGEST_STATE} numbers; found {_what(observation.get(key, part))}."
-                )
+                raise ObservationError(f"{key!r} is a list of up to {LONGEST_STATE} numbers; found {_what(value)}.")
             with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
                 parts.append(part.astype(np.float32))
         state = np.concatenate(parts)

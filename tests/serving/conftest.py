@@ -1,0 +1,35 @@
+"""A tiny policy, servers on free ports of the loopback, and what robots see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import vla_pruner as vp
+from tests.serving.robots import Gated
+from vla_pruner.serving import PolicyServer, ServerSettings
+
+
+@pytest.fixture
+def policy() -> Any:
+    return vp.random_policy("reference", "tiny")
+
+
+@pytest.fixture
+def serve(policy: Any) -> Iterator[Callable[..., PolicyServer]]:
+    """Starts servers, which are stopped after the test: `serve(policy=..., pruner=..., **settings)`."""
+    running: list[PolicyServer] = []
+
+    def start(policy: Any = policy, pruner: Any = vp.VLAPruner(keep=0.25), **settings: Any) -> PolicyServer:
+        server = PolicyServer(policy, pruner, ServerSettings(port=0, **settings))
+        running.append(server)
+        server.start()
+        if isinstance(policy, Gated):
+            policy.begin()
+        return server
+
+    yield start
+    for server in running:
+        server.stop()

@@ -1,0 +1,112 @@
+"""What the tests' robots see, and a policy whose steps last until a test lets them end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_pruner.methods import Method
+from vla_pruner.serving.observations import Seen
+
+WAIT = 120.0
+"""Seconds after which a test that hangs fails; no machine is so slow."""
+
+
+def scene(policy: Any, robot: int, step: int) -> np.ndarray:
+    """The image of a robot: blocks of its own colours, and a little noise in each step."""
+    side = policy.image_size
+    blocks = np.random.default_rng(robot).integers(0, 256, (side // 8, side // 8, 3)).repeat(8, 0).repeat(8, 1)
+    noise = np.random.default_rng((robot, step)).integers(-20, 21, blocks.shape)
+    return np.clip(blocks + noise, 0, 255).astype(np.uint8)
+
+
+def state(policy: Any, robot: int, step: int) -> np.ndarray:
+    noise = np.random.default_rng((robot, step, 1)).normal(0, 0.05, policy.proprio_size)
+    return (np.asarray(policy.config.proprio_mean) + noise).astype(np.float32)
+
+
+def instruction(policy: Any, robot: int) -> str:
+    return policy.instructions[robot % len(policy.instructions)]
+
+
+def observation(policy: Any, robot: int = 0, step: int = 0, **more: Any) -> dict[str, Any]:
+    """A message of a robot."""
+    return {
+        "observation/image": scene(policy, robot, step),
+        "observation/state": state(policy, robot, step),
+        "prompt": instruction(policy, robot),
+        **more,
+    }
+
+
+def seen(policy: Any, robot: int = 0, step: int = 0) -> Seen:
+    """The same, read."""
+    image = {"image": scene(policy, robot, step)}
+    return Seen(image, instruction(policy, robot), state(policy, robot, step), reset=False)
+
+
+def alone(policy: Any, method: Method, robot: int, steps: range) -> list[tuple[np.ndarray, list[int] | None]]:
+    """Actions and kept ids of a robot that has the policy to itself, in an episode of these steps."""
+    found = []
+    with method.attach(policy) as session:
+        session.reset()
+        for step in steps:
+            images = {"image": scene(policy, robot, step)}
+            actions = policy.act(images, instruction(policy, robot), state(policy, robot, step))
+            found.append((actions, None if session.kept is None else session.kept[0].tolist()))
+    return found
+
+
+class Gated:
+    """A policy whose steps wait until the test opens the gate, from `begin` on.
+
+    Attributes:
+        entered: set while a step waits.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def begin(self) -> None:
+        """Close the gate; steps before were the server's own warm-up."""
+        self.gate.clear()
+        self.entered.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("cameras", "vision_towers", "proprio_size", "config", "image_size", "instructions"):
+            return getattr(self.module, name)
+        raise AttributeError(name)
+
+    def reset(self) -> None:
+        self.module.reset()
+
+    def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: Any = None) -> np.ndarray:
+        self.entered.set()
+        assert self.gate.wait(WAIT)
+        return self.module.act(images, instruction, proprio)
+
+
+class Failing(Gated):
+    """A policy that fails by an error of nobody's, or acts beyond numbers, when told so."""
+
+    error: Exception | None = None
+    endless = False
+
+    def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: Any = None) -> np.ndarray:
+        if self.error is not None:
+            raise self.error
+        actions = self.module.act(images, instruction, proprio)
+        return np.full_like(actions, np.nan) if self.endless else actions
+
+
+def same_memory(one: Any, other: Any) -> bool:
+    """Whether two memories hold the same, bit by bit."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)

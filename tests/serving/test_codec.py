@@ -1,0 +1,165 @@
+"""The wire format: openpi's to the byte, and nothing that a stranger sends does harm."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from vla_pruner.client import codec
+from vla_pruner.client.codec import pack, unpack
+from vla_pruner.client.errors import CodecError
+
+# Made by openpi-client 0.1.2 of {"observation/image": uint8 [[0, 1], [2, 3]], "x": float32 0.5, "prompt": "go"}.
+OPENPI = bytes.fromhex(
+    "83b16f62736572766174696f6e2f696d61676584c40b5f5f6e6461727261795f5fc3c40464617461c40400010203c4056474797065a37c7531"
+    "c4057368617065920202a17883c40d5f5f6e7067656e657269635f5fc3c40464617461cb3fe0000000000000c4056474797065a33c6634a670"
+    "726f6d7074a2676f"
+)
+
+
+def test_openpis_bytes() -> None:
+    image = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    assert pack({"observation/image": image, "x": np.float32(0.5), "prompt": "go"}) == OPENPI
+    found = unpack(OPENPI)
+    assert np.array_equal(found["observation/image"], image)
+    assert found["x"] == np.float32(0.5)
+    assert type(found["x"]) is np.float32
+    assert found["prompt"] == "go"
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "i2", "u4", "i8", "f2", "f4", "f8", ">i4", ">f8"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)])
+def test_arrays_come_back(dtype: str, shape: tuple[int, ...]) -> None:
+    array = np.asarray(np.random.default_rng(0).random(shape) * 100).astype(dtype)
+    found = unpack(pack({"a": array}))["a"]
+    assert np.array_equal(found, array)
+    assert found.shape == shape
+    assert found.dtype == array.dtype.newbyteorder("=")
+    assert not found.flags.writeable
+
+
+def test_plain_values_come_back_and_tuples_become_lists() -> None:
+    message = {"a": [1, 2.5, None, True], "b": {"c": "é"}, "t": (1, 2), "s": np.str_("x"), "n": np.int64(3)}
+    assert unpack(pack(message)) == {"a": [1, 2.5, None, True], "b": {"c": "é"}, "t": [1, 2], "s": "x", "n": 3}
+
+
+@pytest.mark.parametrize(
+    "value", [np.array([object()]), np.array([1j]), np.zeros(2, "i4,f4"), object(), {1, 2}, np.complex64(1), 2**70]
+)
+def test_what_is_no_number_is_not_packed(value: Any) -> None:
+    with pytest.raises(CodecError):
+        pack({"a": value})
+
+
+def _changed(name: bytes, value: Any) -> bytes:
+    whole: dict[Any, Any] = {b"__ndarray__": True, b"data": b"\0" * 8, b"dtype": "<f4", b"shape": [2]}
+    whole[name] = value
+    return msgpack.packb({"a": whole})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (b"dtype", "|O8"),
+        (b"dtype", "O"),
+        (b"dtype", "i4,f4"),
+        (b"dtype", "V8"),
+        (b"dtype", "c8"),
+        (b"dtype", "<M8[s]"),
+        (b"dtype", [["a", "<f4"]]),
+        (b"dtype", None),
+        (b"dtype", "f4" * 1000),
+        (b"shape", [3]),
+        (b"shape", [-2]),
+        (b"shape", [2**40, 0]),
+        (b"shape", [2.0]),
+        (b"shape", [True, 2]),
+        (b"shape", 2),
+        (b"shape", [1] * 9),
+        (b"shape", None),
+        (b"data", "text"),
+        (b"data", None),
+        (b"data", b""),
+    ],
+)
+def test_arrays_that_are_not_what_they_say(name: bytes, value: Any) -> None:
+    with pytest.raises(CodecError, match="array of the message|An array of"):
+        unpack(_changed(name, value))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x83",
+        b"\xc1",
+        OPENPI + b"\0",
+        OPENPI[:-1],
+        msgpack.packb({1: 2}, strict_types=False),
+        msgpack.packb({b"key": 2}),
+        msgpack.packb(msgpack.ExtType(5, b"x")),
+        msgpack.packb(msgpack.Timestamp(1)),
+        msgpack.packb({"a": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}),
+        msgpack.packb({"a": {b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"}}),
+        msgpack.packb({"a": {b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}}),
+        msgpack.packb("\udc80", unicode_errors="surrogatepass"),
+        b"\x91" * 5000 + b"\0",
+        b"\xdd" + struct.pack(">I", 2**32 - 1),
+        b"\xdf" + struct.pack(">I", 2**31),
+        b"\xc6" + struct.pack(">I", 2**32 - 1) + b"abc",
+    ],
+)
+def test_damaged_messages(data: bytes) -> None:
+    with pytest.raises(CodecError):
+        unpack(data)
+
+
+def test_entries_are_limited_in_one_list_and_in_all() -> None:
+    assert len(unpack(pack([0] * codec.MAX_LENGTH))) == codec.MAX_LENGTH
+    with pytest.raises(CodecError):
+        unpack(msgpack.packb([0] * (codec.MAX_LENGTH + 1)))
+    many = [[0] * codec.MAX_LENGTH] * (codec.MAX_ITEMS // codec.MAX_LENGTH + 1)
+    with pytest.raises(CodecError, match="entries"):
+        unpack(msgpack.packb(many))
+
+
+def test_ten_thousand_damaged_messages() -> None:
+    """Nothing but a CodecError comes of them, and what passes is plain data that can be packed again."""
+    random = np.random.default_rng(20261122)
+    image = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    whole = pack({"image": image, "state": np.ones(4), "x": np.float32(1), "prompt": "go", "l": [1, [2, {"a": None}]]})
+    passed = refused = 0
+    for case in range(10_000):
+        kind = case % 4
+        data = bytearray(whole)
+        if kind == 0:
+            data = bytearray(random.bytes(int(random.integers(0, 80))))
+        elif kind == 1:
+            for place in random.integers(0, len(data), random.integers(1, 9)):
+                data[place] = random.integers(0, 256)
+        elif kind == 2:
+            del data[random.integers(0, len(data)) :]
+        else:
+            start, size = random.integers(0, len(data)), random.integers(0, 40)
+            data[start : start + size] = random.bytes(int(random.integers(0, 40)))
+        try:
+            found = unpack(bytes(data))
+        except CodecError:
+            refused += 1
+            continue
+        passed += 1
+        if not _has_bytes(found):
+            pack(found)
+    assert passed > 200
+    assert refused > 5000
+
+
+def _has_bytes(value: Any) -> bool:
+    """Raw bytes and whole numbers beyond 64 bits cannot come, but raw bytes may."""
+    if isinstance(value, dict):
+        return any(map(_has_bytes, value.values()))
+    return any(map(_has_bytes, value)) if isinstance(value, list) else isinstance(value, bytes)

@@ -1,0 +1,164 @@
+"""Keys of LIBERO's, DROID's and ALOHA's clients, and what is refused before it reaches a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vla_pruner.client.codec import pack, unpack
+from vla_pruner.errors import ObservationError, VLAPrunerError
+from vla_pruner.models.openvla import random_openvla
+from vla_pruner.serving.errors import ServingError
+from vla_pruner.serving.observations import reader_of
+
+
+def fake(cameras: tuple[str, ...], proprio_size: int | None) -> Any:
+    return SimpleNamespace(cameras=cameras, proprio_size=proprio_size)
+
+
+def image(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape or (6, 8, 3), dtype=np.uint8)
+
+
+def test_droid() -> None:
+    reader = reader_of(fake(("base_0_rgb", "left_wrist_0_rgb"), 8), "droid")
+    sent = {
+        "observation/exterior_image_1_left": image(1),
+        "observation/wrist_image_left": image(2),
+        "observation/joint_position": np.arange(7.0),
+        "observation/gripper_position": np.array([0.5]),
+        "prompt": "fold the towel",
+    }
+    seen = reader.read(unpack(pack(sent)))
+    assert list(seen.images) == ["base_0_rgb", "left_wrist_0_rgb"]
+    assert np.array_equal(seen.images["base_0_rgb"], image(1))
+    assert np.array_equal(seen.images["left_wrist_0_rgb"], image(2))
+    assert seen.proprio is not None
+    assert seen.proprio.tolist() == [0, 1, 2, 3, 4, 5, 6, 0.5]
+    assert seen.proprio.dtype == np.float32
+    assert (seen.instruction, seen.reset) == ("fold the towel", False)
+    # openpi's DROID client sends the gripper as a bare number, too
+    assert reader.read({**sent, "observation/gripper_position": 0.5}).proprio is not None
+
+
+def test_aloha_has_nested_images_with_channels_first() -> None:
+    reader = reader_of(fake(("cam_high", "cam_left_wrist", "cam_right_wrist"), 14), "aloha")
+    names = ("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist")
+    images = {name: image(number, 3, 6, 8) for number, name in enumerate(names)}
+    seen = reader.read(unpack(pack({"state": np.ones(14), "images": images, "prompt": "x"})))
+    assert np.array_equal(seen.images["cam_left_wrist"], images["cam_left_wrist"].transpose(1, 2, 0))
+    assert seen.images["cam_high"].flags.c_contiguous
+    assert seen.images["cam_high"].flags.writeable
+    assert list(seen.images) == ["cam_high", "cam_left_wrist", "cam_right_wrist"]
+    with pytest.raises(ObservationError, match=r"\(3, height, width\).*shape \(6, 8, 3\)"):
+        reader.read({"state": np.ones(14), "images": {**images, "cam_high": image(0)}, "prompt": "x"})
+
+
+def test_libero_is_seen_as_the_policys_family_was_evaluated() -> None:
+    from vla_pruner.models.openvla.actions import libero_gripper
+    from vla_pruner.preprocessing.libero import libero_image, rotate_180
+
+    policy = random_openvla("tiny")
+    reader = reader_of(policy, "libero")
+    sent = {"observation/image": image(1, 24, 24, 3), "observation/wrist_image": image(2), "prompt": "x"}
+    seen = reader.read({**sent, "observation/state": np.zeros(8)})
+    assert list(seen.images) == ["image"]
+    assert seen.proprio is None  # OpenVLA reads none
+    assert np.array_equal(reader.image(seen.images["image"]), libero_image(rotate_180(image(1, 24, 24, 3))))
+    chunk = np.random.default_rng(0).uniform(-1, 1, (3, 7))
+    assert np.array_equal(reader.actions(chunk), libero_gripper(chunk))
+    assert set(reader.actions(chunk)[:, -1]) <= {-1.0, 0.0, 1.0}
+    with pytest.raises(VLAPrunerError, match="sees LIBERO is not known"):
+        reader_of(fake(("image", "wrist_image"), 8), "libero")
+
+
+def test_by_the_policys_own_cameras_and_by_keys_that_are_given() -> None:
+    policy = fake(("front", "side"), None)
+    assert list(reader_of(policy).keys.values()) == ["observation/front", "observation/side"]
+    assert reader_of(policy, "cameras", {"side": "cam"}).keys == {"front": "observation/front", "side": "cam"}
+    with pytest.raises(ServingError, match=r"'front' is.*--camera-key front=KEY"):
+        reader_of(policy, "aloha")
+    with pytest.raises(ServingError, match="'back'"):
+        reader_of(policy, "cameras", {"back": "x"})
+    with pytest.raises(ServingError, match="one of cameras, libero, droid, aloha"):
+        reader_of(policy, "bridge")
+
+
+GOOD: dict[str, Any] = {"observation/image": image(0), "observation/state": np.zeros(4), "prompt": "go"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"observation/image": None}, "uint8; found NoneType"),
+        ({"observation/image": image(0).astype(np.float32)}, r"found shape \(6, 8, 3\) of float32"),
+        ({"observation/image": image(0, 6, 8)}, r"shape \(6, 8\)"),
+        ({"observation/image": image(0, 6, 8, 4)}, r"shape \(6, 8, 4\)"),
+        ({"observation/image": image(0, 0, 8, 3)}, "sides of 1 to"),
+        ({"observation/image": image(0, 1, 5000, 3)}, "sides of 1 to"),
+        ({"observation/image": [[1, 2], [3, 4]]}, "found list"),
+        ({"observation/state": "home"}, "list of up to"),
+        ({"observation/state": np.zeros((2, 2))}, "list of up to"),
+        ({"observation/state": [1, [2]]}, "list of up to"),
+        ({"observation/state": np.zeros(5000)}, "list of up to"),
+        ({"observation/state": np.zeros(4, bool)}, "list of up to"),
+        ({"observation/state": np.array([0, 1, 2, np.nan])}, "finite"),
+        ({"observation/state": np.array([0, 1, 2, 1e300])}, "finite"),
+        ({"prompt": 5}, "'prompt' is text"),
+        ({"prompt": "x" * 3000}, "3000 characters"),
+        ({"reset": "yes"}, "'reset' is true or false"),
+        ({"reset": 2}, "'reset' is true or false"),
+        ({"reset": np.zeros(3)}, "'reset' is true or false"),
+    ],
+)
+def test_refused(change: dict[str, Any], message: str) -> None:
+    reader = reader_of(fake(("image",), 4))
+    with pytest.raises(ObservationError, match=message):
+        reader.read({**GOOD, **change})
+
+
+def test_missing_keys_are_named_with_what_there_is() -> None:
+    reader = reader_of(fake(("image",), 4))
+    for key in GOOD:
+        with pytest.raises(ObservationError, match=f"no '{key}'; this server reads .*Found") as error:
+            reader.read({name: value for name, value in GOOD.items() if name != key})
+        assert len(str(error.value)) < 400
+    with pytest.raises(ObservationError, match="map of keys to values; found list"):
+        reader.read([1])
+
+
+@pytest.mark.parametrize("value", [True, 1, np.bool_(True), np.float32(1), 1.0])
+def test_reset(value: Any) -> None:
+    reader = reader_of(fake(("image",), 4))
+    assert reader.read({**GOOD, "reset": value}).reset
+    assert not reader.read({**GOOD, "reset": False}).reset
+    assert not reader.read(GOOD).reset
+
+
+def test_ten_thousand_strange_observations() -> None:
+    """They are read or refused, and nothing else comes of them."""
+    random = np.random.default_rng(7)
+    values: list[Any] = [
+        None, True, -1, 2**63, 1.5, float("nan"), "", "go", "é" * 900, [], [1, "a"], [[1], [2]], {}, {"a": {"b": 1}},
+        b"raw", np.zeros(0), np.float16(1), np.zeros((1, 1, 1, 1), np.uint8), np.full(4, np.inf), np.zeros(4, np.int64),
+        np.zeros((3, 3, 3), np.uint8), np.zeros((3, 3, 3), np.int8), np.uint64(2**64 - 1), np.full(4, 1e39),
+    ]  # fmt: skip
+    readers = [reader_of(fake(("image",), 4)), reader_of(fake(("cam_high",), 14), "aloha")]
+    keys = [*GOOD, "reset", "images", "images/cam_high", "state", "x"]
+    read = 0
+    for _ in range(10_000):
+        message: dict[str, Any] = dict(GOOD)
+        for _ in range(random.integers(0, 4)):
+            message[keys[random.integers(len(keys))]] = values[random.integers(len(values))]
+        try:
+            seen = readers[random.integers(2)].read(message)
+        except ObservationError:
+            continue
+        read += 1
+        assert seen.proprio is not None
+        assert np.isfinite(seen.proprio).all()
+        assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in seen.images.values())
+    assert read > 1000
