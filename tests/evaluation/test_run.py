@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from tests.evaluation.fakes import FakeEnvironment, FakeSource, FakeSuite, ToyFlow, find_fake, settings, tiny_policy
+from vla_pruner.attach.session import Session
 from vla_pruner.errors import BudgetError
 from vla_pruner.evaluation import EvaluationError, Record, Unit, read_records
 from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
@@ -22,7 +23,7 @@ from vla_pruner.evaluation.episode import run_episode
 from vla_pruner.evaluation.records import EPISODES, TIMES
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import plan, shard
-from vla_pruner.simulators.base import SuiteError
+from vla_pruner.simulators.base import Convention, SuiteError
 
 UNIT = Unit("fake", 0, "reach", 2, 0)
 
@@ -263,6 +264,21 @@ def test_tiny_policy_is_pruned_and_its_tokens_are_counted(tmp_path: Path) -> Non
     assert rows["fastv-0.25-drop-K1"]["against_random"]["pairs"] == 2
     assert rows["fastv-0.25-drop-K1"]["verdict"]["word"] == "inconclusive"
     assert rows["unpruned-again"]["verdict"] is None
+
+
+def test_a_motion_gate_is_told_the_path_of_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, planned = [], []
+    moved, plan = Session.moved, Convention.plan
+    monkeypatch.setattr(Session, "moved", lambda self, distance: (told.append(distance), moved(self, distance))[1])
+    monkeypatch.setattr(Convention, "plan", lambda self, chunk: (planned.append(plan(self, chunk)), planned[-1])[1])
+    asked = settings(tmp_path, "tiny", episodes=1, methods=("text-query:gate=2", "fastv"), layer=(1,), controls=())
+    assert run(asked)[0] == 0
+    records = read_records(tmp_path / EPISODES)
+    gated = [record for record in records if record.arm.startswith("text-query")]
+    assert len(told) == sum(record.control_steps for record in gated) < len(planned), "no other arm is told"
+    lengths = [float(sum(np.linalg.norm(action[:3]) for action in actions)) for actions in planned]
+    assert any(lengths)
+    assert all(any(distance == pytest.approx(length) for length in lengths) for distance in told)
 
 
 def test_scripted_policies_go_through_the_same_path(tmp_path: Path) -> None:

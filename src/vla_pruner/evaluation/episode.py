@@ -132,7 +132,10 @@ def _drive(
                 tracer.note(
                     images, observation.instruction, proprio, chunk, seed=seed, steps=course.steps, session=session
                 )
-            for action in convention.plan(chunk):
+            actions = convention.plan(chunk)
+            if session is not None and session.method.motion:
+                session.moved(convention.path(actions))
+            for action in actions:
                 observation, reward, terminated, truncated, info = environment.step(action)
                 course.steps += 1
                 course.rewards.append(float(reward))

@@ -206,6 +206,13 @@ class Convention:
         """What of a chunk is carried out before the policy is asked again: (horizon, action_size)."""
         return np.atleast_2d(self.actions(np.asarray(chunk)))[: self.horizon]
 
+    def path(self, actions: np.ndarray) -> float:
+        """Length of the path that `actions` (horizon, action_size) command, in the simulator's units.
+
+        In every suite the first three numbers of an action displace the gripper.
+        """
+        return float(np.linalg.norm(actions[:, :3], axis=1).sum())
+
 
 @runtime_checkable
 class Suite(Protocol):

@@ -1,0 +1,139 @@
+"""The study of docs/study.md: which method, budget, fate and layer on the reference policy, closed loop.
+
+    python -m benchmarks.study run grid --shard 1/2 --out DIR     runs or continues a part (`vla-pruner eval`)
+    python -m benchmarks.study publish grid --out DIR             merges DIR's parts into benchmarks/results/study
+    python -m benchmarks.study table grid                         success by method, budget and fate, as Markdown
+
+Parts are folders DIR/PHASE-I; a killed run goes on with the same command. Settings are chosen on the initial states of
+`grid` and `options`, and confirmed on those of `confirm`, which no choice has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vla_pruner import cli
+
+RESULTS = Path(__file__).parent / "results" / "study"
+WHOLE = ("run.json", "table.md")
+RECORDS = "episodes.jsonl"
+
+# Every method leaves the same first steps unpruned, so that they differ in what they choose alone.
+_WAIT = ":warmup_steps=3"
+_METHODS = (
+    "vla-pruner",
+    "vla-pruner:semantic_queries=last",
+    *(
+        f"{name}{_WAIT}"
+        for name in (
+            "action-only",
+            "score-fusion",
+            "action-and-diversity",
+            "semantic-only",
+            "fastv",
+            "sparsevlm",
+            "text-query",
+            "divprune",
+            "max-min-diversity",
+        )
+    ),
+    f"max-min-diversity{_WAIT}:metric=euclidean",
+)
+_COMMON = ("--policy", "reference", "--suite", "metaworld:mt4", "--margin", "5")
+PHASES: dict[str, tuple[str, ...]] = {
+    "grid": (
+        *_COMMON,
+        *("--episodes", "50", "--method", ",".join(_METHODS)),
+        *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "3"),
+    ),
+}
+
+
+def run(phase: str, out: Path, part: str | None) -> int:
+    """Runs or continues one part of a phase; its exit code is that of `vla-pruner eval`."""
+    number = "1" if part is None else part.partition("/")[0]
+    arguments = ["eval", *PHASES[phase], "--out", str(out / f"{phase}-{number}")]
+    return cli.main(arguments if part is None else [*arguments, "--shard", part])
+
+
+def publish(phase: str, out: Path) -> int:
+    """Merges the parts of a phase and puts what a reader needs into the repository, the records compressed."""
+    parts = sorted(out.glob(f"{phase}-*"))
+    if not parts:
+        print(f"{out} has no folder {phase}-...; run it first.", file=sys.stderr)
+        return 2
+    target = RESULTS / phase
+    with tempfile.TemporaryDirectory() as folder:
+        merged = Path(folder) / phase
+        code = cli.main(["eval", "--merge", *map(str, parts), "--out", str(merged)])
+        if code > 1:
+            return code
+        target.mkdir(parents=True, exist_ok=True)
+        for name in WHOLE:
+            shutil.copyfile(merged / name, target / name)
+        info = json.loads((merged / "eval_info.json").read_text())
+        kept = {name: info[name] for name in ("run", "conditions", "summary", "verdict", "errors")}
+        (target / "summary.json").write_text(json.dumps(kept, indent=1) + "\n")
+        # Without a time stamp, the same records give the same file.
+        with open(target / f"{RECORDS}.gz", "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+            packed.write((merged / RECORDS).read_bytes())
+    print(f"{target} holds {phase}.")
+    return code
+
+
+def table(summary: dict[str, Any]) -> str:
+    """One row a method; cells are the difference to the unpruned policy in points with its 95 % interval."""
+    by_title = {arm["title"]: arm for arm in summary["arms"]}
+    columns = [(fate, keep) for fate in ("drop", "freeze") for keep in ("0.5", "0.25", "0.125")]
+    rows: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for title, arm in by_title.items():
+        words = title.split(" ")
+        if arm["kind"] not in ("method", "random") or len(words) < 3:
+            continue
+        name, keep, fate, *rest = words
+        options = [word for word in rest if "=" in word and not word.startswith(("K=", "warmup_steps="))]
+        rows.setdefault(" ".join([name, *options]), {})[fate, keep] = arm
+    lines = ["| method | " + " | ".join(f"{fate} {keep}" for fate, keep in columns) + " |", "|---|" + "---|" * 6]
+
+    def loss(name: str) -> float:
+        return -sum(arm["difference"]["value"] or 0.0 for arm in rows[name].values()) / len(rows[name])
+
+    for name in sorted(rows, key=loss):
+        cells = [_cell(rows[name][column]) if column in rows[name] else "-" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(arm: dict[str, Any]) -> str:
+    found = arm["difference"]
+    if not found["pairs"]:
+        return "-"
+    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.0f} to {100 * found['high']:+.0f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
+    parser.add_argument("do", choices=("run", "publish", "table"))
+    parser.add_argument("phase", choices=tuple(PHASES))
+    parser.add_argument("--out", type=Path, default=Path("study"), help="folder of the parts (default: %(default)s)")
+    parser.add_argument("--shard", metavar="I/N", help="run the I-th of N parts (default: all)")
+    given = parser.parse_args(arguments)
+    if given.do == "run":
+        return run(given.phase, given.out, given.shard)
+    if given.do == "publish":
+        return publish(given.phase, given.out)
+    print(table(json.loads((RESULTS / given.phase / "summary.json").read_text())["summary"]), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
