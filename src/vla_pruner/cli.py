@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_audit(commands)
     _add_bench(commands)
     _add_eval(commands)
+    _add_report(commands)
     options = parser.parse_args(arguments)
     if options.version:
         _print_versions()
@@ -260,6 +261,12 @@ def _add_eval(commands: Any) -> None:
     from vla_pruner.evaluation.flags import add_eval
 
     add_eval(commands)
+
+
+def _add_report(commands: Any) -> None:
+    from vla_pruner.report.flags import add_report
+
+    add_report(commands)
 
 
 if __name__ == "__main__":

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from math import isqrt
 from pathlib import Path
-from string import Template
 from typing import Any
-
-import numpy as np
 
 from vla_pruner.demo.arms import BASELINE
 from vla_pruner.demo.episodes import Episode
 from vla_pruner.demo.summary import Summary
 from vla_pruner.demo.table import counted, footnotes, heading, rows
+from vla_pruner.report.page import fill, jpeg, script_json, source
 from vla_pruner.timing import STAGES
 
 MOST_FILMS = 4
 """Tasks shown in the player; more would make the file larger than a mail takes."""
-
-_JPEG_QUALITY = 85
 
 
 def write_report(
@@ -36,7 +29,9 @@ def write_report(
     notes: Mapping[str, Any],
 ) -> None:
     """Writes one HTML file that needs nothing else: no requests, no fonts, no scripts from elsewhere."""
-    text = Template(resources.files("vla_pruner.report").joinpath("demo.html").read_text(encoding="utf-8")).substitute(
+    text = fill(
+        "demo.html",
+        style=source("base.css"),
         subtitle=escape(_subtitle(summary, conditions, notes)),
         verdict="\n".join(f"<li>{escape(sentence)}</li>" for sentence in verdict),
         table=_table(summary),
@@ -122,13 +117,13 @@ def _data(summary: Summary, finished: Sequence[Mapping[str, Episode]]) -> str:
                     "title": column.arm.title,
                     "pruned": None if column.arm.method is None else column.arm.method.pruned,
                     "success": episode.success,
-                    "frames": [_jpeg(frame) for frame in episode.trace.frames],
+                    "frames": [jpeg(frame) for frame in episode.trace.frames],
                     "kept": episode.trace.kept,
                 }
             )
         units.append({"task": first.task, "seed": first.seed, "arms": arms})
     data = {"grid": isqrt(summary.baseline.cost.visual), "frame_size": frame_size, "units": units}
-    return json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    return script_json(data)
 
 
 def _films(finished: Sequence[Mapping[str, Episode]]) -> list[Mapping[str, Episode]]:
@@ -139,12 +134,3 @@ def _films(finished: Sequence[Mapping[str, Episode]]) -> list[Mapping[str, Episo
         return len({episode.success for episode in unit.values()}) == 1, not unit[BASELINE].success
 
     return sorted(recorded, key=dullness)[:MOST_FILMS]
-
-
-def _jpeg(frame: np.ndarray) -> str:
-    """(H, W, 3) uint8 -> base64 text."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, format="JPEG", quality=_JPEG_QUALITY)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,56 @@
+"""`vla-pruner report`: from an evaluation's folder to one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from vla_pruner.demo.table import counted
+from vla_pruner.evaluation import EvaluationError
+from vla_pruner.report.evaluation import render
+from vla_pruner.report.results import read_results
+from vla_pruner.report.verdicts import headline
+
+REPORT = "report.html"
+
+
+def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console: Console) -> int:
+    """Writes the report of an evaluation.
+
+    Args:
+        folder: the --out of `vla-pruner eval`: finished, unfinished or merged. Nothing in it changes but the report.
+        out: the file; None: report.html in the folder.
+        episodes: those that the player shows; empty: a few that tell something.
+
+    Returns:
+        0.
+
+    Raises:
+        EvaluationError: the folder holds no evaluation, or the file cannot be written.
+        ImagesUnavailable: there are traces, and Pillow is not installed.
+    """
+    target = folder / REPORT if out is None else out
+    if target.is_dir():
+        raise EvaluationError(f"--out is {target}, which is a folder; give a file such as {target / REPORT}.")
+    if out is not None and not target.parent.is_dir():
+        raise EvaluationError(f"--out is {target}, but there is no folder {target.parent}; make it first.")
+    results = read_results(folder)
+    page = render(results, episodes).encode()
+    try:
+        target.write_bytes(page)
+    except OSError as error:
+        raise EvaluationError(
+            f"--out is {target}, which cannot be written ({error.strerror}); give another file."
+        ) from error
+    console.print(headline(results))
+    arms = counted(len(results.summary.arms), "arm")
+    console.print(
+        f"Report: {target.resolve()} ({arms}, {_size(len(page))}, nothing is loaded from elsewhere)", soft_wrap=True
+    )
+    return 0
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

@@ -1,0 +1,189 @@
+"""What the report shows of an evaluation's folder: its numbers, and what each arm's title says about its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.evaluation import EvaluationError, Record, Summary, read_records, summarize
+from vla_pruner.evaluation.manifest import Manifest
+from vla_pruner.evaluation.records import EPISODES, check_run, latest
+from vla_pruner.evaluation.run import Run
+from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, WORSE, ArmSummary
+from vla_pruner.statistics import median_interval, percentile
+
+WORDS = (NOT_WORSE, WORSE, INCONCLUSIVE)
+FATES = ("drop", "freeze", "reuse")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An arm of a method, by the parts of its title ("vla-pruner 0.25 drop K=3 unseen=carry").
+
+    Attributes:
+        method: its name.
+        options: those that are not the method's own defaults.
+        keep: visual tokens kept: what was counted in pruned steps, or else what was asked for; a share of all, or None
+            where neither is known.
+        fate: what becomes of the others.
+        layer: "K=3".
+    """
+
+    method: str
+    options: tuple[str, ...]
+    keep: float | None
+    fate: str
+    layer: str
+
+    @property
+    def variant(self) -> str:
+        """The method with its options: what one plot shows."""
+        return " ".join((self.method, *self.options))
+
+    @property
+    def series(self) -> str:
+        """What one line of a plot shows."""
+        return ", ".join(part for part in (self.fate, self.layer) if part)
+
+
+def setting_of(arm: ArmSummary) -> Setting:
+    """Reads an arm's title."""
+    method, *words = arm.title.split()
+    fate = next((word for word in words if word in FATES), "")
+    layer = next((word for word in words if word.startswith("K=")), "")
+    asked = _number(words[0]) if words else None
+    options = tuple(word for word in words[1:] if word not in (fate, layer))
+    keep = None
+    if arm.kept and arm.visual_tokens:
+        keep = sum(arm.kept) / len(arm.kept) / arm.visual_tokens
+    elif asked is not None and 0 < asked <= 1:
+        keep = asked
+    return Setting(method, options, keep, fate, layer)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one control step: the median episode's median, with the median's exact interval over episodes
+    (None: too few of them).
+    """
+
+    value: float
+    limits: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation as its folder has it.
+
+    Attributes:
+        folder: its folder.
+        run: settings and the records that count.
+        summary: the numbers of the table.
+    """
+
+    folder: Path
+    run: Run
+    summary: Summary
+
+    @cached_property
+    def settings(self) -> dict[str, Setting]:
+        """Of the arms of methods, by key."""
+        return {arm.key: setting_of(arm) for arm in self.methods}
+
+    @property
+    def methods(self) -> list[ArmSummary]:
+        """The arms that are judged."""
+        return self.summary.of("method")
+
+    @cached_property
+    def by_key(self) -> dict[str, ArmSummary]:
+        return {arm.key: arm for arm in self.summary.arms}
+
+    @cached_property
+    def random_of(self) -> dict[str, ArmSummary]:
+        """The random control of each method's arm that has one."""
+        arms = self.run.manifest.identity["arms"]
+        return {arm["key"]: self.by_key[arm["random"]] for arm in arms if arm.get("random") in self.by_key}
+
+    @cached_property
+    def groups(self) -> dict[str, list[ArmSummary]]:
+        """The methods' arms by method: the method whose best arm loses least at worst comes first, and within it what
+        keeps most.
+        """
+        found: dict[str, list[ArmSummary]] = {}
+        for arm in sorted(self.methods, key=self._order):
+            found.setdefault(self.settings[arm.key].method, []).append(arm)
+        return dict(sorted(found.items(), key=lambda item: -max(_worst(arm) for arm in item[1])))
+
+    def _order(self, arm: ArmSummary) -> tuple[Any, ...]:
+        setting = self.settings[arm.key]
+        return len(setting.options), setting.options, setting.layer, -(setting.keep or 0.0), setting.fate
+
+    @cached_property
+    def latency(self) -> dict[str, Latency]:
+        """By arm's key; arms without a finished episode are left out."""
+        medians: dict[str, list[float]] = {}
+        for record in self.finished:
+            if record.latency_p50_ms is not None:
+                medians.setdefault(record.arm, []).append(record.latency_p50_ms)
+        return {key: Latency(percentile(of, 50), median_interval(of)) for key, of in medians.items()}
+
+    @cached_property
+    def finished(self) -> list[Record]:
+        """Records that did not crash."""
+        return [record for record in self.run.records.values() if not record.crashed]
+
+    @property
+    def conditions(self) -> Sequence[Mapping[str, Any]]:
+        """Of every process that wrote to the run."""
+        return self.run.manifest.conditions
+
+    @property
+    def policy(self) -> str:
+        """Its name, or the names that several machines had for it."""
+        return ", ".join(dict.fromkeys(str(one.get("policy", "unknown")) for one in self.conditions)) or "unknown"
+
+    @property
+    def suites(self) -> list[str]:
+        return list(dict.fromkeys(task.suite for task in self.run.manifest.plan.tasks))
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether other programs kept a core busy when a process began: then milliseconds are not to be quoted."""
+        return any((one.get("busy_cores_before") or 0.0) >= 0.5 for one in self.conditions)
+
+
+def _worst(arm: ArmSummary) -> float:
+    return arm.difference.low if arm.difference is not None and arm.difference.pairs else -2.0
+
+
+def read_results(folder: Path) -> Results:
+    """Reads a finished, unfinished or merged evaluation; nothing is written.
+
+    Raises:
+        EvaluationError: the folder is missing, is no evaluation, has no episode yet, or holds a damaged record.
+        PackageMissing: scipy or statsmodels is not installed.
+    """
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise EvaluationError(f"{folder} {what}; give the --out of vla-pruner eval.")
+    manifest = Manifest.read(folder)
+    path = folder / EPISODES
+    records = read_records(path)
+    check_run(records, manifest.run, str(path))
+    run = Run(manifest, latest(records, str(path)))
+    if all(record.crashed for record in run.records.values()):
+        raise EvaluationError(
+            f"{path} holds no finished episode yet, so there is nothing to report; give the eval command again."
+        )
+    return Results(folder, run, summarize(run))

@@ -1,0 +1,94 @@
+"""The part of the report that needs traces: the player, and the overlap of the two score maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vla_pruner.demo.table import counted
+from vla_pruner.evaluation import EvaluationError
+from vla_pruner.evaluation.traces import Trace, read_trace
+from vla_pruner.report.films import choose_films, find_traces, read_films
+from vla_pruner.report.overlap import figure
+from vla_pruner.report.page import source
+from vla_pruner.report.results import Results
+from vla_pruner.report.svg import Markup, element, join
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What traces give.
+
+    Attributes:
+        player, overlap: of the page; where nothing was traced the first says how to get traces, and the other is empty.
+        films: the player's data, plain JSON values.
+    """
+
+    player: Markup
+    overlap: Markup
+    films: list[dict[str, Any]]
+
+
+def look(results: Results, asked: Sequence[str]) -> Traced:
+    """Reads an evaluation's traces.
+
+    Args:
+        asked: episodes by name, see `choose_films`.
+
+    Raises:
+        EvaluationError: none of the traced episodes is what was asked for.
+        ImagesUnavailable: there are traces, and Pillow is not installed.
+    """
+    paths = find_traces(results)
+    if not paths:
+        if asked:
+            raise EvaluationError(
+                f"--episodes is given, but {results.folder} has no traces; give eval --trace 1 first."
+            )
+        return Traced(_no_traces(), Markup(""), [])
+    damaged: list[str] = []
+    films = choose_films(results, paths, asked)
+    played = read_films(results, paths, films, damaged)
+    base = results.summary.baseline.key
+    unpruned = [trace for (_, arm), path in paths.items() if arm == base for trace in _read(path, damaged)]
+    text = (
+        f"{counted(len({unit for unit, _ in paths}), 'traced start')}, of which the page has {len(played.data)}: those "
+        "come first that the unpruned policy solved and a pruned arm did not. The semantic score is what the prompt "
+        "attends to, the action score what the action tokens attend to; a method knows the action scores of earlier "
+        "steps only."
+    )
+    warnings = [element("p", text, class_="banner") for text in dict.fromkeys(damaged)]
+    player = join(
+        [element("p", text, class_="soft"), *warnings, Markup(source("player.html")), _note(played.note)], "\n"
+    )
+    explained = (
+        "After figure 2 of arXiv 2511.16449: the share of the k highest tokens of one map that are among the k highest "
+        "of the other, in unpruned episodes, where both maps are whole. Where the two maps overlap little, a pruner "
+        "that looks at reading alone drops what acting attends to; where the action map overlaps much with that of the "
+        "step before, the last steps tell where the next one will look."
+    )
+    found = figure(unpruned)
+    return Traced(player, join([element("p", explained, class_="soft"), found]) if found.text else found, played.data)
+
+
+def _read(path: Any, damaged: list[str]) -> list[Trace]:
+    try:
+        return [read_trace(path)]
+    except EvaluationError as error:
+        damaged.append(str(error))
+        return []
+
+
+def _note(text: str) -> Markup:
+    return element("p", text, class_="soft")
+
+
+def _no_traces() -> Markup:
+    return element(
+        "p",
+        "No episode was traced, so there are no images and score maps to look at. To get them, give the eval command "
+        "again with ",
+        element("code", "--trace 1"),
+        " and a new --out: the first start of every task is then traced with every arm.",
+    )
