@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_bench(commands)
     _add_eval(commands)
     _add_report(commands)
+    _add_calibrate(commands)
     options = parser.parse_args(arguments)
     if options.version:
         _print_versions()
@@ -263,10 +264,22 @@ def _add_eval(commands: Any) -> None:
     add_eval(commands)
 
 
+def _add_calibrate(commands: Any) -> None:
+    from vla_pruner.calibration.flags import add_calibrate
+
+    add_calibrate(commands)
+
+
 def _add_report(commands: Any) -> None:
     from vla_pruner.report.flags import add_report
 
     add_report(commands)
+
+
+def _add_serve(commands: Any) -> None:
+    from vla_pruner.serving.command import add_serve
+
+    add_serve(commands)
 
 
 if __name__ == "__main__":

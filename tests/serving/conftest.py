@@ -22,7 +22,9 @@ def serve(policy: Any) -> Iterator[Callable[..., PolicyServer]]:
     """Starts servers, which are stopped after the test: `serve(policy=..., pruner=..., **settings)`."""
     running: list[PolicyServer] = []
 
-    def start(policy: Any = policy, pruner: Any = vp.VLAPruner(keep=0.25), **settings: Any) -> PolicyServer:
+    method = vp.VLAPruner(keep=0.25)
+
+    def start(policy: Any = policy, pruner: Any = method, **settings: Any) -> PolicyServer:
         server = PolicyServer(policy, pruner, ServerSettings(port=0, **settings))
         running.append(server)
         server.start()

@@ -87,7 +87,7 @@ def _changed(name: bytes, value: Any) -> bytes:
     ],
 )
 def test_arrays_that_are_not_what_they_say(name: bytes, value: Any) -> None:
-    with pytest.raises(CodecError, match="array of the message|An array of"):
+    with pytest.raises(CodecError, match=r"array of the message|An array of"):
         unpack(_changed(name, value))
 
 

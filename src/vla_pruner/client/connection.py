@@ -131,7 +131,7 @@ class PolicyClient:
         pause = _FIRST_WAIT
         while True:
             try:
-                self._socket = found = connect(
+                connecting = connect(
                     self._url,
                     additional_headers=self._headers,
                     compression=None,
@@ -139,6 +139,8 @@ class PolicyClient:
                     open_timeout=self._timeout,
                     **self._options,
                 )
+                # Left in close() or _drop(): a robot's connection is no block of code.
+                self._socket = found = connecting.__enter__()
                 greeting = found.recv(timeout=self._timeout)
                 if isinstance(greeting, str):
                     raise _NoRoom(greeting)

@@ -1,0 +1,232 @@
+"""`vla-pruner serve`: its flags, and a server that runs until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.flags import budget, option
+
+KEY_VARIABLE = "VLA_PRUNER_API_KEY"
+_LAYOUTS = ("cameras", "libero", "droid", "aloha")
+
+
+def add_serve(commands: Any) -> None:
+    """Adds the subcommand."""
+    command = commands.add_parser(
+        "serve",
+        help="a policy server that openpi's clients use unchanged, with a memory for each robot",
+        description=(
+            "Serves a policy, pruned, over openpi's websocket protocol: a map of images, state and prompt in, actions\n"
+            "and timings out. Each connection is a robot with a memory of its own; control steps that come together\n"
+            "share a forward pass. Also there: /healthz, and /metrics for Prometheus. Ctrl-C answers what is under way\n"
+            "and stops. Exit code: 0 stopped, 2 wrong input."
+        ),
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "--policy",
+        metavar="MODEL",
+        required=True,
+        help="folder of a checkpoint, its name on the Hugging Face hub, or 'reference' (ships with the package);\n"
+        "with --random-weights a name as of audit",
+    )
+    add("--method", metavar="NAME", default="vla-pruner", help="what prunes, or none (default: %(default)s)")
+    add(
+        "--keep",
+        metavar="X",
+        type=budget,
+        default=0.25,
+        help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: %(default)s)",
+    )
+    add("--layer", metavar="K", type=int, default=3, help="the pruning layer (default: %(default)s)")
+    add("--pruned", choices=("drop", "freeze"), default="drop", help="what becomes of the others (default: drop)")
+    add("--host", metavar="ADDRESS", default="127.0.0.1", help="0.0.0.0 for all (default: %(default)s, this machine)")
+    add("--port", metavar="N", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add(
+        "--observations",
+        choices=_LAYOUTS,
+        default="cameras",
+        help="keys of observations: those of openpi's LIBERO, DROID or ALOHA clients, or observation/<camera> and\n"
+        "observation/state (default: %(default)s)",
+    )
+    add(
+        "--camera-key",
+        metavar="CAMERA=KEY",
+        action="append",
+        default=[],
+        type=_pair,
+        help="the key of one of the policy's cameras; may be repeated (default: as --observations has it)",
+    )
+    add(
+        "--api-key-file",
+        metavar="FILE",
+        type=Path,
+        help=f"holds the key that clients must send (default: the variable {KEY_VARIABLE}; without it no key)",
+    )
+    add("--tls-cert", metavar="FILE", type=Path, help="PEM certificate for wss:// (default: none, ws://)")
+    add("--tls-key", metavar="FILE", type=Path, help="PEM key of the certificate (default: none)")
+    add("--max-robots", metavar="N", type=int, default=64, help="connections at a time (default: %(default)s)")
+    add("--max-waiting", metavar="N", type=int, default=64, help="control steps that may wait (default: %(default)s)")
+    add("--max-message", metavar="MIB", type=int, default=16, help="of one message (default: %(default)s MiB)")
+    add("--max-batch", metavar="N", type=int, default=16, help="robots in one forward pass (default: %(default)s)")
+    add(
+        "--batch-window",
+        metavar="MS",
+        type=float,
+        default=2.0,
+        help="how long a control step waits for those of other robots (default: %(default)g ms)",
+    )
+    add("--grace", metavar="S", type=float, default=30.0, help="for answers under way at the end (default: 30 s)")
+    add("--compile", action="store_true", help="compile the policy before the port opens (default: off)")
+    add(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="an instruction to run, and compile, beforehand; may be repeated (default: one that the policy knows)",
+    )
+    add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)")
+    add("--threads", metavar="N", type=int, help="of torch on the CPU (default: torch's)")
+    add("--seed", metavar="N", type=int, default=0, help="of what the policy draws (default: %(default)s)")
+    add("--random-weights", action="store_true", help="no checkpoint: weights drawn (default: off)")
+    add("--size", choices=("tiny", "full"), default="tiny", help="of random weights (default: %(default)s)")
+    add(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=option,
+        help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
+    )
+    command.set_defaults(run=run_serve)
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM.
+
+    Raises:
+        VLAPrunerError: the flags do not go together, or the extra "serve" is not installed.
+    """
+    _check_installed()
+    from vla_pruner.serving.server import PolicyServer
+    from vla_pruner.serving.settings import ServerSettings
+
+    settings = ServerSettings(
+        host=options.host,
+        port=options.port,
+        api_key=_api_key(options.api_key_file),
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
+        observations=options.observations,
+        camera_keys=dict(options.camera_key),
+        max_robots=options.max_robots,
+        max_waiting=options.max_waiting,
+        max_message=options.max_message * 2**20,
+        max_batch=options.max_batch,
+        batch_window=options.batch_window / 1e3,
+        grace=options.grace,
+        seed=options.seed,
+        prompts=tuple(options.prompt),
+        compile=options.compile,
+        name=options.policy,
+    )
+    method = _method(options)
+    policy = _policy(options)
+    server = PolicyServer(policy, method, settings)
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        _say(f"Loaded {options.policy}; warming up{' and compiling' if options.compile else ''}.")
+        server.start()
+        if settings.is_open:
+            _say(
+                f"Warning: {settings.host} can be reached by other machines, and no key is asked of them: whoever "
+                f"reaches the port can use the policy. Give --api-key-file (or {KEY_VARIABLE}), and --tls-cert beyond "
+                "a network that you trust."
+            )
+        what = "unpruned" if method is None else f"{type(method).__name__}, keep {options.keep:g}"
+        _say(f"Serving {options.policy} ({what}) at {server.url}; Ctrl-C stops.")
+        while not stop.wait(1.0):
+            pass
+        _say("Stopping: answering what is under way.")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # a second Ctrl-C interrupts
+        server.stop()
+    return 0
+
+
+def _method(options: argparse.Namespace) -> Any:
+    if options.method == "none":
+        return None
+    from vla_pruner.benching.settings import FRESH, method_class
+
+    kind = method_class(options.method)
+    extra: dict[str, Any] = {}
+    if options.layer == 0 and hasattr(kind, "refresh_every"):
+        extra["refresh_every"] = FRESH  # before the first layer nothing is seen of what is gone
+    return kind(keep=options.keep, layer=options.layer, pruned=options.pruned, **extra)  # type: ignore[call-arg]
+
+
+def _policy(options: argparse.Namespace) -> Any:
+    import torch
+
+    if options.threads is not None:
+        from vla_pruner.errors import BudgetError
+
+        if options.threads < 1:
+            raise BudgetError(f"--threads is {options.threads}; it is 1 or more.")
+        torch.set_num_threads(options.threads)
+    if options.random_weights:
+        from vla_pruner.policies.options import as_dtype, usable_device
+        from vla_pruner.policies.random import random_policy
+
+        usable_device(options.device)
+        dtype = as_dtype(options.dtype) or torch.float32
+        return random_policy(options.policy, options.size, options.device, dtype, options.seed)
+    from vla_pruner.policies.loading import load_policy
+
+    return load_policy(options.policy, options.device, options.dtype, **dict(options.option))
+
+
+def _api_key(file: Path | None) -> str | None:
+    """From a file or the environment, never from the command line, which everybody on the machine can read."""
+    from vla_pruner.serving.errors import ServingError
+
+    if file is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServingError(f"--api-key-file is {file}, which cannot be read ({error}).") from error
+
+
+def _check_installed() -> None:
+    from vla_pruner.serving.errors import ServingError
+
+    for module in ("websockets", "msgpack", "prometheus_client"):
+        try:
+            __import__(module)
+        except ModuleNotFoundError as error:
+            raise ServingError(
+                f"Serving needs {error.name}, which is not installed: pip install '.[serve]' in a clone of vla-pruner."
+            ) from error
+
+
+def _pair(text: str) -> tuple[str, str]:
+    camera, equals, key = text.partition("=")
+    if not equals or not camera or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CAMERA=KEY")
+    return camera, key
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
