@@ -47,7 +47,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(PY) || { echo "==> Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); } || \
 		{ echo "The venv module is missing. On Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 1; }
 	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints.txt; a few minutes the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero-images,eval,serve,ray,dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero-images,eval,serve,ray,dataset,dev]'
 	@sh .ci/rendering $(PY) $(GL_PACKAGES)
 	@sh .ci/browser $(BROWSER_PACKAGES)
 	@touch $@
