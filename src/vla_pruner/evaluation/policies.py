@@ -67,13 +67,14 @@ class PolicySource:
         """Whether it acts without images, so that nothing can be pruned."""
         return self.name in SCRIPTED and not self.random_weights
 
-    def load(self, suite: Suite) -> Any:
-        """The policy for a suite; only scripted ones differ from suite to suite.
+    def load(self, suite: Suite | None = None) -> Any:
+        """The policy for a suite; only scripted ones differ from suite to suite, and need one.
 
         Raises:
             VLAPrunerError: it cannot be loaded, or the suite has no expert.
         """
         if self.scripted:
+            assert suite is not None
             return DoNothing(suite.action_size) if self.name == NOTHING else suite.expert()
         if self.random_weights:
             from vla_pruner.policies.options import as_dtype, usable_device

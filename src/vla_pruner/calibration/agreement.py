@@ -1,0 +1,175 @@
+"""Does what was measured offline rank arms as closed loop does? Spearman's correlation over the arms of evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.bootstrap import FEWEST_PAIRS, Estimate, rank_correlation
+from vla_pruner.calibration.errors import CalibrationError
+from vla_pruner.calibration.result import Calibration
+from vla_pruner.errors import BudgetError
+from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.eval_info import EVAL_INFO
+from vla_pruner.flags import budget
+
+PRUNING = ("method", "random")
+"""Kinds of arms that are compared: the unpruned policy and blank images lie at the two ends of both orders anyway."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One arm offline and in closed loop.
+
+    Attributes:
+        moved: as of `ArmCalibration`.
+        loss: success rate of the unpruned policy minus the arm's, on paired episodes; in [-1, 1].
+        pairs: how many episodes.
+    """
+
+    key: str
+    moved: float
+    loss: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman's rank correlation between `moved` and `loss`, with its bootstrap interval over arms.
+
+    Arms are few and alike (the same method at two budgets), and each loss is itself uncertain by its number of
+    episodes, which draws the correlation towards 0.
+    """
+
+    correlation: Estimate
+    arms: list[Pair]
+
+
+def closed_loop_losses(folders: Sequence[Path], weights: str | None = None) -> dict[str, tuple[float, int]]:
+    """Loss of success rate of each pruning arm, and on how many pairs, from evaluations' eval_info.json.
+
+    An arm of several evaluations has the mean over all of its pairs.
+
+    Args:
+        folders: of evaluations.
+        weights: fingerprint of the policy that they must have run.
+
+    Raises:
+        CalibrationError: a file is missing or damaged, or of another policy.
+    """
+    sums: dict[str, tuple[float, int]] = {}
+    for folder in folders:
+        content = read_eval_info(folder)
+        with_weights = content["run"]["identity"]["weights"]
+        if weights is not None and with_weights != weights:
+            raise CalibrationError(
+                f"{folder} is the evaluation of a policy with other weights ({with_weights}) than were calibrated "
+                f"({weights}); give evaluations of the same checkpoint."
+            )
+        for arm in content["summary"]["arms"]:
+            difference = arm["difference"]
+            if arm["kind"] in PRUNING and difference and difference["pairs"]:
+                lost, pairs = sums.get(arm["key"], (0.0, 0))
+                more = difference["pairs"]
+                sums[arm["key"]] = lost - difference["value"] * more, pairs + more
+    return {key: (lost / pairs, pairs) for key, (lost, pairs) in sums.items()}
+
+
+def check_shared(arms: Sequence[Arm], folders: Sequence[Path]) -> None:
+    """Refuse arms of which evaluations ran too few.
+
+    Raises:
+        CalibrationError: fewer than a rank correlation needs; or as `closed_loop_losses`.
+    """
+    losses = closed_loop_losses(folders)
+    _check_enough([arm.key for arm in arms if arm.key in losses], folders)
+
+
+def _check_enough(shared: Sequence[Any], folders: Sequence[Path]) -> None:
+    if len(shared) < FEWEST_PAIRS:
+        raise CalibrationError(
+            f"The calibration shares {len(shared)} pruning arms with {' and '.join(map(str, folders))}, and a rank "
+            f"correlation needs {FEWEST_PAIRS}; without --method it takes all arms of the evaluations."
+        )
+
+
+def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
+    """How well a calibration predicts closed-loop loss, over all arms that it shares with evaluations.
+
+    Raises:
+        CalibrationError: they share too few arms, or all are alike; or as `closed_loop_losses`.
+        PackageMissing: scipy is not installed.
+    """
+    losses = closed_loop_losses(folders, calibration.weights)
+    shared = [
+        Pair(arm.key, arm.moved.value, *losses[arm.key])
+        for arm in calibration.arms
+        if arm.key in losses and arm.moved is not None
+    ]
+    _check_enough(shared, folders)
+    try:
+        found = rank_correlation([pair.moved for pair in shared], [pair.loss for pair in shared])
+    except ValueError as error:
+        raise CalibrationError(f"The {len(shared)} shared arms cannot be ranked: {error}") from error
+    return Agreement(found, shared)
+
+
+def arms_of(folders: Sequence[Path]) -> list[Arm]:
+    """The arms that evaluations ran, made anew from their titles.
+
+    Raises:
+        CalibrationError: a file is missing or damaged, or an arm cannot be made by this version.
+    """
+    found: dict[str, Arm] = {}
+    for folder in folders:
+        wanted = [arm for arm in read_eval_info(folder)["run"]["identity"]["arms"] if arm["kind"] != "baseline"]
+        made = [_remade(arm, folder) for arm in wanted if arm["kind"] == "method"]
+        controls = [arm["kind"] for arm in wanted if arm["kind"] != "method"]
+        arms = {arm.key: arm for arm in all_arms(made, tuple(dict.fromkeys(controls)))}
+        missing = [arm["title"] for arm in wanted if arm["key"] not in arms]
+        if missing:
+            raise _unknown(missing[0], folder)
+        found |= {arm["key"]: arms[arm["key"]] for arm in wanted}
+    return list(found.values())
+
+
+def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
+    try:
+        name, keep, fate, layer, *options = arm["title"].split(" ")
+        (made,) = method_arms([":".join([name, *options])], [budget(keep)], [int(layer.removeprefix("K="))], [fate])
+    except (ValueError, TypeError, BudgetError, EvaluationError) as error:
+        raise _unknown(arm["title"], folder) from error
+    if made.key != arm["key"]:
+        raise _unknown(arm["title"], folder)
+    return made
+
+
+def _unknown(title: str, folder: Path) -> CalibrationError:
+    return CalibrationError(
+        f"{folder} has the arm {title!r}, which this version cannot make; name the arms to calibrate with --method, "
+        "--keep, --layer and --pruned."
+    )
+
+
+def read_eval_info(folder: Path) -> dict[str, Any]:
+    """An evaluation's eval_info.json.
+
+    Raises:
+        CalibrationError: it is missing, damaged, or LeRobot's own without arms.
+    """
+    path = folder / EVAL_INFO
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not {"run", "summary"} <= set(content):
+            raise ValueError("it has no arms")
+        return content
+    except OSError as error:
+        raise CalibrationError(
+            f"{path} cannot be read ({error.strerror}); --against names folders of evaluations that have ended."
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise CalibrationError(f"{path} is damaged, or not of vla-pruner eval ({error}).") from error

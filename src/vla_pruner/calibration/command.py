@@ -1,0 +1,210 @@
+"""`vla-pruner calibrate`: from the settings to the table, the sentences and the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vla_pruner.calibration.agreement import Agreement, agreement, check_shared, closed_loop_losses
+from vla_pruner.calibration.recordings import Recordings, find_recordings
+from vla_pruner.calibration.replay import replay
+from vla_pruner.calibration.result import ArmCalibration, Calibration, calibration_of
+from vla_pruner.calibration.settings import CalibrateSettings
+from vla_pruner.conditions import busy_cores, machine_conditions
+from vla_pruner.evaluation.arms import Arm
+from vla_pruner.evaluation.policies import fingerprint
+from vla_pruner.evaluation.table import to_rich
+from vla_pruner.json_file import check_file, unwritable
+from vla_pruner.statistics import wilson
+
+HEADS = ("arm", "moved", "in units", "pruned", "p50 ms", "closed-loop loss")
+NOTES = (
+    "moved: mean absolute difference to the unpruned policy's action on the same recorded observation, in standard "
+    "deviations of the recorded actions, over pruned control steps (again and blank: all); below it the 95 % bootstrap "
+    "interval over episodes. in units: the same without the scale.",
+    "ms: of one control step of the policy, pruned or not, on this machine as busy as it was.",
+)
+_PACKAGES = ("vla-pruner", "torch", "transformers", "numpy", "scipy", "lerobot")
+_REPRODUCED = 1e-3
+
+
+def run_calibrate(settings: CalibrateSettings, console: Console) -> int:
+    """Calibrates, or reads an earlier calibration, and shows what follows.
+
+    Returns:
+        0.
+
+    Raises:
+        VLAPrunerError: it cannot run, or the settings do not fit what is there.
+    """
+    if settings.json not in (None, "-"):
+        check_file(settings.json)
+    wilson(0, 1)  # refused now, and not after minutes, where scipy is missing
+    found = Calibration.read(settings.results) if settings.results else _calibrate(settings, console)
+    agreed = agreement(found, settings.against) if settings.against else None
+    _show(found, agreed, console)
+    for sentence in sentences(found, settings.tolerance, agreed):
+        console.print(f"- {sentence}")
+    if settings.json is not None:
+        _write(settings.json, {**found.to_json(), **_extras(found, settings.tolerance, agreed, settings.against)})
+    return 0
+
+
+def calibrate(policy: Any, arms: Sequence[Arm], recordings: Recordings, console: Console | None = None) -> Calibration:
+    """How far each arm moves the action on recorded observations, and how fast it is.
+
+    Args:
+        policy: as of `load_policy`.
+        arms: of `vla_pruner.evaluation.arms.method_arms` and `all_arms`.
+        recordings: of `find_recordings`.
+        console: for a bar; None: silent.
+
+    Raises:
+        VLAPrunerError: an arm or a recording does not fit the policy.
+    """
+    conditions = {**machine_conditions(_PACKAGES), "recordings": str(recordings.folder), "kind": recordings.kind}
+    pruning = [arm for arm in arms if arm.kind != "baseline"]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+        bar = progress.add_task("replayed", total=len(pruning) * len(recordings))
+        played = replay(policy, arms, recordings, lambda *_: progress.advance(bar))
+    conditions["busy_cores_after"] = busy_cores()
+    conditions["recorded_weights"] = recordings.weights
+    return calibration_of(played, fingerprint(policy), conditions)
+
+
+def _calibrate(settings: CalibrateSettings, console: Console) -> Calibration:
+    assert settings.policy is not None
+    assert settings.source is not None
+    arms = settings.arms()
+    if settings.against:
+        check_shared(arms, settings.against)
+    policy = settings.policy.load()
+    if settings.against:
+        closed_loop_losses(settings.against, fingerprint(policy))  # refused now, and not after the replay
+    recordings = find_recordings(
+        settings.source,
+        policy,
+        tasks=settings.tasks,
+        episodes=settings.episodes,
+        every=settings.every,
+        max_steps=settings.max_steps,
+        cameras=settings.cameras,
+        seed=settings.seed,
+    )
+    found = calibrate(policy, arms, recordings, console)
+    asked = {"policy": settings.policy.name, "device": settings.policy.device, "dtype": settings.policy.dtype}
+    asked |= {"every": settings.every, "max_steps": settings.max_steps, "seed": settings.seed}
+    return dataclasses.replace(found, conditions={**found.conditions, **asked})
+
+
+def _show(found: Calibration, agreed: Agreement | None, console: Console) -> None:
+    losses = {} if agreed is None else {pair.key: pair.loss for pair in agreed.arms}
+    rows = [_row(arm, losses) for arm in found.arms]
+    heads = HEADS
+    if agreed is None:
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    steps = found.baseline.steps
+    console.print()
+    console.print(to_rich(f"{len(found.episodes)} recorded episodes, {steps} control steps", heads, rows))
+    for note in NOTES:
+        console.print(note, style="dim")
+    console.print()
+
+
+def _row(arm: ArmCalibration, losses: dict[str, float]) -> tuple[str, ...]:
+    moved, units = arm.moved, arm.moved_in_units
+    interval = "" if moved is None or moved.low is None else f"\n{moved.low:.3f} to {moved.high:.3f}"
+    loss = losses.get(arm.key)
+    return (
+        arm.title,
+        "-" if moved is None or arm.kind == "baseline" else f"{moved.value:.3f}{interval}",
+        "-" if units is None or arm.kind == "baseline" else f"{units.value:.4f}",
+        f"{100 * arm.pruned_steps / arm.steps:.0f} %",
+        f"{arm.p50_ms:.1f}",
+        "-" if loss is None else f"{100 * loss:+.1f}",
+    )
+
+
+def sentences(found: Calibration, tolerance: float | None, agreed: Agreement | None) -> list[str]:
+    """What the numbers say."""
+    said = []
+    if tolerance is not None:
+        said.append(_choice(found, tolerance))
+    if agreed is not None:
+        value = agreed.correlation
+        told = f"{value.value:.2f} ({value.low:.2f} to {value.high:.2f}, Spearman's, bootstrap over arms)"
+        said.append(
+            f"The rank correlation of how far an arm moves the action with its loss in closed loop is {told}, over "
+            f"{len(agreed.arms)} arms."
+        )
+    if found.left_out:
+        numbers = ", ".join(map(str, found.left_out))
+        said.append(f"The recorded actions never change in dimension {numbers}, which is left out.")
+    conditions, distance = found.conditions, found.against_recorded
+    same = conditions.get("recorded_weights") in (None, found.weights)
+    if not same:
+        said.append(
+            "The episodes were recorded by a policy with other weights, so they are not where this one would go."
+        )
+    elif distance is not None and distance > _REPRODUCED:
+        said.append(
+            f"The unpruned policy's actions are up to {distance:.3g} from those that were recorded with the same "
+            "weights: another device, precision or version computed them."
+        )
+    return said
+
+
+def _choice(found: Calibration, tolerance: float) -> str:
+    fit, own = found.within(tolerance), found.baseline.p50_ms
+    methods = [
+        arm for arm in found.arms if arm.kind == "method" and arm.moved is not None and arm.moved.high is not None
+    ]
+    if not methods:
+        return "No method pruned anything in two episodes or more, so none can be chosen."
+    if not fit:
+        nearest = min(methods, key=_high)
+        told = f"the nearest is {nearest.title}, whose upper bound is {_high(nearest):.3f}"
+        return f"None of {len(methods)} settings is within {tolerance:g}: {told}."
+    best = fit[0]
+    told = f"{best.title} ({best.p50_ms:.1f} ms, unpruned {own:.1f} ms; upper bound {_high(best):.3f})"
+    if best.p50_ms >= own:
+        return f"{len(fit)} settings are within {tolerance:g}, but none was faster than unpruned: {told} comes nearest."
+    return f"The fastest of {len(fit)} settings within {tolerance:g} is {told}."
+
+
+def _high(arm: ArmCalibration) -> float:
+    assert arm.moved is not None
+    assert arm.moved.high is not None
+    return arm.moved.high
+
+
+def _extras(
+    found: Calibration, tolerance: float | None, agreed: Agreement | None, against: Sequence[Path]
+) -> dict[str, Any]:
+    fit = [] if tolerance is None else found.within(tolerance)
+    return {
+        "tolerance": tolerance,
+        "within_tolerance": [arm.key for arm in fit],
+        "agreement": None if agreed is None else dataclasses.asdict(agreed),
+        "against": [str(folder) for folder in against],
+        "verdict": sentences(found, tolerance, agreed),
+    }
+
+
+def _write(name: str, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    if name == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise unwritable(name, error) from error
