@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_eval(commands)
     _add_report(commands)
     _add_calibrate(commands)
+    _add_serve(commands)
     options = parser.parse_args(arguments)
     if options.version:
         _print_versions()

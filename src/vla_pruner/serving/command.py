@@ -24,8 +24,8 @@ def add_serve(commands: Any) -> None:
         description=(
             "Serves a policy, pruned, over openpi's websocket protocol: a map of images, state and prompt in, actions\n"
             "and timings out. Each connection is a robot with a memory of its own; control steps that come together\n"
-            "share a forward pass. Also there: /healthz, and /metrics for Prometheus. Ctrl-C answers what is under way\n"
-            "and stops. Exit code: 0 stopped, 2 wrong input."
+            "share a forward pass. Also there: /healthz, and /metrics for Prometheus. Ctrl-C answers what is under\n"
+            "way and stops. Exit code: 0 stopped, 2 wrong input."
         ),
         formatter_class=argparse.RawTextHelpFormatter,
     )
