@@ -37,9 +37,9 @@ def keep_plots(results: Results) -> Markup:
         _blank_line(results, plot)
         series = _series(results, arms)
         _random_course(results, plot, arms, shift=-5.0 * len(series) / 2 - 2)
-        for place, (label, of) in enumerate(series.items()):
+        for place, of in enumerate(series.values()):
             shift = 6.0 * (place - (len(series) - 1) / 2)
-            kind, shape = _look(results, label, of)
+            kind, shape = _look(results, of)
             plot.line([(_keep(results, arm), arm.success.value) for arm in of], kind, shift)
             for arm in of:
                 plot.point(_rated(arm, _keep(results, arm), kind, shape, shift=shift))
@@ -66,14 +66,17 @@ def latency_plots(results: Results) -> Markup:
         plot.across(base.success.value, "base", "", (base.success.low, base.success.high))
         if base_time:
             plot.upright(base_time.value, "base")
+        for arm in arms:
+            plot.keep_clear(results.latency[arm.key].value, arm.success.value)
+        mine = {arm.key for arm in arms}
         for arm in every:
-            if arm not in arms:
+            if arm.key not in mine:
                 plot.point(Point(results.latency[arm.key].value, arm.success.value, "other"))
         if base_time:
             plot.point(_rated(base, base_time.value, "base", "diamond", limits=base_time.limits, label="unpruned"))
         series = _series(results, arms)
-        for label, of in series.items():
-            kind, shape = _look(results, label, of)
+        for of in series.values():
+            kind, shape = _look(results, of)
             for arm in of:
                 time, keep = results.latency[arm.key], _keep(results, arm)
                 label = f"{_share(keep)} %" if keep else ""
@@ -99,7 +102,7 @@ def _series(results: Results, arms: Sequence[ArmSummary]) -> dict[str, list[ArmS
     return dict(sorted(found.items()))
 
 
-def _look(results: Results, label: str, of: Sequence[ArmSummary]) -> tuple[str, str]:
+def _look(results: Results, of: Sequence[ArmSummary]) -> tuple[str, str]:
     """Colour and shape by what becomes of the tokens, dashes by the layer."""
     setting = results.settings[of[0].key]
     layers = sorted({one.layer for one in results.settings.values()})
@@ -169,7 +172,7 @@ def _width(shown: dict[str, list[ArmSummary]]) -> int:
 def _figure(name: str, plot: Plot, series: dict[str, list[ArmSummary]], results: Results, what: str) -> Markup:
     items = []
     for label, of in series.items():
-        kind, shape = _look(results, label, of)
+        kind, shape = _look(results, of)
         items.append(element("span", swatch(shape, kind), label))
     if what.endswith("kept") and any(arm.key in results.random_of for of in series.values() for arm in of):
         items.append(element("span", swatch("ring", "random"), "random"))

@@ -18,7 +18,7 @@
   }
 
   // The table: sorting, folding, filtering.
-  const table = get("arms"), filter = get("filter"), grouped = get("grouped");
+  const table = get("arms-table"), filter = get("filter"), grouped = get("grouped");
   if (table) {
     const bodies = all("tbody", table);
     const home = bodies.map((body) => all("tr:not(.section)", body));

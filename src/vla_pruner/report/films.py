@@ -164,10 +164,12 @@ def _fitting(traces: Sequence[Trace]) -> tuple[tuple[int, int], int]:
     samples = [stack[len(stack) // 2] for stack in stacks[:: max(1, len(stacks) // 8)]]
     size = 0.0
     for setting in _QUALITIES:
-        size = count * sum(len(jpeg(image, *setting)) for image in samples) / max(1, len(samples))
-        if size <= MOST_IMAGE_BYTES:
+        size = sum(len(jpeg(image, *setting)) for image in samples) / max(1, len(samples))
+        if count * size <= MOST_IMAGE_BYTES:
             return setting, 1
-    return _QUALITIES[-1], ceil(size / MOST_IMAGE_BYTES)
+    longest = max(len(stack) for stack in stacks)
+    fits = (s for s in range(2, longest) if size * sum(ceil(len(stack) / s) for stack in stacks) <= MOST_IMAGE_BYTES)
+    return _QUALITIES[-1], next(fits, longest)
 
 
 def _arm(results: Results, trace: Trace, largest: int, quality: int, stride: int) -> dict[str, Any]:

@@ -109,6 +109,10 @@ class Plot:
             parts += self._label(point.label, x, y)
         self._parts.append(element("g", *parts, class_=f"point {point.kind}"))
 
+    def keep_clear(self, x: float, y: float) -> None:
+        """No label is written where this point is."""
+        self._labels.append((self.px(x) - 5, self.py(y) - 5, 10.0, 10.0))
+
     def _label(self, text: str, x: float, y: float) -> list[Markup]:
         """A text beside a point where no other one is; none where all four places are taken."""
         wide = 6.2 * len(text) + 4
@@ -161,4 +165,4 @@ class Plot:
 
 
 def _overlapping(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
-    return abs(one[0] - other[0]) * 2 < one[2] + other[2] and abs(one[1] - other[1]) * 2 < one[3] + other[3]
+    return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))

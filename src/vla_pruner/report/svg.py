@@ -156,10 +156,8 @@ def strip_axis(axis: Axis, unit: str) -> Markup:
     """The ticks above the rows of a forest plot, in percentage points."""
     parts = []
     for tick in axis.ticks:
-        anchor = "start" if tick == axis.low else "end" if tick == axis.high else "middle"
-        parts.append(
-            element("text", f"{100 * tick:+g}" if tick else "0", x=_percent(axis, tick), y=12, text_anchor=anchor)
-        )
+        text = f"{100 * tick:+g}" if tick else "0"
+        parts.append(element("text", text, x=_percent(axis, tick), y=12, text_anchor="middle"))
         parts.append(element("line", x1=_percent(axis, tick), x2=_percent(axis, tick), y1=16, y2=21, class_="tick"))
     return element("svg", *parts, class_="strip axis", role="img", aria_label=unit)
 

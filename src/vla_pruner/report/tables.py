@@ -33,7 +33,7 @@ def arms_table(results: Results) -> Markup:
         element("th", element("button", head, type="button"), data_column=place, scope="col", aria_sort="none")
         for place, head in enumerate(HEADS)
     ]
-    return element("table", element("thead", element("tr", *heads)), *bodies, class_="arms", id="arms")
+    return element("table", element("thead", element("tr", *heads)), *bodies, class_="arms", id="arms-table")
 
 
 def _body(title: str, arms: list[ArmSummary], texts: dict[str, tuple[str, ...]]) -> Markup:

@@ -53,7 +53,10 @@ def _forest(results: Results, arm: ArmSummary, axis: Axis) -> Markup:
         )
     ]
     suite = ""
-    for name, difference in arm.difference_by_task.items():
+    for name in (f"{task.suite}/{task.name}" for task in results.run.manifest.plan.tasks):
+        difference = arm.difference_by_task.get(name)
+        if difference is None:
+            continue
         of_suite, _, task = name.partition("/")
         if len(results.suites) > 1 and of_suite != suite:
             rows.append(element("div", of_suite, class_="suite"))

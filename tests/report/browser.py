@@ -1,0 +1,107 @@
+"""A headless Chromium that says what a page asked for, complained about and looks like."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--window-size=1280,900",
+)
+
+
+class Browser:
+    """One page after another, with what they did."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, page: Path) -> None:
+        """Loads a file."""
+        self.complaints()
+        self.requests()
+        self.driver.get(page.resolve().as_uri())
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a script returns."""
+        return self.driver.execute_script(script, *arguments)
+
+    def count(self, selector: str) -> int:
+        """How many elements there are."""
+        return self.run("return document.querySelectorAll(arguments[0]).length", selector)
+
+    def complaints(self) -> list[str]:
+        """Errors and warnings of the console since the last call."""
+        return [f"{one['level']}: {one['message']}" for one in self.driver.get_log("browser") if one["level"] != "INFO"]
+
+    def requests(self) -> list[str]:
+        """Addresses asked for since the last call, images in the page itself left out."""
+        found = []
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
+                parameters = message["params"]
+                url = parameters.get("request", parameters)["url"]
+                if not url.startswith("data:image/"):
+                    found.append(url)
+        return found
+
+    def screen(self, width: int, *, dark: bool = False, print_media: bool = False) -> None:
+        """Sets the width in pixels, the colours and the medium."""
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        media = {"features": features, "media": "print" if print_media else ""}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def press(self, selector: str, key: str) -> None:
+        """A key, as a user presses it while an element has the focus."""
+        from selenium.webdriver.common.by import By
+
+        self.driver.find_element(By.CSS_SELECTOR, selector).send_keys(key)
+
+    def screenshot(self, path: Path) -> bytes:
+        """The whole page as a PNG."""
+        size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        asked = {"format": "png", "captureBeyondViewport": True, "clip": clip}
+        content = base64.b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", asked)["data"])
+        path.write_bytes(content)
+        return content
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Browser]:
+    """A browser with an empty profile; skips the test where there is none."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("Chromium and its driver are not installed: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*_FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
