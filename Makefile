@@ -1,10 +1,11 @@
-# make install | demo | test | check | test-oldest | test-quantization | test-lerobot | test-libero | test-triton.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-quantization | test-lerobot | test-libero | test-triton | test-openpi.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 QUANTIZATION_VENV ?= .venv-quantization
 LEROBOT_VENV ?= .venv-lerobot
 LIBERO_VENV ?= .venv-libero
 TRITON_VENV ?= .venv-triton
+OPENPI_VENV ?= .venv-openpi
 LIBERO_NO_DEPENDENCIES := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 ARGS ?=
 # Tests run in two processes of one thread each; make test WORKERS= runs them in one.
@@ -26,7 +27,7 @@ export HF_HUB_OFFLINE = 1
 test test-oldest: export OMP_NUM_THREADS = 1
 export MUJOCO_GL ?= egl
 
-.PHONY: help install demo test check format test-oldest test-quantization test-lerobot test-libero test-triton
+.PHONY: help install demo test check format test-oldest test-quantization test-lerobot test-libero test-triton test-openpi
 help:
 	@echo "make install      create $(VENV) and install everything, pinned by constraints.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
@@ -38,6 +39,7 @@ help:
 	@echo "make test-lerobot run LeRobot's tests in $(LEROBOT_VENV) (Python 3.12, 7 GB; LEROBOT=optional: none is no error)"
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
 	@echo "make test-triton  run the Triton kernels, interpreted, in $(TRITON_VENV) (700 MB)"
+	@echo "make test-openpi  drive the server with openpi's own client, which lives in $(OPENPI_VENV) (400 MB, no torch)"
 
 install: $(VENV)/.installed
 
@@ -134,3 +136,15 @@ $(TRITON_VENV)/.installed: $(VENV)/.installed constraints-triton.txt
 test-triton: $(TRITON_VENV)/.installed
 	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest tests/methods/test_greedy_triton.py $(ARGS)
 	$(TRITON_VENV)/bin/python -m pytest tests/methods/test_greedy_triton.py $(ARGS)
+
+# openpi-client wants numpy 1, and imports typing_extensions without saying so. Meta-World is there to be driven.
+$(OPENPI_VENV)/.installed: constraints-openpi.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(OPENPI_VENV)/bin/python || { echo "==> Creating $(OPENPI_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(OPENPI_VENV); }
+	@echo "==> Installing openpi-client and Meta-World into $(OPENPI_VENV) (400 MB)"
+	@$(OPENPI_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-openpi.txt \
+		openpi-client typing_extensions packaging metaworld mujoco gymnasium
+	@touch $@
+
+test-openpi: $(VENV)/.installed $(OPENPI_VENV)/.installed
+	OPENPI_PYTHON=$(abspath $(OPENPI_VENV))/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/serving/test_openpi.py $(ARGS)
