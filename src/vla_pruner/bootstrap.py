@@ -41,7 +41,7 @@ def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     value = float(np.mean(values))
     if len(values) < 2:
         return Estimate(value, None, None)
-    if np.ptp(values) == 0.0:
+    if np.ptp(values) <= 1e-9 * abs(value):  # equal but for rounding, of which scipy would make nan
         return Estimate(value, value, value)
     found = _stats().bootstrap(
         (np.asarray(values, float),),

@@ -17,6 +17,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import EVAL_INFO
 from vla_pruner.flags import budget
 
+PUBLISHED = "summary.json"
 PRUNING = ("method", "random")
 """Kinds of arms that are compared: the unpruned policy and blank images lie at the two ends of both orders anyway."""
 
@@ -80,13 +81,19 @@ def closed_loop_losses(folders: Sequence[Path], weights: str | None = None) -> d
 
 
 def check_shared(arms: Sequence[Arm], folders: Sequence[Path]) -> None:
-    """Refuse arms of which evaluations ran too few.
+    """Refuse, before anything slow begins, arms that cannot be ranked by what evaluations say of them.
 
     Raises:
-        CalibrationError: fewer than a rank correlation needs; or as `closed_loop_losses`.
+        CalibrationError: evaluations ran too few of them, or all lose the same; or as `closed_loop_losses`.
     """
     losses = closed_loop_losses(folders)
-    _check_enough([arm.key for arm in arms if arm.key in losses], folders)
+    shared = [losses[arm.key][0] for arm in arms if arm.key in losses]
+    _check_enough(shared, folders)
+    if len(set(shared)) == 1:
+        raise CalibrationError(
+            f"All {len(shared)} shared arms lose the same in {' and '.join(map(str, folders))} ({shared[0]:.3f}), so "
+            "they have no order to compare; leave out --against, or run more episodes."
+        )
 
 
 def _check_enough(shared: Sequence[Any], folders: Sequence[Path]) -> None:
@@ -156,12 +163,17 @@ def _unknown(title: str, folder: Path) -> CalibrationError:
 
 
 def read_eval_info(folder: Path) -> dict[str, Any]:
-    """An evaluation's eval_info.json.
+    """An evaluation's eval_info.json, or what of it was published as summary.json.
+
+    Args:
+        folder: of an evaluation or of a published one, or the file itself.
 
     Raises:
         CalibrationError: it is missing, damaged, or LeRobot's own without arms.
     """
-    path = folder / EVAL_INFO
+    path = folder if folder.is_file() else folder / EVAL_INFO
+    if not path.exists() and (folder / PUBLISHED).exists():
+        path = folder / PUBLISHED
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not {"run", "summary"} <= set(content):

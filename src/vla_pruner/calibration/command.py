@@ -86,7 +86,7 @@ def _calibrate(settings: CalibrateSettings, console: Console) -> Calibration:
     arms = settings.arms()
     if settings.against:
         check_shared(arms, settings.against)
-    policy = settings.policy.load()
+    policy = settings.policy.load(None)
     if settings.against:
         closed_loop_losses(settings.against, fingerprint(policy))  # refused now, and not after the replay
     recordings = find_recordings(

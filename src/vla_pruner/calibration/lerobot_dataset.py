@@ -195,6 +195,8 @@ def _frames(path: Path, times: np.ndarray, tolerance: float) -> Iterator[np.ndar
     time = next(wanted)
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video")
             stream = container.streams.video[0]
             container.seek(int(time / stream.time_base), stream=stream)
             for frame in container.decode(stream):

@@ -13,11 +13,12 @@ from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.lerobot_dataset import Dataset, is_dataset
 from vla_pruner.evaluation.arms import BASELINE
 from vla_pruner.evaluation.manifest import MANIFEST, Manifest
-from vla_pruner.evaluation.traces import read_trace, traces_of
+from vla_pruner.evaluation.traces import Trace, read_trace, traces_of
 from vla_pruner.evaluation.units import Unit
 
 EPISODES = 12
 """Episodes that are replayed unless somebody says otherwise."""
+TRACES, DATASET = "traces", "dataset"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Recording:
         steps: (T,) int, the control steps' numbers in the episode as it was recorded.
         actions: (N, dim) float32, all actions that were recorded: their spread is the scale of each dimension.
         chunks: (T, chunk, dim), what the policy of a trace returned; None of a dataset.
+        paths: (T,) how far the arm was commanded to go until the next of these control steps, by the first three
+            numbers of the actions that were carried out, as an evaluation tells it; None of a dataset.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Recording:
     steps: np.ndarray
     actions: np.ndarray
     chunks: np.ndarray | None = None
+    paths: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Control steps."""
@@ -60,7 +64,7 @@ class Recordings:
 
     Attributes:
         folder: where they are.
-        kind: "traces" or "dataset".
+        kind: `TRACES` or `DATASET`.
         loaders: one for each episode.
         weights: fingerprint of the policy that was traced; None of a dataset.
     """
@@ -131,7 +135,7 @@ def _of_traces(folder: Path, policy: Any, tasks: Sequence[str] | None, episodes:
         return lambda: _from_trace(found[unit], policy, cut)
 
     weights = Manifest.read(folder).identity["weights"] if (folder / MANIFEST).exists() else None
-    return Recordings(folder, "traces", tuple(loader(unit) for unit in units[:episodes]), weights)
+    return Recordings(folder, TRACES, tuple(loader(unit) for unit in units[:episodes]), weights)
 
 
 def _from_trace(path: Path, policy: Any, cut: slice) -> Recording:
@@ -152,7 +156,15 @@ def _from_trace(path: Path, policy: Any, cut: slice) -> Recording:
         steps=np.arange(len(trace))[cut],
         actions=trace.actions.reshape(-1, trace.actions.shape[-1]),
         chunks=trace.actions[cut],
+        paths=_paths(trace, np.arange(len(trace))[cut]),
     )
+
+
+def _paths(trace: Trace, steps: np.ndarray) -> np.ndarray:
+    carried_out = np.diff(trace.steps, append=trace.steps[-1] + trace.actions.shape[1])
+    lengths = np.linalg.norm(trace.actions[..., :3], axis=2)
+    each = [float(chunk[:number].sum()) for chunk, number in zip(lengths, carried_out, strict=True)]
+    return np.add.reduceat(each, steps)
 
 
 def _of_dataset(
@@ -192,7 +204,7 @@ def _of_dataset(
 
         return load
 
-    return Recordings(folder, "dataset", tuple(loader(place) for place in places))
+    return Recordings(folder, DATASET, tuple(loader(place) for place in places))
 
 
 def _camera_keys(dataset: Dataset, policy: Any, cameras: Mapping[str, str] | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vla_pruner.calibration.errors import CalibrationError
-from vla_pruner.calibration.recordings import Recording, Recordings
+from vla_pruner.calibration.recordings import TRACES, Recording, Recordings
 from vla_pruner.errors import ObservationError
 from vla_pruner.evaluation.arms import BASELINE, Arm, check_layers
 from vla_pruner.evaluation.episode import generator_devices
@@ -85,6 +85,12 @@ def replay(policy: Any, arms: Sequence[Arm], recordings: Recordings, progress: P
     """
     others = [arm for arm in arms if arm.kind != "baseline"]
     check_layers(others, policy)
+    gated = [arm.title for arm in others if arm.method is not None and arm.method.motion]
+    if gated and recordings.kind != TRACES:
+        raise CalibrationError(
+            f"{gated[0]} reads how far the arm moves, which a dataset's actions do not say for every robot; leave it "
+            "out, or calibrate on the traces of an evaluation."
+        )
     baseline = Course(Arm(BASELINE, "unpruned", "baseline"))
     courses = [Course(arm) for arm in others]
     names, actions, distances = [], [], []
@@ -135,6 +141,8 @@ def _play(policy: Any, arm: Arm, recording: Recording, steps: int | None = None)
             milliseconds.append(1e3 * (perf_counter() - start))
             chunks.append(np.atleast_2d(np.array(chunk, float)))
             pruned.append(session is not None and session.kept is not None)
+            if session is not None and session.method.motion and recording.paths is not None:
+                session.moved(float(recording.paths[step]))
     return Played(np.stack(chunks), milliseconds, np.array(pruned))
 
 

@@ -1,0 +1,188 @@
+"""Estimates, the choice within a tolerance, files, and the rank correlation with closed-loop loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vla_pruner.bootstrap import Estimate, mean_estimate, rank_correlation
+from vla_pruner.calibration import ArmCalibration, Calibration, CalibrationError, agreement
+from vla_pruner.calibration.agreement import arms_of, closed_loop_losses
+from vla_pruner.calibration.command import sentences
+from vla_pruner.evaluation.arms import all_arms, method_arms
+
+
+def arm(
+    key: str, moved: float | None, high: float | None = None, ms: float = 10.0, kind: str = "method"
+) -> ArmCalibration:
+    estimate = None if moved is None else Estimate(moved, None if high is None else 2 * moved - high, high)
+    return ArmCalibration(key, key, kind, "", estimate, estimate, [], [moved], 100, 50, ms)
+
+
+def calibration(*arms: ArmCalibration, **changes: Any) -> Calibration:
+    baseline = arm("unpruned", 0.0, 0.0, 20.0, "baseline")
+    return Calibration([baseline, *arms], ["a", "b"], [1.0], [], "abc", **changes)
+
+
+def test_an_interval_over_episodes_holds_the_mean_and_narrows_with_more() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.gamma(2.0, size=40).tolist()
+    few, many = mean_estimate(values[:10]), mean_estimate(values)
+    assert few.low is not None
+    assert few.high is not None
+    assert many.low is not None
+    assert many.high is not None
+    assert few.low < few.value < few.high
+    assert many.high - many.low < few.high - few.low
+    assert mean_estimate(values) == many, "drawn by a fixed seed"
+    assert mean_estimate([3.0]) == Estimate(3.0, None, None)
+    assert mean_estimate([3.0, 3.0]) == Estimate(3.0, 3.0, 3.0)
+    assert mean_estimate([0.1 + 0.2, 0.3]).high == pytest.approx(0.3)
+
+
+def test_most_intervals_cover_the_truth() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        found = mean_estimate(generator.normal(5.0, 1.0, 20).tolist())
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 5.0 <= found.high
+    assert 50 <= covered <= 60
+
+
+def test_a_rank_correlation_is_of_ranks() -> None:
+    one = np.linspace(0, 1, 12)
+    perfect = rank_correlation(one.tolist(), np.exp(9 * one).tolist())
+    assert perfect.value == pytest.approx(1.0)
+    assert perfect.low == pytest.approx(1.0)
+    assert rank_correlation(one.tolist(), (-one).tolist()).value == pytest.approx(-1.0)
+    noisy = rank_correlation(one.tolist(), (one + np.random.default_rng(0).normal(0, 0.4, 12)).tolist())
+    assert noisy.low is not None
+    assert noisy.high is not None
+    assert -1 < noisy.low < noisy.value < noisy.high <= 1
+    with pytest.raises(ValueError, match="no 4 pairs"):
+        rank_correlation([1, 2, 3], [1, 2, 3])
+    with pytest.raises(ValueError, match="have no ranks"):
+        rank_correlation([1, 2, 3, 4], [2, 2, 2, 2])
+    ties = rank_correlation([1, 2, 3, 4], [0, 0, 0, 1])
+    assert ties.low is not None
+    assert np.isfinite(ties.low)
+
+
+def test_the_fastest_setting_within_the_tolerance_is_chosen_by_its_upper_bound() -> None:
+    found = calibration(
+        arm("slow", 0.01, 0.02, 18.0),
+        arm("fast", 0.05, 0.09, 12.0),
+        arm("uncertain", 0.05, 0.2, 8.0),
+        arm("random", 0.01, 0.02, 1.0, "random"),
+        arm("never", None),
+    )
+    assert [one.key for one in found.within(0.1)] == ["fast", "slow"]
+    assert sentences(found, 0.1, None) == [
+        "The fastest of 2 settings within 0.1 is fast (12.0 ms, unpruned 20.0 ms; upper bound 0.090)."
+    ]
+    assert sentences(found, 0.001, None) == [
+        "None of 3 settings is within 0.001: the nearest is slow, whose upper bound is 0.020."
+    ]
+    slower = calibration(arm("slow", 0.01, 0.02, 30.0))
+    assert "none was faster than unpruned: slow (30.0 ms" in sentences(slower, 0.1, None)[0]
+    assert sentences(calibration(arm("x", 0.01)), 0.1, None)[0].startswith("No method pruned anything in two episodes")
+
+
+def test_other_weights_and_other_results_are_said() -> None:
+    assert sentences(calibration(arm("a", 0.1, 0.2)), None, None) == []
+    other = calibration(arm("a", 0.1, 0.2), conditions={"recorded_weights": "xyz"}, against_recorded=1.0)
+    assert "recorded by a policy with other weights" in sentences(other, None, None)[0]
+    same = calibration(arm("a", 0.1, 0.2), conditions={"recorded_weights": "abc"}, against_recorded=0.01)
+    assert "up to 0.01 from those that were recorded with the same weights" in sentences(same, None, None)[0]
+    still = dataclasses.replace(same, left_out=[3, 4], against_recorded=0.0)
+    assert sentences(still, None, None) == ["The recorded actions never change in dimension 3, 4, which is left out."]
+
+
+def test_a_file_reads_as_it_was_written(tmp_path: Path) -> None:
+    found = calibration(arm("a", 0.1, 0.2), arm("b", None), against_recorded=0.5, conditions={"x": 1})
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**found.to_json(), "tolerance": 1}))
+    assert Calibration.read(path) == found
+    with pytest.raises(CalibrationError, match=r"cannot be read \(No such file"):
+        Calibration.read(tmp_path / "none.json")
+    for content in ("{", "[]", "{}", '{"format": "vla-pruner calibrate 9"}', '{"format": "vla-pruner calibrate 1"}'):
+        path.write_text(content)
+        with pytest.raises(CalibrationError, match="is no file of vla-pruner calibrate --json, or is damaged"):
+            Calibration.read(path)
+
+
+def evaluation(
+    folder: Path, losses: dict[str, tuple[float, int]], weights: str = "abc", name: str = "eval_info.json"
+) -> Path:
+    folder.mkdir()
+    arms = [{"key": "unpruned", "kind": "baseline", "difference": None}]
+    arms += [
+        {"key": key, "kind": "random" if "random" in key else "method", "difference": {"value": -loss, "pairs": pairs}}
+        for key, (loss, pairs) in losses.items()
+    ]
+    arms.append({"key": "blank-image", "kind": "blank", "difference": {"value": -0.9, "pairs": 50}})
+    content = {"run": {"identity": {"weights": weights, "arms": []}}, "summary": {"arms": arms}}
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_the_correlation_is_over_the_pruning_arms_that_both_have(tmp_path: Path) -> None:
+    losses = {"a": (0.0, 10), "b": (0.1, 10), "c": (0.2, 10), "random-d": (0.5, 10), "elsewhere": (0.9, 10)}
+    folder = evaluation(tmp_path / "e", losses)
+    moved = {"a": 0.1, "b": 0.2, "c": 0.15, "random-d": 0.7}
+    found = calibration(
+        *(arm(key, value, value, kind="random" if "random" in key else "method") for key, value in moved.items()),
+        arm("blank-image", 9.0, 9.0, kind="blank"),
+        arm("mine-alone", 0.3, 0.3),
+    )
+    got = agreement(found, [folder])
+    assert [(pair.key, pair.moved, pair.loss) for pair in got.arms] == [
+        (key, moved[key], losses[key][0]) for key in moved
+    ]
+    assert got.correlation.value == pytest.approx(0.8), "one swap among four"
+    assert "is 0.80 (" in sentences(found, None, got)[0]
+    with pytest.raises(CalibrationError, match="shares 1 pruning arms"):
+        agreement(calibration(arm("a", 0.1, 0.1), arm("z", 0.1, 0.1)), [folder])
+    with pytest.raises(CalibrationError, match="cannot be ranked"):
+        agreement(calibration(*(arm(key, 0.5, 0.5) for key in moved)), [folder])
+    with pytest.raises(CalibrationError, match=r"with other weights \(xyz\) than were calibrated \(abc\)"):
+        agreement(found, [evaluation(tmp_path / "other", losses, "xyz")])
+
+
+def test_an_arm_of_two_evaluations_has_the_mean_of_its_pairs(tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "1", {"a": (0.0, 30), "b": (0.2, 10)})
+    two = evaluation(tmp_path / "2", {"a": (0.4, 10)}, name="summary.json")
+    assert closed_loop_losses([one, two]) == {"a": (pytest.approx(0.1), 40), "b": (pytest.approx(0.2), 10)}
+    assert closed_loop_losses([two / "summary.json"]) == {"a": (pytest.approx(0.4), 10)}
+
+
+def test_evaluations_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"eval_info.json cannot be read .*--against names folders"):
+        closed_loop_losses([tmp_path])
+    for content in ("{", "[]", '{"overall": {}}'):
+        (tmp_path / "eval_info.json").write_text(content)
+        with pytest.raises(CalibrationError, match=r"is damaged, or not of vla-pruner eval"):
+            closed_loop_losses([tmp_path])
+
+
+def test_the_arms_of_an_evaluation_are_made_anew(tmp_path: Path) -> None:
+    names = ("vla-pruner:unseen=carry:window=5", "fastv", "max-min-diversity:metric=euclidean:warmup_steps=3", "random")
+    arms = all_arms(method_arms(names, (0.5, 64), (3, 2), ("drop", "freeze")), ("again", "random", "blank"))
+    identity = {"weights": "abc", "arms": [one.to_json() for one in arms]}
+    path = tmp_path / "eval_info.json"
+    path.write_text(json.dumps({"run": {"identity": identity}, "summary": {"arms": []}}))
+    made = {one.key: one for one in arms_of([tmp_path, tmp_path])}
+    assert set(made) == {one.key for one in arms[1:]}
+    for one in arms[1:]:
+        assert (made[one.key].method, made[one.key].kind) == (one.method, one.kind)
+    identity["arms"][1]["title"] = "magic 0.5 drop K=3"
+    path.write_text(json.dumps({"run": {"identity": identity}, "summary": {"arms": []}}))
+    with pytest.raises(CalibrationError, match=r"has the arm 'magic 0.5 drop K=3', which this version cannot make"):
+        arms_of([tmp_path])
