@@ -34,12 +34,12 @@ def honest(server: PolicyServer, policy: Any) -> Iterator[list[int]]:
     done: list[int] = []
     stop = threading.Event()
     failures: list[BaseException] = []
-    with PolicyClient(server.url) as client:
+    with PolicyClient(server.url, timeout=10 * WAIT) as client:
         peace = [client.infer(observation(policy, 0, step))["actions"] for step in range(6)]
 
     def drive() -> None:
         try:
-            with PolicyClient(server.url) as client:
+            with PolicyClient(server.url, timeout=10 * WAIT) as client:
                 while not stop.is_set():
                     for step in range(6):
                         found = client.infer(observation(policy, 0, step, reset=step == 0))["actions"]
@@ -66,7 +66,7 @@ def raw(server: PolicyServer, **options: Any) -> Any:
 
 def test_clients_that_vanish(policy: Any, serve: Serve) -> None:
     """Without a goodbye: before the handshake, after it, in the middle of a message, and before the answer."""
-    server = serve()
+    server = serve(ping_timeout=10 * WAIT)
     with honest(server, policy):
         for _ in range(10):
             with socket.create_connection(("127.0.0.1", server.port)) as plain:
@@ -95,7 +95,7 @@ def test_clients_that_stall_are_dropped(policy: Any, serve: Serve) -> None:
         )
         wait_for(server, "vla_pruner_sessions 1.0")
         wait_for(server, "vla_pruner_sessions 0.0")
-    with PolicyClient(server.url) as client:
+    with PolicyClient(server.url, timeout=10 * WAIT) as client:
         client.infer(observation(policy))
 
 
@@ -129,7 +129,7 @@ def test_clients_that_send_garbage(policy: Any, serve: Serve) -> None:
     """On the wire: frames that are none, messages that are none, and requests that are none (the ten thousands are in
     test_codec and test_observations).
     """
-    server = serve()
+    server = serve(ping_timeout=10 * WAIT)
     random = np.random.default_rng(3)
     whole = pack(observation(policy))
     with honest(server, policy):
@@ -172,7 +172,7 @@ def soak(server: PolicyServer, policy: Any, until: Callable[[int], bool]) -> lis
                 client.recv(timeout=WAIT)
                 client.send(pack(observation(policy, robot, round_)))
                 clients.append(client)
-            with PolicyClient(server.url) as client:
+            with PolicyClient(server.url, timeout=10 * WAIT) as client:
                 for step in range(4):
                     client.infer(observation(policy, round_ % 50, step))
             clients[0].socket.close()
@@ -187,7 +187,7 @@ def soak(server: PolicyServer, policy: Any, until: Callable[[int], bool]) -> lis
 
 
 def test_soak(policy: Any, serve: Serve) -> None:
-    server = serve()
+    server = serve(ping_timeout=10 * WAIT)
     used = soak(server, policy, lambda rounds: rounds >= 8)
     wait_for(server, "vla_pruner_sessions 0.0")
     assert not server._robots
@@ -200,7 +200,7 @@ def test_ten_minutes_with_flat_memory(request: pytest.FixtureRequest, policy: An
     """`pytest -m soak tests/serving`: after the first tenth, memory does not grow."""
     if "soak" not in request.config.option.markexpr:
         pytest.skip("ten minutes; pytest -m soak runs it")
-    server = serve()
+    server = serve(ping_timeout=10 * WAIT)
     end = time.monotonic() + 60 * float(os.environ.get("SOAK_MINUTES", "10"))
     used = soak(server, policy, lambda _: time.monotonic() > end)
     tenth = max(1, len(used) // 10)

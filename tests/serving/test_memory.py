@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.serving.robots import Gated, alone, observation, same_memory, seen
+from tests.serving.robots import WAIT, Gated, alone, observation, same_memory, seen
 from vla_pruner.client import PolicyClient
 from vla_pruner.serving import PolicyServer, ServingError
 from vla_pruner.serving.engine import Answer, Engine, Job, Robot
@@ -62,7 +62,7 @@ def test_thirty_two_robots_each_as_if_it_were_alone(policy: Any, serve: Serve) -
     steps = 6
 
     def drive(robot: int) -> tuple[int, list[np.ndarray], list[float]]:
-        with PolicyClient(server.url) as client:
+        with PolicyClient(server.url, timeout=10 * WAIT) as client:
             replies = [client.infer(observation(policy, robot, step)) for step in range(steps)]
         shared = [reply["server_timing"]["batch_robots"] for reply in replies]
         return robot, [reply["actions"] for reply in replies], shared
@@ -149,7 +149,7 @@ def test_a_failed_step_leaves_the_memory_as_it_was(policy: Any, engine: Engine) 
 @pytest.mark.parametrize("how", ["reset", "prompt"])
 def test_an_episode_begins_anew(how: str, policy: Any, serve: Serve) -> None:
     server = serve()
-    with PolicyClient(server.url) as client:
+    with PolicyClient(server.url, timeout=10 * WAIT) as client:
         first = [client.infer(observation(policy, 0, step)) for step in range(5)]
         if how == "reset":
             again = [client.infer(observation(policy, 0, 0, reset=True))]
@@ -165,7 +165,7 @@ def test_an_episode_begins_anew(how: str, policy: Any, serve: Serve) -> None:
 
 def test_the_clients_reset_crosses_the_wire(policy: Any, serve: Serve) -> None:
     server = serve()
-    with PolicyClient(server.url) as client:
+    with PolicyClient(server.url, timeout=10 * WAIT) as client:
         for step in range(4):
             assert client.infer(observation(policy, 0, step))["policy_timing"]["kept_tokens"] == (
                 64 if step < 3 else 16
@@ -181,7 +181,7 @@ def test_a_connection_begins_with_nothing_of_another(policy: Any, serve: Serve) 
     server = serve()
     histories = []
     for robot in (1, 2, 1):
-        with PolicyClient(server.url) as client:
+        with PolicyClient(server.url, timeout=10 * WAIT) as client:
             histories.append([client.infer(observation(policy, robot, step))["actions"] for step in range(5)])
     assert all(np.array_equal(a, b) for a, b in zip(histories[0], histories[2], strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(histories[0], histories[1], strict=True))
@@ -242,7 +242,7 @@ def test_unpruned_and_the_policy_is_left_as_it_was(policy: Any, serve: Serve) ->
     )
     before = {name: sorted(vars(part)) for name, part in policy.named_modules()}
     server = serve(pruner=None)
-    with PolicyClient(server.url) as client:
+    with PolicyClient(server.url, timeout=10 * WAIT) as client:
         assert client.metadata["pruner"] == {"name": "none"}
         for _ in range(5):
             reply = client.infer(observation(policy, 0, 0))
