@@ -83,6 +83,11 @@ def test_the_plots_have_marks(opened: Browser) -> None:
         "return [...document.querySelectorAll('svg.plot, svg.strip')].filter((one) => one.checkVisibility())"
         ".map((one) => Math.min(one.getBoundingClientRect().width, one.getBoundingClientRect().height))"
     )
+    rows = (
+        "return [...document.querySelectorAll('.forest .row')].filter((one) => one.checkVisibility())"
+        ".map((one) => one.getBoundingClientRect().height)"
+    )
+    assert max(opened.run(rows)) < 90
     assert len(sizes) >= 9
     assert min(sizes) > 15
 

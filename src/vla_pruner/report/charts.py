@@ -16,7 +16,8 @@ UNFOLDED_PLOTS = 9
 """Plots of a kind that are shown at once; the others are folded."""
 
 _LOOKS = {"drop": ("drop", "dot"), "freeze": ("freeze", "square"), "reuse": ("reuse", "diamond")}
-_DASHES = ("", "dash-1", "dash-2", "dash-3")
+_LAYERS = (("dot", ""), ("square", "dash-1"), ("diamond", "dash-2"), ("ring", "dash-3"))
+"""Shape and dashes by the layer, where there are several; else the shape repeats the colour."""
 
 
 def keep_plots(results: Results) -> Markup:
@@ -103,11 +104,13 @@ def _series(results: Results, arms: Sequence[ArmSummary]) -> dict[str, list[ArmS
 
 
 def _look(results: Results, of: Sequence[ArmSummary]) -> tuple[str, str]:
-    """Colour and shape by what becomes of the tokens, dashes by the layer."""
+    """Colour by what becomes of the tokens, shape and dashes by the layer."""
     setting = results.settings[of[0].key]
     layers = sorted({one.layer for one in results.settings.values()})
-    dash = _DASHES[layers.index(setting.layer) % len(_DASHES)]
     kind, shape = _LOOKS.get(setting.fate, ("drop", "dot"))
+    if len(layers) == 1:
+        return kind, shape
+    shape, dash = _LAYERS[layers.index(setting.layer) % len(_LAYERS)]
     return f"{kind} {dash}".strip(), shape
 
 

@@ -153,7 +153,7 @@ def read_films(
             }
         )
     note = f"Images are shown with at most {largest} pixels a side"
-    note += f", and of the control steps every {stride}th, so that the page stays small." if stride > 1 else "."
+    note += f", and one in {stride} control steps, so that the page stays small." if stride > 1 else "."
     return Films(data, note)
 
 
@@ -200,16 +200,14 @@ def _arm(results: Results, trace: Trace, largest: int, quality: int, stride: int
         "maps": None,
     }
     if trace.scores and total:
-        content["maps"] = _maps(
-            trace, min(arm.kept[0] if arm.kept else tokens_of(_SHARE_UNPRUNED, total), total), fate, steps
-        )
+        content["maps"] = _maps(trace, _fewest_kept(trace, total), fate, steps)
     return content
 
 
 def _maps(trace: Trace, k: int, fate: str, steps: range) -> dict[str, Any]:
     """The score maps, and where their k highest tokens are.
 
-    No action token reads a dropped token, so of an arm that drops what was kept stands for the action map's highest.
+    No action token reads a dropped token, so in an arm that drops, the action map's highest are among what was kept.
     """
     semantic, action = trace.scores.get("semantic"), trace.scores.get("action")
     nothing: list[Any] = [None] * len(steps)
@@ -227,13 +225,20 @@ def _maps(trace: Trace, k: int, fate: str, steps: range) -> dict[str, Any]:
     if action is not None:
         whole = action
         if trace.kept is not None and fate == "drop":
-            whole = np.where(trace.pruned[:, None], trace.kept.astype(np.float32), action)
+            whole = np.where(trace.pruned[:, None] & ~trace.kept & ~np.isnan(action), -1.0, action)
         found["top_action"] = [_top(whole[step], k) for step in steps]
         if semantic is not None:
             of = overlap(semantic, whole, k)
             found["agree"] = [_known(of.maps[step]) for step in steps]
             found["before"] = [_known(of.before[step]) for step in steps]
     return found
+
+
+def _fewest_kept(trace: Trace, total: int) -> int:
+    """Tokens kept in the step that prunes most; of a trace without one, as many as `_SHARE_UNPRUNED` says."""
+    if trace.kept is None or not trace.pruned.any():
+        return tokens_of(_SHARE_UNPRUNED, total)
+    return max(1, int(trace.kept[trace.pruned].sum(1).min()))
 
 
 def _grid(trace: Trace, camera: str) -> list[int] | None:

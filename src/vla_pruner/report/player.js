@@ -120,7 +120,7 @@
       });
       if (one.maps.agree[at] === null) return "";
       const share = Math.round(100 * one.maps.agree[at]) + " % ";
-      return share + (one.fate === "drop" && one.pruned[at] ? "of what was kept is among the highest semantic scores" : "of the k highest are in both");
+      return share + (one.fate === "drop" && one.pruned[at] ? "of what was kept is among the highest of the semantic map" : "of the k highest are in both");
     });
   }
 

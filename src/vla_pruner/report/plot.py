@@ -63,7 +63,7 @@ class Plot:
         return self.height - _BOTTOM - (self.height - _TOP - _BOTTOM) * self.y.place(value)
 
     def across(self, value: float, kind: str, label: str = "", limits: tuple[float, float] | None = None) -> None:
-        """A reference line from left to right, with its interval as a band and a label above its right end."""
+        """A reference line from left to right, with its interval as a band and a label above its left end."""
         right = self.width - _RIGHT
         if limits is not None:
             top, bottom = self.py(limits[1]), self.py(limits[0])
@@ -72,9 +72,7 @@ class Plot:
         self._add("line", x1=_LEFT, x2=right, y1=y, y2=y, class_=f"reference {kind}")
         if label:
             above = y - 5 if y > _TOP + 12 else y + 13
-            self._parts.append(
-                element("text", label, x=right - 2, y=above, text_anchor="end", class_=f"label halo {kind}")
-            )
+            self._parts.append(element("text", label, x=_LEFT + 4, y=above, class_=f"label halo {kind}"))
 
     def upright(self, value: float, kind: str) -> None:
         """A reference line from bottom to top."""

@@ -126,19 +126,20 @@ def swatch(shape: str, kind: str) -> Markup:
     return element("svg", symbol(shape, kind), class_="swatch", viewBox="-7 -7 14 14", aria_hidden="true")
 
 
-def strip(axis: Axis, marks: list[Mark], margin: float | None = None) -> Markup:
+def strip(axis: Axis, marks: list[Mark], margin: float | None = None, apart: bool = True) -> Markup:
     """One row of a forest plot, as wide as there is room: places are percentages, so nothing is distorted.
 
     Args:
         axis: of differences.
         margin: the loss that counts, as a fraction; what lies beyond it is shaded.
+        apart: whether each mark has a height of its own.
     """
     parts = [_rule(axis, 0.0, "zero")]
     if margin is not None:
         parts.insert(0, element("rect", x=0, y=0, width=_percent(axis, -margin), height="100%", class_="loss"))
         parts.append(_rule(axis, -margin, "margin"))
     for index, mark in enumerate(marks):
-        y = f"{100 * (index + 1) / (len(marks) + 1):.0f}%"
+        y = f"{100 * (index + 1) / (len(marks) + 1):.0f}%" if apart else "50%"
         ends = [
             element("line", x1=_percent(axis, mark.low), x2=_percent(axis, mark.high), y1=y, y2=y, class_="whisker")
         ]
@@ -149,7 +150,8 @@ def strip(axis: Axis, marks: list[Mark], margin: float | None = None) -> Markup:
         shape = Markup("") if not axis.holds(mark.value) else _at(_percent(axis, mark.value), y, symbol(mark.shape, ""))
         title = element("title", mark.says) if mark.says else Markup("")
         parts.append(element("g", title, *ends, shape, class_=mark.kind))
-    return element("svg", *parts, class_="strip", role="img", aria_label="; ".join(mark.says for mark in marks))
+    said = "; ".join(mark.says for mark in marks)
+    return element("span", element("svg", *parts, class_="strip", role="img", aria_label=said), class_="cell")
 
 
 def strip_axis(axis: Axis, unit: str) -> Markup:
@@ -159,7 +161,7 @@ def strip_axis(axis: Axis, unit: str) -> Markup:
         text = f"{100 * tick:+g}" if tick else "0"
         parts.append(element("text", text, x=_percent(axis, tick), y=12, text_anchor="middle"))
         parts.append(element("line", x1=_percent(axis, tick), x2=_percent(axis, tick), y1=16, y2=21, class_="tick"))
-    return element("svg", *parts, class_="strip axis", role="img", aria_label=unit)
+    return element("span", element("svg", *parts, class_="strip", role="img", aria_label=unit), class_="cell axis")
 
 
 def _percent(axis: Axis, value: float) -> str:

@@ -30,7 +30,13 @@ def arms_table(results: Results) -> Markup:
     if controls:
         bodies.append(_body("controls", controls, texts))
     heads = [
-        element("th", element("button", head, type="button"), data_column=place, scope="col", aria_sort="none")
+        element(
+            "th",
+            element("button", head.replace(" ", "\u00a0") if "%" in head else head, type="button"),
+            data_column=place,
+            scope="col",
+            aria_sort="none",
+        )
         for place, head in enumerate(HEADS)
     ]
     return element("table", element("thead", element("tr", *heads)), *bodies, class_="arms", id="arms-table")

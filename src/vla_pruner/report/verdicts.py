@@ -66,10 +66,11 @@ def question(results: Results) -> str:
         if methods
         else ""
     )
+    others = [counted(n, what) for n, what in ((methods, "pruned arm"), (controls, "control")) if n]
     states = f"initial states {plan.first} to {plan.first + plan.episodes - 1}"
+    ran = f"{', '.join(others)} and the unpruned policy ran the same episodes in turns:" if others else "Unpruned on"
     return (
-        f"{asked}{counted(methods, 'pruned arm')}, {counted(controls, 'control')} and the unpruned policy ran the same "
-        f"episodes in turns: {counted(summary.tasks, 'task')} of {', '.join(results.suites)}, {states} of each{part}, "
+        f"{asked}{ran} {counted(summary.tasks, 'task')} of {', '.join(results.suites)}, {states} of each{part}, "
         f"{counted(summary.planned, 'episode')} an arm."
     )
 
@@ -233,18 +234,10 @@ def _group_row(results: Results, method: str, group: list[ArmSummary], axis: Axi
         "span",
         element("span", counts, class_="counts"),
         element("span", element("b", method), f" {counted(len(group), 'arm')}", class_="name"),
-        _dots(axis, marks, results.summary.margin),
+        strip(axis, marks, results.summary.margin, apart=False),
         element("span", class_="number"),
         class_="row",
     )
-
-
-def _dots(axis: Axis, marks: list[Mark], margin: float) -> Markup:
-    """Marks of a group on one height."""
-    drawn = strip(axis, [], margin).text
-    circles = [strip(axis, [mark]).text for mark in marks]
-    inner = "".join(one[one.index("<g") : one.rindex("</g>") + 4] for one in circles)
-    return Markup(drawn.replace("</svg>", inner + "</svg>"))
 
 
 def _figures(arm: ArmSummary) -> str:
