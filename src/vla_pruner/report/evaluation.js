@@ -69,5 +69,10 @@
     groups.forEach((one) => { one.open = open; });
     unfold.textContent = open ? "Fold all" : "Unfold all";
   };
-  addEventListener("beforeprint", () => all("details").forEach((one) => { one.open = true; }));
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = all("section details:not([open])");
+    folded.forEach((one) => { one.open = true; });
+  });
+  addEventListener("afterprint", () => folded.forEach((one) => { one.open = false; }));
 })();
