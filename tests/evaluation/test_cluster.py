@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from tests.evaluation.fakes import find_fake, settings
 from tests.evaluation.test_run import facts, run
-from vla_pruner.evaluation import EvaluationError, read_records
+from vla_pruner.evaluation import EvaluationError, read_records, read_trace, traces_of
 from vla_pruner.evaluation import cluster as clusters
 from vla_pruner.evaluation.command import run_eval
 from vla_pruner.evaluation.records import EPISODES
@@ -45,6 +46,16 @@ def test_two_workers_give_the_records_of_one_process(tmp_path: Path) -> None:
     code, said = run(settings(tmp_path / "there", ray="local", workers=2))
     assert "18 of 18 episodes are done" in said, "and what is done there is done here"
     assert run(settings(tmp_path / "there", episodes=4))[0] == 0
+
+
+def test_workers_send_traces_to_the_one_that_writes(tmp_path: Path) -> None:
+    run(settings(tmp_path / "here", trace=1))
+    run(settings(tmp_path / "there", trace=1, ray="local", workers=2))
+    here, there = traces_of(tmp_path / "here"), traces_of(tmp_path / "there")
+    assert len(here) == 6
+    assert set(there) == set(here)
+    for key, path in here.items():
+        assert np.array_equal(read_trace(there[key]).actions, read_trace(path).actions)
 
 
 def test_a_worker_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
