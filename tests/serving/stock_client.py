@@ -5,6 +5,8 @@
 It writes the observations that it sent, the actions that came, and the timing of every reply.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json

@@ -21,6 +21,12 @@ OPENPI = bytes.fromhex(
 )
 
 
+def plain(value: Any, **options: Any) -> bytes:
+    packed = msgpack.packb(value, **options)
+    assert packed is not None
+    return packed
+
+
 def test_openpis_bytes() -> None:
     image = np.arange(4, dtype=np.uint8).reshape(2, 2)
     assert pack({"observation/image": image, "x": np.float32(0.5), "prompt": "go"}) == OPENPI
@@ -58,7 +64,7 @@ def test_what_is_no_number_is_not_packed(value: Any) -> None:
 def _changed(name: bytes, value: Any) -> bytes:
     whole: dict[Any, Any] = {b"__ndarray__": True, b"data": b"\0" * 8, b"dtype": "<f4", b"shape": [2]}
     whole[name] = value
-    return msgpack.packb({"a": whole})
+    return plain({"a": whole})
 
 
 @pytest.mark.parametrize(
@@ -99,14 +105,14 @@ def test_arrays_that_are_not_what_they_say(name: bytes, value: Any) -> None:
         b"\xc1",
         OPENPI + b"\0",
         OPENPI[:-1],
-        msgpack.packb({1: 2}, strict_types=False),
-        msgpack.packb({b"key": 2}),
-        msgpack.packb(msgpack.ExtType(5, b"x")),
-        msgpack.packb(msgpack.Timestamp(1)),
-        msgpack.packb({"a": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}),
-        msgpack.packb({"a": {b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"}}),
-        msgpack.packb({"a": {b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}}),
-        msgpack.packb("\udc80", unicode_errors="surrogatepass"),
+        plain({1: 2}, strict_types=False),
+        plain({b"key": 2}),
+        plain(msgpack.ExtType(5, b"x")),
+        plain(msgpack.Timestamp(1)),
+        plain({"a": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}),
+        plain({"a": {b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"}}),
+        plain({"a": {b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}}),
+        plain("\udc80", unicode_errors="surrogatepass"),
         b"\x91" * 5000 + b"\0",
         b"\xdd" + struct.pack(">I", 2**32 - 1),
         b"\xdf" + struct.pack(">I", 2**31),
@@ -121,10 +127,10 @@ def test_damaged_messages(data: bytes) -> None:
 def test_entries_are_limited_in_one_list_and_in_all() -> None:
     assert len(unpack(pack([0] * codec.MAX_LENGTH))) == codec.MAX_LENGTH
     with pytest.raises(CodecError):
-        unpack(msgpack.packb([0] * (codec.MAX_LENGTH + 1)))
+        unpack(plain([0] * (codec.MAX_LENGTH + 1)))
     many = [[0] * codec.MAX_LENGTH] * (codec.MAX_ITEMS // codec.MAX_LENGTH + 1)
     with pytest.raises(CodecError, match="entries"):
-        unpack(msgpack.packb(many))
+        unpack(plain(many))
 
 
 def test_ten_thousand_damaged_messages() -> None:

@@ -319,6 +319,24 @@ def test_stopping_answers_what_is_under_way(policy: Any, serve: Serve) -> None:
         _ = server.port
 
 
+def test_grace_ends(policy: Any, serve: Serve) -> None:
+    """A step that takes longer is not waited for, and its robot is told by the end of its connection."""
+    gated = Gated(policy)
+    server = serve(policy=gated, grace=0.05)
+    with raw(server) as socket:
+        socket.recv(timeout=WAIT)
+        socket.send(pack(observation(policy)))
+        assert gated.entered.wait(WAIT)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=WAIT)
+        gated.gate.set()
+        stopping.join(WAIT)
+        assert not stopping.is_alive()
+    assert not any("forward" in vars(part) for part in policy.modules())
+
+
 def test_a_server_starts_again_and_ports_are_told(policy: Any, serve: Serve) -> None:
     server = serve()
     with pytest.raises(ServingError, match="runs already"):

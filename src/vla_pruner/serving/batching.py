@@ -12,6 +12,9 @@ from vla_pruner.serving.errors import Overloaded, ServingError
 
 Run = Callable[[Sequence[Job]], list[Answer | Exception]]
 
+_Waiting = tuple[Job, float, asyncio.Future[tuple[Answer, float]]]
+"""A job, since when it waits, and what its answer goes to."""
+
 
 class Batcher:
     """Hands jobs to a thread in batches: what waits when the thread is free, and what comes within a window after it.
@@ -41,7 +44,7 @@ class Batcher:
         self._window = window
         self._max_batch = max_batch
         self._robots = robots
-        self._queue: asyncio.Queue[tuple[Job, float, asyncio.Future[tuple[Answer, float]]]] = asyncio.Queue(max_waiting)
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(max_waiting)
         self._task = asyncio.create_task(self._work())
 
     @property
@@ -78,7 +81,8 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            batch = await self._gather()
+            # Who is gone meanwhile waits for nothing.
+            batch = [waiting for waiting in await self._gather() if not waiting[2].done()]
             started = perf_counter()
             try:
                 answers = await loop.run_in_executor(self._executor, self._run, [job for job, _, _ in batch])
@@ -97,7 +101,7 @@ class Batcher:
                 else:
                     future.set_result((answer, started - since))
 
-    async def _gather(self) -> list[tuple[Job, float, asyncio.Future[tuple[Answer, float]]]]:
+    async def _gather(self) -> list[_Waiting]:
         batch = [await self._queue.get()]
         deadline = asyncio.get_running_loop().time() + self._window
         while len(batch) < self._max_batch:
@@ -108,4 +112,4 @@ class Batcher:
                     batch.append(await self._queue.get())
             except TimeoutError:
                 break
-        return [waiting for waiting in batch if not waiting[2].done()] or await self._gather()
+        return batch

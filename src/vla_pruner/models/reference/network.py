@@ -335,19 +335,30 @@ class ReferencePolicy(nn.Module):
             positions = torch.full((1,), length + step, device=prompt.device)
         return self.bin_values[torch.stack(chosen, dim=1)]
 
-    def act(self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor) -> np.ndarray:
+    def act(
+        self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor | None = None
+    ) -> np.ndarray:
         """One control step of one robot as a chunk: `images={"image": (H, W, 3) uint8}` -> (1, 4) float32. Errors as in
         `predict_action`.
         """
         check_images(images, self.cameras)
         if set(images) != {"image"}:
             raise ObservationError(f"The policy has one camera, 'image'; it was given {list(images)}.")
+        if proprio is None:
+            raise ObservationError(f"The policy reads the robot's state; give proprio, ({self.proprio_size},) numbers.")
         return np.atleast_2d(self.predict_action(images["image"], instruction, proprio))
 
     def act_batch(
-        self, images: Sequence[Mapping[str, Any]], instructions: Sequence[str], proprio: Sequence[np.ndarray]
+        self,
+        images: Sequence[Mapping[str, Any]],
+        instructions: Sequence[str],
+        proprio: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
         """One control step of B robots: (B, 1, 4) float32. Arguments as in `act`, one each; errors as there."""
+        if proprio is None:
+            raise ObservationError(
+                f"The policy reads robots' states; give proprio, ({self.proprio_size},) numbers each."
+            )
         frames = np.stack([one["image"] for one in images])
         return self.predict_action(frames, list(instructions), np.stack(proprio))[:, None]
 

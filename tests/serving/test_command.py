@@ -1,0 +1,169 @@
+"""`vla-pruner serve`: flags, refusals, and a whole run that a signal ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vla_pruner as vp
+from tests.serving.robots import WAIT, observation
+from vla_pruner import cli
+from vla_pruner.client import PolicyClient
+from vla_pruner.serving import server as server_module
+from vla_pruner.serving.settings import ServerSettings
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, ServerSettings]]:
+    """Replaces the server by one that notes what it was made of, and is told to stop at once."""
+    seen: list[tuple[Any, Any, ServerSettings]] = []
+
+    class Noted:
+        url = "ws://x"
+
+        def __init__(self, policy: Any, pruner: Any, settings: ServerSettings) -> None:
+            seen.append((policy, pruner, settings))
+
+        def start(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(server_module, "PolicyServer", Noted)
+    monkeypatch.delenv("VLA_PRUNER_API_KEY", raising=False)
+    return seen
+
+
+TINY = ["serve", "--policy", "reference", "--random-weights"]
+
+
+def test_flags_reach_the_server(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = tmp_path / "key"
+    key.write_text("s3cret\n")
+    flags = ["--keep", "64", "--layer", "2", "--pruned", "freeze", "--host", "0.0.0.0", "--port", "9", "--seed", "3"]
+    flags += ["--observations", "droid", "--camera-key", "image=a/b", "--api-key-file", str(key), "--max-robots", "5"]
+    flags += ["--max-waiting", "6", "--max-message", "1", "--max-batch", "7", "--batch-window", "4", "--grace", "8"]
+    flags += ["--compile", "--prompt", "go", "--prompt", "stop"]
+    assert cli.main([*TINY, *flags]) == 0
+    policy, pruner, settings = asked[0]
+    assert type(policy).__name__ == "ReferencePolicy"
+    assert pruner == vp.VLAPruner(keep=64, layer=2, pruned="freeze")
+    assert settings == ServerSettings(
+        host="0.0.0.0",
+        port=9,
+        api_key="s3cret",
+        observations="droid",
+        camera_keys={"image": "a/b"},
+        max_robots=5,
+        max_waiting=6,
+        max_message=2**20,
+        max_batch=7,
+        batch_window=0.004,
+        grace=8.0,
+        seed=3,
+        prompts=("go", "stop"),
+        compile=True,
+        name="reference",
+    )
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_defaults(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(TINY) == 0
+    _, pruner, settings = asked[0]
+    assert pruner == vp.VLAPruner(keep=0.25)
+    assert settings == ServerSettings(name="reference")
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_methods(asked: list[Any]) -> None:
+    assert cli.main([*TINY, "--method", "none"]) == 0
+    assert cli.main([*TINY, "--method", "fastv", "--keep", "0.5"]) == 0
+    assert cli.main([*TINY, "--layer", "0"]) == 0
+    assert [pruner for _, pruner, _ in asked] == [
+        None,
+        vp.FastV(keep=0.5),
+        vp.VLAPruner(keep=0.25, layer=0, refresh_every=8),
+    ]
+
+
+def test_an_open_port_without_a_key_is_warned_of(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*TINY, "--host", "0.0.0.0"]) == 0
+    error = capsys.readouterr().err
+    assert "Warning: 0.0.0.0 can be reached by other machines, and no key is asked" in error
+    monkeypatch.setenv("VLA_PRUNER_API_KEY", "k")
+    assert cli.main([*TINY, "--host", "0.0.0.0"]) == 0
+    assert asked[-1][2].api_key == "k"
+    assert "Warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "magic"], "--method is magic"),
+        (["--keep", "2.0"], "keep=2.0"),
+        (["--port", "70000"], "port is 70000"),
+        (["--api-key-file", "/no/such/key"], "--api-key-file is /no/such/key"),
+        (["--tls-cert", "/no/such/cert"], "go together"),
+        (["--tls-cert", "/no/such/cert", "--tls-key", "/no/such/key"], "cannot be used"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--camera-key", "front=x"], "'front'"),
+        (["--observations", "aloha"], "'image'"),
+        (["--device", "abacus"], "device='abacus'"),
+    ],
+)
+def test_wrong_input_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*TINY, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--camera-key", "x"], ["--observations", "bridge"], ["--keep", "half"]])
+def test_wrong_flags(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*TINY, *flags])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_gives_every_flag_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    flags = capsys.readouterr().out.split("\n  --")[1:]
+    described = [text for text in flags if not text.startswith(("policy", "help"))]
+    assert len(described) > 25
+    assert [text.split()[0] for text in described if "(default" not in text] == []
+
+
+def test_without_the_extra_the_fix_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert cli.main(TINY) == 2
+    assert "prometheus_client, which is not installed: pip install '.[serve]'" in capsys.readouterr().err
+
+
+def test_a_whole_run_that_a_signal_ends(policy: Any) -> None:
+    command = [sys.executable, "-m", "vla_pruner.cli", *TINY, "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            lines = [process.stderr.readline(), process.stderr.readline()]
+            assert lines[0] == "Loaded reference; warming up.\n"
+            assert lines[1].startswith("Serving reference (VLAPruner, keep 0.25) at ws://127.0.0.1:")
+            with PolicyClient(lines[1].split(" at ")[1].split(";")[0]) as client:
+                assert client.infer(observation(policy))["actions"].shape == (1, 4)
+                process.send_signal(signal.SIGINT)
+                assert process.stderr.read() == "Stopping: answering what is under way.\n"
+            assert process.wait(WAIT) == 0
+        finally:
+            process.kill()
