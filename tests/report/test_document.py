@@ -39,6 +39,6 @@ def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_bounds_are_those_of_the_code() -> None:
-    assert f"Images take {films.MOST_IMAGE_BYTES / 1e6:g} MB at most" in TEXT
+    assert f"Images and score maps take {films.MOST_BYTES / 1e6:g} MB at most" in TEXT
     assert f"up to {films.MOST_FILMS} starts of up to {films.MOST_ARMS} pruned arms" in TEXT
     assert f"With more than {verdicts.UNFOLDED} arms" in TEXT

@@ -283,7 +283,7 @@ def test_without_pillow_it_names_the_extra(
 
 
 def test_images_are_bounded(traced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vla_pruner.report.films.MOST_IMAGE_BYTES", 100_000)
+    monkeypatch.setattr("vla_pruner.report.films.MOST_BYTES", 100_000)
     page = report(traced)
     frames = [
         frame for film in films(page) for arm in film["arms"] for one in arm["cameras"] for frame in one["frames"]

@@ -20,9 +20,11 @@ from vla_pruner.report.results import Results
 MOST_FILMS = 4
 MOST_ARMS = 3
 """Pruned arms of each film, where they were not named."""
-MOST_IMAGE_BYTES = 12_000_000
-"""Of all images together, as they lie in the page."""
+MOST_BYTES = 12_000_000
+"""Of all images and score maps together, as they lie in the page."""
 
+_BYTES_A_TOKEN = 3.2
+"""Of a control step: two maps of a byte and three masks of a bit, in base64."""
 _SHARE_UNPRUNED = 0.25
 """Of the tokens: k of the maps of an arm that keeps all."""
 _QUALITIES = ((224, 85), (192, 75), (144, 70))
@@ -160,16 +162,19 @@ def read_films(
 def _fitting(traces: Sequence[Trace]) -> tuple[tuple[int, int], int]:
     """Size and quality of the images, and every how manyth control step is shown, so that all fit."""
     stacks = [stack for trace in traces for stack in trace.images.values() if len(stack)]
-    count = sum(len(stack) for stack in stacks)
     samples = [stack[len(stack) // 2] for stack in stacks[:: max(1, len(stacks) // 8)]]
-    size = 0.0
+
+    def taken(image: float, stride: int) -> float:
+        of_steps = ((len(t), len(t.images) * image + _BYTES_A_TOKEN * sum(t.camera_tokens.values())) for t in traces)
+        return sum(ceil(steps / stride) * size for steps, size in of_steps)
+
+    image = 0.0
     for setting in _QUALITIES:
-        size = sum(len(jpeg(image, *setting)) for image in samples) / max(1, len(samples))
-        if count * size <= MOST_IMAGE_BYTES:
+        image = sum(len(jpeg(sample, *setting)) for sample in samples) / max(1, len(samples))
+        if taken(image, 1) <= MOST_BYTES:
             return setting, 1
-    longest = max(len(stack) for stack in stacks)
-    fits = (s for s in range(2, longest) if size * sum(ceil(len(stack) / s) for stack in stacks) <= MOST_IMAGE_BYTES)
-    return _QUALITIES[-1], next(fits, longest)
+    longest = max(len(trace) for trace in traces)
+    return _QUALITIES[-1], next((stride for stride in range(2, longest) if taken(image, stride) <= MOST_BYTES), longest)
 
 
 def _arm(results: Results, trace: Trace, largest: int, quality: int, stride: int) -> dict[str, Any]:
