@@ -141,7 +141,7 @@ class Results:
     @cached_property
     def finished(self) -> list[Record]:
         """Records that did not crash."""
-        return [record for record in self.run.records.values() ]
+        return [record for record in self.run.records.values() if not record.crashed]
 
     @property
     def conditions(self) -> Sequence[Mapping[str, Any]]:
