@@ -91,14 +91,14 @@ def test_pick_order_is_the_authors(vectors, keep):
     memory = vp.Memory.empty(1, 3, 256)
     for step in range(STEPS):
         if vectors[f"{name}/pruned"][step]:
-            estimate = method.action_estimate(memory)[0]
-            np.testing.assert_array_equal(estimate.numpy(), vectors[f"{name}/hist_bf16_as_f32"][step])
             evidence = Evidence(
                 valid=torch.ones(1, 256, dtype=torch.bool),
                 memory=memory,
                 semantic=torch.tensor(vectors[f"{name}/sem_score"][step])[None],
                 features=torch.tensor(vectors["visual_embeds"][step])[None],
             )
+            estimate = method.action_estimate(evidence)[0]
+            np.testing.assert_array_equal(estimate.numpy(), vectors[f"{name}/hist_bf16_as_f32"][step])
             assert int(method.candidates(evidence, k).sum()) == vectors[f"{name}/union_size"][step]
             assert method.pick_order(evidence, k)[0].tolist() == vectors[f"{name}/greedy_order"][step].tolist()
         kept = torch.tensor(vectors[f"{name}/kept"][step])

@@ -285,10 +285,23 @@ def test_a_method_that_names_raters_must_choose_them():
 
 
 def test_action_estimate_is_vla_pruners():
-    memory = random_evidence().memory
+    evidence = random_evidence()
     for unseen in ("zero", "carry"):
-        expected = temporal_estimate(memory, 0.7, unseen)
-        assert torch.equal(vp.ActionOnly(decay=0.7, unseen=unseen).action_estimate(memory), expected)
+        expected = temporal_estimate(evidence.memory, 0.7, unseen)
+        assert torch.equal(vp.ActionOnly(decay=0.7, unseen=unseen).action_estimate(evidence), expected)
+
+
+@pytest.mark.parametrize("method", [*METHODS, vp.VLAPruner(K)], ids=name)
+def test_no_choice_reads_the_counters_of_the_host(method):
+    """On a GPU they lie on the CPU, and a graph that reads them there would be split."""
+    evidence = random_evidence(pushed=2)
+    elsewhere = torch.full_like(evidence.memory.steps, 99)
+    memory = replace(
+        evidence.memory, steps=elsewhere, episode=elsewhere, streak=elsewhere, motion=evidence.memory.motion + 99
+    )
+    blind = replace(evidence, memory=memory)
+    assert blind.steps is evidence.steps
+    assert torch.equal(method.select(blind, K), method.select(evidence, K))
 
 
 def test_the_document_has_every_method():

@@ -71,7 +71,7 @@ def test_ties_go_to_the_smaller_id():
 def test_select_is_union_then_filter():
     evidence = random_evidence()
     method, k = vp.VLAPruner(keep=6), 6
-    estimate = method.action_estimate(evidence.memory)
+    estimate = method.action_estimate(evidence)
     selected = method.select(evidence, k)
     for row in range(ROWS):
         top = lambda scores, row=row: set(np.argsort(-scores[row].numpy(), kind="stable")[:k].tolist())  # noqa: E731

@@ -110,12 +110,10 @@ class Compiled:
         prompt = given.shape[1] > 1 if state is None else state[0]
         if prompt:
             _fill_static_cache(self._family.decoder, given, kwargs.get("past_key_values"))
-        else:
-            _vary_lengths(kwargs)
         if prompt and state is None:
             self.begin_step()
         key = ("decoder", prompt, *given.shape[:2], state, _kind(kwargs))
-        return self._run(key, given, original, args, kwargs)
+        return self._run(key, given, original, args, kwargs, varies=not prompt)
 
     def _read(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = _first_tensor(args, kwargs)
@@ -131,12 +129,20 @@ class Compiled:
         return None if step is None else step.state()
 
     def _run(
-        self, key: Hashable, given: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        key: Hashable,
+        given: Tensor,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        varies: bool = False,
     ) -> Any:
         key = (key, given.dtype, given.device, self._family.decoder.training, torch.is_grad_enabled())
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)
+            if varies:
+                _vary_lengths(kwargs)
         return program(original, args, kwargs)
 
     def _program(self, device: torch.device) -> Callable[..., Any]:

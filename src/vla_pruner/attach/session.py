@@ -280,7 +280,8 @@ class Session:
             if any(stage.method.queries in ("text", "raters") for stage in self.stages.values()):
                 layout.text()  # raises here what a graph cannot
             self._compiled.begin_step()
-        self._step = Step(layout=layout, memory=memory, action_rows=rows, prunes=prunes, budgets=budgets)
+        steps = memory.steps.to(layout.valid.device, non_blocking=True)
+        self._step = Step(layout, memory, steps, prunes, budgets, rows)
         return True
 
     def _budgets(self, layout: Layout) -> dict[int, tuple[int, ...]]:
@@ -316,7 +317,7 @@ class Session:
     def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
         """What `method` reads, on the visual tokens that are live so far."""
         similarity = None if self.reuse is None else self.reuse.similarity
-        evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity)
+        evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps)
         if step.kept is not None:
             evidence = evidence.of(step.kept)
         return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence

@@ -23,6 +23,7 @@ class Step:
     Attributes:
         layout: where things are in the sequence.
         memory: what the rows remembered when the step opened.
+        steps: (B,) int64, how many control steps that was, beside the scores: copied once, before any graph runs.
         prunes: whether the method prunes this step.
         budgets: how many tokens each stage keeps, of each camera or of all together, by its layer.
         action_rows: (B, R) prompt positions whose attention is action attention; None if there are none.
@@ -43,6 +44,7 @@ class Step:
 
     layout: Layout
     memory: Memory
+    steps: Tensor | None = None
     prunes: bool = True
     budgets: dict[int, tuple[int, ...]] = field(default_factory=dict)
     action_rows: Tensor | None = None

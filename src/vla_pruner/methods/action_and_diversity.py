@@ -49,7 +49,7 @@ class ActionAndDiversity(Smoothed):
         assert evidence.features is not None
         by_action = round(self.share * k)
         present = present_or_enough(evidence.valid, k)
-        acting = top_mask(self.action_estimate(evidence.memory), present, by_action)
+        acting = top_mask(self.action_estimate(evidence), present, by_action)
         if by_action == k:
             return _ids(acting, k)
         order = max_min_order(distances(evidence.features, self.metric), present & ~acting, k - by_action)

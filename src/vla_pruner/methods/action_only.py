@@ -33,4 +33,4 @@ class ActionOnly(Smoothed):
         return frozenset({"action"})
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
-        return top_ids(self.action_estimate(evidence.memory), evidence.valid, k)
+        return top_ids(self.action_estimate(evidence), evidence.valid, k)

@@ -30,6 +30,8 @@ class Evidence:
             first layer ("embeddings").
         similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the last
             control step; there if "similarity" is needed.
+        steps: (B,) int64, `memory.steps` beside the scores, where the memory itself counts on the CPU. None copies
+            them, which nothing that runs as a CUDA graph may.
     """
 
     valid: Tensor
@@ -37,6 +39,11 @@ class Evidence:
     semantic: Tensor | None = None
     features: Tensor | None = None
     similarity: Tensor | None = None
+    steps: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is None:
+            object.__setattr__(self, "steps", self.memory.steps.to(self.valid.device, non_blocking=True))
 
     def span(self, start: int, stop: int) -> Evidence:
         """The evidence on the visual tokens of ids `start` to `stop` alone."""
@@ -53,6 +60,7 @@ class Evidence:
             semantic=None if self.semantic is None else self.semantic[:, start:stop],
             features=None if self.features is None else self.features[:, start:stop],
             similarity=None if self.similarity is None else self.similarity[:, start:stop],
+            steps=self.steps,
         )
 
     def of(self, ids: Tensor) -> Evidence:
@@ -71,6 +79,7 @@ class Evidence:
             semantic=None if self.semantic is None else self.semantic.gather(1, ids),
             features=None if self.features is None else rows_at(self.features, ids),
             similarity=None if self.similarity is None else self.similarity.gather(1, ids),
+            steps=self.steps,
         )
 
 

@@ -54,7 +54,7 @@ class ScoreFusion(Smoothed):
     def select(self, evidence: Evidence, k: int) -> Tensor:
         assert evidence.semantic is not None
         semantic = _shares(evidence.semantic, evidence.valid)
-        action = _shares(self.action_estimate(evidence.memory), evidence.valid)
+        action = _shares(self.action_estimate(evidence), evidence.valid)
         return top_ids(self.weight * semantic + (1 - self.weight) * action, evidence.valid, k)
 
 

@@ -107,6 +107,7 @@ def temporal_estimate(
     unseen: str = "zero",
     newest_weighs_most: bool = True,
     semantic: bool = False,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """Decayed mean of the last steps' action scores: sum_i decay^i S(t-i) / sum_i decay^i over the steps that exist.
 
@@ -117,6 +118,7 @@ def temporal_estimate(
             which it was last seen, times decay for every step since).
         semantic: of the semantic scores instead, which the memory must hold.
         newest_weighs_most: as the paper writes it. False is what the authors' code does: the oldest step gets weight 1.
+        steps: (B,) `memory.steps` on the device of the scores; None copies them there.
 
     Returns:
         (B, M) float32; 0 for rows without any history.
@@ -125,7 +127,8 @@ def temporal_estimate(
     steps_ago = torch.arange(window, 0, -1, device=memory.action.device)
     exponents = steps_ago if newest_weighs_most else window - steps_ago
     weights = decay**exponents
-    exists = steps_ago[None] <= memory.steps.to(steps_ago.device, non_blocking=True)[:, None]
+    steps = memory.steps.to(steps_ago.device, non_blocking=True) if steps is None else steps
+    exists = steps_ago[None] <= steps[:, None]
     weights = weights * exists
     known = decay**memory.age if unseen == "carry" else memory.age == 0
     scores = (memory.semantic if semantic else memory.action) * known * weights[..., None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import check_choice, is_count
+from vla_pruner.methods.base import Evidence, check_choice, is_count
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import temporal_estimate
@@ -47,6 +47,6 @@ class Smoothed(Budgeted):
     def prunes(self, memory: Memory) -> bool:
         return min(memory.steps.tolist()) >= max(self.window, self.warmup_steps)
 
-    def action_estimate(self, memory: Memory) -> Tensor:
+    def action_estimate(self, evidence: Evidence) -> Tensor:
         """(B, M) float32: this step's action attention as the steps before suggest it."""
-        return temporal_estimate(memory, self.decay, self.unseen)
+        return temporal_estimate(evidence.memory, self.decay, self.unseen, steps=evidence.steps)

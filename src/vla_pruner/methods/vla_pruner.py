@@ -117,13 +117,15 @@ class VLAPruner(Method):
             return False
         return self.refresh_every is None or all(step % self.refresh_every for step in steps)
 
-    def action_estimate(self, memory: Memory) -> Tensor:
+    def action_estimate(self, evidence: Evidence) -> Tensor:
         """(B, M) float32: this step's action attention as the steps before suggest it (the paper's temporal
         smoothing).
         """
         if self.preset == "paper":
-            return temporal_estimate(memory, self.decay, self.unseen)
-        estimate = temporal_estimate(memory, self.decay, self.unseen, newest_weighs_most=False)
+            return temporal_estimate(evidence.memory, self.decay, self.unseen, steps=evidence.steps)
+        estimate = temporal_estimate(
+            evidence.memory, self.decay, self.unseen, newest_weighs_most=False, steps=evidence.steps
+        )
         share = estimate / estimate.sum(dim=1, keepdim=True).clamp_min(1e-12)
         return share.to(torch.bfloat16).float()
 
@@ -131,13 +133,13 @@ class VLAPruner(Method):
         """(B, M) bool: the union of both top k; rows in their warm-up have the semantic top k alone."""
         score = evidence.semantic
         if self.layer == 0:
-            score = temporal_estimate(evidence.memory, self.decay, self.unseen, semantic=True)
+            score = temporal_estimate(evidence.memory, self.decay, self.unseen, semantic=True, steps=evidence.steps)
         assert score is not None
         # Both at once: on a GPU a choice is a chain of small launches, of which sorting is several.
-        scores = torch.stack([score.float(), self.action_estimate(evidence.memory)])
+        scores = torch.stack([score.float(), self.action_estimate(evidence)])
         semantic, action = top_mask(scores, evidence.valid, k)
-        warmed_up = evidence.memory.steps >= self.window
-        return semantic | (action & warmed_up.to(action.device, non_blocking=True)[:, None])
+        assert evidence.steps is not None
+        return semantic | (action & (evidence.steps >= self.window)[:, None])
 
     def pick_order(self, evidence: Evidence, k: int) -> Tensor:
         """The ids (B, k) int64 of the kept tokens in the order in which the greedy filter picks them."""
