@@ -189,7 +189,10 @@ def _add_audit(commands: Any) -> None:
         "--size", choices=("tiny", "full"), help="with --random-weights: tiny, or the published size (default: tiny)"
     )
     command.add_argument(
-        "--method", choices=("vla-pruner", "random"), default="vla-pruner", help="what prunes (default: %(default)s)"
+        "--method",
+        metavar="NAME",
+        default="vla-pruner",
+        help="what prunes, with options of its own after colons: vla-pruner:unseen=carry (default: %(default)s)",
     )
     command.add_argument(
         "--keep",

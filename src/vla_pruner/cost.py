@@ -211,44 +211,54 @@ class ControlStep:
     expert: Expert | None = None
     prompt_passes: int = 1
 
-    def flops(self, kept: int | None = None, layer: int = 0, pruned: str = "drop") -> dict[str, float]:
-        """FLOPs of its parts. Arguments as in `decoder_flops`."""
-        shape, full = self.decoder, self.visual + self.other
-        live, seen = self._lengths(kept, pruned)
+    def flops(
+        self, kept: int | None = None, layer: int = 0, pruned: str = "drop", then: Sequence[tuple[int, int]] = ()
+    ) -> dict[str, float]:
+        """FLOPs of its parts. Arguments and errors as in `decoder_flops`."""
+        shape = self.decoder
         vision = Flops(self.projector * self.visual)
         for tower in self.towers:
             image = tower.layers * tower.shape.layer(tower.tokens, tower.tokens) + Flops(tower.patching)
             vision += self.cameras * image
         head = Flops(2 * shape.hidden * shape.vocabulary)
-        after = self.decoded * head
-        for index in range(shape.layers):
-            length = full if index < layer else seen
+        before, deep, after = Flops(), head, self.decoded * head
+        for index, (live, seen) in enumerate(self._lengths(kept, layer, pruned, then)):
+            one = shape.layer(live, seen, seen - live if pruned == "freeze" else 0)
+            if index < layer:
+                before += one
+            else:
+                deep += one
             for position in range(1, self.decoded + 1):
-                after += shape.layer(1, length + position)
+                after += shape.layer(1, seen + position)
             if self.expert is not None:
-                after += self.expert.passes * self.expert.layer(index, length)
-        deep = (shape.layers - layer) * shape.layer(live, seen, seen - live)
+                after += self.expert.passes * self.expert.layer(index, seen)
         return {
             "vision": vision.total,
-            "prompt, layers before": (self.prompt_passes * layer * shape.layer(full, full)).total,
-            "prompt, layers pruned": (self.prompt_passes * (deep + head)).total,
+            "prompt, layers before": (self.prompt_passes * before).total,
+            "prompt, layers pruned": (self.prompt_passes * deep).total,
             "decoding or denoising": after.total,
         }
 
-    def cache_elements(self, kept: int | None = None, layer: int = 0, pruned: str = "drop") -> dict[str, int]:
+    def cache_elements(
+        self, kept: int | None = None, layer: int = 0, pruned: str = "drop", then: Sequence[tuple[int, int]] = ()
+    ) -> dict[str, int]:
         """Numbers in the key-value cache that the prompt writes, and that all passes after it read together."""
-        shape, full = self.decoder, self.visual + self.other
-        _, seen = self._lengths(kept, pruned)
-        cached = layer * full + (shape.layers - layer) * seen
+        shape = self.decoder
+        cached = sum(seen for _, seen in self._lengths(kept, layer, pruned, then))
         width = 2 * shape.kv_heads * shape.head_dim
         passes = self.decoded + (0 if self.expert is None else self.expert.passes)
         tails = shape.layers * self.decoded * (self.decoded - 1) // 2
         return {"written": width * cached, "read": width * (passes * cached + tails)}
 
-    def _lengths(self, kept: int | None, pruned: str) -> tuple[int, int]:
-        """Tokens that pass through the layers from the pruning layer on, and tokens that can be attended to there."""
-        live = self.other + (self.visual if kept is None else kept)
-        return live, self.visual + self.other if pruned == "freeze" else live
+    def _lengths(
+        self, kept: int | None, layer: int, pruned: str, then: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Of each layer, tokens that pass through it and tokens that can be attended to there."""
+        found = []
+        for visual in visual_tokens_at(self.decoder.layers, self.visual, kept, layer, then):
+            live = visual + self.other
+            found.append((live, live if pruned == "drop" else self.visual + self.other))
+        return found
 
 
 def count_flops(call: Callable[[], Any]) -> float:

@@ -15,6 +15,7 @@ from statistics import NormalDist
 from typing import Any
 
 from vla_pruner.errors import VLAPrunerError
+from vla_pruner.wording import install
 
 POWER = 0.8
 """Chance with which `pairs_needed` pairs decide a question, if what was seen so far is the truth."""
@@ -78,8 +79,7 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise PackageMissing(
-            f"Intervals and tests need {name.split('.')[0]}, which is not installed; "
-            "run: pip install 'vla-pruner[eval]'"
+            f"Intervals and tests need {name.split('.')[0]}, which is not installed; run: {install('eval')}"
         ) from error
 
 

@@ -185,3 +185,45 @@ def _parts(policy: Any) -> Watched:
 def _seconds_on_gpu() -> float:
     torch.cuda.synchronize()
     return perf_counter()
+
+
+class Span:
+    """Time between the norm that layer `layer` begins with and the end of the last layer's feed-forward part, in calls
+    of more than one position: the prompt's. A context manager around hooks.
+
+    Attributes:
+        seconds: in all calls so far.
+    """
+
+    def __init__(self, decoder: Any, layer: int, device: torch.device) -> None:
+        self._first, self._last = decoder.layers[layer].input_layernorm, decoder.layers[-1].mlp
+        self._device = device
+        self._handles: list[Any] = []
+        self._start: float | None = None
+        self.seconds = 0.0
+
+    def __enter__(self) -> Span:
+        self._handles = [
+            self._first.register_forward_pre_hook(self._open),
+            self._last.register_forward_hook(self._close),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._start = now(self._device) if args[0].shape[-2] > 1 else None
+
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._start is not None:
+            self.seconds += now(self._device) - self._start
+            self._start = None
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+    return perf_counter()

@@ -180,15 +180,18 @@ def test_the_formula_counts_what_is_computed(pruned, attention):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3, "then": ((3, 0.1),)}, "layers 3, 3 was asked"),
-        ({"layer": 3, "then": ((2, 0.1),)}, "layers 3, 2 was asked"),
-        ({"layer": 2, "then": ((6, 0.1),)}, "layer=6 was given"),
-        ({"layer": 2, "keep": 0.25, "then": ((4, 0.5),)}, "12 visual tokens .* only 6 reach"),
-        ({"layer": 2, "keep": 0.25, "then": ((4, 25),)}, "keep=25 tokens"),
+        ({"layer": 3, "then": ((3, 0.1),)}, "layer=3 with then at layer 3"),
+        ({"layer": 3, "then": ((2, 0.1),)}, "layer=3 with then at layer 2"),
+        ({"layer": 2, "then": ((6, 0.1),)}, "then at layer=6 was given"),
+        (
+            {"layer": 2, "keep": 0.25, "then": ((4, 0.5),)},
+            "then at layer=4 is to keep 12 .*, but layer 2 leaves 6",
+        ),
+        ({"layer": 2, "keep": 0.25, "then": ((4, 25),)}, "then at layer 4: keep=25 tokens"),
         ({"layer": 2, "keep": 0.25, "then": ((4, {"image": 2}),)}, "per camera at some"),
         ({"then": [(4, 0.5)]}, "then="),
         ({"then": (4, 0.5)}, "then="),
-        ({"then": ((4, 0.0),)}, "keep=0.0"),
+        ({"then": ((4, 0.0),)}, "at its layer 4, keep=0.0"),
         ({"then": ((0, 0.5),)}, "ints of 1 or more"),
     ],
 )
@@ -201,7 +204,7 @@ def test_stages_that_do_not_fit_are_refused(options, message):
 
 
 def test_pruning_before_the_decoder_has_one_stage():
-    with pytest.raises(vp.BudgetError, match="from layer 1 or more"):
+    with pytest.raises(vp.BudgetError, match="`layer` is 1 or more"):
         Fixed((1, 2), layer=0, then=((K, (0,)),)).attach(tiny_lm(), visual=VISUAL)
 
 

@@ -14,8 +14,9 @@ from vla_pruner.benching import measure
 from vla_pruner.benching.arms import BASELINE, Turns, arms_of, turn
 from vla_pruner.benching.measure import STEPS_A_TURN, WARM_UP_ROUNDS, count_stages, time_stages, time_steps
 from vla_pruner.benching.roofline import least_work
-from vla_pruner.benching.settings import BenchSettings, known_methods
+from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.method_names import known_methods
 
 
 def turns_of(subject: Any) -> Turns:
@@ -142,10 +143,27 @@ def test_an_arm_that_prunes_nothing_is_refused() -> None:
 
 
 def test_every_method_is_an_arm() -> None:
-    methods = tuple(known_methods())
+    methods = tuple(name for name in known_methods() if name != "vla-cache")  # a Llama has no images
     turns = turns_of(subject_of(BenchSettings(LLAMA, methods=methods, layer=(2,), decode_tokens=2)))
     assert [arm.kind for arm in turns.arms] == [BASELINE, *methods]
     assert set(turns.kept.values()) == {None, 64}
+
+
+def test_vla_cache_reuses_and_its_flops_are_the_formulas() -> None:
+    subject = subject_of(BenchSettings("reference", size="tiny", methods=("vla-cache", "vla-cache:relevance=0.9")))
+    turns = turns_of(subject)
+    assert [arm.name for arm in turns.arms[1:]] == [
+        "vla-cache 0.61 reuse K=3",
+        "vla-cache 0.61 reuse K=3 relevance=0.9",
+    ]
+    assert turns.kept[turns.arms[1].name] == round(0.61 * subject.feed.visual)
+    timings = time_steps(turns, rounds=1)  # stops where a step is not pruned
+    assert len(timings.steps[turns.arms[1].name]) == STEPS_A_TURN
+    for arm in turns.arms:
+        counted = count_stages(turns, arm)
+        formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned).flops
+        for stage in ("prefill", "decode"):
+            assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
 
 
 def test_stages_add_up(subject: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.replacements import Replaced, Replacements
-from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
@@ -64,9 +64,11 @@ class Compiled:
         """Put the compiled calls in place.
 
         Raises:
+            BudgetError: torch has no such backend.
             UnsupportedModelError: the family's calls are none of modules, or the method keeps what a graph overwrites.
         """
         family = self._family
+        check_backend(self._backend)
         if not family.compilable:
             raise UnsupportedModelError(
                 f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
@@ -187,6 +189,15 @@ def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Co
     made = Compiled(family, encoders_of(model), backend)
     made.install()
     return made
+
+
+def check_backend(backend: object) -> None:
+    """Raise BudgetError unless torch can compile with `backend`."""
+    from torch._dynamo import list_backends
+
+    known = list_backends(exclude_tags=())
+    if not callable(backend) and backend not in known:
+        raise BudgetError(f"{backend!r} was given as what compiles; torch has {', '.join(known)}.")
 
 
 def encoders_of(policy: Any) -> tuple[nn.Module, ...]:

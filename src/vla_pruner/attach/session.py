@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
 
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Layout, Shortening, ensure
+from vla_pruner.attach.layout import Shortening, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.reuse import Reuse
-from vla_pruner.attach.stages import check_fewer, stages_of
+from vla_pruner.attach.stages import budgets_of, stages_of
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Evidence, Method
@@ -273,7 +272,10 @@ class Session:
             )
         self._memory = memory = memory.to(call.device)
         # Decided here, on the host, since the layers may run as a graph.
-        prunes, budgets = self.method.prunes(memory), self._budgets(layout)
+        prunes, budgets = (
+            self.method.prunes(memory),
+            budgets_of(self.stages, layout.cameras, layout.absent, self._family.camera_tokens),
+        )
         if self.reuse is not None:
             prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         if self._compiled is not None:
@@ -283,16 +285,6 @@ class Session:
         steps = memory.steps.to(layout.valid.device, non_blocking=True)
         self._step = Step(layout, memory, steps, prunes, budgets, rows)
         return True
-
-    def _budgets(self, layout: Layout) -> dict[int, tuple[int, ...]]:
-        """Tokens that each stage keeps of the cameras of `layout`, or of all together, by its layer."""
-        known = self._family.camera_tokens
-        found = {
-            layer: tuple(stage.budgets(layout.cameras, layout.absent, known)) for layer, stage in self.stages.items()
-        }
-        for before, after in pairwise((layout.tokens, *(sum(budgets) for budgets in found.values()))):
-            check_fewer(before, after)
-        return found
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
         """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.

@@ -70,21 +70,36 @@ def stages_of(method: Method, family: Family) -> dict[int, Stage]:
     stages = {stage.layer: Stage(stage, stage.for_cameras(family.cameras)) for stage in method.stages()}
     if type(method).select is not Method.select:  # else it never prunes, and fits every model
         for stage in stages.values():
-            _check_depth(stage.method, family)
+            _check_depth(stage.method, family, "layer" if stage.method.layer == method.layer else "then at layer")
         _check_order(list(stages.values()), [stage.layer for stage in method.stages()])
     if family.camera_tokens is not None:
-        counts = [sum(stage.budgets(family.camera_tokens, frozenset(), None)) for stage in stages.values()]
-        for before, after in pairwise(counts):
-            check_fewer(before, after)
+        budgets_of(stages, family.camera_tokens, frozenset(), None)
     return stages
 
 
-def check_fewer(before: int, after: int) -> None:
-    """Raise BudgetError where a later stage is to keep more tokens than the one before left."""
-    if after > before:
-        raise BudgetError(
-            f"{after} visual tokens are to be kept at a pruning layer that only {before} reach; give falling numbers."
-        )
+def budgets_of(
+    stages: dict[int, Stage], counts: tuple[int, ...], absent: frozenset[int], known: tuple[int, ...] | None
+) -> dict[int, tuple[int, ...]]:
+    """Tokens that each stage keeps, by its layer; arguments as of `Stage.budgets`.
+
+    Raises:
+        BudgetError: a stage is to keep more than there are, or more than the one before left.
+    """
+    found: dict[int, tuple[int, ...]] = {}
+    reach, by = sum(counts), "the prompt has"
+    for layer, stage in stages.items():
+        given = "then at layer" if found else "layer"
+        try:
+            found[layer] = tuple(stage.budgets(counts, absent, known))
+        except BudgetError as error:
+            raise BudgetError(f"{given} {layer}: {error}" if len(found) else str(error)) from error
+        after = sum(found[layer])
+        if after > reach:
+            raise BudgetError(
+                f"{given}={layer} is to keep {after} visual tokens, but {by} {reach}; give falling numbers."
+            )
+        reach, by = after, f"layer {layer} leaves"
+    return found
 
 
 def _check_order(stages: list[Stage], layers: list[int]) -> None:
@@ -94,16 +109,20 @@ def _check_order(stages: list[Stage], layers: list[int]) -> None:
         )
     if len(layers) > 1 and (layers[0] == 0 or any(one >= other for one, other in pairwise(layers))):
         raise BudgetError(
-            f"Pruning at the layers {', '.join(map(str, layers))} was asked for; several pruning layers rise, from "
-            "layer 1 or more."
+            f"layer={layers[0]} with then at {_listed(layers[1:])} was given; the layers of then come after `layer`, "
+            "each after the one before it, and `layer` is 1 or more."
         )
 
 
-def _check_depth(method: Method, family: Family) -> None:
+def _listed(layers: list[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def _check_depth(method: Method, family: Family, given: str) -> None:
     layers, first = family.depth, family.first_layer
     if not first <= method.layer < layers:
         raise BudgetError(
-            f"layer={method.layer} was given, but the decoder has {layers} layers; give a layer from {first} to "
+            f"{given}={method.layer} was given, but the decoder has {layers} layers; give a layer from {first} to "
             f"{layers - 1}."
         )
     if "semantic" in method.needs and method.semantic_layer >= layers:

@@ -19,14 +19,14 @@ from vla_pruner.auditing.subject import check_request
 from vla_pruner.auditing.table import print_check, summary
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
 from vla_pruner.json_file import check_file, unwritable
-from vla_pruner.methods import Method, RandomKeep, VLAPruner
+from vla_pruner.method_names import methods_of
+from vla_pruner.methods import Method
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.loading import load_policy
 from vla_pruner.policies.options import usable_device
 from vla_pruner.policies.random import NAMES, SHOWN, random_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-METHODS = {"vla-pruner": VLAPruner, "random": RandomKeep}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AuditSettings:
         model: a folder, a hub id, "reference", or with `random_weights` one of `NAMES`.
         random_weights: whether weights are drawn.
         size: "tiny" or "full", with `random_weights`; None: "tiny".
-        method: "vla-pruner" or "random".
+        method: its name, with options of its own after colons.
         keep, layer, pruned: as of the method.
         device: as torch names it.
         dtype: one of `DTYPES`; None: the checkpoint's.
@@ -70,7 +70,8 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     Raises:
         VLAPrunerError: the settings, the checkpoint or the policy do not allow an audit.
     """
-    method: Method = METHODS[settings.method](keep=settings.keep, layer=settings.layer, pruned=settings.pruned)
+    (made,) = methods_of((settings.method,), (settings.keep,), (settings.layer,), (settings.pruned,))
+    method: Method = made.method
     check_request(method, settings.instruction, settings.seed)
     device = usable_device(settings.device, "--device")
     if settings.json not in (None, "-"):

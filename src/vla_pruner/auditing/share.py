@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import statistics
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from vla_pruner.auditing.probes import Probe
 from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.subject import Subject
+from vla_pruner.timing import Span, now
+from vla_pruner.wording import counted
 
 WARM_UP, LEAST, MOST, SECONDS = 2, 3, 9, 10.0
 """Control steps that do not count; those that do, at least and at most; seconds after which it is enough."""
-
-
-class SpanProbe(Probe):
-    """Time between the norm that layer `layer` begins with and the end of the last layer's feed-forward part, in calls
-    of more than one position: the prompt's.
-
-    Attributes:
-        seconds: in all calls so far.
-    """
-
-    def __init__(self, decoder: Any, layer: int, device: torch.device) -> None:
-        super().__init__()
-        self._layers = decoder.layers
-        self._layer = layer
-        self._device = device
-        self._start: float | None = None
-        self.seconds = 0.0
-
-    def install(self) -> None:
-        self.before(self._layers[self._layer].input_layernorm, self._open)
-        self.after(self._layers[-1].mlp, self._close)
-
-    def _open(self, hidden: torch.Tensor) -> None:
-        self._start = now(self._device) if hidden.shape[-2] > 1 else None
-
-    def _close(self, _: torch.Tensor) -> None:
-        if self._start is not None:
-            self.seconds += now(self._device) - self._start
-            self._start = None
 
 
 def share(subject: Subject) -> Check:
@@ -58,7 +29,7 @@ def share(subject: Subject) -> Check:
     images, totals, spans = subject.scene(0), [], []
     begun = perf_counter()
     for repeat in range(WARM_UP + MOST):
-        probe = SpanProbe(subject.family.decoder, layer, subject.device)
+        probe = Span(subject.family.decoder, layer, subject.device)
         with probe:
             start = now(subject.device)
             subject.act(images)
@@ -88,15 +59,8 @@ def share(subject: Subject) -> Check:
     return Check(name, True, figure, detail)
 
 
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
-    return perf_counter()
-
-
 def describe_device(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    return f"{device.type} ({counted(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)

@@ -47,10 +47,7 @@ class Arm:
 def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:
     """The untouched model first, then every method that the settings name."""
     arms = [Arm(BASELINE, BASELINE, None)]
-    for kind, method in settings.chosen_methods():
-        options: Any = method
-        name = f"{kind} {options.keep:g} {method.pruned} K={method.layer}"
-        arms.append(Arm(name, kind, method))
+    arms += [Arm(made.title, made.name, made.method) for made in settings.chosen_methods()]
     unique = {arm.name: arm for arm in arms}
     return tuple(unique.values())
 

@@ -62,8 +62,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "--keep",
         metavar="X,Y",
         type=listed(budget),
-        default=(0.25,),
-        help="visual tokens kept, fractions such as 0.25 or numbers such as 64; one arm each (default: 0.25)",
+        help="visual tokens kept, fractions such as 0.25 or numbers such as 64; one arm each\n"
+        "(default: 0.25; vla-cache: 0.61)",
     )
     add(
         "--method",
@@ -71,14 +71,15 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         metavar="A,B",
         type=names,
         default=("vla-pruner",),
-        help="what prunes; one arm each (default: vla-pruner)",
+        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv;\n"
+        "one arm each (default: vla-pruner)",
     )
     add(
         "--pruned",
         metavar="A,B",
         type=names,
-        default=("drop",),
-        help="what becomes of the other tokens, drop or freeze; one arm each (default: drop)",
+        help="what becomes of the other tokens, drop or freeze; vla-cache can only reuse; one arm each\n"
+        "(default: drop)",
     )
     add("--layer", metavar="K,L", type=listed(int), default=(3,), help="pruning layers; one arm each (default: 3)")
     add("--cameras", metavar="N", type=int, help="images of each robot (default: as published)")

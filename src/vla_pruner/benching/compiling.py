@@ -15,13 +15,13 @@ from typing import Any
 from torch import nn
 
 from vla_pruner.attach.compiled import compiled
-from vla_pruner.auditing.share import now
 from vla_pruner.benching.arms import Arm, Turns
 from vla_pruner.benching.feeds import feed
 from vla_pruner.benching.report import Compiling
 from vla_pruner.benching.subject import Subject, warm
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.policies.base import module_of
+from vla_pruner.timing import now
 
 SETTLED = 3
 """Runs of each kind of step before anything is timed: on CUDA one warms a graph up, the next records it."""

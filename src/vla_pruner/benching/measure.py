@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from vla_pruner.auditing.share import SpanProbe, now
 from vla_pruner.benching.arms import Arm, Turns, turn
 from vla_pruner.benching.subject import Subject
 from vla_pruner.cost import flop_reading
 from vla_pruner.errors import SessionError
-from vla_pruner.timing import STAGES, StageMeter, StageTimer
+from vla_pruner.timing import STAGES, Span, StageMeter, StageTimer, now
 
 STEPS_A_TURN = 2
 """Control steps that are timed each time an arm has its turn."""
@@ -165,7 +164,7 @@ def reachable_share(turns: Turns, layer: int, repeats: int = 5) -> float | None:
     """
     subject, shares = turns.subject, []
     for repeat in range(1 + repeats):
-        with SpanProbe(subject.family.decoder, layer, subject.device) as probe:
+        with Span(subject.family.decoder, layer, subject.device) as probe:
             start = now(subject.device)
             subject.step()
             total = now(subject.device) - start

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vla_pruner.auditing.share import now
 from vla_pruner.benching.subject import Subject
+from vla_pruner.timing import now
 
 DATA_SHEETS: dict[str, tuple[float, float]] = {
     "H200": (989e12, 4.8e12),

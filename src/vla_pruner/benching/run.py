@@ -142,8 +142,11 @@ def _results(turns: Turns, measured: Measured, peaks: Peaks) -> tuple[ArmResult,
         for arm in turns.arms
     }
 
+    base_p50 = percentile(timings.steps[base_name], 50)
+
     def timed(name: str) -> Timed:
-        return Timed(percentile(timings.steps[name], 50), stages[name], work[name])
+        # What is saved is what the speed says, which compares steps of the same round; two medians may disagree.
+        return Timed(base_p50 / _speed(timings.rounds[base_name], timings.rounds[name]).value, stages[name], work[name])
 
     def result(arm: Arm) -> ArmResult:
         name, kept = arm.name, turns.kept[arm.name]

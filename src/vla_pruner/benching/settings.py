@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_pruner import methods
+from vla_pruner.attach.compiled import check_backend
 from vla_pruner.errors import BudgetError, UnsupportedModelError
-from vla_pruner.methods import Method
-from vla_pruner.methods.base import PRUNED
+from vla_pruner.method_names import LAYER, Named, methods_of
 
 NAMED = ("openvla-7b", "openvla-oft", "pi0", "pi05", "smolvla", "reference")
 DENOISING = ("pi0", "pi05", "smolvla")
 LLAMA = "llama:"
-FRESH = 8
-"""At layer 0 a token that is gone is seen by nothing: this often all of them are looked at again."""
-
 INDUCTOR = "inductor"
 """torch's own backend."""
 
@@ -44,9 +40,11 @@ class BenchSettings:
         model: one of `NAMED`, "llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB]", or a checkpoint's folder.
         size: "full" (published) or "tiny", of models with random weights.
         layers: depth of the decoder, and of an expert beside it; None: as published.
-        keep: budgets, each a fraction or a number of visual tokens; one arm each.
-        methods: names of methods; one arm each.
-        pruned: what becomes of the other tokens, "drop" or "freeze"; one arm each.
+        keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and what VLA-Cache was
+            published with.
+        methods: names of methods, with options of their own after colons; one arm each.
+        pruned: what becomes of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: what each method
+            does first.
         layer: pruning layers; one arm each.
         batch: robots in one call.
         cameras: number of images; None: as published.
@@ -66,10 +64,10 @@ class BenchSettings:
     model: str
     size: str = "full"
     layers: int | None = None
-    keep: tuple[float | int, ...] = (0.25,)
+    keep: tuple[float | int, ...] | None = None
     methods: tuple[str, ...] = ("vla-pruner",)
-    pruned: tuple[str, ...] = ("drop",)
-    layer: tuple[int, ...] = (3,)
+    pruned: tuple[str, ...] | None = None
+    layer: tuple[int, ...] = LAYER
     batch: int = 1
     cameras: int | None = None
     dtype: str = "float32"
@@ -93,11 +91,8 @@ class BenchSettings:
             if getattr(self, name) not in known:
                 raise BudgetError(f"{flag(name)} is {getattr(self, name)}; it is {' or '.join(known)}.")
         for name in ("keep", "methods", "pruned", "layer"):
-            if not getattr(self, name):
+            if getattr(self, name) is not None and not getattr(self, name):
                 raise BudgetError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
-        unknown = [word for word in self.pruned if word not in PRUNED]
-        if unknown:
-            raise BudgetError(f"--pruned is {', '.join(unknown)}; it is drop, freeze, or drop,freeze.")
         self._check_backend()
         self._check_model()
         self.chosen_methods()
@@ -135,37 +130,33 @@ class BenchSettings:
             )
         return LlamaSize(hidden, self.layers or layers, heads, intermediate, vocabulary)
 
-    def chosen_methods(self) -> tuple[tuple[str, Method], ...]:
-        """Name and method of every pruned arm.
+    def chosen_methods(self) -> tuple[Named, ...]:
+        """The method of every pruned arm.
 
         Raises:
-            BudgetError: a name is no method's, or the options do not fit it.
+            BudgetError: a name is no method's, the options do not fit it, or nobody would tell it what it asks for.
         """
-        found = []
-        for name in self.methods:
-            kind = method_class(name)
-            for layer in self.layer:
-                for pruned in self.pruned:
-                    for keep in self.keep:
-                        options: dict[str, Any] = {"keep": keep, "layer": layer, "pruned": pruned}
-                        refresh = self.refresh_every or (FRESH if layer == 0 else None)
-                        if refresh is not None and hasattr(kind, "refresh_every"):
-                            options["refresh_every"] = refresh
-                        found.append((method_name(kind), kind(**options)))
-        return tuple(found)
+        found = methods_of(self.methods, self.keep, self.layer, self.pruned, self.refresh_every)
+        for made in found:
+            if made.method.motion:
+                raise BudgetError(
+                    f"{made.title} prunes by how far the arm moved, and in a benchmark no arm moves; leave its gate "
+                    "out: a step that it prunes takes as long without."
+                )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """For `json.dump`."""
         return dataclasses.asdict(self)
 
     def _check_backend(self) -> None:
-        if isinstance(self.compile, bool):
-            return
-        from torch._dynamo import list_backends
-
-        known = list_backends(exclude_tags=())
-        if self.compile not in known:
-            raise BudgetError(f"compile={self.compile!r} was given; it is True, False, or one of {', '.join(known)}.")
+        if not isinstance(self.compile, bool):
+            check_backend(self.compile)
+        if self.compile and self.kind == "smolvla":
+            raise UnsupportedModelError(
+                "--compile does not go with smolvla: LeRobot runs its layers in a loop of its own, outside of any "
+                "module's call, so they cannot be compiled with what pruning does in them; leave --compile out."
+            )
 
     def _check_model(self) -> None:
         kind = self.kind
@@ -194,32 +185,3 @@ class BenchSettings:
 def flag(name: str) -> str:
     """How the command line calls a setting."""
     return "--" + {"methods": "method"}.get(name, name).replace("_", "-")
-
-
-def method_class(name: str) -> type[Method]:
-    """The method of this name, written as its class or with dashes.
-
-    Raises:
-        BudgetError: there is none, or it has no `keep`.
-    """
-    plain = name.replace("-", "").replace("_", "").lower()
-    for word, kind in known_methods().items():
-        if plain in (word.replace("-", ""), kind.__name__.lower()):
-            return kind
-    raise BudgetError(f"--method is {name}; it is one of {', '.join(known_methods())}.")
-
-
-def known_methods() -> dict[str, type[Method]]:
-    """Every method that has a budget and drops tokens, by its name with dashes."""
-    found: dict[str, type[Method]] = {}
-    for name in methods.__all__:
-        kind: Any = getattr(methods, name)
-        is_method = isinstance(kind, type) and issubclass(kind, Method) and hasattr(kind, "keep")
-        if is_method and "drop" in kind().treatments:
-            found[method_name(kind)] = kind
-    return found
-
-
-def method_name(kind: type) -> str:
-    """A method as the command line calls it: by the file that defines it."""
-    return "random" if kind is methods.RandomKeep else kind.__module__.rpartition(".")[2].replace("_", "-")

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from vla_pruner.benching.report import ArmResult, BenchReport
+from vla_pruner.wording import counted
 
 _NONE = "-"
 
@@ -106,12 +107,14 @@ def to_markdown(report: BenchReport) -> str:
 def notes(report: BenchReport) -> Iterator[str]:
     """What stands below the table."""
     found, peaks = report.conditions, report.peaks
-    threads = f", {found['threads']} threads" if found["device"] == "cpu" else f", driver {found.get('driver')}"
-    rounds = len(report.order)
+    threads = (
+        f", {counted(found['threads'], 'thread')}" if found["device"] == "cpu" else f", driver {found.get('driver')}"
+    )
+    rounds = counted(len(report.order), "round")
     yield (
         f"{found['device_name']}{threads}, {found['dtype']}, {found['attention']}, torch "
         f"{found['versions']['torch']}: {peaks.flops / 1e12:.3g} TFLOP/s and {peaks.bandwidth / 1e9:.3g} GB/s "
-        f"measured. {rounds} rounds of {len(report.arms)} arms, {found['steps_a_turn']} steps each."
+        f"measured. {rounds} of {len(report.arms)} arms, {found['steps_a_turn']} steps each."
     )
     if report.backend is not None:
         inside = [f'"{stage}"' for stage in ("prefill", report.acting) if stage]

@@ -23,7 +23,7 @@ class Timed:
     """One arm as the sentences need it.
 
     Attributes:
-        total: median milliseconds of the whole step.
+        total: median milliseconds of the whole step; of a pruned arm, the baseline's divided by its speed.
         stages: median milliseconds by stage.
         work: the least that it must do.
     """

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.calibration.errors import CalibrationError
+from vla_pruner.wording import install
 
 INFO = "meta/info.json"
 LAYOUTS = ("v2.0", "v2.1", "v3.0")
@@ -221,6 +222,6 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise CalibrationError(
-            f"Reading a LeRobot dataset needs {name.split('.')[0]}, which is not installed; run: pip install "
-            "'vla-pruner[dataset]'"
+            f"Reading a LeRobot dataset needs {name.split('.')[0]}, which is not installed; run: "
+            f"{install('dataset')}"
         ) from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from vla_pruner.method_names import attached
 from vla_pruner.methods import Method, RandomKeep, VLAPruner
 
 BASELINE = "unpruned"
@@ -33,12 +33,7 @@ class Arm:
 
         A method that draws at random gets a seed of its own for each episode, so that no draw repeats.
         """
-        method = self.method
-        if method is None:
-            return nullcontext(None)
-        if isinstance(method, RandomKeep):
-            method = dataclasses.replace(method, seed=method.seed + episode_seed)
-        return method.attach(policy)
+        return attached(self.method, policy, episode_seed)
 
 
 def default_arms(keep: float) -> tuple[Arm, ...]:

@@ -19,8 +19,9 @@ from vla_pruner.demo.episodes import Environment, Runner, Unit, plan
 from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
 from vla_pruner.demo.settings import DemoError, DemoSettings, choose_tasks
 from vla_pruner.demo.summary import Summary, summarize
-from vla_pruner.demo.table import counted, footnotes, to_markdown, to_rich
+from vla_pruner.demo.table import footnotes, to_markdown, to_rich
 from vla_pruner.demo.verdict import verdict
+from vla_pruner.wording import counted
 
 FRAME_SIZE = 224
 """Height and width of the report's frames; the policy sees its own, smaller images."""

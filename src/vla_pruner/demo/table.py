@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vla_pruner.demo.summary import ArmSummary, Summary
 from vla_pruner.timing import STAGES
+from vla_pruner.wording import counted
 
 Row = tuple[str, list[str]]
 
@@ -89,11 +90,6 @@ def to_markdown(summary: Summary) -> str:
         label = f"&nbsp;&nbsp;{name.strip()}" if name.startswith("  ") else f"**{name}**"
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 episode", "2 episodes"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _percent(value: float) -> str:

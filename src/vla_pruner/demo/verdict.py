@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vla_pruner.demo.summary import ArmSummary, Summary
-from vla_pruner.demo.table import counted
+from vla_pruner.wording import counted
 
 _FEW = 100
 """Below this many pairs a difference of several points cannot be told from noise."""

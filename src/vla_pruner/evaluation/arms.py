@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from vla_pruner.benching.settings import FRESH, method_class, method_name
 from vla_pruner.errors import BudgetError
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.units import Unit
+from vla_pruner.method_names import attached, methods_of
 from vla_pruner.methods import Method, RandomKeep
+from vla_pruner.methods.base import PRUNED
 
 BASELINE, AGAIN, BLANK = "unpruned", "unpruned-again", "blank-image"
 CONTROLS = ("again", "random", "blank")
@@ -51,12 +52,7 @@ class Arm:
 
         A method that draws at random gets a seed of its own for each unit, so that no draw repeats.
         """
-        method = self.method
-        if method is None:
-            return nullcontext(None)
-        if isinstance(method, RandomKeep):
-            method = dataclasses.replace(method, seed=(method.seed + unit.noise_seed(0)) % 2**31)
-        return method.attach(policy)
+        return attached(self.method, policy, unit.noise_seed(0))
 
     def to_json(self) -> dict[str, Any]:
         """What makes this arm the same in another run."""
@@ -66,47 +62,16 @@ class Arm:
 
 
 def method_arms(
-    methods: Sequence[str], keep: Sequence[float | int], layers: Sequence[int], pruned: Sequence[str]
+    methods: Sequence[str],
+    keep: Sequence[float | int] | None,
+    layers: Sequence[int],
+    pruned: Sequence[str] | None,
 ) -> list[Arm]:
-    """One arm for each method, keep, layer and fate of the other tokens.
-
-    Args:
-        methods: names, each with options of its own where wanted: "vla-pruner:unseen=carry:window=5".
-
-    Raises:
-        BudgetError, EvaluationError: there is no such method, or it has no such option or value.
-    """
-    arms = []
-    for text in methods:
-        name, *options = text.split(":")
-        kind = method_class(name)
-        extra = dict(_option(kind, option) for option in options)
-        for layer in layers:
-            for fate in pruned:
-                for amount in keep:
-                    made: Any = {"keep": amount, "layer": layer, "pruned": fate, **extra}
-                    if layer == 0 and hasattr(kind, "refresh_every"):
-                        made.setdefault("refresh_every", FRESH)
-                    title = " ".join([method_name(kind), f"{amount:g}", fate, f"K={layer}", *options])
-                    arms.append(Arm(title.replace(" ", "-").replace("=", ""), title, "method", kind(**made)))
-    return arms
-
-
-def _option(kind: type[Method], text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    taken = ("keep", "layer", "pruned")
-    known = [field.name for field in dataclasses.fields(kind) if field.name not in taken]
-    if not equals or name not in known:
-        raise EvaluationError(
-            f"--method has the option {text!r}; {method_name(kind)} takes {', '.join(f'{word}=...' for word in known)} "
-            "after its name, separated by colons."
-        )
-    for read in (int, float):
-        try:
-            return name, read(value)
-        except ValueError:
-            continue
-    return name, value
+    """One arm for each method, keep, layer and fate of the other tokens; arguments and errors as of `methods_of`."""
+    return [
+        Arm(made.title.replace(" ", "-").replace("=", ""), made.title, "method", made.method)
+        for made in methods_of(methods, keep, layers, pruned)
+    ]
 
 
 def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]:
@@ -141,8 +106,10 @@ def _random(method: Any) -> Arm:
     history = 0 if getattr(method, "warmup", None) == "semantic" else method.history
     warm_up = max(history, getattr(method, "warmup_steps", 0))
     # It has no refreshes: where a method looks at everything now and then, the table's pruned steps show it.
-    control = RandomKeep(keep=method.keep, layer=method.layer, pruned=method.pruned, warmup_steps=warm_up)
-    title = f"random {method.keep:g} {method.pruned} K={method.layer}"
+    # Nothing is drawn of what to reuse: tokens that stay readable without being computed are frozen.
+    fate = method.pruned if method.pruned in PRUNED else "freeze"
+    control = RandomKeep(keep=method.keep, layer=method.layer, pruned=fate, warmup_steps=warm_up)
+    title = f"random {method.keep:g} {fate} K={method.layer}"
     if warm_up:
         title += f" after {warm_up}"
     return Arm(title.replace(" ", "-").replace("=", ""), title, "random", control)

@@ -16,6 +16,7 @@ from vla_pruner.evaluation.replica import Recipe, Replica, lost
 from vla_pruner.evaluation.run import Run, keep_record
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators.base import SimulatorUnavailable
+from vla_pruner.wording import install
 
 LOCAL = "local"
 PATIENCE = 600.0
@@ -70,9 +71,7 @@ class Cluster:
         try:
             self._ray: Any = importlib.import_module("ray")
         except ImportError as error:
-            raise EvaluationError(
-                "--ray needs Ray, which is not installed; run: pip install 'vla-pruner[ray]'"
-            ) from error
+            raise EvaluationError(f"--ray needs Ray, which is not installed; run: {install('ray')}") from error
         on_cuda = recipe.policy.device.startswith("cuda")
         if on_cuda:  # Ray shows each worker one device, which is the first that it sees
             recipe = replace(recipe, policy=replace(recipe.policy, device="cuda"))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vla_pruner.demo.table import counted
 from vla_pruner.evaluation.cluster import Cluster
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import EVAL_INFO, eval_info
@@ -36,6 +35,7 @@ from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
 from vla_pruner.statistics import wilson
+from vla_pruner.wording import counted
 
 TABLE = "table.md"
 INTERRUPTED = 130
@@ -81,16 +81,21 @@ def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
     """
     wilson(0, 1)
     run = merge(folders, out)
-    console.print(f"{len(run.records)} episodes of {len(folders)} folders.")
+    console.print(f"{counted(len(run.records), 'episode')} of {counted(len(folders), 'folder')}.")
     return 1 if _show(run, out, console).crashed else 0
 
 
 def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -> tuple[Run, bool]:
     """The run as far as it came, and whether it was interrupted."""
-    stack = ExitStack()
+    stack, was_there = ExitStack(), settings.out.exists()
     try:
         file = stack.enter_context(open_records(settings.out))
-        run, records = _start(settings, file, stack, find)
+        try:
+            run, records = _start(settings, file, stack, find)
+        except BaseException:
+            if not was_there:
+                _leave_nothing(file)
+            raise
         _greet(run, file, console)
         _say_untraced(run, settings, console)
         try:
@@ -101,6 +106,14 @@ def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -
         return run, False
     finally:
         stack.close()
+
+
+def _leave_nothing(file: RecordFile) -> None:
+    """A run that could not begin takes the folder away that it made, unless something is in it."""
+    if not file.path.stat().st_size:
+        file.path.unlink()
+        with suppress(OSError):
+            file.path.parent.rmdir()
 
 
 def _start(
@@ -132,7 +145,7 @@ def _greet(run: Run, file: RecordFile, console: Console) -> None:
     if run.records:
         crashed = len(run.records) - done
         again = f"; {crashed} crashed and are tried again" if crashed else ""
-        console.print(f"Going on: {done} of {total} episodes are done{again}.")
+        console.print(f"Going on: {done} of {counted(total, 'episode')} are done{again}.")
 
 
 def _say_untraced(run: Run, settings: EvalSettings, console: Console) -> None:
@@ -167,7 +180,7 @@ def _follow(run: Run, records: Iterator[Record], console: Console) -> None:
                 console.print(f"Crashed: {record.arm} on {record.unit}: {error['type']}: {error['message']}")
             if not console.is_terminal and time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
-                console.print(f"{done} of {total} episodes")
+                console.print(f"{done} of {counted(total, 'episode')}")
 
 
 def _ended(record: Record) -> str:

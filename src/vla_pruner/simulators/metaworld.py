@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.simulators.base import SimulatorUnavailable
+from vla_pruner.wording import install
 
 EVALUATION_SEED = 1_000_000
 """First seed of published evaluations; nothing was trained or tuned on seeds from here on."""
@@ -51,7 +52,7 @@ _GL_HELP = (
     "sudo apt-get install -y libegl1 libgl1 libosmesa6 libgles2 libgl1-mesa-dri libegl-mesa0"
     "  (or set MUJOCO_GL to a backend that this machine has)"
 )
-_PIP_HELP = "pip install '.[metaworld]'  (in a clone of vla-pruner)"
+_PIP_HELP = install("metaworld")
 
 
 @dataclass(frozen=True)
