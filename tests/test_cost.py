@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from vla_pruner.cost import DecoderShape, Flops, StepShape, count_flops, decoder_flops, prefill_ratio
+from vla_pruner.cost import ControlStep, DecoderShape, Flops, StepShape, count_flops, decoder_flops, prefill_ratio
 
 LLAMA_7B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, feed_forward=11008)
 GEMMA_2B = DecoderShape(layers=18, hidden=2048, heads=8, kv_heads=1, head_dim=256, feed_forward=16384)
@@ -98,3 +99,16 @@ def test_the_formula_agrees_with_what_torch_counts(attention: str) -> None:
 def test_counting_a_product() -> None:
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     assert count_flops(lambda: a @ b) == 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize("pruned", ["drop", "freeze", "reuse"])
+@pytest.mark.parametrize("then", [(), ((2, 3),)])
+def test_a_control_step_is_its_decoder_where_nothing_else_runs(pruned: Any, then: tuple[tuple[int, int], ...]) -> None:
+    """Several pruning layers and tokens that are reused included."""
+    whole = ControlStep(SMALL, visual=16, other=5, decoded=3)
+    parts = whole.flops(6, 1, pruned, then)
+    expected = decoder_flops(SMALL, StepShape(16, 5, 4), 6, 1, pruned, then).total
+    assert sum(parts.values()) == expected
+    lengths = [21, *([11, 8 if then else 11] if pruned == "drop" else [21, 21])]
+    width = 2 * SMALL.kv_heads * SMALL.head_dim
+    assert whole.cache_elements(6, 1, pruned, then)["written"] == width * sum(lengths)

@@ -36,6 +36,7 @@ METHODS = {
     "random": (vp.RandomKeep(keep=0.25, layer=1, warmup_steps=1), {"kind": "qwen3"}),
     "divprune": (vp.DivPrune(keep=0.25, pruned="freeze"), {"cache": "static"}),
     "text": (vp.TextQuery(keep=0.25), {}),
+    "gate": (vp.TextQuery(keep=0.25, gate=2), {}),
     "refreshed": (
         vp.VLAPruner(keep=0.25, window=2, warmup="semantic", refresh_every=2),
         {"kind": "gemma2", "backend": "eager"},
@@ -247,6 +248,21 @@ def test_what_fails_inside_of_a_compiled_call_fails_and_disturbs_nothing():
         actual.append(record(session, step(2)))
     assert_same(actual, expected)
     assert whole_state(model) == before
+
+
+def test_what_cannot_compile_is_refused_before_the_first_step():
+    model = lm()
+    untouched = whole_state(model)
+    method = vp.FastV(keep=0.25, layer=1)
+    with pytest.raises(vp.BudgetError, match="compile='yes' was given; it is True or False"):
+        method.attach(model, compile="yes", visual=VISUAL)  # type: ignore[arg-type]
+    with pytest.raises(vp.BudgetError, match="'fast' was given as what compiles; torch has"):
+        vp.compiled(model, "fast", visual=VISUAL)
+    assert whole_state(model) == untouched
+    with method.attach(model, visual=VISUAL) as session:
+        with pytest.raises(vp.BudgetError, match="'fast' was given"):
+            session.compile("fast")
+        session.compile("eager")
 
 
 def test_caches_of_both_kinds_give_the_same_scores():

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from tests.evaluation.fakes import find_fake
 from vla_pruner import cli
+from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation import EvalSettings, PolicySource
+from vla_pruner.evaluation.command import run_eval
+from vla_pruner.simulators import find_suite
 
 
 @pytest.fixture
@@ -99,6 +104,30 @@ def test_wrong_input_is_one_line(flags: str, message: str, tmp_path: Path, capsy
     assert message in said
     assert said.count("\n") == 1
     assert said.startswith("vla-pruner")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--suite", "libero_nowhere"), "libero_nowhere"),
+        (("--suite", "fake", "--layer", "40"), "layer=40 was given"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_no_folder(
+    flags: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"--policy": "reference", "--controls": "none", "--out": str(tmp_path / "run")}
+    given = [*flags, *(word for pair in options.items() for word in pair)]
+    settings: list[EvalSettings] = []
+    monkeypatch.setattr("vla_pruner.evaluation.command.run_eval", lambda one, console: settings.append(one) or 0)
+    assert cli.main(["eval", *given]) == 0
+    monkeypatch.undo()
+    for there in (False, True):
+        if there:
+            (tmp_path / "run").mkdir()
+        with pytest.raises(VLAPrunerError, match=message):
+            run_eval(settings[0], Console(quiet=True), find_fake if "fake" in flags else find_suite)
+        assert (tmp_path / "run").exists() == there
 
 
 def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
