@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.evaluation.fakes import FakeEnvironment, FakeSource, FakeSuite, ToyFlow, find_fake, settings, tiny_policy
 from vla_pruner.attach.session import Session
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import BudgetError, VLAPrunerError
 from vla_pruner.evaluation import EvaluationError, Record, Unit, read_records
 from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
 from vla_pruner.evaluation.command import run_eval
@@ -340,7 +340,7 @@ def test_presets(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(VLAPrunerError, match=message):
         settings(tmp_path, **changes)
 
 
