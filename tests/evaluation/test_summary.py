@@ -193,7 +193,9 @@ def test_the_controls_speak(tmp_path: Path) -> None:
     )
     blind = sentences(summarize(made(tmp_path, lambda arm, unit: True)))
     assert any("it is not shown that it needs to see" in one for one in blind)
-    assert any("agree in 120 of 120 episodes; that they disagree on more than 2.5 % is ruled out" in one for one in blind)
+    assert any(
+        "agree in 120 of 120 episodes; that they disagree on more than 2.5 % is ruled out" in one for one in blind
+    )
     assert not any("Not for claims" in one for one in said)
     few = sentences(summarize(made(tmp_path, usual, episodes=10)))
     assert any("Not for claims" in one for one in few)

@@ -222,6 +222,5 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise CalibrationError(
-            f"Reading a LeRobot dataset needs {name.split('.')[0]}, which is not installed; run: "
-            f"{install('dataset')}"
+            f"Reading a LeRobot dataset needs {name.split('.')[0]}, which is not installed; run: {install('dataset')}"
         ) from error
