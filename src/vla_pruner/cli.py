@@ -205,8 +205,7 @@ def _add_audit(commands: Any) -> None:
     command.add_argument(
         "--pruned",
         choices=("drop", "freeze"),
-        default="drop",
-        help="what becomes of the other tokens (default: %(default)s); both are compared with their reference",
+        help="what becomes of the other tokens (default: drop); both are compared with their reference",
     )
     command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     command.add_argument(

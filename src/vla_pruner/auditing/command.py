@@ -38,7 +38,7 @@ class AuditSettings:
         random_weights: whether weights are drawn.
         size: "tiny" or "full", with `random_weights`; None: "tiny".
         method: its name, with options of its own after colons.
-        keep, layer, pruned: as of the method.
+        keep, layer, pruned: as of the method; `pruned` None: what it does first.
         device: as torch names it.
         dtype: one of `DTYPES`; None: the checkpoint's.
         seed: of all draws.
@@ -54,7 +54,7 @@ class AuditSettings:
     method: str = "vla-pruner"
     keep: float | int = 0.25
     layer: int = 3
-    pruned: str = "drop"
+    pruned: str | None = None
     device: str = "cpu"
     dtype: str | None = None
     seed: int = 0
@@ -70,7 +70,9 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     Raises:
         VLAPrunerError: the settings, the checkpoint or the policy do not allow an audit.
     """
-    (made,) = methods_of((settings.method,), (settings.keep,), (settings.layer,), (settings.pruned,))
+    (made,) = methods_of(
+        (settings.method,), (settings.keep,), (settings.layer,), settings.pruned and (settings.pruned,)
+    )
     method: Method = made.method
     check_request(method, settings.instruction, settings.seed)
     device = usable_device(settings.device, "--device")
