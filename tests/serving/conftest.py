@@ -21,6 +21,7 @@ def policy() -> Any:
 def serve(policy: Any) -> Iterator[Callable[..., PolicyServer]]:
     """Starts servers, which are stopped after the test: `serve(policy=..., pruner=..., **settings)`."""
     running: list[PolicyServer] = []
+    gates: list[Gated] = []
 
     method = vp.VLAPruner(keep=0.25)
 
@@ -30,8 +31,11 @@ def serve(policy: Any) -> Iterator[Callable[..., PolicyServer]]:
         server.start()
         if isinstance(policy, Gated):
             policy.begin()
+            gates.append(policy)
         return server
 
     yield start
+    for gated in gates:
+        gated.gate.set()  # also where a test failed before it did
     for server in running:
         server.stop()

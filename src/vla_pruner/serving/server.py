@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Any
 
-from websockets.asyncio.server import ServerConnection, serve
+from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from vla_pruner.client.codec import pack, unpack
@@ -33,6 +33,8 @@ _library_log.setLevel(logging.CRITICAL)
 GOING_AWAY, INTERNAL_ERROR, TRY_AGAIN_LATER = 1001, 1011, 1013
 _LONGEST_REPLY_WAIT = 60.0
 """Seconds that a client may take to read its reply."""
+_LAST_WORDS = 5.0
+"""Seconds that robots have to read that their step will not be answered."""
 
 
 class PolicyServer:
@@ -180,13 +182,13 @@ class PolicyServer:
         await self._stopping.wait()
         self._doors.open = False
         server.close(close_connections=False)
-        try:
-            await asyncio.wait_for(server.wait_closed(), settings.grace)
-        except TimeoutError:
-            log.warning("Answers took longer than %g seconds of grace; their connections are cut.", settings.grace)
+        answered = await _closed(server, settings.grace)
+        if not answered:
+            log.warning("Answers took longer than %g seconds of grace; their robots are told so.", settings.grace)
         await self._batcher.close()
-        for connection in server.connections:
-            connection.transport.abort()
+        if not answered and not await _closed(server, _LAST_WORDS):
+            for connection in server.connections:
+                connection.transport.abort()
 
     def _count(self) -> int:
         return len(self._robots)
@@ -300,6 +302,15 @@ def _described(method: Method | None) -> dict[str, Any]:
         plain = isinstance(value, (bool, int, float, str, type(None)))
         found[name] = value if plain else repr(value)
     return found
+
+
+async def _closed(server: Server, seconds: float) -> bool:
+    """Whether every connection ended in time."""
+    try:
+        await asyncio.wait_for(server.wait_closed(), seconds)
+    except TimeoutError:
+        return False
+    return True
 
 
 async def _end(connection: ServerConnection, text: str, code: int) -> None:
