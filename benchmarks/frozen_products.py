@@ -1,8 +1,8 @@
 """Keys and values of frozen tokens, one product a layer or one for all: `python -m benchmarks.frozen_products`.
 
 Frozen tokens enter all later layers with the same hidden states, so with each norm's weight folded into them the key
-and value matrices of all layers can be stacked. FLOPs are the same; the stack is a second copy of these weights. Prints one
-Markdown row a shape; the two ways take turns.
+and value matrices of all layers can be stacked. FLOPs are the same; the stack is a second copy of these weights.
+Prints one Markdown row a shape; the two ways take turns.
 """
 
 from __future__ import annotations
