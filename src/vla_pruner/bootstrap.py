@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.statistics import PackageMissing
+from vla_pruner.wording import install
 
 RESAMPLES = 9999
 FEWEST_PAIRS = 4
@@ -95,5 +96,5 @@ def _stats() -> Any:
         return importlib.import_module("scipy.stats")
     except ImportError as error:
         raise PackageMissing(
-            "Intervals need scipy, which is not installed; run: pip install 'vla-pruner[eval]'"
+            f"Intervals need scipy, which is not installed; run: {install('eval')}"
         ) from error

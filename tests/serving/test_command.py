@@ -149,7 +149,7 @@ def test_without_the_extra_the_fix_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert cli.main(TINY) == 2
-    assert "prometheus_client, which is not installed: pip install '.[serve]'" in capsys.readouterr().err
+    assert "prometheus_client, which is not installed; run: pip install -e '.[serve]'" in capsys.readouterr().err
 
 
 def test_a_whole_run_that_a_signal_ends(policy: Any) -> None:
