@@ -47,7 +47,7 @@ def drive(
         for scene in scenes:
             found.append(record(session, step(scene)))
             if session.method.motion:
-                session.moved(torch.tensor([0.5, 1.0 + scene]))
+                session.moved(torch.tensor([0.5 + scene, 1.0 + scene]))
 
     run(0, 1, 2, 3)
     check = after_first() if after_first is not None else None
