@@ -95,6 +95,4 @@ def _stats() -> Any:
     try:
         return importlib.import_module("scipy.stats")
     except ImportError as error:
-        raise PackageMissing(
-            f"Intervals need scipy, which is not installed; run: {install('eval')}"
-        ) from error
+        raise PackageMissing(f"Intervals need scipy, which is not installed; run: {install('eval')}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vla_pruner.calibration.replay import replay
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.evaluation.arms import method_arms
 from vla_pruner.evaluation.traces import trace_path, write_trace
+from vla_pruner.wording import install
 
 
 def camera_policy(*cameras: str, state: int | None = 4) -> Any:
@@ -149,7 +151,7 @@ def test_damaged_datasets_are_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(CalibrationError, match=r"meta/info.json of the LeRobot dataset"):
         find_recordings(folder, policy)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(CalibrationError, match=r"needs pyarrow, .* pip install 'vla-pruner\[dataset\]'"):
+    with pytest.raises(CalibrationError, match=r"needs pyarrow, .* run: " + re.escape(install("dataset"))):
         find_recordings(dataset_without_reading(tmp_path / "e", info), policy)
 
 
