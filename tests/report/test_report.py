@@ -68,7 +68,7 @@ def test_the_verdict_comes_first(traced: Path, capsys: pytest.CaptureFixture[str
     assert places == sorted(places)
     assert "4 pruned arms, 6 controls and the unpruned policy ran the same episodes in turns: 2 tasks of fake" in text
     assert "initial states 0 to 9 of each, 20 episodes an arm" in text
-    assert "Two runs of the unpruned policy agree on all of 20 episodes" in text
+    assert "Noise floor 0 of 20 Two runs of the unpruned policy agree in 20 of 20 episodes" in text
     assert "Choosing beats drawing as many tokens at random in 0 of 4 arms; in 4 neither is shown" in text
     assert "With black images the policy solves 10 of 20, against 20 of 20" in text
     difference = read_results(traced).methods[0].difference

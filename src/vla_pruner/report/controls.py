@@ -18,8 +18,8 @@ def controls(results: Results) -> Markup:
     if again:
         arm = summary.of("again")[0]
         assert arm.difference is not None
-        share = (arm.difference.gained + arm.difference.lost) / arm.difference.pairs
-        cards.append(_card("Noise floor", f"{100 * share:.1f} %", again[0].removeprefix("Noise floor: ").capitalize()))
+        share = f"{arm.difference.gained + arm.difference.lost} of {arm.difference.pairs}"
+        cards.append(_card("Noise floor", share, again[0].removeprefix("Noise floor: ").capitalize()))
     elif summary.of("again"):
         cards.append(_card("Noise floor", _NONE, "No pair of unpruned episodes is finished yet."))
     else:
