@@ -4,8 +4,8 @@
     python -m benchmarks.study publish grid --out DIR             merges DIR's parts into benchmarks/results/study
     python -m benchmarks.study table grid                         success by method, budget and fate, as Markdown
 
-Parts are folders DIR/PHASE-I; a killed run goes on with the same command. Settings are chosen on the initial states of
-`grid` and `options`, and confirmed on those of `confirm`, which no choice has seen.
+Parts are folders DIR/PHASE-I; a killed run goes on with the same command. `grid` and `options` share their initial
+states; what they favour is to be confirmed on others.
 """
 
 from __future__ import annotations
@@ -47,12 +47,37 @@ _METHODS = (
     ),
     f"max-min-diversity{_WAIT}:metric=euclidean",
 )
+_OPTIONS = (
+    *(
+        f"vla-pruner:{option}"
+        for option in (
+            "unseen=carry",
+            "semantic_queries=text",
+            "window=1",
+            "window=2",
+            "window=5",
+            "warmup=semantic",
+            "refresh_every=4",
+            "layer=0:refresh_every=8",
+        )
+    ),
+    *(f"action-and-diversity:share={share}" for share in (0.25, 0.75)),
+    *(
+        f"{name}:layer={layer}"
+        for layer in (1, 2, 4, 5)
+        for name in ("vla-pruner", "action-and-diversity", f"max-min-diversity{_WAIT}:metric=euclidean")
+    ),
+)
 _COMMON = ("--policy", "reference", "--suite", "metaworld:mt4", "--margin", "5")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
         *_COMMON,
         *("--episodes", "50", "--method", ",".join(_METHODS)),
         *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "3"),
+    ),
+    "options": (
+        *_COMMON,
+        *("--episodes", "50", "--keep", "0.25", "--pruned", "drop", "--layer", "3", "--method", ",".join(_OPTIONS)),
     ),
 }
 

@@ -19,6 +19,7 @@ KEEP: tuple[float | int, ...] = (0.25,)
 LAYER = (3,)
 FATES = ("drop", "freeze", "reuse")
 _OF_EVERY_ARM = ("keep", "layer", "pruned")
+"""Options of any method, which flags give all of them at once."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Named:
 
     Attributes:
         name: with dashes.
-        options: of its own, as they were written.
+        options: of its own, as they were written, without keep, layer and pruned.
         method: the method.
     """
 
@@ -52,7 +53,8 @@ def methods_of(
     """One method for each name, layer, fate of the other tokens, and keep.
 
     Args:
-        texts: names, each with options of its own where wanted, after colons.
+        texts: names, each with options of its own where wanted, after colons; what it says of keep, layer and pruned
+            itself stands in place of the arguments.
         keep: budgets; None: .25, or what a method that reuses tokens was published with.
         layers: pruning layers.
         pruned: what becomes of the other tokens, of which each method takes what it can do; None: "drop", or the only
@@ -70,14 +72,16 @@ def methods_of(
         name, *options = text.split(":")
         kind: Any = method_class(name)
         shown, extra = method_name(kind), dict(_option(kind, option) for option in options)
+        own = {word: (extra.pop(word),) for word in _OF_EVERY_ARM if word in extra}
+        others = tuple(option for option in options if option.partition("=")[0] in extra)
         drops = "drop" in kind().treatments
-        for layer in layers:
-            for fate in _fates(shown, kind().treatments, pruned):
-                for amount in keep or (KEEP if drops else (kind().keep,)):
+        for layer in own.get("layer", layers):
+            for fate in _fates(shown, kind().treatments, own.get("pruned", pruned)):
+                for amount in own.get("keep", keep or (KEEP if drops else (kind().keep,))):
                     made = {"keep": amount, "layer": layer, "pruned": fate, **extra}
                     if hasattr(kind, "refresh_every") and "refresh_every" not in extra:
                         made["refresh_every"] = refresh_every or (FRESH if layer == 0 else None)
-                    found.append(Named(shown, tuple(options), kind(**made)))
+                    found.append(Named(shown, others, kind(**made)))
     return tuple(found)
 
 
@@ -95,7 +99,7 @@ def _fates(name: str, able: tuple[str, ...], asked: Sequence[str] | None) -> tup
 
 def _option(kind: type[Method], text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
-    known = [field.name for field in dataclasses.fields(kind) if field.name not in (*_OF_EVERY_ARM, "then")]
+    known = [field.name for field in dataclasses.fields(kind) if field.name != "then"]
     if not equals or name not in known:
         raise BudgetError(
             f"--method has the option {text!r}; {method_name(kind)} takes {', '.join(f'{word}=...' for word in known)} "

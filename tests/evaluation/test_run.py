@@ -23,6 +23,7 @@ from vla_pruner.evaluation.episode import run_episode
 from vla_pruner.evaluation.records import EPISODES, TIMES
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import plan, shard
+from vla_pruner.methods import FastV
 from vla_pruner.simulators.base import Convention, SuiteError
 
 UNIT = Unit("fake", 0, "reach", 2, 0)
@@ -336,7 +337,7 @@ def test_presets(tmp_path: Path) -> None:
         ({"controls": ("luck",)}, "--controls is luck; it is none, or some of again, random, blank"),
         ({"pruned": ("melt",)}, "--pruned is melt"),
         ({"suites": ()}, "--suite names nothing"),
-        ({"methods": ("vla-pruner:colour=red",)}, "--method has the option 'colour=red'; vla-pruner takes window="),
+        ({"methods": ("vla-pruner:colour=red",)}, "--method has the option 'colour=red'; vla-pruner takes layer="),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -361,6 +362,21 @@ def test_arms_are_every_combination_once() -> None:
     control: Any = next(arm for arm in arms if arm.key == "random-64-drop-K2-after-5")
     assert control.method.warmup_steps == 5
     assert next(arm for arm in arms if arm.key == "vla-pruner-64-drop-K2-unseencarry-window5").random == control.key
+
+
+def test_a_method_may_say_its_own_keep_layer_and_fate() -> None:
+    names = ("fastv:keep=64:layer=2:pruned=freeze", "vla-pruner:window=2:layer=1", "fastv")
+    arms = method_arms(names, (0.5, 0.25), (3,), ("drop",))
+    assert [arm.title for arm in arms] == [
+        "fastv 64 freeze K=2",
+        "vla-pruner 0.5 drop K=1 window=2",
+        "vla-pruner 0.25 drop K=1 window=2",
+        "fastv 0.5 drop K=3",
+        "fastv 0.25 drop K=3",
+    ]
+    assert arms[0].method == FastV(keep=64, layer=2, pruned="freeze")
+    with pytest.raises(BudgetError, match="fastv can only drop or freeze"):
+        method_arms(("fastv:pruned=burn",), (0.5,), (3,), ("drop",))
 
 
 def test_the_random_control_waits_as_long_as_the_method() -> None:

@@ -114,7 +114,7 @@ def add_arms(command: argparse.ArgumentParser) -> None:
         dest="methods",
         metavar="A,B",
         type=names,
-        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv\n"
+        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv:layer=2\n"
         "or none (default: vla-pruner)",
     )
     add(
