@@ -146,7 +146,7 @@ def _cell(arm: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("do", choices=("run", "publish", "table"))
     parser.add_argument("phase", choices=tuple(PHASES))
     parser.add_argument("--out", type=Path, default=Path("study"), help="folder of the parts (default: %(default)s)")
