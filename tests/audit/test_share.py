@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import vla_pruner as vp
+from vla_pruner import timing
 from vla_pruner.auditing import share
 from vla_pruner.auditing.run import CHECKS
 from vla_pruner.auditing.subject import Subject
@@ -30,7 +31,8 @@ def test_layers_of_the_prompt_against_the_whole_step(layer, monkeypatch):
     policy = vp.random_policy("reference")
     subject = Subject(policy, vp.RandomKeep(keep=16, layer=layer))
     ticks = Ticks(subject.family.decoder)
-    monkeypatch.setattr(share, "now", ticks.now)
+    for module in (share, timing):
+        monkeypatch.setattr(module, "now", ticks.now)
     check = CHECKS["share"](subject)
     # Six layers in the prompt and in each of three decode steps; 48 of 72 positions go.
     part = (6 - layer) / 24
@@ -47,7 +49,8 @@ def test_every_prompt_of_a_step_counts(monkeypatch):
     policy = random_openvla(oft=True, head="diffusion", denoising_steps=3)
     subject = Subject(policy, vp.RandomKeep(keep=0.25))
     ticks = Ticks(subject.family.decoder)
-    monkeypatch.setattr(share, "now", ticks.now)
+    for module in (share, timing):
+        monkeypatch.setattr(module, "now", ticks.now)
     assert CHECKS["share"](subject).figure.startswith("50% of 18000.0 ms; ")
     for name in ("vision towers", "lengths", "reference drop", "reference freeze"):
         check = CHECKS[name](subject)
