@@ -1,6 +1,6 @@
 """`vla-pruner eval`: from the settings to the records, the table and `eval_info.json`."""
 
-from __future__ import annotations
+from __future__ import shlex
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -209,4 +209,5 @@ def _show(run: Run, out: Path, console: Console) -> Summary:
     console.print()
     console.print(f"Records: {(out / 'episodes.jsonl').resolve()}", soft_wrap=True)
     console.print(f"Results: {(out / EVAL_INFO).resolve()}", soft_wrap=True)
+    console.print(f"Report:  vla-pruner report {shlex.quote(str(out))}", soft_wrap=True, highlight=False)
     return summary
