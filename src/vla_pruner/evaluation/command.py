@@ -1,7 +1,8 @@
 """`vla-pruner eval`: from the settings to the records, the table and `eval_info.json`."""
 
-from __future__ import shlex
+from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
