@@ -109,7 +109,7 @@ def test_clients_that_flood(policy: Any, serve: Serve) -> None:
 
     def flood() -> None:
         try:
-            with raw(server, max_queue=1) as client:
+            with raw(server, max_queue=1, close_timeout=0.1) as client:
                 # It gives up when the server has not read for a second.
                 client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 1, 0))
                 for count in range(2000):
