@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import vla_pruner as vp
-from tests.serving.robots import WAIT, observation
+from tests.serving.robots import WAIT, Gated, instruction, observation
 from vla_pruner.client import ActionChunkBroker, ConnectionLost, PolicyClient, ServerError
 from vla_pruner.serving import PolicyServer, ServerSettings
 
@@ -75,6 +75,47 @@ def test_an_error_ends_a_call_and_not_the_client(policy: Any, serve: Serve) -> N
         assert client.reconnects == 2
         with pytest.raises(vp.VLAPrunerError, match="cannot be packed"):
             client.infer({"prompt": object()})
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_call_leaves_no_answer_to_the_next(
+    interrupt: type[BaseException], policy: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal whose handler raises comes while the answer is waited for: the next call gets the answer to its own
+    observation.
+    """
+    gated = Gated(policy)
+    server = serve(policy=gated)
+    one, other = observation(policy, 0, 0), observation(policy, 3, 7, prompt=instruction(policy, 0))
+    expected = policy.act({"image": other["observation/image"]}, other["prompt"], other["observation/state"])
+    with PolicyClient(server.url, timeout=10 * WAIT) as client:
+
+        def interrupted(*_: Any, **__: Any) -> None:
+            assert gated.entered.wait(WAIT)
+            raise interrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client._socket, "recv", interrupted)
+            with pytest.raises(interrupt):
+                client.infer(one)
+        gated.gate.set()
+        assert np.array_equal(client.infer(other)["actions"], expected)
+        assert client.reconnects == 1
+
+
+def test_a_connection_that_is_given_up_leaves_no_threads(policy: Any, serve: Serve) -> None:
+    """A server that takes too long is left, and with it the threads that read from it and ping it."""
+    gated = Gated(policy)
+    server = serve(policy=gated)
+    client = PolicyClient(server.url, timeout=WAIT, patience=0)
+    assert client._socket is not None
+    threads = [client._socket.recv_events_thread, client._socket.keepalive_thread]
+    client._timeout = 0.05
+    with pytest.raises(ConnectionLost, match="timed out"):
+        client.infer(observation(policy))
+    for thread in threads:
+        thread.join(5.0)  # a ping every 20 seconds would end them otherwise
+    assert [thread.is_alive() for thread in threads] == [False, False]
 
 
 def test_it_waits_for_a_server_that_comes_back(policy: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -99,6 +100,10 @@ class PolicyClient:
                     raise ConnectionLost(f"{self._url} gave no answer ({_reason(error)}).") from error
                 pause = _wait(pause, deadline)
                 continue
+            except BaseException:
+                # Also where a signal interrupts the wait: the answer would be taken for that to the next observation.
+                self._drop()
+                raise
             self._reset = False
             return answer
 
@@ -154,6 +159,9 @@ class PolicyClient:
                 last: Exception = error
             except (InvalidHandshake, ConnectionClosed, OSError, _NoRoom) as error:
                 last = error
+            except BaseException:
+                self._drop()
+                raise
             self._drop()
             if time.monotonic() >= deadline:
                 raise ConnectionLost(f"{self._url} cannot be reached ({_reason(last)}).") from last
@@ -161,8 +169,11 @@ class PolicyClient:
 
     def _drop(self) -> None:
         if self._socket is not None:
-            # Nobody is there to say goodbye to: only what this side holds is let go of.
-            self._socket.socket.close()
+            # Nobody is there to say goodbye to: only what this side holds is let go of. The library's threads read and
+            # write on until the socket is shut down; closing alone does not wake them.
+            with suppress(OSError):
+                self._socket.socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close_socket()
             self._socket = None
 
 
