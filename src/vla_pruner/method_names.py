@@ -40,7 +40,8 @@ class Named:
     def title(self) -> str:
         """What tables call it; unique among methods that differ."""
         method = self.method
-        return " ".join([self.name, f"{method.keep:g}", method.pruned, f"K={method.layer}", *self.options])
+        # As it was written: 1 is one token, 1.0 all of them.
+        return " ".join([self.name, repr(method.keep), method.pruned, f"K={method.layer}", *self.options])
 
 
 def methods_of(

@@ -13,17 +13,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.evaluation.fakes import FakeEnvironment, FakeSource, FakeSuite, ToyFlow, find_fake, settings, tiny_policy
+from tests.evaluation.fakes import FakeEnvironment, FakeSource, FakeSuite, ToyFlow, find_fake, settings
 from vla_pruner.attach.session import Session
 from vla_pruner.errors import BudgetError, VLAPrunerError
 from vla_pruner.evaluation import EvaluationError, Record, Unit, read_records
-from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
+from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.command import run_eval
 from vla_pruner.evaluation.episode import run_episode
 from vla_pruner.evaluation.records import EPISODES, TIMES
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import plan, shard
-from vla_pruner.methods import FastV
 from vla_pruner.simulators.base import Convention, SuiteError
 
 UNIT = Unit("fake", 0, "reach", 2, 0)
@@ -348,61 +347,6 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, 
 def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="--method is magic"):
         settings(tmp_path, methods=("magic",))
-
-
-def test_arms_are_every_combination_once() -> None:
-    arms = all_arms(
-        method_arms(("vla-pruner", "vla-pruner:unseen=carry:window=5", "random"), (0.5, 64), (2, 0), ("drop",)),
-        ("random",),
-    )
-    keys = [arm.key for arm in arms]
-    assert len(set(keys)) == len(keys) == 1 + 12 + 8
-    carried: Any = next(arm.method for arm in arms if arm.key == "vla-pruner-0.5-drop-K0-unseencarry-window5")
-    assert (carried.unseen, carried.window, carried.refresh_every) == ("carry", 5, 8)
-    control: Any = next(arm for arm in arms if arm.key == "random-64-drop-K2-after-5")
-    assert control.method.warmup_steps == 5
-    assert next(arm for arm in arms if arm.key == "vla-pruner-64-drop-K2-unseencarry-window5").random == control.key
-
-
-def test_a_method_may_say_its_own_keep_layer_and_fate() -> None:
-    names = ("fastv:keep=64:layer=2:pruned=freeze", "vla-pruner:window=2:layer=1", "fastv")
-    arms = method_arms(names, (0.5, 0.25), (3,), ("drop",))
-    assert [arm.title for arm in arms] == [
-        "fastv 64 freeze K=2",
-        "vla-pruner 0.5 drop K=1 window=2",
-        "vla-pruner 0.25 drop K=1 window=2",
-        "fastv 0.5 drop K=3",
-        "fastv 0.25 drop K=3",
-    ]
-    assert arms[0].method == FastV(keep=64, layer=2, pruned="freeze")
-    with pytest.raises(BudgetError, match="fastv can only drop or freeze"):
-        method_arms(("fastv:pruned=burn",), (0.5,), (3,), ("drop",))
-
-
-def test_the_random_control_waits_as_long_as_the_method() -> None:
-    waits = {
-        "vla-pruner": 3,
-        "vla-pruner:warmup=semantic": 0,
-        "action-only:window=4": 4,
-        "action-only:warmup_steps=5": 5,
-        "fastv": 0,
-        "fastv:warmup_steps=2": 2,
-    }
-    for name, steps in waits.items():
-        control: Any = all_arms(method_arms((name,), (0.25,), (2,), ("drop",)), ("random",))[-1]
-        assert (control.kind, control.method.warmup_steps) == ("random", steps), name
-
-
-def test_a_random_choice_is_another_one_in_every_unit() -> None:
-    policy = tiny_policy()
-    arm = all_arms(method_arms(("fastv",), (0.25,), (1,), ("drop",)), ("random",))[-1]
-    assert arm.kind == "random"
-    kept = set()
-    for state in range(4):
-        with arm.attach(policy, dataclasses.replace(UNIT, initial_state=state)) as session:
-            policy.act({"image": np.zeros((32, 32, 3), np.uint8)}, "reach the ball", np.zeros(4, np.float32))
-            kept.add(tuple(session.kept[0].tolist()))
-    assert len(kept) == 4
 
 
 def test_units_and_shards() -> None:

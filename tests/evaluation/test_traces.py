@@ -228,6 +228,19 @@ def test_a_scripted_policy_is_traced_without_images(tmp_path: Path) -> None:
     assert trace.actions.shape[1:] == (1, 4)
 
 
+def test_what_cannot_be_traced_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Tracer, record: Any) -> Any:
+        raise ValueError("all input arrays must have the same shape")
+
+    monkeypatch.setattr(Tracer, "trace", fails)
+    with pytest.warns(UserWarning, match="was not traced: all input arrays"):
+        assert run(pruned(tmp_path / "cannot", trace=2))[0] == 0
+    monkeypatch.undo()
+    run(pruned(tmp_path / "plain"))
+    assert facts(tmp_path / "cannot") == facts(tmp_path / "plain")
+    assert not traces_of(tmp_path / "cannot")
+
+
 def test_no_folder_and_no_trace_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"There is no folder .*nowhere"):
         traces_of(tmp_path / "nowhere")

@@ -78,7 +78,7 @@ def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]
     """The unpruned policy first, then the methods, then the controls.
 
     The random control is one for each budget, layer and fate of the methods, and prunes the same steps: it warms up as
-    long as the method does.
+    long as the method does, and refreshes as often. Only a motion gate it has not.
 
     Raises:
         EvaluationError: a control is unknown.
@@ -98,20 +98,26 @@ def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]
     arms += randoms
     if "blank" in controls:
         arms.append(Arm(BLANK, "blank image", "blank"))
-    return tuple({arm.key: arm for arm in arms}.values())
+    different: dict[str, Arm] = {}
+    for arm in arms:
+        if different.setdefault(arm.key, arm).method != arm.method:
+            raise EvaluationError(f"Two different arms are both called {arm.title!r}; leave one of them out.")
+    return tuple(different.values())
 
 
 def _random(method: Any) -> Arm:
     # Methods with a history wait for it, except where VLAPruner fills it up while it prunes.
     history = 0 if getattr(method, "warmup", None) == "semantic" else method.history
     warm_up = max(history, getattr(method, "warmup_steps", 0))
-    # It has no refreshes: where a method looks at everything now and then, the table's pruned steps show it.
     # Nothing is drawn of what to reuse: tokens that stay readable without being computed are frozen.
     fate = method.pruned if method.pruned in PRUNED else "freeze"
-    control = RandomKeep(keep=method.keep, layer=method.layer, pruned=fate, warmup_steps=warm_up)
-    title = f"random {method.keep:g} {fate} K={method.layer}"
+    refresh = getattr(method, "refresh_every", None)
+    control = RandomKeep(keep=method.keep, layer=method.layer, pruned=fate, warmup_steps=warm_up, refresh_every=refresh)
+    title = f"random {method.keep!r} {fate} K={method.layer}"
     if warm_up:
         title += f" after {warm_up}"
+    if refresh is not None:
+        title += f" refresh_every={refresh}"
     return Arm(title.replace(" ", "-").replace("=", ""), title, "random", control)
 
 

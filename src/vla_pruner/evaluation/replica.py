@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -131,10 +132,7 @@ class Replica:
             )
             if record.crashed:  # what crashed may be in any state
                 self._close((unit.suite, unit.task_id))
-            trace = None if tracer is None or record.crashed else tracer.trace(record)
-            if trace is not None and known[key].kind == "baseline":
-                trace = with_score_maps(policy, trace)
-            yield record, trace
+            yield record, None if record.crashed else _trace(tracer, record, policy, known[key].kind == "baseline")
 
     def _environment(self, unit: Unit) -> Environment:
         key = unit.suite, unit.task_id
@@ -157,6 +155,18 @@ class Replica:
         """Closes the environments."""
         for key in list(self._open):
             self._close(key)
+
+
+def _trace(tracer: Tracer | None, record: Record, policy: Any, whole_maps: bool) -> Trace | None:
+    """The trace of a finished episode, if one is wanted and can be made: its record counts either way."""
+    if tracer is None:
+        return None
+    try:
+        trace = tracer.trace(record)
+        return with_score_maps(policy, trace) if whole_maps else trace
+    except Exception as error:
+        warnings.warn(f"{record.arm} on {record.unit} was not traced: {error}", stacklevel=2)
+        return None
 
 
 def lost(unit: Unit, arm: str, run: str, attempt: int, error: dict[str, str]) -> Record:

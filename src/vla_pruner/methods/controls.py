@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.methods.base import Evidence, Method, is_count
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.selection import define_op, top_ids
@@ -27,10 +27,24 @@ class RandomKeep(Budgeted):
     Attributes:
         keep, warmup_steps: see `Budgeted`.
         seed: of the draws.
+        refresh_every: run the first step of an episode and every n-th after it unpruned, as `VLAPruner` with this
+            option does; None never does.
         layer, pruned: see `Method`.
     """
 
     seed: int = 0
+    refresh_every: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refresh_every is not None and not is_count(self.refresh_every, 2):
+            raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+
+    def prunes(self, memory: Memory) -> bool:
+        refreshes = self.refresh_every is not None and any(
+            step % self.refresh_every == 0 for step in memory.steps.tolist()
+        )
+        return super().prunes(memory) and not refreshes
 
     def for_cameras(self, names: tuple[str, ...]) -> tuple[Self, ...] | None:
         methods = super().for_cameras(names)

@@ -1,0 +1,103 @@
+"""The arms of an evaluation: combinations, names, and controls that prune the same steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.evaluation.fakes import tiny_policy
+from tests.evaluation.test_run import UNIT
+from vla_pruner.errors import BudgetError
+from vla_pruner.evaluation import EvaluationError
+from vla_pruner.evaluation.arms import all_arms, method_arms
+from vla_pruner.methods import FastV, Memory, RandomKeep
+
+
+def test_arms_are_every_combination_once() -> None:
+    arms = all_arms(
+        method_arms(("vla-pruner", "vla-pruner:unseen=carry:window=5", "random"), (0.5, 64), (2, 0), ("drop",)),
+        ("random",),
+    )
+    keys = [arm.key for arm in arms]
+    assert len(set(keys)) == len(keys) == 1 + 12 + 8
+    carried: Any = next(arm.method for arm in arms if arm.key == "vla-pruner-0.5-drop-K0-unseencarry-window5")
+    assert (carried.unseen, carried.window, carried.refresh_every) == ("carry", 5, 8)
+    control: Any = next(arm for arm in arms if arm.key == "random-64-drop-K2-after-5")
+    assert control.method.warmup_steps == 5
+    assert next(arm for arm in arms if arm.key == "vla-pruner-64-drop-K2-unseencarry-window5").random == control.key
+
+
+def test_a_method_may_say_its_own_keep_layer_and_fate() -> None:
+    names = ("fastv:keep=64:layer=2:pruned=freeze", "vla-pruner:window=2:layer=1", "fastv")
+    arms = method_arms(names, (0.5, 0.25), (3,), ("drop",))
+    assert [arm.title for arm in arms] == [
+        "fastv 64 freeze K=2",
+        "vla-pruner 0.5 drop K=1 window=2",
+        "vla-pruner 0.25 drop K=1 window=2",
+        "fastv 0.5 drop K=3",
+        "fastv 0.25 drop K=3",
+    ]
+    assert arms[0].method == FastV(keep=64, layer=2, pruned="freeze")
+    with pytest.raises(BudgetError, match="fastv can only drop or freeze"):
+        method_arms(("fastv:pruned=burn",), (0.5,), (3,), ("drop",))
+
+
+def test_the_random_control_waits_as_long_as_the_method() -> None:
+    waits = {
+        "vla-pruner": 3,
+        "vla-pruner:warmup=semantic": 0,
+        "action-only:window=4": 4,
+        "action-only:warmup_steps=5": 5,
+        "fastv": 0,
+        "fastv:warmup_steps=2": 2,
+    }
+    for name, steps in waits.items():
+        control: Any = all_arms(method_arms((name,), (0.25,), (2,), ("drop",)), ("random",))[-1]
+        assert (control.kind, control.method.warmup_steps) == ("random", steps), name
+
+
+def test_a_random_choice_is_another_one_in_every_unit() -> None:
+    policy = tiny_policy()
+    arm = all_arms(method_arms(("fastv",), (0.25,), (1,), ("drop",)), ("random",))[-1]
+    assert arm.kind == "random"
+    kept = set()
+    for state in range(4):
+        with arm.attach(policy, dataclasses.replace(UNIT, initial_state=state)) as session:
+            policy.act({"image": np.zeros((32, 32, 3), np.uint8)}, "reach the ball", np.zeros(4, np.float32))
+            kept.add(tuple(session.kept[0].tolist()))
+    assert len(kept) == 4
+
+
+def test_one_token_and_all_of_them_are_two_arms() -> None:
+    arms = method_arms(("fastv",), (1.0, 1), (3,), ("drop",))
+    assert [arm.title for arm in arms] == ["fastv 1.0 drop K=3", "fastv 1 drop K=3"]
+    assert len(all_arms(arms, ("random",))) == 1 + 2 + 2
+
+
+def test_two_different_arms_of_one_name_are_refused() -> None:
+    (arm,) = method_arms(("fastv",), (0.5,), (3,), ("drop",))
+    other = dataclasses.replace(arm, method=FastV(keep=0.25))
+    with pytest.raises(EvaluationError, match="Two different arms are both called 'fastv 0.5 drop K=3'"):
+        all_arms((arm, other), ())
+    assert len(all_arms((arm, arm), ())) == 2
+
+
+@pytest.mark.parametrize("name", ["vla-pruner:refresh_every=4", "vla-pruner:layer=0", "vla-pruner:window=2"])
+def test_the_random_control_prunes_the_steps_of_the_method(name: str) -> None:
+    made, control = (arm.method for arm in all_arms(method_arms((name,), (0.25,), (2,), ("drop",)), ("random",))[1:])
+    assert isinstance(control, RandomKeep)
+    memory = Memory.empty(1, 3, 9)
+    steps = []
+    for _ in range(20):
+        steps.append((made.prunes(memory), control.prunes(memory)))
+        memory = dataclasses.replace(memory, steps=memory.steps + 1)
+    assert all(first == second for first, second in steps)
+    assert {first for first, _ in steps} == {True, False}
+
+
+def test_a_refresh_is_an_int_of_two_or_more() -> None:
+    with pytest.raises(BudgetError, match="refresh_every=1"):
+        RandomKeep(refresh_every=1)
