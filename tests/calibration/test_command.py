@@ -19,6 +19,7 @@ from vla_pruner.calibration import CalibrateSettings, Calibration, CalibrationEr
 from vla_pruner.calibration.command import run_calibrate
 from vla_pruner.evaluation import PolicySource
 from vla_pruner.evaluation.policies import fingerprint
+from vla_pruner.methods import VLACache
 from vla_pruner.models.reference import reference_policy
 
 
@@ -113,6 +114,17 @@ def test_flags_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         "random",
         "blank",
     ]
+
+
+def test_a_method_that_reuses_tokens_has_its_own_keep_and_fate() -> None:
+    base: dict[str, Any] = {"policy": PolicySource("x"), "source": Path("y"), "controls": ()}
+    cache, fastv = CalibrateSettings(**base, methods=("vla-cache", "fastv")).arms()
+    made: Any = cache.method
+    assert made == VLACache(layer=3)
+    assert "reuse" in cache.title
+    assert fastv.title == "fastv 0.25 drop K=3"
+    (asked,) = CalibrateSettings(**base, methods=("vla-cache",), keep=(0.5,), pruned=("reuse",)).arms()
+    assert asked.method == VLACache(keep=0.5, layer=3)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.recordings import EPISODES
 from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.policies import PolicySource
-from vla_pruner.evaluation.settings import DEFAULT_KEEP, DEFAULT_METHODS, NO_METHOD
-from vla_pruner.methods.base import PRUNED
+from vla_pruner.evaluation.settings import DEFAULT_METHODS, NO_METHOD
+from vla_pruner.method_names import LAYER
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,6 @@ class CalibrateSettings:
                 f"--tolerance is {self.tolerance:g}; it is a part of the recorded actions' standard deviation, such as "
                 "0.1."
             )
-        unknown = [word for word in self.pruned or () if word not in PRUNED]
-        if unknown:
-            raise CalibrationError(f"--pruned is {', '.join(unknown)}; it is drop, freeze, or drop,freeze.")
 
     def arms(self) -> list[Arm]:
         """All arms but the unpruned one.
@@ -82,5 +79,5 @@ class CalibrateSettings:
         if self.against and all(one is None for one in given):
             return arms_of(self.against)
         names = () if self.methods == NO_METHOD else self.methods or DEFAULT_METHODS
-        methods = method_arms(names, self.keep or DEFAULT_KEEP, self.layer or (3,), self.pruned or ("drop",))
+        methods = method_arms(names, self.keep, self.layer or LAYER, self.pruned)
         return list(all_arms(methods, CONTROLS if self.controls is None else self.controls)[1:])
