@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.evaluation.test_run import UNIT
 from vla_pruner.errors import BudgetError
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.evaluation.arms import all_arms, method_arms
-from vla_pruner.methods import FastV, Memory, RandomKeep
+from vla_pruner.methods import FastV, Memory, Method, RandomKeep
 
 
 def test_arms_are_every_combination_once() -> None:
@@ -80,14 +80,16 @@ def test_one_token_and_all_of_them_are_two_arms() -> None:
 def test_two_different_arms_of_one_name_are_refused() -> None:
     (arm,) = method_arms(("fastv",), (0.5,), (3,), ("drop",))
     other = dataclasses.replace(arm, method=FastV(keep=0.25))
-    with pytest.raises(EvaluationError, match="Two different arms are both called 'fastv 0.5 drop K=3'"):
+    with pytest.raises(EvaluationError, match=r"Two different arms are both called 'fastv 0\.5 drop K=3'"):
         all_arms((arm, other), ())
     assert len(all_arms((arm, arm), ())) == 2
 
 
 @pytest.mark.parametrize("name", ["vla-pruner:refresh_every=4", "vla-pruner:layer=0", "vla-pruner:window=2"])
 def test_the_random_control_prunes_the_steps_of_the_method(name: str) -> None:
-    made, control = (arm.method for arm in all_arms(method_arms((name,), (0.25,), (2,), ("drop",)), ("random",))[1:])
+    made, control = (
+        cast(Method, arm.method) for arm in all_arms(method_arms((name,), (0.25,), (2,), ("drop",)), ("random",))[1:]
+    )
     assert isinstance(control, RandomKeep)
     memory = Memory.empty(1, 3, 9)
     steps = []
