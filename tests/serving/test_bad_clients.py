@@ -18,7 +18,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from tests.serving.robots import WAIT, observation
+from tests.serving.robots import WAIT, Gated, observation
 from tests.serving.test_server import wait_for
 from vla_pruner.client import PolicyClient
 from vla_pruner.client.codec import pack
@@ -83,6 +83,40 @@ def test_clients_that_vanish(policy: Any, serve: Serve) -> None:
             client.send(message)
             client.socket.close()
         wait_for(server, "vla_pruner_sessions 1.0")
+
+
+class Counted(Gated):
+    """Counts its steps."""
+
+    acts = 0
+
+    def act(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        self.acts += 1
+        return super().act(*args, **kwargs)
+
+
+def test_a_robot_that_leaves_gives_its_place_up(policy: Any, serve: Serve) -> None:
+    """Its place among the robots and in the queue, and the forward pass: both before its step begins and during it."""
+    counted = Counted(policy)
+    server = serve(policy=counted, max_waiting=1, max_robots=2, max_batch=1)
+    before = counted.acts
+    with raw(server) as first:
+        first.recv(timeout=WAIT)
+        first.send(pack(observation(policy)))
+        assert counted.entered.wait(WAIT)
+        for _ in range(3):  # each finds room among the robots and in the queue, which have one place
+            with raw(server) as leaving:
+                leaving.recv(timeout=WAIT)
+                leaving.send(pack(observation(policy)))
+                wait_for(server, "vla_pruner_queue_depth 1.0")
+            wait_for(server, "vla_pruner_sessions 1.0")
+            wait_for(server, "vla_pruner_queue_depth 0.0")
+    wait_for(server, "vla_pruner_sessions 0.0")
+    wait_for(server, 'requests_total{outcome="left"} 4.0')
+    counted.gate.set()
+    with PolicyClient(server.url) as client:
+        assert client.infer(observation(policy))["actions"].shape == (1, 4)
+    assert counted.acts == before + 2
 
 
 def test_clients_that_stall_are_dropped(policy: Any, serve: Serve) -> None:

@@ -44,37 +44,42 @@ class Batcher:
         self._window = window
         self._max_batch = max_batch
         self._robots = robots
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(max_waiting)
+        self._max_waiting = max_waiting
+        # By what the answer goes to, in the order they came: who leaves takes its job out of the middle.
+        self._queue: dict[asyncio.Future[tuple[Answer, float]], _Waiting] = {}
+        self._came = asyncio.Event()
         self._task = asyncio.create_task(self._work())
 
     @property
     def waiting(self) -> int:
         """Jobs that the model has not begun."""
-        return self._queue.qsize()
+        return len(self._queue)
 
     async def submit(self, job: Job) -> tuple[Answer, float]:
-        """The answer, and the seconds that the job waited.
+        """The answer, and the seconds that the job waited. Whoever cancels it gives its place up.
 
         Raises:
             Overloaded: too many wait already.
             Exception: what `run` answered.
         """
-        answer: asyncio.Future[tuple[Answer, float]] = asyncio.get_running_loop().create_future()
-        try:
-            self._queue.put_nowait((job, perf_counter(), answer))
-        except asyncio.QueueFull:
+        if len(self._queue) >= self._max_waiting:
             raise Overloaded(
-                f"{self._queue.maxsize} control steps wait for the model, which is as many as this server lets wait; "
+                f"{self._max_waiting} control steps wait for the model, which is as many as this server lets wait; "
                 "try again later, or start it with a higher --max-waiting."
-            ) from None
-        return await answer
+            )
+        answer: asyncio.Future[tuple[Answer, float]] = asyncio.get_running_loop().create_future()
+        self._queue[answer] = job, perf_counter(), answer
+        self._came.set()
+        try:
+            return await answer
+        finally:
+            self._queue.pop(answer, None)
 
     async def close(self) -> None:
         """Stop; jobs that wait still are answered with an error."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        while not self._queue.empty():
-            *_, answer = self._queue.get_nowait()
+        for answer in self._queue:
             if not answer.done():
                 answer.set_exception(ServingError("The server stopped before this control step began."))
 
@@ -83,6 +88,8 @@ class Batcher:
         while True:
             # Who is gone meanwhile waits for nothing.
             batch = [waiting for waiting in await self._gather() if not waiting[2].done()]
+            if not batch:
+                continue
             started = perf_counter()
             try:
                 answers = await loop.run_in_executor(self._executor, self._run, [job for job, _, _ in batch])
@@ -102,14 +109,20 @@ class Batcher:
                     future.set_result((answer, started - since))
 
     async def _gather(self) -> list[_Waiting]:
-        batch = [await self._queue.get()]
+        batch = [await self._next()]
         deadline = asyncio.get_running_loop().time() + self._window
         while len(batch) < self._max_batch:
-            if self._queue.empty() and len(batch) >= self._robots():
+            if not self._queue and len(batch) >= self._robots():
                 break
             try:
                 async with asyncio.timeout_at(deadline):
-                    batch.append(await self._queue.get())
+                    batch.append(await self._next())
             except TimeoutError:
                 break
         return batch
+
+    async def _next(self) -> _Waiting:
+        while not self._queue:
+            self._came.clear()
+            await self._came.wait()
+        return self._queue.pop(next(iter(self._queue)))

@@ -42,7 +42,7 @@ class Metrics:
         self._tokens = Counter(f"{_PREFIX}_visual_tokens", "Visual tokens, of all steps.", registry=self._registry)
         Gauge(f"{_PREFIX}_sessions", "Robots connected.", registry=self._registry).set_function(robots)
         Gauge(f"{_PREFIX}_queue_depth", "Control steps that wait.", registry=self._registry).set_function(waiting)
-        for outcome in ("answered", "refused", "failed", "overloaded"):
+        for outcome in ("answered", "refused", "failed", "overloaded", "left"):
             self._requests.labels(outcome)
         for reason in ("key", "full"):
             self._refused.labels(reason)
@@ -57,7 +57,7 @@ class Metrics:
         self._tokens.inc(answer.timing["total_tokens"])
 
     def failed(self, outcome: str) -> None:
-        """A control step was "refused" (the message was wrong), "failed" or "overloaded"."""
+        """A control step was "refused" (its message was wrong), "failed", "overloaded", or its robot "left" before."""
         self._requests.labels(outcome).inc()
 
     def turned_away(self, reason: str) -> None:

@@ -219,7 +219,7 @@ class PolicyServer:
                 return
             start = perf_counter()
             try:
-                answer, waited = await self._step(robot, message)
+                found = await self._step_or_leave(connection, robot, message)
             except Overloaded as error:
                 self.metrics.failed("overloaded")
                 await _end(connection, str(error), TRY_AGAIN_LATER)
@@ -233,6 +233,10 @@ class PolicyServer:
                 log.warning("A control step of robot %d failed: %s", robot.number, error)
                 await _end(connection, str(error), INTERNAL_ERROR)
                 return
+            if found is None:
+                self.metrics.failed("left")
+                return
+            answer, waited = found
             done = perf_counter()
             reply = {
                 "actions": answer.actions,
@@ -262,6 +266,20 @@ class PolicyServer:
             if not message.done():
                 message.cancel()
             await asyncio.gather(message, stop, return_exceptions=True)
+
+    async def _step_or_leave(
+        self, connection: ServerConnection, robot: Robot, message: str | bytes
+    ) -> tuple[Answer, float] | None:
+        """What `_step` gives; None where the robot leaves before, and no forward pass begins for it any more."""
+        step = asyncio.create_task(self._step(robot, message))
+        gone = asyncio.create_task(connection.wait_closed())
+        try:
+            await asyncio.wait((step, gone), return_when=asyncio.FIRST_COMPLETED)
+            return step.result() if step.done() else None
+        finally:
+            for task in (step, gone):
+                task.cancel()
+            await asyncio.gather(step, gone, return_exceptions=True)
 
     async def _step(self, robot: Robot, message: str | bytes) -> tuple[Answer, float]:
         assert self._batcher is not None
