@@ -146,6 +146,30 @@ def test_a_failed_step_leaves_the_memory_as_it_was(policy: Any, engine: Engine) 
     assert robot.step == 1
 
 
+def test_a_pass_that_fails_at_its_end_counts_for_none(policy: Any) -> None:
+    """The second row's actions break after the first row's are done: both run again by themselves, and each has made
+    one step.
+    """
+    calls: list[int] = []
+
+    def breaks_at_the_second(chunk: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("the second row")
+        return chunk
+
+    engine = Engine(policy, METHOD, reader_of(policy), ServerSettings())
+    engine.open()
+    robots = [Robot(1), Robot(2)]
+    ok(engine.run([Job(robot, seen(policy, robot.number, 0)) for robot in robots]))
+    engine.reader = dataclasses.replace(engine.reader, actions=breaks_at_the_second)
+    answers = ok(engine.run([Job(robot, seen(policy, robot.number, 1)) for robot in robots]))
+    engine.close()
+    assert [answer.batch for answer in answers] == [1, 1]
+    assert [robot.step for robot in robots] == [2, 2]
+    assert [int(robot.memory.steps) for robot in robots if robot.memory is not None] == [2, 2]
+
+
 @pytest.mark.parametrize("how", ["reset", "prompt"])
 def test_an_episode_begins_anew(how: str, policy: Any, serve: Serve) -> None:
     server = serve()

@@ -201,14 +201,14 @@ class Engine:
             raise ServingError("The policy acted without a control step of its decoder, so nothing is known of it.")
         kept = step.layout.tokens if session.kept is None else session.kept.shape[1]
         timing = {**timer.timing(), "kept_tokens": float(kept), "total_tokens": float(step.layout.tokens)}
+        chunks = [np.atleast_2d(self.reader.actions(actions[row])) for row in range(len(group))]
+        after = [done.take([row]) for row in range(len(group))]
+        # Nothing fails from here on: the step is done for all of the group or, above, for none.
         self.tokens = step.layout.tokens
-        answers = []
-        for row, job in enumerate(group):
-            chunk = np.atleast_2d(self.reader.actions(actions[row]))
-            job.robot.memory, job.robot.instruction = done.take([row]), job.seen.instruction
+        for job, memory in zip(group, after, strict=True):
+            job.robot.memory, job.robot.instruction = memory, job.seen.instruction
             job.robot.step += 1
-            answers.append(Answer(chunk, timing, len(group)))
-        return answers
+        return [Answer(chunk, timing, len(group)) for chunk in chunks]
 
     def _fresh(self, robot: Robot, tokens: int | None = None) -> Memory:
         assert self._session is not None
