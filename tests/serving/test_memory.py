@@ -252,6 +252,32 @@ def test_noise_is_the_robots_own(policy: Any) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_policy_that_draws_in_shared_passes_is_refused(policy: Any) -> None:
+    """Its rows would have the noise of their place; one after another they have their own."""
+
+    class Drawing(Gated):
+        drawn = True
+
+        def act_batch(self, *args: Any, **kwargs: Any) -> np.ndarray:
+            noise = torch.randn(1).numpy() if self.drawn else 0
+            return self.module.act_batch(*args, **kwargs) + noise
+
+    drawing = Drawing(policy)
+    engine = Engine(drawing, METHOD, reader_of(policy), ServerSettings())
+    with pytest.raises(ServingError, match=r"Drawing\.act_batch draws .* --max-batch 1"):
+        engine.open()
+    alone = Engine(drawing, METHOD, reader_of(policy), ServerSettings(max_batch=1))
+    alone.open()
+    alone.close()
+    drawing.drawn = False
+    engine.open()
+    drawing.drawn = True  # a policy that draws only now and then
+    jobs = [Job(Robot(number), seen(policy, number)) for number in range(2)]
+    assert [type(answer).__name__ for answer in engine.run(jobs)] == ["SharedNoiseError"] * 2
+    assert [job.robot.step for job in jobs] == [0, 0]
+    engine.close()
+
+
 def test_a_policy_without_batches_runs_one_after_another(policy: Any) -> None:
     engine = Engine(Gated(policy), METHOD, reader_of(policy), ServerSettings())
     engine.open()

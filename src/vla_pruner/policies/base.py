@@ -51,7 +51,11 @@ class Policy(Protocol):
 
 @runtime_checkable
 class BatchPolicy(Policy, Protocol):
-    """A policy that can act for several robots in one forward pass, each row as if it were alone."""
+    """A policy that can act for several robots in one forward pass, each row as if it were alone.
+
+    So `act_batch` draws nothing from torch's generators: what a row got would depend on its place among the others. A
+    server refuses a policy that does. Policies that draw (a flow's noise) have `act` alone.
+    """
 
     def act_batch(
         self,

@@ -18,7 +18,7 @@ from vla_pruner.errors import VLAPrunerError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Memory, Method, Unpruned
 from vla_pruner.policies.base import BatchPolicy, Policy, module_of
-from vla_pruner.serving.errors import ServingError
+from vla_pruner.serving.errors import ServingError, SharedNoiseError
 from vla_pruner.serving.observations import ObservationReader, Seen
 from vla_pruner.serving.settings import ServerSettings
 from vla_pruner.serving.stages import StepTimer
@@ -165,6 +165,8 @@ class Engine:
     def _run_group(self, group: list[Job]) -> Sequence[Answer | Exception]:
         try:
             return self._step(group)
+        except SharedNoiseError as error:
+            return [error] * len(group)
         except Exception as error:
             if len(group) == 1:
                 return [_told(error)]
@@ -179,7 +181,7 @@ class Engine:
         memories = [self._fresh(robot) if robot.memory is None else robot.memory for robot in robots]
         session.memory = joined(memories) if self.tokens else None
         with torch.random.fork_rng(self._devices):
-            # A robot's noise is its own affair: it does not depend on what others drew.
+            # A robot's noise is its own affair: it does not depend on what others drew. Several draw nothing.
             torch.manual_seed(_noise_seed(self.settings.seed, robots[0]))
             with timer.step():
                 images = [
@@ -191,7 +193,13 @@ class Engine:
                 else:
                     assert isinstance(policy, BatchPolicy)
                     states = [job.seen.proprio for job in group if job.seen.proprio is not None]
+                    undrawn = self._generators()
                     actions = policy.act_batch(images, [job.seen.instruction for job in group], states or None)
+                    if not all(map(torch.equal, undrawn, self._generators())):
+                        raise SharedNoiseError(
+                            f"{type(policy).__name__}.act_batch draws from torch's generator, so a robot's noise would "
+                            "depend on who shares its pass; serve it with --max-batch 1, or draw in act alone."
+                        )
         if not np.isfinite(actions).all():
             raise ServingError(
                 "The policy gave actions that are not finite (NaN or infinity), which no robot may have."
@@ -209,6 +217,9 @@ class Engine:
             job.robot.memory, job.robot.instruction = memory, job.seen.instruction
             job.robot.step += 1
         return [Answer(chunk, timing, len(group)) for chunk in chunks]
+
+    def _generators(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
 
     def _fresh(self, robot: Robot, tokens: int | None = None) -> Memory:
         assert self._session is not None
