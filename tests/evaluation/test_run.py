@@ -116,6 +116,15 @@ def test_a_finished_run_runs_nothing_again(tmp_path: Path) -> None:
     assert (tmp_path / EPISODES).read_bytes() == before
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("precious")
+    with pytest.raises(EvaluationError, match=r"holds table\.md and no evaluation"):
+        run(settings(tmp_path))
+    assert (tmp_path / "table.md").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    assert run(settings(tmp_path / "empty"))[0] == 0
+
+
 def test_going_on_in_the_middle_of_a_unit_gives_the_same_records(tmp_path: Path) -> None:
     run(settings(tmp_path / "whole"))
     run(settings(tmp_path / "cut"))

@@ -155,7 +155,8 @@ def _say_untraced(run: Run, settings: EvalSettings, console: Console) -> None:
     lacking = sum(not trace_path(settings.out, *key).exists() for key in done)
     if lacking:
         console.print(
-            f"{counted(lacking, 'episode')} of those that --trace asks for ended without it and stay untraced."
+            f"{counted(lacking, 'episode')} of those that --trace asks for ended without it and stay untraced; "
+            "for traces of these choose a new --out."
         )
 
 

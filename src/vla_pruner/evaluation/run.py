@@ -128,6 +128,12 @@ def begin(settings: EvalSettings, described: Mapping[str, Any], file: RecordFile
         )
     else:
         manifest = asked
+        others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != EPISODES)
+        if others:
+            raise EvaluationError(
+                f"{folder} holds {others[0]} and no evaluation, and what is written there may overwrite it; choose a "
+                "new folder as --out."
+            )
     check_run(file.records, manifest.run, str(file.path))
     records = latest(file.records, str(file.path))
     check_versions(list(records.values()), described["versions"])

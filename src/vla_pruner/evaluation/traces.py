@@ -341,6 +341,9 @@ def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
 def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """What a trace is about and its arrays, with one error for all that can be wrong with it."""
     try:
+        # numpy would advise to unpickle what it does not know.
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise ValueError("it is no whole .npz file")
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file[_ABOUT]))
             if about["format"] != FORMAT:
