@@ -93,6 +93,18 @@ def test_methods(asked: list[Any]) -> None:
     ]
 
 
+def test_options_of_a_method_follow_its_name(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """As in every other subcommand."""
+    for name in ("vla-pruner:window=5:keep=16", "max-min-diversity:metric=euclidean", "vla-cache"):
+        assert cli.main([*TINY, "--method", name]) == 0
+    assert [pruner for _, pruner, _ in asked] == [
+        vp.VLAPruner(keep=16, window=5),
+        vp.methods.MaxMinDiversity(keep=0.25, metric="euclidean"),
+        vp.VLACache(),  # a server refuses it, by a sentence of its own
+    ]
+    assert "(VLAPruner, keep 16)" in capsys.readouterr().err
+
+
 def test_an_open_port_without_a_key_is_warned_of(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +121,8 @@ def test_an_open_port_without_a_key_is_warned_of(
     ("flags", "message"),
     [
         (["--method", "magic"], "--method is magic"),
+        (["--method", "fastv:windows=5"], "'windows=5'"),
+        (["--method", "vla-cache"], "reuses keys and values"),
         (["--keep", "2.0"], "keep=2.0"),
         (["--port", "70000"], "port is 70000"),
         (["--api-key-file", "/no/such/key"], "--api-key-file is /no/such/key"),

@@ -37,16 +37,21 @@ def add_serve(commands: Any) -> None:
         help="folder of a checkpoint, its name on the Hugging Face hub, or 'reference' (ships with the package);\n"
         "with --random-weights a name as of audit",
     )
-    add("--method", metavar="NAME", default="vla-pruner", help="what prunes, or none (default: %(default)s)")
+    add(
+        "--method",
+        metavar="NAME",
+        default="vla-pruner",
+        help="what prunes, or none; its options after colons, such as vla-pruner:window=5 (default: %(default)s)",
+    )
     add(
         "--keep",
         metavar="X",
         type=budget,
-        default=0.25,
-        help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: %(default)s)",
+        help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: 0.25, or what a method\n"
+        "that reuses tokens was published with)",
     )
     add("--layer", metavar="K", type=int, default=3, help="the pruning layer (default: %(default)s)")
-    add("--pruned", choices=("drop", "freeze"), default="drop", help="what becomes of the others (default: drop)")
+    add("--pruned", choices=("drop", "freeze"), help="what becomes of the others (default: drop where the method can)")
     add("--host", metavar="ADDRESS", default="127.0.0.1", help="0.0.0.0 for all (default: %(default)s, this machine)")
     add("--port", metavar="N", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add(
@@ -152,7 +157,7 @@ def run_serve(options: argparse.Namespace) -> int:
                 f"reaches the port can use the policy. Give --api-key-file (or {KEY_VARIABLE}), and --tls-cert beyond "
                 "a network that you trust."
             )
-        what = "unpruned" if method is None else f"{type(method).__name__}, keep {options.keep:g}"
+        what = "unpruned" if method is None else f"{type(method).__name__}, keep {method.keep!r}"
         _say(f"Serving {options.policy} ({what}) at {server.url}; Ctrl-C stops.")
         while not stop.wait(1.0):
             pass
@@ -167,13 +172,12 @@ def run_serve(options: argparse.Namespace) -> int:
 def _method(options: argparse.Namespace) -> Any:
     if options.method == "none":
         return None
-    from vla_pruner.method_names import FRESH, method_class
+    from vla_pruner.method_names import methods_of
 
-    kind = method_class(options.method)
-    extra: dict[str, Any] = {}
-    if options.layer == 0 and hasattr(kind, "refresh_every"):
-        extra["refresh_every"] = FRESH  # before the first layer nothing is seen of what is gone
-    return kind(keep=options.keep, layer=options.layer, pruned=options.pruned, **extra)  # type: ignore[call-arg]
+    pruned = None if options.pruned is None else (options.pruned,)
+    keep = None if options.keep is None else (options.keep,)
+    (made,) = methods_of((options.method,), keep, (options.layer,), pruned)
+    return made.method
 
 
 def _policy(options: argparse.Namespace) -> Any:
