@@ -303,6 +303,27 @@ def test_unpruned_and_the_policy_is_left_as_it_was(policy: Any, serve: Serve) ->
     assert policy.vision.forward.__func__ is type(policy.vision).forward
 
 
+def test_no_port_opens_before_a_pruned_step_has_run(policy: Any) -> None:
+    def pruned_steps(method: Any) -> list[float]:
+        engine = Engine(policy, method, reader_of(policy), ServerSettings(max_batch=1))
+        step, kept = engine._step, []
+
+        def noted(group: list[Job]) -> Any:
+            answers = step(group)
+            kept.append(answers[0].timing["kept_tokens"])
+            return answers
+
+        engine._step = noted  # type: ignore[method-assign]
+        engine.open()
+        engine.close()
+        return kept
+
+    assert pruned_steps(vp.FastV(keep=0.25, warmup_steps=40)) == [64.0] * 40 + [16.0]
+    assert pruned_steps(None) == pruned_steps(vp.methods.Unpruned()) == [64.0]
+    with pytest.raises(ServingError, match="FastV as it was made pruned none of the first 256"):
+        pruned_steps(vp.FastV(keep=0.25, warmup_steps=256))
+
+
 def test_compiled_batches_are_powers_of_two() -> None:
     assert ServerSettings(max_batch=6).batch_sizes == (6, 5, 4, 3, 2, 1)
     assert ServerSettings(max_batch=6, compile=True).batch_sizes == (4, 2, 1)

@@ -25,7 +25,7 @@ from vla_pruner.serving.stages import StepTimer
 
 log = getLogger("vla_pruner.serving")
 
-_LONGEST_WARM_UP = 32
+_LONGEST_WARM_UP = 256
 _SIDE = 224
 _INSTRUCTION = "pick up the object"
 
@@ -107,7 +107,7 @@ class Engine:
         """Attach the method (compiled where asked), and run the policy until every kind of step has run.
 
         Raises:
-            VLAPrunerError: the method does not fit the policy, or the policy does not act.
+            VLAPrunerError: the method does not fit the policy or prunes no step, or the policy does not act.
         """
         method = Unpruned() if self.method is None else self.method
         parameters = module_of(self.policy).parameters()
@@ -236,6 +236,8 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Runs every kind of step: unpruned and pruned, in every size of batch where that matters."""
+        assert self._session is not None
+        method = self._session.method
         known = getattr(self.policy, "instructions", ())
         prompts = self.settings.prompts or (known[0] if known else _INSTRUCTION,)
         sizes = [1]
@@ -250,8 +252,13 @@ class Engine:
                         if isinstance(answer, Exception):
                             raise ServingError(f"The policy's first control step failed: {answer}") from answer
                         self.actions_shape = answer.actions.shape
-                    if self.method is None or pruned:
+                    if pruned or isinstance(method, Unpruned):
                         break
+                else:
+                    raise ServingError(
+                        f"{type(method).__name__} as it was made pruned none of the first {_LONGEST_WARM_UP} control "
+                        "steps, and no port opens before a pruned step has run; shorten its warm-up."
+                    )
 
     def _blank(self, prompt: str) -> Seen:
         side, size = getattr(self.policy, "image_size", _SIDE), self.policy.proprio_size
