@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,9 @@ from vla_pruner.wording import install
 RESAMPLES = 9999
 FEWEST_PAIRS = 4
 """Below, a rank correlation says nothing."""
+
+FEWEST_CLUSTERS = 8
+"""Below, a rank correlation has no interval: of few pairs in the same order every resample is in that order too."""
 
 
 @dataclass(frozen=True)
@@ -54,41 +56,79 @@ def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
-def rank_correlation(one: Sequence[float], other: Sequence[float], seed: int = 0) -> Estimate:
-    """Spearman's rank correlation of pairs, with the percentile bootstrap interval over the pairs.
+def rank_correlation(
+    one: Sequence[float],
+    other: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """Spearman's rank correlation of pairs, with the percentile bootstrap interval over clusters of pairs.
 
-    A resample in which one side is all the same counts as no correlation.
+    There is an interval from `FEWEST_CLUSTERS` clusters on. A resample in which one side is all the same counts as no
+    correlation.
+
+    Args:
+        one, other: the two sides of each pair.
+        clusters: which cluster each pair is of; pairs of one cluster are alike, so they are resampled together. None:
+            each pair stands alone.
+        groups: which group each pair is of: the correlation is then the mean over groups of `FEWEST_PAIRS` pairs or
+            more in which neither side is all the same. None: all pairs are one group.
 
     Raises:
-        ValueError: there are fewer than `FEWEST_PAIRS` pairs, or one side is all the same.
+        ValueError: no group has `FEWEST_PAIRS` pairs, or one side is all the same.
         PackageMissing: scipy is not installed.
     """
     first, second = np.asarray(one, float), np.asarray(other, float)
     if len(first) != len(second) or len(first) < FEWEST_PAIRS:
         raise ValueError(f"{len(first)} and {len(second)} values are no {FEWEST_PAIRS} pairs or more.")
-    if np.ptp(first) == 0.0 or np.ptp(second) == 0.0:
+    numbers = _numbered(range(len(first)) if clusters is None else clusters)
+    of_group = _numbered([0] * len(first) if groups is None else groups)
+    ranked = ranked_groups(first.tolist(), second.tolist(), of_group.tolist())
+    if not ranked:
         raise ValueError("All values of one side are the same, so they have no ranks.")
     stats = _stats()
 
-    def correlation(a: np.ndarray, b: np.ndarray) -> float:
-        if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
+    def of_pairs(places: np.ndarray) -> float:
+        a, b = first[places], second[places]
+        if len(places) == 0 or np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
             return 0.0
-        return float(stats.spearmanr(a, b).statistic)
+        return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        found = stats.bootstrap(
-            (first, second),
-            correlation,
-            paired=True,
-            vectorized=False,
-            n_resamples=RESAMPLES // 5,
-            method="percentile",
-            random_state=np.random.default_rng(seed),
-        )
-    return Estimate(
-        correlation(first, second), float(found.confidence_interval.low), float(found.confidence_interval.high)
+    def correlation(chosen: np.ndarray) -> float:
+        places = np.concatenate([members[number] for number in chosen])
+        return float(np.mean([of_pairs(places[of_group[places] == group]) for group in ranked]))
+
+    members = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
+    value = correlation(np.arange(len(members)))
+    if len(members) < FEWEST_CLUSTERS:
+        return Estimate(value, None, None)
+    found = stats.bootstrap(
+        (np.arange(len(members)),),
+        correlation,
+        vectorized=False,
+        n_resamples=RESAMPLES // 5,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
     )
+    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def ranked_groups(one: Sequence[float], other: Sequence[float], groups: Sequence[Hashable]) -> list[Hashable]:
+    """The groups of `FEWEST_PAIRS` pairs or more in which neither side is all the same."""
+    found = []
+    for group in dict.fromkeys(groups):
+        places = [place for place, mine in enumerate(groups) if mine == group]
+        sides = [{side[place] for place in places} for side in (one, other)]
+        if len(places) >= FEWEST_PAIRS and min(map(len, sides)) > 1:
+            found.append(group)
+    return found
+
+
+def _numbered(names: Iterable[Hashable]) -> np.ndarray:
+    """(pairs,) equal names as equal numbers, from 0 on."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(name, len(known)) for name in names])
 
 
 def _stats() -> Any:

@@ -70,9 +70,52 @@ def test_a_rank_correlation_is_of_ranks() -> None:
         rank_correlation([1, 2, 3], [1, 2, 3])
     with pytest.raises(ValueError, match="have no ranks"):
         rank_correlation([1, 2, 3, 4], [2, 2, 2, 2])
-    ties = rank_correlation([1, 2, 3, 4], [0, 0, 0, 1])
+    ties = rank_correlation(list(range(8)), [0] * 7 + [1])
     assert ties.low is not None
     assert np.isfinite(ties.low)
+
+
+def test_few_pairs_in_the_same_order_have_no_interval() -> None:
+    assert rank_correlation([1, 2, 3, 4], [1, 2, 3, 4]) == Estimate(pytest.approx(1.0), None, None)
+    assert rank_correlation(list(range(7)), list(range(7))).low is None
+    assert rank_correlation(list(range(8)), list(range(8))).low is not None
+    arms = np.random.default_rng(0).normal(size=(2, 42)).tolist()
+    assert rank_correlation(*arms, [place // 6 for place in range(42)]).low is None, "7 methods, however many arms"
+
+
+def test_arms_of_one_method_are_no_independent_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No relation at all, 12 methods, 6 arms of each that are alike."""
+    monkeypatch.setattr("vla_pruner.bootstrap.RESAMPLES", 1000)
+    generator, methods = np.random.default_rng(1), np.repeat(np.arange(12), 6).tolist()
+    missed = {"arms": 0, "methods": 0}
+    for _ in range(20):
+        one, other = (np.repeat(generator.normal(size=12), 6) + generator.normal(0, 0.3, 72) for _ in range(2))
+        for name, clusters in (("arms", None), ("methods", methods)):
+            found = rank_correlation(one.tolist(), other.tolist(), clusters)
+            assert found.low is not None
+            assert found.high is not None
+            missed[name] += not found.low <= 0.0 <= found.high
+    assert missed["methods"] <= 3, "5 % are meant"
+    assert missed["arms"] >= 8
+
+
+def test_within_a_keep_unrelated_methods_are_unrelated() -> None:
+    """A smaller keep moves and loses more, and methods differ without any relation."""
+    generator = np.random.default_rng(1)
+    offline, closed = generator.normal(size=(2, 12))
+    keeps = np.tile([0.0, 1.5, 3.0], 12)
+    one = np.repeat(offline, 3) + keeps + generator.normal(0, 0.2, 36)
+    other = np.repeat(closed, 3) + keeps + generator.normal(0, 0.2, 36)
+    methods = np.repeat(np.arange(12), 3).tolist()
+    pooled = rank_correlation(one.tolist(), other.tolist(), methods)
+    within = rank_correlation(one.tolist(), other.tolist(), methods, keeps.tolist())
+    each = [rank_correlation(one[keeps == keep].tolist(), other[keeps == keep].tolist()).value for keep in (0, 1.5, 3)]
+    assert within.value == pytest.approx(np.mean(each))
+    assert within.low is not None
+    assert within.high is not None
+    assert pooled.low is not None
+    assert pooled.low > 0.0
+    assert within.low <= 0.0 <= within.high
 
 
 def test_the_fastest_setting_within_the_tolerance_is_chosen_by_its_upper_bound() -> None:
@@ -147,13 +190,34 @@ def test_the_correlation_is_over_the_pruning_arms_that_both_have(tmp_path: Path)
         (key, moved[key], losses[key][0]) for key in moved
     ]
     assert got.correlation.value == pytest.approx(0.8), "one swap among four"
-    assert "is 0.80 (" in sentences(found, None, got)[0]
+    assert sentences(found, None, got) == [
+        "Spearman's rank correlation of how far an arm moves the action with its loss in closed loop is 0.80 over all 4 "
+        "arms of 4 methods, in which a smaller keep moves and loses more; within one keep and fate it is 0.80, "
+        "the mean over 1 of these. An interval needs 8 methods."
+    ]
     with pytest.raises(CalibrationError, match="shares 1 pruning arms"):
         agreement(calibration(arm("a", 0.1, 0.1), arm("z", 0.1, 0.1)), [folder])
     with pytest.raises(CalibrationError, match="cannot be ranked"):
         agreement(calibration(*(arm(key, 0.5, 0.5) for key in moved)), [folder])
     with pytest.raises(CalibrationError, match=r"with other weights \(xyz\) than were calibrated \(abc\)"):
         agreement(found, [evaluation(tmp_path / "other", losses, "xyz")])
+
+
+def test_the_correlation_is_told_within_each_keep_too(tmp_path: Path) -> None:
+    """Eight methods, of which the one that moves most loses least; a smaller keep moves and loses more."""
+    titles = {(place, keep): f"m{place} {keep} drop K=3" for place in range(8) for keep in (0.5, 0.25)}
+    losses = {title: ((0.5 - keep) * 3 - place / 100, 10) for (place, keep), title in titles.items()}
+    moved = {title: (0.5 - keep) * 3 + place / 100 for (place, keep), title in titles.items()}
+    found = calibration(*(arm(title, value, value) for title, value in moved.items()))
+    got = agreement(found, [evaluation(tmp_path / "e", losses)])
+    assert got.methods == 8
+    assert got.settings == ["0.5 drop", "0.25 drop"]
+    assert got.within == Estimate(*(pytest.approx(-1.0, abs=0.01),) * 3)
+    assert got.correlation.value > 0.4
+    (told,) = sentences(found, None, got)
+    assert "over all 16 arms of 8 methods" in told
+    assert "within one keep and fate it is -1.00 (-1.00 to " in told
+    assert told.endswith(", the mean over 2 of these. Intervals: 95 %, bootstrap over methods.")
 
 
 def test_an_arm_of_two_evaluations_has_the_mean_of_its_pairs(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.bootstrap import FEWEST_PAIRS, Estimate, rank_correlation
+from vla_pruner.bootstrap import FEWEST_PAIRS, Estimate, rank_correlation, ranked_groups
 from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.result import Calibration
 from vla_pruner.errors import BudgetError
@@ -30,24 +30,42 @@ class Pair:
         moved: as of `ArmCalibration`.
         loss: success rate of the unpruned policy minus the arm's, on paired episodes; in [-1, 1].
         pairs: how many episodes.
+        method: its name without options, or "random".
+        setting: its keep and fate, such as "0.25 drop".
     """
 
     key: str
     moved: float
     loss: float
     pairs: int
+    method: str
+    setting: str
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Spearman's rank correlation between `moved` and `loss`, with its bootstrap interval over arms.
+    """Spearman's rank correlations between `moved` and `loss`, with bootstrap intervals over methods.
 
-    Arms are few and alike (the same method at two budgets), and each loss is itself uncertain by its number of
-    episodes, which draws the correlation towards 0.
+    Arms of one method are alike, so methods are resampled and not arms; of fewer than 8 methods there is no interval.
+    Each loss is itself uncertain by its number of episodes, which draws a correlation towards 0.
+
+    Attributes:
+        correlation: over all arms. A smaller keep moves and loses more whatever the method, so it is high even where
+            nothing tells one method from another.
+        within: mean over the settings (keep and fate) that have 4 arms or more and an order; None: none has.
+        settings: which these are.
+        arms: all that were compared.
     """
 
     correlation: Estimate
+    within: Estimate | None
+    settings: list[str]
     arms: list[Pair]
+
+    @property
+    def methods(self) -> int:
+        """How many methods the arms are of, the random choice among them."""
+        return len({pair.method for pair in self.arms})
 
 
 def closed_loop_losses(folders: Sequence[Path], weights: str | None = None) -> dict[str, tuple[float, int]]:
@@ -113,16 +131,26 @@ def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
     """
     losses = closed_loop_losses(folders, calibration.weights)
     shared = [
-        Pair(arm.key, arm.moved.value, *losses[arm.key])
+        Pair(arm.key, arm.moved.value, *losses[arm.key], *_named(arm.title))
         for arm in calibration.arms
         if arm.key in losses and arm.moved is not None
     ]
     _check_enough(shared, folders)
+    sides = [pair.moved for pair in shared], [pair.loss for pair in shared]
+    methods, of = [pair.method for pair in shared], [pair.setting for pair in shared]
+    settings = list(map(str, ranked_groups(*sides, of)))
     try:
-        found = rank_correlation([pair.moved for pair in shared], [pair.loss for pair in shared])
+        found = rank_correlation(*sides, methods)
+        within = rank_correlation(*sides, methods, of) if settings else None
     except ValueError as error:
         raise CalibrationError(f"The {len(shared)} shared arms cannot be ranked: {error}") from error
-    return Agreement(found, shared)
+    return Agreement(found, within, settings, shared)
+
+
+def _named(title: str) -> tuple[str, str]:
+    """Method and setting of an arm: "fastv 0.25 drop K=3" is of "fastv" and "0.25 drop"."""
+    name, _, rest = title.partition(" ")
+    return name, " ".join(rest.split(" ")[:2])
 
 
 def arms_of(folders: Sequence[Path]) -> list[Arm]:

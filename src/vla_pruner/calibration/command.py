@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vla_pruner.bootstrap import FEWEST_CLUSTERS, FEWEST_PAIRS, Estimate
 from vla_pruner.calibration.agreement import Agreement, agreement, check_shared, closed_loop_losses
 from vla_pruner.calibration.recordings import Recordings, find_recordings
 from vla_pruner.calibration.replay import replay
@@ -139,12 +140,7 @@ def sentences(found: Calibration, tolerance: float | None, agreed: Agreement | N
     if tolerance is not None:
         said.append(_choice(found, tolerance))
     if agreed is not None:
-        value = agreed.correlation
-        told = f"{value.value:.2f} ({value.low:.2f} to {value.high:.2f}, Spearman's, bootstrap over arms)"
-        said.append(
-            f"The rank correlation of how far an arm moves the action with its loss in closed loop is {told}, over "
-            f"{len(agreed.arms)} arms."
-        )
+        said.append(_agreed(agreed))
     if found.left_out:
         numbers = ", ".join(map(str, found.left_out))
         said.append(f"The recorded actions never change in dimension {numbers}, which is left out.")
@@ -160,6 +156,26 @@ def sentences(found: Calibration, tolerance: float | None, agreed: Agreement | N
             "weights: another device, precision or version computed them."
         )
     return said
+
+
+def _agreed(agreed: Agreement) -> str:
+    told = (
+        "Spearman's rank correlation of how far an arm moves the action with its loss in closed loop is "
+        f"{_with_interval(agreed.correlation)} over all {len(agreed.arms)} arms of {agreed.methods} methods, in which "
+        "a smaller keep moves and loses more; "
+    )
+    if agreed.within is None:
+        told += f"within one keep and fate it is unknown, as none has {FEWEST_PAIRS} arms that differ. "
+    else:
+        count = len(agreed.settings)
+        told += f"within one keep and fate it is {_with_interval(agreed.within)}, the mean over {count} of these. "
+    if agreed.correlation.low is None:
+        return told + f"An interval needs {FEWEST_CLUSTERS} methods."
+    return told + "Intervals: 95 %, bootstrap over methods."
+
+
+def _with_interval(value: Estimate) -> str:
+    return f"{value.value:.2f}" + ("" if value.low is None else f" ({value.low:.2f} to {value.high:.2f})")
 
 
 def _choice(found: Calibration, tolerance: float) -> str:
