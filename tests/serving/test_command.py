@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,31 @@ def test_without_the_extra_the_fix_is_named(
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert cli.main(TINY) == 2
     assert "prometheus_client, which is not installed; run: pip install -e '.[serve]'" in capsys.readouterr().err
+
+
+def test_a_server_that_ends_by_itself_ends_the_command(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noted: Any = server_module.PolicyServer
+    monkeypatch.setattr(noted, "start", lambda _: None)
+    monkeypatch.setattr(noted, "failure", RuntimeError("the loop broke"), raising=False)
+    assert cli.main(TINY) == 1
+    assert capsys.readouterr().err.endswith("The server ended by itself: RuntimeError: the loop broke\n")
+
+
+def test_a_second_signal_ends_the_warm_up() -> None:
+    command = [sys.executable, "-m", "vla_pruner.cli", *TINY, "--port", "0", "--method", "fastv:warmup_steps=250"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            assert process.stderr.readline() == "Loaded reference; warming up.\n"
+            while process.poll() is None:  # signals that come together count as one
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.1)
+            assert process.returncode == -signal.SIGINT
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
 
 
 def test_a_whole_run_that_a_signal_ends(policy: Any) -> None:

@@ -351,6 +351,16 @@ def test_a_server_starts_again_and_ports_are_told(policy: Any, serve: Serve) -> 
         assert client.infer(observation(policy))["actions"].shape == (1, 4)
 
 
+def test_a_server_that_ends_by_itself_says_why(policy: Any, serve: Serve) -> None:
+    server = serve()
+    assert server.failure is None
+    assert server._loop is not None
+    assert server._thread is not None
+    server._loop.call_soon_threadsafe(server._loop.stop)
+    server._thread.join(WAIT)
+    assert "loop stopped" in str(server.failure)
+
+
 def test_the_port_opens_after_the_warm_up(policy: Any) -> None:
     """A policy that cannot act is not served."""
     failing = Failing(policy)

@@ -25,7 +25,7 @@ def add_serve(commands: Any) -> None:
             "Serves a policy, pruned, over openpi's websocket protocol: a map of images, state and prompt in, actions\n"
             "and timings out. Each connection is a robot with a memory of its own; control steps that come together\n"
             "share a forward pass. Also there: /healthz, and /metrics for Prometheus. Ctrl-C answers what is under\n"
-            "way and stops. Exit code: 0 stopped, 2 wrong input."
+            "way and stops, and a second one stops at once. Exit code: 0 stopped, 1 ended by itself, 2 wrong input."
         ),
         formatter_class=argparse.RawTextHelpFormatter,
     )
@@ -115,7 +115,7 @@ def add_serve(commands: Any) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM.
+    """Serves until SIGINT or SIGTERM; returns the exit code.
 
     Raises:
         VLAPrunerError: the flags do not go together, or the extra "serve" is not installed.
@@ -147,7 +147,15 @@ def run_serve(options: argparse.Namespace) -> int:
     policy = _policy(options)
     server = PolicyServer(policy, method, settings)
     stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(*_: object) -> None:
+        stop.set()
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once, also during the warm-up
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, end)
     try:
         _say(f"Loaded {options.policy}; warming up{' and compiling' if options.compile else ''}.")
         server.start()
@@ -160,12 +168,14 @@ def run_serve(options: argparse.Namespace) -> int:
         what = "unpruned" if method is None else f"{type(method).__name__}, keep {method.keep!r}"
         _say(f"Serving {options.policy} ({what}) at {server.url}; Ctrl-C stops.")
         while not stop.wait(1.0):
-            pass
+            if server.failure is not None:
+                _say(f"The server ended by itself: {type(server.failure).__name__}: {server.failure}")
+                return 1
         _say("Stopping: answering what is under way.")
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)  # a second Ctrl-C interrupts
         server.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -98,6 +98,11 @@ class PolicyServer:
         scheme, host = "ws" if self._tls is None else "wss", self.settings.host
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the server by itself; None while it runs, and where it was stopped."""
+        return self._failure
+
     def start(self) -> None:
         """Warm the policy up, open the port, and return.
 
@@ -179,9 +184,11 @@ class PolicyServer:
         self._port = next(iter(server.sockets)).getsockname()[1]
         self._doors.open = True
         self._ready.set()
-        await self._stopping.wait()
-        self._doors.open = False
-        server.close(close_connections=False)
+        try:
+            await self._stopping.wait()
+        finally:
+            self._doors.open = False
+            server.close(close_connections=False)
         answered = await _closed(server, settings.grace)
         if not answered:
             log.warning("Answers took longer than %g seconds of grace; their robots are told so.", settings.grace)
