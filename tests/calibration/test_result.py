@@ -162,7 +162,12 @@ def test_a_file_reads_as_it_was_written(tmp_path: Path) -> None:
 
 
 def evaluation(
-    folder: Path, losses: dict[str, tuple[float, int]], weights: str = "abc", name: str = "eval_info.json"
+    folder: Path,
+    losses: dict[str, tuple[float, int]],
+    weights: str = "abc",
+    name: str = "eval_info.json",
+    seed: int = 0,
+    first: int = 0,
 ) -> Path:
     folder.mkdir()
     arms = [{"key": "unpruned", "kind": "baseline", "difference": None}]
@@ -171,7 +176,9 @@ def evaluation(
         for key, (loss, pairs) in losses.items()
     ]
     arms.append({"key": "blank-image", "kind": "blank", "difference": {"value": -0.9, "pairs": 50}})
-    content = {"run": {"identity": {"weights": weights, "arms": []}}, "summary": {"arms": arms}}
+    identity = {"weights": weights, "arms": [{**one, "title": one["key"]} for one in arms]}
+    plan = {"tasks": [{"suite": "s", "name": "t"}], "first": first, "episodes": 10, "policy_seed": seed}
+    content = {"run": {"identity": identity, "plan": plan}, "summary": {"arms": arms}}
     (folder / name).write_text(json.dumps(content))
     return folder
 
@@ -191,8 +198,8 @@ def test_the_correlation_is_over_the_pruning_arms_that_both_have(tmp_path: Path)
     ]
     assert got.correlation.value == pytest.approx(0.8), "one swap among four"
     assert sentences(found, None, got) == [
-        "Spearman's rank correlation of how far an arm moves the action with its loss in closed loop is 0.80 over all 4 "
-        "arms of 4 methods, in which a smaller keep moves and loses more; within one keep and fate it is 0.80, "
+        "Spearman's rank correlation of how far an arm moves the action with its loss in closed loop is 0.80 over all "
+        "4 arms of 4 methods, in which a smaller keep moves and loses more; within one keep and fate it is 0.80, "
         "the mean over 1 of these. An interval needs 8 methods."
     ]
     with pytest.raises(CalibrationError, match="shares 1 pruning arms"):
@@ -222,9 +229,23 @@ def test_the_correlation_is_told_within_each_keep_too(tmp_path: Path) -> None:
 
 def test_an_arm_of_two_evaluations_has_the_mean_of_its_pairs(tmp_path: Path) -> None:
     one = evaluation(tmp_path / "1", {"a": (0.0, 30), "b": (0.2, 10)})
-    two = evaluation(tmp_path / "2", {"a": (0.4, 10)}, name="summary.json")
+    two = evaluation(tmp_path / "2", {"a": (0.4, 10)}, name="summary.json", seed=1)
     assert closed_loop_losses([one, two]) == {"a": (pytest.approx(0.1), 40), "b": (pytest.approx(0.2), 10)}
     assert closed_loop_losses([two / "summary.json"]) == {"a": (pytest.approx(0.4), 10)}
+
+
+def test_no_episode_counts_twice_and_no_two_plans_are_pooled(tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "1", {"a": (0.1, 10)})
+    copy = evaluation(tmp_path / "2", {"a": (0.1, 10)})
+    harder = evaluation(tmp_path / "3", {"b": (0.5, 10)}, first=10)
+    with pytest.raises(CalibrationError, match="names a folder twice"):
+        closed_loop_losses([one, tmp_path / "2" / ".." / "1"])
+    with pytest.raises(CalibrationError, match="ran the arm 'a' in the same episodes, which would count twice"):
+        closed_loop_losses([one, copy])
+    drawn = [evaluation(tmp_path / name, {"random-x": (0.1, 10)}) for name in ("4", "5")]
+    assert closed_loop_losses(drawn) == {"random-x": (pytest.approx(0.1), 10)}, "a control of both counts once"
+    with pytest.raises(CalibrationError, match="ran other tasks, initial states or step limits"):
+        closed_loop_losses([one, harder])
 
 
 def test_evaluations_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:

@@ -71,18 +71,21 @@ class Agreement:
 def closed_loop_losses(folders: Sequence[Path], weights: str | None = None) -> dict[str, tuple[float, int]]:
     """Loss of success rate of each pruning arm, and on how many pairs, from evaluations' eval_info.json.
 
-    An arm of several evaluations has the mean over all of its pairs.
+    An arm of several evaluations, which then differ in their seed, has the mean over all of its pairs.
 
     Args:
         folders: of evaluations.
         weights: fingerprint of the policy that they must have run.
 
     Raises:
-        CalibrationError: a file is missing or damaged, or of another policy.
+        CalibrationError: a file is missing or damaged, or of another policy; they ran other tasks or initial states; or
+            one episode would count twice.
     """
     sums: dict[str, tuple[float, int]] = {}
-    for folder in folders:
-        content = read_eval_info(folder)
+    counted: set[tuple[str, str]] = set()
+    contents = [read_eval_info(folder) for folder in folders]
+    _check_plans(folders, [content["run"] for content in contents])
+    for folder, content in zip(folders, contents, strict=True):
         with_weights = content["run"]["identity"]["weights"]
         if weights is not None and with_weights != weights:
             raise CalibrationError(
@@ -90,12 +93,46 @@ def closed_loop_losses(folders: Sequence[Path], weights: str | None = None) -> d
                 f"({weights}); give evaluations of the same checkpoint."
             )
         for arm in content["summary"]["arms"]:
-            difference = arm["difference"]
+            difference, episodes = arm["difference"], (arm["key"], _seeds(content["run"]))
+            if episodes in counted:
+                continue  # a random control that two evaluations share
+            counted.add(episodes)
             if arm["kind"] in PRUNING and difference and difference["pairs"]:
                 lost, pairs = sums.get(arm["key"], (0.0, 0))
                 more = difference["pairs"]
                 sums[arm["key"]] = lost - difference["value"] * more, pairs + more
     return {key: (lost / pairs, pairs) for key, (lost, pairs) in sums.items()}
+
+
+def _check_plans(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> None:
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise CalibrationError("--against names a folder twice; its episodes would count twice. Name each one once.")
+    ran: dict[tuple[str, Any], Path] = {}
+    for folder, run in zip(folders, runs, strict=True):
+        if _episodes(run) != _episodes(runs[0]):
+            raise CalibrationError(
+                f"{folders[0]} and {folder} ran other tasks, initial states or step limits, so their losses do not "
+                "compare; give evaluations of the same episodes, or join parts of one with vla-pruner eval --merge."
+            )
+        seeds = _seeds(run)
+        for arm in run["identity"]["arms"]:
+            first = ran.setdefault((arm["key"], seeds), folder)
+            if first != folder and arm["kind"] == "method":
+                raise CalibrationError(
+                    f"{first} and {folder} ran the arm {arm['title']!r} in the same episodes, which would count twice; "
+                    "leave one of them out."
+                )
+
+
+def _seeds(run: Mapping[str, Any]) -> str:
+    return json.dumps([run.get("plan", {}).get("policy_seed"), run["identity"].get("seed")])
+
+
+def _episodes(run: Mapping[str, Any]) -> Any:
+    """What the episodes of an evaluation are, but for their seed."""
+    plan, identity = run.get("plan", {}), run["identity"]
+    limits = [identity.get(name) for name in ("max_steps", "horizon", "suite_options")]
+    return {name: value for name, value in plan.items() if name != "policy_seed"}, limits
 
 
 def check_shared(arms: Sequence[Arm], folders: Sequence[Path]) -> None:
