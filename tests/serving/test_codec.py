@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -131,6 +132,33 @@ def test_entries_are_limited_in_one_list_and_in_all() -> None:
     many = [[0] * codec.MAX_LENGTH] * (codec.MAX_ITEMS // codec.MAX_LENGTH + 1)
     with pytest.raises(CodecError, match="entries"):
         unpack(plain(many))
+
+
+def test_little_cannot_announce_much() -> None:
+    """Three bytes for 8192 entries, a thousand times inside one another, would take 64 MiB."""
+    tracemalloc.start()
+    try:
+        for message in (b"\xdc\x20\x00" * 1000, b"\xde\x20\x00" * 1000, b"\x91" * 900 + b"\0"):
+            with pytest.raises(CodecError, match=r"more entries of lists|inside one another"):
+                unpack(message)
+        with pytest.raises(CodecError, match="is of type"):
+            unpack(plain({b"__ndarray__": True, b"data": b"", b"dtype": b"\0" * 2**20, b"shape": [1]}))
+        assert tracemalloc.get_traced_memory()[1] < 6 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 200, 70_000, 2**40, -200, -70_000, 0.5, "x" * 20, "x" * 40, "x" * 300, "x" * 70_000, b"x" * 300]
+)
+def test_every_kind_of_value_is_stepped_over(value: Any) -> None:
+    deep: Any = value
+    for _ in range(codec.MAX_DEPTH - 2):
+        deep = [deep]
+    message = {"a": [value] * 20, "b": {str(key): value for key in range(20)}, "c": deep}
+    assert unpack(plain(message)) == message
+    with pytest.raises(CodecError, match="inside one another"):
+        unpack(plain({"first": [value] * 20, "deep": [[deep]]}))
 
 
 def test_ten_thousand_damaged_messages() -> None:

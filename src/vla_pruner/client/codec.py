@@ -1,7 +1,7 @@
 """openpi's msgpack format, to the byte: maps, lists, numbers, text, and numpy arrays as small maps with bytes keys.
 
-What comes in is data and never code: there is no pickle, arrays are of numbers alone, and nothing is allocated that the
-message does not hold.
+What comes in is data and never code: there is no pickle, and arrays are of numbers alone. Lists and maps that announce
+more entries than the message has bytes are refused before anything is allocated for them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ MAX_ITEMS = 100_000
 """Entries of all lists and maps of one message together. Numbers of an array are not entries."""
 MAX_LENGTH = 8_192
 """Entries of one list or map."""
+MAX_DEPTH = 32
+"""Lists and maps inside one another."""
 MAX_DIMENSIONS, MAX_SIZE = 8, 2**31 - 1
 """Of an array, and of each of its dimensions."""
 
@@ -50,6 +52,7 @@ def unpack(data: bytes) -> Any:
     Raises:
         CodecError: it is damaged, too deep or too long, or holds anything but what `pack` makes.
     """
+    _check_nesting(data)
     reader = _Reader()
     try:
         return msgpack.unpackb(
@@ -66,6 +69,42 @@ def unpack(data: bytes) -> Any:
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         reason = str(error) or type(error).__name__
         raise CodecError(f"The message is not msgpack as openpi's clients send it: {reason}.") from error
+
+
+_WIDTHS = dict(zip(range(0xCA, 0xD9), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 2, 3, 5, 9, 17), strict=True))
+"""Bytes after the head of numbers and small extensions."""
+_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+"""Bytes of the length that bytes, extensions and text begin with."""
+_COUNTS: dict[int, tuple[int, int]] = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+"""Bytes of the number of entries of lists and maps, and values in an entry."""
+
+
+def _check_nesting(data: bytes) -> None:
+    """Reads heads alone. Damage of any other kind is found by msgpack."""
+    place, left = 0, [1]  # values to come, of each list or map that is open
+    while left and place < len(data):
+        if not left[-1]:
+            left.pop()
+            continue
+        left[-1] -= 1
+        head, place = data[place], place + 1
+        if 0x80 <= head < 0xA0 or head in _COUNTS:
+            small = 0, 1 if head >= 0x90 else 2
+            width, values = _COUNTS.get(head, small)
+            count = int.from_bytes(data[place : place + width], "big") if width else head & 15
+            place += width
+            left.append(values * count)
+            if len(left) > MAX_DEPTH + 1:
+                raise CodecError(f"The message has more than {MAX_DEPTH} lists and maps inside one another.")
+            if sum(left) > len(data) - place:
+                raise CodecError("The message announces more entries of lists and maps than it has bytes.")
+        elif 0xA0 <= head < 0xC0:
+            place += head & 31
+        elif head in _LENGTHS:
+            width = _LENGTHS[head]
+            place += width + int.from_bytes(data[place : place + width], "big") + (0xC7 <= head <= 0xC9)
+        else:
+            place += _WIDTHS.get(head, 0)
 
 
 def _packable(value: Any) -> Any:
@@ -98,7 +137,7 @@ class _Reader:
             return _scalar(values)
         for key in values:
             if not isinstance(key, str):
-                raise CodecError(f"A map of the message has the key {key!r}; keys are text.")
+                raise CodecError(f"A map of the message has the key {_short(key)}; keys are text.")
         return values
 
     def _count(self, more: int) -> None:
@@ -164,5 +203,6 @@ def _no_extension(code: int, data: bytes) -> Any:
 
 def _short(value: Any) -> str:
     """What a stranger sent, for a message that is not longer than it need be."""
-    text = repr(value)
+    # Sixteen megabytes are not written out to show eighty characters of them.
+    text = repr(value[:80] if isinstance(value, (str, bytes, list)) else value)
     return text if len(text) <= 80 else text[:77] + "..."
