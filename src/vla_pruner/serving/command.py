@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.flags import budget, option
+from vla_pruner.serving.observations import BY_CAMERA, LAYOUTS
 
 KEY_VARIABLE = "VLA_PRUNER_API_KEY"
-_LAYOUTS = ("cameras", "libero", "droid", "aloha")
 
 
 def add_serve(commands: Any) -> None:
@@ -56,8 +56,8 @@ def add_serve(commands: Any) -> None:
     add("--port", metavar="N", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add(
         "--observations",
-        choices=_LAYOUTS,
-        default="cameras",
+        choices=tuple(LAYOUTS),
+        default=BY_CAMERA,
         help="keys of observations: those of openpi's LIBERO, DROID or ALOHA clients, or observation/<camera> and\n"
         "observation/state (default: %(default)s)",
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vla_pruner.errors import ObservationError
-from vla_pruner.policies.base import Policy
 from vla_pruner.serving.errors import ServingError
+
+if TYPE_CHECKING:  # the command line knows the layouts without torch
+    from vla_pruner.policies.base import Policy
 
 LONGEST_SIDE = 4096
 """Pixels of an image's side."""
