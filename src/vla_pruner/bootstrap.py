@@ -13,6 +13,8 @@ from vla_pruner.statistics import PackageMissing
 from vla_pruner.wording import install
 
 RESAMPLES = 9999
+FEWEST_EPISODES = 8
+"""Below, a bound of their mean says nothing."""
 FEWEST_PAIRS = 4
 """Below, a rank correlation says nothing."""
 
@@ -54,6 +56,26 @@ def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
         random_state=np.random.default_rng(seed),
     )
     return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def mean_upper_bound(values: Sequence[float], comparisons: int) -> float | None:
+    """A bound above the mean of independent values that holds for all of several such means together with a chance of
+    97.5 % or more: Student's t, by Bonferroni. The bootstrap's bound is too low where the best of many is picked.
+
+    Args:
+        values: one for each episode.
+        comparisons: means among which one is chosen.
+
+    Returns:
+        None of fewer than `FEWEST_EPISODES` values.
+
+    Raises:
+        PackageMissing: scipy is not installed.
+    """
+    if len(values) < FEWEST_EPISODES:
+        return None
+    quantile = float(_stats().t.ppf(1 - 0.025 / comparisons, len(values) - 1))
+    return float(np.mean(values)) + quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5
 
 
 def rank_correlation(

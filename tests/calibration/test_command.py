@@ -68,8 +68,8 @@ def test_an_evaluations_own_arms_are_calibrated_and_compared(evaluated: Path, tm
     assert content["arms"][1]["pruned_steps"] == content["arms"][1]["steps"] - 4, "the first step of each episode"
     assert content["conditions"]["recorded_weights"] == content["weights"]
     assert {"command", "versions", "processor", "busy_cores_after"} <= set(content["conditions"])
-    assert content["verdict"][0].startswith("The fastest of 4 settings within 9 is ") or "none was faster" in said
-    assert len(content["within_tolerance"]) == 4
+    assert content["verdict"][0].startswith("No setting is chosen: none pruned anything in 8 episodes")
+    assert content["within_tolerance"] == []
     pairs = content["agreement"]["arms"]
     assert {pair["key"] for pair in pairs} == set(arms[1:])
     assert "4 recorded episodes" in said

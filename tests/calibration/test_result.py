@@ -10,18 +10,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vla_pruner.bootstrap import Estimate, mean_estimate, rank_correlation
+from vla_pruner.bootstrap import Estimate, mean_estimate, mean_upper_bound, rank_correlation
 from vla_pruner.calibration import ArmCalibration, Calibration, CalibrationError, agreement
 from vla_pruner.calibration.agreement import arms_of, closed_loop_losses
 from vla_pruner.calibration.command import sentences
 from vla_pruner.evaluation.arms import all_arms, method_arms
 
 
+# Standard error 1 of nine values: four at -SPREAD, one at 0, four at SPREAD.
+SPREAD = 3.0
+T_OF_NINE = 2.3060
+
+
 def arm(
     key: str, moved: float | None, high: float | None = None, ms: float = 10.0, kind: str = "method"
 ) -> ArmCalibration:
     estimate = None if moved is None else Estimate(moved, None if high is None else 2 * moved - high, high)
-    return ArmCalibration(key, key, kind, "", estimate, estimate, [], [moved], 100, 50, ms)
+    # Nine episodes, whose spread makes the bound of a single setting `high`.
+    values: list[float | None] = [moved]
+    if moved is not None and high is not None:
+        step = (high - moved) / T_OF_NINE
+        values = [moved + step * place for place in (*[-SPREAD] * 4, 0.0, *[SPREAD] * 4)]
+    return ArmCalibration(key, key, kind, "", estimate, estimate, [], values, 100, 50, ms)
 
 
 def calibration(*arms: ArmCalibration, **changes: Any) -> Calibration:
@@ -76,11 +86,14 @@ def test_a_rank_correlation_is_of_ranks() -> None:
 
 
 def test_few_pairs_in_the_same_order_have_no_interval() -> None:
-    assert rank_correlation([1, 2, 3, 4], [1, 2, 3, 4]) == Estimate(pytest.approx(1.0), None, None)
+    few = rank_correlation([1, 2, 3, 4], [1, 2, 3, 4])
+    assert (few.value, few.low, few.high) == (pytest.approx(1.0), None, None)
     assert rank_correlation(list(range(7)), list(range(7))).low is None
     assert rank_correlation(list(range(8)), list(range(8))).low is not None
-    arms = np.random.default_rng(0).normal(size=(2, 42)).tolist()
-    assert rank_correlation(*arms, [place // 6 for place in range(42)]).low is None, "7 methods, however many arms"
+    moved, lost = np.random.default_rng(0).normal(size=(2, 42)).tolist()
+    assert rank_correlation(moved, lost, [place // 6 for place in range(42)]).low is None, (
+        "7 methods, however many arms"
+    )
 
 
 def test_arms_of_one_method_are_no_independent_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,23 +132,43 @@ def test_within_a_keep_unrelated_methods_are_unrelated() -> None:
 
 
 def test_the_fastest_setting_within_the_tolerance_is_chosen_by_its_upper_bound() -> None:
+    one = calibration(arm("slow", 0.01, 0.02, 18.0))
+    assert sentences(one, 0.1, None) == [
+        "Of the one setting, 1 within 0.1, and the fastest is slow (18.0 ms, unpruned 20.0 ms; upper bound 0.020). "
+        "Confirm it on other episodes."
+    ]
     found = calibration(
         arm("slow", 0.01, 0.02, 18.0),
-        arm("fast", 0.05, 0.09, 12.0),
-        arm("uncertain", 0.05, 0.2, 8.0),
+        arm("fast", 0.05, 0.08, 12.0),
+        arm("uncertain", 0.05, 0.09, 8.0),
         arm("random", 0.01, 0.02, 1.0, "random"),
         arm("never", None),
     )
-    assert [one.key for one in found.within(0.1)] == ["fast", "slow"]
-    assert sentences(found, 0.1, None) == [
-        "The fastest of 2 settings within 0.1 is fast (12.0 ms, unpruned 20.0 ms; upper bound 0.090)."
-    ]
-    assert sentences(found, 0.001, None) == [
-        "None of 3 settings is within 0.001: the nearest is slow, whose upper bound is 0.020."
-    ]
+    assert [one.key for one in found.within(0.1)] == ["fast", "slow"], "uncertain would do alone, not among three"
+    assert [one.key for one in found.within(0.2)] == ["uncertain", "fast", "slow"]
+    (told,) = sentences(found, 0.1, None)
+    assert told.startswith("Of 3 settings compared, 2 within 0.1, and the fastest is fast (12.0 ms")
+    (told,) = sentences(found, 0.001, None)
+    assert told.startswith(
+        "Of 3 settings compared, none is within 0.001: the nearest is slow, whose upper bound is 0.0"
+    )
     slower = calibration(arm("slow", 0.01, 0.02, 30.0))
     assert "none was faster than unpruned: slow (30.0 ms" in sentences(slower, 0.1, None)[0]
-    assert sentences(calibration(arm("x", 0.01)), 0.1, None)[0].startswith("No method pruned anything in two episodes")
+    assert sentences(calibration(arm("x", 0.01)), 0.1, None)[0].startswith(
+        "No setting is chosen: none pruned anything in 8"
+    )
+
+
+def test_a_bound_holds_for_all_that_are_compared() -> None:
+    generator = np.random.default_rng(0)
+    for settings in (1, 20):
+        missed = 0
+        for _ in range(200):
+            bounds = [mean_upper_bound(generator.normal(1.0, 0.5, 12).tolist(), settings) for _ in range(settings)]
+            missed += min(bound for bound in bounds if bound is not None) < 1.0
+        assert missed <= 12, settings
+    assert mean_upper_bound([1.0] * 7, 1) is None
+    assert mean_upper_bound([1.0] * 8, 5) == 1.0
 
 
 def test_other_weights_and_other_results_are_said() -> None:
@@ -219,7 +252,8 @@ def test_the_correlation_is_told_within_each_keep_too(tmp_path: Path) -> None:
     got = agreement(found, [evaluation(tmp_path / "e", losses)])
     assert got.methods == 8
     assert got.settings == ["0.5 drop", "0.25 drop"]
-    assert got.within == Estimate(*(pytest.approx(-1.0, abs=0.01),) * 3)
+    assert got.within is not None
+    assert (got.within.value, got.within.low, got.within.high) == (pytest.approx(-1.0, abs=0.01),) * 3
     assert got.correlation.value > 0.4
     (told,) = sentences(found, None, got)
     assert "over all 16 arms of 8 methods" in told

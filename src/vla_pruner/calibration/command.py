@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vla_pruner.bootstrap import FEWEST_CLUSTERS, FEWEST_PAIRS, Estimate
+from vla_pruner.bootstrap import FEWEST_CLUSTERS, FEWEST_EPISODES, FEWEST_PAIRS, Estimate
 from vla_pruner.calibration.agreement import Agreement, agreement, check_shared, closed_loop_losses
 from vla_pruner.calibration.recordings import Recordings, find_recordings
 from vla_pruner.calibration.replay import replay
@@ -179,27 +179,22 @@ def _with_interval(value: Estimate) -> str:
 
 
 def _choice(found: Calibration, tolerance: float) -> str:
-    fit, own = found.within(tolerance), found.baseline.p50_ms
-    methods = [
-        arm for arm in found.arms if arm.kind == "method" and arm.moved is not None and arm.moved.high is not None
-    ]
-    if not methods:
-        return "No method pruned anything in two episodes or more, so none can be chosen."
+    bounds, own = found.bounds(), found.baseline.p50_ms
+    if not bounds:
+        return f"No setting is chosen: none pruned anything in {FEWEST_EPISODES} episodes, and fewer say too little."
+    fit = [(arm, bound) for arm, bound in bounds if bound <= tolerance]
+    compared = "the one setting" if len(bounds) == 1 else f"{len(bounds)} settings compared"
     if not fit:
-        nearest = min(methods, key=_high)
-        told = f"the nearest is {nearest.title}, whose upper bound is {_high(nearest):.3f}"
-        return f"None of {len(methods)} settings is within {tolerance:g}: {told}."
-    best = fit[0]
-    told = f"{best.title} ({best.p50_ms:.1f} ms, unpruned {own:.1f} ms; upper bound {_high(best):.3f})"
+        nearest, bound = min(bounds, key=lambda one: one[1])
+        told = f"the nearest is {nearest.title}, whose upper bound is {bound:.3f}"
+        return f"Of {compared}, none is within {tolerance:g}: {told}."
+    best, bound = fit[0]
+    told = f"{best.title} ({best.p50_ms:.1f} ms, unpruned {own:.1f} ms; upper bound {bound:.3f})"
     if best.p50_ms >= own:
-        return f"{len(fit)} settings are within {tolerance:g}, but none was faster than unpruned: {told} comes nearest."
-    return f"The fastest of {len(fit)} settings within {tolerance:g} is {told}."
-
-
-def _high(arm: ArmCalibration) -> float:
-    assert arm.moved is not None
-    assert arm.moved.high is not None
-    return arm.moved.high
+        return (
+            f"Of {compared}, {len(fit)} within {tolerance:g}, but none was faster than unpruned: {told} comes nearest."
+        )
+    return f"Of {compared}, {len(fit)} within {tolerance:g}, and the fastest is {told}. Confirm it on other episodes."
 
 
 def _extras(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_pruner.bootstrap import Estimate, mean_estimate
+from vla_pruner.bootstrap import Estimate, mean_estimate, mean_upper_bound
 from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.replay import Course, Replay
 from vla_pruner.statistics import percentile
@@ -75,10 +75,21 @@ class Calibration:
     def baseline(self) -> ArmCalibration:
         return self.arms[0]
 
+    def bounds(self) -> list[tuple[ArmCalibration, float]]:
+        """Methods with an upper bound of `moved` that holds for all of them together, the fastest first; none of those
+        with too few episodes (`bootstrap.mean_upper_bound`).
+        """
+        methods = [arm for arm in self.arms if arm.kind == "method" and arm.moved is not None]
+        found = []
+        for arm in sorted(methods, key=lambda arm: arm.p50_ms):
+            bound = mean_upper_bound([value for value in arm.by_episode if value is not None], len(methods))
+            if bound is not None:
+                found.append((arm, bound))
+        return found
+
     def within(self, tolerance: float) -> list[ArmCalibration]:
-        """Methods whose upper bound is at most `tolerance`, the fastest first."""
-        fit = [arm for arm in self.arms if arm.kind == "method" and _at_most(arm.moved, tolerance)]
-        return sorted(fit, key=lambda arm: arm.p50_ms)
+        """Methods whose bound is at most `tolerance`, the fastest first."""
+        return [arm for arm, bound in self.bounds() if bound <= tolerance]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -113,10 +124,6 @@ class Calibration:
 
 def _estimate(content: Mapping[str, Any] | None) -> Estimate | None:
     return None if content is None else Estimate(**content)
-
-
-def _at_most(moved: Estimate | None, tolerance: float) -> bool:
-    return moved is not None and moved.high is not None and moved.high <= tolerance
 
 
 def calibration_of(replay: Replay, weights: str, conditions: Mapping[str, Any]) -> Calibration:
