@@ -16,7 +16,6 @@ from vla_pruner.calibration.agreement import arms_of, closed_loop_losses
 from vla_pruner.calibration.command import sentences
 from vla_pruner.evaluation.arms import all_arms, method_arms
 
-
 # Standard error 1 of nine values: four at -SPREAD, one at 0, four at SPREAD.
 SPREAD = 3.0
 T_OF_NINE = 2.3060
