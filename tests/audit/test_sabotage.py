@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import vla_pruner as vp
+from vla_pruner import timing
 from vla_pruner.attach import recorder, session, shortener
-from vla_pruner.auditing import environment, probes
+from vla_pruner.auditing import environment
 from vla_pruner.auditing.run import CHECKS, audit
 from vla_pruner.auditing.subject import Subject
 from vla_pruner.families.base import TransformersFamily
@@ -285,7 +286,7 @@ def test_only_an_exception_leaves_something_behind(policy, monkeypatch):
 
 
 def test_time_that_cannot_be_measured(policy, monkeypatch):
-    monkeypatch.setattr(probes.Probe, "before", lambda *_: None)
+    monkeypatch.setattr(timing.Span, "_open", lambda *_: None)
     assert ask("share", policy).passed is False
 
 
