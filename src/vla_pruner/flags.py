@@ -1,4 +1,4 @@
-"""What several subcommands read from their flags. Each function is an argparse type: text in, value out."""
+"""What several subcommands read from their flags: argparse types (text in, value out), and flags that they share."""
 
 from __future__ import annotations
 
@@ -45,3 +45,20 @@ def option(text: str) -> tuple[str, Any]:
     if name == "cameras" or len(parts) > 1:
         return name, parts
     return name, int(value) if value.isdigit() else value
+
+
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """Adds what says, beside --policy, where a policy comes from."""
+    add = command.add_argument
+    add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)")
+    add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
+    add("--size", choices=("tiny", "full"), default="tiny", help="of random weights (default: %(default)s)")
+    add(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=option,
+        help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
+    )

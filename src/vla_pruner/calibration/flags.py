@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.calibration.settings import CalibrateSettings
-from vla_pruner.evaluation.flags import add_arms, add_weights, policy_source
-from vla_pruner.flags import names
+from vla_pruner.evaluation.flags import add_arms, policy_source
+from vla_pruner.flags import add_weights, names
 
 _FIELDS = (
     "source", "results", "methods", "keep", "layer", "pruned", "controls", "tasks", "episodes", "every", "max_steps",

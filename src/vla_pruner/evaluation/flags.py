@@ -10,7 +10,7 @@ from typing import Any
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
-from vla_pruner.flags import names, option
+from vla_pruner.flags import add_weights, names, option
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
@@ -135,23 +135,6 @@ def add_arms(command: argparse.ArgumentParser) -> None:
         metavar="A,B",
         type=_controls,
         help="again (unpruned twice), random (as many tokens drawn), blank (black images), or none\n(default: all)",
-    )
-
-
-def add_weights(command: argparse.ArgumentParser) -> None:
-    """Adds what says, beside --policy, where a policy comes from; `policy_source` reads it."""
-    add = command.add_argument
-    add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)")
-    add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
-    add("--size", choices=("tiny", "full"), default="tiny", help="of random weights (default: %(default)s)")
-    add(
-        "--option",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        type=option,
-        help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
     )
 
 

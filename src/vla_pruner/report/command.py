@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vla_pruner.demo.table import counted
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.report.evaluation import render
 from vla_pruner.report.results import read_results
 from vla_pruner.report.verdicts import headline
+from vla_pruner.wording import counted
 
 REPORT = "report.html"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vla_pruner.demo.table import counted
 from vla_pruner.evaluation.verdict import blank_image, noise_floor
 from vla_pruner.report.results import Results
 from vla_pruner.report.svg import Markup, element
+from vla_pruner.wording import counted
 
 _NONE = "-"
 

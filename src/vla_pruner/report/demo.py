@@ -12,9 +12,10 @@ from typing import Any
 from vla_pruner.demo.arms import BASELINE
 from vla_pruner.demo.episodes import Episode
 from vla_pruner.demo.summary import Summary
-from vla_pruner.demo.table import counted, footnotes, heading, rows
+from vla_pruner.demo.table import footnotes, heading, rows
 from vla_pruner.report.page import fill, jpeg, script_json, source
 from vla_pruner.timing import STAGES
+from vla_pruner.wording import counted
 
 MOST_FILMS = 4
 """Tasks shown in the player; more would make the file larger than a mail takes."""

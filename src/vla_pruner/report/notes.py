@@ -6,10 +6,10 @@ import json
 from collections import Counter
 from typing import Any
 
-from vla_pruner.demo.table import counted
 from vla_pruner.evaluation.table import NOTES
 from vla_pruner.report.results import Results
 from vla_pruner.report.svg import Markup, element, join
+from vla_pruner.wording import counted
 
 _MOST_CRASHES = 50
 

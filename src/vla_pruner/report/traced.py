@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vla_pruner.demo.table import counted
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.evaluation.traces import Trace, read_trace
 from vla_pruner.report.films import choose_films, find_traces, read_films
@@ -14,6 +13,7 @@ from vla_pruner.report.overlap import figure
 from vla_pruner.report.page import source
 from vla_pruner.report.results import Results
 from vla_pruner.report.svg import Markup, element, join
+from vla_pruner.wording import counted
 
 
 @dataclass(frozen=True)

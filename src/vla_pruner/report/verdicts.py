@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vla_pruner.demo.table import counted
 from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, WORSE, ArmSummary
 from vla_pruner.evaluation.verdict import judged, limits, points
 from vla_pruner.report.results import WORDS, Results
 from vla_pruner.report.svg import Axis, Mark, Markup, element, join, linear_axis, strip, strip_axis, swatch
+from vla_pruner.wording import counted
 
 KINDS = {NOT_WORSE: "good", WORSE: "bad", INCONCLUSIVE: "open"}
 SIGNS = {NOT_WORSE: "✓", WORSE: "✕", INCONCLUSIVE: "?"}

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.flags import budget, option
+from vla_pruner.flags import add_weights, budget
 from vla_pruner.serving.observations import BY_CAMERA, LAYOUTS
 
 KEY_VARIABLE = "VLA_PRUNER_API_KEY"
@@ -97,20 +97,9 @@ def add_serve(commands: Any) -> None:
         default=[],
         help="an instruction to run, and compile, beforehand; may be repeated (default: one that the policy knows)",
     )
-    add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)")
     add("--threads", metavar="N", type=int, help="of torch on the CPU (default: torch's)")
     add("--seed", metavar="N", type=int, default=0, help="of what the policy draws (default: %(default)s)")
-    add("--random-weights", action="store_true", help="no checkpoint: weights drawn (default: off)")
-    add("--size", choices=("tiny", "full"), default="tiny", help="of random weights (default: %(default)s)")
-    add(
-        "--option",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        type=option,
-        help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
-    )
+    add_weights(command)
     command.set_defaults(run=run_serve)
 
 
