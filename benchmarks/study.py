@@ -68,7 +68,7 @@ _OPTIONS = (
         for name in ("vla-pruner", "action-and-diversity", f"max-min-diversity{_WAIT}:metric=euclidean")
     ),
 )
-_COMMON = ("--policy", "reference", "--suite", "metaworld:mt4", "--margin", "5")
+_COMMON = ("--policy", "reference", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
         *_COMMON,

@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.records import Record, RecordFile
-from vla_pruner.evaluation.replica import Recipe, Replica, lost
+from vla_pruner.evaluation.replica import Recipe, Replica, Work, lost
 from vla_pruner.evaluation.run import Run, keep_record
-from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators.base import SimulatorUnavailable
 from vla_pruner.wording import install
 
@@ -41,11 +40,11 @@ class Worker:
         except (VLAPrunerError, SimulatorUnavailable) as error:
             return "refused", str(error)
 
-    def run_unit(self, unit: Unit, arms: Sequence[tuple[str, int]], run: str) -> tuple[str, Any]:
-        """Runs a unit: ("records", pairs of a record and its trace or None) or ("refused", why)."""
+    def run_units(self, work: Work, run: str) -> tuple[str, Any]:
+        """Runs units: ("records", pairs of a record and its trace or None) or ("refused", why)."""
         assert self._replica is not None
         try:
-            return "records", list(self._replica.run_unit(unit, arms, run))
+            return "records", list(self._replica.run_units(work, run))
         except (VLAPrunerError, SimulatorUnavailable) as error:
             return "refused", str(error)
 
@@ -180,31 +179,34 @@ class Cluster:
         Raises:
             EvaluationError: as `run_here`, or a worker refused.
         """
-        waiting = deque((unit, arms, 0) for unit, arms in run.left())
-        running: dict[Any, tuple[Any, Unit, list[tuple[str, int]], int]] = {}
+        waiting = deque((work, 0) for work in run.parts(self._recipe.batch))
+        running: dict[Any, tuple[Any, Work, int]] = {}
         while waiting or running:
             busy = {id(actor) for actor, *_ in running.values()}
             for actor in self._workers:
                 if waiting and id(actor) not in busy:
-                    unit, arms, deaths = waiting.popleft()
-                    answer = actor.run_unit.remote(unit, arms, run.manifest.run)
-                    running[answer] = (actor, unit, arms, deaths)
+                    work, deaths = waiting.popleft()
+                    running[actor.run_units.remote(work, run.manifest.run)] = (actor, work, deaths)
             ended = self._next([*running, *self._starting])
             if ended in self._starting:
                 self._settle(ended)
                 continue
-            actor, unit, arms, deaths = running.pop(ended)
+            actor, work, deaths = running.pop(ended)
             try:
                 kind, content = self._ray.get(ended)
             except self._ray.exceptions.RayError as error:
                 self._discard(actor)
                 self._begin_worker()
                 if deaths + 1 < TRIES:
-                    waiting.appendleft((unit, arms, deaths + 1))
+                    waiting.appendleft((work, deaths + 1))
                     continue
                 told = {"type": type(error).__name__, "message": f"{TRIES} workers died on it", "where": "Ray"}
                 kind = "records"
-                content = [(lost(unit, arm, run.manifest.run, number, told), None) for arm, number in arms]
+                content = [
+                    (lost(unit, arm, run.manifest.run, number, told), None)
+                    for unit, arms in work
+                    for arm, number in arms
+                ]
             if kind == "refused":
                 raise EvaluationError(content)
             for record, trace in content:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
@@ -19,20 +19,128 @@ from vla_pruner.evaluation.policies import sees_images
 from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.traces import Tracer
 from vla_pruner.evaluation.units import Unit
-from vla_pruner.simulators.base import Convention, Environment, SimulatorUnavailable
+from vla_pruner.simulators.base import Convention, Environment, Observation, SimulatorUnavailable
 from vla_pruner.statistics import percentile
 
 
-@dataclass
-class _Course:
-    """What has happened in an episode so far."""
+class Course:
+    """One arm on one unit while it runs: what the policy is shown, what has happened, and the record of it.
 
-    success: bool = False
-    steps: int = 0
-    rewards: list[float] = field(default_factory=list)
-    latency: list[float] = field(default_factory=list)
-    kept: list[int | None] = field(default_factory=list)
-    visual_tokens: int | None = None
+    Attributes:
+        over: no further control step is to be run, be it for a crash.
+        control_steps: those that were run.
+    """
+
+    def __init__(
+        self, environment: Environment, convention: Convention, arm: Arm, unit: Unit, max_steps: int | None = None
+    ) -> None:
+        self.arm, self.unit = arm, unit
+        self.over = False
+        self.control_steps = 0
+        self.steps = 0
+        self._environment = environment
+        self._convention = convention
+        limit = environment.task.max_steps
+        self._limit = limit if max_steps is None else min(max_steps, limit)
+        self._observation: Observation | None = None
+        self._success = False
+        self._rewards: list[float] = []
+        self._latency: list[float] = []
+        self._kept: list[int | None] = []
+        self._visual_tokens: int | None = None
+        self._error: dict[str, str] | None = None
+        self._started, self._begun, self._seconds = datetime.now(UTC), perf_counter(), 0.0
+
+    def begin(self) -> None:
+        """Reset the environment."""
+        self._observation, _ = self._environment.reset(initial_state=self.unit.initial_state)
+
+    def see(self) -> tuple[dict[str, np.ndarray], str, np.ndarray | None]:
+        """What the policy is shown: images, instruction and state."""
+        assert self._observation is not None
+        images, proprio = self._convention.observe(self._observation)
+        if self.arm.is_blank:
+            images = {name: np.zeros_like(image) for name, image in images.items()}
+        return images, self._observation.instruction, proprio
+
+    def note(self, session: Any, latency: float | None) -> None:
+        """A control step was run.
+
+        Args:
+            session: what is attached, or None.
+            latency: milliseconds of `act`; None where others shared the pass, whose time is nobody's own.
+        """
+        self.control_steps += 1
+        if latency is not None:
+            self._latency.append(latency)
+        if session is None:
+            return
+        self._kept.append(None if session.kept is None else int(session.kept.shape[1]))
+        if session.step is not None:
+            self._visual_tokens = session.step.layout.tokens
+
+    def carry_out(self, actions: np.ndarray) -> None:
+        """Carry out what was planned, (horizon, action_size), up to the end of the episode."""
+        for action in actions:
+            self._observation, reward, terminated, truncated, info = self._environment.step(action)
+            self.steps += 1
+            self._rewards.append(float(reward))
+            self._success = bool(info["success"])
+            self.over = terminated or truncated or self._success or self.steps >= self._limit
+            if self.over:
+                self._end()
+                break
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Policy or simulator may crash in here: that ends the episode, and is recorded as what it is.
+
+        Raises:
+            VLAPrunerError, SimulatorUnavailable: it cannot run at all, as it would not the next time.
+        """
+        try:
+            yield
+        except (VLAPrunerError, SimulatorUnavailable):
+            raise
+        except Exception as crash:
+            self.crash(crash)
+
+    def crash(self, crash: Exception) -> None:
+        """The episode ends by a crash."""
+        self._error = describe(crash)
+        self.over = True
+        self._end()
+
+    def _end(self) -> None:
+        self._seconds = perf_counter() - self._begun
+
+    def record(self, run: str, attempt: int, versions: Mapping[str, str | None] | None) -> Record:
+        """How it ended."""
+        pruned = [count for count in self._kept if count is not None]
+        latency, error = self._latency, self._error
+        return Record(
+            run=run,
+            arm=self.arm.key,
+            unit=self.unit,
+            success=None if error else self._success,
+            termination="error" if error else "success" if self._success else "max_steps",
+            steps=self.steps,
+            control_steps=self.control_steps,
+            sum_reward=float(sum(self._rewards)),
+            max_reward=float(max(self._rewards, default=0.0)),
+            latency_ms=[round(milliseconds, 3) for milliseconds in latency],
+            latency_p50_ms=round(percentile(latency, 50), 3) if latency else None,
+            latency_p99_ms=round(percentile(latency, 99), 3) if latency else None,
+            visual_tokens=self._visual_tokens,
+            kept_tokens=[min(pruned), max(pruned)] if pruned else [],
+            pruned_steps=len(pruned),
+            error=error,
+            attempt=attempt,
+            seconds=round(self._seconds, 3),
+            started=self._started.isoformat(timespec="seconds"),
+            worker=socket.gethostname(),
+            versions=dict(versions or {}),
+        )
 
 
 def run_episode(
@@ -64,93 +172,40 @@ def run_episode(
     Raises:
         VLAPrunerError, SimulatorUnavailable: it cannot run at all, as it would not the next time.
     """
-    course, error = _Course(), None
-    started, begun = datetime.now(UTC), perf_counter()
-    try:
-        with torch.random.fork_rng(generator_devices(policy)):
-            _drive(course, policy, environment, convention, arm, unit, max_steps, tracer)
-    except (VLAPrunerError, SimulatorUnavailable):
-        raise
-    except Exception as crash:
-        error = describe(crash)
-    pruned = [count for count in course.kept if count is not None]
-    return Record(
-        run=run,
-        arm=arm.key,
-        unit=unit,
-        success=None if error else course.success,
-        termination="error" if error else "success" if course.success else "max_steps",
-        steps=course.steps,
-        control_steps=len(course.latency),
-        sum_reward=float(sum(course.rewards)),
-        max_reward=float(max(course.rewards, default=0.0)),
-        latency_ms=[round(milliseconds, 3) for milliseconds in course.latency],
-        latency_p50_ms=round(percentile(course.latency, 50), 3) if course.latency else None,
-        latency_p99_ms=round(percentile(course.latency, 99), 3) if course.latency else None,
-        visual_tokens=course.visual_tokens,
-        kept_tokens=[min(pruned), max(pruned)] if pruned else [],
-        pruned_steps=len(pruned),
-        error=error,
-        attempt=attempt,
-        seconds=round(perf_counter() - begun, 3),
-        started=started.isoformat(timespec="seconds"),
-        worker=socket.gethostname(),
-        versions=dict(versions or {}),
-    )
+    course = Course(environment, convention, arm, unit, max_steps)
+    with course.guarded(), torch.random.fork_rng(generator_devices(policy)):
+        course.begin()
+        if not sees_images(policy):
+            policy.watch(environment)
+        with attached(arm, policy, unit) as session:
+            while not course.over:
+                _step(course, policy, convention, session, tracer)
+    return course.record(run, attempt, versions)
 
 
-def _drive(
-    course: _Course,
-    policy: Any,
-    environment: Environment,
-    convention: Convention,
-    arm: Arm,
-    unit: Unit,
-    max_steps: int | None,
-    tracer: Tracer | None,
-) -> None:
-    limit = environment.task.max_steps if max_steps is None else min(max_steps, environment.task.max_steps)
-    observation, _ = environment.reset(initial_state=unit.initial_state)
-    if not sees_images(policy):
-        policy.watch(environment)
+@contextmanager
+def attached(arm: Arm, policy: Any, unit: Unit) -> Iterator[Any]:
+    """What an arm attaches, or None, at the beginning of an episode."""
     with arm.attach(policy, unit) as session:
         policy.reset()
         if session is not None:
             session.reset()
-        over = False
-        while not over:
-            images, proprio = convention.observe(observation)
-            if arm.is_blank:
-                images = {name: np.zeros_like(image) for name, image in images.items()}
-            seed = unit.noise_seed(len(course.latency), arm.noise_stream)
-            torch.manual_seed(seed)
-            start = perf_counter()
-            chunk = policy.act(images, observation.instruction, proprio)
-            course.latency.append(1e3 * (perf_counter() - start))
-            _note_kept(course, session)
-            if tracer is not None:
-                tracer.note(
-                    images, observation.instruction, proprio, chunk, seed=seed, steps=course.steps, session=session
-                )
-            actions = convention.plan(chunk)
-            if session is not None and session.method.motion:
-                session.moved(convention.path(actions))
-            for action in actions:
-                observation, reward, terminated, truncated, info = environment.step(action)
-                course.steps += 1
-                course.rewards.append(float(reward))
-                course.success = bool(info["success"])
-                over = terminated or truncated or course.success or course.steps >= limit
-                if over:
-                    break
+        yield session
 
 
-def _note_kept(course: _Course, session: Any) -> None:
-    if session is None:
-        return
-    course.kept.append(None if session.kept is None else int(session.kept.shape[1]))
-    if session.step is not None:
-        course.visual_tokens = session.step.layout.tokens
+def _step(course: Course, policy: Any, convention: Convention, session: Any, tracer: Tracer | None) -> None:
+    images, instruction, proprio = course.see()
+    seed = course.unit.noise_seed(course.control_steps, course.arm.noise_stream)
+    torch.manual_seed(seed)
+    start = perf_counter()
+    chunk = policy.act(images, instruction, proprio)
+    course.note(session, 1e3 * (perf_counter() - start))
+    if tracer is not None:
+        tracer.note(images, instruction, proprio, chunk, seed=seed, steps=course.steps, session=session)
+    actions = convention.plan(chunk)
+    if session is not None and session.method.motion:
+        session.moved(convention.path(actions))
+    course.carry_out(actions)
 
 
 def describe(crash: BaseException) -> dict[str, str]:

@@ -14,7 +14,7 @@ from vla_pruner.flags import add_weights, names, option
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
-    "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace",
+    "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace", "batch",
 )  # fmt: skip
 
 
@@ -85,6 +85,14 @@ def add_eval(commands: Any) -> None:
         default=0,
         help="write down what was seen, done, scored and kept in N episodes of each task and arm, the first ones\n"
         "(default: %(default)s)",
+    )
+    add(
+        "--batch",
+        metavar="N",
+        type=int,
+        default=1,
+        help="episodes of one arm whose control steps share forward passes: faster, but their latencies are not\n"
+        "recorded (default: %(default)s)",
     )
     add(
         "--ray",

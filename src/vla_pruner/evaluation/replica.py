@@ -12,6 +12,7 @@ from vla_pruner.conditions import version
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation.arms import Arm, check_layers
 from vla_pruner.evaluation.episode import describe, run_episode
+from vla_pruner.evaluation.lockstep import check_batch, run_together, shares
 from vla_pruner.evaluation.maps import with_score_maps
 from vla_pruner.evaluation.policies import PolicySource, fingerprint, sees_images
 from vla_pruner.evaluation.records import Record
@@ -21,6 +22,9 @@ from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import Convention, Environment, SimulatorUnavailable, Suite
 
 _PACKAGES = ("vla-pruner", "torch", "transformers", "numpy", "lerobot")
+Work = list[tuple[Unit, list[tuple[str, int]]]]
+"""Units, and for each the arms that are left with the number of the attempt, in the order in which they run."""
+
 _OPEN = 8
 """Environments kept open at once: each holds a simulator and a rendering context."""
 
@@ -36,6 +40,7 @@ class Recipe:
         arms: every arm of the run.
         max_steps, horizon: in place of the suites' own.
         traced: initial states whose episodes are traced.
+        batch: episodes of an arm that share forward passes.
         find: makes a suite of its name and options; a stand-in for tests.
     """
 
@@ -46,6 +51,7 @@ class Recipe:
     max_steps: int | None = None
     horizon: int | None = None
     traced: range = range(0)
+    batch: int = 1
     find: Callable[..., Suite] = find_suite
 
 
@@ -71,7 +77,8 @@ class Replica:
                 self._conventions[name] = replace(self._conventions[name], horizon=recipe.horizon)
         if sees_images(policy := self._policy(recipe.suites[0])):
             check_layers(recipe.arms, policy)
-        self._open: OrderedDict[tuple[str, int], Environment] = OrderedDict()
+        check_batch(policy, recipe.batch)
+        self._open: OrderedDict[tuple[str, int, int], Environment] = OrderedDict()
 
     def _policy(self, suite: str) -> Any:
         held = suite if self.recipe.policy.scripted else ""
@@ -96,65 +103,84 @@ class Replica:
         ours = {name: version(name) for name in _PACKAGES}
         return {**{name: found for name, found in ours.items() if found}, **self.suites[suite].versions()}
 
-    def run_unit(self, unit: Unit, arms: Sequence[tuple[str, int]], run: str) -> Iterator[tuple[Record, Trace | None]]:
-        """Runs a unit with some arms, one record each, with the trace of an episode that is traced and came to its end.
+    def run_units(self, work: Work, run: str) -> Iterator[tuple[Record, Trace | None]]:
+        """Runs units with some arms, one record each, with the trace of an episode that is traced and came to its end.
 
         Args:
-            arms: (key, attempt) of each, in the order in which they run.
+            work: units, and for each (key, attempt) of its arms in the order in which they run. Episodes of one arm
+                share forward passes where several units are given and the arm allows it.
             run: identity of the run.
 
         Raises:
             VLAPrunerError, SimulatorUnavailable: it cannot run at all.
         """
         known = {arm.key: arm for arm in self.recipe.arms}
-        for key, attempt in arms:
-            versions = self.versions(unit.suite)
+        for key in dict.fromkeys(key for _, arms in work for key, _ in arms):
+            missing = [(unit, attempt) for unit, arms in work for arm, attempt in arms if arm == key]
+            for group in self._groups(known[key], missing):
+                yield from self._run_group(known[key], group, run)
+
+    def _groups(self, arm: Arm, missing: Sequence[tuple[Unit, int]]) -> Iterator[list[tuple[Unit, int]]]:
+        """Those that run side by side: of one suite, and none that is traced."""
+        alike: dict[Any, list[tuple[Unit, int]]] = {}
+        for number, (unit, attempt) in enumerate(missing):
+            alone = not shares(arm) or unit.initial_state in self.recipe.traced
+            alike.setdefault((unit.suite, number if alone else None), []).append((unit, attempt))
+        yield from alike.values()
+
+    def _run_group(
+        self, arm: Arm, group: Sequence[tuple[Unit, int]], run: str
+    ) -> Iterator[tuple[Record, Trace | None]]:
+        suite = group[0][0].suite
+        versions = self.versions(suite)
+        ready: list[tuple[Unit, int, Environment]] = []
+        for unit, attempt in group:
             try:
-                environment = self._environment(unit)
+                ready.append((unit, attempt, self._environment(unit, [place for *_, place in ready])))
             except (VLAPrunerError, SimulatorUnavailable):
                 raise
             except Exception as crash:
-                yield lost(unit, key, run, attempt, describe(crash)), None
-                continue
-            policy = self._policy(unit.suite)
+                yield lost(unit, arm.key, run, attempt, describe(crash)), None
+        policy, convention = self._policy(suite), self._conventions[suite]
+        common: Any = {"run": run, "max_steps": self.recipe.max_steps, "versions": versions}
+        tracer = None
+        if len(ready) == 1:
+            ((unit, attempt, environment),) = ready
             tracer = Tracer(tuple(policy.cameras)) if unit.initial_state in self.recipe.traced else None
-            record = run_episode(
-                policy,
-                environment,
-                self._conventions[unit.suite],
-                known[key],
-                unit,
-                run=run,
-                attempt=attempt,
-                max_steps=self.recipe.max_steps,
-                versions=versions,
-                tracer=tracer,
-            )
+            records = [
+                run_episode(policy, environment, convention, arm, unit, attempt=attempt, tracer=tracer, **common)
+            ]
+        else:
+            units, attempts, environments = zip(*ready, strict=True) if ready else ((), (), ())
+            records = run_together(policy, environments, convention, arm, units, attempts=attempts, **common)
+        for record, (_, _, environment) in zip(records, ready, strict=True):
             if record.crashed:  # what crashed may be in any state
-                self._close((unit.suite, unit.task_id))
-            yield record, None if record.crashed else _trace(tracer, record, policy, known[key].kind == "baseline")
+                self._close(environment)
+            yield record, None if record.crashed else _trace(tracer, record, policy, arm.kind == "baseline")
 
-    def _environment(self, unit: Unit) -> Environment:
-        key = unit.suite, unit.task_id
+    def _environment(self, unit: Unit, taken: Sequence[Environment]) -> Environment:
+        """An environment of the unit's task that is not taken."""
+        slot = sum(environment.task.index == unit.task_id for environment in taken)
+        key = unit.suite, unit.task_id, slot
         if key not in self._open:
-            while len(self._open) >= _OPEN:
-                self._close(next(iter(self._open)))
+            while len(self._open) >= max(_OPEN, self.recipe.batch):
+                self._close(next(one for one in self._open.values() if all(one is not other for other in taken)))
             self._open[key] = self.suites[unit.suite].make(unit.task_id)
         self._open.move_to_end(key)
         return self._open[key]
 
-    def _close(self, key: tuple[str, int]) -> None:
-        environment = self._open.pop(key, None)
-        if environment is not None:
-            try:
-                environment.close()
-            except Exception:  # it crashed before, or its rendering did: it is gone either way
-                return
+    def _close(self, environment: Environment) -> None:
+        for key in [key for key, one in self._open.items() if one is environment]:
+            del self._open[key]
+        try:
+            environment.close()
+        except Exception:  # it crashed before, or its rendering did: it is gone either way
+            return
 
     def close(self) -> None:
         """Closes the environments."""
-        for key in list(self._open):
-            self._close(key)
+        for environment in list(self._open.values()):
+            self._close(environment)
 
 
 def _trace(tracer: Tracer | None, record: Record, policy: Any, whole_maps: bool) -> Trace | None:

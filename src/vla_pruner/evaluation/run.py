@@ -11,15 +11,12 @@ from vla_pruner.conditions import machine_conditions
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.manifest import MANIFEST, Manifest, Plan, check_versions, identity
 from vla_pruner.evaluation.records import EPISODES, Record, RecordFile, check_run, latest
-from vla_pruner.evaluation.replica import Recipe, Replica
+from vla_pruner.evaluation.replica import Recipe, Replica, Work
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.traces import Trace, write_trace
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import Suite, Task, find_task
-
-Work = list[tuple[Unit, list[tuple[str, int]]]]
-"""Units, and for each the arms that are left with the number of the attempt, in the order in which they run."""
 
 
 @dataclass
@@ -54,6 +51,11 @@ class Run:
                 work.append((unit, missing))
         return work
 
+    def parts(self, batch: int) -> list[Work]:
+        """`left`, `batch` units at a time."""
+        work = self.left()
+        return [work[first : first + batch] for first in range(0, len(work), batch)]
+
 
 def recipe_of(settings: EvalSettings, find: Callable[..., Suite] = find_suite) -> Recipe:
     """What every replica of a run is made from."""
@@ -65,6 +67,7 @@ def recipe_of(settings: EvalSettings, find: Callable[..., Suite] = find_suite) -
         max_steps=settings.step_limit,
         horizon=settings.horizon,
         traced=range(settings.first, settings.first + settings.trace),
+        batch=settings.batch,
         find=find,
     )
 
@@ -147,8 +150,8 @@ def run_here(run: Run, replica: Replica, file: RecordFile, max_errors: int) -> I
     Raises:
         EvaluationError: more than `max_errors` episodes crashed, or a record could not be written.
     """
-    for unit, arms in run.left():
-        for record, trace in replica.run_unit(unit, arms, run.manifest.run):
+    for work in run.parts(replica.recipe.batch):
+        for record, trace in replica.run_units(work, run.manifest.run):
             keep_record(run, file, record, trace, max_errors)
             yield record
 

@@ -69,6 +69,7 @@ class EvalSettings:
         ray: None: here; else the address of a Ray cluster, "local" for one of this machine's own.
         workers: policies that run at once on Ray; None: as many as the cluster has room for.
         trace: how many of the first initial states are traced, with every task and arm.
+        batch: episodes of one arm that share forward passes, where policy and arm can; 1: each runs alone.
     """
 
     policy: PolicySource
@@ -93,11 +94,12 @@ class EvalSettings:
     ray: str | None = None
     workers: int | None = None
     trace: int = 0
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise EvaluationError(f"--preset is {self.preset}; it is one of {', '.join(PRESETS)}.")
-        least_of = {"episodes": 1, "max_steps": 1, "horizon": 1, "workers": 1, "first": 0, "trace": 0}
+        least_of = {"episodes": 1, "max_steps": 1, "horizon": 1, "workers": 1, "first": 0, "trace": 0, "batch": 1}
         for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:

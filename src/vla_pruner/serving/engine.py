@@ -17,7 +17,7 @@ from vla_pruner.attach.session import Session
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Memory, Method, Unpruned
-from vla_pruner.policies.base import BatchPolicy, Policy, module_of
+from vla_pruner.policies.base import BatchPolicy, Policy, generator_states, module_of
 from vla_pruner.serving.errors import ServingError, SharedNoiseError
 from vla_pruner.serving.observations import ObservationReader, Seen
 from vla_pruner.serving.settings import ServerSettings
@@ -193,9 +193,9 @@ class Engine:
                 else:
                     assert isinstance(policy, BatchPolicy)
                     states = [job.seen.proprio for job in group if job.seen.proprio is not None]
-                    undrawn = self._generators()
+                    undrawn = generator_states(self._devices)
                     actions = policy.act_batch(images, [job.seen.instruction for job in group], states or None)
-                    if not all(map(torch.equal, undrawn, self._generators())):
+                    if not all(map(torch.equal, undrawn, generator_states(self._devices))):
                         raise SharedNoiseError(
                             f"{type(policy).__name__}.act_batch draws from torch's generator, so a robot's noise would "
                             "depend on who shares its pass; serve it with --max-batch 1, or draw in act alone."
@@ -217,9 +217,6 @@ class Engine:
             job.robot.memory, job.robot.instruction = memory, job.seen.instruction
             job.robot.step += 1
         return [Answer(chunk, timing, len(group)) for chunk in chunks]
-
-    def _generators(self) -> list[torch.Tensor]:
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
 
     def _fresh(self, robot: Robot, tokens: int | None = None) -> Memory:
         assert self._session is not None

@@ -1,0 +1,130 @@
+"""Episodes of one arm side by side: their control steps share forward passes, each with a memory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_pruner.errors import VLAPrunerError
+from vla_pruner.evaluation.arms import Arm
+from vla_pruner.evaluation.episode import Course, attached, generator_devices
+from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.records import Record
+from vla_pruner.evaluation.units import Unit
+from vla_pruner.methods import RandomKeep
+from vla_pruner.policies.base import BatchPolicy, generator_states
+from vla_pruner.simulators.base import Convention, Environment, SimulatorUnavailable
+
+
+def shares(arm: Arm) -> bool:
+    """Whether episodes of an arm can share passes: what its method decides and remembers is each robot's own.
+
+    What draws at random has a seed for each unit; a motion gate opens for one robot and not for another; and keys and
+    values of the last control step are not kept for each robot.
+    """
+    method = arm.method
+    if method is None:
+        return True
+    return not (isinstance(method, RandomKeep) or method.motion or method.pruned == "reuse")
+
+
+def check_batch(policy: Any, batch: int) -> None:
+    """Refuses to run `batch` episodes side by side with a policy that acts for one robot at a time.
+
+    Raises:
+        EvaluationError: it does.
+    """
+    if batch > 1 and not isinstance(policy, BatchPolicy):
+        raise EvaluationError(
+            f"--batch is {batch}, but {type(policy).__name__} acts for one robot at a time (it has no act_batch); "
+            "leave --batch out, or use --ray with several --workers."
+        )
+
+
+def run_together(
+    policy: BatchPolicy,
+    environments: Sequence[Environment],
+    convention: Convention,
+    arm: Arm,
+    units: Sequence[Unit],
+    *,
+    run: str,
+    attempts: Sequence[int],
+    max_steps: int | None = None,
+    versions: Mapping[str, str | None] | None = None,
+) -> list[Record]:
+    """Runs B episodes of an arm to their ends, one record each. Who is done leaves the pass; the others go on.
+
+    A robot's row is computed as if it were alone, up to rounding. Latencies are in no record, since a pass is shared.
+    A crash of a simulator is its episode's own; one of the policy ends all that shared the pass.
+
+    Args:
+        environments: one for each unit.
+        attempts: of each unit.
+        convention, arm, run, max_steps, versions: as of `run_episode`.
+
+    Raises:
+        EvaluationError: the policy draws at random in a pass that several share.
+        VLAPrunerError, SimulatorUnavailable: it cannot run at all, as it would not the next time.
+    """
+    courses = [
+        Course(environment, convention, arm, unit, max_steps)
+        for environment, unit in zip(environments, units, strict=True)
+    ]
+    with torch.random.fork_rng(generator_devices(policy)):
+        for course in courses:
+            with course.guarded():
+                course.begin()
+        live = [course for course in courses if not course.over]
+        with attached(arm, policy, units[0]) as session:
+            while live:
+                live = _step(policy, convention, session, live)
+    return [course.record(run, attempt, versions) for course, attempt in zip(courses, attempts, strict=True)]
+
+
+def _step(policy: BatchPolicy, convention: Convention, session: Any, live: list[Course]) -> list[Course]:
+    """One control step of all; returns those that go on."""
+    seen = []
+    for course in live:
+        with course.guarded():
+            seen.append(course.see())
+    live = _going_on(session, live)
+    if not live:
+        return []
+    try:
+        chunks = _act(policy, seen)
+    except (VLAPrunerError, SimulatorUnavailable):
+        raise
+    except Exception as crash:
+        for course in live:
+            course.crash(crash)
+        return []
+    for course, chunk in zip(live, chunks, strict=True):
+        with course.guarded():
+            course.note(session, None)
+            course.carry_out(convention.plan(chunk))
+    return _going_on(session, live)
+
+
+def _going_on(session: Any, live: list[Course]) -> list[Course]:
+    """The episodes that are not over; the session forgets the others."""
+    rows = [row for row, course in enumerate(live) if not course.over]
+    if session is not None and session.memory is not None and 0 < len(rows) < len(live):
+        session.memory = session.memory.take(rows)
+    return [live[row] for row in rows]
+
+
+def _act(policy: BatchPolicy, seen: Sequence[tuple[Mapping[str, np.ndarray], str, np.ndarray | None]]) -> np.ndarray:
+    devices = generator_devices(policy)
+    undrawn = generator_states(devices)
+    states = [proprio for _, _, proprio in seen if proprio is not None]
+    chunks = policy.act_batch([images for images, _, _ in seen], [text for _, text, _ in seen], states or None)
+    if not all(map(torch.equal, undrawn, generator_states(devices))):
+        raise EvaluationError(
+            f"{type(policy).__name__}.act_batch draws from torch's generator, so an episode's noise would depend on "
+            "which others share its pass; leave --batch out."
+        )
+    return chunks
