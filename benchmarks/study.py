@@ -54,19 +54,13 @@ _OPTIONS = (
             "unseen=carry",
             "semantic_queries=text",
             "window=1",
-            "window=2",
             "window=5",
             "warmup=semantic",
             "refresh_every=4",
-            "layer=0:refresh_every=8",
         )
     ),
-    *(f"action-and-diversity:share={share}" for share in (0.25, 0.75)),
-    *(
-        f"{name}:layer={layer}"
-        for layer in (1, 2, 4, 5)
-        for name in ("vla-pruner", "action-and-diversity", f"max-min-diversity{_WAIT}:metric=euclidean")
-    ),
+    *(f"action-and-diversity{_WAIT}:share={share}" for share in (0.25, 0.75)),
+    *(f"{name}:layer={layer}" for layer in (1, 2, 5) for name in ("vla-pruner", f"action-and-diversity{_WAIT}")),
 )
 _COMMON = ("--policy", "reference", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
 PHASES: dict[str, tuple[str, ...]] = {
@@ -77,7 +71,8 @@ PHASES: dict[str, tuple[str, ...]] = {
     ),
     "options": (
         *_COMMON,
-        *("--episodes", "50", "--keep", "0.25", "--pruned", "drop", "--layer", "3", "--method", ",".join(_OPTIONS)),
+        *("--episodes", "50", "--method", ",".join(_OPTIONS)),
+        *("--keep", "0.25", "--pruned", "drop", "--layer", "3", "--controls", "none"),
     ),
 }
 

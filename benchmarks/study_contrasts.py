@@ -1,0 +1,141 @@
+"""What the study's arms say together: differences between two methods, or two fates, over all budgets at once.
+
+    python -m benchmarks.study_contrasts        reads results/study/grid, writes contrasts.json and contrasts.md there
+
+An episode's figure is the mean over the settings (keep and fate) that both sides have; their differences are averaged
+over the episodes, with Student's interval within tasks. The intervals hold together, by Bonferroni.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.study import RESULTS
+from vla_pruner.statistics import MeanDifference, paired_mean_difference
+
+LEVEL = 0.05
+
+Unit = tuple[str, int]
+"""Task and initial state."""
+Outcomes = Mapping[str, Mapping[str, Mapping[Unit, bool]]]
+"""Method -> setting, such as "0.25 drop" -> episode -> solved."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A question, and the two sides whose difference answers it.
+
+    Attributes:
+        arm, base: methods as the study's tables name them, or fates.
+    """
+
+    question: str
+    arm: str
+    base: str
+
+
+CONTRASTS = (
+    Contrast("is choosing better than drawing?", "vla-pruner", "random"),
+    Contrast("does the filter help the two scores?", "vla-pruner", "score-fusion"),
+    Contrast("are two scores better than reading alone?", "vla-pruner", "semantic-only"),
+    Contrast("are two scores better than acting alone?", "vla-pruner", "action-only"),
+    Contrast("is the last prompt row a better reader than all rows?", "vla-pruner semantic_queries=last", "vla-pruner"),
+    Contrast("is action history better than drawing?", "action-only", "random"),
+    Contrast("is action history better than reading?", "action-only", "semantic-only"),
+    Contrast("is diversity better than drawing?", "max-min-diversity metric=euclidean", "random"),
+    Contrast("does action history help diversity?", "action-and-diversity", "max-min-diversity metric=euclidean"),
+    Contrast("does diversity help action history?", "action-and-diversity", "action-only"),
+    Contrast("is the mixture better than the published rule?", "action-and-diversity", "vla-pruner"),
+    Contrast("is diversity better at layer K than before the decoder?", "max-min-diversity", "divprune"),
+    Contrast("is freezing better than dropping?", "freeze", "drop"),
+)
+
+
+def outcomes(folder: Path) -> dict[str, dict[str, dict[Unit, bool]]]:
+    """Which episodes each method solved, of a published phase; crashed ones are left out."""
+    arms = json.loads((folder / "summary.json").read_text())["summary"]["arms"]
+    named = {arm["key"]: _named(arm["title"]) for arm in arms if arm["kind"] in ("method", "random")}
+    found: dict[str, dict[str, dict[Unit, bool]]] = {}
+    with gzip.open(folder / "episodes.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            if record["arm"] in named and record["success"] is not None:
+                method, setting = named[record["arm"]]
+                episode = record["task"], record["initial_state"]
+                found.setdefault(method, {}).setdefault(setting, {})[episode] = record["success"]
+    return found
+
+
+def _named(title: str) -> tuple[str, str]:
+    """Method and setting of an arm's title; what all methods wait is no part of its name."""
+    name, keep, fate, *rest = title.split(" ")
+    options = [word for word in rest if "=" in word and not word.startswith(("K=", "warmup_steps="))]
+    return " ".join([name, *options]), f"{keep} {fate}"
+
+
+def difference(one: Contrast, found: Outcomes, confidence: float, keep: str = "") -> MeanDifference | None:
+    """Share of episodes that `arm` solved minus that of `base`; None where nothing pairs.
+
+    Args:
+        keep: only settings of this budget; "": of all.
+    """
+    if one.arm in found:
+        sides = found[one.arm], found[one.base]
+    else:
+        sides = _of_fate(found, one.arm), _of_fate(found, one.base)
+    settings = [setting for setting in sides[0] if setting in sides[1] and setting.startswith(keep)]
+    if not settings:
+        return None
+    episodes = set.intersection(*(set(side[setting]) for side in sides for setting in settings))
+    ordered = sorted(episodes)
+    arm, base = ([fmean(side[setting][episode] for setting in settings) for episode in ordered] for side in sides)
+    return paired_mean_difference(base, arm, [task for task, _ in ordered], confidence)
+
+
+def _of_fate(found: Outcomes, fate: str) -> dict[str, Mapping[Unit, bool]]:
+    """Every method and budget of one fate, by names in which the fate does not stand."""
+    return {
+        f"{setting.removesuffix(f' {fate}')} {method}": episodes
+        for method, settings in found.items()
+        for setting, episodes in settings.items()
+        if setting.endswith(f" {fate}")
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """As Markdown, in percentage points."""
+    lines = ["| question | difference | all budgets | .5 | .25 | .125 |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [_cell(row[name]) for name in ("all", "0.5", "0.25", "0.125")]
+        lines.append(f"| {row['question']} | {row['arm']} - {row['base']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+
+
+def main() -> None:
+    """Computes, writes and prints."""
+    folder = RESULTS / "grid"
+    found, rows = outcomes(folder), []
+    confidence = 1 - LEVEL / len(CONTRASTS)
+    for one in CONTRASTS:
+        values = {keep or "all": difference(one, found, confidence, keep) for keep in ("", "0.5 ", "0.25 ", "0.125 ")}
+        cells = {name.strip(): None if value is None else asdict(value) for name, value in values.items()}
+        rows.append({**asdict(one), **cells})
+    (folder / "contrasts.json").write_text(json.dumps({"confidence": confidence, "contrasts": rows}, indent=1) + "\n")
+    (folder / "contrasts.md").write_text(table(rows))
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()
