@@ -1,0 +1,99 @@
+"""The study of docs/study.md: its phases are commands that `eval` understands, and its differences are as they say."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.study import PHASES
+from benchmarks.study_contrasts import CONTRASTS, Contrast, difference, outcomes, table
+from vla_pruner import cli
+from vla_pruner.evaluation import EvalSettings
+
+
+@pytest.fixture
+def phases(monkeypatch: pytest.MonkeyPatch) -> dict[str, EvalSettings]:
+    seen: list[EvalSettings] = []
+    monkeypatch.setattr("vla_pruner.evaluation.command.run_eval", lambda asked, _: seen.append(asked) or 0)
+    for phase, flags in PHASES.items():
+        assert cli.main(["eval", *flags, "--out", phase]) == 0
+    return dict(zip(PHASES, seen, strict=True))
+
+
+def test_the_phases_are_what_the_document_says(phases: dict[str, EvalSettings]) -> None:
+    grid = phases["grid"].arms()
+    assert len(grid) == 81
+    by_kind = {kind: len(list(of)) for kind, of in itertools.groupby(arm.kind for arm in grid)}
+    assert by_kind == {"baseline": 1, "method": 72, "again": 1, "random": 6, "blank": 1}
+    # What differs is what is chosen, not how long it is waited for.
+    assert {
+        arm.method.warmup_steps for arm in grid if hasattr(arm.method, "warmup_steps") and arm.kind != "method"
+    } == {3}
+    assert phases["options"].first == phases["grid"].first == 0
+    assert {settings.margin for settings in phases.values()} == {0.05}
+    assert not {arm.key for arm in phases["options"].arms()[1:]} & {arm.key for arm in grid}
+
+
+def test_every_contrast_has_its_arms_in_the_grid(phases: dict[str, EvalSettings]) -> None:
+    from benchmarks.study_contrasts import _named
+
+    named = {_named(arm.title)[0] for arm in phases["grid"].arms() if arm.kind in ("method", "random")}
+    for one in CONTRASTS:
+        assert {one.arm, one.base} <= named | {"drop", "freeze"}
+
+
+def published(folder: Path, solved: dict[str, list[bool | None]]) -> Path:
+    """A phase with these arms, by title; episodes of two tasks in turn."""
+    arms = [{"key": title.replace(" ", "-"), "title": title, "kind": kind_of(title)} for title in solved]
+    (folder / "summary.json").write_text(json.dumps({"summary": {"arms": arms}}))
+    with gzip.open(folder / "episodes.jsonl.gz", "wt") as file:
+        for arm in arms:
+            for number, success in enumerate(solved[arm["title"]]):
+                record: dict[str, Any] = {"arm": arm["key"], "task": "ab"[number % 2], "initial_state": number // 2}
+                file.write(json.dumps({**record, "success": success}) + "\n")
+    return folder
+
+
+def kind_of(title: str) -> str:
+    return {"unpruned": "baseline", "random": "random"}.get(title.split(" ")[0], "method")
+
+
+def test_differences_are_over_all_budgets_or_one(tmp_path: Path) -> None:
+    found = outcomes(
+        published(
+            tmp_path,
+            {
+                "unpruned": [True] * 8,
+                "fastv 0.5 drop K=3 warmup_steps=3": [True] * 8,
+                "fastv 0.25 drop K=3 warmup_steps=3": [True, True, False, False, True, True, None, False],
+                "fastv 0.25 freeze K=3 warmup_steps=3": [True] * 8,
+                "random 0.5 drop K=3 after 3": [True] * 4 + [False] * 4,
+                "random 0.25 drop K=3 after 3": [False] * 8,
+            },
+        )
+    )
+    assert set(found) == {"fastv", "random"}
+    one = Contrast("?", "fastv", "random")
+    small = difference(one, found, 0.95, "0.25 ")
+    assert small is not None
+    assert small.pairs == 7, "an episode that crashed is in no pair"
+    assert small.value == pytest.approx(4 / 7)
+    every = difference(one, found, 0.95)
+    assert every is not None
+    # Of the settings that both have: .25 drop and .5 drop.
+    assert every.value == pytest.approx(((4 - 0) / 2 + (7 - 4) / 2) / 7)
+    assert every.low < every.value < every.high
+    wider = difference(one, found, 0.999)
+    assert wider is not None
+    assert wider.low < every.low
+    fates = difference(Contrast("?", "freeze", "drop"), found, 0.95)
+    assert fates is not None
+    assert fates.value == pytest.approx(3 / 7)
+    assert difference(one, found, 0.95, "0.125 ") is None
+    row = {"question": "?", "arm": "a", "base": "b", "all": vars(small), "0.5": None, "0.25": None, "0.125": None}
+    assert "| ? | a - b | +57.1 (" in table([row])
