@@ -2,6 +2,7 @@
 
     python -m benchmarks.study run grid --shard 1/2 --out DIR     runs or continues a part (`vla-pruner eval`)
     python -m benchmarks.study publish grid --out DIR             merges DIR's parts into benchmarks/results/study
+    python -m benchmarks.study resume grid --out DIR              makes a part of what was published, to be continued
     python -m benchmarks.study table grid                         success by method, budget and fate, as Markdown
 
 Parts are folders DIR/PHASE-I; a killed run goes on with the same command. `grid` and `options` share their initial
@@ -102,11 +103,25 @@ def publish(phase: str, out: Path) -> int:
         info = json.loads((merged / "eval_info.json").read_text())
         kept = {name: info[name] for name in ("run", "conditions", "summary", "verdict", "errors")}
         (target / "summary.json").write_text(json.dumps(kept, indent=1) + "\n")
+        cli.main(["report", str(merged), "--out", str(target / "report.html")])
         # Without a time stamp, the same records give the same file.
         with open(target / f"{RECORDS}.gz", "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
             packed.write((merged / RECORDS).read_bytes())
     print(f"{target} holds {phase}.")
     return code
+
+
+def resume(phase: str, out: Path) -> int:
+    """Makes a part of what was published of a phase; `run` without a shard goes on with it, by the same code."""
+    source, part = RESULTS / phase, out / f"{phase}-1"
+    if part.exists() or not source.exists():
+        print(f"{part} is there already." if part.exists() else f"{source} holds nothing to resume.", file=sys.stderr)
+        return 2
+    part.mkdir(parents=True)
+    shutil.copyfile(source / "run.json", part / "run.json")
+    (part / RECORDS).write_bytes(gzip.decompress((source / f"{RECORDS}.gz").read_bytes()))
+    print(f"{part} goes on where {source} ended.")
+    return 0
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -142,15 +157,15 @@ def _cell(arm: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("do", choices=("run", "publish", "table"))
+    parser.add_argument("do", choices=("run", "publish", "resume", "table"))
     parser.add_argument("phase", choices=tuple(PHASES))
     parser.add_argument("--out", type=Path, default=Path("study"), help="folder of the parts (default: %(default)s)")
     parser.add_argument("--shard", metavar="I/N", help="run the I-th of N parts (default: all)")
     given = parser.parse_args(arguments)
     if given.do == "run":
         return run(given.phase, given.out, given.shard)
-    if given.do == "publish":
-        return publish(given.phase, given.out)
+    if given.do != "table":
+        return {"publish": publish, "resume": resume}[given.do](given.phase, given.out)
     print(table(json.loads((RESULTS / given.phase / "summary.json").read_text())["summary"]), end="")
     return 0
 

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks import study
 from benchmarks.study import PHASES
 from benchmarks.study_contrasts import CONTRASTS, Contrast, difference, outcomes, table
+from tests.evaluation.fakes import settings
+from tests.evaluation.test_run import run
 from vla_pruner import cli
 from vla_pruner.evaluation import EvalSettings
 
@@ -57,6 +60,28 @@ def published(folder: Path, solved: dict[str, list[bool | None]]) -> Path:
                 record: dict[str, Any] = {"arm": arm["key"], "task": "ab"[number % 2], "initial_state": number // 2}
                 file.write(json.dumps({**record, "success": success}) + "\n")
     return folder
+
+
+def test_what_was_published_goes_on_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(PHASES, "toy", ("--policy", "nothing", "--suite", "fake"))
+    assert study.main(["resume", "toy", "--out", str(tmp_path / "other")]) == 2
+    assert "holds nothing to resume" in capsys.readouterr().err
+    part = tmp_path / "toy-1"
+    run(settings(part, "nothing"))
+    lines = (part / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+    (part / "episodes.jsonl").write_bytes(b"".join(lines[:5]))
+    assert study.main(["publish", "toy", "--out", str(tmp_path)]) == 0
+    kept = {file.name for file in (tmp_path / "results" / "toy").iterdir()}
+    assert kept == {"run.json", "table.md", "summary.json", "report.html", "episodes.jsonl.gz"}
+    assert study.main(["resume", "toy", "--out", str(tmp_path / "other")]) == 0
+    assert (tmp_path / "other" / "toy-1" / "episodes.jsonl").read_bytes() == b"".join(lines[:5])
+    code, said = run(settings(tmp_path / "other" / "toy-1", "nothing"))
+    assert code == 0
+    assert "5 of 12 episodes are done" in said
+    assert study.main(["resume", "toy", "--out", str(tmp_path / "other")]) == 2
 
 
 def kind_of(title: str) -> str:
