@@ -21,6 +21,7 @@ from vla_pruner.evaluation.traces import trace_path
 from vla_pruner.report.evaluation import render
 from vla_pruner.report.films import choose_films, find_traces
 from vla_pruner.report.results import read_results
+from vla_pruner.report.traced import look
 
 
 def report(folder: Path, *arguments: str) -> str:
@@ -205,7 +206,7 @@ def test_one_arm_or_none(tmp_path: Path) -> None:
 def test_every_arm_is_in_the_table_with_its_figures(tmp_path: Path) -> None:
     settings = write_run(tmp_path / "run", methods=("vla-pruner", "fastv"), outcome=chance, suites=("fake", "other"))
     results = read_results(tmp_path / "run")
-    page = render(results)
+    page = render(results, look(results))
     text = text_of(page)
     for arm in settings.arms():
         assert f'data-arm="{arm.key}"' in page
@@ -226,7 +227,9 @@ def test_other_programs_are_named(tmp_path: Path) -> None:
     assert "do not quote the milliseconds" in report(folder)
 
 
-def test_a_damaged_trace_is_left_out_and_named(traced: Path, tmp_path: Path) -> None:
+def test_a_damaged_trace_is_left_out_and_named(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(traced, folder)
     results = read_results(folder)
@@ -236,6 +239,25 @@ def test_a_damaged_trace_is_left_out_and_named(traced: Path, tmp_path: Path) -> 
     assert "is damaged" in text_of(page)
     assert len(films(page)) == 4
     assert "mean over control steps and then over 3 episodes" in text_of(page)
+    said = capsys.readouterr().out.splitlines()
+    path = trace_path(folder, *key)
+    assert [line for line in said if "Left out" in line] == [
+        f"Left out: The trace {path} is damaged (it is no whole .npz file). Its record is whole: delete the trace, or "
+        "restore it from a copy."
+    ]
+
+
+def test_of_many_damaged_traces_the_terminal_names_few(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(traced, folder)
+    for path in find_traces(read_results(folder)).values():
+        path.write_bytes(b"PK not a trace")
+    page = text_of(report(folder))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Left out: ")]
+    assert len(said) == 4
+    assert said[3] == f"Left out: {page.count('is damaged') - 3} more damaged traces, which the report names."
 
 
 @pytest.mark.parametrize(
