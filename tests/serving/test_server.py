@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -344,6 +345,10 @@ def test_a_server_starts_again_and_ports_are_told(policy: Any, serve: Serve) -> 
     other = PolicyServer(vp.random_policy("reference", "tiny"), None, ServerSettings(port=server.port))
     with pytest.raises(ServingError, match=f"port {server.port} cannot be listened on"):
         other.start()
+    failing = Failing(policy)
+    failing.error = RuntimeError("no")
+    with pytest.raises(ServingError, match="cannot be listened on"):  # and not that its first step failed
+        PolicyServer(failing, None, ServerSettings(port=server.port)).start()
     server.stop()
     server.stop()
     server.start()
@@ -371,16 +376,39 @@ def test_the_port_opens_after_the_warm_up(policy: Any) -> None:
     assert not any("forward" in vars(part) for part in policy.modules())
 
 
+def test_nobody_can_connect_while_the_policy_warms_up(policy: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    gated = Gated(policy)
+    gated.begin()
+    server = PolicyServer(gated, vp.VLAPruner(keep=0.25), ServerSettings(port=port))
+    starting = threading.Thread(target=server.start)
+    starting.start()
+    try:
+        assert gated.entered.wait(WAIT)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        gated.gate.set()
+        starting.join(WAIT)
+        with raw(server) as opened:
+            assert unpack(opened.recv(timeout=WAIT))["protocol"] == "openpi"
+    finally:
+        gated.gate.set()
+        starting.join(WAIT)
+        server.stop()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"port": 70000}, "port is 70000"),
-        ({"max_robots": 0}, "max_robots is 0"),
-        ({"max_batch": True}, "max_batch is True"),
-        ({"batch_window": 5}, "batch_window is 5"),
+        ({"port": 70000}, "--port is 70000"),
+        ({"max_robots": 0}, "--max-robots is 0"),
+        ({"max_batch": True}, "--max-batch is True"),
+        ({"max_message": 0}, "--max-message is 0 MiB"),
+        ({"batch_window": 5}, "--batch-window is 5000 ms"),
         ({"ping_interval": 0}, "ping_interval is 0"),
-        ({"grace": float("inf")}, "grace is inf"),
-        ({"seed": -1}, "seed is -1"),
+        ({"grace": float("inf")}, "--grace is inf"),
+        ({"seed": -1}, "--seed is -1"),
         ({"tls_cert": Path("x")}, "go together"),
         ({"api_key": ""}, "API key is empty"),
         ({"api_key": "a b"}, "has blanks"),
