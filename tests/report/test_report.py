@@ -180,6 +180,14 @@ def test_a_run_that_has_only_begun_is_no_error(tmp_path: Path) -> None:
     text = text_of(report(folder))
     assert "no pair yet" in text
     assert "1 of 110 episodes are finished" in text
+    assert "Noise floor - No pair of unpruned episodes is finished yet." in text
+    assert "Random choice - No pair with tokens drawn at random is finished yet." in text
+    assert "Blank image - No pair with blank images is finished yet." in text
+    arms = [json.loads(line)["arm"] for line in lines[:11]]
+    paired = lines[: 1 + next(place for place, arm in enumerate(arms) if arm.startswith("random"))]
+    (folder / "episodes.jsonl").write_bytes(b"".join(paired))
+    text = text_of(report(folder))
+    assert "at random in 0 of 1 arm; in 1 neither is shown; 3 more arms without a finished pair" in text
 
 
 def test_a_shard_and_a_merged_folder(tmp_path: Path) -> None:
@@ -197,6 +205,7 @@ def test_one_arm_or_none(tmp_path: Path) -> None:
     text = text_of(report(tmp_path / "one"))
     assert "vla-pruner 0.25 freeze K=3 may or may not be worse" in text or "freeze K=3 is not worse" in text
     assert "Not run: --controls again" in text
+    assert "Not run: --controls random" in text
     assert "Not run: --controls blank" in text
     assert "Not for claims" not in text
     write_run(tmp_path / "none", methods=("none",), controls=("again",))
