@@ -133,7 +133,7 @@ def test_an_open_port_without_a_key_is_warned_of(
         (["--keep", "2.0"], "keep=2.0"),
         (["--port", "70000"], "--port is 70000"),
         (["--max-robots", "0"], "--max-robots is 0; it is a whole number"),
-        (["--max-message", "-1"], "--max-message is -1 MiB; it is 1 or more"),
+        (["--max-message", "-1"], "--max-message is -1 MiB; it is a whole number of 1 or more"),
         (["--batch-window", "2000"], "--batch-window is 2000 ms; it is 0 to 1000 ms"),
         (["--grace", "0"], "--grace is 0.0; it is a number of seconds"),
         (["--seed", "-1"], "--seed is -1"),

@@ -66,7 +66,9 @@ class ServerSettings:
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it is a whole number of 1 or more."
                 )
         if not _is_count(self.max_message):
-            raise ServingError(f"--max-message is {self.max_message / MEBIBYTE:g} MiB; it is 1 or more.")
+            whole = isinstance(self.max_message, int)
+            found = f"{self.max_message / MEBIBYTE:g} MiB" if whole else f"{self.max_message!r} bytes"
+            raise ServingError(f"--max-message is {found}; it is a whole number of 1 or more.")
         for name, value in {
             "--grace": self.grace,
             "ping_interval": self.ping_interval,
