@@ -1,17 +1,27 @@
-"""Keys and values of frozen tokens, one product a layer or one for all: `python -m benchmarks.frozen_products`.
+"""Keys and values of frozen tokens, one product a layer or one for all, the two taking turns.
+
+    python -m benchmarks.frozen_products [--threads 1] [--rounds 30] [--json FILE]      # prints a table
 
 Frozen tokens enter all later layers with the same hidden states, so with each norm's weight folded into them the key
 and value matrices of all layers can be stacked. FLOPs are the same; the stack is a second copy of these weights.
-Prints one Markdown row a shape; the two ways take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from vla_pruner.conditions import machine_conditions
+from vla_pruner.json_file import check_file
+from vla_pruner.statistics import median_interval
 
 SHAPES = {
     "reference, keep .25": (128, 128, 5, 147),
@@ -20,49 +30,78 @@ SHAPES = {
 }
 """Width, width of the keys, layers from the pruning layer on, frozen tokens."""
 
-ROUNDS = 31
+
+def ways(width: int, keys: int, layers: int, tokens: int) -> tuple[Callable[[], list[Tensor]], Callable[[], Tensor]]:
+    """The products as functions: those of each layer, and the one for all."""
+    hidden = torch.randn(tokens, width)
+    norms = torch.rand(layers, width) + 0.5
+    weights = torch.randn(layers, 2, keys, width) / width**0.5
+    stacked = (weights * norms[:, None, None]).flatten(0, 2).contiguous()
+
+    def unit(states: Tensor) -> Tensor:
+        return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def by_layer() -> list[Tensor]:
+        found = []
+        for norm, (key, value) in zip(norms, weights, strict=True):
+            normed = unit(hidden) * norm
+            found += [normed @ key.T, normed @ value.T]
+        return found
+
+    def at_once() -> Tensor:
+        return unit(hidden) @ stacked.T
+
+    return by_layer, at_once
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description="Frozen keys and values: a product a layer against one for all.")
+def measure(width: int, keys: int, layers: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of both ways in every round but one before, which does not count, and what follows from them."""
+    by_layer, at_once = ways(width, keys, layers, tokens)
+    apart = torch.cat(by_layer(), dim=1) - at_once()
+    assert apart.abs().max() < 1e-3, "the two ways must give the same before they are timed"
+    taken: dict[str, list[float]] = {"one_a_layer": [], "one_for_all": []}
+    for turn in range(1 + rounds):
+        for kind, call in zip(taken, (by_layer, at_once), strict=True):
+            start = perf_counter()
+            call()
+            if turn:
+                taken[kind].append(1e3 * (perf_counter() - start))
+    ratios = [one / other for one, other in zip(*taken.values(), strict=True)]
+    return {
+        "gflops": 2 * tokens * width * 2 * keys * layers / 1e9,
+        "stacked_weights_mb": 4 * 2 * keys * layers * width / 1e6,
+        "median_ms": {kind: statistics.median(values) for kind, values in taken.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_interval": median_interval(ratios),
+        "ms": taken,
+    }
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time, print, and write the file that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", help="file for every figure and the conditions")
+    given = parser.parse_args(arguments)
+    if given.json:
+        check_file(given.json)
+    torch.set_num_threads(given.threads)
+    conditions = machine_conditions(["torch"])
+    results = []
     print("| shape | GFLOPs | weights, MB | ms, one a layer | ms, one for all | ratio |\n|---|---|---|---|---|---|")
     for name, (width, keys, layers, tokens) in SHAPES.items():
-        hidden = torch.randn(tokens, width)
-        norms = torch.rand(layers, width) + 0.5
-        weights = torch.randn(layers, 2, keys, width) / width**0.5
-        stacked = (weights * norms[:, None, None]).flatten(0, 2).contiguous()
-
-        def unit(states: torch.Tensor) -> torch.Tensor:
-            return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)
-
-        def by_layer(hidden=hidden, norms=norms, weights=weights):
-            for norm, (key, value) in zip(norms, weights, strict=True):
-                normed = unit(hidden) * norm
-                yield normed @ key.T
-                yield normed @ value.T
-
-        def at_once(hidden=hidden, stacked=stacked):
-            return unit(hidden) @ stacked.T
-
-        apart = torch.cat(list(by_layer()), dim=1) - at_once()
-        assert apart.abs().max() < 1e-3
-        taken: dict[str, list[float]] = {"layer": [], "once": []}
-        for turn in range(ROUNDS):
-            for kind, call in (("layer", lambda f=by_layer: list(f())), ("once", at_once)):
-                start = perf_counter()
-                call()
-                if turn:
-                    taken[kind].append(1e3 * (perf_counter() - start))
-        layer, once = (statistics.median(taken[kind]) for kind in ("layer", "once"))
-        ratio = statistics.median(one / other for one, other in zip(*taken.values(), strict=True))
-        flops = 2 * tokens * width * 2 * keys * layers / 1e9
-        size = 4 * stacked.numel() / 1e6
-        print(f"| {name} | {flops:.3g} | {size:.3g} | {layer:.2f} | {once:.2f} | {ratio:.2f}x |")
+        found = measure(width, keys, layers, tokens, given.rounds)
+        shape = {"shape": name, "width": width, "keys": keys, "layers": layers, "tokens": tokens}
+        results.append({**shape, **found})
+        layer, once = found["median_ms"].values()
+        sizes = f"{found['gflops']:.3g} | {found['stacked_weights_mb']:.3g}"
+        print(f"| {name} | {sizes} | {layer:.2f} | {once:.2f} | {found['ratio']:.2f}x |")
+    if given.json:
+        record = {"conditions": conditions, "rounds": given.rounds, "dtype": "float32", "results": results}
+        Path(given.json).write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

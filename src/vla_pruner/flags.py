@@ -47,6 +47,38 @@ def option(text: str) -> tuple[str, Any]:
     return name, int(value) if value.isdigit() else value
 
 
+def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
+    """Adds what prunes: an arm for every method, budget, layer and fate of the other tokens. All are None if not given.
+
+    Args:
+        or_none: what the help says of a method "none", where there is such a thing.
+    """
+    add = command.add_argument
+    add(
+        "--method",
+        dest="methods",
+        metavar="A,B",
+        type=names,
+        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv:layer=2;\n"
+        f"one arm each{or_none} (default: vla-pruner)",
+    )
+    add(
+        "--keep",
+        metavar="X,Y",
+        type=listed(budget),
+        help="visual tokens kept, fractions such as 0.25 or numbers such as 64; one arm each\n"
+        "(default: 0.25; vla-cache: 0.61)",
+    )
+    add("--layer", metavar="K,L", type=listed(int), help="pruning layers; one arm each (default: 3)")
+    add(
+        "--pruned",
+        metavar="A,B",
+        type=names,
+        help="what becomes of the other tokens, drop or freeze; vla-cache can only reuse; one arm each\n"
+        "(default: drop)",
+    )
+
+
 def add_weights(command: argparse.ArgumentParser) -> None:
     """Adds what says, beside --policy, where a policy comes from."""
     add = command.add_argument

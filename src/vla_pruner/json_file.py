@@ -1,10 +1,40 @@
-"""The file that `--json` names, checked before anything slow begins."""
+"""JSON files: those of a format of ours, read back, and the one that `--json` names, checked before anything slow."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from vla_pruner.errors import BudgetError
+
+_Found = TypeVar("_Found")
+
+
+class ForeignFile(ValueError):
+    """JSON, but not of the format that was asked for. The message goes into brackets."""
+
+
+def read_format(path: Path, format: str, make: Callable[[dict[str, Any]], _Found]) -> _Found:
+    """What `make` makes of a file whose "format" is this one.
+
+    Raises:
+        OSError: it cannot be read.
+        ForeignFile: it is of another format, or of another version of this one.
+        ValueError: it is damaged; the message says where.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != format:
+        said = "it names no format" if found is None else f"its format is {found!r}"
+        raise ForeignFile(f"{said}, and this version reads {format!r}")
+    try:
+        return make(content)
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def check_file(name: str) -> None:

@@ -94,7 +94,8 @@ def _quantile(confidence: float) -> float:
 
 
 def wilson(successes: int, total: int, confidence: float = 0.95) -> Rate:
-    """Wilson's score interval for a success rate, by scipy.
+    """Wilson's score interval for a success rate: that of scipy's `binomtest`, which tests exactly before it gives one
+    and takes a hundred times as long.
 
     Args:
         successes: how many of `total` succeeded.
@@ -107,16 +108,13 @@ def wilson(successes: int, total: int, confidence: float = 0.95) -> Rate:
     if not 0 <= successes <= total:
         raise ValueError(f"{successes} successes of {total} trials is impossible.")
     _check_confidence(confidence)
-    return _wilson(successes, total, confidence)
-
-
-@lru_cache(maxsize=4096)
-def _wilson(successes: int, total: int, confidence: float) -> Rate:
     if total == 0:
         return Rate(0, 0, float("nan"), 0.0, 1.0)
-    tested = _package("scipy.stats").binomtest(successes, total)
-    limits = tested.proportion_ci(confidence, method="wilson")
-    return Rate(successes, total, successes / total, float(limits.low), float(limits.high))
+    value, z = successes / total, float(_package("scipy.special").ndtri(0.5 + 0.5 * confidence))
+    middle = (2 * total * value + z**2) / (2 * (total + z**2))
+    half = z / (2 * (total + z**2)) * sqrt(4 * total * value * (1 - value) + z**2)
+    low, high = 0.0 if successes == 0 else middle - half, 1.0 if successes == total else middle + half
+    return Rate(successes, total, value, low, high)
 
 
 @lru_cache(maxsize=4096)

@@ -34,6 +34,8 @@ StageOf = Callable[[tuple[Any, ...], dict[str, Any]], str]
 Watched = Sequence[tuple[nn.Module, StageOf]]
 """Modules whose calls are stages."""
 
+_PROJECTORS = ("projector", "multi_modal_projector", "connector")
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -169,6 +171,38 @@ def prefill_or_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 def always(stage: str) -> StageOf:
     """A module whose every call is this stage."""
     return lambda args, kwargs: stage
+
+
+def watched_of(module: nn.Module, towers: Sequence[nn.Module], family: Any) -> Watched:
+    """Which modules of a policy are which stage, where its family is known.
+
+    Args:
+        module: what holds them all.
+        towers: its vision encoders.
+        family: of the module.
+    """
+    seen = [(part, always("vision")) for part in (*towers, *projectors_of(module))]
+    both = getattr(family, "both", None)
+    if both is not None:  # SmolVLA computes decoder and expert in one module
+        return [*seen, (both, _prefix_or_suffix)]
+    owner = head_owner(module, family.decoder) or family.decoder
+    return [*seen, (owner, prefill_or_decode), *((reader, always("decode")) for reader in family.readers)]
+
+
+def projectors_of(module: nn.Module) -> tuple[nn.Module, ...]:
+    """What brings vision features to the decoder's width."""
+    return tuple(part for name, part in module.named_modules() if name.rpartition(".")[2] in _PROJECTORS)
+
+
+def head_owner(module: nn.Module, decoder: Any) -> Any:
+    """The module that holds the decoder beside a head over the vocabulary; None where there is none."""
+    owners = (part for part in module.modules() if getattr(part, "model", None) is decoder)
+    return next((part for part in owners if hasattr(part, "lm_head")), None)
+
+
+def _prefix_or_suffix(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    inputs = kwargs.get("inputs_embeds")
+    return "decode" if inputs is not None and inputs[0] is None else "prefill"
 
 
 def _parts(policy: Any) -> Watched:

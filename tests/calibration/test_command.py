@@ -162,12 +162,22 @@ def test_what_cannot_be_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_too_few_shared_arms_are_known_before_anything_runs(evaluated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_shared_arm_is_known_before_anything_runs(evaluated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeSource, "load", lambda *_: pytest.fail("it was loaded"))
-    with pytest.raises(CalibrationError, match="shares 0 pruning arms"):
+    with pytest.raises(CalibrationError, match="shares no pruning arm with"):
         calibrated(policy=FakeSource("tiny"), source=evaluated, against=(evaluated,), methods=("divprune",))
-    with pytest.raises(CalibrationError, match="All 8 shared arms lose the same"):
-        calibrated(policy=FakeSource("tiny"), source=evaluated, against=(evaluated,))
+
+
+def test_few_shared_arms_are_calibrated_without_a_correlation(evaluated: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"methods": ("fastv",), "keep": (0.5,), "layer": (1,), "controls": (), "max_steps": 2}
+    file = tmp_path / "c.json"
+    said = calibrated(policy=FakeSource("tiny"), source=evaluated, against=(evaluated,), json=str(file), **asked)
+    assert "closed-loop loss" in said
+    assert "There is no rank correlation with the loss in closed loop: it needs 4 arms" in said
+    agreed = json.loads(file.read_text())["agreement"]
+    assert agreed["correlation"] is None
+    assert agreed["why"] in said
+    assert [pair["key"] for pair in agreed["arms"]] == ["fastv-0.5-drop-K1"]
 
 
 def test_the_reference_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

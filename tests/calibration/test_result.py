@@ -228,18 +228,40 @@ def test_the_correlation_is_over_the_pruning_arms_that_both_have(tmp_path: Path)
     assert [(pair.key, pair.moved, pair.loss) for pair in got.arms] == [
         (key, moved[key], losses[key][0]) for key in moved
     ]
+    assert got.correlation is not None
     assert got.correlation.value == pytest.approx(0.8), "one swap among four"
     assert sentences(found, None, got) == [
         "Spearman's rank correlation of how far an arm moves the action with its loss in closed loop is 0.80 over all "
         "4 arms of 4 methods, in which a smaller keep moves and loses more; within one keep and fate it is 0.80, "
         "the mean over 1 of these. An interval needs 8 methods."
     ]
-    with pytest.raises(CalibrationError, match="shares 1 pruning arms"):
-        agreement(calibration(arm("a", 0.1, 0.1), arm("z", 0.1, 0.1)), [folder])
-    with pytest.raises(CalibrationError, match="cannot be ranked"):
-        agreement(calibration(*(arm(key, 0.5, 0.5) for key in moved)), [folder])
     with pytest.raises(CalibrationError, match=r"with other weights \(xyz\) than were calibrated \(abc\)"):
         agreement(found, [evaluation(tmp_path / "other", losses, "xyz")])
+
+
+def test_without_an_order_there_is_no_correlation_and_it_says_why(tmp_path: Path) -> None:
+    losses = {"a": (0.0, 10), "b": (0.1, 10), "c": (0.2, 10), "d": (0.5, 10)}
+    folder = evaluation(tmp_path / "e", losses)
+    level = evaluation(tmp_path / "level", dict.fromkeys(losses, (0.2, 10)), seed=1)
+    none = "There is no rank correlation with the loss in closed loop: "
+    few, moves_alike, loses_alike, nothing = (
+        (calibration(arm("a", 0.1, 0.1), arm("b", None), arm("z", 0.1, 0.1)), folder),
+        (calibration(*(arm(key, 0.5, 0.5) for key in losses)), folder),
+        (calibration(*(arm(key, place, place) for place, key in enumerate(losses))), level),
+        (calibration(arm("a", None)), folder),
+    )
+    for (found, against), said in (
+        (few, "it needs 4 arms that prune and that both ran, and there are 1."),
+        (moves_alike, "all 4 arms that both ran move the action the same, so they have no order."),
+        (loses_alike, "all 4 arms that both ran lose the same, so they have no order."),
+        (nothing, "it needs 4 arms that prune and that both ran, and there are 0."),
+    ):
+        got = agreement(found, [against])
+        assert (got.correlation, got.within, got.settings) == (None, None, [])
+        assert sentences(found, None, got) == [none + said]
+    assert [pair.key for pair in agreement(few[0], [folder]).arms] == ["a"], "its loss is shown all the same"
+    with pytest.raises(CalibrationError, match="shares no pruning arm with"):
+        agreement(calibration(arm("z", 0.1, 0.1)), [folder])
 
 
 def test_the_correlation_is_told_within_each_keep_too(tmp_path: Path) -> None:
@@ -253,6 +275,7 @@ def test_the_correlation_is_told_within_each_keep_too(tmp_path: Path) -> None:
     assert got.settings == ["0.5 drop", "0.25 drop"]
     assert got.within is not None
     assert (got.within.value, got.within.low, got.within.high) == (pytest.approx(-1.0, abs=0.01),) * 3
+    assert got.correlation is not None
     assert got.correlation.value > 0.4
     (told,) = sentences(found, None, got)
     assert "over all 16 arms of 8 methods" in told

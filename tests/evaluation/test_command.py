@@ -84,7 +84,7 @@ def test_defaults_are_the_settings_own(asked: list[EvalSettings], tmp_path: Path
     [
         ("--suite metaworld:mt6", "--policy and --suite say what to run"),
         ("--policy reference --suite mars", "There is no suite 'mars'; the suites are libero_spatial"),
-        ("--policy reference --suite metaworld:mt6 --keep lots", "'lots' is no list of numbers"),
+        ("--policy reference --suite metaworld:mt6 --keep lots", "'lots' is no list of values"),
         ("--policy reference --suite metaworld:mt6 --keep 1.5", "keep=1.5 was given"),
         ("--policy reference --suite metaworld:mt6 --shard 5", "'5' is no part such as 2/4"),
         ("--policy reference --suite metaworld:mt6 --workers 2", "--workers is for --ray; give --ray too"),

@@ -17,6 +17,7 @@ import pytest
 from tests.evaluation.fakes import settings
 from tests.evaluation.test_run import facts, run
 from vla_pruner.evaluation import EvaluationError, merge, read_records
+from vla_pruner.evaluation.manifest import FORMAT
 from vla_pruner.evaluation.records import EPISODES, RecordFile, latest, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +145,18 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out" / "run.json").write_text('{"format": ')
     with pytest.raises(EvaluationError, match=r"run.json is damaged"):
         run(settings(tmp_path / "out", episodes=1))
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"format": FORMAT, "identity": {}}))
+    with pytest.raises(EvaluationError, match=r"run.json is damaged \('plan' is missing\)"):
+        run(settings(tmp_path / "out", episodes=1))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"x"', "null", '{"format": ["?"]}', '{"format": "vla-pruner eval 9"}'])
+def test_a_run_of_another_program_is_named_before_anything_is_made(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(EvaluationError, match=r"is no run of this version .*give the --out of one, or a new folder"):
+        run(settings(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").read_text() == content
 
 
 def test_a_record_counts_once(tmp_path: Path) -> None:

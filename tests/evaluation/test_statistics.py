@@ -40,6 +40,16 @@ def test_wilson_and_mcnemar_are_those_of_statsmodels() -> None:
         )
 
 
+def test_wilson_is_scipys_to_the_last_bit() -> None:
+    generator = np.random.default_rng(0)
+    for total in (1, 2, 7, 48, 200, 1500):
+        for confidence in (1e-15, *generator.random(3), 0.95, 1 - 1e-12):
+            for successes in {0, 1, total // 3, total - 1, total}:
+                limits = scipy_stats.binomtest(successes, total).proportion_ci(confidence, method="wilson")
+                rate = wilson(successes, total, confidence)
+                assert (rate.low, rate.high) == (float(limits.low), float(limits.high))
+
+
 def test_mcnemar_matches_its_documented_example() -> None:
     # statsmodels' example of two measurements of the same subjects: 59 and 6 discordant of 101 + 59 + 6 + 33? The
     # exact test needs the discordant alone: scipy's binomtest(6, 65).
@@ -194,7 +204,6 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    statistics._wilson.cache_clear()
     monkeypatch.setattr(statistics.importlib, "import_module", missing)
     with pytest.raises(PackageMissing, match=r"need scipy, which is not installed; run: pip install .*\[eval\]"):
         wilson(1, 3)

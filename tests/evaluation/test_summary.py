@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tests.evaluation.fakes import FakeSuite, settings
 from vla_pruner.evaluation import Record, Summary, summarize
 from vla_pruner.evaluation.eval_info import eval_info
 from vla_pruner.evaluation.manifest import Manifest, Plan, identity
+from vla_pruner.evaluation.records import latest, read_lines
 from vla_pruner.evaluation.run import Run
 from vla_pruner.evaluation.table import COSTS, OUTCOMES, cost_rows, outcome_rows, suite_table, to_markdown, to_rich
 from vla_pruner.evaluation.units import Unit
@@ -24,6 +26,7 @@ from vla_pruner.statistics import Pairs, holm, paired_difference
 
 Outcome = Callable[[str, Unit], bool | None]
 EPISODES = 60
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results"
 PRUNED, RANDOM = "vla-pruner-0.25-drop-K3", "random-0.25-drop-K3-after-3"
 
 
@@ -274,6 +277,27 @@ def test_a_run_without_pairs_has_a_table(tmp_path: Path) -> None:
     assert outcome_rows(summary)[0] == ("unpruned", "0/0", "-", "-", "-", "-", "")
     assert sentences(summary)[0].endswith("no episode was finished by it and by the unpruned policy.")
     json.dumps(summary.to_json(), allow_nan=False)
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """The values of nested JSON by where they are."""
+    if not isinstance(value, (dict, list)):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {where: one for name, part in items for where, one in flat(part, f"{path}/{name}").items()}
+
+
+@pytest.mark.parametrize("file", sorted(PUBLISHED.rglob("episodes.jsonl.gz")), ids=lambda file: file.parent.name)
+def test_published_figures_are_those_of_their_records(file: Path) -> None:
+    manifest = Manifest.read(file.parent)
+    records = latest(read_lines(file, gzip.decompress(file.read_bytes())), str(file))
+    published = json.loads((file.parent / "summary.json").read_text())["summary"]
+    found = json.loads(json.dumps(summarize(Run(manifest, records)).to_json()))
+    rounded = {
+        where: pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
+        for where, value in flat(published).items()
+    }
+    assert flat(found) == rounded
 
 
 def test_a_summary_is_a_value(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.evaluation.fakes import FakeSource, FakeSuite, settings, tiny_policy
+from tests.evaluation.fakes import FakeSource, FakeSuite, ToyFlow, settings, tiny_policy
 from tests.evaluation.test_run import UNIT, facts, run
 from vla_pruner.evaluation import EvaluationError, Trace, Unit, merge, read_records, read_trace, traces_of
 from vla_pruner.evaluation.arms import method_arms
 from vla_pruner.evaluation.episode import run_episode
+from vla_pruner.evaluation.maps import with_score_maps
 from vla_pruner.evaluation.records import EPISODES
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.traces import TRACES, Grid, Tracer, trace_path, write_trace
 from vla_pruner.methods import VLAPruner
+from vla_pruner.models.reference import ReferencePolicy
 
 
 def pruned(out: Path, **changes: Any) -> EvalSettings:
@@ -136,6 +139,24 @@ def test_the_unpruned_arm_has_the_scores_of_all_tokens(traced: Path) -> None:
             assert np.array_equal(session.scores["semantic"][0].numpy(), plain.scores["semantic"][step])
     again = read_trace(trace_path(traced, unit, "blank-image"))
     assert again.scores == {}
+
+
+def of_one_layer() -> ReferencePolicy:
+    """Too shallow for a layer that reads scores."""
+    return ReferencePolicy(dataclasses.replace(tiny_policy().config, num_layers=1)).eval()
+
+
+def compiled() -> ReferencePolicy:
+    """As `torch.compile` marks it."""
+    policy = tiny_policy()
+    policy._compiled_call_impl = policy._call_impl
+    return policy
+
+
+@pytest.mark.parametrize("make", [ToyFlow, of_one_layer, compiled])
+def test_a_policy_that_nothing_can_be_attached_to_keeps_its_trace(traced: Path, make: Callable[[], Any]) -> None:
+    trace = dataclasses.replace(read_trace(trace_path(traced, Unit("fake", 1, "push", 1, 0), "unpruned")), scores={})
+    assert with_score_maps(make(), trace) is trace
 
 
 def test_a_killed_run_rewrites_the_trace_of_what_it_runs_again(tmp_path: Path, traced: Path) -> None:

@@ -21,6 +21,7 @@ from vla_pruner.evaluation.traces import trace_path
 from vla_pruner.report.evaluation import render
 from vla_pruner.report.films import choose_films, find_traces
 from vla_pruner.report.results import read_results
+from vla_pruner.report.traced import look
 
 
 def report(folder: Path, *arguments: str) -> str:
@@ -179,6 +180,14 @@ def test_a_run_that_has_only_begun_is_no_error(tmp_path: Path) -> None:
     text = text_of(report(folder))
     assert "no pair yet" in text
     assert "1 of 110 episodes are finished" in text
+    assert "Noise floor - No pair of unpruned episodes is finished yet." in text
+    assert "Random choice - No pair with tokens drawn at random is finished yet." in text
+    assert "Blank image - No pair with blank images is finished yet." in text
+    arms = [json.loads(line)["arm"] for line in lines[:11]]
+    paired = lines[: 1 + next(place for place, arm in enumerate(arms) if arm.startswith("random"))]
+    (folder / "episodes.jsonl").write_bytes(b"".join(paired))
+    text = text_of(report(folder))
+    assert "at random in 0 of 1 arm; in 1 neither is shown; 3 more arms without a finished pair" in text
 
 
 def test_a_shard_and_a_merged_folder(tmp_path: Path) -> None:
@@ -196,6 +205,7 @@ def test_one_arm_or_none(tmp_path: Path) -> None:
     text = text_of(report(tmp_path / "one"))
     assert "vla-pruner 0.25 freeze K=3 may or may not be worse" in text or "freeze K=3 is not worse" in text
     assert "Not run: --controls again" in text
+    assert "Not run: --controls random" in text
     assert "Not run: --controls blank" in text
     assert "Not for claims" not in text
     write_run(tmp_path / "none", methods=("none",), controls=("again",))
@@ -205,7 +215,7 @@ def test_one_arm_or_none(tmp_path: Path) -> None:
 def test_every_arm_is_in_the_table_with_its_figures(tmp_path: Path) -> None:
     settings = write_run(tmp_path / "run", methods=("vla-pruner", "fastv"), outcome=chance, suites=("fake", "other"))
     results = read_results(tmp_path / "run")
-    page = render(results)
+    page = render(results, look(results))
     text = text_of(page)
     for arm in settings.arms():
         assert f'data-arm="{arm.key}"' in page
@@ -226,7 +236,9 @@ def test_other_programs_are_named(tmp_path: Path) -> None:
     assert "do not quote the milliseconds" in report(folder)
 
 
-def test_a_damaged_trace_is_left_out_and_named(traced: Path, tmp_path: Path) -> None:
+def test_a_damaged_trace_is_left_out_and_named(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(traced, folder)
     results = read_results(folder)
@@ -236,6 +248,25 @@ def test_a_damaged_trace_is_left_out_and_named(traced: Path, tmp_path: Path) -> 
     assert "is damaged" in text_of(page)
     assert len(films(page)) == 4
     assert "mean over control steps and then over 3 episodes" in text_of(page)
+    said = capsys.readouterr().out.splitlines()
+    path = trace_path(folder, *key)
+    assert [line for line in said if "Left out" in line] == [
+        f"Left out: The trace {path} is damaged (it is no whole .npz file). Its record is whole: delete the trace, or "
+        "restore it from a copy."
+    ]
+
+
+def test_of_many_damaged_traces_the_terminal_names_few(
+    traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(traced, folder)
+    for path in find_traces(read_results(folder)).values():
+        path.write_bytes(b"PK not a trace")
+    page = text_of(report(folder))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Left out: ")]
+    assert len(said) == 4
+    assert said[3] == f"Left out: {page.count('is damaged') - 3} more damaged traces, which the report names."
 
 
 @pytest.mark.parametrize(
@@ -244,7 +275,9 @@ def test_a_damaged_trace_is_left_out_and_named(traced: Path, tmp_path: Path) -> 
         (lambda folder: None, "does not exist; give the --out of vla-pruner eval."),
         (lambda folder: folder.write_text("x"), "is no folder; give the --out"),
         (lambda folder: folder.mkdir(), "holds no evaluation (run.json: No such file or directory)"),
-        (lambda folder: spoil(folder, "run.json", b"{}"), "run.json is damaged"),
+        (lambda folder: spoil(folder, "run.json", b'{"format": '), "run.json is damaged (Expecting value"),
+        (lambda folder: spoil(folder, "run.json", b"[1]"), "is no run of this version of vla-pruner eval (it names"),
+        (lambda folder: spoil(folder, "run.json", b'{"format": "x"}'), "of vla-pruner eval (its format is 'x', and"),
         (lambda folder: spoil(folder, "episodes.jsonl", b"{}\n"), "Line 1 of "),
         (lambda folder: spoil(folder, "episodes.jsonl", b""), "holds no finished episode yet"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import vla_pruner as vp
 from tests.serving.robots import WAIT, observation
 from vla_pruner import cli
 from vla_pruner.client import PolicyClient
+from vla_pruner.serving import doors
 from vla_pruner.serving import server as server_module
 from vla_pruner.serving.settings import ServerSettings
 
@@ -36,7 +38,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, ServerSetting
         def stop(self) -> None:
             pass
 
+    async def free(_: ServerSettings) -> None:
+        """Whatever else runs on this machine."""
+
     monkeypatch.setattr(server_module, "PolicyServer", Noted)
+    monkeypatch.setattr(doors, "check_address", free)
     monkeypatch.delenv("VLA_PRUNER_API_KEY", raising=False)
     return seen
 
@@ -125,21 +131,44 @@ def test_an_open_port_without_a_key_is_warned_of(
         (["--method", "fastv:windows=5"], "'windows=5'"),
         (["--method", "vla-cache"], "reuses keys and values"),
         (["--keep", "2.0"], "keep=2.0"),
-        (["--port", "70000"], "port is 70000"),
+        (["--port", "70000"], "--port is 70000"),
+        (["--max-robots", "0"], "--max-robots is 0; it is a whole number"),
+        (["--max-message", "-1"], "--max-message is -1 MiB; it is a whole number of 1 or more"),
+        (["--batch-window", "2000"], "--batch-window is 2000 ms; it is 0 to 1000 ms"),
+        (["--grace", "0"], "--grace is 0.0; it is a number of seconds"),
+        (["--seed", "-1"], "--seed is -1"),
         (["--api-key-file", "/no/such/key"], "--api-key-file is /no/such/key"),
-        (["--tls-cert", "/no/such/cert"], "go together"),
-        (["--tls-cert", "/no/such/cert", "--tls-key", "/no/such/key"], "cannot be used"),
+        (["--tls-cert", "/no/such/cert"], "give both --tls-cert and --tls-key, or none"),
+        (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], "--tls-cert is /no/cert and --tls-key is /no/key, which"),
         (["--threads", "0"], "--threads is 0"),
-        (["--camera-key", "front=x"], "'front'"),
+        (["--camera-key", "front=x"], "--camera-key names the camera 'front'"),
         (["--observations", "aloha"], "'image'"),
         (["--device", "abacus"], "device='abacus'"),
     ],
 )
 def test_wrong_input_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*TINY, *flags]) == 2
+    assert cli.main([*TINY, "--port", "0", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_address_or_certificate_that_will_not_do_is_refused_before_the_policy_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vla_pruner.policies.random.random_policy", lambda *_: pytest.fail("it was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for flags, message in (
+            (["--port", port], f"--host '127.0.0.1' with --port {port} cannot be listened on"),
+            (["--port", "0", "--host", "203.0.113.1"], "--host '203.0.113.1' with --port 0 cannot be listened on"),
+            (["--port", "0", "--host", "a..b"], "--host 'a..b' with --port 0 cannot be listened on"),
+            (["--port", "0", "--tls-cert", "/no", "--tls-key", "/no"], "which cannot be used"),
+        ):
+            assert cli.main([*TINY, *flags]) == 2
+            error = capsys.readouterr().err
+            assert message in error
+            assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [["--camera-key", "x"], ["--observations", "bridge"], ["--keep", "half"]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -344,6 +345,10 @@ def test_a_server_starts_again_and_ports_are_told(policy: Any, serve: Serve) -> 
     other = PolicyServer(vp.random_policy("reference", "tiny"), None, ServerSettings(port=server.port))
     with pytest.raises(ServingError, match=f"port {server.port} cannot be listened on"):
         other.start()
+    failing = Failing(policy)
+    failing.error = RuntimeError("no")
+    with pytest.raises(ServingError, match="cannot be listened on"):  # and not that its first step failed
+        PolicyServer(failing, None, ServerSettings(port=server.port)).start()
     server.stop()
     server.stop()
     server.start()
@@ -371,29 +376,23 @@ def test_the_port_opens_after_the_warm_up(policy: Any) -> None:
     assert not any("forward" in vars(part) for part in policy.modules())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"port": 70000}, "port is 70000"),
-        ({"max_robots": 0}, "max_robots is 0"),
-        ({"max_batch": True}, "max_batch is True"),
-        ({"batch_window": 5}, "batch_window is 5"),
-        ({"ping_interval": 0}, "ping_interval is 0"),
-        ({"grace": float("inf")}, "grace is inf"),
-        ({"seed": -1}, "seed is -1"),
-        ({"tls_cert": Path("x")}, "go together"),
-        ({"api_key": ""}, "API key is empty"),
-        ({"api_key": "a b"}, "has blanks"),
-    ],
-)
-def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ServingError, match=message):
-        ServerSettings(**settings)
-
-
-def test_only_other_machines_without_a_key_are_warned_of() -> None:
-    for host in ("127.0.0.1", "127.8.8.8", "localhost", "::1"):
-        assert not ServerSettings(host=host).is_open
-    for host in ("0.0.0.0", "", "::", "192.168.0.5", "robot.lab"):
-        assert ServerSettings(host=host).is_open
-        assert not ServerSettings(host=host, api_key="k").is_open
+def test_nobody_can_connect_while_the_policy_warms_up(policy: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    gated = Gated(policy)
+    gated.begin()
+    server = PolicyServer(gated, vp.VLAPruner(keep=0.25), ServerSettings(port=port))
+    starting = threading.Thread(target=server.start)
+    starting.start()
+    try:
+        assert gated.entered.wait(WAIT)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        gated.gate.set()
+        starting.join(WAIT)
+        with raw(server) as opened:
+            assert unpack(opened.recv(timeout=WAIT))["protocol"] == "openpi"
+    finally:
+        gated.gate.set()
+        starting.join(WAIT)
+        server.stop()

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from vla_pruner.benching.settings import DTYPES, NAMED, SIZES, BenchSettings
 from vla_pruner.errors import BudgetError
-from vla_pruner.flags import budget, listed, names
+from vla_pruner.flags import add_methods
 from vla_pruner.json_file import check_file, unwritable
+from vla_pruner.method_names import LAYER
 
 _FIELDS = (
     "model", "size", "layers", "keep", "methods", "pruned", "layer", "batch", "cameras", "dtype", "device", "compile",
@@ -58,30 +59,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     )
     add("--size", choices=SIZES, default="full", help="of random weights: published or tiny (default: %(default)s)")
     add("--layers", metavar="N", type=int, help="depth of the decoder, and of an expert (default: as published)")
-    add(
-        "--keep",
-        metavar="X,Y",
-        type=listed(budget),
-        help="visual tokens kept, fractions such as 0.25 or numbers such as 64; one arm each\n"
-        "(default: 0.25; vla-cache: 0.61)",
-    )
-    add(
-        "--method",
-        dest="methods",
-        metavar="A,B",
-        type=names,
-        default=("vla-pruner",),
-        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv;\n"
-        "one arm each (default: vla-pruner)",
-    )
-    add(
-        "--pruned",
-        metavar="A,B",
-        type=names,
-        help="what becomes of the other tokens, drop or freeze; vla-cache can only reuse; one arm each\n"
-        "(default: drop)",
-    )
-    add("--layer", metavar="K,L", type=listed(int), default=(3,), help="pruning layers; one arm each (default: 3)")
+    add_methods(command)
+    command.set_defaults(methods=("vla-pruner",), layer=LAYER)
     add("--cameras", metavar="N", type=int, help="images of each robot (default: as published)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")

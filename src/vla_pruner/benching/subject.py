@@ -16,9 +16,7 @@ from vla_pruner.cost import ControlStep, DecoderShape, Expert, Tower
 from vla_pruner.errors import BudgetError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Method
-from vla_pruner.timing import Watched, always, prefill_or_decode
-
-_PROJECTORS = ("projector", "multi_modal_projector", "connector")
+from vla_pruner.timing import Watched, head_owner, projectors_of, watched_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Subject:
         self.module: nn.Module = policy if isinstance(policy, nn.Module) else policy.module
         self.family: Any = family_of(policy, **feed.attach)
         self.towers: tuple[nn.Module, ...] = tuple(getattr(policy, "vision_towers", ()))
-        self.projectors = _projectors(self.module)
+        self.projectors = projectors_of(self.module)
         self.experts = _experts(self.family)
         self.head = _head(self.module, self.family.decoder) if feed.uses_head else None
         self.control_step = self._control_step()
@@ -90,13 +88,7 @@ class Subject:
 
     def watched(self) -> Watched:
         """Which modules are which stage, for `StageTimer`."""
-        seen = [(module, always("vision")) for module in (*self.towers, *self.projectors)]
-        both = getattr(self.family, "both", None)
-        if both is not None:  # SmolVLA computes decoder and expert in one module
-            return [*seen, (both, _prefix_or_suffix)]
-        owner = _head_owner(self.module, self.family.decoder) or self.family.decoder
-        experts = [(module, always("decode")) for module in self.experts]
-        return [*seen, (owner, prefill_or_decode), *experts]
+        return watched_of(self.module, self.towers, self.family)
 
     def weight_bytes(self) -> dict[str, float]:
         """Bytes of weights that one control step reads, stage by stage: every pass reads its own once."""
@@ -153,15 +145,6 @@ def warm(subject: Subject, session: Session) -> Any:
     )
 
 
-def _prefix_or_suffix(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    inputs = kwargs.get("inputs_embeds")
-    return "decode" if inputs is not None and inputs[0] is None else "prefill"
-
-
-def _projectors(module: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(part for name, part in module.named_modules() if name.rpartition(".")[2] in _PROJECTORS)
-
-
 def _experts(family: Any) -> tuple[Any, ...]:
     both = getattr(family, "both", None)
     return family.readers if both is None else (both.lm_expert,)
@@ -176,16 +159,8 @@ def _cross_layers(family: Any) -> frozenset[int]:
     return frozenset(index for index in range(family.depth) if not (every > 0 and index % every == 0))
 
 
-def _head_owner(module: nn.Module, decoder: Any) -> Any:
-    """The module that holds the decoder beside a head over the vocabulary."""
-    for part in module.modules():
-        if getattr(part, "model", None) is decoder and hasattr(part, "lm_head"):
-            return part
-    return None
-
-
 def _head(module: nn.Module, decoder: Any) -> nn.Module | None:
-    owner = _head_owner(module, decoder)
+    owner = head_owner(module, decoder)
     return None if owner is None else owner.lm_head
 
 

@@ -51,16 +51,18 @@ class Agreement:
 
     Attributes:
         correlation: over all arms. A smaller keep moves and loses more whatever the method, so it is high even where
-            nothing tells one method from another.
+            nothing tells one method from another. None: the arms have none.
         within: mean over the settings (keep and fate) that have 4 arms or more and an order; None: none has.
         settings: which these are.
         arms: all that were compared.
+        why: there is no correlation; empty where there is one.
     """
 
-    correlation: Estimate
+    correlation: Estimate | None
     within: Estimate | None
     settings: list[str]
     arms: list[Pair]
+    why: str = ""
 
     @property
     def methods(self) -> int:
@@ -136,26 +138,19 @@ def _episodes(run: Mapping[str, Any]) -> Any:
 
 
 def check_shared(arms: Sequence[Arm], folders: Sequence[Path]) -> None:
-    """Refuse, before anything slow begins, arms that cannot be ranked by what evaluations say of them.
+    """Refuse, before anything slow begins, arms of which evaluations say nothing.
 
     Raises:
-        CalibrationError: evaluations ran too few of them, or all lose the same; or as `closed_loop_losses`.
+        CalibrationError: evaluations ran none of them; or as `closed_loop_losses`.
     """
-    losses = closed_loop_losses(folders)
-    shared = [losses[arm.key][0] for arm in arms if arm.key in losses]
-    _check_enough(shared, folders)
-    if len(set(shared)) == 1:
-        raise CalibrationError(
-            f"All {len(shared)} shared arms lose the same in {' and '.join(map(str, folders))} ({shared[0]:.3f}), so "
-            "they have no order to compare; leave out --against, or run more episodes."
-        )
+    _check_any([arm.key for arm in arms], closed_loop_losses(folders), folders)
 
 
-def _check_enough(shared: Sequence[Any], folders: Sequence[Path]) -> None:
-    if len(shared) < FEWEST_PAIRS:
+def _check_any(keys: Sequence[str], losses: Mapping[str, Any], folders: Sequence[Path]) -> None:
+    if losses.keys().isdisjoint(keys):
         raise CalibrationError(
-            f"The calibration shares {len(shared)} pruning arms with {' and '.join(map(str, folders))}, and a rank "
-            f"correlation needs {FEWEST_PAIRS}; without --method it takes all arms of the evaluations."
+            f"The calibration shares no pruning arm with {' and '.join(map(str, folders))}, so there is no loss to "
+            "compare with; without --method it takes all arms of the evaluations, and without --against none is needed."
         )
 
 
@@ -163,25 +158,33 @@ def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
     """How well a calibration predicts closed-loop loss, over all arms that it shares with evaluations.
 
     Raises:
-        CalibrationError: they share too few arms, or all are alike; or as `closed_loop_losses`.
+        CalibrationError: they share no arm; or as `closed_loop_losses`.
         PackageMissing: scipy is not installed.
     """
     losses = closed_loop_losses(folders, calibration.weights)
+    _check_any([arm.key for arm in calibration.arms], losses, folders)
     shared = [
         Pair(arm.key, arm.moved.value, *losses[arm.key], *_named(arm.title))
         for arm in calibration.arms
         if arm.key in losses and arm.moved is not None
     ]
-    _check_enough(shared, folders)
     sides = [pair.moved for pair in shared], [pair.loss for pair in shared]
+    why = _unranked(*sides)
+    if why:
+        return Agreement(None, None, [], shared, why)
     methods, of = [pair.method for pair in shared], [pair.setting for pair in shared]
     settings = list(map(str, ranked_groups(*sides, of)))
-    try:
-        found = rank_correlation(*sides, methods)
-        within = rank_correlation(*sides, methods, of) if settings else None
-    except ValueError as error:
-        raise CalibrationError(f"The {len(shared)} shared arms cannot be ranked: {error}") from error
+    found = rank_correlation(*sides, methods)
+    within = rank_correlation(*sides, methods, of) if settings else None
     return Agreement(found, within, settings, shared)
+
+
+def _unranked(moved: Sequence[float], losses: Sequence[float]) -> str:
+    """Why there is no rank correlation; empty where there is one."""
+    if len(moved) < FEWEST_PAIRS:
+        return f"it needs {FEWEST_PAIRS} arms that prune and that both ran, and there are {len(moved)}"
+    same = [said for values, said in ((moved, "move the action"), (losses, "lose")) if len(set(values)) == 1]
+    return f"all {len(moved)} arms that both ran {same[0]} the same, so they have no order" if same else ""
 
 
 def _named(title: str) -> tuple[str, str]:

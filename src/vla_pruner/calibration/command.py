@@ -159,6 +159,8 @@ def sentences(found: Calibration, tolerance: float | None, agreed: Agreement | N
 
 
 def _agreed(agreed: Agreement) -> str:
+    if agreed.correlation is None:
+        return f"There is no rank correlation with the loss in closed loop: {agreed.why}."
     told = (
         "Spearman's rank correlation of how far an arm moves the action with its loss in closed loop is "
         f"{_with_interval(agreed.correlation)} over all {len(agreed.arms)} arms of {agreed.methods} methods, in which "

@@ -14,6 +14,7 @@ import numpy as np
 from vla_pruner.bootstrap import Estimate, mean_estimate, mean_upper_bound
 from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.replay import Course, Replay
+from vla_pruner.json_file import read_format
 from vla_pruner.statistics import percentile
 
 FORMAT = "vla-pruner calibrate 1"
@@ -103,23 +104,24 @@ class Calibration:
             CalibrationError: there is none, or it is none.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']!r}, and this version reads {FORMAT!r}")
-            arms = [
-                ArmCalibration(**{**arm, **{name: _estimate(arm[name]) for name in ("moved", "moved_in_units")}})
-                for arm in content["arms"]
-            ]
-            names = [one.name for one in dataclasses.fields(cls) if one.name != "arms"]
-            return cls(arms=arms, **{name: content[name] for name in names})
+            return read_format(path, FORMAT, cls._from_json)
         except OSError as error:
             raise CalibrationError(
                 f"{path} cannot be read ({error.strerror}); give the file that vla-pruner calibrate wrote with --json."
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise CalibrationError(
                 f"{path} is no file of vla-pruner calibrate --json, or is damaged ({error})."
             ) from error
+
+    @classmethod
+    def _from_json(cls, content: Mapping[str, Any]) -> Calibration:
+        arms = [
+            ArmCalibration(**{**arm, **{name: _estimate(arm[name]) for name in ("moved", "moved_in_units")}})
+            for arm in content["arms"]
+        ]
+        names = [one.name for one in dataclasses.fields(cls) if one.name != "arms"]
+        return cls(arms=arms, **{name: content[name] for name in names})
 
 
 def _estimate(content: Mapping[str, Any] | None) -> Estimate | None:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vla_pruner.evaluation.cluster import Cluster
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import EVAL_INFO, eval_info
+from vla_pruner.evaluation.manifest import MANIFEST, Manifest
 from vla_pruner.evaluation.merge import merge
 from vla_pruner.evaluation.records import Record, RecordFile, write_json, write_text
 from vla_pruner.evaluation.replica import Replica
@@ -88,6 +89,8 @@ def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
 
 def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -> tuple[Run, bool]:
     """The run as far as it came, and whether it was interrupted."""
+    if (settings.out / MANIFEST).exists():
+        Manifest.read(settings.out)  # refused now, before a file is made beside it and the policy is loaded
     stack, was_there = ExitStack(), settings.out.exists()
     try:
         file = stack.enter_context(open_records(settings.out))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
-from vla_pruner.flags import add_weights, names, option
+from vla_pruner.flags import add_methods, add_weights, names, option
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
@@ -116,29 +115,8 @@ def add_eval(commands: Any) -> None:
 
 def add_arms(command: argparse.ArgumentParser) -> None:
     """Adds what says which arms run: methods and their settings, and controls."""
-    add = command.add_argument
-    add(
-        "--method",
-        dest="methods",
-        metavar="A,B",
-        type=names,
-        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv:layer=2\n"
-        "or none (default: vla-pruner)",
-    )
-    add(
-        "--keep",
-        metavar="X,Y",
-        type=_listed(_keep),
-        help="visual tokens kept: fractions or numbers (default: 0.25; vla-cache: 0.61)",
-    )
-    add("--layer", metavar="K,L", type=_listed(int), help="pruning layers (default: 3)")
-    add(
-        "--pruned",
-        metavar="A,B",
-        type=names,
-        help="drop, freeze or drop,freeze; vla-cache can only reuse (default: drop)",
-    )
-    add(
+    add_methods(command, ", or none")
+    command.add_argument(
         "--controls",
         metavar="A,B",
         type=_controls,
@@ -197,20 +175,6 @@ def settings_of(options: argparse.Namespace) -> EvalSettings:
 
 def _controls(text: str) -> tuple[str, ...]:
     return () if text.strip() == "none" else names(text)
-
-
-def _keep(text: str) -> float | int:
-    return int(text) if text.isdigit() else float(text)
-
-
-def _listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def read(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(word) for word in names(text))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers separated by commas") from error
-
-    return read
 
 
 def _shard(text: str) -> tuple[int, int]:

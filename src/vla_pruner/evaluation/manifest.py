@@ -14,6 +14,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.records import Record, write_json
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import Unit, plan, shard
+from vla_pruner.json_file import ForeignFile, read_format
 from vla_pruner.simulators.base import Task
 
 FORMAT = "vla-pruner eval 1"
@@ -101,30 +102,36 @@ class Manifest:
         """From its file.
 
         Raises:
-            EvaluationError: there is none, or it is damaged.
+            EvaluationError: there is none, it is another program's or version's, or it is damaged.
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise EvaluationError(f"{path} is of the format {content['format']!r}; this version reads {FORMAT!r}.")
-            found = cls(
-                content["identity"],
-                Plan.from_json(content["plan"]),
-                content["for_claims"],
-                tuple(content["extended"]),
-                tuple(content["conditions"]),
-            )
-            if found.run != content["run"]:
-                raise ValueError("its settings were changed")
+            return read_format(path, FORMAT, cls._from_json)
         except OSError as error:
             raise EvaluationError(
                 f"{folder} holds no evaluation ({path.name}: {error.strerror}); give the --out of one."
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except ForeignFile as error:
+            raise EvaluationError(
+                f"{path} is no run of this version of vla-pruner eval ({error}); give the --out of one, or a new "
+                "folder to begin one."
+            ) from error
+        except ValueError as error:
             raise EvaluationError(
                 f"{path} is damaged ({error}). The episodes beside it are whole; restore it from a copy or a shard."
             ) from error
+
+    @classmethod
+    def _from_json(cls, content: Mapping[str, Any]) -> Manifest:
+        found = cls(
+            content["identity"],
+            Plan.from_json(content["plan"]),
+            content["for_claims"],
+            tuple(content["extended"]),
+            tuple(content["conditions"]),
+        )
+        if found.run != content["run"]:
+            raise ValueError("its settings were changed")
         return found
 
     def continued(self, asked: Manifest, folder: Path) -> Manifest:

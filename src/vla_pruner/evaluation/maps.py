@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation.episode import generator_devices
 from vla_pruner.evaluation.traces import Trace, by_camera
 from vla_pruner.families import family_of
@@ -25,17 +25,17 @@ def with_score_maps(policy: Any, trace: Trace) -> Trace:
     actions nor its milliseconds change. The policy begins a new episode afterwards.
 
     Returns:
-        the trace as it was for a policy that sees nothing or that nothing can be attached to.
+        the trace as it was for a policy that sees nothing or that `VLAPruner` cannot be attached to.
     """
     if not trace.images or not len(trace):
         return trace
     try:
-        method = VLAPruner(keep=1.0, layer=min(LAYER, family_of(policy).depth - 1))
-    except UnsupportedModelError:
+        attached = VLAPruner(keep=1.0, layer=min(LAYER, family_of(policy).depth - 1)).attach(policy)
+    except VLAPrunerError:
         return trace
     scores: dict[str, list[np.ndarray]] = {"semantic": [], "action": []}
     counts: tuple[int, ...] = ()
-    with torch.random.fork_rng(generator_devices(policy)), method.attach(policy) as session:
+    with torch.random.fork_rng(generator_devices(policy)), attached as session:
         policy.reset()
         for step in range(len(trace)):
             torch.manual_seed(int(trace.noise_seeds[step]))

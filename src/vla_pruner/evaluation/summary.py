@@ -170,9 +170,13 @@ def summarize(run: Run) -> Summary:
     }
     units = set(plan.units())
     arms = run.manifest.identity["arms"]
+    records: dict[str, list[Record]] = {arm["key"]: [] for arm in arms}
+    for (unit, key), record in run.records.items():
+        if unit in units and key in records:
+            records[key].append(record)
     outcomes = {}
     for arm in arms:
-        mine = [record for (unit, key), record in run.records.items() if key == arm["key"] and unit in units]
+        mine = records[arm["key"]]
         done = {record.unit: record for record in mine if not record.crashed}
         outcomes[arm["key"]] = _Outcomes(done, len(mine) - len(done), longest)
     margin = run.manifest.identity["margin"]

@@ -10,10 +10,14 @@ from rich.console import Console
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.report.evaluation import render
 from vla_pruner.report.results import read_results
+from vla_pruner.report.traced import look
 from vla_pruner.report.verdicts import headline
 from vla_pruner.wording import counted
 
 REPORT = "report.html"
+
+_NAMED = 3
+"""Damaged traces that the terminal names; the report names all."""
 
 
 def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console: Console) -> int:
@@ -37,7 +41,8 @@ def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console:
     if out is not None and not target.parent.is_dir():
         raise EvaluationError(f"--out is {target}, but there is no folder {target.parent}; make it first.")
     results = read_results(folder)
-    page = render(results, episodes).encode()
+    traced = look(results, episodes)
+    page = render(results, traced).encode()
     try:
         target.write_bytes(page)
     except OSError as error:
@@ -45,6 +50,10 @@ def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console:
             f"--out is {target}, which cannot be written ({error.strerror}); give another file."
         ) from error
     console.print(headline(results))
+    for sentence in traced.damaged[:_NAMED]:
+        console.print(f"Left out: {sentence}", soft_wrap=True)
+    if len(traced.damaged) > _NAMED:
+        console.print(f"Left out: {len(traced.damaged) - _NAMED} more damaged traces, which the report names.")
     arms = counted(len(results.summary.arms), "arm")
     console.print(
         f"Report: {target.resolve()} ({arms}, {_size(len(page))}, nothing is loaded from elsewhere)", soft_wrap=True

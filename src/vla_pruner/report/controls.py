@@ -41,6 +41,8 @@ def controls(results: Results) -> Markup:
 
 def _random_card(results: Results) -> Markup:
     compared = [arm.against_random for arm in results.methods if arm.against_random and arm.against_random.pairs]
+    if not compared and results.random_of:
+        return _card("Random choice", _NONE, "No pair with tokens drawn at random is finished yet.")
     if not compared:
         return _card("Random choice", _NONE, "Not run: --controls random draws as many tokens: is choosing worth it?")
     beats = sum(one.low > 0 for one in compared)
@@ -51,6 +53,9 @@ def _random_card(results: Results) -> Markup:
         said.append(f"in {rest} neither is shown")
     if loses:
         said.append(f"in {loses} drawing did better")
+    unpaired = len(results.random_of) - len(compared)
+    if unpaired:
+        said.append(f"{counted(unpaired, 'more arm')} without a finished pair")
     return _card(
         "Random choice", f"{beats} of {len(compared)}", "; ".join(said) + " (95 % intervals of pairs, each as one)."
     )

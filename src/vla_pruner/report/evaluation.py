@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
@@ -14,7 +13,7 @@ from vla_pruner.report.results import Results
 from vla_pruner.report.svg import Markup, element, join
 from vla_pruner.report.tables import arms_table, suites_table
 from vla_pruner.report.tasks import task_forests
-from vla_pruner.report.traced import look
+from vla_pruner.report.traced import Traced
 from vla_pruner.report.verdicts import UNFOLDED, banners, headline, overview, question, tiles
 
 _OFFLINE = "Nothing is loaded from elsewhere."
@@ -22,17 +21,12 @@ _FILTERED = 20
 """Arms from which the table can be filtered."""
 
 
-def render(results: Results, episodes: Sequence[str] = ()) -> str:
+def render(results: Results, traced: Traced) -> str:
     """The page as text.
 
     Args:
-        episodes: those that the player shows, see `choose_films`; empty: a few that tell something.
-
-    Raises:
-        EvaluationError: none of the traced episodes is what was asked for.
-        ImagesUnavailable: there are traces, and Pillow is not installed.
+        traced: of `look`.
     """
-    traced = look(results, episodes)
     sections = [
         ("arms", "All arms", _table(results)),
         (

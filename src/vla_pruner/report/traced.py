@@ -23,18 +23,20 @@ class Traced:
     Attributes:
         player, overlap: of the page; where nothing was traced the first says how to get traces, and the other is empty.
         films: the player's data, plain JSON values.
+        damaged: a sentence on each trace that cannot be read; they are left out.
     """
 
     player: Markup
     overlap: Markup
     films: list[dict[str, Any]]
+    damaged: tuple[str, ...] = ()
 
 
-def look(results: Results, asked: Sequence[str]) -> Traced:
+def look(results: Results, asked: Sequence[str] = ()) -> Traced:
     """Reads an evaluation's traces.
 
     Args:
-        asked: episodes by name, see `choose_films`.
+        asked: episodes that the player shows, see `choose_films`; empty: a few that tell something.
 
     Raises:
         EvaluationError: none of the traced episodes is what was asked for.
@@ -58,7 +60,8 @@ def look(results: Results, asked: Sequence[str]) -> Traced:
         "attends to, the action score what the action tokens attend to; a method knows the action scores of earlier "
         "steps only."
     )
-    warnings = [element("p", text, class_="banner") for text in dict.fromkeys(damaged)]
+    told = tuple(dict.fromkeys(damaged))
+    warnings = [element("p", text, class_="banner") for text in told]
     player = join(
         [element("p", text, class_="soft"), *warnings, Markup(source("player.html")), _note(played.note)], "\n"
     )
@@ -69,7 +72,8 @@ def look(results: Results, asked: Sequence[str]) -> Traced:
         "step before, the last steps tell where the next one will look."
     )
     found = figure(unpruned)
-    return Traced(player, join([element("p", explained, class_="soft"), found]) if found.text else found, played.data)
+    overlap = join([element("p", explained, class_="soft"), found]) if found.text else found
+    return Traced(player, overlap, played.data, told)
 
 
 def _read(path: Any, damaged: list[str]) -> list[Trace]:

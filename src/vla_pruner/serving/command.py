@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import sys
@@ -110,6 +111,7 @@ def run_serve(options: argparse.Namespace) -> int:
         VLAPrunerError: the flags do not go together, or the extra "serve" is not installed.
     """
     _check_installed()
+    from vla_pruner.serving.doors import check_address, tls_context
     from vla_pruner.serving.server import PolicyServer
     from vla_pruner.serving.settings import ServerSettings
 
@@ -133,6 +135,8 @@ def run_serve(options: argparse.Namespace) -> int:
         name=options.policy,
     )
     method = _method(options)
+    tls_context(settings)
+    asyncio.run(check_address(settings))  # refused now, and not after the policy is loaded
     policy = _policy(options)
     server = PolicyServer(policy, method, settings)
     stop = threading.Event()

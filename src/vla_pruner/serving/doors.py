@@ -1,7 +1,10 @@
-"""Who may come in: health and metrics for anybody who may ask, websockets for robots with the key."""
+"""Where the server listens and who may come in: health and metrics for who may ask, websockets for robots with the
+key.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ssl
 from collections.abc import Callable
@@ -92,7 +95,30 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
         context.load_cert_chain(settings.tls_cert, settings.tls_key)
     except (OSError, ValueError) as error:
         raise ServingError(
-            f"The certificate {settings.tls_cert} and the key {settings.tls_key} cannot be used ({error}); give PEM "
-            "files that belong together, the key without a password."
+            f"--tls-cert is {settings.tls_cert} and --tls-key is {settings.tls_key}, which cannot be used ({error}); "
+            "give PEM files that belong together, the key without a password."
         ) from error
     return context
+
+
+async def check_address(settings: ServerSettings) -> None:
+    """Binds host and port and lets them go. Nothing listens, so nobody can connect.
+
+    Raises:
+        ServingError: another program has the port, or the host is none of this machine.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        bound = await loop.create_server(asyncio.Protocol, settings.host, settings.port, start_serving=False)
+    except (OSError, UnicodeError) as error:
+        raise unbound(settings, error) from error
+    bound.close()
+
+
+def unbound(settings: ServerSettings, error: Exception) -> ServingError:
+    """The error of an address that cannot be listened on."""
+    why = getattr(error, "strerror", None) or error
+    return ServingError(
+        f"--host {settings.host!r} with --port {settings.port} cannot be listened on ({why}); choose another port, or "
+        "0 for a free one, and an address of this machine."
+    )

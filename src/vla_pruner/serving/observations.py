@@ -196,12 +196,12 @@ def reader_of(
         SuiteError: how the policy's family sees LIBERO is not known.
     """
     if layout not in LAYOUTS:
-        raise ServingError(f"observations is {layout!r}; it is one of {', '.join(LAYOUTS)}.")
+        raise ServingError(f"--observations is {layout!r}; it is one of {', '.join(LAYOUTS)}.")
     declared, given = LAYOUTS[layout], dict(camera_keys or {})
     strange = [camera for camera in given if camera not in policy.cameras]
     if strange:
         raise ServingError(
-            f"A key was given for the camera {strange[0]!r}; the policy's cameras are "
+            f"--camera-key names the camera {strange[0]!r}; the policy's cameras are "
             f"{', '.join(map(repr, policy.cameras))}."
         )
     known = {camera: f"observation/{camera}" for camera in policy.cameras} if layout == BY_CAMERA else declared.images

@@ -18,7 +18,7 @@ from vla_pruner.errors import ObservationError
 from vla_pruner.methods import Method
 from vla_pruner.policies.base import Policy
 from vla_pruner.serving.batching import Batcher
-from vla_pruner.serving.doors import Doors, tls_context
+from vla_pruner.serving.doors import Doors, check_address, tls_context, unbound
 from vla_pruner.serving.engine import Answer, Engine, Job, Robot
 from vla_pruner.serving.errors import Overloaded, ServingError
 from vla_pruner.serving.metrics import Metrics
@@ -145,6 +145,7 @@ class PolicyServer:
 
     async def _main(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        await check_address(self.settings)  # refused now, and not after minutes of warming up
         with ThreadPoolExecutor(1, thread_name_prefix="vla-pruner-policy") as worker:
             await self._loop.run_in_executor(worker, self._engine.open)
             try:
@@ -177,10 +178,7 @@ class PolicyServer:
             )
         except OSError as error:
             await self._batcher.close()
-            raise ServingError(
-                f"{settings.host} port {settings.port} cannot be listened on ({error.strerror or error}); choose "
-                "another with --port, or 0 for a free one."
-            ) from error
+            raise unbound(settings, error) from error
         self._port = next(iter(server.sockets)).getsockname()[1]
         self._doors.open = True
         self._ready.set()

@@ -15,7 +15,7 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The flags of `vla-pruner serve` that are not about the policy.
+    """The flags of `vla-pruner serve` that are not about the policy. Errors name the flags, in the flags' units.
 
     Attributes:
         host: address that is listened on.
@@ -60,21 +60,30 @@ class ServerSettings:
     metadata: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_robots", "max_waiting", "max_message", "max_batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ServingError(f"{name} is {value!r}; it is a whole number of 1 or more.")
-        for name in ("ping_interval", "ping_timeout", "grace"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ServingError(f"{name} is {getattr(self, name)!r}; it is a number of seconds above 0.")
+        for name in ("max_robots", "max_waiting", "max_batch"):
+            if not _is_count(getattr(self, name)):
+                raise ServingError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it is a whole number of 1 or more."
+                )
+        if not _is_count(self.max_message):
+            whole = isinstance(self.max_message, int)
+            found = f"{self.max_message / MEBIBYTE:g} MiB" if whole else f"{self.max_message!r} bytes"
+            raise ServingError(f"--max-message is {found}; it is a whole number of 1 or more.")
+        for name, value in {
+            "--grace": self.grace,
+            "ping_interval": self.ping_interval,
+            "ping_timeout": self.ping_timeout,
+        }.items():
+            if not (value > 0 and math.isfinite(value)):
+                raise ServingError(f"{name} is {value!r}; it is a number of seconds above 0.")
         if not 0 <= self.batch_window <= 1:
-            raise ServingError(f"batch_window is {self.batch_window!r}; it is 0 to 1 seconds, such as 0.002.")
+            raise ServingError(f"--batch-window is {1e3 * self.batch_window:g} ms; it is 0 to 1000 ms, such as 2.")
         if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port < 2**16:
-            raise ServingError(f"port is {self.port!r}; it is a number from 0 (a free one) to 65535.")
+            raise ServingError(f"--port is {self.port!r}; it is a number from 0 (a free one) to 65535.")
         if not 0 <= self.seed < 2**32:
-            raise ServingError(f"seed is {self.seed!r}; it is 0 or more, and below 2**32.")
+            raise ServingError(f"--seed is {self.seed!r}; it is 0 or more, and below 2**32.")
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ServingError("A certificate and its key go together: give both tls_cert and tls_key, or none.")
+            raise ServingError("A certificate and its key go together: give both --tls-cert and --tls-key, or none.")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or " " in self.api_key):
             raise ServingError("The API key is empty, or has blanks or characters beyond ASCII; choose another.")
 
@@ -91,6 +100,10 @@ class ServerSettings:
         if not self.compile:
             return tuple(range(self.max_batch, 0, -1))
         return tuple(2**power for power in reversed(range(self.max_batch.bit_length())))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_loopback(host: str) -> bool:
