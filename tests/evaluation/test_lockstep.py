@@ -100,6 +100,16 @@ def test_a_simulator_that_crashes_ends_its_own_episode(tmp_path: Path) -> None:
     assert done == by_key(tmp_path / "well")
 
 
+def test_environments_that_cannot_be_made_are_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(suite: FakeSuite, task: int) -> Any:
+        raise RuntimeError("no rendering context")
+
+    monkeypatch.setattr(FakeSuite, "make", broken)
+    code, said = run(asked(tmp_path, 2, episodes=1, methods=("fastv",), pruned=("drop",), controls=()))
+    assert code == 1
+    assert said.count("RuntimeError: no rendering context") == 4
+
+
 class Unsteady(ToyFlow):
     """Acts for several: draws, or fails at its second pass."""
 

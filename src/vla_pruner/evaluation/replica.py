@@ -141,6 +141,8 @@ class Replica:
                 raise
             except Exception as crash:
                 yield lost(unit, arm.key, run, attempt, describe(crash)), None
+        if not ready:
+            return
         policy, convention = self._policy(suite), self._conventions[suite]
         common: Any = {"run": run, "max_steps": self.recipe.max_steps, "versions": versions}
         tracer = None
@@ -151,7 +153,7 @@ class Replica:
                 run_episode(policy, environment, convention, arm, unit, attempt=attempt, tracer=tracer, **common)
             ]
         else:
-            units, attempts, environments = zip(*ready, strict=True) if ready else ((), (), ())
+            units, attempts, environments = zip(*ready, strict=True)
             records = run_together(policy, environments, convention, arm, units, attempts=attempts, **common)
         for record, (_, _, environment) in zip(records, ready, strict=True):
             if record.crashed:  # what crashed may be in any state
