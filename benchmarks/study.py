@@ -49,19 +49,9 @@ _METHODS = (
     f"max-min-diversity{_WAIT}:metric=euclidean",
 )
 _OPTIONS = (
-    *(
-        f"vla-pruner:{option}"
-        for option in (
-            "unseen=carry",
-            "semantic_queries=text",
-            "window=1",
-            "window=5",
-            "warmup=semantic",
-            "refresh_every=4",
-        )
-    ),
-    *(f"action-and-diversity{_WAIT}:share={share}" for share in (0.25, 0.75)),
-    *(f"{name}:layer={layer}" for layer in (1, 2, 5) for name in ("vla-pruner", f"action-and-diversity{_WAIT}")),
+    *(f"vla-pruner:{option}" for option in ("unseen=carry", "semantic_queries=text", "window=1")),
+    *(f"vla-pruner:layer={layer}" for layer in (1, 2, 5)),
+    *(f"action-and-diversity{_WAIT}:layer={layer}" for layer in (1, 5)),
 )
 _COMMON = ("--policy", "reference", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
 PHASES: dict[str, tuple[str, ...]] = {
