@@ -13,7 +13,7 @@ WORKERS ?= -n 2
 PY := $(VENV)/bin/python
 GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
 BROWSER_PACKAGES := chromium chromium-driver fonts-dejavu-core
-# tests/methods and tests/preprocessing know nothing of transformers, and all else is pinned to the same versions.
+# tests/methods and tests/preprocessing know nothing of transformers, and what they use is pinned to the same versions.
 OLDEST_TESTS := $(wildcard tests/attach tests/families tests/openvla tests/policies tests/audit)
 
 # MuJoCo 3.3.0 has wheels for Python 3.11 to 3.13; `make PYTHON=/path/to/python` chooses another interpreter.

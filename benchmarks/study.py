@@ -93,7 +93,8 @@ def publish(phase: str, out: Path) -> int:
         info = json.loads((merged / "eval_info.json").read_text())
         kept = {name: info[name] for name in ("run", "conditions", "summary", "verdict", "errors")}
         (target / "summary.json").write_text(json.dumps(kept, indent=1) + "\n")
-        cli.main(["report", str(merged), "--out", str(target / "report.html")])
+        if reported := cli.main(["report", str(merged), "--out", str(target / "report.html")]):
+            return reported
         # Without a time stamp, the same records give the same file.
         with open(target / f"{RECORDS}.gz", "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
             packed.write((merged / RECORDS).read_bytes())
@@ -120,12 +121,9 @@ def table(summary: dict[str, Any]) -> str:
     columns = [(fate, keep) for fate in ("drop", "freeze") for keep in ("0.5", "0.25", "0.125")]
     rows: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for title, arm in by_title.items():
-        words = title.split(" ")
-        if arm["kind"] not in ("method", "random") or len(words) < 3:
-            continue
-        name, keep, fate, *rest = words
-        options = [word for word in rest if "=" in word and not word.startswith(("K=", "warmup_steps="))]
-        rows.setdefault(" ".join([name, *options]), {})[fate, keep] = arm
+        if arm["kind"] in ("method", "random"):
+            name, keep, fate = named(title)
+            rows.setdefault(name, {})[fate, keep] = arm
     lines = ["| method | " + " | ".join(f"{fate} {keep}" for fate, keep in columns) + " |", "|---|" + "---|" * 6]
 
     def loss(name: str) -> float:
@@ -135,6 +133,15 @@ def table(summary: dict[str, Any]) -> str:
         cells = [_cell(rows[name][column]) if column in rows[name] else "-" for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def named(title: str) -> tuple[str, str, str]:
+    """Method with its options, keep and fate of an arm's title; the steps that all methods wait are no option here."""
+    name, keep, fate, layer, *rest = title.split(" ")
+    options = [
+        word for word in (layer, *rest) if "=" in word and not word.startswith("warmup_steps=") and word != "K=3"
+    ]
+    return " ".join([name, *options]), keep, fate
 
 
 def _cell(arm: dict[str, Any]) -> str:

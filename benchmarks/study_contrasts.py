@@ -3,7 +3,9 @@
     python -m benchmarks.study_contrasts        reads results/study/grid, writes contrasts.json and contrasts.md there
 
 An episode's figure is the mean over the settings (keep and fate) that both sides have; their differences are averaged
-over the episodes, with Student's interval within tasks. The intervals hold together, by Bonferroni.
+over the episodes, with Student's interval within tasks. All intervals that are shown hold together, by Bonferroni. Two
+episodes that nobody ran, in one of which either side solves one setting more, widen each: where hardly an episode tells
+the sides apart, what was seen says little of how many would.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study import RESULTS
+from benchmarks.study import RESULTS, named
 from vla_pruner.statistics import MeanDifference, paired_mean_difference
 
 LEVEL = 0.05
+KEEPS = ("", "0.5 ", "0.25 ", "0.125 ")
 
 Unit = tuple[str, int]
 """Task and initial state."""
@@ -60,23 +63,16 @@ CONTRASTS = (
 def outcomes(folder: Path) -> dict[str, dict[str, dict[Unit, bool]]]:
     """Which episodes each method solved, of a published phase; crashed ones are left out."""
     arms = json.loads((folder / "summary.json").read_text())["summary"]["arms"]
-    named = {arm["key"]: _named(arm["title"]) for arm in arms if arm["kind"] in ("method", "random")}
+    of_arm = {arm["key"]: named(arm["title"]) for arm in arms if arm["kind"] in ("method", "random")}
     found: dict[str, dict[str, dict[Unit, bool]]] = {}
     with gzip.open(folder / "episodes.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)
-            if record["arm"] in named and record["success"] is not None:
-                method, setting = named[record["arm"]]
+            if record["arm"] in of_arm and record["success"] is not None:
+                method, keep, fate = of_arm[record["arm"]]
                 episode = record["task"], record["initial_state"]
-                found.setdefault(method, {}).setdefault(setting, {})[episode] = record["success"]
+                found.setdefault(method, {}).setdefault(f"{keep} {fate}", {})[episode] = record["success"]
     return found
-
-
-def _named(title: str) -> tuple[str, str]:
-    """Method and setting of an arm's title; what all methods wait is no part of its name."""
-    name, keep, fate, *rest = title.split(" ")
-    options = [word for word in rest if "=" in word and not word.startswith(("K=", "warmup_steps="))]
-    return " ".join([name, *options]), f"{keep} {fate}"
 
 
 def difference(one: Contrast, found: Outcomes, confidence: float, keep: str = "") -> MeanDifference | None:
@@ -95,7 +91,13 @@ def difference(one: Contrast, found: Outcomes, confidence: float, keep: str = ""
     episodes = set.intersection(*(set(side[setting]) for side in sides for setting in settings))
     ordered = sorted(episodes)
     arm, base = ([fmean(side[setting][episode] for setting in settings) for episode in ordered] for side in sides)
-    return paired_mean_difference(base, arm, [task for task, _ in ordered], confidence)
+    tasks: list[Any] = [task for task, _ in ordered]
+    seen = paired_mean_difference(base, arm, tasks, confidence)
+    least = 1 / len(settings)
+    wide = paired_mean_difference([*base, 0.0, least], [*arm, least, 0.0], [*tasks, None, None], confidence)
+    if seen is None or wide is None:
+        return None
+    return MeanDifference(seen.value, wide.low, wide.high, seen.pairs)
 
 
 def _of_fate(found: Outcomes, fate: str) -> dict[str, Mapping[Unit, bool]]:
@@ -103,6 +105,7 @@ def _of_fate(found: Outcomes, fate: str) -> dict[str, Mapping[Unit, bool]]:
     return {
         f"{setting.removesuffix(f' {fate}')} {method}": episodes
         for method, settings in found.items()
+        if method != "random"
         for setting, episodes in settings.items()
         if setting.endswith(f" {fate}")
     }
@@ -127,10 +130,10 @@ def main() -> None:
     """Computes, writes and prints."""
     folder = RESULTS / "grid"
     found, rows = outcomes(folder), []
-    confidence = 1 - LEVEL / len(CONTRASTS)
+    confidence = 1 - LEVEL / (len(CONTRASTS) * len(KEEPS))
     for one in CONTRASTS:
-        values = {keep or "all": difference(one, found, confidence, keep) for keep in ("", "0.5 ", "0.25 ", "0.125 ")}
-        cells = {name.strip(): None if value is None else asdict(value) for name, value in values.items()}
+        values = {keep.strip() or "all": difference(one, found, confidence, keep) for keep in KEEPS}
+        cells = {name: None if value is None else asdict(value) for name, value in values.items()}
         rows.append({**asdict(one), **cells})
     (folder / "contrasts.json").write_text(json.dumps({"confidence": confidence, "contrasts": rows}, indent=1) + "\n")
     (folder / "contrasts.md").write_text(table(rows))

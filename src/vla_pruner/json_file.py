@@ -33,7 +33,7 @@ def read_format(path: Path, format: str, make: Callable[[dict[str, Any]], _Found
         return make(content)
     except KeyError as error:
         raise ValueError(f"{error} is missing") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(str(error)) from error
 
 

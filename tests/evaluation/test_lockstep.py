@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests.evaluation import fakes
 from tests.evaluation.fakes import FakeSuite, ToyFlow
 from tests.evaluation.test_run import facts, run, settings
 from vla_pruner import FastV, RandomKeep, TextQuery, VLACache, VLAPruner
-from vla_pruner.evaluation import EvaluationError, read_records
+from vla_pruner.evaluation import EvaluationError, read_records, replica
 from vla_pruner.evaluation.arms import Arm
+from vla_pruner.evaluation.episode import Course
 from vla_pruner.evaluation.lockstep import run_together, shares
 from vla_pruner.evaluation.records import EPISODES
 from vla_pruner.evaluation.units import Unit
+from vla_pruner.methods import Memory
 from vla_pruner.models.reference import ReferencePolicy
 
 METHODS = ("vla-pruner:window=1", "vla-pruner:window=1:refresh_every=2", "fastv", "random")
@@ -25,7 +28,10 @@ METHODS = ("vla-pruner:window=1", "vla-pruner:window=1:refresh_every=2", "fastv"
 
 def by_key(folder: Path) -> dict[Any, dict[str, Any]]:
     """What happened in each episode, whatever the order."""
-    return {(one["arm"], one["unit"]["task_id"], one["unit"]["initial_state"]): one for one in facts(folder)}
+    return {
+        (one["arm"], one["unit"]["suite"], one["unit"]["task_id"], one["unit"]["initial_state"]): one
+        for one in facts(folder)
+    }
 
 
 def asked(out: Path, batch: int, **changes: Any) -> Any:
@@ -58,12 +64,79 @@ def test_the_records_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest
     assert by_key(tmp_path / "beside") == by_key(tmp_path / "alone")
 
 
-def test_no_latency_is_told_of_a_shared_pass(tmp_path: Path) -> None:
-    run(asked(tmp_path, 3, controls=()))
+class Remembered:
+    """What each robot kept and remembers after each of its control steps, by what it was shown there."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.found: dict[bytes, tuple[Any, ...]] = {}
+        self._shown: list[bytes] = []
+        note, act, act_batch = Course.note, ReferencePolicy.act, ReferencePolicy.act_batch
+
+        def keep(images: Sequence[Any], texts: Sequence[str]) -> None:
+            self._shown = [image["image"].tobytes() + text.encode() for image, text in zip(images, texts, strict=True)]
+
+        def alone(policy: Any, images: Any, text: str, *others: Any) -> np.ndarray:
+            keep([images], [text])
+            return act(policy, images, text, *others)
+
+        def beside(policy: Any, images: Any, texts: Any, *others: Any) -> np.ndarray:
+            keep(images, texts)
+            return act_batch(policy, images, texts, *others)
+
+        def noted(course: Course, session: Any, latency: float | None) -> None:
+            note(course, session, latency)
+            if session is None:
+                return
+            for row, shown in enumerate(self._shown):
+                memory = session.memory.take([row]).state_dict()
+                kept = None if session.kept is None else session.kept[row].tolist()
+                self.found[shown] = kept, *(memory[name].numpy().round(5).tolist() for name in ("action", "steps"))
+
+        patch.setattr(ReferencePolicy, "act", alone)
+        patch.setattr(ReferencePolicy, "act_batch", beside)
+        patch.setattr(Course, "note", noted)
+
+
+@pytest.mark.parametrize("method", ["vla-pruner:window=1", "action-only:window=2"])
+def test_each_robot_keeps_and_remembers_what_it_would_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    # Prompts of other lengths; episodes end after one, two and three control steps, and those of state 1 crash.
+    monkeypatch.setattr(fakes, "TASKS", (("reach", "reach"), ("push", "push the puck the puck")))
+    crash = tmp_path / "crash"
+    crash.touch()
+    options = {"methods": (method,), "pruned": ("drop",), "controls": (), "episodes": 5, "max_steps": 6}
+    seen = {}
+    for batch in (1, 10):
+        with monkeypatch.context() as patch:
+            seen[batch] = Remembered(patch)
+            run(asked(tmp_path / str(batch), batch, **options, suite_options={"crash": crash}))
+    alone, beside = seen[1].found, seen[10].found
+    assert len(alone) > 20
+    assert sum(kept is not None for kept, *_ in alone.values()) > 3
+    assert beside == alone
+    lengths = {record.control_steps for record in read_records(tmp_path / "10" / EPISODES)}
+    assert len(lengths) > 1
+
+
+def test_no_latency_is_told_where_passes_are_shared(tmp_path: Path) -> None:
+    run(asked(tmp_path, 5, controls=()))
     for record in read_records(tmp_path / EPISODES):
-        alone = record.arm.startswith("random")
-        assert len(record.latency_ms) == (record.control_steps if alone else 0)
-        assert (record.latency_p50_ms is None) == (not alone)
+        assert (record.latency_ms, record.latency_p50_ms) == ([], None), "also of the sixth, and of random's, alone"
+        assert record.seconds > 0.0
+
+
+def test_a_session_that_fails_is_a_crash_of_all_that_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(memory: Memory, rows: list[int]) -> Memory:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(Memory, "take", broken)
+    code, said = run(asked(tmp_path, 6, methods=("fastv",), pruned=("drop",), controls=()))
+    assert code == 1
+    records = [record for record in read_records(tmp_path / EPISODES) if record.arm.startswith("fastv")]
+    assert {record.crashed for record in records} == {True, False}, "who was done is done"
+    assert all(record.error["message"] == "device lost" for record in records if record.error)
+    assert "device lost" in said
 
 
 def test_a_run_goes_on_with_another_batch(tmp_path: Path) -> None:
@@ -129,7 +202,7 @@ class Unsteady(ToyFlow):
 def together(policy: Any) -> list[Any]:
     suite = FakeSuite()
     units = [Unit("fake", task, name, 2, 0) for task, name in enumerate(("reach", "push"))]
-    return run_together(
+    records = run_together(
         policy,
         [suite.make(0), suite.make(1)],
         suite.convention(policy),
@@ -138,6 +211,7 @@ def together(policy: Any) -> list[Any]:
         run="x",
         attempts=[1, 3],
     )
+    return [record for _, record in sorted(records)]
 
 
 def test_a_policy_that_fails_ends_all_that_shared_the_pass() -> None:
@@ -175,3 +249,11 @@ def test_environments_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run(asked(tmp_path, 12, episodes=9, methods=("fastv",), pruned=("drop",), controls=()))[0] == 0
     assert len(made) == 12, "as many as act at once, and each is used again"
     assert all(environment.closed for environment in made)
+
+
+def test_an_environment_that_acts_is_not_given_up_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "_OPEN", 1)
+    options = {"suites": ("fake", "other"), "methods": ("fastv",), "pruned": ("drop",), "controls": ()}
+    assert run(asked(tmp_path / "beside", 3, **options))[0] == 0, "a closed environment would refuse its reset"
+    run(asked(tmp_path / "alone", 1, **options))
+    assert by_key(tmp_path / "beside") == by_key(tmp_path / "alone")

@@ -43,11 +43,12 @@ def test_the_phases_are_what_the_document_says(phases: dict[str, EvalSettings]) 
 
 
 def test_every_contrast_has_its_arms_in_the_grid(phases: dict[str, EvalSettings]) -> None:
-    from benchmarks.study_contrasts import _named
-
-    named = {_named(arm.title)[0] for arm in phases["grid"].arms() if arm.kind in ("method", "random")}
+    known = {study.named(arm.title)[0] for arm in phases["grid"].arms() if arm.kind in ("method", "random")}
+    assert len(known) == 13
     for one in CONTRASTS:
-        assert {one.arm, one.base} <= named | {"drop", "freeze"}
+        assert {one.arm, one.base} <= known | {"drop", "freeze"}
+    others = {study.named(arm.title)[0] for arm in phases["options"].arms()[1:]}
+    assert {"vla-pruner K=1", "vla-pruner window=1"} <= others
 
 
 def published(folder: Path, solved: dict[str, list[bool | None]]) -> Path:
@@ -118,7 +119,10 @@ def test_differences_are_over_all_budgets_or_one(tmp_path: Path) -> None:
     assert wider.low < every.low
     fates = difference(Contrast("?", "freeze", "drop"), found, 0.95)
     assert fates is not None
-    assert fates.value == pytest.approx(3 / 7)
+    assert fates.value == pytest.approx(3 / 7), "of fastv alone: drawing is no method"
     assert difference(one, found, 0.95, "0.125 ") is None
+    same = difference(Contrast("?", "fastv", "fastv"), found, 0.95)
+    assert same is not None
+    assert same.low < same.value == 0.0 < same.high, "episodes that never differ are no proof that none would"
     row = {"question": "?", "arm": "a", "base": "b", "all": vars(small), "0.5": None, "0.25": None, "0.125": None}
     assert "| ? | a - b | +57.1 (" in table([row])

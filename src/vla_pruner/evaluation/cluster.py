@@ -198,7 +198,8 @@ class Cluster:
                 self._discard(actor)
                 self._begin_worker()
                 if deaths + 1 < TRIES:
-                    waiting.appendleft((work, deaths + 1))
+                    # One by one: which of the units it was is not known, and the others need not die with it.
+                    waiting.extendleft(([one], deaths + 1) for one in reversed(work))
                     continue
                 told = {"type": type(error).__name__, "message": f"{TRIES} workers died on it", "where": "Ray"}
                 kind = "records"

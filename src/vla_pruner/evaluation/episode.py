@@ -29,6 +29,7 @@ class Course:
     Attributes:
         over: no further control step is to be run, be it for a crash.
         control_steps: those that were run.
+        seconds: that the episode has taken, the environment included.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Course:
         self.arm, self.unit = arm, unit
         self.over = False
         self.control_steps = 0
+        self.seconds = 0.0
         self.steps = 0
         self._environment = environment
         self._convention = convention
@@ -49,7 +51,7 @@ class Course:
         self._kept: list[int | None] = []
         self._visual_tokens: int | None = None
         self._error: dict[str, str] | None = None
-        self._started, self._begun, self._seconds = datetime.now(UTC), perf_counter(), 0.0
+        self._started = datetime.now(UTC)
 
     def begin(self) -> None:
         """Reset the environment."""
@@ -68,7 +70,7 @@ class Course:
 
         Args:
             session: what is attached, or None.
-            latency: milliseconds of `act`; None where others shared the pass, whose time is nobody's own.
+            latency: milliseconds of `act`; None: they are not recorded.
         """
         self.control_steps += 1
         if latency is not None:
@@ -88,7 +90,6 @@ class Course:
             self._success = bool(info["success"])
             self.over = terminated or truncated or self._success or self.steps >= self._limit
             if self.over:
-                self._end()
                 break
 
     @contextmanager
@@ -109,10 +110,15 @@ class Course:
         """The episode ends by a crash."""
         self._error = describe(crash)
         self.over = True
-        self._end()
 
-    def _end(self) -> None:
-        self._seconds = perf_counter() - self._begun
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What happens in here takes time of this episode."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += perf_counter() - start
 
     def record(self, run: str, attempt: int, versions: Mapping[str, str | None] | None) -> Record:
         """How it ended."""
@@ -136,7 +142,7 @@ class Course:
             pruned_steps=len(pruned),
             error=error,
             attempt=attempt,
-            seconds=round(self._seconds, 3),
+            seconds=round(self.seconds, 3),
             started=self._started.isoformat(timespec="seconds"),
             worker=socket.gethostname(),
             versions=dict(versions or {}),
@@ -155,6 +161,7 @@ def run_episode(
     max_steps: int | None = None,
     versions: Mapping[str, str | None] | None = None,
     tracer: Tracer | None = None,
+    record_latency: bool = True,
 ) -> Record:
     """Runs one episode to its end; a crash of policy or simulator ends it and is recorded as what it is.
 
@@ -168,18 +175,19 @@ def run_episode(
         run, attempt, versions: for the record.
         max_steps: ends the episode earlier than the suite does.
         tracer: is told of every control step; None: nobody is.
+        record_latency: whether the record says how long each `act` took.
 
     Raises:
         VLAPrunerError, SimulatorUnavailable: it cannot run at all, as it would not the next time.
     """
     course = Course(environment, convention, arm, unit, max_steps)
-    with course.guarded(), torch.random.fork_rng(generator_devices(policy)):
+    with course.guarded(), course.timed(), torch.random.fork_rng(generator_devices(policy)):
         course.begin()
         if not sees_images(policy):
             policy.watch(environment)
         with attached(arm, policy, unit) as session:
             while not course.over:
-                _step(course, policy, convention, session, tracer)
+                _step(course, policy, convention, session, tracer, record_latency)
     return course.record(run, attempt, versions)
 
 
@@ -193,13 +201,21 @@ def attached(arm: Arm, policy: Any, unit: Unit) -> Iterator[Any]:
         yield session
 
 
-def _step(course: Course, policy: Any, convention: Convention, session: Any, tracer: Tracer | None) -> None:
+def _step(
+    course: Course,
+    policy: Any,
+    convention: Convention,
+    session: Any,
+    tracer: Tracer | None,
+    record_latency: bool,
+) -> None:
     images, instruction, proprio = course.see()
     seed = course.unit.noise_seed(course.control_steps, course.arm.noise_stream)
     torch.manual_seed(seed)
     start = perf_counter()
     chunk = policy.act(images, instruction, proprio)
-    course.note(session, 1e3 * (perf_counter() - start))
+    milliseconds = 1e3 * (perf_counter() - start)
+    course.note(session, milliseconds if record_latency else None)
     if tracer is not None:
         tracer.note(images, instruction, proprio, chunk, seed=seed, steps=course.steps, session=session)
     actions = convention.plan(chunk)

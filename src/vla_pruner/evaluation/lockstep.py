@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -55,16 +56,20 @@ def run_together(
     attempts: Sequence[int],
     max_steps: int | None = None,
     versions: Mapping[str, str | None] | None = None,
-) -> list[Record]:
-    """Runs B episodes of an arm to their ends, one record each. Who is done leaves the pass; the others go on.
+) -> Iterator[tuple[int, Record]]:
+    """Runs B episodes of an arm to their ends. Who is done leaves the pass; the others go on.
 
-    A robot's row is computed as if it were alone, up to rounding. Latencies are in no record, since a pass is shared.
-    A crash of a simulator is its episode's own; one of the policy ends all that shared the pass.
+    A robot's row is computed as if it were alone, up to rounding. Latencies are in no record, since a pass is shared,
+    and of its time each has an equal part. A crash of a simulator is its episode's own; one of the policy ends all that
+    shared the pass.
 
     Args:
         environments: one for each unit.
         attempts: of each unit.
         convention, arm, run, max_steps, versions: as of `run_episode`.
+
+    Yields:
+        the place of a unit and its record, as soon as its episode is over.
 
     Raises:
         EvaluationError: the policy draws at random in a pass that several share.
@@ -74,36 +79,48 @@ def run_together(
         Course(environment, convention, arm, unit, max_steps)
         for environment, unit in zip(environments, units, strict=True)
     ]
+    told: set[int] = set()
+
+    def ended() -> Iterator[tuple[int, Record]]:
+        for place, course in enumerate(courses):
+            if course.over and place not in told:
+                told.add(place)
+                yield place, course.record(run, attempts[place], versions)
+
     with torch.random.fork_rng(generator_devices(policy)):
         for course in courses:
-            with course.guarded():
+            with course.guarded(), course.timed():
                 course.begin()
         live = [course for course in courses if not course.over]
-        with attached(arm, policy, units[0]) as session:
-            while live:
-                live = _step(policy, convention, session, live)
-    return [course.record(run, attempt, versions) for course, attempt in zip(courses, attempts, strict=True)]
+        try:
+            with attached(arm, policy, units[0]) as session:
+                while live:
+                    live = _step(policy, convention, session, live)
+                    yield from ended()
+        except (VLAPrunerError, SimulatorUnavailable):
+            raise
+        except Exception as crash:
+            for course in live:
+                if not course.over:
+                    course.crash(crash)
+    yield from ended()
 
 
 def _step(policy: BatchPolicy, convention: Convention, session: Any, live: list[Course]) -> list[Course]:
     """One control step of all; returns those that go on."""
     seen = []
     for course in live:
-        with course.guarded():
+        with course.guarded(), course.timed():
             seen.append(course.see())
     live = _going_on(session, live)
     if not live:
         return []
-    try:
-        chunks = _act(policy, seen)
-    except (VLAPrunerError, SimulatorUnavailable):
-        raise
-    except Exception as crash:
-        for course in live:
-            course.crash(crash)
-        return []
+    start = perf_counter()
+    chunks = _act(policy, seen)
+    passed = perf_counter() - start
     for course, chunk in zip(live, chunks, strict=True):
-        with course.guarded():
+        with course.guarded(), course.timed():
+            course.seconds += passed / len(live)
             course.note(session, None)
             course.carry_out(convention.plan(chunk))
     return _going_on(session, live)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla_pruner.errors import VLAPrunerError
+from vla_pruner.errors import BudgetError, UnsupportedModelError
 from vla_pruner.evaluation.episode import generator_devices
 from vla_pruner.evaluation.traces import Trace, by_camera
 from vla_pruner.families import family_of
@@ -31,7 +31,7 @@ def with_score_maps(policy: Any, trace: Trace) -> Trace:
         return trace
     try:
         attached = VLAPruner(keep=1.0, layer=min(LAYER, family_of(policy).depth - 1)).attach(policy)
-    except VLAPrunerError:
+    except (UnsupportedModelError, BudgetError):
         return trace
     scores: dict[str, list[np.ndarray]] = {"semantic": [], "action": []}
     counts: tuple[int, ...] = ()

@@ -145,19 +145,18 @@ class Replica:
             return
         policy, convention = self._policy(suite), self._conventions[suite]
         common: Any = {"run": run, "max_steps": self.recipe.max_steps, "versions": versions}
+        units, attempts, environments = zip(*ready, strict=True)
         tracer = None
         if len(ready) == 1:
-            ((unit, attempt, environment),) = ready
-            tracer = Tracer(tuple(policy.cameras)) if unit.initial_state in self.recipe.traced else None
-            records = [
-                run_episode(policy, environment, convention, arm, unit, attempt=attempt, tracer=tracer, **common)
-            ]
+            tracer = Tracer(tuple(policy.cameras)) if units[0].initial_state in self.recipe.traced else None
+            # Of an arm whose other episodes shared passes, the milliseconds of a few would pass for its own.
+            common |= {"attempt": attempts[0], "tracer": tracer, "record_latency": self.recipe.batch == 1}
+            records = iter([(0, run_episode(policy, environments[0], convention, arm, units[0], **common))])
         else:
-            units, attempts, environments = zip(*ready, strict=True)
             records = run_together(policy, environments, convention, arm, units, attempts=attempts, **common)
-        for record, (_, _, environment) in zip(records, ready, strict=True):
+        for place, record in records:
             if record.crashed:  # what crashed may be in any state
-                self._close(environment)
+                self._close(environments[place])
             yield record, None if record.crashed else _trace(tracer, record, policy, arm.kind == "baseline")
 
     def _environment(self, unit: Unit, taken: Sequence[Environment]) -> Environment:

@@ -1,4 +1,4 @@
-"""The run: every arm on the same units in turns, each finished episode on the disk before the next one begins."""
+"""The run: every arm on the same units in turns, each finished episode on the disk at once."""
 
 from __future__ import annotations
 
