@@ -53,6 +53,11 @@ _OPTIONS = (
     *(f"vla-pruner:layer={layer}" for layer in (1, 2, 5)),
     *(f"action-and-diversity{_WAIT}:layer={layer}" for layer in (1, 5)),
 )
+_CONFIRMED = tuple(
+    f"{name}:keep={keep}:pruned={fate}"
+    for keep, fate in ((0.25, "drop"), (0.125, "freeze"))
+    for name in ("vla-pruner", f"action-only{_WAIT}")
+)
 _COMMON = ("--policy", "reference", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
@@ -64,6 +69,10 @@ PHASES: dict[str, tuple[str, ...]] = {
         *_COMMON,
         *("--episodes", "50", "--method", ",".join(_OPTIONS)),
         *("--keep", "0.25", "--pruned", "drop", "--layer", "3", "--controls", "none"),
+    ),
+    "confirm": (
+        *_COMMON,
+        *("--first", "50", "--episodes", "150", "--method", ",".join(_CONFIRMED), "--layer", "3", "--controls", "none"),
     ),
 }
 
@@ -77,7 +86,7 @@ def run(phase: str, out: Path, part: str | None) -> int:
 
 def publish(phase: str, out: Path) -> int:
     """Merges the parts of a phase and puts what a reader needs into the repository, the records compressed."""
-    parts = sorted(out.glob(f"{phase}-*"))
+    parts = sorted(folder for folder in out.glob(f"{phase}-*") if folder.is_dir())
     if not parts:
         print(f"{out} has no folder {phase}-...; run it first.", file=sys.stderr)
         return 2
