@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.attach.family import Family
+from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.replacements import Replaced, Replacements
 from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
 
@@ -29,8 +29,8 @@ class Compiled:
     A context manager.
 
     Every kind of call is a program of its own, compiled when it is first made: the prompt by its length, unpruned and
-    pruned; decoding, where only the cache's length varies and stays a variable; an expert's call. On CUDA each is
-    captured as a CUDA graph.
+    pruned; decoding, where only the cache's length varies and stays a variable; an expert's call. Where the family has a
+    method that runs all calls of a control step, that is one program instead. On CUDA each is captured as a CUDA graph.
 
     Args:
         family: of the policy.
@@ -79,9 +79,15 @@ class Compiled:
                 f"{type(self._session.method).__name__} reuses keys and values of the last control step, which a "
                 "static graph would overwrite; run it without compile()."
             )
-        family.put_around(family.decoder, self._decode, self._replaced)
+        if family.acting is not None:
+            self._replaced.put(*family.acting, self._act)
+        else:
+            family.put_around(family.decoder, self._decode, self._replaced)
         for index, reader in enumerate(family.readers):
             family.put_around(reader, partial(self._read, index), self._replaced)
+        if family.seeing is not None:
+            self._replaced.put(*family.seeing, partial(self._see, 0))
+            return
         for index, encoder in enumerate(self._encoders):
             self._replaced.put(encoder, "forward", partial(self._see, index))
 
@@ -106,6 +112,15 @@ class Compiled:
     def begin_step() -> None:
         """A control step begins. Graphs write where their last run wrote: one step is one run of them all."""
         torch.compiler.cudagraph_mark_step_begin()
+
+    def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given, session = _first_tensor(args, kwargs), self._session
+        if session is None:
+            self.begin_step()
+        else:
+            with session.timed():
+                session.open_call(Call(given.shape[1], None, given.shape[0], given.device))
+        return self._run(("step", *given.shape[:2], self._state()), given, original, args, kwargs)
 
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, state = _first_tensor(args, kwargs), self._state()
@@ -215,10 +230,11 @@ def check_not_compiled(model: Any, family: Family) -> None:
                 f"{name or type(model).__name__} is compiled and holds the decoder, so hooks on it would never run; "
                 "attach to the policy before it is compiled."
             )
-    for module in (family.decoder, *family.readers):
-        if isinstance(vars(module).get("forward"), Replaced):
+    calls = [(module, "forward") for module in (family.decoder, *family.readers)]
+    for owner, name in (*calls, *((family.acting,) if family.acting is not None else ())):
+        if isinstance(vars(owner).get(name), Replaced):
             raise UnsupportedModelError(
-                f"{type(module).__name__} is compiled already; take that away first (remove(), or detach())."
+                f"{type(owner).__name__} is compiled already; take that away first (remove(), or detach())."
             )
 
 

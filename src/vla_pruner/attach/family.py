@@ -74,6 +74,11 @@ class Family:
             pixels a visual token covers, or where these tokens move in the prompt or run more than once in a step.
         cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
         compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
+        seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
+            projector in it; compiled whole, in place of the encoders. None where there is no such method.
+        acting: owner and name of a method that is given the prompt's embeddings (B, N, D), all of them real, and runs
+            every call of the decoder in a control step; compiled whole, in place of the decoder's calls. Prompt and
+            decoding are then one graph, as deep as all calls together, so it is for small models. None: call by call.
     """
 
     decoder: Any
@@ -81,6 +86,8 @@ class Family:
     eye: nn.Module | None = None
     cameras: tuple[str, ...] = ("image",)
     compilable: bool = True
+    seeing: tuple[Any, str] | None = None
+    acting: tuple[Any, str] | None = None
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -215,7 +215,7 @@ class Session:
 
     def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
         """`function(*args)`, as a program where the session is compiled; see `Compiled.run`."""
-        if self._compiled is None:
+        if self._compiled is None or torch.compiler.is_compiling():
             return function(*args)
         return self._compiled.run(name, function, given, *args)
 
@@ -228,6 +228,11 @@ class Session:
                 call, or a decode call has more than one position.
         """
         step = self._step
+        if torch.compiler.is_compiling():
+            # The control step is one graph, and was opened before that ran.
+            assert step is not None
+            step.begin_call()
+            return step.prefilling
         if not self._family.opens_step(call):
             if step is not None and self._family.repeats_prompt(call):
                 if step.layout.length != call.length:

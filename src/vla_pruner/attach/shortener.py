@@ -104,8 +104,10 @@ class Shortener:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._memo.clear()
         self._scratch = None
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+        given = kwargs
+        if args:
+            given = self._signature.bind_partial(*args, **kwargs).arguments
+            given = {**given, **given.get("kwargs", {})}
         inputs = given.get("inputs_embeds")
         inputs = given.get("input_ids") if inputs is None else inputs
         assert inputs is not None
@@ -118,7 +120,7 @@ class Shortener:
         if prompt:
             self._check_cache(cache)
             self._remember_cache(cache)
-        elif self._prompt_cache is None or cache is not self._prompt_cache():
+        elif not self._same_cache(cache):
             raise SessionError("A decode call was given another cache than the prompt; steps cannot be interleaved.")
         if self._layer:
             return None
@@ -194,7 +196,13 @@ class Shortener:
         if step.prefilling:
             self._session.see_embeddings(_hidden(args, kwargs))
 
+    def _same_cache(self, cache: Any) -> bool:
+        # Within one graph it can be no other.
+        return torch.compiler.is_compiling() or (self._prompt_cache is not None and cache is self._prompt_cache())
+
     def _remember_cache(self, cache: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._prompt_cache = None if cache is None else weakref.ref(cache)
 
     def _shorten(

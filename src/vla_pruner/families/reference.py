@@ -19,6 +19,7 @@ class Reference(DecoderLM):
         policy: Any = model
         super().__init__(policy.language_model, visual=slice(1, 1 + policy.config.num_visual_tokens))
         self.eye = policy.vision
+        self.seeing, self.acting = (policy, "embed_prompt"), (policy, "decode")
         self._tokens = policy.config.num_visual_tokens
 
     def patches(self, pixels: Tensor) -> Tensor:

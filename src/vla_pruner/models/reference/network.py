@@ -271,10 +271,14 @@ class ReferencePolicy(nn.Module):
 
     def prompt(self, images: Tensor, instructions: Sequence[str], proprio: Tensor) -> Tensor:
         """The prompt's embeddings, (B, config.prompt_length, hidden)."""
+        return self.embed_prompt(images, self.encode_instructions(instructions), proprio)
+
+    def embed_prompt(self, images: Tensor, ids: Tensor, proprio: Tensor) -> Tensor:
+        """`prompt` of instructions that are token ids (B, config.instruction_length) already."""
         visual = self.visual_tokens(images)
         batch = visual.shape[0]
         bos = self.embed(torch.full((batch, 1), BOS, device=self.device))
-        text = self.embed(self.encode_instructions(instructions))
+        text = self.embed(ids)
         body = self.proprio_projector(proprio.to(self.device, self.dtype))[:, None]
         return torch.cat([bos, visual, text, body], dim=1)
 
@@ -306,10 +310,10 @@ class ReferencePolicy(nn.Module):
         for text in instructions:
             check_instruction(text)
         self._check_inputs(frames, instructions, body)
-        actions = self._decode(self.prompt(frames, instructions, body)).float().cpu().numpy()
+        actions = self.decode(self.prompt(frames, instructions, body)).float().cpu().numpy()
         return actions[0] if single else actions
 
-    def _decode(self, prompt: Tensor) -> Tensor:
+    def decode(self, prompt: Tensor) -> Tensor:
         """Prompt embeddings (B, N, hidden) -> greedy actions (B, action_dimensions)."""
         from transformers import DynamicCache
 
