@@ -120,7 +120,14 @@ class Compiled:
         else:
             with session.timed():
                 session.open_call(Call(given.shape[1], None, given.shape[0], given.device))
-        return self._run(("step", *given.shape[:2], self._state()), given, original, args, kwargs)
+
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if session is not None:
+                session.finish()
+            return result
+
+        return self._run(("step", *given.shape[:2], self._state()), given, whole, args, kwargs)
 
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, state = _first_tensor(args, kwargs), self._state()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Shortening, ensure
+from vla_pruner.attach.layout import Layout, Shortening, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
@@ -29,6 +29,7 @@ VISUAL_LAST = (
     "A visual token is in the prompt's last position, which emits the first action token; the prompt must end in text."
 )
 
+Plan = tuple[Layout, Tensor | None, dict[int, tuple[int, ...]]]
 Clock = Callable[[str], AbstractContextManager[Any]]
 
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -56,6 +57,7 @@ class Session:
         self._episode: Tensor | None = None
         self._memory: Memory | None = None
         self._step: Step | None = None
+        self._plan: Plan | None = None
         self.stages = stages_of(method, family)
         self.reuse = Reuse(family) if method.pruned == "reuse" else None
         if self._decoder in _attached:
@@ -191,7 +193,8 @@ class Session:
         if step.running or (step.action is None and "action" in needs) or (step.semantic is None and keeps):
             # A call failed, or nothing acted: no control step came of it.
             return step.memory
-        return step.memory.push(step.action, step.seen, step.semantic if keeps else None, pruned=step.kept is not None)
+        scores = self._scores_after(step) if step.remembered is None else step.remembered
+        return step.memory.advance({name: self._own(score) for name, score in scores.items()}, step.kept is not None)
 
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
@@ -255,10 +258,7 @@ class Session:
                 )
             step.begin_call()
             return False
-        layout = self._family.layout(call)
-        rows = self._family.action_rows(layout)
-        if rows is not None:
-            ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
+        layout, rows, budgets = self._planned(call)
         memory = self.memory
         if memory is None:
             memory = empty_memory(self.method, layout, call.device)
@@ -277,10 +277,7 @@ class Session:
             )
         self._memory = memory = memory.to(call.device)
         # Decided here, on the host, since the layers may run as a graph.
-        prunes, budgets = (
-            self.method.prunes(memory),
-            budgets_of(self.stages, layout.cameras, layout.absent, self._family.camera_tokens),
-        )
+        prunes = self.method.prunes(memory)
         if self.reuse is not None:
             prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         if self._compiled is not None:
@@ -290,6 +287,28 @@ class Session:
         steps = memory.steps.to(layout.valid.device, non_blocking=True)
         self._step = Step(layout, memory, steps, prunes, budgets, rows)
         return True
+
+    def finish(self) -> None:
+        """The last call of a control step that is one graph came back: what its memory will be is part of the graph."""
+        if self._step is not None:
+            self._step.remembered = self._scores_after(self._step)
+
+    def _scores_after(self, step: Step) -> dict[str, Tensor]:
+        semantic = step.semantic if self.method.remembers_semantic else None
+        return step.memory.scores_after(step.action, step.seen, semantic)
+
+    def _planned(self, call: Call) -> Plan:
+        """Where things are in this prefill, which rows act and what the stages keep; the last one's, where a family
+        says that nothing has moved.
+        """
+        layout = self._family.layout(call)
+        if self._plan is None or self._plan[0] is not layout:
+            rows = self._family.action_rows(layout)
+            if rows is not None:
+                ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
+            budgets = budgets_of(self.stages, layout.cameras, layout.absent, self._family.camera_tokens)
+            self._plan = layout, rows, budgets
+        return self._plan
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
         """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
@@ -377,7 +396,7 @@ class Session:
 
     def _own(self, tensor: Tensor) -> Tensor:
         """A tensor that the next control step does not overwrite, as graphs do their results."""
-        return tensor if self._compiled is None else tensor.clone()
+        return tensor if self._compiled is None or tensor.device.type == "cpu" else tensor.clone()
 
     def _remove(self) -> None:
         if self._compiled is not None:

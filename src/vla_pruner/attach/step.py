@@ -39,6 +39,7 @@ class Step:
         prefilling: the prefill is still running.
         running: a call that belongs to the step has begun and not come back; it stays so where one failed.
         call: what the call that is running has read so far.
+        remembered: what the memory's scores are after the step, of a step that is one graph; None: not computed yet.
         closed: its scores are in the memory already, or were discarded with it.
     """
 
@@ -60,6 +61,7 @@ class Step:
     closed: bool = False
     frozen_hidden: Tensor | None = None
     call: CallReads = field(default_factory=CallReads)
+    remembered: dict[str, Tensor] | None = None
     _columns: dict[int, Tensor] = field(default_factory=dict)
     _deferred: DeferredReads = field(default_factory=DeferredReads)
     _rows_read: int = 0

@@ -46,6 +46,7 @@ class DecoderLM(TransformersFamily):
         self._camera_tokens = tuple(span.stop - span.start for span in spans.values())
         self._positions = [p for span in spans.values() for p in range(span.start, span.stop)]
         self._last = max(self._positions)
+        self._unmasked: tuple[tuple[Any, ...], Layout] | None = None
         self._on_device: dict[torch.device, Tensor] = {}
         if len(set(self._positions)) != len(self._positions):
             raise BudgetError(f"visual={visual!r} was given; the cameras' slices must not overlap.")
@@ -63,6 +64,15 @@ class DecoderLM(TransformersFamily):
         return call.length > self._last
 
     def layout(self, call: Call) -> Layout:
+        if call.attention_mask is not None:
+            return self._layout(call)
+        # Where all is real, nothing moves from step to step.
+        key = (call.rows, call.length, call.device, torch.is_inference_mode_enabled())
+        if self._unmasked is None or self._unmasked[0] != key:
+            self._unmasked = key, self._layout(call)
+        return self._unmasked[1]
+
+    def _layout(self, call: Call) -> Layout:
         prompt = call.prompt()
         visual = self._positions_on(call.device).expand(call.rows, -1)
         if self._padding_side == "left":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -102,29 +103,34 @@ class Memory:
             semantic: (B, M) float32 semantic scores of the step, where they are held.
             pruned: whether the step was pruned. How far the arm moves in it is for `moved` to say.
         """
-        motion, steps = self.motion, self.steps + 1
+        return self.advance(self.scores_after(scores, seen, semantic), pruned)
+
+    def advance(self, scores: Mapping[str, Tensor], pruned: bool) -> Memory:
+        """`push` of what `scores_after` gave: the counters are what is left to count."""
+        motion = self.motion
         if motion.shape[1]:
             motion = torch.cat([motion[:, 1:], torch.full_like(motion[:, :1], math.nan)], dim=1)
         streak = self.streak + 1 if pruned else torch.zeros_like(self.streak)
+        return replace(self, **scores, steps=self.steps + 1, motion=motion, streak=streak)
+
+    def scores_after(
+        self, scores: Tensor | None, seen: Tensor | None = None, semantic: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What `push` changes on the device of the scores, by name; arguments as there. It may be part of a graph."""
         if scores is None or not self.window:
-            return replace(self, steps=steps, motion=motion, streak=streak)
+            return {}
         age = torch.zeros_like(self.age[:, -1])
         if seen is not None:
             scores = torch.where(seen, scores, self.action[:, -1])
             age = torch.where(seen, age, self.age[:, -1] + 1)
-        held = self.semantic
+        after = {
+            "action": torch.cat([self.action[:, 1:], scores[:, None]], dim=1),
+            "age": torch.cat([self.age[:, 1:], age[:, None]], dim=1),
+        }
         if self.holds_semantic and semantic is not None:
-            newest = semantic if seen is None else torch.where(seen, semantic, held[:, -1])
-            held = torch.cat([held[:, 1:], newest[:, None]], dim=1)
-        return replace(
-            self,
-            semantic=held,
-            action=torch.cat([self.action[:, 1:], scores[:, None]], dim=1),
-            age=torch.cat([self.age[:, 1:], age[:, None]], dim=1),
-            steps=steps,
-            motion=motion,
-            streak=streak,
-        )
+            newest = semantic if seen is None else torch.where(seen, semantic, self.semantic[:, -1])
+            after["semantic"] = torch.cat([self.semantic[:, 1:], newest[:, None]], dim=1)
+        return after
 
     def moved(self, distance: float | Tensor) -> Memory:
         """The memory in which it is known how far the arms moved in the last control step.
