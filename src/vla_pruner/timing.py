@@ -10,6 +10,7 @@ A policy has `vision`, `projector` and `language_model`; of others it is said wh
 the time inside the first two; a call of the language model with more than one query token is the prefill, one with a
 single query token is decode, and so is all that an expert does after the prompt; pruning is what the session itself
 reports, taken out of the stage it happens in. The rest of the step (preprocessing, embedding, sampling) is `other`.
+Where prompt and decoding are compiled as one graph, both are the prefill: nothing can be timed inside of a graph.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ STAGES = ("vision", "prefill", "pruning", "decode", "other")
 StageOf = Callable[[tuple[Any, ...], dict[str, Any]], str]
 """Which stage a call of a module is, from its arguments."""
 
-Watched = Sequence[tuple[nn.Module, StageOf]]
-"""Modules whose calls are stages."""
+Watched = Sequence[tuple[Any, str, StageOf]]
+"""Owners and names of methods whose calls are stages: `forward` of modules, mostly."""
 
 _PROJECTORS = ("projector", "multi_modal_projector", "connector")
 
@@ -61,10 +62,10 @@ class _Open:
 class StageMeter:
     """Splits what a reading grows by in a control step among its stages, while it is open.
 
-    The watched modules' `forward` is replaced on the instances: some policies call it directly, past every hook.
+    The watched methods are replaced on the instances: some policies call a module's `forward` past every hook.
 
     Args:
-        watched: the modules, and which stage a call of each is.
+        watched: the methods, and which stage a call of each is.
         read: something that only grows: seconds, or FLOPs counted so far.
 
     Attributes:
@@ -75,27 +76,29 @@ class StageMeter:
         self.last: dict[str, float] = {}
         self._watched = watched
         self._read = read
-        self._saved: list[tuple[nn.Module, Any]] = []
+        self._saved: list[tuple[Any, str, Any]] = []
         self._open: list[_Open] = []
         self._found: dict[str, float] = {}
 
     def __enter__(self) -> Any:
-        for module, stage in self._watched:
-            self._saved.append((module, vars(module).get("forward")))
-            module.forward = self._staged(module.forward, stage)
+        for owner, name, stage in self._watched:
+            self._saved.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, self._staged(getattr(owner, name), stage))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module, before in reversed(self._saved):
+        for owner, name, before in reversed(self._saved):
             if before is None:
-                vars(module).pop("forward", None)
+                vars(owner).pop(name, None)
             else:
-                module.forward = before
+                setattr(owner, name, before)
         self._saved.clear()
 
     def _staged(self, original: Callable[..., Any], stage: StageOf) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return original(*args, **kwargs)
             with self.stage(stage(args, kwargs)):
                 return original(*args, **kwargs)
 
@@ -150,7 +153,7 @@ class StageTimer(StageMeter):
         watched = _parts(policy) if watched is None else watched
         self.steps: list[StepTime] = []
         # Work on a GPU is queued; a stage has ended only when the queue is empty.
-        on_gpu = any(parameter.is_cuda for module, _ in watched for parameter in module.parameters())
+        on_gpu = any(parameter.is_cuda for owner, _, _ in watched for parameter in owner.parameters())
         super().__init__(watched, _seconds_on_gpu if on_gpu else perf_counter)
 
     def _ended(self, total: float, stages: dict[str, float]) -> None:
@@ -174,19 +177,24 @@ def always(stage: str) -> StageOf:
 
 
 def watched_of(module: nn.Module, towers: Sequence[nn.Module], family: Any) -> Watched:
-    """Which modules of a policy are which stage, where its family is known.
+    """Which calls of a policy are which stage, where its family is known.
 
     Args:
         module: what holds them all.
         towers: its vision encoders.
         family: of the module.
     """
-    seen = [(part, always("vision")) for part in (*towers, *projectors_of(module))]
+    seen = [(part, "forward", always("vision")) for part in (*towers, *projectors_of(module))]
     both = getattr(family, "both", None)
     if both is not None:  # SmolVLA computes decoder and expert in one module
-        return [*seen, (both, _prefix_or_suffix)]
+        return [*seen, (both, "forward", _prefix_or_suffix)]
+    for method, stage in ((family.seeing, "vision"), (family.acting, "prefill")):
+        # Compiled as a whole it stands on the owner itself, and of what it calls no call is seen.
+        if method is not None and method[1] in vars(method[0]):
+            seen.append((*method, always(stage)))
     owner = head_owner(module, family.decoder) or family.decoder
-    return [*seen, (owner, prefill_or_decode), *((reader, always("decode")) for reader in family.readers)]
+    readers = [(reader, "forward", always("decode")) for reader in family.readers]
+    return [*seen, (owner, "forward", prefill_or_decode), *readers]
 
 
 def projectors_of(module: nn.Module) -> tuple[nn.Module, ...]:
@@ -212,8 +220,8 @@ def _parts(policy: Any) -> Watched:
             f"{type(policy).__name__} has no submodule {', '.join(missing)}. The stage timer supports policies "
             "with `vision`, `projector` and `language_model`; time whole steps of others."
         )
-    seen = [(module, always("vision")) for module in (policy.vision, policy.projector)]
-    return [*seen, (policy.language_model, prefill_or_decode)]
+    seen = [(module, "forward", always("vision")) for module in (policy.vision, policy.projector)]
+    return [*seen, (policy.language_model, "forward", prefill_or_decode)]
 
 
 def _seconds_on_gpu() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,6 +168,24 @@ class Shortening:
         prefix = self.prefix.to(mask.device)[:, None, None, :].expand(*mask.shape[:3], -1)
         # The tail's length is a variable of a compiled decode step, so nothing may be made of it but a slice.
         return pad_columns(torch.cat([mask.gather(3, prefix), mask[..., self.length :]], dim=3), buffer)
+
+
+def restored(output: Any, shortenings: dict[int, Shortening]) -> Any:
+    """A decoder's output with every short sequence of hidden states in it put back to the prompt's length.
+
+    Callers index the output by position, so it keeps its length; nobody reads the rows of tokens that are gone.
+    """
+    if isinstance(output, Tensor):
+        for shortening in shortenings.values():
+            if output.dim() == 3 and output.shape[1] == shortening.kept.shape[1]:
+                return shortening.restore(output)
+        return output
+    if isinstance(output, tuple):
+        return tuple(restored(part, shortenings) for part in output)
+    for name in ("last_hidden_state", "hidden_states"):
+        if getattr(output, name, None) is not None:
+            output[name] = restored(output[name], shortenings)
+    return output
 
 
 def ensure(condition: Tensor, message: str) -> None:

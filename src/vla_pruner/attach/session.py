@@ -14,22 +14,17 @@ from torch import Tensor, nn
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Layout, Shortening, ensure
+from vla_pruner.attach.layout import Shortening
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.reuse import Reuse
-from vla_pruner.attach.stages import budgets_of, stages_of
+from vla_pruner.attach.stages import Planner, stages_of
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
 
-VISUAL_LAST = (
-    "A visual token is in the prompt's last position, which emits the first action token; the prompt must end in text."
-)
-
-Plan = tuple[Layout, Tensor | None, dict[int, tuple[int, ...]]]
 Clock = Callable[[str], AbstractContextManager[Any]]
 
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -57,8 +52,8 @@ class Session:
         self._episode: Tensor | None = None
         self._memory: Memory | None = None
         self._step: Step | None = None
-        self._plan: Plan | None = None
         self.stages = stages_of(method, family)
+        self._planner = Planner(family, self.stages)
         self.reuse = Reuse(family) if method.pruned == "reuse" else None
         if self._decoder in _attached:
             raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
@@ -258,7 +253,7 @@ class Session:
                 )
             step.begin_call()
             return False
-        layout, rows, budgets = self._planned(call)
+        layout, rows, budgets = self._planner.plan(call)
         memory = self.memory
         if memory is None:
             memory = empty_memory(self.method, layout, call.device)
@@ -296,19 +291,6 @@ class Session:
     def _scores_after(self, step: Step) -> dict[str, Tensor]:
         semantic = step.semantic if self.method.remembers_semantic else None
         return step.memory.scores_after(step.action, step.seen, semantic)
-
-    def _planned(self, call: Call) -> Plan:
-        """Where things are in this prefill, which rows act and what the stages keep; the last one's, where a family
-        says that nothing has moved.
-        """
-        layout = self._family.layout(call)
-        if self._plan is None or self._plan[0] is not layout:
-            rows = self._family.action_rows(layout)
-            if rows is not None:
-                ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
-            budgets = budgets_of(self.stages, layout.cameras, layout.absent, self._family.camera_tokens)
-            self._plan = layout, rows, budgets
-        return self._plan
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
         """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.

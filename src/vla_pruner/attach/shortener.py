@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.before import short_prompt, short_token
 from vla_pruner.attach.family import Call, Family
-from vla_pruner.attach.layout import Shortening
+from vla_pruner.attach.layout import Shortening, restored
 from vla_pruner.errors import SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class Shortener:
         step.prefilling = False
         step.frozen_hidden = self._scratch = None
         self._memo.clear()
-        return _restored(output, step.shortenings) if step.shortenings else None
+        return restored(output, step.shortenings) if step.shortenings else None
 
     def _once(self, purpose: str, source: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once per call of the decoder for each source object; layers share most of their
@@ -350,24 +350,6 @@ class Shortener:
 
             self._scratch = DynamicCache()
         return self._scratch
-
-
-def _restored(output: Any, shortenings: dict[int, Shortening]) -> Any:
-    """A decoder's output with every short sequence of hidden states in it put back to the prompt's length.
-
-    Callers index the output by position, so it keeps its length; nobody reads the rows of tokens that are gone.
-    """
-    if isinstance(output, Tensor):
-        for shortening in shortenings.values():
-            if output.dim() == 3 and output.shape[1] == shortening.kept.shape[1]:
-                return shortening.restore(output)
-        return output
-    if isinstance(output, tuple):
-        return tuple(_restored(part, shortenings) for part in output)
-    for name in ("last_hidden_state", "hidden_states"):
-        if getattr(output, name, None) is not None:
-            output[name] = _restored(output[name], shortenings)
-    return output
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -8,9 +8,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vla_pruner.attach.family import Family
+from vla_pruner.attach.family import Call, Family
+from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Method
+
+VISUAL_LAST = (
+    "A visual token is in the prompt's last position, which emits the first action token; the prompt must end in text."
+)
+
+Plan = tuple[Layout, Tensor | None, dict[int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,36 @@ def budgets_of(
             )
         reach, by = after, f"layer {layer} leaves"
     return found
+
+
+class Planner:
+    """Looks at prefills before they run; what cannot have changed since the last one is not worked out again.
+
+    Args:
+        family: whose prefills they are.
+        stages: where the method prunes, by layer.
+    """
+
+    def __init__(self, family: Family, stages: dict[int, Stage]) -> None:
+        self._family = family
+        self._stages = stages
+        self._plan: Plan | None = None
+
+    def plan(self, call: Call) -> Plan:
+        """Where things are in this prefill, which rows (B, R) of it act, and what each stage keeps by its layer.
+
+        Raises:
+            SessionError: a visual token is in a row that acts.
+            BudgetError: see `budgets_of`.
+        """
+        layout = self._family.layout(call)
+        if self._plan is None or self._plan[0] is not layout:
+            rows = self._family.action_rows(layout)
+            if rows is not None:
+                ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
+            budgets = budgets_of(self._stages, layout.cameras, layout.absent, self._family.camera_tokens)
+            self._plan = layout, rows, budgets
+        return self._plan
 
 
 def _check_order(stages: list[Stage], layers: list[int]) -> None:

@@ -174,7 +174,9 @@ def reachable_share(turns: Turns, layer: int, repeats: int = 5) -> float | None:
     return share if 0 < share < 1 else None
 
 
-def reachable_share_by_flops(subject: Subject, layer: int, stages: dict[str, float]) -> float | None:
+def reachable_share_by_flops(
+    subject: Subject, layer: int, stages: dict[str, float], least: dict[str, float] | None = None
+) -> float | None:
     """As `reachable_share`, of a prompt that is one graph, in which no layer can be timed: the layers' part of its
     FLOPs stands for their part of its time.
 
@@ -182,10 +184,13 @@ def reachable_share_by_flops(subject: Subject, layer: int, stages: dict[str, flo
         subject: what runs.
         layer: the first one.
         stages: milliseconds of the untouched model by stage, and "total".
+        least: where decoding is in the prompt's graph, and "prefill" both: the roofline's milliseconds by stage, which
+            stand for the prompt's part of it.
     """
     parts = subject.control_step.flops(None, layer)
     before, after = parts["prompt, layers before"], parts["prompt, layers pruned"]
-    share = stages["prefill"] / stages["total"] * after / (before + after)
+    prompt = 1.0 if least is None else least["prefill"] / (least["prefill"] + least["decode"])
+    share = prompt * stages["prefill"] / stages["total"] * after / (before + after)
     return share if 0 < share < 1 else None
 
 

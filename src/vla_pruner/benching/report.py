@@ -151,6 +151,7 @@ class BenchReport:
         arms: the untouched model first.
         order: which arms had their turn in each round.
         backend: what every arm was compiled with; None: nothing was.
+        one_graph: whether prompt and decoding were compiled as one graph; the stage "prefill" is both then.
         shares: for each pruning layer, the part of an unpruned step that the prompt spends from that layer on. Of
             compiled arms by FLOPs, since inside of a graph nothing can be timed.
         prepare_ms: from images and words to the inputs of a step; not part of any figure. None where the step has it.
@@ -168,6 +169,7 @@ class BenchReport:
     prepare_ms: float | None
     acting: str
     backend: str | None = None
+    one_graph: bool = False
     warnings: tuple[str, ...] = ()
 
     @property
@@ -192,6 +194,7 @@ class BenchReport:
             "peaks": self.peaks.to_json(),
             "acting": self.acting,
             "compile_backend": self.backend,
+            "one_graph": self.one_graph,
             "prepare_ms": self.prepare_ms,
             "reachable_share": {str(layer): share for layer, share in self.shares.items()},
             "flops_tolerance": TOLERANCE,

@@ -79,7 +79,7 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
         stages = time_stages(turns, max(2, rounds // 4))
         memory = {arm.name: peak_memory(turns, arm) for arm in turns.arms}
         compiling = turns.compiling if isinstance(turns, CompiledTurns) else {}
-    shares = _shares(plain, stages[plain.arms[0].name], bool(compiling))
+    shares = _shares(plain, stages[plain.arms[0].name], peaks)
     prepare_ms = preparation(plain)
     tell("counting", 0, 1)
     conditions |= {"busy_cores_after": busy_cores(), "load_average_after": load_average()}
@@ -95,6 +95,7 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
         prepare_ms=prepare_ms,
         acting=subject.acting,
         backend=settings.backend,
+        one_graph=subject.one_graph,
         warnings=tuple(_warnings(conditions, results, rounds)),
     )
 
@@ -114,10 +115,12 @@ def _turns(plain: Turns, backend: str | None, tell: Progress) -> Iterator[Turns]
         yield turns
 
 
-def _shares(plain: Turns, base: dict[str, float], compiled: bool) -> dict[int, float | None]:
+def _shares(plain: Turns, base: dict[str, float], peaks: Peaks) -> dict[int, float | None]:
+    subject = plain.subject
     layers = sorted({arm.layer for arm in plain.arms if arm.method is not None})
-    if compiled:
-        return {layer: reachable_share_by_flops(plain.subject, layer, base) for layer in layers}
+    if subject.settings.backend is not None:
+        least = least_work(subject, None, 0, "drop").milliseconds(peaks) if subject.one_graph else None
+        return {layer: reachable_share_by_flops(subject, layer, base, least) for layer in layers}
     return {layer: reachable_share(plain, layer) for layer in layers}
 
 
@@ -173,7 +176,9 @@ def _results(turns: Turns, measured: Measured, peaks: Peaks) -> tuple[ArmResult,
             memory=measured.memory[name],
             refresh=_refresh(arm, timings, base_name),
             compiling=measured.compiling.get(name),
-            why="" if is_base else why(timed(base_name), timed(name), peaks, subject.acting, passes, compiled),
+            why=""
+            if is_base
+            else why(timed(base_name), timed(name), peaks, subject.acting, passes, compiled, subject.one_graph),
         )
 
     return tuple(result(arm) for arm in turns.arms)

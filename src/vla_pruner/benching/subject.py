@@ -82,6 +82,11 @@ class Subject:
             return "denoise"
         return "decode" if self.feed.decoded else ""
 
+    @property
+    def one_graph(self) -> bool:
+        """Whether it is compiled, and prompt and decoding are then one graph."""
+        return self.settings.backend is not None and self.family.acting is not None
+
     def attach(self, method: Method | None) -> Any:
         """A context manager that gives a session of `method`, or None for the untouched model."""
         return nullcontext(None) if method is None else method.attach(self.policy, **self.feed.attach)

@@ -21,7 +21,7 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
     def stage(title: str, name: str) -> tuple[str, list[str]]:
         return f"  {title}", [f"{arm.stages[name]:.2f}" for arm in arms]
 
-    after = [stage(report.acting, "decode")] if report.acting else []
+    after = [stage(report.acting, "decode")] if report.acting and not report.one_graph else []
     cycles = []
     if any(arm.refresh for arm in arms):
         cycles = [
@@ -46,7 +46,7 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
         *cycles,
         ("ms by stage", ["" for _ in arms]),
         stage("vision", "vision"),
-        stage("prefill", "prefill"),
+        stage(_prefill(report), "prefill"),
         stage("pruning" if report.backend is None else "pruning, outside of graphs", "pruning"),
         *after,
         stage("other", "other"),
@@ -76,7 +76,7 @@ def to_markdown(report: BenchReport) -> str:
     """One row an arm, with a head."""
     titles = (
         "model", "arm", "tokens", "ms p50", "p90", "p99", "speed (95 %)", "at most",
-        f"vision / prefill / pruning / {report.acting or 'decode'} / other, ms",
+        " / ".join(("vision", _prefill(report), "pruning", *_after(report), "other")) + ", ms",
         "GFLOPs", "GB moved", "roofline ms", "reached",
     )  # fmt: skip
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
@@ -84,7 +84,8 @@ def to_markdown(report: BenchReport) -> str:
         figures = arm.milliseconds
         speed = _speed(arm) + ("" if arm.speed is None or arm.speed.low is None else f" ({_interval(arm)})")
         speed += f", {arm.refresh.speed:.2f}x over a cycle" if arm.refresh else ""
-        stages = " / ".join(f"{arm.stages[name]:.2f}" for name in ("vision", "prefill", "pruning", "decode", "other"))
+        shown = ("vision", "prefill", "pruning", *(("decode",) if _after(report) else ()), "other")
+        stages = " / ".join(f"{arm.stages[name]:.2f}" for name in shown)
         cells = (
             report.settings["model"],
             arm.name,
@@ -117,7 +118,7 @@ def notes(report: BenchReport) -> Iterator[str]:
         f"measured. {rounds} of {len(report.arms)} arms, {found['steps_a_turn']} steps each."
     )
     if report.backend is not None:
-        inside = [f'"{stage}"' for stage in ("prefill", report.acting) if stage]
+        inside = [f'"{stage}"' for stage in (_prefill(report), *_after(report) * bool(report.acting))]
         yield (
             f"Every arm is compiled with {report.backend}. What pruning does inside of a graph cannot be timed apart: "
             f'it is part of {" and ".join(inside)}; "pruning" is what a session does around the graphs. FLOPs are '
@@ -134,6 +135,15 @@ def notes(report: BenchReport) -> Iterator[str]:
             )
         if arm.why:
             yield f"{arm.name}: {arm.why}"
+
+
+def _prefill(report: BenchReport) -> str:
+    return f"prefill and {report.acting}" if report.one_graph else "prefill"
+
+
+def _after(report: BenchReport) -> tuple[str, ...]:
+    """Stages after the prompt's, by their titles."""
+    return () if report.one_graph else (report.acting or "decode",)
 
 
 def _flops(arm: ArmResult) -> float:
