@@ -74,6 +74,29 @@ def test_the_report_says_what_was_compiled(quick: None) -> None:
     assert len(to_markdown(report).splitlines()) == 4
 
 
+def test_where_prompt_and_decoding_are_one_graph_they_are_one_stage(quick: None) -> None:
+    report = vp.bench("reference", size="tiny", layer=(1,), batch=2, iters=2, compile="eager")
+    base, arm = report.arms
+    assert base.compiling is not None
+    assert arm.compiling is not None
+    assert base.compiling.graphs == 2  # what makes the prompt, and all that follows
+    assert arm.compiling.graphs == 3  # the second of them unpruned and pruned
+    assert report.to_json()["one_graph"] is True
+    for one in report.arms:
+        assert one.stages["vision"] > 0
+        assert one.stages["prefill"] > 0
+        assert one.stages["decode"] == 0
+        assert one.stages["other"] < one.stages["total"] / 2
+    assert arm.ceiling is not None
+    table = dict(rows(report))
+    assert "  prefill and decode" in table
+    assert "  decode" not in table
+    assert any('it is part of "prefill and decode";' in note for note in notes(report))
+    head, _, first, _ = to_markdown(report).splitlines()
+    assert "vision / prefill and decode / pruning / other, ms" in head
+    assert first.split("|")[9].count("/") == 3
+
+
 def test_arms_keep_their_graphs_and_share_their_weights(small: Any) -> None:
     before = whole_state(small.module)
     arms = arms_of(small.settings)
@@ -181,3 +204,5 @@ def test_the_reach_of_pruning_by_flops(small: Any) -> None:
     share = reachable_share_by_flops(small, 1, {"prefill": 30.0, "total": 40.0})
     assert share == pytest.approx(0.75 / 2, rel=1e-2)
     assert reachable_share_by_flops(small, 0, {"prefill": 40.0, "total": 40.0}) is None
+    both = reachable_share_by_flops(small, 1, {"prefill": 30.0, "total": 40.0}, {"prefill": 2.0, "decode": 1.0})
+    assert both == pytest.approx(share * 2 / 3)

@@ -187,3 +187,13 @@ def test_published_vision_towers_are_those_of_the_table() -> None:
         assert (found.tokens, found.layers) == (tower.tokens, tower.layers)
         assert found.shape.layer(7, 9) == tower.shape.layer(7, 9)
         assert found.patching == 2 * 3 * 14 * 14 * tower.shape.hidden * 256
+
+
+def test_prompt_and_decoding_in_one_graph_are_judged_together() -> None:
+    base, arm = timed(10, 8e9, prefill=9), timed(8, 4e9, prefill=7)
+    for one in (base, arm):
+        one.work.flops["decode"] = 2e9
+    found = why(base, arm, PEAKS, "decode", 3, compiled=True, one_graph=True)
+    assert "The FLOPs of prompt and decoding fall to 60 %, which would save 3.60 ms of 10.00; 2.00 ms" in found
+    assert "Prompt and decoding, one graph, take 7.00 ms where their FLOPs say 5.40" in found
+    assert "The pruned prompt" not in found

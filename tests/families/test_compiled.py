@@ -31,6 +31,72 @@ def test_same_as_uncompiled_and_no_graph_after_the_first_episode(name):
     check_family(build(), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned))
 
 
+WHOLE = {
+    "drop": vp.VLAPruner(keep=0.25, layer=1, window=2, warmup="semantic"),
+    "freeze": vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze"),
+    "before": vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=2),
+    "before, frozen": vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2),
+    "action": vp.ActionOnly(keep=0.25, layer=1, window=1),
+    "fastv": vp.FastV(keep=0.25, layer=1),
+    "diverse": vp.DivPrune(keep=0.25),
+    "random": vp.RandomKeep(keep=0.25, layer=1, warmup_steps=1),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_control_step_as_one_program(name):
+    """The reference policy's: prompt and decoding in one graph, whatever is done in it."""
+    check_family(cases.reference(), WHOLE[name])
+
+
+def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
+    case = cases.reference()
+    model = case.build()
+    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
+        session.compile("eager")
+        found = []
+        for scene in range(3):
+            case.step(model, scene, matrix.BOTH)
+            assert session._compiled is not None
+            found.append(session._compiled.programs)
+    assert found == [2, 3, 3]
+
+
+def test_keep_all_of_a_whole_control_step_is_the_compiled_policy_to_the_bit():
+    case = cases.reference()
+    model = case.build()
+    with vp.compiled(model, "eager"):
+        untouched = [case.step(model, scene, matrix.BOTH) for scene in range(3)]
+        with pytest.raises(vp.UnsupportedModelError, match="compiled already"):
+            vp.FastV(keep=0.5).attach(model)
+    with vp.VLAPruner(keep=1.0, layer=1, window=1).attach(model) as session:
+        session.compile("eager")
+        assert all(torch.equal(case.step(model, scene, matrix.BOTH), untouched[scene]) for scene in range(3))
+
+
+def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
+    case = cases.reference()
+    model = case.build()
+    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
+        session.compile("eager")
+        case.step(model, 0, matrix.BOTH)
+        before = session.memory
+        case.step(model, 1, matrix.BOTH)
+        session.memory = before
+        norm = model.language_model.model.norm
+        weight, norm.weight = norm.weight, torch.nn.Parameter(torch.ones(3))
+        with pytest.raises(RuntimeError):
+            case.step(model, 1, matrix.BOTH)
+        norm.weight = weight
+        after = session.memory
+        assert before is not None
+        assert after is not None
+        for name, value in before.state_dict().items():
+            torch.testing.assert_close(after.state_dict()[name], value, equal_nan=True)
+        case.step(model, 1, matrix.BOTH)
+        assert session.kept is not None
+
+
 def test_denoising_steps_are_one_program():
     case = cases.pi0("sdpa")
     model = case.build()
