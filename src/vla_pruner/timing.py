@@ -35,6 +35,9 @@ StageOf = Callable[[tuple[Any, ...], dict[str, Any]], str]
 Watched = Sequence[tuple[Any, str, StageOf]]
 """Owners and names of methods whose calls are stages: `forward` of modules, mostly."""
 
+_WHOLE = {"embed_prompt": "vision", "decode": "prefill"}
+"""Methods of the reference policy that stand on the policy itself where they are compiled as a whole."""
+
 _PROJECTORS = ("projector", "multi_modal_projector", "connector")
 
 
@@ -76,18 +79,21 @@ class StageMeter:
         self.last: dict[str, float] = {}
         self._watched = watched
         self._read = read
-        self._saved: list[tuple[Any, str, Any]] = []
+        self._saved: list[tuple[Any, str, Any, Any]] = []
         self._open: list[_Open] = []
         self._found: dict[str, float] = {}
 
     def __enter__(self) -> Any:
         for owner, name, stage in self._watched:
-            self._saved.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, self._staged(getattr(owner, name), stage))
+            staged = self._staged(getattr(owner, name), stage)
+            self._saved.append((owner, name, vars(owner).get(name), staged))
+            setattr(owner, name, staged)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for owner, name, before in reversed(self._saved):
+        for owner, name, before, staged in reversed(self._saved):
+            if vars(owner).get(name) is not staged:
+                continue  # whatever this stood on was taken away meanwhile
             if before is None:
                 vars(owner).pop(name, None)
             else:
@@ -136,7 +142,7 @@ class StageMeter:
 
 
 class StageTimer(StageMeter):
-    """Times the control steps of `policy` while it is open.
+    """Times the control steps of `policy` while it is open. Compile before it is opened, not inside.
 
     Args:
         policy: a module with the submodules `vision`, `projector` and `language_model`, or any with `watched`.
@@ -221,6 +227,7 @@ def _parts(policy: Any) -> Watched:
             "with `vision`, `projector` and `language_model`; time whole steps of others."
         )
     seen = [(module, "forward", always("vision")) for module in (policy.vision, policy.projector)]
+    seen += [(policy, name, always(stage)) for name, stage in _WHOLE.items() if name in vars(policy)]
     return [*seen, (policy.language_model, "forward", prefill_or_decode)]
 
 

@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 
 import vla_pruner as vp
 from tests.families import cases, matrix
-from tests.families.compiled import check_family
+from tests.families.compiled import assert_same, check_family, drive, graphs, record
+from tests.state import whole_state
+from vla_pruner.attach.family import Call
 
 # Importing the compiler warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -40,13 +42,117 @@ WHOLE = {
     "fastv": vp.FastV(keep=0.25, layer=1),
     "diverse": vp.DivPrune(keep=0.25),
     "random": vp.RandomKeep(keep=0.25, layer=1, warmup_steps=1),
+    "gate": vp.TextQuery(keep=0.25, layer=1, gate=2),
+    "camera": vp.ActionOnly(keep={"image": 9}, layer=1, window=1, unseen="carry"),
+    "progressive": vp.SparseVLM(keep=0.75, layer=1, then=((2, 0.5), (3, 0.125))),
 }
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_control_step_as_one_program(name):
-    """The reference policy's: prompt and decoding in one graph, whatever is done in it."""
-    check_family(cases.reference(), WHOLE[name])
+    """The reference policy's: prompt and decoding in one graph, whatever is done in it and between steps."""
+    case, method = cases.reference(), WHOLE[name]
+    model = case.build()
+    before = whole_state(model)
+
+    def step(scene):
+        return case.step(model, scene, matrix.BOTH)
+
+    def stays():
+        made = graphs()
+        assert made
+
+        def check():
+            assert graphs() == made
+
+        return check
+
+    with method.attach(model) as session:
+        expected = drive(session, step)
+    with method.attach(model) as session:
+        session.compile("eager")
+        counters.clear()
+        actual = drive(session, step, after_first=stays)
+    assert_same(actual, expected)
+    assert any(one.kept is not None for one in actual[:4]), "it must prune, or this test could not fail"
+    assert whole_state(model) == before
+
+
+def test_batches_of_other_sizes_and_direct_calls_between_whole_control_steps():
+    case = cases.reference()
+    model = case.build()
+    kinds = (matrix.BOTH, slice(0, 1), "direct", matrix.BOTH)
+    found = []
+    for compiled in (False, True):
+        records = []
+        with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
+            if compiled:
+                session.compile("eager")
+            for kind in kinds:
+                session.reset()
+                if kind == "direct":
+                    with torch.inference_mode():
+                        type(model).decode(model, prompts(model))
+                    continue
+                records += [record(session, case.step(model, scene, kind)) for scene in range(2)]
+        found.append(records)
+    assert_same(*found)
+
+
+def prompts(model):
+    """Embeddings of two prompts."""
+    return torch.randn(
+        2, model.config.prompt_length, model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def test_a_policy_that_is_moved_has_programs_of_its_own():
+    case = cases.reference()
+    model = case.build()
+    for made in (vp.compiled(model, "eager"), vp.VLAPruner(keep=0.25, layer=1, window=1)):
+        if isinstance(made, vp.Method):
+            made = made.attach(model)
+            made.compile("eager")
+        with made:
+            case.step(model, 0, matrix.BOTH)
+            model.double()
+            case.step(model, 0, matrix.BOTH)
+            model.float()
+            case.step(model, 0, matrix.BOTH)
+
+
+def test_numbers_of_another_kind_make_no_graph():
+    case = cases.reference()
+    model = case.build()
+    size, body = model.config.image_size, model.proprio_size
+    frames = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    with vp.compiled(model, "eager"):
+        counters.clear()
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for images in (frames, frames.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+                model.predict_action(images, model.instructions[0], torch.zeros(2, body, dtype=dtype))
+        assert graphs() == 2
+        expected = model.decode(prompts(model))
+        assert torch.equal(model.decode(prompt=prompts(model)), expected)
+
+
+def test_what_others_compile_meanwhile_changes_no_step():
+    """torch says of the whole process that it is compiling, whoever compiles what."""
+    case = cases.reference()
+    model = case.build()
+    method = vp.VLAPruner(keep=0.25, layer=1, window=1)
+    with method.attach(model) as session, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        steps = [session.open_call(Call(model.config.prompt_length, None, 2, model.device)) for _ in range(2)]
+    assert steps == [True, True]
+
+
+def test_parts_of_a_compiled_policy_are_compiled_already():
+    case = cases.reference()
+    model = case.build()
+    with vp.compiled(model, "eager"), pytest.raises(vp.UnsupportedModelError, match="compiled already"):
+        vp.FastV(keep=0.25, layer=1).attach(model.language_model, visual=model.config.visual)
+    vp.FastV(keep=0.25, layer=1).attach(model.language_model, visual=model.config.visual).detach()
 
 
 def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
@@ -81,7 +187,7 @@ def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
         session.compile("eager")
         case.step(model, 0, matrix.BOTH)
         before = session.memory
-        case.step(model, 1, matrix.BOTH)
+        undisturbed = record(session, case.step(model, 1, matrix.BOTH))
         session.memory = before
         norm = model.language_model.model.norm
         weight, norm.weight = norm.weight, torch.nn.Parameter(torch.ones(3))
@@ -93,8 +199,7 @@ def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
         assert after is not None
         for name, value in before.state_dict().items():
             torch.testing.assert_close(after.state_dict()[name], value, equal_nan=True)
-        case.step(model, 1, matrix.BOTH)
-        assert session.kept is not None
+        assert_same([record(session, case.step(model, 1, matrix.BOTH))], [undisturbed])
 
 
 def test_denoising_steps_are_one_program():

@@ -10,18 +10,22 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
-from vla_pruner.attach.replacements import Replaced, Replacements
+from vla_pruner.attach.replacements import Replacements
 from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
 
 _numbers = count()
+
+_compiled: WeakSet[nn.Module] = WeakSet()
+"""Decoders of policies that are compiled."""
 
 
 class Compiled:
@@ -87,13 +91,15 @@ class Compiled:
         for index, reader in enumerate(family.readers):
             family.put_around(reader, partial(self._read, index), self._replaced)
         if family.seeing is not None:
-            self._replaced.put(*family.seeing, partial(self._see, 0))
-            return
-        for index, encoder in enumerate(self._encoders):
-            self._replaced.put(encoder, "forward", partial(self._see, index))
+            self._replaced.put(*family.seeing, partial(self._see, "prompt"))
+        else:
+            for index, encoder in enumerate(self._encoders):
+                self._replaced.put(encoder, "forward", partial(self._see, index))
+        _compiled.add(family.decoder)
 
     def remove(self) -> None:
         """Put the model's own calls back."""
+        _compiled.discard(self._family.decoder)
         self._replaced.remove()
         self._programs.clear()
 
@@ -115,20 +121,25 @@ class Compiled:
         torch.compiler.cudagraph_mark_step_begin()
 
     def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # What another graph made, the next step may overwrite from its beginning on.
+        args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
         given, session = _first_tensor(args, kwargs), self._session
         if session is None:
             self.begin_step()
-        else:
-            with session.timed():
-                session.open_call(Call(given.shape[1], None, given.shape[0], given.device))
+            return self._run(("step", *given.shape[:2]), given, original, args, kwargs)
+        with session.timed():
+            session.open_call(Call(given.shape[1], None, given.shape[0], given.device))
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if session is not None:
-                session.finish()
+            session.finish()
             return result
 
-        return self._run(("step", *given.shape[:2], self._state()), given, whole, args, kwargs)
+        session.whole = True
+        try:
+            return self._run(("step", *given.shape[:2], self._state()), given, whole, args, kwargs)
+        finally:
+            session.whole = False
 
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, state = _first_tensor(args, kwargs), self._state()
@@ -145,9 +156,9 @@ class Compiled:
         key = ("reader", index, *given.shape[:2], self._state(), _kind(kwargs), _cached(kwargs))
         return self._run(key, given, original, args, kwargs)
 
-    def _see(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _see(self, which: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = _first_tensor(args, kwargs)
-        return self._run(("encoder", index, given.shape), given, original, args, kwargs)
+        return self._run(("encoder", which, given.shape), given, original, args, kwargs)
 
     def _state(self) -> tuple[Hashable, ...] | None:
         step = None if self._session is None else self._session.step
@@ -162,7 +173,10 @@ class Compiled:
         kwargs: dict[str, Any],
         varies: bool = False,
     ) -> Any:
-        key = (key, given.dtype, given.device, self._family.decoder.training, torch.is_grad_enabled())
+        decoder = self._family.decoder
+        weight = decoder.norm.weight  # the model may be moved, and what it is given need not show it
+        placed = (given.dtype, given.device, weight.dtype, weight.device)
+        key = (key, *placed, decoder.training, torch.is_grad_enabled())
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)
@@ -238,12 +252,10 @@ def check_not_compiled(model: Any, family: Family) -> None:
                 f"{name or type(model).__name__} is compiled and holds the decoder, so hooks on it would never run; "
                 "attach to the policy before it is compiled."
             )
-    calls = [(module, "forward") for module in (family.decoder, *family.readers)]
-    for owner, name in (*calls, *((family.acting,) if family.acting is not None else ())):
-        if isinstance(vars(owner).get(name), Replaced):
-            raise UnsupportedModelError(
-                f"{type(owner).__name__} is compiled already; take that away first (remove(), or detach())."
-            )
+    if family.decoder in _compiled:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is compiled already; take that away first (remove(), or detach())."
+        )
 
 
 def _guards_of_arguments(guards: Any) -> list[bool]:
@@ -262,7 +274,12 @@ def _guards_of_arguments(guards: Any) -> list[bool]:
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a call runs on: embeddings, ids or pixels."""
     named = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("pixel_values"))
-    return next(value for value in (*named, *args) if isinstance(value, Tensor))
+    return next(value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _own(value: Any) -> Any:
+    """A copy of a tensor that a CUDA graph may have made."""
+    return value.clone() if isinstance(value, Tensor) and value.device.type != "cpu" else value
 
 
 def _kind(kwargs: dict[str, Any]) -> tuple[Hashable, ...]:

@@ -131,7 +131,9 @@ class Family:
         return False
 
     def layout(self, call: Call) -> Layout:
-        """Where things are in the sequence of this prefill."""
+        """Where things are in the sequence of this prefill. The very object that was returned before means that
+        `action_rows` and what is kept have not changed either.
+        """
         raise NotImplementedError
 
     def action_rows(self, layout: Layout) -> Tensor | None:

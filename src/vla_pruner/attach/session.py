@@ -40,11 +40,13 @@ class Session:
             for timing.
         stages: where the method prunes, by layer, the first one first.
         reuse: what is held of the last control step, for methods whose `pruned` is "reuse".
+        whole: a control step that is one graph is running, or being traced; it was opened before.
     """
 
     def __init__(self, method: Method, model: Any, family: Family) -> None:
         self.method = method
         self.clock: Clock | None = None
+        self.whole = False
         self._family = family
         self._policy = model
         self._compiled: Compiled | None = None
@@ -80,7 +82,8 @@ class Session:
         self.detach()
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the decoder, experts and vision encoders as static graphs, what pruning adds included.
+        """Compile the decoder, experts and vision encoders as static graphs, what pruning adds included; of the
+        reference policy the whole control step.
 
         Each kind of call is compiled when it is first made, so the first steps of the first episode take long:
         unpruned and pruned prompts are graphs of their own, and so is every other length of the prompt. On CUDA they
@@ -213,7 +216,7 @@ class Session:
 
     def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
         """`function(*args)`, as a program where the session is compiled; see `Compiled.run`."""
-        if self._compiled is None or torch.compiler.is_compiling():
+        if self._compiled is None or self.whole:
             return function(*args)
         return self._compiled.run(name, function, given, *args)
 
@@ -226,8 +229,7 @@ class Session:
                 call, or a decode call has more than one position.
         """
         step = self._step
-        if torch.compiler.is_compiling():
-            # The control step is one graph, and was opened before that ran.
+        if self.whole:
             assert step is not None
             step.begin_call()
             return step.prefilling
@@ -285,8 +287,8 @@ class Session:
 
     def finish(self) -> None:
         """The last call of a control step that is one graph came back: what its memory will be is part of the graph."""
-        if self._step is not None:
-            self._step.remembered = self._scores_after(self._step)
+        assert self._step is not None
+        self._step.remembered = self._scores_after(self._step)
 
     def _scores_after(self, step: Step) -> dict[str, Tensor]:
         semantic = step.semantic if self.method.remembers_semantic else None
@@ -377,7 +379,7 @@ class Session:
                 self._replaced.put(owner, "reset", reset)
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """A tensor that the next control step does not overwrite, as graphs do their results."""
+        """A tensor that the next control step does not overwrite, as CUDA graphs do their results."""
         return tensor if self._compiled is None or tensor.device.type == "cpu" else tensor.clone()
 
     def _remove(self) -> None:

@@ -198,10 +198,10 @@ class Shortener:
 
     def _same_cache(self, cache: Any) -> bool:
         # Within one graph it can be no other.
-        return torch.compiler.is_compiling() or (self._prompt_cache is not None and cache is self._prompt_cache())
+        return self._session.whole or (self._prompt_cache is not None and cache is self._prompt_cache())
 
     def _remember_cache(self, cache: Any) -> None:
-        if torch.compiler.is_compiling():
+        if self._session.whole:
             return
         self._prompt_cache = None if cache is None else weakref.ref(cache)
 
@@ -314,6 +314,7 @@ class Shortener:
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         step = self._end_call()
+        self._memo.clear()
         if step is None or not step.prefilling:
             return None
         if self._prompt_cache is None:
@@ -323,7 +324,6 @@ class Shortener:
             self._session.reuse.keep(cache, step, self._layer)
         step.prefilling = False
         step.frozen_hidden = self._scratch = None
-        self._memo.clear()
         return restored(output, step.shortenings) if step.shortenings else None
 
     def _once(self, purpose: str, source: Any, make: Callable[[], Any]) -> Any:

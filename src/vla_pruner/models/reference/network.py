@@ -310,6 +310,9 @@ class ReferencePolicy(nn.Module):
         for text in instructions:
             check_instruction(text)
         self._check_inputs(frames, instructions, body)
+        # Copies of one kind, whatever was given: a compiled call would be compiled anew for another.
+        laid_out = {"copy": True, "memory_format": torch.contiguous_format}
+        frames, body = frames.to(self.device, **laid_out), body.to(self.device, self.dtype, **laid_out)
         actions = self.decode(self.prompt(frames, instructions, body)).float().cpu().numpy()
         return actions[0] if single else actions
 
