@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from shutil import which
 
 import pytest
@@ -33,6 +34,11 @@ def test_same_as_uncompiled_and_no_graph_after_the_first_episode(name):
     check_family(build(), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned))
 
 
+def small():
+    """The reference policy, six layers and 64 visual tokens of it."""
+    return replace(cases.reference(), build=lambda: vp.random_policy("reference", "tiny"))
+
+
 WHOLE = {
     "drop": vp.VLAPruner(keep=0.25, layer=1, window=2, warmup="semantic"),
     "freeze": vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze"),
@@ -51,7 +57,7 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_control_step_as_one_program(name):
     """The reference policy's: prompt and decoding in one graph, whatever is done in it and between steps."""
-    case, method = cases.reference(), WHOLE[name]
+    case, method = small(), WHOLE[name]
     model = case.build()
     before = whole_state(model)
 
@@ -79,7 +85,7 @@ def test_a_whole_control_step_as_one_program(name):
 
 
 def test_batches_of_other_sizes_and_direct_calls_between_whole_control_steps():
-    case = cases.reference()
+    case = small()
     model = case.build()
     kinds = (matrix.BOTH, slice(0, 1), "direct", matrix.BOTH)
     found = []
@@ -107,7 +113,7 @@ def prompts(model):
 
 
 def test_a_policy_that_is_moved_has_programs_of_its_own():
-    case = cases.reference()
+    case = small()
     model = case.build()
     for made in (vp.compiled(model, "eager"), vp.VLAPruner(keep=0.25, layer=1, window=1)):
         if isinstance(made, vp.Method):
@@ -122,7 +128,7 @@ def test_a_policy_that_is_moved_has_programs_of_its_own():
 
 
 def test_numbers_of_another_kind_make_no_graph():
-    case = cases.reference()
+    case = small()
     model = case.build()
     size, body = model.config.image_size, model.proprio_size
     frames = torch.zeros(2, size, size, 3, dtype=torch.uint8)
@@ -138,7 +144,7 @@ def test_numbers_of_another_kind_make_no_graph():
 
 def test_what_others_compile_meanwhile_changes_no_step():
     """torch says of the whole process that it is compiling, whoever compiles what."""
-    case = cases.reference()
+    case = small()
     model = case.build()
     method = vp.VLAPruner(keep=0.25, layer=1, window=1)
     with method.attach(model) as session, pytest.MonkeyPatch.context() as patch:
@@ -148,7 +154,7 @@ def test_what_others_compile_meanwhile_changes_no_step():
 
 
 def test_parts_of_a_compiled_policy_are_compiled_already():
-    case = cases.reference()
+    case = small()
     model = case.build()
     with vp.compiled(model, "eager"), pytest.raises(vp.UnsupportedModelError, match="compiled already"):
         vp.FastV(keep=0.25, layer=1).attach(model.language_model, visual=model.config.visual)
@@ -156,7 +162,7 @@ def test_parts_of_a_compiled_policy_are_compiled_already():
 
 
 def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
-    case = cases.reference()
+    case = small()
     model = case.build()
     with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
         session.compile("eager")
@@ -169,7 +175,7 @@ def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
 
 
 def test_keep_all_of_a_whole_control_step_is_the_compiled_policy_to_the_bit():
-    case = cases.reference()
+    case = small()
     model = case.build()
     with vp.compiled(model, "eager"):
         untouched = [case.step(model, scene, matrix.BOTH) for scene in range(3)]
@@ -181,7 +187,7 @@ def test_keep_all_of_a_whole_control_step_is_the_compiled_policy_to_the_bit():
 
 
 def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
-    case = cases.reference()
+    case = small()
     model = case.build()
     with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
         session.compile("eager")
