@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from vla_pruner.caches import cache_name, cache_of
 from vla_pruner.cost import ControlStep, DecoderShape, Flops, StepShape, count_flops, decoder_flops, prefill_ratio
 
 LLAMA_7B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, feed_forward=11008)
@@ -90,7 +91,7 @@ def test_the_formula_agrees_with_what_torch_counts(attention: str) -> None:
     def step() -> None:
         output = model(inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
         for _ in range(3):
-            output = model(inputs_embeds=torch.randn(1, 1, 32), past_key_values=output.past_key_values, use_cache=True)
+            output = model(inputs_embeds=torch.randn(1, 1, 32), **{cache_name(model): cache_of(output)}, use_cache=True)
 
     expected = decoder_flops(DecoderShape.of(config), StepShape(visual=16, other=5, actions=4)).total
     assert count_flops(step) == pytest.approx(expected, rel=0.005)  # rotary angles are counted as a product

@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import vla_pruner as vp
-from tests.attach.tiny import LENGTH, VISUAL, decode, make_cache, prompt, tiny_lm
+from tests.attach.tiny import CACHE, LENGTH, VISUAL, decode, make_cache, prompt, tiny_lm
 from tests.families.compiled import Record, assert_same, drive, graphs, record
 from tests.state import whole_state
 
@@ -239,11 +239,11 @@ def test_what_fails_inside_of_a_compiled_call_fails_and_disturbs_nothing():
             model(inputs_embeds=embeds)
         model.model.norm.weight = original
         cache = make_cache("dynamic", model)
-        model(inputs_embeds=embeds, past_key_values=cache)
+        model(inputs_embeds=embeds, **{CACHE: cache})
         with pytest.raises(vp.SessionError, match="another cache"):
-            model(input_ids=torch.ones(2, 1, dtype=torch.int64), past_key_values=make_cache("dynamic", model))
+            model(input_ids=torch.ones(2, 1, dtype=torch.int64), **{CACHE: make_cache("dynamic", model)})
         with pytest.raises(vp.SessionError, match="holds 31 positions"):
-            model(inputs_embeds=embeds, past_key_values=cache)
+            model(inputs_embeds=embeds, **{CACHE: cache})
         session.memory = actual[1].memory
         actual.append(record(session, step(2)))
     assert_same(actual, expected)

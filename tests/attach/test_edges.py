@@ -10,7 +10,20 @@ import torch
 from transformers import DynamicCache
 
 import vla_pruner as vp
-from tests.attach.tiny import LAYERS, LENGTH, TOKENS, VISUAL, K, decode, make_cache, positions_of, prompt, tiny_lm
+from tests.attach.tiny import (
+    CACHE,
+    LAYERS,
+    LENGTH,
+    TOKENS,
+    VISUAL,
+    K,
+    decode,
+    make_cache,
+    positions_of,
+    prompt,
+    tiny_lm,
+)
+from vla_pruner.caches import cache_of
 
 SEMANTIC = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic")
 
@@ -167,10 +180,10 @@ def test_steps_cannot_be_interleaved():
     model = tiny_lm()
     embeds = prompt()[0]
     with SEMANTIC.attach(model, visual=VISUAL), torch.no_grad():
-        one = model(inputs_embeds=embeds, past_key_values=make_cache("dynamic", model))
-        model(inputs_embeds=embeds, past_key_values=make_cache("dynamic", model))
+        one = model(inputs_embeds=embeds, **{CACHE: make_cache("dynamic", model)})
+        model(inputs_embeds=embeds, **{CACHE: make_cache("dynamic", model)})
         with pytest.raises(vp.SessionError, match="interleaved"):
-            model(input_ids=torch.ones(2, 1, dtype=torch.int64), past_key_values=one.past_key_values)
+            model(input_ids=torch.ones(2, 1, dtype=torch.int64), **{CACHE: cache_of(one)})
 
 
 def test_prompts_in_pieces_are_refused():
@@ -179,7 +192,7 @@ def test_prompts_in_pieces_are_refused():
     with SEMANTIC.attach(model, visual=VISUAL), torch.no_grad():
         out = model(inputs_embeds=embeds[:, :26])
         with pytest.raises(vp.SessionError, match="several pieces"):
-            model(inputs_embeds=embeds[:, 26:], past_key_values=out.past_key_values)
+            model(inputs_embeds=embeds[:, 26:], **{CACHE: cache_of(out)})
 
 
 def test_other_caches_are_refused():

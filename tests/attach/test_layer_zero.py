@@ -7,6 +7,7 @@ import torch
 
 import vla_pruner as vp
 from tests.attach.tiny import (
+    CACHE,
     LAYERS,
     LENGTH,
     TOKENS,
@@ -74,7 +75,7 @@ def test_every_layer_is_short_and_the_output_is_not(pruned):
         layer.mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     cache = make_cache("dynamic", model)
     with vp.KeepFixed(KEPT, layer=0, pruned=pruned).attach(model, visual=VISUAL):
-        out = model(inputs_embeds=embeds, past_key_values=cache, output_hidden_states=True)
+        out = model(inputs_embeds=embeds, **{CACHE: cache}, output_hidden_states=True)
     short = LENGTH - TOKENS + len(KEPT)
     assert lengths == [short] * LAYERS
     assert {layer.keys.shape[-2] for layer in cache.layers} == {short if pruned == "drop" else LENGTH}
@@ -88,14 +89,14 @@ def test_tokens_by_id_and_without_positions_or_masks():
     ids = torch.arange(LENGTH)[None] % 60 + 1
     with vp.KeepFixed(KEPT, layer=0).attach(model, visual=VISUAL), torch.no_grad():
         cache = make_cache("dynamic", model)
-        model(input_ids=ids, past_key_values=cache)
-        bare = model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits
+        model(input_ids=ids, **{CACHE: cache})
+        bare = model(input_ids=torch.tensor([[5]]), **{CACHE: cache}).logits
         cache = make_cache("dynamic", model)
         mask, positions = torch.ones(1, LENGTH + 1, dtype=torch.int64), torch.arange(LENGTH + 1)[None]
-        model(input_ids=ids, past_key_values=cache, attention_mask=mask[:, :-1], position_ids=positions[:, :-1])
+        model(input_ids=ids, **{CACHE: cache}, attention_mask=mask[:, :-1], position_ids=positions[:, :-1])
         told = model(
             input_ids=torch.tensor([[5]]),
-            past_key_values=cache,
+            **{CACHE: cache},
             attention_mask=mask,
             position_ids=positions[:, -1:],
         ).logits

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.attach.tiny import LENGTH, TOKENS, VISUAL, K, decode, make_cache, prompt, tiny_lm
+from tests.attach.tiny import CACHE, LENGTH, TOKENS, VISUAL, K, decode, make_cache, prompt, tiny_lm
 from tests.state import whole_state
+from vla_pruner.caches import cache_of
 
 METHODS = [
     vp.VLAPruner(keep=0.5, layer=K, warmup="semantic"),
@@ -146,7 +147,7 @@ def test_without_a_cache_and_without_a_mask(pruned):
     with vp.KeepFixed((0, 5, 9), layer=K, pruned=pruned).attach(model, visual=VISUAL), torch.no_grad():
         without = model(inputs_embeds=embeds, use_cache=False)
         with_cache = model(inputs_embeds=embeds, use_cache=True)
-    assert without.past_key_values is None
+    assert cache_of(without) is None
     assert torch.equal(without.logits, with_cache.logits)
 
 
@@ -287,7 +288,7 @@ def test_reading_in_the_middle_of_a_step_changes_nothing():
         assert "semantic" in session.scores
         for i in range(3):
             token = expected[0][:, i].argmax(-1, keepdim=True)
-            out = model(input_ids=token, past_key_values=out.past_key_values)
+            out = model(input_ids=token, **{CACHE: cache_of(out)})
         assert torch.equal(session.scores["action"], expected[1])
         assert torch.equal(step(model), expected[2])
 
@@ -343,9 +344,9 @@ def test_wrong_calls_are_refused():
         with pytest.raises(vp.SessionError, match="before the first control step"):
             session.reset(rows=[0])
         cache = make_cache("dynamic", model)
-        model(inputs_embeds=embeds, past_key_values=cache)
+        model(inputs_embeds=embeds, **{CACHE: cache})
         with pytest.raises(vp.SessionError, match="holds 31 positions"):
-            model(inputs_embeds=embeds, past_key_values=cache)
+            model(inputs_embeds=embeds, **{CACHE: cache})
     windowed = tiny_lm("mistral", sliding_window=16)
     with METHODS[0].attach(windowed, visual=VISUAL), pytest.raises(vp.UnsupportedModelError, match="window is 16"):
         windowed(inputs_embeds=embeds)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vla_pruner as vp
+from tests.attach.tiny import CACHE
+from vla_pruner.caches import cache_of
 from vla_pruner.methods.base import Evidence
 
 STEPS, DECODED = 6, 7
@@ -43,7 +45,7 @@ def control_step(model, embeds):
         logits = [out.logits[0, -1]]
         for _ in range(DECODED - 1):
             token = logits[-1].argmax().view(1, 1)
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, **{CACHE: cache_of(out)}, use_cache=True)
             logits.append(out.logits[0, -1])
     return torch.stack(logits)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.attach.tiny import LAYERS, LENGTH, TOKENS, VISUAL, K, make_cache, positions_of, prompt, tiny_lm
+from tests.attach.tiny import CACHE, LAYERS, LENGTH, TOKENS, VISUAL, K, make_cache, positions_of, prompt, tiny_lm
+from vla_pruner.caches import cache_of
 
 DECODED = 3
 
@@ -21,7 +22,7 @@ def attentions(kind, padding):
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions_of(mask),
-            past_key_values=make_cache("dynamic", model),
+            **{CACHE: make_cache("dynamic", model)},
             output_attentions=True,
         )
         last = (mask * torch.arange(LENGTH)).argmax(-1)
@@ -33,7 +34,7 @@ def attentions(kind, padding):
                 input_ids=token,
                 attention_mask=mask,
                 position_ids=positions_of(mask)[:, -1:],
-                past_key_values=out.past_key_values,
+                **{CACHE: cache_of(out)},
                 output_attentions=True,
             )
             decoded.append(out.attentions)

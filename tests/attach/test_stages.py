@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.attach.tiny import LAYERS, LENGTH, TOKENS, VISUAL, K, decode, make_cache, prompt, tiny_lm
+from tests.attach.tiny import CACHE, LAYERS, LENGTH, TOKENS, VISUAL, K, decode, make_cache, prompt, tiny_lm
 from tests.families.matrix import kept_at
 from tests.state import whole_state
 from vla_pruner.auditing import FullLength, audit
+from vla_pruner.caches import cache_of
 from vla_pruner.cost import DecoderShape, StepShape, count_flops, decoder_flops
 
 THREE = vp.SparseVLM(keep=0.75, layer=1, then=((3, 0.5), (5, 6)))
@@ -163,7 +164,7 @@ def test_the_formula_counts_what_is_computed(pruned, attention):
     def control_step():
         output = model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
         for _ in range(3):
-            output = model(inputs_embeds=torch.randn(1, 1, 32), past_key_values=output.past_key_values, use_cache=True)
+            output = model(inputs_embeds=torch.randn(1, 1, 32), **{CACHE: cache_of(output)}, use_cache=True)
 
     shape, sizes = DecoderShape.of(model.config), StepShape(TOKENS, LENGTH - TOKENS, 4)
     with method.attach(model, visual=VISUAL):

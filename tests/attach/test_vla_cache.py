@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import vla_pruner as vp
-from tests.attach.tiny import LENGTH, TOKENS, VISUAL, decode, make_cache, prompt, tiny_lm
+from tests.attach.tiny import CACHE, LENGTH, TOKENS, VISUAL, decode, make_cache, prompt, tiny_lm
 from tests.families import cases
 from tests.families.matrix import BOTH, kept_at
 from tests.state import whole_state
 from vla_pruner.attach.reuse import pixel_similarity
+from vla_pruner.caches import cache_of
 from vla_pruner.cost import DecoderShape, StepShape, count_flops, decoder_flops
 from vla_pruner.families import family_of
 from vla_pruner.families.decoder_lm import DecoderLM
@@ -318,7 +319,7 @@ def test_the_formula_counts_what_is_computed(attention):
         EYE(embeds)
         output = model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
         for _ in range(3):
-            output = model(inputs_embeds=torch.randn(1, 1, 32), past_key_values=output.past_key_values, use_cache=True)
+            output = model(inputs_embeds=torch.randn(1, 1, 32), **{CACHE: cache_of(output)}, use_cache=True)
 
     shape, sizes = DecoderShape.of(model.config), StepShape(TOKENS, LENGTH - TOKENS, 4)
     with attach(Fixed((1, 4, 7, 9), layer=2), model):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from vla_pruner.caches import cache_name, cache_of
+
 VISUAL = slice(1, 25)
 TOKENS = 24
 LENGTH = 31
@@ -42,6 +44,10 @@ def tiny_lm(kind: str = "llama", backend: str = "sdpa", seed: int = 0, **overrid
             if parameter.dim() == 2:
                 parameter.copy_(torch.randn_like(parameter) * (0.22 if "proj" in name else 0.6))
     return model
+
+
+CACHE = cache_name(tiny_lm())
+"""What the installed transformers calls the argument that is a cache."""
 
 
 def prompt(rows: int = 2, padding: str | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -77,7 +83,7 @@ def decode(model: Any, embeds: Tensor, mask: Tensor | None, cache: Any, steps: i
     rows, length, _ = embeds.shape
     with torch.no_grad():
         ids = None if mask is None else positions_of(mask)
-        out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
+        out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, **{CACHE: cache}, use_cache=True)
         last = torch.full((rows,), length - 1) if mask is None else (mask * torch.arange(length)).argmax(-1)
         logits = [out.logits[torch.arange(rows), last]]
         for _ in range(steps):
@@ -85,7 +91,7 @@ def decode(model: Any, embeds: Tensor, mask: Tensor | None, cache: Any, steps: i
             if mask is not None:
                 mask = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype)], dim=1)
                 ids = positions_of(mask)[:, -1:]
-            out = model(input_ids=token, attention_mask=mask, position_ids=ids, past_key_values=out.past_key_values)
+            out = model(input_ids=token, attention_mask=mask, position_ids=ids, **{CACHE: cache_of(out)})
             logits.append(out.logits[:, -1])
     stacked = torch.stack(logits, dim=1)
     return stacked.argmax(-1), stacked

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.attach.tiny import VISUAL, K, make_cache, positions_of, prompt, reference_hidden, tiny_lm
+from tests.attach.tiny import CACHE, VISUAL, K, make_cache, positions_of, prompt, reference_hidden, tiny_lm
 from tests.state import whole_state
 from vla_pruner.attach.layout import Layout
 from vla_pruner.auditing import FullLength
@@ -60,8 +60,8 @@ def test_decoded_tokens_do_not_see_what_is_gone(cache, pruned):
     with torch.no_grad():
         with FullLength(model, layout, KEPT, layer=K, pruned=pruned, visual=VISUAL):
             past = make_cache(cache, model)
-            model.model(inputs_embeds=embeds, attention_mask=mask, past_key_values=past, use_cache=True)
-            decoded = model.model(inputs_embeds=extra, attention_mask=longer, past_key_values=past).last_hidden_state
+            model.model(inputs_embeds=embeds, attention_mask=mask, **{CACHE: past}, use_cache=True)
+            decoded = model.model(inputs_embeds=extra, attention_mask=longer, **{CACHE: past}).last_hidden_state
         whole = torch.cat([embeds, extra], dim=1)
         with FullLength(model, layout_of(longer), KEPT, layer=K, pruned=pruned, visual=VISUAL):
             expected = model.model(inputs_embeds=whole, attention_mask=longer).last_hidden_state[:, -1:]

@@ -8,6 +8,7 @@ import torch
 
 import vla_pruner as vp
 from vla_pruner.auditing.reference import FullLength
+from vla_pruner.caches import cache_of
 from vla_pruner.models.openvla.loading import load_openvla
 
 K = 3
@@ -70,7 +71,7 @@ class TestOpenVLA:
 
     def test_cache_lengths(self, policy, data):
         data, pruned = data
-        caches, _ = collected(policy.language_model, lambda out: out.past_key_values)
+        caches, _ = collected(policy.language_model, cache_of)
         with vp.KeepFixed(tuple(int(i) for i in pruned["kept_visual"]), layer=K).attach(policy):
             self.run(policy, data, 0)
         lengths = [layer.keys.shape[-2] for layer in caches[-1].layers]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 import vla_pruner as vp
+from vla_pruner.caches import cache_in
 
 K = 3
 
@@ -197,7 +198,7 @@ def watch_lengths(model):
         reader = model.model.dit.layers[index].self_attn
         reader.register_forward_hook(
             lambda module, args, kwargs, output, index=index: cached.append(
-                (index, kwargs["past_key_values"].layers[index].keys.shape[-2])
+                (index, cache_in(kwargs).layers[index].keys.shape[-2])
             ),
             with_kwargs=True,
         )
@@ -215,7 +216,7 @@ def test_the_expert_rows_that_act_are_the_actions_not_the_state(pi0, inputs):
         turned = torch.cat([-query[..., half:], query[..., :half]], -1)
         query = query * cos[:, None] + turned * sin[:, None]
         # The cache holds the prompt and the suffix of this step.
-        keys = kwargs["past_key_values"].layers[module.layer_idx].keys
+        keys = cache_in(kwargs).layers[module.layer_idx].keys
         probabilities = (query @ keys.transpose(2, 3) * module.head_dim**-0.5).softmax(-1)
         rows.append(probabilities[:, :, 1:, :512].mean((1, 2)))
 

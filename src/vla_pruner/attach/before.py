@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.attach.layout import Shortening, pad_columns
+from vla_pruner.caches import cache_in
 
 
 def short_prompt(
@@ -34,7 +35,7 @@ def short_prompt(
     short["inputs_embeds"] = shortening.live_rows(embeds)
     short["position_ids"] = shortening.live_rows(positions.expand(rows, -1))
     causal = bool(getattr(decoder.layers[0].self_attn, "is_causal", True))
-    width = _buffer(given.get("past_key_values"))
+    width = _buffer(cache_in(given))
     short["attention_mask"] = _mask(given.get("attention_mask"), shortening, causal, width, embeds.dtype, additive)
     return short
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.replacements import Replacements
+from vla_pruner.caches import cache_in, cache_of
 from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Compiled:
         given, state = _first_tensor(args, kwargs), self._state()
         prompt = given.shape[1] > 1 if state is None else state[0]
         if prompt:
-            _fill_static_cache(self._family.decoder, given, kwargs.get("past_key_values"))
+            _fill_static_cache(self._family.decoder, given, cache_in(kwargs))
         if prompt and state is None:
             self.begin_step()
         key = ("decoder", prompt, *given.shape[:2], state, _kind(kwargs))
@@ -287,7 +288,7 @@ def _kind(kwargs: dict[str, Any]) -> tuple[Hashable, ...]:
 
     Layers with a sliding window count their positions as numbers, which are constants of a graph.
     """
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     layers = getattr(cache, "layers", [])
     kinds: list[Hashable] = [type(cache), len(layers)]
     # Types alternate, or change once: the first and the last layer show them all.
@@ -300,7 +301,7 @@ def _kind(kwargs: dict[str, Any]) -> tuple[Hashable, ...]:
 
 def _cached(kwargs: dict[str, Any]) -> Hashable:
     """How many positions the cache holds that an expert reads."""
-    layers = getattr(kwargs.get("past_key_values"), "layers", [])
+    layers = getattr(cache_in(kwargs), "layers", [])
     return layers[0].keys.shape[2] if layers and layers[0].is_initialized else None
 
 
@@ -316,14 +317,14 @@ def _fill_static_cache(decoder: Any, given: Tensor, cache: Any) -> None:
 
 def _lay_out(output: Any) -> None:
     """A growing cache is contiguous from the first call on, so that decoding is one graph."""
-    for layer in getattr(getattr(output, "past_key_values", None), "layers", []):
+    for layer in getattr(cache_of(output), "layers", []):
         if not hasattr(layer, "max_cache_len") and layer.keys is not None:
             layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
 
 
 def _vary_lengths(kwargs: dict[str, Any]) -> None:
     """Have the lengths of a growing cache, and of its mask, be variables of the graph."""
-    for layer in getattr(kwargs.get("past_key_values"), "layers", []):
+    for layer in getattr(cache_in(kwargs), "layers", []):
         if not hasattr(layer, "max_cache_len") and layer.keys is not None:
             torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
             torch._dynamo.maybe_mark_dynamic(layer.values, 2)

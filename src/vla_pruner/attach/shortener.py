@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vla_pruner.attach.before import short_prompt, short_token
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Shortening, restored
+from vla_pruner.caches import cache_in, cache_name, cache_of
 from vla_pruner.errors import SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Shortener:
         self._layer = layer
         self._signature = inspect.signature(family.decoder.forward)
         self._backend = family.backend
+        self._cache_name = cache_name(family.decoder.layers[0])
         self._handles: list[Any] = []
         self._length = 0
         self._prompt_cache: Any = None
@@ -116,7 +118,7 @@ class Shortener:
             prompt = self._session.open_call(call)
         self._length = call.length if prompt else self._length + call.length
         self._check_model()
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         if prompt:
             self._check_cache(cache)
             self._remember_cache(cache)
@@ -227,7 +229,7 @@ class Shortener:
             shortening = step.shortening_at(index)
             if shortening is None:
                 # A prompt that runs without a cache gets one where the next control step may reuse what is in it.
-                return (args, {**kwargs, "past_key_values": self._cache(kwargs)}) if self._session.reuse else None
+                return (args, {**kwargs, self._cache_name: self._cache(kwargs)}) if self._session.reuse else None
             return args, self._short_arguments(index, module, kwargs, shortening, step.frozen_hidden)
 
     def _freeze_at(
@@ -241,7 +243,7 @@ class Shortener:
         with self._session.timed():
             cache = self._cache(kwargs)
             cache.update(*self._family.keys_values(module, step.frozen_hidden, self._frozen_angles), index)
-        return args, {**kwargs, "past_key_values": cache}
+        return args, {**kwargs, self._cache_name: cache}
 
     def _short_arguments(
         self, index: int, module: nn.Module, kwargs: dict[str, Any], shortening: Shortening, frozen: Tensor | None
@@ -254,7 +256,7 @@ class Shortener:
             short["position_ids"] = self._once("live", ids, lambda: shortening.live_rows(ids))
         if frozen is not None:
             cache = self._cache(kwargs)
-            short["past_key_values"] = cache
+            short[self._cache_name] = cache
             if self._session.reuse is not None and shortening.frozen is not None:
                 held = self._session.reuse.keys_values(index, shortening.frozen)
             else:
@@ -318,7 +320,7 @@ class Shortener:
         if step is None or not step.prefilling:
             return None
         if self._prompt_cache is None:
-            self._remember_cache(getattr(output, "past_key_values", None))
+            self._remember_cache(cache_of(output))
         if self._session.reuse is not None:
             cache = self._scratch or (self._prompt_cache and self._prompt_cache())
             self._session.reuse.keep(cache, step, self._layer)
@@ -342,7 +344,7 @@ class Shortener:
         """The call's cache, or one that lives for this call alone: frozen tokens offer their keys and values through
         it.
         """
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is not None:
             return cache
         if self._scratch is None:
@@ -367,7 +369,7 @@ def _each(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> 
 
 
 def _cache_layer(kwargs: dict[str, Any], index: int) -> Any:
-    layers = getattr(kwargs.get("past_key_values"), "layers", [])
+    layers = getattr(cache_in(kwargs), "layers", [])
     return layers[index] if index < len(layers) else None
 
 

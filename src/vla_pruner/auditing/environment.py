@@ -12,7 +12,7 @@ import torch
 from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.share import describe_device
 from vla_pruner.auditing.subject import Subject
-from vla_pruner.families.base import TRANSFORMERS
+from vla_pruner.versions import transformers_problem
 
 PACKAGES = ("vla-pruner", "torch", "transformers", "tokenizers", "numpy", "torchvision", "lerobot")
 
@@ -50,13 +50,9 @@ def environment(subject: Subject) -> Check:
 def known_problems() -> list[str]:
     """A sentence with the fix for each known-bad combination that is installed."""
     problems = []
-    version = installed("transformers") or "0"
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if not TRANSFORMERS[0] <= numbers < TRANSFORMERS[1]:
-        problems.append(
-            f"transformers {version} is installed; 5.4 up to the newest 5.x is supported. Run: pip install "
-            "'transformers>=5.4,<6'."
-        )
+    untested = transformers_problem(installed("transformers") or "(of an unknown version)")
+    if untested is not None:
+        problems.append(f"{untested}.")
     vision = installed("torchvision")
     if vision is not None:
         try:

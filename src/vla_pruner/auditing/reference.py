@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.layout import Layout
+from vla_pruner.caches import cache_in
 from vla_pruner.families import family_of
 from vla_pruner.methods.base import PRUNED, check_choice
 
@@ -132,7 +133,7 @@ def _gone(layout: Layout, kept: Tensor) -> Tensor:
 
 def _unwritten(index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """(1, 1, Q, W) bool: the rule that the kernel applies where there is no mask."""
-    cache, length = kwargs.get("past_key_values"), hidden.shape[1]
+    cache, length = cache_in(kwargs), hidden.shape[1]
     past = 0 if cache is None else int(cache.get_seq_length(index))
     layers = getattr(cache, "layers", [])
     width = getattr(layers[index], "max_cache_len", past + length) if index < len(layers) else past + length

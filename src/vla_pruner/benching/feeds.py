@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.subject import Feed, on_host
+from vla_pruner.caches import cache_name
 from vla_pruner.errors import BudgetError, UnsupportedModelError
 
 INSTRUCTION = "pick up the red block and put it into the bowl"
@@ -77,6 +78,8 @@ def _llama(model: Any, settings: BenchSettings, device: torch.device) -> Feed:
     mask = torch.ones(rows, length + tokens, dtype=torch.int64, device=device)
     positions = torch.arange(length + tokens, device=device).expand(rows, -1)
 
+    name = cache_name(model)
+
     @torch.inference_mode()
     def step() -> Tensor:
         cache = DynamicCache(config=model.config)
@@ -87,7 +90,7 @@ def _llama(model: Any, settings: BenchSettings, device: torch.device) -> Feed:
                 **given,
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, start:end],
-                past_key_values=cache,
+                **{name: cache},
                 use_cache=True,
                 logits_to_keep=1,
             )

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
 from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.versions import check_transformers
 
 BACKENDS = ("sdpa", "eager")
 DECODER_TYPES = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
-TRANSFORMERS = ((5, 4), (6, 0))
 
 
 class TransformersFamily(Family):
@@ -47,14 +47,7 @@ def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: saying what was found, what is supported and what to do.
     """
-    import transformers
-
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} is installed; 5.4 up to the newest 5.x is supported. "
-            "Run: pip install 'transformers>=5.4,<6'"
-        )
+    check_transformers()
     config: Any = getattr(decoder, "config", None)
     name = getattr(config, "model_type", None)
     if not hasattr(decoder, "layers") or name not in DECODER_TYPES:

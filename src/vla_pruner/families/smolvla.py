@@ -22,6 +22,7 @@ from vla_pruner.attach.family import Call, Wiring
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.step import Step
+from vla_pruner.caches import cache_in
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import LeRobotFamily
 
@@ -142,7 +143,7 @@ class SmolVLAWiring:
         prefix, suffix = given["inputs_embeds"]
         self._short.clear()
         if prefix is None:
-            self._check_cache(given.get("past_key_values"))
+            self._check_cache(cache_in(given))
             step = self._session.step
             if step is None:
                 return original(**given)
@@ -151,7 +152,7 @@ class SmolVLAWiring:
             with self._session.timed():
                 step.end_call()
             return result
-        if suffix is not None or given.get("past_key_values") is not None:
+        if suffix is not None or cache_in(given) is not None:
             raise SessionError(
                 "The prefix was run together with actions or with a cache; a session serves select_action and "
                 "predict_action_chunk alone. Detach before training."
@@ -206,7 +207,7 @@ class SmolVLAWiring:
         if step.frozen_hidden is not None:
             frozen = self._once("frozen", lambda: shortening.frozen_rows(positions))
             layer = given["model_layers"][0][index]
-            given["past_key_values"].update(*self._keys_values(layer, step.frozen_hidden, frozen), index)
+            cache_in(given).update(*self._keys_values(layer, step.frozen_hidden, frozen), index)
         given["position_ids"] = self._once("positions", lambda: shortening.live_rows(positions))
         given["attention_mask"] = self._once("mask", lambda: _flat(shortening.prefill_mask(mask[:, None], False, None)))
 
@@ -220,7 +221,7 @@ class SmolVLAWiring:
         mask = given["attention_mask"]
         given["attention_mask"] = self._once("mask", lambda: _flat(shortening.reader_mask(mask[:, None], None)))
         # Self-attention left the columns of the denoising step before; the model's own crop goes to the full length.
-        cached, length = given["past_key_values"].layers[index], shortening.prefix.shape[1]
+        cached, length = cache_in(given).layers[index], shortening.prefix.shape[1]
         if cached.keys.shape[-2] > length:
             cached.keys, cached.values = cached.keys[..., :length, :], cached.values[..., :length, :]
 

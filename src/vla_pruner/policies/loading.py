@@ -13,6 +13,7 @@ from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelErro
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.folder import read_json
 from vla_pruner.policies.options import as_dtype, usable_device
+from vla_pruner.versions import check_transformers
 
 LEROBOT_TYPES = ("pi0", "pi05", "smolvla")
 SUPPORTED = (
@@ -39,10 +40,12 @@ def load_policy(
             attn_implementation), `load_lerobot` or `reference_policy`.
 
     Raises:
-        UnsupportedModelError: the folder holds another model, or what its family needs is not installed.
+        UnsupportedModelError: the folder holds another model, or what its family needs is not installed, or not in a
+            version that was tested.
         CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
         BudgetError: an option is not one of the family's, there is no such device, or no such dtype.
     """
+    check_transformers()
     usable_device(device)
     dtype = as_dtype(dtype)
     if not isinstance(path_or_hub_id, (str, Path)) or not str(path_or_hub_id):

@@ -20,6 +20,7 @@ from vla_pruner.errors import CheckpointError, ObservationError
 from vla_pruner.policies.folder import check_names, read_json, read_weights
 from vla_pruner.policies.observations import check_images, check_instruction, state_of
 from vla_pruner.policies.options import check_attention
+from vla_pruner.versions import check_transformers
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """The published model's cameras, in its order."""
@@ -191,8 +192,9 @@ def load_pi0(
 
     Raises:
         CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
-        UnsupportedModelError: `attn_implementation` is another one.
+        UnsupportedModelError: `attn_implementation` is another one, or transformers was not tested.
     """
+    check_transformers()
     check_attention(attn_implementation)
     from transformers import PI0Config
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.policies.base import Policy
+from vla_pruner.versions import check_transformers
 
 SIZES = ("tiny", "full")
 
@@ -37,8 +38,10 @@ def random_policy(
         seed: of its weights, which depend on the device too.
 
     Raises:
-        UnsupportedModelError: another name or size, or what the family needs is not installed.
+        UnsupportedModelError: another name or size, or what the family needs is not installed, or not in a version
+            that was tested.
     """
+    check_transformers()
     if name not in NAMES:
         raise UnsupportedModelError(f"{name!r} was given; with random weights there are {', '.join(SHOWN)}.")
     if size not in SIZES:

@@ -26,6 +26,7 @@ from vla_pruner.models.openvla.quantization import INSTALL, quantization_config
 from vla_pruner.models.openvla.robots import camera_names
 from vla_pruner.models.openvla.shards import check_shards
 from vla_pruner.policies.options import check_attention
+from vla_pruner.versions import check_transformers
 
 _STATISTICS = "dataset_statistics.json"
 _FILM = re.compile(r"vision_backbone\..*\.(scale|shift)\.(weight|bias)$|film", re.IGNORECASE)
@@ -66,9 +67,10 @@ def load_openvla(
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are not the model's; the message lists them.
-        UnsupportedModelError: it is another model, or a variant that is not supported.
+        UnsupportedModelError: it is another model, or a variant or a transformers that is not supported.
         BudgetError: `denoising_steps` is not from 1 to 50, or nothing is denoised; `chunk` is no number of actions.
     """
+    check_transformers()
     check_attention(attn_implementation)
     if chunk is not None and not is_count(chunk, 1):
         raise BudgetError(f"chunk={chunk!r} was given; it is how many actions are in a chunk, an int of 1 or more.")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from vla_pruner.caches import NAMES, cache_name
 from vla_pruner.errors import CheckpointError, ObservationError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig, tower_sizes
@@ -64,7 +65,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["LlamaDecoderLayer", "VisionTower", "Projector"]  # noqa: RUF012 transformers writes it so
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(NAMES)  # noqa: RUF012
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
@@ -73,6 +74,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self.vision_backbone = VisionBackbone(dino, siglip)
         self.projector = Projector(dino.width + siglip.width, config.text_config.hidden_size)
         self.language_model = LanguageModel(config.text_config)
+        self._cache_name = cache_name(self.language_model)
         self.patches = dino.patches
         self.norm_stats: dict[str, Any] = config.norm_stats
         self.unnorm_key: str | None = None
@@ -212,7 +214,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             inputs_embeds=embeds,
             attention_mask=mask[:, :length],
             position_ids=positions[:, :length],
-            past_key_values=cache,
+            **{self._cache_name: cache},
             use_cache=True,
             logits_to_keep=1 if columns is None else columns,
         ).logits
@@ -224,7 +226,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 input_ids=token[:, None].to(embeds.device),
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, end - 1 : end],
-                past_key_values=cache,
+                **{self._cache_name: cache},
                 use_cache=True,
             ).logits
             token, found = most_likely(logits[:, -1])

@@ -9,6 +9,7 @@ import torch
 
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.network import ReferencePolicy
+from vla_pruner.versions import check_transformers
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -25,8 +26,10 @@ def reference_policy(
         dtype: the parameters' type; the weights are stored in float32.
 
     Raises:
+        UnsupportedModelError: the installed transformers was not tested.
         ValueError: a file is missing, damaged, or does not fit the network; the message names it.
     """
+    check_transformers()
     folder = SHIPPED_WEIGHTS if path is None else Path(path)
     advice = (
         "Reinstall vla-pruner, or restore the file with `git checkout -- src/vla_pruner/models/reference/weights`."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vla_pruner.caches import cache_name
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.tokenizer import BOS, encode
@@ -207,6 +208,7 @@ class ReferencePolicy(nn.Module):
                 tie_word_embeddings=False,
             )
         )
+        self._cache_name = cache_name(self.language_model)
         bins = torch.linspace(-1.0, 1.0, config.num_bins)
         self.register_buffer("bin_values", bins, persistent=False)
         self._instruction_ids: dict[str, list[int]] = {}
@@ -332,7 +334,7 @@ class ReferencePolicy(nn.Module):
                 inputs_embeds=embeddings,
                 attention_mask=mask,
                 position_ids=positions.expand(batch, -1),
-                past_key_values=cache,
+                **{self._cache_name: cache},
                 use_cache=True,
                 logits_to_keep=1,
             )
