@@ -1,6 +1,9 @@
-# make install | demo | test | check | test-oldest | test-quantization | test-lerobot | test-libero | test-triton | test-openpi.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-newest | test-quantization | test-lerobot | test-libero | test-triton | test-openpi.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
+NEWEST_VENV ?= .venv-newest
+# pip takes torch for CUDA (5 GB) where it is not told otherwise: make test-newest NEWEST_TORCH=torch==2.13.0
+NEWEST_TORCH ?= torch
 QUANTIZATION_VENV ?= .venv-quantization
 LEROBOT_VENV ?= .venv-lerobot
 LIBERO_VENV ?= .venv-libero
@@ -15,6 +18,9 @@ GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
 BROWSER_PACKAGES := chromium chromium-driver fonts-dejavu-core
 # tests/methods and tests/preprocessing know nothing of transformers, and what they use is pinned to the same versions.
 OLDEST_TESTS := $(wildcard tests/attach tests/families tests/openvla tests/policies tests/audit)
+# Of the compiled paths, which take most of the time, one test for each family.
+NEWEST_TESTS := $(OLDEST_TESTS) tests/test_readme.py tests/test_versions.py --ignore=tests/attach/test_compiled.py \
+	-k 'not families/test_compiled or same_as_uncompiled'
 
 # MuJoCo 3.3.0 has wheels for Python 3.11 to 3.13; `make PYTHON=/path/to/python` chooses another interpreter.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -25,10 +31,10 @@ LEROBOT_PYTHON ?= $(shell for p in $(LEROBOT_VENV)/bin/python python3.12 python3
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 
 export HF_HUB_OFFLINE = 1
-test test-oldest test-quantization test-lerobot test-libero test-triton: export OMP_NUM_THREADS = 1
+test test-oldest test-newest test-quantization test-lerobot test-libero test-triton: export OMP_NUM_THREADS = 1
 export MUJOCO_GL ?= egl
 
-.PHONY: help install demo test check format test-oldest test-quantization test-lerobot test-libero test-triton test-openpi
+.PHONY: help install demo test check format test-oldest test-newest test-quantization test-lerobot test-libero test-triton test-openpi
 help:
 	@echo "make install      create $(VENV) and install everything, pinned by constraints.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
@@ -36,6 +42,7 @@ help:
 	@echo "make check        lint, formatting and types"
 	@echo "make format       format the code"
 	@echo "make test-oldest  run the core tests on the oldest supported transformers, in $(OLDEST_VENV)"
+	@echo "make test-newest  run the core tests on the newest of everything that pyproject.toml allows, in $(NEWEST_VENV)"
 	@echo "make test-quantization  run the tests with accelerate, bitsandbytes and torchao, in $(QUANTIZATION_VENV)"
 	@echo "make test-lerobot run LeRobot's tests in $(LEROBOT_VENV) (Python 3.12, 7 GB; LEROBOT=optional: none is no error)"
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
@@ -81,6 +88,20 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest $(WORKERS) $(OLDEST_TESTS) $(ARGS)
+
+# Every run asks for what has come out since the last one.
+.PHONY: $(NEWEST_VENV)/.installed
+$(NEWEST_VENV)/.installed:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
+	@test -x $(NEWEST_VENV)/bin/python || { echo "==> Creating $(NEWEST_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(NEWEST_VENV); }
+	@echo "==> Installing the newest of what vla-pruner needs into $(NEWEST_VENV)"
+	@$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		'$(NEWEST_TORCH)' -e . pytest pytest-xdist
+	@touch $@
+
+test-newest: $(NEWEST_VENV)/.installed
+	$(NEWEST_VENV)/bin/python -m pytest $(WORKERS) $(NEWEST_TESTS) $(ARGS)
 
 # Not in $(VENV): torchao prints warnings wherever transformers is imported.
 $(QUANTIZATION_VENV)/.installed: pyproject.toml constraints.txt

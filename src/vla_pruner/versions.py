@@ -9,7 +9,7 @@ from vla_pruner.errors import UnsupportedModelError
 OLDEST, NEWEST = (5, 4), (5, 24)
 """First and last minor version of transformers that the tests ran on: `make test-oldest` and `make test-newest`."""
 
-SUPPORTED = "transformers {}.{} to {}.{}".format(*OLDEST, *NEWEST)
+SUPPORTED = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
 INSTALL = "pip install 'transformers>={}.{},<{}.{}'".format(*OLDEST, NEWEST[0], NEWEST[1] + 1)
 
 
@@ -19,8 +19,8 @@ def transformers_problem(version: str) -> str | None:
     numbers = tuple(map(int, found.groups())) if found else ()
     if OLDEST <= numbers <= NEWEST:
         return None
-    why = "which is newer than any that was tested; " if numbers > NEWEST else ""
-    return f"transformers {version} is installed, {why}{SUPPORTED} is supported. Run: {INSTALL}"
+    why = ", which no test has run on yet" if numbers > NEWEST else ""
+    return f"transformers {version} is installed{why}; supported is {SUPPORTED}. Run: {INSTALL}"
 
 
 def check_transformers() -> None:

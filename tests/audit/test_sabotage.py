@@ -295,7 +295,15 @@ def test_transformers_out_of_range(policy, monkeypatch):
     monkeypatch.setattr(environment, "installed", lambda name: "4.57.6" if name == "transformers" else real(name))
     check = ask("environment", policy)
     assert check.passed is False
-    assert "pip install 'transformers>=5.4,<6'" in check.detail
+    assert "transformers 4.57.6 is installed; supported is 5.4 to " in check.detail
+
+
+def test_transformers_that_no_test_ran_on_is_called_so(policy, monkeypatch):
+    real = environment.installed
+    monkeypatch.setattr(environment, "installed", lambda name: "5.99.0" if name == "transformers" else real(name))
+    check = ask("environment", policy)
+    assert check.passed is False
+    assert "transformers 5.99.0 is installed, which no test has run on yet; supported is 5.4 to " in check.detail
 
 
 def test_torchvision_of_another_build(policy, monkeypatch):
