@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes; such files have less than {_MOST_BYTES}")
         values = json.loads(path.read_text(encoding="utf-8"))
-        if _is_deep(values):
+        if isinstance(values, dict) and _is_deep(values):
             raise ValueError(f"it is nested more than {_DEEPEST} deep")
     except RecursionError:
         raise CheckpointError(f"{path} is damaged (it is nested more than {_DEEPEST} deep). {AGAIN}") from None

@@ -106,7 +106,7 @@ class OpenVLAConfig(PretrainedConfig):
 
 _SETTINGS = (
     *("timm_model_ids", "image_sizes", "norm_stats", "n_action_bins", "pad_to_multiple_of", "pad_token_id"),
-    *("use_fused_vision_backbone", "tie_word_embeddings", "timm_override_act_layers", "image_resize_strategy"),
+    *("use_fused_vision_backbone", "timm_override_act_layers", "image_resize_strategy"),
     *("arch_specifier", "hf_llm_id", "llm_backbone_id", "llm_max_length", "vision_backbone_id"),
     "output_projector_states",
 )
@@ -114,7 +114,7 @@ _TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_att
 _TEXT_SETTINGS = (
     *_TEXT_SIZES,
     *("model_type", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "attention_dropout", "use_cache"),
 )
 

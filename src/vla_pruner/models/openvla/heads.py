@@ -274,7 +274,7 @@ def read_head(path: str | Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         # torch's own advice here is to unpickle it all the same, which would run whatever it holds.
         raise CheckpointError(
-            f"The head file {path} is damaged, or holds more than weights, which is not unpickled. {advice}"
+            f"The head file {path} is damaged or holds more than weights, which are not unpickled. {advice}"
         ) from error
     except Exception as error:  # torch's readers raise of every kind
         raise CheckpointError(

@@ -319,7 +319,7 @@ class ReferencePolicy(nn.Module):
         return actions[0] if single else actions
 
     def decode(self, prompt: Tensor) -> Tensor:
-        """Prompt embeddings (B, N, hidden) -> greedy actions (B, action_dimensions), NaN where logits are not finite."""
+        """Prompt embeddings (B, N, hidden) -> actions (B, action_dimensions); NaN where a logit is not finite."""
         from transformers import DynamicCache
 
         batch, length, _ = prompt.shape
