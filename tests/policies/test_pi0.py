@@ -84,7 +84,7 @@ def test_shards(copy, folder):
     expected = np.load(folder / "golden.npz")["actions"]
     np.testing.assert_allclose(sample(load_pi0(copy), folder), expected, rtol=0, atol=1e-4)
     (copy / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(vp.CheckpointError, match=r"has no model-00002-of-00002\.safetensors"):
+    with pytest.raises(vp.CheckpointError, match=r"files that are missing: model-00002-of-00002\.safetensors"):
         load_pi0(copy)
 
 

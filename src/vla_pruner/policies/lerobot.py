@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vla_pruner.checkpoints.files import checkpoint_folder, described_by, listed, read_json, reason, shown
+from vla_pruner.checkpoints.numbers import check_counts, finite_action
+from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
 from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
+from vla_pruner.policies.lerobot_processors import no_remote_code, read_processors
 from vla_pruner.policies.lerobot_random import random_lerobot
 from vla_pruner.policies.observations import check_images, check_instruction, state_of
 
 __all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
+
+_MOST = 10_000
+"""No published policy has longer chunks, more denoising steps or longer texts."""
 
 KINDS = {"pi0": "PI0", "pi05": "PI05", "smolvla": "SmolVLA"}
 """LeRobot's names of the supported policies, and how their classes begin."""
@@ -88,7 +97,7 @@ class LeRobotPolicy:
             proprio: (d,) the robot's state, in the checkpoint's own units.
 
         Raises:
-            CheckpointError: the checkpoint has no processors.
+            CheckpointError: the checkpoint has no processors, or its network gives numbers that are not finite.
             ObservationError: an image, a camera or the state is not as the policy expects it.
         """
         if self.preprocessor is None or self.postprocessor is None:
@@ -102,7 +111,7 @@ class LeRobotPolicy:
             chunk: Tensor = self.module.predict_action_chunk(batch)
         # LeRobot's postprocessors take one action at a time.
         actions = [self.postprocessor(chunk[:, step]) for step in range(chunk.shape[1])]
-        return torch.cat(actions).float().cpu().numpy()
+        return finite_action(torch.cat(actions).float().cpu().numpy(), self.module)
 
     def _observation(self, images: Mapping[str, np.ndarray], proprio: np.ndarray | None) -> dict[str, Tensor]:
         keys = dict(zip(camera_names(self.module.config), self.module.config.image_features, strict=True))
@@ -135,23 +144,33 @@ class LeRobotPolicy:
 
 
 def load_lerobot(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    unnorm_key: str | None = None,
+    trust_processors: bool = False,
 ) -> LeRobotPolicy:
     """A published or saved LeRobot policy, by LeRobot's own `from_pretrained`, with every weight accounted for.
 
-    LeRobot prints and goes on with random weights where pi0's and pi0.5's cannot be read or do not fit.
+    LeRobot prints and goes on with random weights where pi0's and pi0.5's cannot be read or do not fit. Where the
+    processors hold no statistics at all, nothing is scaled: `act` then gives normalised actions, as LeRobot does.
 
     Args:
         path: a folder with config.json and model.safetensors, or an id on the hub.
         device: where it runs.
         dtype: of the decoder; None: as the config and LeRobot have it.
+        unnorm_key: the dataset whose statistics are used, where the processors hold them by dataset.
+        trust_processors: let the processors' files name steps that are not LeRobot's own, which runs their code.
 
     Raises:
         UnsupportedModelError: lerobot is missing, of an untested version, or the policy is of another type.
-        CheckpointError: weights are missing, unexpected or unreadable; it lists them.
+        CheckpointError: weights are missing, unexpected, unreadable or not finite; it lists them. The processors name a
+            step that is not LeRobot's, or have no statistics for what the policy gives or reads; it names both.
     """
-    config = read_config(path)
-    return LeRobotPolicy(load_module(path, config, device, dtype), *_saved_processors(path, config, device))
+    folder = checkpoint_folder(path)
+    config = read_config(folder)
+    policy = load_module(folder, config, device, dtype)
+    return LeRobotPolicy(policy, *read_processors(folder, config, device, unnorm_key, trust_processors))
 
 
 def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
@@ -161,12 +180,19 @@ def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
         CheckpointError: there is none, or LeRobot cannot read it.
     """
     check_version()
-    decoding: Any = importlib.import_module("draccus.utils")
     _lerobot("policies")  # It fills the registry of configs.
+    file = Path(path) / "config.json"
+    settings = read_json(file)
+    check_counts(file, settings, "chunk_size", "n_action_steps", "n_obs_steps", most=_MOST)
+    check_counts(file, settings, "num_inference_steps", "num_steps", "tokenizer_max_length", most=_MOST)
+    check_counts(file, settings, "max_state_dim", "max_action_dim", most=_MOST)
+    check_counts(file, settings, "empty_cameras", least=0, most=100)
     try:
         return _lerobot("configs.policies").PreTrainedConfig.from_pretrained(str(path), cli_overrides=flags or [])
-    except (OSError, ValueError, decoding.DecodingError) as error:
-        raise CheckpointError(f"{path} holds no LeRobot policy that this version reads: {error}") from error
+    except Exception as error:  # LeRobot's and its parser's are of every kind
+        raise CheckpointError(
+            f"{file} holds no LeRobot policy that this version reads: {shown(' '.join(str(error).split()), 500)}"
+        ) from error
 
 
 def load_module(
@@ -181,10 +207,75 @@ def load_module(
         if dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedModelError(f"dtype={dtype} was given; LeRobot has {kind} in float32 and bfloat16.")
         config.dtype = str(dtype).removeprefix("torch.")
-    policy = _checked(policy_class(kind), path, config)
+    folder = checkpoint_folder(path)
+    headers = read_headers(folder)
+    _check_headers(policy_class(kind), folder, config, headers)
+    policy = _checked(policy_class(kind), folder, config)
     if dtype is not None and kind == "smolvla":
         policy.model.vlm_with_expert.to(dtype)
-    return policy.to(device).eval()
+    policy = policy.to(device).eval()
+    check_finite(policy, folder, headers)
+    return policy
+
+
+def _check_headers(policy_type: Any, folder: Path, config: Any, headers: Mapping[str, Stored]) -> None:
+    """Compare what the config describes with the files' headers, before gigabytes are built."""
+    if {stored.file.name for stored in headers.values()} != {"model.safetensors"}:
+        raise CheckpointError(f"{folder} has its weights in several files; LeRobot reads model.safetensors alone.")
+    policy = _described(policy_type, folder, config)
+    own = policy.state_dict(keep_vars=True)
+    found = _named_as(policy, headers, config)
+    # A weight that is another one that is there is not missing, and no action comes of a language head.
+    loaded = {id(own[name]) for name in found if name in own}
+    optional = [name for name in own if id(own[name]) in loaded or name.endswith("lm_head.weight")]
+    differences = misfit(own, found, optional)
+    try:
+        check_fit(folder, differences)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (They were compared with {policy_type.__name__}.)") from None
+
+
+def _described(policy_type: Any, folder: Path, config: Any) -> Any:
+    """The policy that the config describes, without memory for its weights."""
+    there = copy.copy(config)
+    there.device = "meta"
+    try:
+        with torch.device("meta"), no_remote_code(), contextlib.redirect_stdout(io.StringIO()):
+            return policy_type(there)
+    except OSError as error:
+        backbone = getattr(config, "vlm_model_name", None)
+        raise CheckpointError(
+            f"{folder} needs files that are not in it: LeRobot builds the policy from those of {shown(backbone)}, and "
+            f"they could not be fetched ({reason(error)}). Run once with a connection, or fetch them elsewhere (`hf "
+            f"download {shown(backbone)} --local-dir FOLDER`) and name that folder as vlm_model_name in config.json."
+        ) from error
+    except Exception as error:
+        with described_by(folder / "config.json"):
+            raise error
+
+
+def _named_as(policy: Any, headers: Mapping[str, Stored], config: Any) -> dict[str, Stored]:
+    """The headers by the names that LeRobot's `from_pretrained` gives the weights."""
+    if not hasattr(policy, "_fix_pytorch_state_dict_keys"):
+        return dict(headers)
+    state = {
+        name: torch.empty(stored.shape, dtype=stored.dtype or torch.uint8, device="meta")
+        for name, stored in headers.items()
+    }
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it says again what it says when the weights are loaded
+    try:
+        renamed: dict[str, Tensor] = policy._fix_pytorch_state_dict_keys(state, config)
+    finally:
+        logger.setLevel(level)
+    file = next(iter(headers.values())).file
+    return {
+        name if name.startswith("model.") else f"model.{name}": Stored(
+            file, tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None
+        )
+        for name, tensor in renamed.items()
+    }
 
 
 def policy_class(kind: str) -> Any:
@@ -216,7 +307,7 @@ def _checked(policy_type: Any, path: str | Path, config: Any) -> Any:
     """The policy, whose loading was watched: what LeRobot would print and forget is an error here."""
     printed = io.StringIO()
     try:
-        with _watched(policy_type) as loads, contextlib.redirect_stdout(printed):
+        with _watched(policy_type) as loads, no_remote_code(), contextlib.redirect_stdout(printed):
             policy = policy_type.from_pretrained(str(path), config=config)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(NO_WEIGHTS.format(path=path, reason=error)) from error
@@ -226,8 +317,8 @@ def _checked(policy_type: Any, path: str | Path, config: Any) -> Any:
     missing, unexpected, wrong = loads[-1]
     if missing or unexpected or wrong:
         raise CheckpointError(
-            f"The weights of {path} do not fit {policy_type.__name__}. Missing: {_listed(missing)}. Unexpected: "
-            f"{_listed(unexpected)}. Of another shape: {_listed(wrong)}."
+            f"The weights of {path} do not fit {policy_type.__name__}. Missing: {listed(missing)}. Unexpected: "
+            f"{listed(unexpected)}. Of another shape: {listed(wrong)}."
         )
     return policy
 
@@ -266,19 +357,3 @@ _NOTHING = nn.modules.module._IncompatibleKeys([], [])
 
 
 NO_WEIGHTS = "No weights were loaded from {path}, which must hold a whole model.safetensors: {reason}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def _saved_processors(path: str | Path, config: Any, device: str | torch.device) -> tuple[Any, Any]:
-    names = ("policy_preprocessor.json", "policy_postprocessor.json")
-    if Path(path).is_dir() and not all((Path(path) / name).is_file() for name in names):
-        return None, None
-    try:
-        return _lerobot("policies.factory").make_pre_post_processors(
-            config, pretrained_path=str(path), preprocessor_overrides={"device_processor": {"device": str(device)}}
-        )
-    except FileNotFoundError:
-        return None, None

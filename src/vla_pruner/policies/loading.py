@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from vla_pruner.checkpoints.files import checkpoint_folder, read_json, shown
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
 from vla_pruner.policies.base import Policy
-from vla_pruner.policies.folder import read_json
 from vla_pruner.policies.options import as_dtype, usable_device
 from vla_pruner.versions import check_transformers
 
@@ -55,8 +55,6 @@ def load_policy(
         )
     if path_or_hub_id == REFERENCE:  # a folder of that name is Path('reference') or './reference'
         return _load(_reference, "the reference policy", None, device, dtype, options)
-    from vla_pruner.models.openvla.loading import checkpoint_folder
-
     folder = checkpoint_folder(path_or_hub_id)
     config = read_json(folder / "config.json")
     name, loader = _family(folder, config)
@@ -74,16 +72,16 @@ def _family(folder: Path, config: dict[str, Any]) -> tuple[str, Callable[..., An
         from vla_pruner.policies.pi0 import load_pi0
 
         return "pi0 of transformers", load_pi0
-    if model_type is None and kind in LEROBOT_TYPES:
+    if model_type is None and isinstance(kind, str) and kind in LEROBOT_TYPES:
         from vla_pruner.policies.lerobot import load_lerobot
 
         return f"LeRobot's {kind}", load_lerobot
     if "proprio_mean" in config and "vision_width" in config:
         return "the reference policy", _reference
     if model_type is not None:
-        found = f"is of a model of type {model_type!r}"
+        found = f"is of a model of type {shown(repr(model_type))}"
     elif kind is not None:
-        found = f"is of a LeRobot policy of type {kind!r}"
+        found = f"is of a LeRobot policy of type {shown(repr(kind))}"
     else:
         found = "names no model"
     raise UnsupportedModelError(f"{folder / 'config.json'} {found}; supported are {SUPPORTED}.")

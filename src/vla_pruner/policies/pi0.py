@@ -9,17 +9,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vla_pruner.errors import CheckpointError, ObservationError
-from vla_pruner.policies.folder import check_names, read_json, read_weights
+from vla_pruner.checkpoints.files import (
+    checkpoint_folder,
+    described_by,
+    is_file,
+    read_json,
+    refuse_quantized,
+    settings_for,
+    shown,
+)
+from vla_pruner.checkpoints.numbers import check_counts, finite_action, finite_row
+from vla_pruner.checkpoints.weights import check_depth, check_finite, check_fit, misfit, read_headers, read_weights
+from vla_pruner.errors import BudgetError, CheckpointError, ObservationError
 from vla_pruner.policies.observations import check_images, check_instruction, state_of
-from vla_pruner.policies.options import check_attention
+from vla_pruner.policies.options import as_dtype, check_attention
 from vla_pruner.versions import check_transformers
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -36,6 +46,9 @@ _RENAMES = (
     (r"^model\.vlm\.language_model\.model\.", "model.vlm.language_model."),
     (r"^(state_proj|action_in_proj|action_time_mlp_in|action_time_mlp_out)\.", r"embed_action_time.\1."),
 )
+
+
+_Weight = TypeVar("_Weight")
 
 
 class TransformersPI0:
@@ -55,7 +68,7 @@ class TransformersPI0:
         module: nn.Module,
         cameras: Sequence[str] = CAMERAS,
         tokenizer: Any = None,
-        statistics: Mapping[str, Sequence[float]] | None = None,
+        statistics: Mapping[str, Sequence[float] | np.ndarray] | None = None,
     ) -> None:
         self.module: Any = module
         self.cameras = tuple(cameras)
@@ -88,7 +101,7 @@ class TransformersPI0:
 
         Raises:
             ObservationError: images, cameras or state are not as the policy takes them.
-            CheckpointError: the policy has no tokenizer.
+            CheckpointError: the policy has no tokenizer, or its network gives numbers that are not finite.
         """
         check_images(images, self.cameras)
         check_instruction(instruction)
@@ -110,7 +123,7 @@ class TransformersPI0:
             attention_mask=torch.ones_like(ids, device=weight.device),
             pixel_attention_mask=shown,
         )
-        return self._scaled(actions[0].float().cpu().numpy())
+        return finite_action(self._scaled(actions[0].float().cpu().numpy()), self.module)
 
     def _tokens(self, instruction: str) -> Tensor:
         """(1, N) int64: image tokens of all cameras, BOS, the instruction and a new line."""
@@ -122,6 +135,9 @@ class TransformersPI0:
         vlm = self.module.config.vlm_config
         each = (vlm.vision_config.image_size // vlm.vision_config.patch_size) ** 2
         text = self.tokenizer(f"{instruction}\n", add_special_tokens=False)["input_ids"]
+        from vla_pruner.models.openvla.tokenizer import check_ids
+
+        check_ids([self.tokenizer.bos_token_id, *text], vlm.text_config.vocab_size)
         images = [vlm.image_token_id] * each * len(self.cameras)
         return torch.tensor([[*images, self.tokenizer.bos_token_id, *text]])
 
@@ -191,27 +207,59 @@ def load_pi0(
         attn_implementation: "sdpa" or "eager".
 
     Raises:
-        CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
+        CheckpointError: a file is missing or damaged, weights are missing or unexpected, or weights or statistics are
+            not finite: it lists them.
         UnsupportedModelError: `attn_implementation` is another one, or transformers was not tested.
     """
     check_transformers()
     check_attention(attn_implementation)
+    folder = checkpoint_folder(path_or_hub_id)
+    path = folder / "config.json"
+    config, stored_dtype = _config(path)
+    dtype = stored_dtype if dtype is None else dtype
+    headers = read_headers(folder)
+    statistics = _statistics(folder, config)
+    tokenizer = _tokenizer(folder)
+    _check_depths(path, config, _renamed(headers, nested=False))
+    with described_by(path):
+        described = build(config, "meta", dtype, attn_implementation).state_dict()
+    nested = any("vision_tower.vision_model." in name for name in described)
+    check_fit(folder, misfit(described, _renamed(headers, nested), _OPTIONAL))
+    module = build(config, device, dtype, attn_implementation)
+    module.load_state_dict(_renamed(read_weights(headers), nested), strict=False)
+    check_finite(module, folder, _renamed(headers, nested))
+    return TransformersPI0(module, cameras, tokenizer, statistics)
+
+
+def _config(path: Path) -> tuple[Any, torch.dtype]:
+    """What config.json describes, and the dtype that it names."""
     from transformers import PI0Config
 
-    from vla_pruner.models.openvla.loading import checkpoint_folder
-
-    folder = checkpoint_folder(path_or_hub_id)
-    settings = read_json(folder / "config.json")
+    settings = read_json(path)
+    refuse_quantized(path, settings)
+    check_counts(path, settings, "chunk_size", "num_inference_steps", "max_state_dim", "max_action_dim", most=10_000)
+    name = settings.get("dtype", settings.get("torch_dtype", "float32"))
+    try:
+        dtype = as_dtype(name if isinstance(name, str) else "")
+    except BudgetError:
+        dtype = None
     if dtype is None:
-        dtype = getattr(torch, str(settings.get("dtype", "float32")).removeprefix("torch."))
-    assert dtype is not None
-    module = build(PI0Config.from_dict(settings), device, dtype, attn_implementation)
-    own = module.state_dict()
-    nested = any("vision_tower.vision_model." in name for name in own)
-    found = _renamed(read_weights(folder), nested)
-    check_names(folder, own, found, _OPTIONAL)
-    module.load_state_dict(found, strict=False)
-    return TransformersPI0(module, cameras, _tokenizer(folder), _statistics(folder))
+        raise CheckpointError(f"{path} has dtype {shown(repr(name))}, which is none of weights.")
+    with described_by(path):
+        return PI0Config.from_dict(settings_for(PI0Config, settings)), dtype
+
+
+def _check_depths(path: Path, config: Any, names: Mapping[str, Any]) -> None:
+    """No part of the model has more layers than there are weights of."""
+    with described_by(path):
+        vlm = config.vlm_config
+        depths = {
+            "model.vlm.language_model.layers.": vlm.text_config.num_hidden_layers,
+            "model.vlm.vision_tower.encoder.layers.": vlm.vision_config.num_hidden_layers,
+            "model.dit.layers.": config.dit_config.num_hidden_layers,
+        }
+        for before, layers in depths.items():
+            check_depth(path, "num_hidden_layers", layers, names, before)
 
 
 def build(config: Any, device: str | torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa") -> nn.Module:
@@ -228,9 +276,9 @@ def build(config: Any, device: str | torch.device, dtype: torch.dtype, attn_impl
     return module.eval()
 
 
-def _renamed(weights: dict[str, Tensor], nested: bool) -> dict[str, Tensor]:
+def _renamed(weights: Mapping[str, _Weight], nested: bool) -> dict[str, _Weight]:
     """Stored names to the model's own. `nested`: the vision tower has a `vision_model` inside (before 5.6 or so)."""
-    renamed: dict[str, Tensor] = {}
+    renamed: dict[str, _Weight] = {}
     for stored in sorted(weights, key=lambda name: "lm_head" not in name):
         name = stored
         for pattern, replacement in _RENAMES:
@@ -244,16 +292,29 @@ def _renamed(weights: dict[str, Tensor], nested: bool) -> dict[str, Tensor]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any(is_file(folder / name) for name in ("tokenizer.json", "tokenizer.model")):
         return None
     from vla_pruner.models.openvla.tokenizer import read_tokenizer
 
     return read_tokenizer(folder)
 
 
-def _statistics(folder: Path) -> dict[str, Sequence[float]]:
+def _statistics(folder: Path, config: Any) -> dict[str, np.ndarray]:
     path = folder / "processor_config.json"
-    if not path.is_file():
+    if not is_file(path):
         return {}
     values = read_json(path)
-    return {name: values[name] for name in _STATISTICS if values.get(name) is not None}
+    found = {name: finite_row(path, name, values[name]) for name in _STATISTICS if values.get(name) is not None}
+    for part, most in (("state", config.max_state_dim), ("actions", config.max_action_dim)):
+        mean, deviation = (found.get(f"{part}_{name}") for name in ("mean", "std"))
+        if mean is None and deviation is None:
+            continue
+        if mean is None or deviation is None or len(mean) != len(deviation) or len(mean) > most:
+            sizes = ["none" if row is None else len(row) for row in (mean, deviation)]
+            raise CheckpointError(
+                f"{path} has {sizes[0]} numbers of {part}_mean and {sizes[1]} of {part}_std; it needs as many of both, "
+                f"and no more than the model's {most}. Download the checkpoint again."
+            )
+        if (deviation < 0).any():
+            raise CheckpointError(f"{path} has {part}_std {shown(deviation)}, and no deviation is below 0.")
+    return found

@@ -77,9 +77,9 @@ def draw_weights(module: nn.Module, seed: int) -> None:
 
 
 def _reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    from vla_pruner.checkpoints.files import read_json
     from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
     from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
-    from vla_pruner.policies.folder import read_json
 
     config = ReferenceConfig.from_dict(read_json(SHIPPED_WEIGHTS / "config.json"))
     if size == "tiny":

@@ -29,6 +29,7 @@ class VLAPrunerConfig(PreTrainedConfig):
         layer, pruned: as of vla-pruner's methods.
         options: further options of the method, such as {"warmup": "semantic"}.
         inner: fields of the checkpoint's own config that are to differ, such as {"n_action_steps": 10}.
+        trust_processors: let the checkpoint's processors name steps that are not LeRobot's own, which runs their code.
 
     Raises:
         FlagError: they describe no method of vla-pruner.
@@ -40,6 +41,7 @@ class VLAPrunerConfig(PreTrainedConfig):
     pruned: str = "drop"
     options: dict[str, Any] = field(default_factory=dict)
     inner: dict[str, Any] = field(default_factory=dict)
+    trust_processors: bool = False
 
     def __post_init__(self) -> None:
         # Flags that are wrong say so before LeRobot makes environments and reads gigabytes.

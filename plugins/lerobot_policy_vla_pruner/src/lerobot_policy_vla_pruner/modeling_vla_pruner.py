@@ -10,8 +10,10 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from lerobot_policy_vla_pruner.configuration_vla_pruner import NOT_TRAINED, VLAPrunerConfig
+from vla_pruner.checkpoints.files import checkpoint_folder
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.policies.lerobot import load_module, read_config
+from vla_pruner.policies.lerobot_processors import check_steps
 
 
 class VLAPrunerPolicy(PreTrainedPolicy):
@@ -50,10 +52,13 @@ class VLAPrunerPolicy(PreTrainedPolicy):
                 "pretrained_revision was given, but LeRobot 0.6 takes pi0's weights from the newest revision all the "
                 "same; download the revision and name its folder."
             )
-        own = read_config(pretrained_name_or_path, config.inner_flags())
+        folder = checkpoint_folder(pretrained_name_or_path)
+        # LeRobot's tools load the policy before its processors, and would run what those name.
+        check_steps(folder, config.trust_processors, flag="--policy.trust_processors=true")
+        own = read_config(folder, config.inner_flags())
         if config.output_features:
             own.output_features = config.output_features
-        inner = load_module(pretrained_name_or_path, own, config.device or "cpu")
+        inner = load_module(folder, own, config.device or "cpu")
         config.input_features, config.output_features = own.input_features, own.output_features
         return cls(config, inner)
 

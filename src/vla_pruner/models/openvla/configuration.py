@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig
 
-from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.checkpoints.files import AGAIN, described_by, refuse_quantized, settings_for, shown
+from vla_pruner.checkpoints.numbers import check_counts, check_positive
+from vla_pruner.errors import CheckpointError, UnsupportedModelError
 
 IMAGE_SIZE = 224
 PUBLISHED_PAD = 32000
@@ -99,6 +102,70 @@ class OpenVLAConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
         self.pad_token_id = pad_token_id
+
+
+_SETTINGS = (
+    *("timm_model_ids", "image_sizes", "norm_stats", "n_action_bins", "pad_to_multiple_of", "pad_token_id"),
+    *("use_fused_vision_backbone", "timm_override_act_layers", "image_resize_strategy"),
+    *("arch_specifier", "hf_llm_id", "llm_backbone_id", "llm_max_length", "vision_backbone_id"),
+    "output_projector_states",
+)
+_TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_TEXT_SETTINGS = (
+    *_TEXT_SIZES,
+    *("model_type", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "attention_dropout", "use_cache"),
+)
+
+
+def config_of(path: Path, values: Mapping[str, Any]) -> OpenVLAConfig:
+    """The configuration that a stranger's config.json describes. Of its settings, those that a policy reads.
+
+    Args:
+        path: the file, for messages.
+        values: its content.
+
+    Raises:
+        CheckpointError: a setting is of another type, or no size that a model can have.
+        UnsupportedModelError: as `OpenVLAConfig`.
+    """
+    refuse_quantized(path, values)
+    text = values.get("text_config") or {}
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"{path} has text_config {shown(repr(text))}, which is no table of settings. {AGAIN}")
+    refuse_quantized(path, text)
+    for name in ("timm_model_ids", "image_sizes"):
+        found = values.get(name, [])
+        kind = str if name == "timm_model_ids" else int
+        if not isinstance(found, list) or not all(type(item) is kind for item in found):
+            raise CheckpointError(f"{path} has {name} {shown(repr(found))}; it is a list of {kind.__name__}. {AGAIN}")
+    check_counts(path, text, *_TEXT_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
+    check_positive(path, text, "rms_norm_eps", "rope_theta")
+    check_counts(path, values, "n_action_bins", least=2)
+    check_counts(path, values, "pad_to_multiple_of", least=0)
+    towers = {
+        name: table for name, table in values.items() if name.endswith("timm_args") and isinstance(table, Mapping)
+    }
+    for tower in (tower for table in towers.values() for tower in table.values() if isinstance(tower, Mapping)):
+        check_counts(path, tower, "embed_dim", "depth", "num_heads", "patch_size")
+        check_counts(path, tower, "reg_tokens", least=0)
+    with described_by(path):
+        text = {name: text[name] for name in _TEXT_SETTINGS if name in text}
+        kept = {name: values[name] for name in _SETTINGS if name in values} | towers
+        config = OpenVLAConfig(text_config=settings_for(LlamaConfig, text), **kept)
+    vocabulary = config.text_config.vocab_size
+    if type(config.pad_token_id) is not int or not 0 <= config.pad_token_id < vocabulary:
+        raise CheckpointError(
+            f"{path} has a vocabulary of {vocabulary} tokens and pad_token_id {shown(repr(config.pad_token_id))}, "
+            "which is none of them. Copy config.json from the published checkpoint."
+        )
+    if config.pad_to_multiple_of + config.n_action_bins > vocabulary:
+        raise CheckpointError(
+            f"{path} has a vocabulary of {vocabulary} tokens, too few for n_action_bins {config.n_action_bins} and "
+            f"pad_to_multiple_of {config.pad_to_multiple_of}. Copy config.json from the published checkpoint."
+        )
+    return config
 
 
 def tower_sizes(config: OpenVLAConfig) -> tuple[TowerSize, TowerSize]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vla_pruner.checkpoints.files import described_by
 from vla_pruner.errors import BudgetError, CheckpointError
 from vla_pruner.models.openvla import heads
 from vla_pruner.models.openvla.oft import OpenVLAOFT
@@ -40,14 +42,14 @@ def equip(
             length is not known.
         BudgetError: `denoising_steps` is out of range, or was given where nothing is denoised.
     """
-    with as_checkpoint_error():
-        states = {name: heads.read_head(file) for name, file in files.items()}
-        if "action_head" in states:
-            policy.action_head = heads.action_head_from_state(states["action_head"])
-        if "proprio_projector" in states:
-            policy.proprio_projector = heads.ProprioProjector.from_state(states["proprio_projector"])
-        if "noisy_action_projector" in states:
-            policy.noisy_action_projector = heads.NoisyActionProjector.from_state(states["noisy_action_projector"])
+    makers: dict[str, Any] = {
+        "action_head": heads.action_head_from_state,
+        "proprio_projector": heads.ProprioProjector.from_state,
+        "noisy_action_projector": heads.NoisyActionProjector.from_state,
+    }
+    for name, file in files.items():
+        with as_checkpoint_error(), described_by(file):
+            setattr(policy, name, makers[name](heads.read_head(file)))
     if denoising_steps is not None and not policy.diffusion:
         raise BudgetError(
             f"denoising_steps={denoising_steps} was given, but {folder} has no diffusion head: nothing is denoised. "

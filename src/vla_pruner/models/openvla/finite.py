@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vla_pruner.errors import CheckpointError, ObservationError, VLAPrunerError
+from vla_pruner.checkpoints.numbers import no_action
+from vla_pruner.errors import ObservationError
 
 _NO_TOKEN = -1
 
@@ -36,7 +37,7 @@ def checked(found: Tensor, module: nn.Module, **inputs: Tensor | None) -> Tensor
     if good.all():
         return found
     check_inputs(everywhere=True, **inputs)
-    raise _fault(module)
+    raise no_action(module)
 
 
 def check_inputs(everywhere: bool = False, **inputs: Tensor | None) -> None:
@@ -52,13 +53,3 @@ def check_inputs(everywhere: bool = False, **inputs: Tensor | None) -> None:
     for name, value in inputs.items():
         if value is not None and (everywhere or value.device.type == "cpu") and not value.isfinite().all():
             raise ObservationError(f"{name} holds numbers that are not finite (NaN or infinity); give finite ones.")
-
-
-def _fault(module: nn.Module) -> VLAPrunerError:
-    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-    advice = "float16 overflows beyond 65504: load the policy with dtype=torch.bfloat16 or torch.float32. "
-    return CheckpointError(
-        f"The policy gave numbers that are not finite (NaN or infinity) in {dtype}, though its inputs are finite, so "
-        f"there is no action. {advice if dtype == 'float16' else ''}If weights were changed, they may have diverged; "
-        "else the checkpoint is damaged: download it again."
-    )

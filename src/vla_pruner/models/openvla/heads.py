@@ -17,6 +17,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.checkpoints.files import is_file, listed, reason
 from vla_pruner.errors import BudgetError, CheckpointError
 
 State = Mapping[str, Tensor]
@@ -264,22 +265,56 @@ def read_head(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     advice = "Download it again, or point to a file that OpenVLA-OFT's training wrote."
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"The head file {path} is missing. {advice}")
     try:
+        _refuse_compressed(path)
         # Nothing but tensors and plain containers is unpickled, so a file from a stranger can run no code.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except pickle.UnpicklingError as error:
+        # torch's own advice here is to unpickle it all the same, which would run whatever it holds.
         raise CheckpointError(
-            f"The head file {path} is damaged or holds more than weights ({reason}). {advice}"
+            f"The head file {path} is damaged or holds more than weights, which are not unpickled. {advice}"
         ) from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(item, Tensor) for item in state.values()):
+    except Exception as error:  # torch's readers raise of every kind
+        raise CheckpointError(
+            f"The head file {path} is damaged or holds more than weights ({reason(error)}). {advice}"
+        ) from error
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(name, str) and isinstance(item, Tensor) for name, item in state.items())
+    ):
         raise CheckpointError(f"The head file {path} holds no weights by name but {type(state).__name__}. {advice}")
+    wrong = {name: fault for name, tensor in state.items() if (fault := _fault(tensor)) is not None}
+    if wrong:
+        faults = listed(f"{name} {fault}" for name, fault in wrong.items())
+        raise CheckpointError(f"The head file {path} holds no usable weights: {faults}. {advice}")
     prefix = "module."
     if all(name.startswith(prefix) for name in state):
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return dict(state)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch stores tensors as they are; a file that says otherwise can be a thousand times as large in memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, as torch writes none")
+
+
+def _fault(tensor: Tensor) -> str | None:
+    """Why a tensor is no weight, if so."""
+    if tensor.layout != torch.strided:
+        return f"is {tensor.layout}"
+    if tensor.is_meta:
+        return "is on the device 'meta' and has no numbers"
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return f"has a shape {tuple(tensor.shape)} that is larger than what is stored"
+    if not tensor.is_floating_point():
+        return f"is of {tensor.dtype}"
+    return None if tensor.isfinite().all() else "is not finite (NaN or infinity)"
 
 
 def _by_action(hidden: Tensor, action_dim: int, width: int) -> Tensor:

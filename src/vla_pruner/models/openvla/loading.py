@@ -4,7 +4,6 @@ error that says what.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -13,24 +12,25 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from transformers.initialization import no_init_weights
 
+from vla_pruner.checkpoints.files import checkpoint_folder, described_by, is_file, listed, read_json, reason, shown
+from vla_pruner.checkpoints.weights import Stored, check_depth, check_finite, misfit, read_headers
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
 from vla_pruner.methods.base import is_count
 from vla_pruner.models.openvla import heads
-from vla_pruner.models.openvla.configuration import OpenVLAConfig
+from vla_pruner.models.openvla.configuration import OpenVLAConfig, config_of, tower_sizes
 from vla_pruner.models.openvla.equipment import as_checkpoint_error, equip
 from vla_pruner.models.openvla.network import OpenVLAForActionPrediction
 from vla_pruner.models.openvla.oft import OpenVLAOFT
 from vla_pruner.models.openvla.processing import OpenVLAProcessor
 from vla_pruner.models.openvla.quantization import INSTALL, quantization_config
 from vla_pruner.models.openvla.robots import camera_names
-from vla_pruner.models.openvla.shards import check_shards
+from vla_pruner.models.openvla.statistics import STATISTICS, check_statistics
 from vla_pruner.policies.options import check_attention
 from vla_pruner.versions import check_transformers
 
-_STATISTICS = "dataset_statistics.json"
 _FILM = re.compile(r"vision_backbone\..*\.(scale|shift)\.(weight|bias)$|film", re.IGNORECASE)
-_LISTED = 20
 
 
 def load_openvla(
@@ -56,8 +56,9 @@ def load_openvla(
         attn_implementation: of the language model: "sdpa" or "eager". The vision towers always use sdpa.
         device_map: as in transformers (needs accelerate).
         quantization: "int8", "int4", or a quantization config of transformers; of the language model's layers alone.
-        family: which of the two it is. If None, a folder with an action head or a proprio projector is OpenVLA-OFT;
-            one that decodes discrete actions and reads no state has neither, and has to be named.
+        family: which of the two it is. If None, a folder with an action head and a proprio projector is OpenVLA-OFT,
+            and one with neither is OpenVLA. One that has lost either, or shows that it was OFT's, is refused: discrete
+            actions, and OFT without a state, have to be named.
         unnorm_key: the dataset whose statistics are used where a call names none.
         cameras: names of the images, in the order of the visual tokens. Their number is in no file: if None, OpenVLA
             has one, and OFT as many as its official platform (LIBERO two, ALOHA three, Bridge one), or one if it
@@ -66,7 +67,8 @@ def load_openvla(
         denoising_steps: of a diffusion head; None: 50, as many as in training, the official default.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the weights are not the model's; the message lists them.
+        CheckpointError: a file is missing or damaged, the weights are not the model's, or weights or statistics are not
+            finite; the message lists them.
         UnsupportedModelError: it is another model, or a variant or a transformers that is not supported.
         BudgetError: `denoising_steps` is not from 1 to 50, or nothing is denoised; `chunk` is no number of actions.
     """
@@ -78,12 +80,14 @@ def load_openvla(
         raise UnsupportedModelError(f"device_map={device_map!r} needs accelerate. Run: {INSTALL['accelerate']}")
     folder = checkpoint_folder(path)
     config = _read_config(folder)
-    check_shards(folder)
+    headers = read_headers(folder)
     files = _head_files(folder)
     if family not in (None, "openvla", "openvla_oft"):
         raise UnsupportedModelError(f"family={family!r} was given; it is 'openvla' or 'openvla_oft'.")
     if files and family == "openvla":
         raise CheckpointError(f"{folder} has OpenVLA-OFT's heads ({', '.join(files)}); leave family out.")
+    if family is None:
+        _check_whole(folder, files, config)
     oft = bool(files) or family == "openvla_oft"
     if not oft and (chunk is not None or (cameras is not None and len(camera_names(1, cameras)) != 1)):
         raise CheckpointError(
@@ -99,79 +103,38 @@ def load_openvla(
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, torch.device(device), dtype)
         device_map = {"": device} if device_map is None else device_map
-    policy: Any = _read_weights(OpenVLAOFT if oft else OpenVLAForActionPrediction, folder, config, options, device_map)
+    kind = OpenVLAOFT if oft else OpenVLAForActionPrediction
+    _check_headers(kind, folder, config, headers)
+    policy: Any = _read_weights(kind, folder, config, options, device_map)
     if device_map is None:
         policy.to(device)
+    check_finite(policy, folder, headers)
     if isinstance(policy, OpenVLAOFT):
         equip(policy, folder, files, dtype, cameras, chunk, denoising_steps)
     else:
         policy.cameras = camera_names(1, cameras)
-    policy.processor = _processor(folder, config.pad_token_id)
+    policy.processor = _processor(folder, config)
     if unnorm_key is not None:
         policy.unnorm_key = policy.dataset(unnorm_key)
     return policy.eval()
 
 
-def checkpoint_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint, fetched from the hub where `path` is no folder but a name there.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(path)
-    if folder.exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or name.startswith("."):
-        raise CheckpointError(
-            f"{path} is no folder, nor a name on the Hugging Face hub (owner/name). Give the folder that holds "
-            "config.json and the *.safetensors files."
-        )
-    import huggingface_hub
-
-    try:
-        fetched = huggingface_hub.snapshot_download(
-            name,
-            allow_patterns=["*.json", "*.safetensors", "*.pt", "*.model"],
-            ignore_patterns=["lora_adapter/*"],
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{name} is no folder here and could not be fetched from the Hugging Face hub ({reason}). Check the name "
-            f"and the connection, or fetch it elsewhere (`hf download {name} --local-dir FOLDER`) and give the folder."
-        ) from error
-    return Path(fetched)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or damaged ({error}). Download the checkpoint again.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no table of names and values. Download the checkpoint again.")
-    return found
-
-
 def _read_config(folder: Path) -> OpenVLAConfig:
-    values = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = read_json(path)
     kind = values.get("model_type")
     if kind != OpenVLAConfig.model_type:
         raise UnsupportedModelError(
-            f"{folder / 'config.json'} is of a model of type {kind!r}; this loads 'openvla'. Other families are "
+            f"{path} is of a model of type {shown(repr(kind))}; this loads 'openvla'. Other families are "
             "loaded with their own library and then attached to."
         )
-    config = OpenVLAConfig.from_pretrained(folder)
-    vocabulary = config.text_config.vocab_size
-    if not 0 <= config.pad_token_id < vocabulary:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has a vocabulary of {vocabulary} tokens and pad_token_id {config.pad_token_id}, "
-            "which is none of them. Copy config.json from the published checkpoint."
-        )
-    if (folder / _STATISTICS).is_file():
+    config = config_of(path, values)
+    if is_file(folder / STATISTICS):
         # As in the official scripts: what the checkpoint was fine-tuned on replaces what config.json was born with.
-        config.norm_stats = _read_json(folder / _STATISTICS)
+        config.norm_stats = read_json(folder / STATISTICS)
+        check_statistics(folder / STATISTICS, config.norm_stats)
+    else:
+        check_statistics(path, config.norm_stats)
     return config
 
 
@@ -185,9 +148,63 @@ def _head_files(folder: Path) -> dict[str, Path]:
 
 def _film_message(folder: Path, found: Iterable[str]) -> str:
     return (
-        f"{folder} was trained with FiLM: its vision towers read the instruction ({', '.join(found)}). FiLM is not "
+        f"{folder} was trained with FiLM: its vision towers read the instruction ({listed(found)}). FiLM is not "
         "supported; use a checkpoint without it (OFT's, not OFT+'s)."
     )
+
+
+def _check_whole(folder: Path, files: dict[str, Path], config: OpenVLAConfig) -> None:
+    """Refuse what looks like OFT without all of its files: what is left acts, but was not trained to."""
+    heads_there = listed([file.name for file in files.values()])
+    if files and "action_head" not in files and "noisy_action_projector" not in files:
+        raise CheckpointError(
+            f"{folder} has {heads_there}, but no action_head--*_checkpoint.pt: an OFT checkpoint that lost its action "
+            "head, or one with discrete actions. Copy the file from the published checkpoint; for discrete actions "
+            "give family='openvla_oft'."
+        )
+    if files and "proprio_projector" not in files:
+        raise CheckpointError(
+            f"{folder} has {heads_there}, but no proprio_projector--*_checkpoint.pt: an OFT checkpoint that lost its "
+            "projector, or one that reads no state. Copy the file from the published checkpoint; for a policy without "
+            "state give family='openvla_oft'."
+        )
+    sign = None if files else _sign_of_oft(folder, config)
+    if sign is not None:
+        raise CheckpointError(
+            f"{folder} has no action head and no proprio projector, as OpenVLA, but {sign}, as OpenVLA-OFT. Copy "
+            "action_head--*_checkpoint.pt and proprio_projector--*_checkpoint.pt from the published checkpoint; if it "
+            "is OpenVLA, give family='openvla', and for OFT with discrete actions and no state family='openvla_oft'."
+        )
+
+
+def _sign_of_oft(folder: Path, config: OpenVLAConfig) -> str | None:
+    """What tells that a folder without heads was OFT's: the code that was saved with it, or its data."""
+    code = folder / "modeling_prismatic.py"
+    if is_file(code) and "NUM_ACTIONS_CHUNK" in code.read_text(encoding="utf-8", errors="replace"):
+        return f"its {code.name} (which is not run) is OFT's"
+    data = [name for name in config.norm_stats if name.endswith("_no_noops") or name.startswith("aloha")]
+    return f"its statistics are of {listed(data)}" if data else None
+
+
+def _check_headers(
+    kind: type[OpenVLAForActionPrediction], folder: Path, config: OpenVLAConfig, headers: dict[str, Stored]
+) -> None:
+    """Compare what config.json describes with what the files' headers say, before anything takes memory or time."""
+    path = folder / "config.json"
+    with described_by(path):
+        dino, siglip = tower_sizes(config)
+    text = config.text_config.num_hidden_layers
+    check_depth(path, "num_hidden_layers", text, headers, "language_model.model.layers.")
+    for name, size in (("featurizer", dino), ("fused_featurizer", siglip)):
+        # Published folders hold one block more than is used, saved ones may not.
+        check_depth(path, "a vision tower's depth", size.depth - 1, headers, f"vision_backbone.{name}.blocks.")
+    with described_by(path), torch.device("meta"), no_init_weights():
+        described = kind(config)
+    unused = [re.compile(pattern) for pattern in described._keys_to_ignore_on_load_unexpected or ()]
+    used = {name: stored for name, stored in headers.items() if not any(part.search(name) for part in unused)}
+    found = misfit(described.state_dict(), used)
+    info = {"unexpected_keys": found.unexpected, "missing_keys": found.missing, "mismatched_keys": found.wrong}
+    _check_weights(folder, {**info, "error_msgs": [f"{name} is not of floating point" for name in found.strange]})
 
 
 def _read_weights(
@@ -213,10 +230,9 @@ def _read_weights(
             output_loading_info=True,
             **options,
         )
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"The weights in {folder} are missing or damaged ({reason}). Download the checkpoint again."
+            f"The weights in {folder} are missing or damaged ({reason(error)}). Download the checkpoint again."
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -239,7 +255,7 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
         "of another size": wrong,
         "not loaded": sorted(info.get("error_msgs") or []),
     }
-    lists = [f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names]
+    lists = [f"{len(names)} {fault}: {listed(names)}" for fault, names in faults.items() if names]
     if lists:
         raise CheckpointError(
             f"The weights in {folder} are not those that its config.json describes. {'. '.join(lists)}. Download the "
@@ -263,15 +279,11 @@ class AbsentTokenizer:
         )
 
 
-def _processor(folder: Path, pad: int) -> OpenVLAProcessor:
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return OpenVLAProcessor.from_folder(folder, None if has_tokenizer else AbsentTokenizer(folder), pad)
+def _processor(folder: Path, config: OpenVLAConfig) -> OpenVLAProcessor:
+    has_tokenizer = any(is_file(folder / name) for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = None if has_tokenizer else AbsentTokenizer(folder)
+    return OpenVLAProcessor.from_folder(folder, tokenizer, config.pad_token_id, config.text_config.vocab_size)
 
 
 def _shape(shape: Any) -> str:
     return "x".join(map(str, shape)) or "a number"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from vla_pruner.caches import NAMES, cache_name
+from vla_pruner.checkpoints.files import listed
 from vla_pruner.errors import CheckpointError, ObservationError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig, tower_sizes
 from vla_pruner.models.openvla.finite import check_inputs, checked, most_likely
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
+from vla_pruner.models.openvla.statistics import NO_STATISTICS
 from vla_pruner.models.openvla.vision import Projector, VisionBackbone, unused_weights
 
 
@@ -348,8 +350,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def dataset(self, unnorm_key: str | None) -> str:
         """The dataset that `unnorm_key` means. Errors as in `predict_action`."""
         key = self.unnorm_key if unnorm_key is None else unnorm_key
-        known = ", ".join(self.norm_stats) or "none"
+        known = listed(self.norm_stats)
         if key is None:
+            if not self.norm_stats:
+                raise CheckpointError(f"The policy has no statistics, so {NO_STATISTICS}")
             if len(self.norm_stats) != 1:
                 raise ObservationError(
                     f"The policy has statistics of several datasets; give unnorm_key, one of: {known}."

@@ -6,7 +6,6 @@ outputs of that code.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vla_pruner.checkpoints.files import described_by, is_file, read_json, shown
+from vla_pruner.checkpoints.numbers import finite_row
 from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
-from vla_pruner.models.openvla.configuration import PUBLISHED_PAD
+from vla_pruner.models.openvla.configuration import IMAGE_SIZE, PUBLISHED_PAD
 from vla_pruner.models.openvla.prompt import EMPTY_TOKEN
-from vla_pruner.models.openvla.tokenizer import StandInTokenizer, Tokenizer, read_tokenizer
+from vla_pruner.models.openvla.tokenizer import StandInTokenizer, Tokenizer, check_ids, read_tokenizer
 from vla_pruner.preprocessing.resize import bicubic_resize
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class OpenVLAProcessor:
         tokenizer: of transformers, or any with its call and `bos_token_id`.
         pad_token_id: the model's (config.json): what `predict_action` takes for padding where it is given no mask. The
             tokenizer's own may be another one.
+        vocab_size: how many tokens the model knows, so that a tokenizer of another model is found out; None: any.
 
     Attributes:
         size: (height, width) that images are brought to.
@@ -63,41 +65,47 @@ class OpenVLAProcessor:
     """
 
     def __init__(
-        self, image_config: Mapping[str, Any], tokenizer: Tokenizer, pad_token_id: int = PUBLISHED_PAD
+        self,
+        image_config: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        pad_token_id: int = PUBLISHED_PAD,
+        vocab_size: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self.pad_token_id = pad_token_id
         self.size = _size(image_config)
         self._mean, self._std = _constants(image_config)
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, tokenizer: Tokenizer | None = None, pad_token_id: int = PUBLISHED_PAD
+        cls,
+        folder: str | Path,
+        tokenizer: Tokenizer | None = None,
+        pad_token_id: int = PUBLISHED_PAD,
+        vocab_size: int | None = None,
     ) -> OpenVLAProcessor:
         """The processor of a checkpoint folder.
 
         Args:
             folder: with preprocessor_config.json, and tokenizer.json or tokenizer.model.
             tokenizer: instead of the folder's.
-            pad_token_id: as in the constructor.
+            pad_token_id, vocab_size: as in the constructor.
 
         Raises:
             CheckpointError: a file is missing or damaged; the message names it.
             UnsupportedModelError: as the constructor.
         """
         path = Path(folder) / IMAGE_CONFIG_FILE
-        try:
-            config = json.loads(path.read_text())
-        except FileNotFoundError as error:
+        if not is_file(path):
             raise CheckpointError(
                 f"{folder} has no {IMAGE_CONFIG_FILE}, which says how images are prepared. Copy it there from the "
                 "checkpoint that this one was trained from."
-            ) from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged ({error}). Download it again.") from error
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path} holds no settings by name. Download it again.")
-        return cls(config, read_tokenizer(folder) if tokenizer is None else tokenizer, pad_token_id)
+            )
+        config = read_json(path)
+        tokenizer = read_tokenizer(folder) if tokenizer is None else tokenizer
+        with described_by(path):
+            return cls(config, tokenizer, pad_token_id, vocab_size)
 
     def __call__(
         self, text: str | Sequence[str], images: Image | Sequence[Image], return_tensors: str = "pt"
@@ -187,7 +195,10 @@ class OpenVLAProcessor:
     def _encode(self, prompt: Any) -> list[int]:
         _check_text("A prompt", prompt)
         # BOS is put there here: whether a tokenizer adds it by itself depends on its file and transformers' version.
-        return [self.tokenizer.bos_token_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        ids = [self.tokenizer.bos_token_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        if self._vocab_size is not None:
+            check_ids(ids, self._vocab_size)
+        return ids
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         longest = max(map(len, rows), default=0)
@@ -245,7 +256,13 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int]:
         raise UnsupportedModelError(
             f"Images would be resized to {sorted(targets)} with interpolation {sorted(map(str, kinds))}. {supported}"
         )
-    return targets.pop()
+    target = targets.pop()
+    if target != (IMAGE_SIZE, IMAGE_SIZE):
+        raise UnsupportedModelError(
+            f"Images would be resized to {shown(target)}, and the vision towers take {IMAGE_SIZE} x {IMAGE_SIZE}. "
+            f"{supported}"
+        )
+    return IMAGE_SIZE, IMAGE_SIZE
 
 
 def _constants(config: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -262,7 +279,16 @@ def _constants(config: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
             f"The image configuration has means {means} and stds {stds} for {count} vision towers; each tower needs "
             "three of both. Download preprocessor_config.json again."
         )
-    mean, std = ([torch.tensor(v, dtype=torch.float32)[:, None, None] for v in values] for values in (means, stds))
+    here = Path(IMAGE_CONFIG_FILE)
+    mean, std = (
+        [torch.from_numpy(finite_row(here, name, values)).float()[:, None, None] for values in rows]
+        for name, rows in (("a mean of colours", means), ("a deviation of colours", stds))
+    )
+    if any((values <= 0).any() for values in std):
+        raise CheckpointError(
+            f"The image configuration has deviations {shown(stds)}; images are divided by them, so they must be above "
+            "0. Download preprocessor_config.json again."
+        )
     return mean, std
 
 

@@ -6,10 +6,10 @@ code where a published OpenVLA config.json lies beside it. Reading tokenizer.jso
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
+from vla_pruner.checkpoints.files import described_by, is_file, read_json, reason, shown
 from vla_pruner.errors import CheckpointError
 
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -66,7 +66,7 @@ class SentencePieceTokenizer:
         try:
             self._pieces.Load(str(path))
         except (RuntimeError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}). Download it again.") from error
+            raise CheckpointError(f"{path} is damaged ({reason(error)}). Download it again.") from error
         self.bos_token_id = self._pieces.bos_id()
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
@@ -85,10 +85,11 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if path.is_file():
-        return _fast_tokenizer(path)
+    if is_file(path):
+        with described_by(path):
+            return _fast_tokenizer(path)
     path = folder / "tokenizer.model"
-    if path.is_file():
+    if is_file(path):
         return SentencePieceTokenizer(path)
     raise CheckpointError(
         f"{folder} has neither tokenizer.json nor tokenizer.model. Copy them there from the checkpoint that this one "
@@ -105,7 +106,7 @@ def _fast_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}). Download it again.") from error
+        raise CheckpointError(f"{path} is damaged ({reason(error)}). Download it again.") from error
     vocabulary = tokenizer.get_vocab()
     if names["bos_token"] not in vocabulary:
         raise CheckpointError(
@@ -118,12 +119,32 @@ def _fast_tokenizer(path: Path) -> Tokenizer:
 
 
 def _special_tokens(path: Path) -> dict[str, str]:
-    """Names of the special tokens in a file, empty if it is absent."""
-    try:
-        found = json.loads(path.read_text())
-        tokens = {name: found[name] for name in _NAMES if found.get(name)}
-    except FileNotFoundError:
+    """Names of the special tokens in a file, empty if it is absent. Nothing else of the file is read."""
+    if not is_file(path):
         return {}
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Download it again.") from error
-    return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+    found = read_json(path)
+    names = {}
+    for name in _NAMES:
+        token = found.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise CheckpointError(
+                f"{path} is damaged (its {name} is {shown(repr(token))}, no text). Download it again."
+            )
+        if token:
+            names[name] = token
+    return names
+
+
+def check_ids(ids: list[int], vocab_size: int) -> None:
+    """Refuse a prompt's token ids that the model does not have.
+
+    Raises:
+        CheckpointError: the tokenizer is of another model.
+    """
+    strange = [number for number in ids if type(number) is not int or not 0 <= number < vocab_size]
+    if strange:
+        raise CheckpointError(
+            f"The tokenizer gives the id {shown(repr(strange[0]))}, and the model has {vocab_size} tokens: it is "
+            "another model's. Copy tokenizer.json there from the checkpoint that this one was trained from."
+        )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+_MOST = 2**24
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,35 @@ class ReferenceConfig:
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}")
+        for name, value in values.items():
+            _check(name, value)
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         if "tasks" in values:
-            values["tasks"] = tuple((str(task), str(instruction)) for task, instruction in values["tasks"])
+            values["tasks"] = tuple((task, instruction) for task, instruction in values["tasks"])
         return cls(**values)
+
+
+_TEXTS, _ROWS = ("words", "tasks"), ("proprio_mean", "proprio_scale")
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse a setting that no policy can have: ValueError names it."""
+    if name in _TEXTS:
+        rows = value if isinstance(value, (list, tuple)) else [None]
+        is_pair = name == "tasks"
+        good = all(
+            isinstance(row, (list, tuple)) and len(row) == 2 if is_pair else isinstance(row, str) for row in rows
+        )
+        good = good and all(isinstance(text, str) for row in rows for text in row)
+        wanted = "pairs of texts" if is_pair else "texts"
+    elif name in _ROWS:
+        rows = value if isinstance(value, (list, tuple)) and value else [None]
+        good = all(type(number) in (int, float) and math.isfinite(number) for number in rows)
+        good = good and (name != "proprio_scale" or all(number > 0 for number in rows))
+        wanted = "finite numbers, and a scale above 0"
+    elif name == "rope_theta":
+        good, wanted = type(value) in (int, float) and 0 < value < math.inf, "a finite number above 0"
+    else:
+        good, wanted = type(value) is int and 1 <= value <= _MOST, f"an int from 1 to {_MOST}"
+    if not good:
+        raise ValueError(f"{name} is {str(value)[:80]!r} and must be {wanted}")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from vla_pruner.checkpoints.files import described_by, is_file, read_json, reason
+from vla_pruner.checkpoints.weights import check_depth, check_finite, check_fit, misfit, read_headers, read_weights
+from vla_pruner.errors import CheckpointError
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.network import ReferencePolicy
 from vla_pruner.versions import check_transformers
@@ -37,28 +40,31 @@ def reference_policy(
         else "Give a folder that `python -m reference.train` or `save_policy` wrote."
     )
     for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise ValueError(f"The reference policy's file {folder / name} is missing. {advice}")
+    path = folder / _CONFIG
     try:
-        config = ReferenceConfig.from_dict(json.loads((folder / _CONFIG).read_text()))
+        values = read_json(path)
+        config = ReferenceConfig.from_dict(values)
+        headers = read_headers(folder)
+    except CheckpointError as error:
+        raise ValueError(f"{error} {advice}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"The reference policy's file {folder / _CONFIG} is damaged ({error}). {advice}") from error
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+        raise ValueError(f"The reference policy's file {path} is damaged ({reason(error)}). {advice}") from error
     try:
-        weights = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"The reference policy's file {folder / _WEIGHTS} is damaged ({error}). {advice}") from error
+        for what, before in (("num_layers", "language_model.model.layers."), ("vision_layers", "vision.blocks.")):
+            check_depth(path, what, getattr(config, what), headers, before)
+        with described_by(path), torch.device("meta"):
+            described = ReferencePolicy(config)
+        check_fit(folder, misfit(described.state_dict(), headers))
+        weights = read_weights(headers)
+    except CheckpointError as error:
+        raise ValueError(f"The reference policy's file {folder / _WEIGHTS} does not fit: {error} {advice}") from error
     policy = ReferencePolicy(config)
-    try:
-        policy.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"The reference policy's file {folder / _WEIGHTS} does not fit {folder / _CONFIG} ({reason}). {advice}"
-        ) from error
-    return policy.to(device=device, dtype=dtype).eval()
+    policy.load_state_dict(weights)
+    policy = policy.to(device=device, dtype=dtype).eval()
+    check_finite(policy, folder, headers)
+    return policy
 
 
 def save_policy(policy: ReferencePolicy, folder: str | Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vla_pruner.caches import cache_name
+from vla_pruner.checkpoints.numbers import finite_action
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.tokenizer import BOS, encode
@@ -300,6 +301,7 @@ class ReferencePolicy(nn.Module):
 
         Raises:
             ObservationError: an argument does not fit; the message says which.
+            CheckpointError: the network gives numbers that are not finite.
         """
         frames, body = _tensor("The image", images), _tensor("proprio", proprio)
         single = frames.ndim == 3
@@ -315,17 +317,18 @@ class ReferencePolicy(nn.Module):
         # Copies of one kind, whatever was given: a compiled call would be compiled anew for another.
         laid_out = {"copy": True, "memory_format": torch.contiguous_format}
         frames, body = frames.to(self.device, **laid_out), body.to(self.device, self.dtype, **laid_out)
-        actions = self.decode(self.prompt(frames, instructions, body)).float().cpu().numpy()
+        actions = finite_action(self.decode(self.prompt(frames, instructions, body)).float().cpu().numpy(), self)
         return actions[0] if single else actions
 
     def decode(self, prompt: Tensor) -> Tensor:
-        """Prompt embeddings (B, N, hidden) -> greedy actions (B, action_dimensions)."""
+        """Prompt embeddings (B, N, hidden) -> actions (B, action_dimensions); NaN where a logit is not finite."""
         from transformers import DynamicCache
 
         batch, length, _ = prompt.shape
         cache = DynamicCache()
         embeddings, positions = prompt, torch.arange(length, device=prompt.device)
         chosen: list[Tensor] = []
+        believed: list[Tensor] = []
         for step in range(self.config.action_dimensions):
             # The mask is all ones but never None: transformers reads missing masks as "maybe packed sequences" and
             # then cuts attention wherever positions are not consecutive, as they are not once tokens were pruned.
@@ -338,11 +341,14 @@ class ReferencePolicy(nn.Module):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            bins = output.logits[:, -1, self.config.first_action_token :].argmax(dim=-1)
+            logits = output.logits[:, -1, self.config.first_action_token :]
+            bins = logits.argmax(dim=-1)
+            # The most likely of logits that are not finite would be a valid action.
+            believed.append(logits.amax(dim=-1).isfinite())
             chosen.append(bins)
             embeddings = self.embed(bins + self.config.first_action_token)[:, None]
             positions = torch.full((1,), length + step, device=prompt.device)
-        return self.bin_values[torch.stack(chosen, dim=1)]
+        return self.bin_values[torch.stack(chosen, dim=1)].where(torch.stack(believed, dim=1), torch.nan)
 
     def act(
         self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor | None = None

@@ -1,0 +1,99 @@
+"""Numbers that files hold: a size is a count in a sane range, a statistic is finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from vla_pruner.checkpoints.files import AGAIN, shown
+from vla_pruner.errors import CheckpointError
+
+MOST = 2**24
+"""No size of any published policy is as large."""
+
+
+def check_counts(path: Path, values: Mapping[str, Any], *names: str, least: int = 1, most: int = MOST) -> None:
+    """Refuse settings that are no counts. Absent ones are passed over, and None too.
+
+    Raises:
+        CheckpointError: one is no int from `least` to `most`.
+    """
+    for name in names:
+        value = values.get(name)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise CheckpointError(
+                f"{path} has {name} {shown(repr(value))}; it must be an int from {least} to {most}. {AGAIN}"
+            )
+
+
+def check_positive(path: Path, values: Mapping[str, Any], *names: str) -> None:
+    """Refuse settings that are no finite numbers above 0. Absent ones are passed over.
+
+    Raises:
+        CheckpointError: naming one.
+    """
+    for name in names:
+        value = values.get(name, 1)
+        if not _is_number(value) or value <= 0:
+            raise CheckpointError(
+                f"{path} has {name} {shown(repr(value))}; it must be a finite number above 0. {AGAIN}"
+            )
+
+
+def finite_row(path: Path, what: str, values: Any) -> np.ndarray:
+    """A list of numbers as (n,) float64.
+
+    Args:
+        path: the file, for the message.
+        what: what they are, for the message.
+        values: what the file holds.
+
+    Raises:
+        CheckpointError: it is no flat list of finite numbers, or empty.
+    """
+    if not isinstance(values, (list, tuple)) or not values or not all(_is_number(value) for value in values):
+        raise CheckpointError(
+            f"{path} has {what} {shown(repr(values))}; it must be a list of finite numbers (no NaN, no infinity, no "
+            f"text). {AGAIN}"
+        )
+    return np.asarray(values, dtype=np.float64)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def finite_action(action: np.ndarray, module: nn.Module) -> np.ndarray:
+    """`action`, if all of it is finite.
+
+    Raises:
+        CheckpointError: it is not; what the network was given is finite, so the fault is its own.
+    """
+    if not np.isfinite(action).all():
+        raise no_action(module)
+    return action
+
+
+def no_action(module: nn.Module) -> CheckpointError:
+    """The error of a network that gives numbers that are not finite.
+
+    Args:
+        module: the part that gave them, for its dtype.
+    """
+    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    advice = "float16 overflows beyond 65504: load the policy with dtype=torch.bfloat16 or torch.float32. "
+    return CheckpointError(
+        f"The policy gave numbers that are not finite (NaN or infinity) in {dtype}, though its inputs are finite, so "
+        f"there is no action. {advice if dtype == 'float16' else ''}If weights were changed, they may have diverged; "
+        "else the checkpoint is damaged: download it again."
+    )
