@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.flags import budget, names, option
+from vla_pruner.wording import readable
 
 WRONG_INPUT = 2
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    print("vla-pruner: " + " ".join(message.split()), file=sys.stderr)
+    print("vla-pruner: " + readable(" ".join(message.split())), file=sys.stderr)
     return WRONG_INPUT
 
 

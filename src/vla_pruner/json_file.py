@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+import math
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vla_pruner.errors import BudgetError
 
 _Found = TypeVar("_Found")
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+_MOST = 2**63
 
 
 class ForeignFile(ValueError):
@@ -24,7 +32,7 @@ def read_format(path: Path, format: str, make: Callable[[dict[str, Any]], _Found
         ForeignFile: it is of another format, or of another version of this one.
         ValueError: it is damaged; the message says where.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = load_json(path.read_text(encoding="utf-8"))
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:
         said = "it names no format" if found is None else f"its format is {found!r}"
@@ -35,6 +43,121 @@ def read_format(path: Path, format: str, make: Callable[[dict[str, Any]], _Found
         raise ValueError(f"{error} is missing") from error
     except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(str(error)) from error
+
+
+def load_json(content: str | bytes) -> Any:
+    """The plain values of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or holds NaN or Infinity, which are no numbers of JSON.
+    """
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
+
+
+def typed(hint: Any, value: Any, name: str) -> Any:
+    """A plain JSON value, checked against a type and made into it: objects become dataclasses, and lists tuples.
+
+    Args:
+        hint: a type of JSON, a dataclass, or lists, tuples, mappings and options of these; `Any` checks nothing.
+        value: as `load_json` gives it.
+        name: what the value is, for the message.
+
+    Raises:
+        ValueError: a value is of another type, a number is not finite or too large, or a text holds a lone surrogate.
+    """
+    if hint is Any:
+        return value
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inside:
+            return None
+        (hint,) = (one for one in inside if one is not NoneType)
+        return typed(hint, value, name)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, name)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, (list, tuple)):
+            raise _not(value, name, "a list")
+        if origin is tuple and inside[-1] is not Ellipsis:
+            if len(value) != len(inside):
+                raise ValueError(f"{name} has {len(value)} values, not {len(inside)}")
+            hints = inside
+        else:
+            hints = (inside[0],) * len(value)
+        found = [
+            typed(one, each, f"{name}[{place}]") for place, (one, each) in enumerate(zip(hints, value, strict=True))
+        ]
+        return tuple(found) if origin is tuple else found
+    if origin in (dict, Mapping):
+        if not isinstance(value, dict):
+            raise _not(value, name, "an object")
+        return {
+            typed(str, key, f"a name in {name}"): typed(inside[1], one, f"{name}.{key}") for key, one in value.items()
+        }
+    return _scalar(hint, value, name)
+
+
+def field_of(content: Any, name: str, hint: Any, of: str = "it") -> Any:
+    """A field of an object that may hold others, as `typed`.
+
+    Args:
+        of: what the object is, for the message.
+
+    Raises:
+        ValueError: the content is no object, or the field is missing or of another type.
+    """
+    if not isinstance(content, Mapping):
+        raise _not(content, of, "an object")
+    if name not in content:
+        raise ValueError(f"{name} is missing")
+    return typed(hint, content[name], name)
+
+
+def _dataclass(hint: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise _not(value, name, "an object")
+    hints = _hints(hint)
+    odd = sorted(str(one) for one in set(value) ^ set(hints))
+    if odd:
+        raise ValueError(f"the fields {', '.join(odd)} of {name} are missing or unknown")
+    return hint(**{one: typed(hints[one], value[one], one) for one in hints})
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    known = get_type_hints(cls)
+    return {one.name: known[one.name] for one in dataclasses.fields(cls)}
+
+
+def _scalar(hint: type, value: Any, name: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < _MOST else math.inf
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise _not(value, name, _WORDS[hint])
+    if hint is int and abs(value) >= _MOST:
+        raise ValueError(f"{name} is too large")
+    if hint is str and not _is_unicode(value):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, which is no text: it holds a lone surrogate")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _not(value: Any, name: str, wanted: str) -> ValueError:
+    return ValueError(f"{name} is {reprlib.repr(value)}, not {wanted}")
 
 
 def check_file(name: str) -> None:

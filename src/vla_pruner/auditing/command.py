@@ -25,6 +25,7 @@ from vla_pruner.policies.base import Policy
 from vla_pruner.policies.loading import load_policy
 from vla_pruner.policies.options import usable_device
 from vla_pruner.policies.random import NAMES, SHOWN, random_policy
+from vla_pruner.terminal import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,7 +88,7 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
             seed=settings.seed,
             progress=lambda check: print_check(console, check, settings.details),
         )
-    console.print(summary(report), style="bold green" if report.passed else "bold red", soft_wrap=True, markup=False)
+    say(console, summary(report), style="bold green" if report.passed else "bold red", soft_wrap=True)
     if settings.json is not None:
         _write(report, settings)
     return 0 if report.passed else 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from vla_pruner.auditing.report import AuditReport, Check
+from vla_pruner.terminal import literal
 
 _MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("skip", "yellow")}
 _NAME_WIDTH = 18
@@ -22,10 +22,10 @@ def print_check(console: Console, check: Check, details: bool) -> None:
     row.add_column()
     explain = details or check.passed is not True
     lines = [line for line in (check.figure, check.detail if explain else "") if line]
-    row.add_row(Text(mark, style), Text(check.name), Text(lines[0] if lines else ""))
+    row.add_row(literal(mark, style), literal(check.name), literal(lines[0] if lines else ""))
     console.print(row)
     for line in lines[1:]:
-        console.print(Padding(Text(line, "dim" if check.passed else ""), (0, 0, 0, _NAME_WIDTH + 6)))
+        console.print(Padding(literal(line, "dim" if check.passed else ""), (0, 0, 0, _NAME_WIDTH + 6)))
 
 
 def summary(report: AuditReport) -> str:

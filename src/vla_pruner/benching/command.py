@@ -16,6 +16,7 @@ from vla_pruner.errors import BudgetError
 from vla_pruner.flags import add_methods
 from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.method_names import LAYER
+from vla_pruner.terminal import literal, say
 
 _FIELDS = (
     "model", "size", "layers", "keep", "methods", "pruned", "layer", "batch", "cameras", "dtype", "device", "compile",
@@ -128,12 +129,12 @@ def _run(settings: BenchSettings, console: Console) -> Any:
     with console.status("loading") as status:
 
         def progress(what: str, done: int, of: int) -> None:
-            status.update(what if of <= 1 else f"{what}, round {done} of {of}")
+            status.update(literal(what if of <= 1 else f"{what}, round {done} of {of}"))
 
         report = bench(settings.model, progress=progress, **options)
     console.print(to_rich(report))
     for note in notes(report):
-        console.print(note, soft_wrap=True, markup=False)
+        say(console, note, soft_wrap=True)
     for warning in report.warnings:
-        console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, markup=False)
+        say(console, f"Warning: {warning}", style="yellow", soft_wrap=True)
     return report

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich import box
 from rich.table import Table
 
 from vla_pruner.benching.report import ArmResult, BenchReport
+from vla_pruner.terminal import add_column, add_row, simple_table
 from vla_pruner.wording import counted
 
 _NONE = "-"
@@ -63,12 +63,12 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
 
 def to_rich(report: BenchReport) -> Table:
     """For the terminal: one column an arm."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
+    table = simple_table(None, padding=(0, 1, 0, 1))
+    add_column(table, "", right=False, no_wrap=True)
     for arm in report.arms:
-        table.add_column(arm.name.replace(" ", "\n", 1), justify="right")
+        add_column(table, arm.name.replace(" ", "\n", 1), right=True)
     for title, cells in rows(report):
-        table.add_row(title, *cells)
+        add_row(table, (title, *cells))
     return table
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vla_pruner.bootstrap import FEWEST_CLUSTERS, FEWEST_EPISODES, FEWEST_PAIRS, Estimate
 from vla_pruner.calibration.agreement import Agreement, agreement, check_shared, closed_loop_losses
@@ -24,6 +23,7 @@ from vla_pruner.evaluation.policies import fingerprint
 from vla_pruner.evaluation.table import to_rich
 from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.statistics import wilson
+from vla_pruner.terminal import progress, say
 
 HEADS = ("arm", "moved", "in units", "pruned", "p50 ms", "closed-loop loss")
 NOTES = (
@@ -52,7 +52,7 @@ def run_calibrate(settings: CalibrateSettings, console: Console) -> int:
     agreed = agreement(found, settings.against) if settings.against else None
     _show(found, agreed, console)
     for sentence in sentences(found, settings.tolerance, agreed):
-        console.print(f"- {sentence}")
+        say(console, f"- {sentence}")
     if settings.json is not None:
         _write(settings.json, {**found.to_json(), **_extras(found, settings.tolerance, agreed, settings.against)})
     return 0
@@ -72,10 +72,9 @@ def calibrate(policy: Any, arms: Sequence[Arm], recordings: Recordings, console:
     """
     conditions = {**machine_conditions(_PACKAGES), "recordings": str(recordings.folder), "kind": recordings.kind}
     pruning = [arm for arm in arms if arm.kind != "baseline"]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
-        bar = progress.add_task("replayed", total=len(pruning) * len(recordings))
-        played = replay(policy, arms, recordings, lambda *_: progress.advance(bar))
+    with progress(console) as shown:
+        bar = shown.add_task("replayed", total=len(pruning) * len(recordings))
+        played = replay(policy, arms, recordings, lambda *_: shown.advance(bar))
     conditions["busy_cores_after"] = busy_cores()
     conditions["recorded_weights"] = recordings.weights
     return calibration_of(played, fingerprint(policy), conditions)
@@ -113,11 +112,11 @@ def _show(found: Calibration, agreed: Agreement | None, console: Console) -> Non
     if agreed is None:
         heads, rows = heads[:-1], [row[:-1] for row in rows]
     steps = found.baseline.steps
-    console.print()
+    say(console)
     console.print(to_rich(f"{len(found.episodes)} recorded episodes, {steps} control steps", heads, rows))
     for note in NOTES:
-        console.print(note, style="dim")
-    console.print()
+        say(console, note, style="dim")
+    say(console)
 
 
 def _row(arm: ArmCalibration, losses: dict[str, float]) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def add_calibrate(commands: Any) -> None:
         type=_pair,
         action="append",
         default=[],
-        help="which camera of a dataset is which of the policy's; may be repeated (default: by equal names)",
+        help="which camera of a dataset is which of the policy's; may be repeated (default for each: by equal names)",
     )
     add(
         "--seed", metavar="S", type=int, default=0, help="of a flow policy's noise, for datasets (default: %(default)s)"

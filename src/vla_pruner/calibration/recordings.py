@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.calibration.errors import CalibrationError
-from vla_pruner.calibration.lerobot_dataset import Dataset, is_dataset
+from vla_pruner.calibration.lerobot_dataset import Dataset, check_finite, is_dataset
 from vla_pruner.evaluation.arms import BASELINE
 from vla_pruner.evaluation.manifest import MANIFEST, Manifest
-from vla_pruner.evaluation.traces import Trace, read_trace, traces_of
+from vla_pruner.evaluation.traces import Trace, read_numbers, read_trace, traces_of
 from vla_pruner.evaluation.units import Unit
 
 EPISODES = 12
@@ -130,6 +130,11 @@ def _of_traces(folder: Path, policy: Any, tasks: Sequence[str] | None, episodes:
     units = [unit for unit in found if tasks is None or unit.task in tasks]
     # Tasks take turns, so that few episodes are of many tasks.
     units.sort(key=lambda unit: (unit.initial_state, unit.suite, unit.task_id))
+    for unit in units[:episodes]:  # refused now, and not after the replay of the episodes before
+        actions, proprio = read_numbers(found[unit])
+        check_finite(actions.reshape(-1, actions.shape[-1]), f"an action of {unit}", folder)
+        if proprio is not None:
+            check_finite(proprio[cut], f"the state of {unit}", folder)
 
     def loader(unit: Unit) -> Callable[[], Recording]:
         return lambda: _from_trace(found[unit], policy, cut)
@@ -177,8 +182,11 @@ def _of_dataset(
     seed: int,
 ) -> Recordings:
     dataset = Dataset(folder)
-    _check_tasks(tasks, {task for episode in dataset.episodes for task in episode.tasks}, folder)
-    chosen = [one for one in dataset.episodes if tasks is None or set(tasks) & set(one.tasks)]
+    chosen = dataset.episodes
+    if tasks is not None:
+        told = [set(dataset.tasks_of(episode)) for episode in chosen]
+        _check_tasks(tasks, set().union(*told), folder)
+        chosen = [episode for episode, known in zip(chosen, told, strict=True) if known & set(tasks)]
     if not chosen:
         raise CalibrationError(f"{folder} has no episodes; give a dataset that has some.")
     places = np.unique(np.linspace(0, len(chosen) - 1, min(episodes, len(chosen))).round().astype(int))
@@ -186,6 +194,8 @@ def _of_dataset(
     with_state = policy.proprio_size is not None
     if with_state:
         _check_state(dataset.state_size, policy, str(folder))
+    for place in places:  # refused now, and not after the replay of the episodes before
+        dataset.check_numbers(chosen[place], with_state, cut)
 
     def loader(place: int) -> Callable[[], Recording]:
         episode = chosen[place]
@@ -194,7 +204,7 @@ def _of_dataset(
             content = dataset.read(episode, keys, with_state, cut)
             return Recording(
                 name=f"episode {episode.index}",
-                unit=Unit(folder.name, 0, episode.tasks[0] if episode.tasks else "", episode.index, seed),
+                unit=Unit(folder.name, 0, content.instructions[0], episode.index, seed),
                 images=content.images,
                 instructions=content.instructions,
                 proprio=content.state,
@@ -217,7 +227,14 @@ def _camera_keys(dataset: Dataset, policy: Any, cameras: Mapping[str, str] | Non
                     f"--camera is {name}={camera}; before the sign is one of the policy's cameras "
                     f"({_listed(policy.cameras)}), behind it one of the dataset's ({_listed(known)})."
                 )
-        return {name: known[camera] for name, camera in cameras.items()}
+        named = {**{name: name for name in policy.cameras}, **cameras}
+        missing = [name for name, camera in named.items() if camera not in known]
+        if missing:
+            raise CalibrationError(
+                f"--camera says nothing of the policy's camera {missing[0]!r}, and {dataset.folder} has none of that "
+                f"name; it has {_listed(known)}. Say which one it is with --camera {missing[0]}=DATASET."
+            )
+        return {name: known[camera] for name, camera in named.items()}
     if set(policy.cameras) <= set(known):
         return {name: known[name] for name in policy.cameras}
     if len(known) == len(policy.cameras) == 1:

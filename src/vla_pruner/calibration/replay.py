@@ -101,14 +101,19 @@ def replay(policy: Any, arms: Sequence[Arm], recordings: Recordings, progress: P
                 _play(policy, baseline.arm, recording, steps=1)  # the first call of all is slow
             unpruned = _play(policy, baseline.arm, recording)
             _check_fit(unpruned, recording)
+            if actions and recording.actions.shape[1] != actions[0].shape[1]:
+                raise CalibrationError(
+                    f"The actions recorded in {recording.name} have {recording.actions.shape[1]} numbers, and those of "
+                    f"{names[0]} {actions[0].shape[1]}; give recordings of one robot."
+                )
             names.append(recording.name)
             actions.append(recording.actions)
             if recording.chunks is not None and recording.chunks.shape == unpruned.chunks.shape:
                 distances.append(float(np.abs(recording.chunks - unpruned.chunks).max()))
-            _note(baseline, unpruned, unpruned)
+            _note(baseline, unpruned, unpruned, recording.name)
             turn = place % max(1, len(courses))
             for course in (*courses[turn:], *courses[:turn]):
-                _note(course, _play(policy, course.arm, recording), unpruned)
+                _note(course, _play(policy, course.arm, recording), unpruned, recording.name)
                 if progress is not None:
                     progress(recording.name, course.arm.title)
     spread = np.concatenate(actions).astype(float).std(axis=0)
@@ -159,7 +164,12 @@ def _check_fit(unpruned: Played, recording: Recording) -> None:
         )
 
 
-def _note(course: Course, played: Played, unpruned: Played) -> None:
+def _note(course: Course, played: Played, unpruned: Played, name: str) -> None:
+    if played.chunks.shape != unpruned.chunks.shape or not np.isfinite(played.chunks).all():
+        raise CalibrationError(
+            f"The actions of the arm {course.arm.title!r} in {name} are not finite, or of another shape than the "
+            "unpruned policy's; leave the arm out, and run vla-pruner audit."
+        )
     change = np.abs(played.chunks - unpruned.chunks).mean(axis=1)
     counts = played.pruned if course.arm.kind in ("method", "random") else np.ones(len(change), bool)
     course.changes.append(change[counts])

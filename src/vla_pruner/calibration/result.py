@@ -14,7 +14,7 @@ import numpy as np
 from vla_pruner.bootstrap import Estimate, mean_estimate, mean_upper_bound
 from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.replay import Course, Replay
-from vla_pruner.json_file import read_format
+from vla_pruner.json_file import read_format, typed
 from vla_pruner.statistics import percentile
 
 FORMAT = "vla-pruner calibrate 1"
@@ -116,16 +116,13 @@ class Calibration:
 
     @classmethod
     def _from_json(cls, content: Mapping[str, Any]) -> Calibration:
-        arms = [
-            ArmCalibration(**{**arm, **{name: _estimate(arm[name]) for name in ("moved", "moved_in_units")}})
-            for arm in content["arms"]
-        ]
-        names = [one.name for one in dataclasses.fields(cls) if one.name != "arms"]
-        return cls(arms=arms, **{name: content[name] for name in names})
-
-
-def _estimate(content: Mapping[str, Any] | None) -> Estimate | None:
-    return None if content is None else Estimate(**content)
+        names = [one.name for one in dataclasses.fields(cls)]
+        found: Calibration = typed(cls, {name: content[name] for name in names}, "the calibration")
+        if not found.arms or found.arms[0].kind != "baseline":
+            raise ValueError("its arms do not begin with the unpruned policy")
+        if any(arm.steps < 1 for arm in found.arms):
+            raise ValueError("an arm replayed no control step")
+        return found
 
 
 def calibration_of(replay: Replay, weights: str, conditions: Mapping[str, Any]) -> Calibration:

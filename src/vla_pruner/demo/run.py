@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vla_pruner.conditions import busy_cores
 from vla_pruner.demo import results
@@ -21,6 +20,7 @@ from vla_pruner.demo.settings import DemoError, DemoSettings, choose_tasks
 from vla_pruner.demo.summary import Summary, summarize
 from vla_pruner.demo.table import footnotes, to_markdown, to_rich
 from vla_pruner.demo.verdict import verdict
+from vla_pruner.terminal import progress, say
 from vla_pruner.wording import counted
 
 FRAME_SIZE = 224
@@ -68,7 +68,7 @@ def run_demo(
     units = plan(tasks, settings.episodes_a_task, settings.seed)
     try:
         threads = counted(facts["threads"], "thread")
-        console.print(f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
+        say(console, f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
         observation = runner.environment(tasks[0]).reset(settings.seed)
         facts["rendering"] = os.environ.get("MUJOCO_GL")  # the simulator has chosen by now
         costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
@@ -77,11 +77,11 @@ def run_demo(
         _run(runner, units, settings, console)
     except KeyboardInterrupt:
         interrupted = True
-        console.print("\nInterrupted: the table has what was finished.")
+        say(console, "\nInterrupted: the table has what was finished.")
     finally:
         runner.close()
     if not runner.finished:
-        console.print("No episode was finished by all arms, so there is nothing to show.")
+        say(console, "No episode was finished by all arms, so there is nothing to show.")
         return INTERRUPTED
     summary = summarize(runner.finished, arms, costs, vision, policy.language_model.config.num_hidden_layers)  # pyright: ignore[reportPossiblyUnboundVariable]
     used = busy_cores()
@@ -121,37 +121,32 @@ def _warn_if_busy(facts: dict[str, Any], console: Console) -> bool:
     used = facts["busy_cores_before"]
     busy = _is_busy(used, facts)
     if busy:
-        console.print(
+        say(
+            console,
             f"Note: other programs keep this machine busy ({used:g} of {facts['cores']} cores). Success rates are not "
-            "affected; milliseconds are, so repeat the run on an idle machine before quoting them."
+            "affected; milliseconds are, so repeat the run on an idle machine before quoting them.",
         )
     return busy
 
 
 def _run(runner: Runner, units: Sequence[Unit], settings: DemoSettings, console: Console) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
     solved = {arm.key: 0 for arm in runner.arms}
     titles = {arm.key: arm.title for arm in runner.arms}
     total = len(units) * len(runner.arms)
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("episodes", total=total, note="")
+    with progress(console, note=True) as shown:
+        bar = shown.add_task("episodes", total=total, note="")
         for done, episode in enumerate(runner.run(units, settings.minutes), 1):
             solved[episode.arm] += episode.success
             result = "solved" if episode.success else "not solved"
             note = f"{episode.unit.task}, {titles[episode.arm]}: {result} in {episode.steps} steps"
-            progress.update(bar, advance=1, note=note)
+            shown.update(bar, advance=1, note=note)
             if not console.is_terminal and done % (5 * len(runner.arms)) == 0:
-                console.print(f"{done} of {total} episodes; solved unpruned: {solved[BASELINE]}")
+                say(console, f"{done} of {total} episodes; solved unpruned: {solved[BASELINE]}")
     if len(runner.finished) < len(units):
-        console.print(
+        say(
+            console,
             f"Stopped after {settings.minutes:g} minutes with {len(runner.finished)} of {len(units)} paired episodes; "
-            "--episodes N runs all that it asks for."
+            "--episodes N runs all that it asks for.",
         )
 
 
@@ -166,18 +161,18 @@ def _finish(
     from vla_pruner.report.demo import write_report
 
     sentences = verdict(summary)
-    console.print()
+    say(console)
     console.print(to_rich(summary))
     for note in footnotes(summary):
-        console.print(note, style="dim")
-    console.print()
+        say(console, note, style="dim")
+    say(console)
     for sentence in sentences:
-        console.print(f"- {sentence}")
+        say(console, f"- {sentence}")
     content = results.to_json(settings, facts, runner.finished, summary, sentences, notes)
     results.write(settings.out / "results.json", content)
     (settings.out / "table.md").write_text(to_markdown(summary), encoding="utf-8")
     report = settings.out / "report.html"
     write_report(report, summary, runner.finished, sentences, facts, notes)
-    console.print()
-    console.print(f"Report: {report.resolve()}", soft_wrap=True)
-    console.print(f"Results: {(settings.out / 'results.json').resolve()}", soft_wrap=True)
+    say(console)
+    say(console, f"Report: {report.resolve()}", soft_wrap=True)
+    say(console, f"Results: {(settings.out / 'results.json').resolve()}", soft_wrap=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import isnan
 
-from rich import box
 from rich.table import Table
 
 from vla_pruner.demo.summary import ArmSummary, Summary
+from vla_pruner.terminal import add_column, add_row, simple_table
 from vla_pruner.timing import STAGES
 from vla_pruner.wording import counted
 
@@ -75,12 +75,12 @@ def footnotes(summary: Summary) -> list[str]:
 
 def to_rich(summary: Summary) -> Table:
     title = f"{counted(summary.units, 'paired episode')} an arm (drop, freeze: VLA-Pruner)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
+    table = simple_table(title)
+    add_column(table, "", right=False, no_wrap=True)
     for arm in summary.arms:
-        table.add_column(arm.arm.short, justify="right", no_wrap=True, min_width=10)
+        add_column(table, arm.arm.short, right=True, no_wrap=True, min_width=10)
     for name, cells in rows(summary):
-        table.add_row(name, *cells, style="dim" if name.startswith("  ") else "bold")
+        add_row(table, (name, *cells), style="dim" if name.startswith("  ") else "bold")
     return table
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vla_pruner.evaluation.cluster import Cluster
 from vla_pruner.evaluation.errors import EvaluationError
@@ -37,7 +36,8 @@ from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
 from vla_pruner.statistics import wilson
-from vla_pruner.wording import counted
+from vla_pruner.terminal import progress, say
+from vla_pruner.wording import counted, readable
 
 TABLE = "table.md"
 INTERRUPTED = 130
@@ -67,7 +67,7 @@ def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite
     except SimulatorUnavailable as error:
         raise EvaluationError(str(error)) from error
     if not run.records:
-        console.print("No episode was finished, so there is nothing to show.")
+        say(console, "No episode was finished, so there is nothing to show.")
         return INTERRUPTED
     summary = _show(run, settings.out, console)
     if interrupted:
@@ -83,7 +83,7 @@ def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
     """
     wilson(0, 1)
     run = merge(folders, out)
-    console.print(f"{counted(len(run.records), 'episode')} of {counted(len(folders), 'folder')}.")
+    say(console, f"{counted(len(run.records), 'episode')} of {counted(len(folders), 'folder')}.")
     return 1 if _show(run, out, console).crashed else 0
 
 
@@ -105,7 +105,7 @@ def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -
         try:
             _follow(run, records, console)
         except KeyboardInterrupt:
-            console.print("\nInterrupted: what is finished is kept; the same command goes on.")
+            say(console, "\nInterrupted: what is finished is kept; the same command goes on.")
             return run, True
         return run, False
     finally:
@@ -139,17 +139,18 @@ def _greet(run: Run, file: RecordFile, console: Console) -> None:
     total = len(plan.units()) * len(arms)
     part = "" if plan.shard is None else f", shard {plan.shard[0]} of {plan.shard[1]}"
     margin = 100 * run.manifest.identity["margin"]
-    console.print(
+    say(
+        console,
         f"{counted(len(plan.tasks), 'task')}, initial states {plan.first} to {plan.first + plan.episodes - 1}, "
-        f"{counted(len(arms), 'arm')}{part}: {counted(total, 'episode')}. Margin, declared now: {margin:g} points."
+        f"{counted(len(arms), 'arm')}{part}: {counted(total, 'episode')}. Margin, declared now: {margin:g} points.",
     )
     if run.torn:
-        console.print(f"The last line of {file.path} was cut off by a crash; its episode runs again.")
+        say(console, f"The last line of {file.path} was cut off by a crash; its episode runs again.")
     done = sum(not record.crashed for record in run.records.values())
     if run.records:
         crashed = len(run.records) - done
         again = f"; {crashed} crashed and are tried again" if crashed else ""
-        console.print(f"Going on: {done} of {counted(total, 'episode')} are done{again}.")
+        say(console, f"Going on: {done} of {counted(total, 'episode')} are done{again}.")
 
 
 def _say_untraced(run: Run, settings: EvalSettings, console: Console) -> None:
@@ -157,35 +158,29 @@ def _say_untraced(run: Run, settings: EvalSettings, console: Console) -> None:
     done = [one.key for one in run.records.values() if one.unit.initial_state in traced and not one.crashed]
     lacking = sum(not trace_path(settings.out, *key).exists() for key in done)
     if lacking:
-        console.print(
+        say(
+            console,
             f"{counted(lacking, 'episode')} of those that --trace asks for ended without it and stay untraced; "
-            "for traces of these choose a new --out."
+            "for traces of these choose a new --out.",
         )
 
 
 def _follow(run: Run, records: Iterator[Record], console: Console) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
     arms = run.manifest.identity["arms"]
     total = len(run.manifest.plan.units()) * len(arms)
     done = sum(not record.crashed for record in run.records.values())
     said = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("episodes", total=total, completed=done, note="")
+    with progress(console, note=True) as shown:
+        bar = shown.add_task("episodes", total=total, completed=done, note="")
         for record in records:
             done += not record.crashed
-            progress.update(bar, completed=done, note=f"{record.arm}: {record.unit.task}, {_ended(record)}")
+            shown.update(bar, completed=done, note=readable(f"{record.arm}: {record.unit.task}, {_ended(record)}"))
             if record.crashed:
                 error: Any = record.error
-                console.print(f"Crashed: {record.arm} on {record.unit}: {error['type']}: {error['message']}")
+                say(console, f"Crashed: {record.arm} on {record.unit}: {error['type']}: {error['message']}")
             if not console.is_terminal and time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
-                console.print(f"{done} of {counted(total, 'episode')}")
+                say(console, f"{done} of {counted(total, 'episode')}")
 
 
 def _ended(record: Record) -> str:
@@ -198,21 +193,21 @@ def _show(run: Run, out: Path, console: Console) -> Summary:
     summary = summarize(run)
     said = sentences(summary)
     title = f"{counted(summary.planned, 'episode')} an arm, {counted(summary.tasks, 'task')}"
-    console.print()
+    say(console)
     console.print(to_rich(title, OUTCOMES, outcome_rows(summary)))
     heads, rows = suite_table(summary)
     if rows:
         console.print(to_rich("By suite", heads, rows))
     console.print(to_rich("What it took", COSTS, cost_rows(summary)))
     for note in NOTES:
-        console.print(note, style="dim")
-    console.print()
+        say(console, note, style="dim")
+    say(console)
     for sentence in said:
-        console.print(f"- {sentence}")
+        say(console, f"- {sentence}")
     write_json(out / EVAL_INFO, eval_info(run, summary, said))
     write_text(out / TABLE, to_markdown(summary, said))
-    console.print()
-    console.print(f"Records: {(out / 'episodes.jsonl').resolve()}", soft_wrap=True)
-    console.print(f"Results: {(out / EVAL_INFO).resolve()}", soft_wrap=True)
-    console.print(f"Report:  vla-pruner report {shlex.quote(str(out))}", soft_wrap=True, highlight=False)
+    say(console)
+    say(console, f"Records: {(out / 'episodes.jsonl').resolve()}", soft_wrap=True)
+    say(console, f"Results: {(out / EVAL_INFO).resolve()}", soft_wrap=True)
+    say(console, f"Report:  vla-pruner report {shlex.quote(str(out))}", soft_wrap=True)
     return summary

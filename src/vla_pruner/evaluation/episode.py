@@ -13,14 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla_pruner.errors import VLAPrunerError
+from vla_pruner.errors import ObservationError, VLAPrunerError
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.policies import sees_images
 from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.traces import Tracer
 from vla_pruner.evaluation.units import Unit
-from vla_pruner.simulators.base import Convention, Environment, Observation, SimulatorUnavailable
+from vla_pruner.simulators.base import Convention, Environment, Observation, OutcomeError, SimulatorUnavailable, outcome
 from vla_pruner.statistics import percentile
+from vla_pruner.wording import readable, said_by
+
+CRASHES = (Exception, SystemExit, GeneratorExit)
+"""What may come out of a policy or a simulator and end one episode: everything but an interrupt."""
+
+
+class EnvironmentCrashed(Exception):
+    """An environment raised something, whatever its class: its cause."""
 
 
 class Course:
@@ -55,12 +63,16 @@ class Course:
 
     def begin(self) -> None:
         """Reset the environment."""
-        self._observation, _ = self._environment.reset(initial_state=self.unit.initial_state)
+        with self._of_environment():
+            self._observation, _ = self._environment.reset(initial_state=self.unit.initial_state)
 
     def see(self) -> tuple[dict[str, np.ndarray], str, np.ndarray | None]:
         """What the policy is shown: images, instruction and state."""
         assert self._observation is not None
-        images, proprio = self._convention.observe(self._observation)
+        with self._of_environment():  # images are drawn here
+            images, proprio = self._convention.observe(self._observation)
+            if proprio is not None and not np.isfinite(proprio).all():
+                raise OutcomeError("The environment's state holds numbers that are not finite (NaN or infinity).")
         if self.arm.is_blank:
             images = {name: np.zeros_like(image) for name, image in images.items()}
         return images, self._observation.instruction, proprio
@@ -83,14 +95,33 @@ class Course:
 
     def carry_out(self, actions: np.ndarray) -> None:
         """Carry out what was planned, (horizon, action_size), up to the end of the episode."""
+        if not np.isfinite(actions).all():
+            raise ValueError("The policy's action holds numbers that are not finite (NaN or infinity).")
         for action in actions:
-            self._observation, reward, terminated, truncated, info = self._environment.step(action)
+            with self._of_environment():
+                self._observation, *said = self._environment.step(action)
+                reward, over, success = outcome(*said)
             self.steps += 1
-            self._rewards.append(float(reward))
-            self._success = bool(info["success"])
-            self.over = terminated or truncated or self._success or self.steps >= self._limit
+            self._rewards.append(reward)
+            self._success = success
+            self.over = over or success or self.steps >= self._limit
             if self.over:
                 break
+
+    @contextmanager
+    def _of_environment(self) -> Iterator[None]:
+        """In here the environment runs: an error of it is its own, even one of our classes.
+
+        Raises:
+            SimulatorUnavailable: it cannot run at all.
+            EnvironmentCrashed: for everything else.
+        """
+        try:
+            yield
+        except SimulatorUnavailable:
+            raise
+        except CRASHES as crash:
+            raise EnvironmentCrashed from crash
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -101,14 +132,15 @@ class Course:
         """
         try:
             yield
-        except (VLAPrunerError, SimulatorUnavailable):
-            raise
-        except Exception as crash:
+        except CRASHES as crash:
+            if not is_crash(crash):
+                raise
             self.crash(crash)
 
-    def crash(self, crash: Exception) -> None:
+    def crash(self, crash: BaseException) -> None:
         """The episode ends by a crash."""
-        self._error = describe(crash)
+        cause = crash.__cause__ if isinstance(crash, EnvironmentCrashed) else None
+        self._error = describe(cause or crash)
         self.over = True
 
     @contextmanager
@@ -224,11 +256,18 @@ def _step(
     course.carry_out(actions)
 
 
+def is_crash(error: BaseException) -> bool:
+    """Whether an error ends one episode. Others would end every episode the same way, so the run stops: a method that
+    does not fit the model, a simulator that is missing. An observation that the policy refuses is the episode's own.
+    """
+    return isinstance(error, ObservationError) or not isinstance(error, (VLAPrunerError, SimulatorUnavailable))
+
+
 def describe(crash: BaseException) -> dict[str, str]:
     """A crash for a record: its type, its message, and where it came from."""
     frames = traceback.extract_tb(crash.__traceback__)
     where = " < ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames[-4:]))
-    return {"type": type(crash).__name__, "message": str(crash)[:2000], "where": where}
+    return {"type": type(crash).__name__, "message": said_by(crash)[:2000], "where": readable(where)}
 
 
 def generator_devices(policy: Any) -> list[int]:

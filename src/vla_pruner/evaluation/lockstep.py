@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 
-from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation.arms import Arm
-from vla_pruner.evaluation.episode import Course, attached, generator_devices
+from vla_pruner.evaluation.episode import CRASHES, Course, attached, generator_devices, is_crash
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.methods import RandomKeep
 from vla_pruner.policies.base import BatchPolicy, generator_states
-from vla_pruner.simulators.base import Convention, Environment, SimulatorUnavailable
+from vla_pruner.simulators.base import Convention, Environment
 
 
 def shares(arm: Arm) -> bool:
@@ -92,18 +92,31 @@ def run_together(
             with course.guarded(), course.timed():
                 course.begin()
         live = [course for course in courses if not course.over]
+        session, stack = None, ExitStack()
         try:
-            with attached(arm, policy, units[0]) as session:
-                while live:
+            with _shared(live):
+                session = stack.enter_context(attached(arm, policy, units[0]))
+            while live and not live[0].over:
+                with _shared(live):
                     live = _step(policy, convention, session, live)
-                    yield from ended()
-        except (VLAPrunerError, SimulatorUnavailable):
-            raise
-        except Exception as crash:
-            for course in live:
-                if not course.over:
-                    course.crash(crash)
+                yield from ended()  # outside of what is watched: who stops listening is no crash
+        finally:
+            with _shared(live):
+                stack.close()
     yield from ended()
+
+
+@contextmanager
+def _shared(live: Sequence[Course]) -> Iterator[None]:
+    """What crashes in here ends all these episodes, which shared the pass."""
+    try:
+        yield
+    except CRASHES as crash:
+        if not is_crash(crash):
+            raise
+        for course in live:
+            if not course.over:
+                course.crash(crash)
 
 
 def _step(policy: BatchPolicy, convention: Convention, session: Any, live: list[Course]) -> list[Course]:

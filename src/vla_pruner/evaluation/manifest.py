@@ -14,7 +14,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.records import Record, write_json
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import Unit, plan, shard
-from vla_pruner.json_file import ForeignFile, read_format
+from vla_pruner.json_file import ForeignFile, field_of, read_format, typed
 from vla_pruner.simulators.base import Task
 
 FORMAT = "vla-pruner eval 1"
@@ -51,10 +51,23 @@ class Plan:
         return {**dataclasses.asdict(self), "tasks": [dataclasses.asdict(task) for task in self.tasks]}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Plan:
-        tasks = tuple(Task(**task) for task in content["tasks"])
-        part = content["shard"]
-        return cls(**{**content, "tasks": tasks, "shard": None if part is None else (part[0], part[1])})
+    def from_json(cls, content: Any) -> Plan:
+        """Reads `to_json`.
+
+        Raises:
+            ValueError: it is no selection of episodes; the message says why.
+        """
+        found = typed(cls, content, "plan")
+        if not found.tasks or found.episodes < 1 or found.first < 0 or found.policy_seed < 0:
+            raise ValueError("plan selects no episode")
+        if found.shard is not None and not 1 <= found.shard[0] <= found.shard[1]:
+            raise ValueError(f"plan has the shard {found.shard[0]} of {found.shard[1]}")
+        odd = [task for task in found.tasks if task.index < 0 or task.max_steps < 1]
+        if odd:
+            raise ValueError(
+                f"plan has a task {odd[0].name!r} with the number {odd[0].index} and {odd[0].max_steps} steps"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,13 +137,19 @@ class Manifest:
     @classmethod
     def _from_json(cls, content: Mapping[str, Any]) -> Manifest:
         found = cls(
-            content["identity"],
-            Plan.from_json(content["plan"]),
-            content["for_claims"],
-            tuple(content["extended"]),
-            tuple(content["conditions"]),
+            field_of(content, "identity", dict[str, Any]),
+            Plan.from_json(field_of(content, "plan", dict[str, Any])),
+            field_of(content, "for_claims", bool),
+            field_of(content, "extended", tuple[int, ...]),
+            field_of(content, "conditions", tuple[dict[str, Any], ...]),
         )
-        if found.run != content["run"]:
+        check_identity(found.identity)
+        for one in found.conditions:
+            for name in ("policy", "command", "git", "processor", "platform"):
+                typed(str | None, one.get(name), name)
+            typed(float | None, one.get("busy_cores_before"), "busy_cores_before")
+            typed(int | None, one.get("threads"), "threads")
+        if found.run != field_of(content, "run", str):
             raise ValueError("its settings were changed")
         return found
 
@@ -178,6 +197,30 @@ def identity(settings: EvalSettings, described: Mapping[str, Any]) -> dict[str, 
         "suite_options": {name: str(value) for name, value in settings.suite_options.items()},
     }
     return json.loads(json.dumps(content))
+
+
+def check_identity(content: Any) -> None:
+    """Refuse settings of a file of which no table can be made.
+
+    Raises:
+        ValueError: naming what is missing or odd.
+    """
+    arms = field_of(content, "arms", list[dict[str, Any]])
+    for arm in arms:
+        for name in ("key", "title", "kind"):
+            if not field_of(arm, name, str).strip():
+                raise ValueError(f"an arm has an empty {name}")
+        typed(str | None, arm.get("random"), "random")
+    keys = [arm["key"] for arm in arms]
+    if not arms or arms[0]["kind"] != "baseline" or len(set(keys)) < len(keys):
+        raise ValueError("its arms do not begin with the unpruned policy, or two of them have one key")
+    margin = field_of(content, "margin", float)
+    if not 0 < margin < 1:
+        raise ValueError(f"margin is {margin:g}, not a fraction between 0 and 1")
+    limit = field_of(content, "max_steps", int | None)
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_steps is {limit}, not 1 or more")
+    field_of(content, "weights", str)
 
 
 def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, there: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vla_pruner.simulators.base import Environment, SeesTheState, Suite
+from vla_pruner.simulators.base import Convention, Environment, SeesTheState, Suite, SuiteError
 
 EXPERT, NOTHING = "expert", "nothing"
 SCRIPTED = (EXPERT, NOTHING)
@@ -90,6 +90,41 @@ class PolicySource:
 def sees_images(policy: Any) -> bool:
     """Whether a policy acts by images, so that pruning and blank images mean something."""
     return not isinstance(policy, SeesTheState)
+
+
+def check_fits(policy: Any, suite: Suite, convention: Convention) -> None:
+    """Refuse a policy that cannot act in a suite, before its first episode crashes, and every other one.
+
+    Args:
+        convention: how the policy sees the suite.
+
+    Raises:
+        SuiteError: its cameras are not those that it is shown, or its actions have another size than the suite's.
+    """
+    cameras, shown = tuple(policy.cameras), convention.cameras
+    missing = [name for name in cameras if name not in shown] + [
+        one for one in shown.values() if one not in suite.cameras
+    ]
+    if missing:
+        raise SuiteError(
+            f"{suite.name} has the cameras {', '.join(map(repr, suite.cameras))}, and this policy takes "
+            f"{', '.join(map(repr, cameras))}: nothing is known of {missing[0]!r}. Give a policy trained on this suite."
+        )
+    size = action_size(policy)
+    if size is None:
+        return
+    planned = convention.plan(np.zeros((1, size), np.float32)).shape[1]
+    if planned != suite.action_size:
+        raise SuiteError(
+            f"{suite.name} takes actions of {suite.action_size} numbers, and this policy's have {planned}; it was "
+            "trained for another robot. Give a policy trained on this suite."
+        )
+
+
+def action_size(policy: Any) -> int | None:
+    """Numbers in an action of a policy, where it says so without acting; else None."""
+    size = getattr(policy, "action_size", None)
+    return size if isinstance(size, int) else None
 
 
 def fingerprint(policy: Any) -> str:

@@ -14,6 +14,8 @@ from typing import Any, Self
 
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.units import Unit
+from vla_pruner.json_file import load_json, typed
+from vla_pruner.wording import readable
 
 EPISODES = "episodes.jsonl"
 TERMINATIONS = ("success", "max_steps", "error")
@@ -80,7 +82,7 @@ class Record:
         Raises:
             ValueError: it is no record; the message says why.
         """
-        content = json.loads(line)
+        content = load_json(line)
         if not isinstance(content, dict):
             raise ValueError("it holds no record")
         names = {one.name for one in dataclasses.fields(cls)} - {"unit"}
@@ -88,12 +90,39 @@ class Record:
         if set(content) != names | of_unit:
             odd = sorted(set(content) ^ (names | of_unit))
             raise ValueError(f"the fields {', '.join(odd)} are missing or unknown")
-        if content["termination"] not in TERMINATIONS:
-            raise ValueError(f"its termination is {content['termination']!r}")
-        if not isinstance(content["success"], bool) and content["termination"] != "error":
-            raise ValueError(f"its success is {content['success']!r}")
-        unit = Unit(**{name: content.pop(name) for name in of_unit})
-        return cls(unit=unit, **content)
+        if isinstance(content["error"], dict):  # what others' exceptions say may be no text that can be written
+            content["error"] = {
+                name: readable(said) if isinstance(said, str) else said for name, said in content["error"].items()
+            }
+        content["unit"] = {name: content.pop(name) for name in of_unit}
+        record = typed(cls, content, "the record")
+        record.check()
+        return record
+
+    def check(self) -> None:
+        """Refuse values that no episode has.
+
+        Raises:
+            ValueError: naming one of them.
+        """
+        if self.termination not in TERMINATIONS:
+            raise ValueError(f"its termination is {self.termination!r}")
+        ended = {"success": True, "max_steps": False, "error": None}[self.termination]
+        if self.success is not ended:
+            raise ValueError(f"its success is {self.success!r}, and its termination {self.termination!r}")
+        if self.crashed != (self.error is not None):
+            raise ValueError(f"its termination is {self.termination!r}, and its error {self.error!r}")
+        if self.error is not None and not {"type", "message", "where"} <= set(self.error):
+            raise ValueError("its error lacks a type, a message or where it came from")
+        self.unit.check()
+        least = {name: getattr(self, name) for name in ("steps", "control_steps", "pruned_steps", "seconds")}
+        least |= {"visual_tokens": self.visual_tokens or 0, "attempt": self.attempt - 1}
+        least |= {name: min(getattr(self, name), default=0) for name in ("latency_ms", "kept_tokens")}
+        odd = [name for name, value in least.items() if value < 0]
+        if odd:
+            raise ValueError(f"its {odd[0]} is too small")
+        if len(self.kept_tokens) not in (0, 2):
+            raise ValueError(f"its kept_tokens are {self.kept_tokens}, not the fewest and the most")
 
 
 TIMES = ("latency_ms", "latency_p50_ms", "latency_p99_ms", "seconds", "started", "worker")
@@ -150,7 +179,12 @@ class RecordFile:
         Raises:
             EvaluationError: it could not be written; the file is as before.
         """
-        line = record.to_line()
+        try:
+            line = record.to_line()
+        except ValueError as error:
+            raise EvaluationError(
+                f"The record of {record.arm} on {record.unit} holds a number that is not finite, and was not written."
+            ) from error
         try:
             written = os.write(self._file, line)
             while written < len(line):
@@ -260,8 +294,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_json`, of text."""
-    write_bytes(path, text.encode())
+    """As `write_json`, of text; lone surrogates in it are written as escapes."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

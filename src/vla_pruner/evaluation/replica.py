@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vla_pruner.conditions import version
-from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation.arms import Arm, check_layers
-from vla_pruner.evaluation.episode import describe, run_episode
+from vla_pruner.evaluation.episode import CRASHES, describe, is_crash, run_episode
 from vla_pruner.evaluation.lockstep import check_batch, run_together, shares
 from vla_pruner.evaluation.maps import with_score_maps
-from vla_pruner.evaluation.policies import PolicySource, fingerprint, sees_images
+from vla_pruner.evaluation.policies import PolicySource, check_fits, fingerprint, sees_images
 from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.traces import Trace, Tracer
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators import find_suite
-from vla_pruner.simulators.base import Convention, Environment, SimulatorUnavailable, Suite
+from vla_pruner.simulators.base import Convention, Environment, Suite
+from vla_pruner.wording import said_by
 
 _PACKAGES = ("vla-pruner", "torch", "transformers", "numpy", "lerobot")
 Work = list[tuple[Unit, list[tuple[str, int]]]]
@@ -75,6 +75,7 @@ class Replica:
             self._conventions[name] = suite.convention(policy)
             if recipe.horizon is not None:
                 self._conventions[name] = replace(self._conventions[name], horizon=recipe.horizon)
+            check_fits(policy, suite, self._conventions[name])
         if sees_images(policy := self._policy(recipe.suites[0])):
             check_layers(recipe.arms, policy)
         check_batch(policy, recipe.batch)
@@ -121,10 +122,12 @@ class Replica:
                 yield from self._run_group(known[key], group, run)
 
     def _groups(self, arm: Arm, missing: Sequence[tuple[Unit, int]]) -> Iterator[list[tuple[Unit, int]]]:
-        """Those that run side by side: of one suite, and none that is traced."""
+        """Those that run side by side: of one suite, and none that is traced, or has crashed, since a crash of the
+        policy ends all that share its pass.
+        """
         alike: dict[Any, list[tuple[Unit, int]]] = {}
         for number, (unit, attempt) in enumerate(missing):
-            alone = not shares(arm) or unit.initial_state in self.recipe.traced
+            alone = not shares(arm) or unit.initial_state in self.recipe.traced or attempt > 1
             alike.setdefault((unit.suite, number if alone else None), []).append((unit, attempt))
         yield from alike.values()
 
@@ -137,9 +140,9 @@ class Replica:
         for unit, attempt in group:
             try:
                 ready.append((unit, attempt, self._environment(unit, [place for *_, place in ready])))
-            except (VLAPrunerError, SimulatorUnavailable):
-                raise
-            except Exception as crash:
+            except CRASHES as crash:
+                if not is_crash(crash):
+                    raise
                 yield lost(unit, arm.key, run, attempt, describe(crash)), None
         if not ready:
             return
@@ -175,7 +178,7 @@ class Replica:
             del self._open[key]
         try:
             environment.close()
-        except Exception:  # it crashed before, or its rendering did: it is gone either way
+        except CRASHES:  # it crashed before, or its rendering did: it is gone either way
             return
 
     def close(self) -> None:
@@ -192,7 +195,7 @@ def _trace(tracer: Tracer | None, record: Record, policy: Any, whole_maps: bool)
         trace = tracer.trace(record)
         return with_score_maps(policy, trace) if whole_maps else trace
     except Exception as error:
-        warnings.warn(f"{record.arm} on {record.unit} was not traced: {error}", stacklevel=2)
+        warnings.warn(f"{record.arm} on {record.unit} was not traced: {said_by(error)}", stacklevel=2)
         return None
 
 

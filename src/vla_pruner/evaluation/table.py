@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 
-from rich import box
 from rich.table import Table
 
 from vla_pruner.evaluation.summary import ArmSummary, Summary
 from vla_pruner.evaluation.verdict import points
+from vla_pruner.terminal import add_column, add_row, simple_table
 
 OUTCOMES = ("arm", "solved", "% (95 %)", "difference", "+/-", "p", "verdict")
 COSTS = ("arm", "steps", "difference", "p50 ms", "p99 ms", "tokens", "pruned", "crashed")
@@ -85,11 +85,11 @@ def _cost(arm: ArmSummary) -> tuple[str, ...]:
 
 def to_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table, an interval under its value; where the terminal is narrow, the arms' titles break."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = simple_table(title)
     for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index else "left", no_wrap=bool(index), min_width=0 if index else 12)
+        add_column(table, head, right=bool(index), no_wrap=bool(index), min_width=0 if index else 12)
     for row in rows:
-        table.add_row(*row)
+        add_row(table, row)
     return table
 
 

@@ -10,12 +10,14 @@ import dataclasses
 import io
 import json
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,33 @@ import numpy as np
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.records import Record, write_bytes
 from vla_pruner.evaluation.units import Unit
+from vla_pruner.json_file import load_json, typed
+from vla_pruner.wording import said_by
 
 TRACES = "traces"
 """The folder beside the records."""
 FORMAT = "vla-pruner trace 1"
 
 _ABOUT = "about"
+_IMAGES, _SCORES = "images/", "scores/"
+_ARRAYS = {
+    "instructions": ("U", 1),
+    "actions": ("f", 3),
+    "noise_seeds": ("u", 1),
+    "steps": ("i", 1),
+    "pruned": ("b", 1),
+    "proprio": ("f", 2),
+    "kept": ("b", 2),
+    _IMAGES: ("u", 4),
+    _SCORES: ("f", 2),
+}
+"""Kind of number, as numpy has it, and dimensions of each array."""
 _LONGEST_NAME = 160
+_DAMAGED = (
+    OSError, ValueError, KeyError, TypeError, IndexError, EOFError, MemoryError, RecursionError, SyntaxError,
+    NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error, tokenize.TokenError,
+)  # fmt: skip
+"""What zipfile and numpy raise on files that were cut or changed; numpy reads headers by Python's own parser."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,18 @@ class Grid:
     first: int
     rows: int
     columns: int
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a trace's file says in JSON; attributes as of `Trace`."""
+
+    format: str
+    run: str
+    arm: str
+    unit: Unit
+    success: bool
+    camera_tokens: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -295,27 +329,68 @@ def read_trace(path: Path) -> Trace:
         EvaluationError: there is none, or it is damaged.
     """
     with _opened(path) as (about, file):
-        arrays = {name: file[name] for name in file.files if name != _ABOUT}
+        arrays = {name: _array(file, name) for name in file.files if name != _ABOUT}
         trace = Trace(
-            run=about["run"],
-            arm=about["arm"],
-            unit=Unit(**about["unit"]),
-            success=about["success"],
-            images=_under(arrays, "images/"),
+            run=about.run,
+            arm=about.arm,
+            unit=about.unit,
+            success=about.success,
+            images=_under(arrays, _IMAGES),
             proprio=arrays.get("proprio"),
-            instructions=tuple(str(one) for one in arrays["instructions"]),
+            instructions=tuple(typed(str, str(one), "an instruction") for one in arrays["instructions"]),
             actions=arrays["actions"],
             noise_seeds=arrays["noise_seeds"],
             steps=arrays["steps"],
             kept=arrays.get("kept"),
             pruned=arrays["pruned"],
-            scores=_under(arrays, "scores/"),
-            camera_tokens=about["camera_tokens"],
+            scores=_under(arrays, _SCORES),
+            camera_tokens=about.camera_tokens,
         )
-        lengths = {len(array) for array in (*arrays.values(), trace.instructions)}
-        if len(lengths) > 1:
-            raise ValueError(f"its arrays are {', '.join(map(str, sorted(lengths)))} control steps long")
+        _check(trace, arrays)
         return trace
+
+
+def read_numbers(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Actions (T, chunk, dim) and state (T, d) or None of a trace, without its images.
+
+    Raises:
+        EvaluationError: there is no trace, or it is damaged.
+    """
+    with _opened(path) as (_, file):
+        return _array(file, "actions"), _array(file, "proprio") if "proprio" in file.files else None
+
+
+def _array(file: Any, name: str) -> np.ndarray:
+    """One array of a trace, of the kind that `write_trace` wrote."""
+    known = next((one for one in (_IMAGES, _SCORES) if name.startswith(one)), name)
+    if known not in _ARRAYS:
+        raise ValueError(f"it holds {name!r}, which no trace has")
+    kind, dimensions = _ARRAYS[known]
+    array = file[name]
+    if array.dtype.kind != kind or array.ndim != dimensions:
+        raise ValueError(f"its {name} are {array.dtype} of {array.ndim} dimensions")
+    return array
+
+
+def _check(trace: Trace, arrays: Mapping[str, np.ndarray]) -> None:
+    lengths = {len(array) for array in arrays.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"its arrays are {', '.join(map(str, sorted(lengths)))} control steps long")
+    if lengths == {0}:
+        raise ValueError("it holds no control step")
+    if not trace.actions.size:
+        raise ValueError(f"its actions have the shape {trace.actions.shape}")
+    odd = [
+        name for name, image in trace.images.items() if image.dtype != np.uint8 or image.shape[3] != 3 or not image.size
+    ]
+    if odd:
+        raise ValueError(f"the images of {odd[0]!r} are no pictures of red, green and blue bytes")
+    if (np.diff(trace.steps, prepend=0) < 0).any():
+        raise ValueError("its steps go backwards")
+    counts = list(trace.camera_tokens.values())
+    widths = {array.shape[1] for array in (*trace.scores.values(), *([] if trace.kept is None else [trace.kept]))}
+    if min(counts, default=0) < 0 or len(widths) > 1 or (widths and widths != {sum(counts)}):
+        raise ValueError(f"its cameras have {counts} visual tokens, and its scores or what was kept {sorted(widths)}")
 
 
 def traces_of(folder: Path) -> dict[tuple[Unit, str], Path]:
@@ -329,7 +404,7 @@ def traces_of(folder: Path) -> dict[tuple[Unit, str], Path]:
     found = {}
     for path in (folder / TRACES).glob("*.npz"):
         with _opened(path) as (about, _):
-            found[Unit(**about["unit"]), about["arm"]] = path
+            found[about.unit, about.arm] = path
     return dict(sorted(found.items(), key=lambda item: item[0]))
 
 
@@ -337,22 +412,38 @@ def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
+def _check_sizes(path: Path) -> None:
+    """Refuse arrays that say to be larger than what is there: numpy would ask for that much memory first."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            if dtype.hasobject or prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} is an array of {shape} {dtype} in {member.file_size} bytes")
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+def _opened(path: Path) -> Iterator[tuple[_About, Any]]:
     """What a trace is about and its arrays, with one error for all that can be wrong with it."""
     try:
         # numpy would advise to unpickle what it does not know.
         if path.exists() and not zipfile.is_zipfile(path):
             raise ValueError("it is no whole .npz file")
+        if path.exists():
+            _check_sizes(path)
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            about = json.loads(str(file[_ABOUT]))
-            if about["format"] != FORMAT:
-                raise ValueError(f"its format is {about['format']!r}, and this version reads {FORMAT!r}")
+            about = load_json(str(file[_ABOUT]))
+            if isinstance(about, dict) and about.get("format") != FORMAT:
+                raise ValueError(f"its format is {about.get('format')!r}, and this version reads {FORMAT!r}")
+            about = typed(_About, about, "what it says of itself")
+            about.unit.check()
             yield about, file
     except FileNotFoundError as error:
         raise EvaluationError(f"There is no trace {path}; run the evaluation with --trace.") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise EvaluationError(
-            f"The trace {path} is damaged ({str(error) or type(error).__name__}). Its record is whole: delete the "
+            f"The trace {path} is damaged ({said_by(error) or type(error).__name__}). Its record is whole: delete the "
             "trace, or restore it from a copy."
         ) from error

@@ -11,6 +11,9 @@ import numpy as np
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.simulators.base import Task
 
+MOST_UNITS = 1_000_000
+"""Episodes of one arm in a run. More is a slip of the pen or a damaged file, and would take all memory first."""
+
 
 @dataclass(frozen=True, order=True)
 class Unit:
@@ -33,6 +36,16 @@ class Unit:
     def __str__(self) -> str:
         return f"{self.suite} task {self.task_id} ({self.task}) from initial state {self.initial_state}"
 
+    def check(self) -> None:
+        """Refuse numbers that no episode has.
+
+        Raises:
+            ValueError: naming one of them.
+        """
+        for name in ("task_id", "initial_state", "policy_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"its {name} is {getattr(self, name)}, not 0 or more")
+
     def noise_seed(self, control_step: int, stream: int = 0) -> int:
         """Of torch's generator in a control step: below 2**63, another one for every unit, step and stream, and the
         same in every arm of one stream.
@@ -52,8 +65,13 @@ def plan(tasks: Sequence[Task], episodes: int, first: int, policy_seed: int) -> 
         policy_seed: of all units.
 
     Raises:
-        EvaluationError: a task has not that many initial states.
+        EvaluationError: a task has not that many initial states, or these are more than `MOST_UNITS` episodes.
     """
+    if episodes * len(tasks) > MOST_UNITS:
+        raise EvaluationError(
+            f"{episodes:,} episodes of {len(tasks)} tasks are asked for, and an evaluation has at most {MOST_UNITS:,}; "
+            "ask for fewer with --episodes."
+        )
     for task in tasks:
         if task.initial_states is not None and first + episodes > task.initial_states:
             raise EvaluationError(

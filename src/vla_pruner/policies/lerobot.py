@@ -82,6 +82,12 @@ class LeRobotPolicy:
         feature = self.module.config.robot_state_feature
         return None if feature is None else feature.shape[0]
 
+    @property
+    def action_size(self) -> int | None:
+        """Numbers in an action; None where the checkpoint does not say."""
+        feature = self.module.config.action_feature
+        return None if feature is None else feature.shape[0]
+
     def reset(self) -> None:
         """Begin a new episode, for the policy and for a method that is attached to it."""
         self.module.reset()

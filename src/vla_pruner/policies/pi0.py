@@ -86,6 +86,13 @@ class TransformersPI0:
         mean = self._statistics.get("state_mean")
         return self.module.config.max_state_dim if mean is None else len(mean)
 
+    @property
+    def action_size(self) -> int:
+        """Numbers in an action; without statistics, all columns of the model."""
+        mean = self._statistics.get("actions_mean")
+        scaled = mean is not None and "actions_std" in self._statistics
+        return len(mean) if scaled else self.module.config.max_action_dim
+
     def reset(self) -> None:
         """Begins a new episode. The policy itself remembers nothing."""
 

@@ -12,6 +12,7 @@ from vla_pruner.report.evaluation import render
 from vla_pruner.report.results import read_results
 from vla_pruner.report.traced import look
 from vla_pruner.report.verdicts import headline
+from vla_pruner.terminal import say
 from vla_pruner.wording import counted
 
 REPORT = "report.html"
@@ -42,21 +43,23 @@ def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console:
         raise EvaluationError(f"--out is {target}, but there is no folder {target.parent}; make it first.")
     results = read_results(folder)
     traced = look(results, episodes)
-    page = render(results, traced).encode()
+    page = render(results, traced).encode(errors="backslashreplace")
     try:
         target.write_bytes(page)
     except OSError as error:
         raise EvaluationError(
             f"--out is {target}, which cannot be written ({error.strerror}); give another file."
         ) from error
-    console.print(headline(results))
+    say(console, headline(results))
     for sentence in traced.damaged[:_NAMED]:
-        console.print(f"Left out: {sentence}", soft_wrap=True)
+        say(console, f"Left out: {sentence}", soft_wrap=True)
     if len(traced.damaged) > _NAMED:
-        console.print(f"Left out: {len(traced.damaged) - _NAMED} more damaged traces, which the report names.")
+        say(console, f"Left out: {len(traced.damaged) - _NAMED} more damaged traces, which the report names.")
     arms = counted(len(results.summary.arms), "arm")
-    console.print(
-        f"Report: {target.resolve()} ({arms}, {_size(len(page))}, nothing is loaded from elsewhere)", soft_wrap=True
+    say(
+        console,
+        f"Report: {target.resolve()} ({arms}, {_size(len(page))}, nothing is loaded from elsewhere)",
+        soft_wrap=True,
     )
     return 0
 

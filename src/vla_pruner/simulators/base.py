@@ -33,6 +33,31 @@ class SuiteError(VLAPrunerError, ValueError):
     """There is no such suite, task or initial state, or a policy cannot act in it."""
 
 
+class OutcomeError(ValueError):
+    """What an environment says of a step can be no outcome. That is a crash of its episode, like any other error of the
+    environment.
+    """
+
+
+def outcome(reward: Any, terminated: Any, truncated: Any, info: Any) -> tuple[float, bool, bool]:
+    """What an environment's `step` said: the reward, whether the episode is over, and whether it was solved.
+
+    An evaluation counts nothing that an environment did not say: NaN, which Python takes for true, is no success.
+
+    Raises:
+        OutcomeError: the reward is no finite number, or one of the others is neither True nor False.
+    """
+    number = isinstance(reward, (int, float, np.number, np.bool_)) and not isinstance(reward, np.complexfloating)
+    if not number or not np.isfinite(reward):
+        raise OutcomeError(f"The environment's reward is {reward!r}, which is no finite number.")
+    if not isinstance(info, Mapping) or "success" not in info:
+        raise OutcomeError("The environment's info does not say 'success'.")
+    for name, said in (("terminated", terminated), ("truncated", truncated), ("success", info["success"])):
+        if not isinstance(said, (bool, np.bool_)):
+            raise OutcomeError(f"The environment's {name} is {said!r}, which is neither True nor False.")
+    return float(reward), bool(terminated or truncated), bool(info["success"])
+
+
 class Images(Mapping[str, Image]):
     """A scene's camera images, each drawn when it is first asked for and then kept.
 
@@ -150,8 +175,8 @@ class Environment(Protocol):
             action: (action_size,) float, in the simulator's units.
 
         Returns:
-            observation; reward (1.0 on success, else 0.0); terminated (the task is solved); truncated (`max_steps` are
-            over, and it is not solved); `info` with "success" (bool).
+            observation; reward (1.0 on success, else 0.0; finite); terminated (the task is solved); truncated
+            (`max_steps` are over, and it is not solved); `info` with "success" (bool). See `outcome`.
         """
         ...
 

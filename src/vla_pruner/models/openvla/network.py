@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from vla_pruner.caches import NAMES, cache_name
 from vla_pruner.checkpoints.files import listed
-from vla_pruner.errors import CheckpointError, ObservationError
+from vla_pruner.errors import CheckpointError, ObservationError, VLAPrunerError
 from vla_pruner.models.openvla import actions
 from vla_pruner.models.openvla.configuration import OpenVLAConfig, tower_sizes
 from vla_pruner.models.openvla.finite import check_inputs, checked, most_likely
@@ -104,6 +104,14 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def proprio_size(self) -> int | None:
         """How many numbers of the robot's state `act` takes; None: it takes none."""
         return None
+
+    @property
+    def action_size(self) -> int | None:
+        """Numbers in an action; None where no statistics were chosen to say so."""
+        try:
+            return self.get_action_dim()
+        except VLAPrunerError:
+            return None
 
     @property
     def llm_dim(self) -> int:

@@ -65,6 +65,11 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return None if self.proprio_projector is None else self.proprio_projector.proprio_dim
 
     @property
+    def action_size(self) -> int:
+        """Numbers in an action."""
+        return self.action_dim
+
+    @property
     def num_images_in_input(self) -> int:
         """Number of cameras."""
         return len(self.cameras)

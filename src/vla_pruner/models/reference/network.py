@@ -238,6 +238,11 @@ class ReferencePolicy(nn.Module):
         return len(self.config.proprio_mean)
 
     @property
+    def action_size(self) -> int:
+        """Numbers in an action."""
+        return self.config.action_dimensions
+
+    @property
     def image_size(self) -> int:
         """Side of the only images that it takes."""
         return self.config.image_size
