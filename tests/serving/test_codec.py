@@ -236,7 +236,8 @@ def test_the_dialect_of_msgpack_numpy_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, 200, 70_000, 2**40, -200, -70_000, 0.5, "x" * 20, "x" * 40, "x" * 300, "x" * codec.MAX_TEXT, b"x" * 300]
+    "value",
+    [0, -1, 200, 70_000, 2**40, -200, -70_000, 0.5, "x" * 20, "x" * 40, "x" * 300, "x" * codec.MAX_TEXT, b"x" * 300],
 )
 def test_every_kind_of_value_is_stepped_over(value: Any) -> None:
     deep: Any = value
