@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ from vla_pruner.client.codec import pack, unpack
 from vla_pruner.errors import ObservationError, VLAPrunerError
 from vla_pruner.models.openvla import random_openvla
 from vla_pruner.serving.errors import ServingError
-from vla_pruner.serving.observations import reader_of
+from vla_pruner.serving.observations import LONGEST_STATE, reader_of
+from vla_pruner.strangers import Unread
 
 
 def fake(cameras: tuple[str, ...], proprio_size: int | None) -> Any:
@@ -107,7 +109,14 @@ GOOD: dict[str, Any] = {"observation/image": image(0), "observation/state": np.z
         ({"observation/state": np.zeros(4, bool)}, "list of up to"),
         ({"observation/state": np.array([0, 1, 2, np.nan])}, "finite"),
         ({"observation/state": np.array([0, 1, 2, 1e300])}, "finite"),
+        ({"observation/state": [True, False]}, "list of up to"),
+        ({"observation/state": ["1", "2"]}, "list of up to"),
+        ({"observation/state": True}, "list of up to"),
+        ({"observation/state": np.array(["1", "2"])}, "list of up to"),
+        ({"observation/state": Unread("an array of type <U2")}, "numbers; found an array of type <U2"),
+        ({"observation/image": Unread("an array of type <U2")}, "uint8; found an array of type <U2"),
         ({"prompt": 5}, "'prompt' is text"),
+        ({"prompt": Unread("an array of type <U2")}, "'prompt' is text .* found an array of type <U2"),
         ({"prompt": "x" * 3000}, "3000 characters"),
         ({"reset": "yes"}, "'reset' is true or false"),
         ({"reset": 2}, "'reset' is true or false"),
@@ -120,12 +129,53 @@ def test_refused(change: dict[str, Any], message: str) -> None:
         reader.read({**GOOD, **change})
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["a" * 60_000] + [""] * 1_000,
+        [["a" * 10_000] + [""] * 8_000] + [[""] * 8_000] * 11,
+        [{"a": "b" * 60_000}] * 1_000,
+        ["\x01" * 1_900] * 8_000,
+    ],
+    ids=["texts", "lists of texts", "maps", "many texts"],
+)
+@pytest.mark.parametrize("key", [*("observation/image", "observation/state", "prompt"), "reset"])
+def test_what_is_no_number_never_reaches_numpy(key: str, value: list[Any]) -> None:
+    """Of one long text and many short ones it would make an array in which each is as long as the longest: 230 MiB of
+    60 kB, here.
+    """
+    reader = reader_of(fake(("image",), 4))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ObservationError) as error:
+            reader.read({**GOOD, key: value})
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert len(str(error.value)) < 300
+
+
+def test_the_longest_list_of_numbers_is_read() -> None:
+    reader = reader_of(fake(("image",), 4))
+    seen = reader.read({**GOOD, "observation/state": [1, np.float32(2), 3.5, np.int64(4), *[0] * (LONGEST_STATE - 4)]})
+    assert seen.proprio is not None
+    assert seen.proprio[:5].tolist() == [1, 2, 3.5, 4, 0]
+    with pytest.raises(ObservationError, match="list of up to"):
+        reader.read({**GOOD, "observation/state": [0] * (LONGEST_STATE + 1)})
+    with pytest.raises(ObservationError, match="finite"):
+        reader.read({**GOOD, "observation/state": [2**64 - 1, -(2**63), float("nan")]})
+
+
 def test_missing_keys_are_named_with_what_there_is() -> None:
     reader = reader_of(fake(("image",), 4))
     for key in GOOD:
         with pytest.raises(ObservationError, match=f"no '{key}'; this server reads .*Found") as error:
             reader.read({name: value for name, value in GOOD.items() if name != key})
         assert len(str(error.value)) < 400
+    strange = {f"{number:02d}" + "\U000e0001" * 250: 1 for number in range(20)}
+    with pytest.raises(ObservationError, match="no 'prompt'") as error:
+        reader.read(strange)
+    assert len(str(error.value)) < 2500
     with pytest.raises(ObservationError, match="map of keys to values; found list"):
         reader.read([1])
 

@@ -12,6 +12,6 @@ with PolicyClient("ws://127.0.0.1:8000") as client:
 
 from vla_pruner.client.broker import ActionChunkBroker
 from vla_pruner.client.connection import PolicyClient
-from vla_pruner.client.errors import CodecError, ConnectionLost, ServerError
+from vla_pruner.client.errors import ClientError, CodecError, ConnectionLost, ServerError
 
-__all__ = ["ActionChunkBroker", "CodecError", "ConnectionLost", "PolicyClient", "ServerError"]
+__all__ = ["ActionChunkBroker", "ClientError", "CodecError", "ConnectionLost", "PolicyClient", "ServerError"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ class InfersActions(Protocol):
 
 
 class ActionChunkBroker:
-    """Carries out the first `horizon` actions of each chunk before it asks for another.
+    """Carries out the first `horizon` actions of each chunk before it asks for another. Threads take
+    turns.
 
     Args:
         policy: what is asked.
@@ -32,6 +34,7 @@ class ActionChunkBroker:
         self._horizon = horizon
         self._result: dict[str, Any] | None = None
         self._next = 0
+        self._turn = threading.RLock()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The policy's last result with one action (dim,) as "actions"; the observation is looked at only when a new
@@ -40,19 +43,21 @@ class ActionChunkBroker:
         Raises:
             ValueError: the horizon is longer than the policy's chunks.
         """
-        if self._result is None:
-            self._result, self._next = dict(self._policy.infer(observation)), 0
-        chunk = self._result["actions"]
-        horizon = len(chunk) if self._horizon is None else self._horizon
-        if horizon > len(chunk):
-            raise ValueError(f"horizon={horizon} was given, but the policy's chunks have {len(chunk)} actions.")
-        result = {**self._result, "actions": chunk[self._next]}
-        self._next += 1
-        if self._next >= horizon:
-            self._result = None
-        return result
+        with self._turn:
+            if self._result is None:
+                self._result, self._next = dict(self._policy.infer(observation)), 0
+            chunk = self._result["actions"]
+            horizon = len(chunk) if self._horizon is None else self._horizon
+            if horizon > len(chunk):
+                raise ValueError(f"horizon={horizon} was given, but the policy's chunks have {len(chunk)} actions.")
+            result = {**self._result, "actions": chunk[self._next]}
+            self._next += 1
+            if self._next >= horizon:
+                self._result = None
+            return result
 
     def reset(self) -> None:
         """Begin a new episode: what is left of the chunk is dropped, and the policy is told."""
-        self._result = None
-        self._policy.reset()
+        with self._turn:
+            self._result = None
+            self._policy.reset()

@@ -1,7 +1,7 @@
 """openpi's msgpack format, to the byte: maps, lists, numbers, text, and numpy arrays as small maps with bytes keys.
 
-What comes in is data and never code: there is no pickle, and arrays are of numbers alone. Lists and maps that announce
-more entries than the message has bytes are refused before anything is allocated for them.
+What comes in is data and never code: there is no pickle, and arrays are of numbers alone. The heads of a message are
+read first, and what is too deep, too many or too long is refused there, before anything is made of it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import msgpack
 import numpy as np
 
 from vla_pruner.client.errors import CodecError
+from vla_pruner.strangers import Unread, shown
 
 MAX_ITEMS = 100_000
 """Entries of all lists and maps of one message together. Numbers of an array are not entries."""
@@ -21,10 +22,13 @@ MAX_LENGTH = 8_192
 """Entries of one list or map."""
 MAX_DEPTH = 32
 """Lists and maps inside one another."""
+MAX_TEXT, MAX_KEY = 65_536, 256
+"""Bytes of a text (in UTF-8) or a msgpack extension, and of a map's key."""
 MAX_DIMENSIONS, MAX_SIZE = 8, 2**31 - 1
 """Of an array, and of each of its dimensions."""
 
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
+_OTHERS = re.compile(r"[<>|=]?([USmMc][0-9]{0,9})(\[[0-9a-zA-Zμ]{1,9}\])?")
 _TEXT = re.compile(r"[<>|=]?U[0-9]{1,9}")
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 
@@ -47,22 +51,23 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """What a message holds; arrays are read-only views of `data` in the machine's own byte order.
+    """What a message holds; arrays are read-only views of `data` in the machine's own byte order. Values that are not
+    of the protocol are `Unread`.
 
     Raises:
-        CodecError: it is damaged, too deep or too long, or holds anything but what `pack` makes.
+        CodecError: it is damaged, or too deep, too many or too long, or an array is not what it says.
     """
-    _check_nesting(data)
-    reader = _Reader()
+    _check_heads(data)
     try:
         return msgpack.unpackb(
             data,
-            object_hook=reader.map,
-            list_hook=reader.list,
-            ext_hook=_no_extension,
+            object_hook=_map,
+            ext_hook=_extension,
+            strict_map_key=False,
             max_array_len=MAX_LENGTH,
             max_map_len=MAX_LENGTH,
-            max_ext_len=0,
+            max_str_len=MAX_TEXT,
+            max_ext_len=MAX_TEXT,
         )
     except CodecError:
         raise
@@ -79,13 +84,16 @@ _COUNTS: dict[int, tuple[int, int]] = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2),
 """Bytes of the number of entries of lists and maps, and values in an entry."""
 
 
-def _check_nesting(data: bytes) -> None:
-    """Reads heads alone. Damage of any other kind is found by msgpack."""
-    place, left = 0, [1]  # values to come, of each list or map that is open
+def _check_heads(data: bytes) -> None:
+    """Reads heads alone, and no more of them than a message may have. Damage of any other kind is found by msgpack."""
+    place, items = 0, 0
+    left, maps = [1], [False]  # values to come of each list or map that is open, and which of them are maps
     while left and place < len(data):
         if not left[-1]:
             left.pop()
+            maps.pop()
             continue
+        is_key = maps[-1] and not left[-1] % 2
         left[-1] -= 1
         head, place = data[place], place + 1
         if 0x80 <= head < 0xA0 or head in _COUNTS:
@@ -93,18 +101,41 @@ def _check_nesting(data: bytes) -> None:
             width, values = _COUNTS.get(head, small)
             count = int.from_bytes(data[place : place + width], "big") if width else head & 15
             place += width
+            items += count
+            if is_key:
+                raise CodecError("A map of the message has a list or map as a key; keys are text.")
+            if count > MAX_LENGTH:
+                raise CodecError(
+                    f"The message has a list or map of {count} entries, and {MAX_LENGTH} are read; send numbers as "
+                    "arrays."
+                )
+            if items > MAX_ITEMS:
+                raise CodecError(
+                    f"The message has more than {MAX_ITEMS} entries in its lists and maps; send numbers as arrays."
+                )
             left.append(values * count)
+            maps.append(values == 2)
             if len(left) > MAX_DEPTH + 1:
                 raise CodecError(f"The message has more than {MAX_DEPTH} lists and maps inside one another.")
             if sum(left) > len(data) - place:
                 raise CodecError("The message announces more entries of lists and maps than it has bytes.")
-        elif 0xA0 <= head < 0xC0:
-            place += head & 31
+            continue
+        size = 0
+        if 0xA0 <= head < 0xC0:
+            size = head & 31
         elif head in _LENGTHS:
             width = _LENGTHS[head]
-            place += width + int.from_bytes(data[place : place + width], "big") + (0xC7 <= head <= 0xC9)
+            size = int.from_bytes(data[place : place + width], "big")
+            place += width + (0xC7 <= head <= 0xC9)
         else:
             place += _WIDTHS.get(head, 0)
+        place += size
+        if is_key and size > MAX_KEY:
+            raise CodecError(f"A map of the message has a key of {size} bytes, and keys of up to {MAX_KEY} are read.")
+        if size > MAX_TEXT and not 0xC4 <= head <= 0xC6:  # bytes are what arrays are made of
+            raise CodecError(
+                f"The message has a text or extension of {size} bytes, and {MAX_TEXT} are read; send numbers as arrays."
+            )
 
 
 def _packable(value: Any) -> Any:
@@ -119,43 +150,33 @@ def _packable(value: Any) -> Any:
     return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
 
 
-class _Reader:
-    """Turns the maps of one message into arrays, and counts its entries."""
-
-    def __init__(self) -> None:
-        self._items = 0
-
-    def list(self, values: list[Any]) -> list[Any]:
-        self._count(len(values))
-        return values
-
-    def map(self, values: dict[Any, Any]) -> Any:
-        self._count(len(values))
-        if _ARRAY in values:
-            return _array(values)
-        if _SCALAR in values:
-            return _scalar(values)
-        for key in values:
-            if not isinstance(key, str):
-                raise CodecError(f"A map of the message has the key {_short(key)}; keys are text.")
-        return values
-
-    def _count(self, more: int) -> None:
-        self._items += more
-        if self._items > MAX_ITEMS:
-            raise CodecError(
-                f"The message has more than {MAX_ITEMS} entries in its lists and maps; send numbers as arrays."
-            )
+def _map(values: dict[Any, Any]) -> Any:
+    if _ARRAY in values:
+        return _array(values)
+    if _SCALAR in values:
+        return _scalar(values)
+    if b"nd" in values:
+        raise CodecError(
+            "The message is packed by the package msgpack-numpy; this protocol has openpi's format of arrays, which "
+            "openpi_client.msgpack_numpy and vla_pruner.client pack."
+        )
+    for key in values:
+        if not isinstance(key, str):
+            return Unread(f"a map with the key {shown(key)}, which is not text")
+    return values
 
 
-def _array(fields: dict[Any, Any]) -> np.ndarray:
-    data, dtype, shape = fields.get(b"data"), _dtype(fields.get(b"dtype")), fields.get(b"shape")
+def _array(fields: dict[Any, Any]) -> np.ndarray | Unread:
+    name = fields.get(b"dtype")
+    if isinstance(name, str) and _OTHERS.fullmatch(name):
+        return Unread(f"an array of type {name}")
+    data, dtype, shape = fields.get(b"data"), _dtype(name), fields.get(b"shape")
     if not isinstance(data, bytes):
         raise CodecError("An array of the message has no bytes as its data.")
     sizes: list[Any] = shape if isinstance(shape, list) else [None]
     if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in sizes):
         raise CodecError(
-            f"An array of the message has the shape {_short(shape)}; a shape is a list of up to {MAX_DIMENSIONS} sizes "
+            f"An array of the message has the shape {shown(shape)}; a shape is a list of up to {MAX_DIMENSIONS} sizes "
             "of 0 or more."
         )
     expected = math.prod(sizes) * dtype.itemsize
@@ -179,7 +200,7 @@ def _scalar(fields: dict[Any, Any]) -> Any:
     dtype = _dtype(name)
     wanted = {"b": (bool,), "i": (int,), "u": (int,), "f": (float, int)}[dtype.kind]
     if type(data) not in wanted:
-        raise CodecError(f"A number of the message is of type {dtype.name}, but its value is {_short(data)}.")
+        raise CodecError(f"A number of the message is of type {dtype.name}, but its value is {shown(data)}.")
     try:
         with np.errstate(over="ignore"):  # a float that is too large becomes infinite, as in an array
             return dtype.newbyteorder("=").type(data)
@@ -191,18 +212,11 @@ def _dtype(name: Any) -> np.dtype:
     # Text that numpy would read as records or objects never reaches it.
     if not isinstance(name, str) or not _NUMBERS.fullmatch(name):
         raise CodecError(
-            f"An array of the message is of type {_short(name)}; supported are booleans, whole numbers of 1 to 8 bytes "
+            f"An array of the message is of type {shown(name)}; supported are booleans, whole numbers of 1 to 8 bytes "
             "and floats of 2 to 8."
         )
     return np.dtype(name)
 
 
-def _no_extension(code: int, data: bytes) -> Any:
-    raise CodecError(f"The message holds a msgpack extension of type {code}; the protocol has none.")
-
-
-def _short(value: Any) -> str:
-    """What a stranger sent, for a message that is not longer than it need be."""
-    # Sixteen megabytes are not written out to show eighty characters of them.
-    text = repr(value[:80] if isinstance(value, (str, bytes, list)) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _extension(code: int, data: bytes) -> Unread:
+    return Unread(f"a msgpack extension of type {code}")

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import random
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+import numpy as np
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from vla_pruner.client.codec import pack, unpack
-from vla_pruner.client.errors import ConnectionLost, ServerError
+from vla_pruner.client.errors import ClientError, CodecError, ConnectionLost, ServerError
+from vla_pruner.strangers import shown
 
 TRY_AGAIN_LATER = 1013
 """Close code of a server that has no room at the moment."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 _FINAL = (400, 401, 403, 404)
+_PROXIES = ("http", "https")
+_SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 
 class PolicyClient:
@@ -30,20 +38,27 @@ class PolicyClient:
     the same observation again. The server then knows nothing of the steps before, so pruning by action history warms up
     again; `reconnects` counts how often.
 
+    Several threads may use one client: their calls take turns, and each gets the answer to its own observation. They
+    are one robot, with one memory.
+
     Args:
-        url: "ws://host:port", "wss://host:port", or "host:port".
+        url: "ws://host:port", "wss://host:port", or "host:port"; http and https stand for ws and wss.
         api_key: sent as `Authorization: Api-Key ...`.
         ca_file: with "wss", a certificate to trust besides the system's, such as the server's own.
         timeout: seconds that one answer may take.
         patience: seconds of trying to (re)connect before giving up; 0: one try.
+        proxy: address of a proxy that leads to the server; None: the server is asked directly, whatever proxies the
+            environment names for the web.
 
     Attributes:
         metadata: what the server said of itself when it was connected to last.
         reconnects: connections made after the first.
 
     Raises:
+        ClientError: an argument does not do.
         ConnectionLost: the server cannot be reached within `patience`.
         ServerError: it refuses this client: no or a wrong key, or no such path.
+        CodecError: what listens there is no policy server.
     """
 
     def __init__(
@@ -53,10 +68,19 @@ class PolicyClient:
         ca_file: str | Path | None = None,
         timeout: float = 60.0,
         patience: float = 60.0,
+        proxy: str | None = None,
     ) -> None:
-        self._url = url if "://" in url else f"ws://{url}"
-        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        self._url, self._proxy = _address(url), proxy
+        self._headers = {"Authorization": f"Api-Key {_key(api_key)}"} if api_key else None
         self._options = _tls(self._url, ca_file)
+        if proxy is not None:
+            _check_proxy(proxy)
+        if not (timeout > 0 and math.isfinite(timeout)) or not patience >= 0:
+            raise ClientError(
+                f"timeout={timeout!r} and patience={patience!r} were given; they are seconds, above 0 and 0 or more."
+            )
+        # One that its own thread may take again: a signal's handler may close the client while it waits for an answer.
+        self._turn = threading.RLock()
         self._timeout = timeout
         self._patience = patience
         self._socket: ClientConnection | None = None
@@ -85,44 +109,53 @@ class PolicyClient:
             ConnectionLost: no answer came, also after connecting anew.
             CodecError: the observation cannot be packed, or the answer is none of the protocol.
         """
-        sent = {**observation, "reset": True} if self._reset else dict(observation)
-        message = pack(sent)
-        deadline = time.monotonic() + self._patience
-        pause = _FIRST_WAIT
-        while True:
+        with self._turn:
+            # Taken before the answer is waited for: an episode that begins meanwhile is not lost.
+            reset, self._reset = self._reset, False
             try:
-                if self._socket is None:
-                    self._connect(deadline)
-                answer = self._ask(message)
-            except (ConnectionClosed, OSError, _NoRoom) as error:
-                self._drop()
-                if isinstance(error, ConnectionLost) or time.monotonic() >= deadline:
-                    raise ConnectionLost(f"{self._url} gave no answer ({_reason(error)}).") from error
-                pause = _wait(pause, deadline)
-                continue
+                return self._infer(pack({**observation, "reset": True} if reset else dict(observation)))
             except BaseException:
-                # Also where a signal interrupts the wait: the answer would be taken for that to the next observation.
-                self._drop()
+                self._reset |= reset
                 raise
-            self._reset = False
-            return answer
 
     def reset(self) -> None:
         """Begin a new episode: the next observation tells the server to forget this robot's steps so far."""
         self._reset = True
 
     def close(self) -> None:
-        """Leave the server. The next `infer` would connect anew."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        """Leave the server, after the call that another thread may be in. The next `infer` would connect anew."""
+        with self._turn:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+    def _infer(self, message: bytes) -> dict[str, Any]:
+        deadline = time.monotonic() + self._patience
+        pause = _FIRST_WAIT
+        while True:
+            try:
+                if self._socket is None:
+                    self._connect(deadline)
+                return self._ask(message)
+            except (ConnectionClosed, OSError, _NoRoom) as error:
+                self._drop()
+                if isinstance(error, ConnectionLost) or time.monotonic() >= deadline:
+                    raise ConnectionLost(f"{self._url} gave no answer ({_reason(error)}).") from error
+                pause = _wait(pause, deadline)
+            except BaseException:
+                # Also where a signal interrupts the wait: the answer would be taken for that to the next observation.
+                self._drop()
+                raise
 
     def _ask(self, message: bytes) -> dict[str, Any]:
         assert self._socket is not None
         self._socket.send(message)
         answer = self._socket.recv(timeout=self._timeout)
         if isinstance(answer, bytes):
-            return unpack(answer)
+            found = unpack(answer)
+            if not isinstance(found, dict) or not isinstance(found.get("actions"), np.ndarray):
+                raise CodecError(f"{self._url} answered without an array of actions; it is no policy server.")
+            return found
         # An error is a text, and then the connection closes: its code says whether to try again.
         with suppress(ConnectionClosed, TimeoutError):
             self._socket.recv(timeout=self._timeout)
@@ -142,6 +175,7 @@ class PolicyClient:
                     compression=None,
                     max_size=None,
                     open_timeout=self._timeout,
+                    proxy=self._proxy,
                     **self._options,
                 )
                 # Left in close() or _drop(): a robot's connection is no block of code.
@@ -149,7 +183,10 @@ class PolicyClient:
                 greeting = found.recv(timeout=self._timeout)
                 if isinstance(greeting, str):
                     raise _NoRoom(greeting)
-                self.metadata = unpack(greeting)
+                metadata = unpack(greeting)
+                if not isinstance(metadata, dict):
+                    raise CodecError(f"{self._url} greets with no map of metadata; it is no policy server.")
+                self.metadata = metadata
                 self.reconnects += 1
                 return
             except InvalidStatus as error:
@@ -157,14 +194,16 @@ class PolicyClient:
                 if status in _FINAL:
                     raise ServerError(f"{self._url} refused the connection ({status}): {body.strip()}") from error
                 last: Exception = error
-            except (InvalidHandshake, ConnectionClosed, OSError, _NoRoom) as error:
+            except (WebSocketException, EOFError, OSError, _NoRoom) as error:
                 last = error
             except BaseException:
                 self._drop()
                 raise
             self._drop()
             if time.monotonic() >= deadline:
-                raise ConnectionLost(f"{self._url} cannot be reached ({_reason(last)}).") from last
+                raise ConnectionLost(
+                    f"{self._url} cannot be reached ({_reason(last)}).{_way(self._url, self._proxy)}"
+                ) from last
             pause = _wait(pause, deadline)
 
     def _drop(self) -> None:
@@ -194,11 +233,68 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def _address(url: str) -> str:
+    """The address as a websocket's."""
+    whole = url if "://" in url else f"ws://{url}"
+    try:
+        parts = urlsplit(whole)
+        known = parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, or brackets that do not close
+        known = False
+    if not known or not whole.isascii() or not whole.isprintable() or " " in whole:
+        raise ClientError(
+            f"The address {shown(url)} is none of a policy server; give host:port or ws://host:port, or "
+            "wss://host:port for a server with a certificate."
+        )
+    return _SCHEMES[parts.scheme] + whole[len(parts.scheme) :]
+
+
+def _key(api_key: str) -> str:
+    if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
+        raise ClientError("The API key has blanks, line ends or characters beyond ASCII; no server has such a key.")
+    return api_key
+
+
+def _check_proxy(proxy: str) -> None:
+    try:
+        parts = urlsplit(proxy)
+        known = parts.scheme in _PROXIES and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise ClientError("The proxy is none that can be asked; give an address such as http://proxy:3128.")
+
+
+def _way(url: str, proxy: str | None) -> str:
+    """What a reader should know of the way that was taken, where it may be the wrong one. A proxy's password is not
+    shown.
+    """
+    if proxy is not None:
+        return f" It was asked through the proxy {_place(proxy)}."
+    named = getproxies()
+    found = named.get("https" if url.startswith("wss") else "http") or named.get("all")
+    if not found:
+        return ""
+    return (
+        f" It was asked directly, and not through the proxy that the environment names ({_place(found)}); if only the "
+        "proxy leads to it, give PolicyClient(..., proxy=...)."
+    )
+
+
+def _place(url: str) -> str:
+    return shown(url.rpartition("@")[2].rpartition("//")[2])
+
+
 def _tls(url: str, ca_file: str | Path | None) -> dict[str, Any]:
     if ca_file is None:
         return {}
     import ssl
 
+    if not url.startswith("wss"):
+        raise ClientError(f"ca_file={str(ca_file)!r} was given, but {url} has no certificate; its address is wss://...")
     context = ssl.create_default_context()
-    context.load_verify_locations(ca_file)
+    try:
+        context.load_verify_locations(ca_file)
+    except (OSError, ValueError) as error:
+        raise ClientError(f"ca_file={str(ca_file)!r} cannot be read as certificates ({error}).") from error
     return {"ssl": context}

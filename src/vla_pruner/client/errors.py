@@ -9,6 +9,10 @@ class CodecError(VLAPrunerError, ValueError):
     """A message cannot be packed, or is not one of the protocol."""
 
 
+class ClientError(VLAPrunerError, ValueError):
+    """An address, a key or another setting of a client does not do; nobody was asked yet."""
+
+
 class ServerError(VLAPrunerError, RuntimeError):
     """The server answered with an error: it got the observation, and trying again would not help."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from vla_pruner.errors import ObservationError
 from vla_pruner.serving.errors import ServingError
+from vla_pruner.strangers import Unread, shown
 
 if TYPE_CHECKING:  # the command line knows the layouts without torch
     from vla_pruner.policies.base import Policy
@@ -120,10 +121,10 @@ class ObservationReader:
             ObservationError: something is missing or not as it should be; the message says what, and what is.
         """
         if not isinstance(observation, dict):
-            raise ObservationError(f"An observation is a map of keys to values; found {type(observation).__name__}.")
+            raise ObservationError(f"An observation is a map of keys to values; found {_what(observation)}.")
         prompt = self._find(observation, "prompt")
         if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
-            found = f"{len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
+            found = f"{len(prompt)} characters" if isinstance(prompt, str) else _what(prompt)
             raise ObservationError(f"'prompt' is text of up to {LONGEST_PROMPT} characters; found {found}.")
         return Seen(
             images={camera: self._image(observation, key) for camera, key in self.keys.items()},
@@ -149,12 +150,9 @@ class ObservationReader:
         parts = []
         for key in self.state:
             value = self._find(observation, key)
-            try:
-                part = np.atleast_1d(np.asarray(value))
-            except ValueError:  # lists of different lengths
-                part = np.empty(0, object)
-            if part.ndim != 1 or part.dtype.kind not in "iuf" or len(part) > LONGEST_STATE:
+            if not _is_state(value):
                 raise ObservationError(f"{key!r} is a list of up to {LONGEST_STATE} numbers; found {_what(value)}.")
+            part = np.atleast_1d(np.asarray(value))
             with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
                 parts.append(part.astype(np.float32))
         state = np.concatenate(parts)
@@ -172,7 +170,7 @@ class ObservationReader:
         for part in key.split("/"):
             if not isinstance(value, dict) or part not in value:
                 wanted = ", ".join(map(repr, (*self.keys.values(), *self.state, "prompt")))
-                found = ", ".join(repr(name) for name in list(observation)[:20])
+                found = ", ".join(shown(name) for name in list(observation)[:20])
                 raise ObservationError(f"The observation has no {key!r}; this server reads {wanted}. Found {found}.")
             value = value[part]
         return value
@@ -230,8 +228,25 @@ def _flag(value: Any) -> bool:
     raise ObservationError(f"'reset' is true or false; found {_what(value)}.")
 
 
+def _is_state(value: Any) -> bool:
+    """Whether numpy makes up to `LONGEST_STATE` real numbers of it. A list is looked through first: of texts, numpy
+    would make an array in which each is as long as the longest.
+    """
+    if isinstance(value, list):
+        return len(value) <= LONGEST_STATE and all(map(_is_number, value))
+    if isinstance(value, np.ndarray):
+        return value.ndim <= 1 and value.dtype.kind in "iuf" and value.size <= LONGEST_STATE
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def _what(value: Any) -> str:
+    """What was found in place of what is wanted, in few words whatever its size."""
     if isinstance(value, np.ndarray):
         return f"shape {value.shape} of {value.dtype}"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    if isinstance(value, Unread):
+        return value.what
+    return f"{type(value).__name__} {shown(value)}"
