@@ -70,6 +70,7 @@ class Trainer:
         corpus = Corpus(args.data or [DATA_ROOT / args.suite, DATA_ROOT / f"{args.suite}-dagger"])
         print(f"{len(corpus)} control steps, {int(corpus.fresh.sum())} of them from DAgger", flush=True)
         self.data = Questions(corpus, self.config, args.seed + self.step + 1_000_000 * args.worker)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.partner = Partner(self.path.with_suffix(".shared"), args.worker) if args.pair else None
         self.side = self.config.image_size // self.config.patch_size
 
