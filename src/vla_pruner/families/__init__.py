@@ -15,6 +15,7 @@ from vla_pruner.attach.family import Family
 from vla_pruner.errors import BudgetError, UnsupportedModelError
 
 FAMILIES = (
+    ("vla_pruner.families.chunk", "Chunk"),
     ("vla_pruner.families.reference", "Reference"),
     ("vla_pruner.families.openvla", "OpenVLAOFT"),
     ("vla_pruner.families.openvla", "OpenVLA"),

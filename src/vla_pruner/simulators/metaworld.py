@@ -28,6 +28,10 @@ ACTION_REPEAT = 4
 MAX_CONTROL_STEPS = 40
 PROPRIO_SIZE = 4
 
+CORNER, WRIST = "corner", "wrist"
+"""Cameras: the free one described below, and Meta-World's own at the gripper."""
+_WRIST_CAMERA = "gripperPOV"
+
 TASKS: dict[str, str] = {
     "reach": "reach the green ball",
     "push": "push the puck to the ball",
@@ -95,14 +99,24 @@ class MetaWorldEnv:
         task: a key of `TASKS`.
         image_size: height and width of the observation's image.
         render: False leaves images out (all zeros), for experts and tests that need only the state.
+        action_repeat: physics commands that one control step repeats its action for.
+        max_control_steps: control steps after which an episode is over.
     """
 
-    def __init__(self, task: str, image_size: int = 112, render: bool = True) -> None:
+    def __init__(
+        self,
+        task: str,
+        image_size: int = 112,
+        render: bool = True,
+        action_repeat: int = ACTION_REPEAT,
+        max_control_steps: int = MAX_CONTROL_STEPS,
+    ) -> None:
         if task not in TASKS:
             raise ValueError(f"Unknown task {task!r}; the tasks are {', '.join(TASKS)}.")
         self.task = task
         self.instruction = TASKS[task]
         self.image_size = image_size
+        self._action_repeat, self._max_control_steps = action_repeat, max_control_steps
         self._mujoco, env_dict = _import_simulator()
         self._env = env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"](seed=0)
         self._env._freeze_rand_vec = False  # a new layout at each reset ...
@@ -168,34 +182,34 @@ class MetaWorldEnv:
         """Runs one control step.
 
         Args:
-            action: (4,) dx, dy, dz, gripper in [-1, 1]; clipped to it, then repeated `ACTION_REPEAT` times.
+            action: (4,) dx, dy, dz, gripper in [-1, 1]; clipped to it, then repeated `action_repeat` times.
 
         Returns:
             The next observation, whether the task is solved, and whether the episode is over.
         """
         action = np.clip(np.asarray(action, dtype=np.float32).reshape(-1), -1.0, 1.0)
         success, state = False, self._state
-        for _ in range(ACTION_REPEAT):
+        for _ in range(self._action_repeat):
             state, _, _, _, info = self._env.step(action)
             if info["success"]:
                 success = True
                 break
         self._state = np.asarray(state, dtype=np.float64)
         self._steps += 1
-        return self._observation(), success, success or self._steps >= MAX_CONTROL_STEPS
+        return self._observation(), success, success or self._steps >= self._max_control_steps
 
-    def render(self, size: int) -> np.ndarray:
-        """(size, size, 3) uint8: the present scene from the policy's camera."""
+    def render(self, size: int, camera: str = CORNER) -> np.ndarray:
+        """(size, size, 3) uint8: the present scene from `CORNER` or `WRIST`."""
         renderer = self._renderer(size)
-        renderer.update_scene(self._env.data, self._camera)
+        renderer.update_scene(self._env.data, _WRIST_CAMERA if camera == WRIST else self._camera)
         renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return renderer.render().copy()
 
-    def image(self) -> np.ndarray:
-        """(image_size, image_size, 3) uint8: the present scene as the policy sees it."""
+    def image(self, camera: str = CORNER) -> np.ndarray:
+        """(image_size, image_size, 3) uint8: the present scene as the policy sees it from `CORNER` or `WRIST`."""
         size = self.image_size
-        large = self.render(size * _RENDER_SCALE).reshape(size, _RENDER_SCALE, size, _RENDER_SCALE, 3)
+        large = self.render(size * _RENDER_SCALE, camera).reshape(size, _RENDER_SCALE, size, _RENDER_SCALE, 3)
         return large.mean(axis=(1, 3)).round().astype(np.uint8)
 
     def _observation(self) -> Observation:

@@ -39,9 +39,13 @@ class VisionBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        mixed = self.attend(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.out(mixed)
         return x + self.mlp(self.norm2(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, M, W / heads) each -> the same."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class VisionEncoder(nn.Module):
@@ -68,7 +72,7 @@ class VisionEncoder(nn.Module):
             nn.Conv2d(width, width, 3, padding=1),
         )
         side = config.image_size // config.patch_size
-        self.position = nn.Parameter(_grid_positions(side, width))
+        self.position = nn.Parameter(grid_positions(side, width))
         self.blocks = nn.ModuleList(VisionBlock(width, config.vision_heads) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(width)
         self.landmarks = Landmarks(width, side)
@@ -129,7 +133,7 @@ class Landmarks(nn.Module):
         return self.tag((weights[..., None] * features).flatten(-2))
 
 
-def _grid_positions(side: int, width: int) -> Tensor:
+def grid_positions(side: int, width: int) -> Tensor:
     """(side * side, width) sines and cosines of row and column: a start that already tells positions apart."""
     frequencies = math.pi * 2.0 ** torch.linspace(-1, 3, width // 4)
     line = torch.linspace(-1, 1, side)[:, None] * frequencies
@@ -191,7 +195,7 @@ class ReferencePolicy(nn.Module):
             nn.Linear(2 * config.hidden_size, config.hidden_size),
         )
         side = config.image_size // config.patch_size
-        self.visual_position = nn.Parameter(_grid_positions(side, config.hidden_size))
+        self.visual_position = nn.Parameter(grid_positions(side, config.hidden_size))
         self.proprio_projector = ProprioProjector(config)
         self.language_model = LlamaForCausalLM(
             LlamaConfig(

@@ -1,0 +1,1 @@
+"""How the two-camera policies were made: recordings, training and DAgger; see reference/README.md."""

@@ -1,0 +1,145 @@
+"""What one recorded control step is asked, and the answers: the simulator's own labels, and Meta-World's moved hands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference.chunk.corpus import Corpus
+from reference.chunk.metaworld_record import CHUNK_EXPERTS
+from reference.dataset import SHARED_SCENE, moved_hands
+from reference.experts import HAND, OBJECT
+from vla_pruner.models.chunk import ChunkConfig
+from vla_pruner.models.reference.tokenizer import encode
+from vla_pruner.simulators.metaworld import TASKS
+
+FRESH_SHARE = 2.0
+"""How much more often control steps are seen that were recorded while the policy acted."""
+SHARES = {"push": 1.5, "pick-place": 1.5, "door-open": 1.3}
+"""How often steps of a task are seen, 1 if not named."""
+
+_NAMES = list(TASKS)
+_SHARED = np.array([_NAMES.index(task) for task in SHARED_SCENE])
+_CONTACT = 0.06  # metres: nearer than this the object may move, and only the simulator knows how
+_FOLLOWS, _LEADS = 0.3, 0.1
+"""How much of its distance to where it was sent the hand covers in one action, and how much of the newest command
+(0.01 m at full deflection); read off a few recorded movements.
+"""
+
+
+@dataclass
+class Batch:
+    """B control steps with S questions each."""
+
+    rows: np.ndarray
+    text: Tensor
+    """(B, S, T) int64."""
+    proprio: Tensor
+    """(B, S, P) float32."""
+    chunks: Tensor
+    """(B, S, T, A) float32."""
+    weight: Tensor
+    """(B, S, T) float32, zero where nobody knows the answer."""
+    imagined: Tensor
+    """(B, S) bool: the hand is not where the images show it, so the wrist camera must not be read."""
+    marks: Tensor
+    """(B, C, K, 2) float32 pixels, NaN where a thing is out of view."""
+
+
+class Questions:
+    """Rows split by episode into training and held-out ones, and a sampler of batches."""
+
+    def __init__(self, corpus: Corpus, config: ChunkConfig, seed: int) -> None:
+        self.corpus, self.config = corpus, config
+        self.rng = np.random.default_rng(seed)
+        held_out = corpus.episodes % 25 == 7
+        self.train_rows, self.test_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        length = config.instruction_length
+        self.ids = np.array([encode(text, config.words, length) for _, text in config.tasks])
+        tasks = corpus.tasks[self.train_rows]
+        shares = np.array([SHARES.get(task, 1.0) for task, _ in config.tasks])
+        # A task's share does not depend on how long its episodes are.
+        weights = (shares / np.bincount(tasks, minlength=len(shares)).clip(1))[tasks]
+        weights *= np.where(corpus.fresh[self.train_rows], FRESH_SHARE, 1.0)
+        self.weights = weights / weights.sum()
+
+    def sample(self, size: int) -> np.ndarray:
+        """(size,) training rows."""
+        return self.rng.choice(self.train_rows, size, p=self.weights)
+
+    def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
+        """The first question of each step is what was recorded; then come other tasks of the scene, then moved hands."""
+        corpus, config = self.corpus, self.config
+        count, steps = len(rows), config.chunk
+        chunks = np.zeros((count, suffixes, steps, config.action_dimensions), np.float32)
+        weight = np.ones((count, suffixes, steps), np.float32)
+        questions = np.repeat(corpus.tasks[rows][:, None], suffixes, axis=1).astype(np.int64)
+        proprio = np.repeat(corpus.proprio[rows][:, None], suffixes, axis=1)
+        imagined = np.zeros((count, suffixes), bool)
+        known = corpus.questions[rows]
+        own = (known == corpus.tasks[rows][:, None]).argmax(1)
+        pick = np.arange(count)
+        chunks[:, 0] = corpus.chunks[rows][pick, own]
+        if suffixes > 1:
+            several = known[:, -1] >= 0
+            others = (own + self.rng.integers(1, known.shape[1], count)) % known.shape[1]
+            others = np.where(several, others, own)
+            chunks[:, 1], questions[:, 1] = corpus.chunks[rows][pick, others], known[pick, others]
+            # Where a scene has one task, the second question is a moved hand like the rest.
+            first = np.where(several, 2, 1)
+            place = np.arange(suffixes)[None] >= first[:, None]
+            where, which = np.nonzero(place)
+            states = corpus.states[rows][where].astype(np.float64)
+            tasks = questions[where, which]
+            shared = np.isin(tasks, _SHARED)
+            tasks[shared] = self.rng.choice(_SHARED, int(shared.sum()))
+            states = moved_hands(self.rng, tasks, states)
+            answer, trusted = imagined_chunks(tasks, states, steps)
+            chunks[where, which], weight[where, which] = answer, trusted
+            questions[where, which], proprio[where, which] = tasks, states[:, :4]
+            imagined[where, which] = True
+        return Batch(
+            rows,
+            torch.from_numpy(self.ids[questions]),
+            torch.from_numpy(proprio),
+            torch.from_numpy(chunks),
+            torch.from_numpy(weight),
+            torch.from_numpy(imagined),
+            torch.from_numpy(corpus.marks[rows]),
+        )
+
+    def images(self, rows: np.ndarray) -> Tensor:
+        """(N, C, H, W, 3) uint8."""
+        return torch.from_numpy(self.corpus.images(rows))
+
+
+def imagined_chunks(tasks: np.ndarray, states: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The experts' next actions while only the hand moves, by a simple model of how it follows.
+
+    Args:
+        tasks: (N,) numbers. states: (N, 39).
+        steps: actions T.
+
+    Returns:
+        (N, T, 4) actions and (N, T) how far to trust them: not once the hand touches something that can be moved.
+    """
+    states = states.copy()
+    actions, trusted = np.zeros((len(states), steps, 4), np.float32), np.ones((len(states), steps), np.float32)
+    lead = np.zeros((len(states), 3))
+    touched = np.zeros(len(states), bool)
+    for step in range(steps):
+        action = np.zeros((len(states), 4), np.float32)
+        for task in np.unique(tasks):
+            mine = tasks == task
+            action[mine] = CHUNK_EXPERTS[_NAMES[task]](states[mine])
+        if step == 0:
+            lead = 0.7 * 0.01 * action[:, :3] / _FOLLOWS  # mostly, a hand is already on its way
+        actions[:, step], trusted[:, step] = action, ~touched
+        moved = _FOLLOWS * lead + _LEADS * 0.01 * action[:, :3]
+        lead += 0.01 * action[:, :3] - moved
+        states[:, HAND] += moved
+        touched |= np.linalg.norm(states[:, HAND] - states[:, OBJECT], axis=1) < _CONTACT
+    return actions, trusted

@@ -1,0 +1,37 @@
+"""The two-camera reference policies (OpenVLA-OFT-shaped): one causal pass, whose last rows give a chunk of actions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.layout import Layout
+from vla_pruner.families.base import tiles
+from vla_pruner.families.decoder_lm import DecoderLM
+
+
+class Chunk(DecoderLM):
+    """`vla_pruner.models.chunk.ChunkPolicy`: [BOS][cameras][instruction][proprioception][action rows]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        policy: Any = model
+        super().__init__(policy.decoder, visual=policy.config.visual)
+        self.eye = policy.vision
+        self.seeing, self.acting = (policy, "embed_prompt"), (policy, "decode")
+        self._patches, self._rows = policy.config.patches, policy.config.chunk
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        # The policy normalises colours to (c - 127.5) / 64.
+        batch, cameras = pixels.shape[:2]
+        each = tiles(pixels.flatten(0, 1) * 64 + 127.5, self._patches)
+        return each.reshape(batch, cameras * self._patches, -1)
+
+    def action_rows(self, layout: Layout) -> Tensor | None:
+        rows = torch.arange(layout.length - self._rows, layout.length, device=layout.prompt.device)
+        return rows.expand(layout.rows, -1)
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ == "ChunkPolicy"

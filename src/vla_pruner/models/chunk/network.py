@@ -1,0 +1,370 @@
+"""The two-camera reference policy: image encoder -> projector -> causal Llama -> a chunk of actions in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.errors import ObservationError
+from vla_pruner.models.chunk.configuration import ChunkConfig
+from vla_pruner.models.reference.network import VisionBlock, grid_positions
+from vla_pruner.models.reference.tokenizer import BOS, encode
+from vla_pruner.policies.observations import check_images, check_instruction
+
+if TYPE_CHECKING:
+    from transformers import LlamaModel
+
+
+class Landmarks(nn.Module):
+    """Learned heat maps over one camera's patches, one for each kind of thing, and what they add to the tokens.
+
+    A token that a heat map points at is told so, and where exactly in the image the thing is; all other tokens are
+    left alone. A small language model then finds the few tokens that matter, instead of averaging over all of them.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, side: int, count: int) -> None:
+        super().__init__()
+        self.side, self.count = side, count
+        self.cells = nn.Linear(width, count)
+        self.offsets = nn.Linear(width, 2 * count)
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-1, 4).float(), persistent=False)
+        self.tag = nn.Linear(count * (1 + 4 * len(self.frequencies)), width, bias=False)
+        nn.init.zeros_(self.tag.weight)
+
+    def tags(self, tokens: Tensor) -> Tensor:
+        """(B, M, width) -> (B, M, width)."""
+        # A thing that is out of view is in no patch: sigmoids, unlike a softmax, may all be zero.
+        weights = self.cells(tokens).sigmoid()
+        line = torch.arange(self.side, device=tokens.device, dtype=tokens.dtype)
+        grid = torch.stack([line.repeat(self.side), line.repeat_interleave(self.side)], dim=-1)
+        offsets = self.offsets(tokens).unflatten(-1, (self.count, 2))
+        places = (grid[:, None] + 0.5 + offsets) * (2 / self.side) - 1
+        angles = (places[..., None] * self.frequencies).flatten(-2)
+        features = torch.cat([angles.sin(), angles.cos(), torch.ones_like(angles[..., :1])], dim=-1)
+        return self.tag((weights[..., None] * features).flatten(-2))
+
+
+class CameraEncoder(nn.Module):
+    """A convolutional stem (stride 8) and a few transformer blocks that all cameras share: one token a patch.
+
+    Positions, landmarks and the average scene that is subtracted are each camera's own.
+    """
+
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, config: ChunkConfig) -> None:
+        super().__init__()
+        if config.patch_size != 8:
+            raise ValueError("The stem has a stride of 8: patch_size must be 8.")
+        width, cameras, side = config.vision_width, len(config.cameras), config.image_size // config.patch_size
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=2, padding=2),
+            nn.GroupNorm(4, 32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 64),
+            nn.ReLU(),
+            nn.Conv2d(64, width, 3, stride=2, padding=1),
+            nn.GroupNorm(8, width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.position = nn.Parameter(grid_positions(side, width).repeat(cameras, 1, 1))
+        self.blocks = nn.ModuleList(VisionBlock(width, config.vision_heads) for _ in range(config.vision_layers))
+        self.norm = nn.LayerNorm(width)
+        self.landmarks = nn.ModuleList(Landmarks(width, side, config.landmarks) for _ in range(cameras))
+        # What the encoder says about an average scene, measured once after it was trained and subtracted: most of an
+        # image never changes, and what does change would otherwise be small beside it.
+        self.register_buffer("centre", torch.zeros(cameras, side * side, width))
+        self.register_buffer("spread", torch.ones(cameras, 1, width))
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """(B, C, 3, H, W) normalised pixels of C cameras -> (B, C, M, width), each patch from its neighbourhood only."""
+        return self.stem(pixels.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, pixels.shape[:2])
+
+    def mix(self, patches: Tensor) -> Tensor:
+        """(B, C, M, width) patches -> (B, C, M, width) tokens that know where they are and what else is in the image."""
+        x = (patches + self.position).flatten(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).unflatten(0, patches.shape[:2])
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Tokens of `mix` -> the encoder's output: standardised, and the landmarks' tokens tagged."""
+        tags = torch.stack([mark.tags(tokens[:, camera]) for camera, mark in enumerate(self.landmarks)], dim=1)  # type: ignore[operator]
+        return (tokens - self.centre) / self.spread + tags
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, C, 3, H, W) normalised pixels -> (B, C, M, width), raster order."""
+        return self.finish(self.mix(self.patches(pixels)))
+
+
+class ProprioProjector(nn.Module):
+    """Proprioception -> one token; sines at several scales make centimetres visible to a small network."""
+
+    mean: Tensor
+    scale: Tensor
+    frequencies: Tensor
+
+    def __init__(self, config: ChunkConfig) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(config.proprio_mean), persistent=False)
+        self.register_buffer("scale", torch.tensor(config.proprio_scale), persistent=False)
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-2, 3).float(), persistent=False)
+        features = len(config.proprio_mean) * (1 + 2 * 5)
+        self.mlp = nn.Sequential(
+            nn.Linear(features, 2 * config.hidden_size),
+            nn.GELU(),
+            nn.Linear(2 * config.hidden_size, config.hidden_size),
+        )
+
+    def forward(self, proprio: Tensor) -> Tensor:
+        """(..., P) -> (..., hidden)."""
+        x = (proprio - self.mean) / self.scale
+        angles = (x[..., None] * self.frequencies).flatten(-2)
+        return self.mlp(torch.cat([x, angles.sin(), angles.cos()], dim=-1))
+
+
+class ChunkPolicy(nn.Module):
+    """A small vision-language-action policy of OpenVLA-OFT's shape: several cameras, one pass, a chunk of actions.
+
+    The sequence is [BOS][camera 1][camera 2][instruction][proprio][action rows]. Nothing is decoded: what the decoder
+    says at the action rows goes through a head that gives one action each. Queries share one key-value head, as in the
+    Gemma of pi0, so that a frozen token costs little.
+    """
+
+    vision: CameraEncoder
+    decoder: LlamaModel
+    action_rows: nn.Parameter
+
+    def __init__(self, config: ChunkConfig) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaModel  # heavy: only who builds a policy pays for it
+
+        self.config = config
+        hidden = config.hidden_size
+        self.vision = CameraEncoder(config)
+        self.projector = nn.Sequential(
+            nn.Linear(config.vision_width, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden)
+        )
+        side = config.image_size // config.patch_size
+        camera = 0.5 * torch.randn(len(config.cameras), 1, hidden)
+        self.visual_position = nn.Parameter(grid_positions(side, hidden) + camera)
+        self.proprio_projector = ProprioProjector(config)
+        self.decoder = LlamaModel(
+            LlamaConfig(
+                vocab_size=config.vocabulary_size,
+                hidden_size=hidden,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_key_value_heads,
+                max_position_embeddings=config.prompt_length + config.chunk,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                bos_token_id=BOS,
+                eos_token_id=None,
+                pad_token_id=None,
+            )
+        )
+        self.action_rows = nn.Parameter(0.5 * torch.randn(config.chunk, hidden))
+        self.action_head = nn.Sequential(
+            nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, config.action_dimensions)
+        )
+        self._instruction_ids: dict[str, list[int]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.action_rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.action_rows.dtype
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the images that `act` takes."""
+        return self.config.cameras
+
+    @property
+    def vision_towers(self) -> tuple[nn.Module, ...]:
+        """What turns pixels into patch features."""
+        return (self.vision,)
+
+    @property
+    def proprio_size(self) -> int:
+        """How many numbers of proprioception `act` takes."""
+        return len(self.config.proprio_mean)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the only images that it takes."""
+        return self.config.image_size
+
+    @property
+    def chunk(self) -> int:
+        """Actions in a chunk."""
+        return self.config.chunk
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """What it was trained on."""
+        return tuple(instruction for _, instruction in self.config.tasks)
+
+    def reset(self) -> None:
+        """Begins a new episode. The policy itself remembers nothing."""
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, C, H, W, 3) uint8 -> (B, C, 3, H, W), normalised."""
+        return (images.to(self.device).permute(0, 1, 4, 2, 3).to(self.dtype) - 127.5) / 64.0
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """The encoder's tokens (B, C, M, width) -> (B, C M, hidden): what the decoder receives."""
+        return (self.projector(tokens) + self.visual_position).flatten(1, 2)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (...) -> (..., hidden)."""
+        return self.decoder.embed_tokens(ids)
+
+    def encode_instructions(self, instructions: Sequence[str]) -> Tensor:
+        """Instructions -> (B, instruction_length) int64."""
+        if len(self._instruction_ids) > 1000:
+            self._instruction_ids.clear()  # a server's clients may send new ones forever
+        for instruction in instructions:
+            if instruction not in self._instruction_ids:
+                ids = encode(instruction, self.config.words, self.config.instruction_length)
+                self._instruction_ids[instruction] = ids
+        return torch.tensor([self._instruction_ids[text] for text in instructions], device=self.device)
+
+    def embed_prompt(self, images: Tensor, ids: Tensor, proprio: Tensor) -> Tensor:
+        """The whole sequence's embeddings, (B, prompt_length + chunk, hidden).
+
+        Args:
+            images: (B, C, H, W, 3) uint8.
+            ids: (B, instruction_length) token ids of the instruction.
+            proprio: (B, P).
+        """
+        visual = self.project(self.vision(self.pixels(images)))
+        batch = visual.shape[0]
+        bos = self.embed(torch.full((batch, 1), BOS, device=self.device))
+        body = self.proprio_projector(proprio.to(self.device, self.dtype))[:, None]
+        return torch.cat([bos, visual, self.embed(ids), body, self.action_rows.expand(batch, -1, -1)], dim=1)
+
+    def decode(self, prompt: Tensor) -> Tensor:
+        """Embeddings of `embed_prompt` -> actions (B, chunk, action_dimensions), not clipped."""
+        batch, length, _ = prompt.shape
+        # The mask is all ones but never None: transformers reads missing masks as "maybe packed sequences" and then
+        # cuts attention wherever positions are not consecutive, as they are not once tokens were pruned.
+        hidden = self.decoder(
+            inputs_embeds=prompt,
+            attention_mask=torch.ones((batch, length), dtype=torch.long, device=prompt.device),
+            position_ids=torch.arange(length, device=prompt.device).expand(batch, -1),
+            use_cache=False,
+        ).last_hidden_state
+        return self.action_head(hidden[:, -self.config.chunk :])
+
+    @torch.inference_mode()
+    def predict_action(
+        self, images: np.ndarray | Tensor, instruction: str | Sequence[str], proprio: np.ndarray | Tensor
+    ) -> np.ndarray:
+        """One control step of B robots.
+
+        Args:
+            images: (B, C, H, W, 3) uint8, one image of each camera in the order of `cameras`; (C, H, W, 3) for a single
+                robot.
+            instruction: one for all robots, or one each.
+            proprio: (B, P), or (P,).
+
+        Returns:
+            (B, chunk, action_dimensions) float32 actions in [-1, 1], or (chunk, action_dimensions) for a single robot.
+
+        Raises:
+            ObservationError: an argument does not fit; the message says which.
+        """
+        frames, body = _tensor("The images", images), _tensor("proprio", proprio)
+        single = frames.ndim == 4
+        if single:
+            frames, body = frames[None], body.reshape(1, -1)
+        if isinstance(instruction, (str, bytes)) or not isinstance(instruction, Iterable):
+            instructions = [instruction] * (len(frames) if frames.ndim else 1)
+        else:
+            instructions = list(instruction)
+        for text in instructions:
+            check_instruction(text)
+        self._check_inputs(frames, instructions, body)
+        ids = self.encode_instructions(instructions)
+        # Copies of one kind, whatever was given: a compiled call would be compiled anew for another.
+        laid_out = {"copy": True, "memory_format": torch.contiguous_format}
+        frames, body = frames.to(self.device, **laid_out), body.to(self.device, self.dtype, **laid_out)
+        actions = self.decode(self.embed_prompt(frames, ids, body)).float().cpu()
+        if not actions.isfinite().all():
+            raise ObservationError(
+                "The policy's actions are not finite numbers (NaN or infinity); check its weights and what it was given."
+            )
+        chunks = actions.clamp(-1, 1).numpy()
+        return chunks[0] if single else chunks
+
+    def act(
+        self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor | None = None
+    ) -> np.ndarray:
+        """One control step of one robot: one (H, W, 3) uint8 image by camera -> (chunk, action_dimensions) float32.
+        Errors as in `predict_action`.
+        """
+        if proprio is None:
+            raise ObservationError(f"The policy reads the robot's state; give proprio, ({self.proprio_size},) numbers.")
+        return self.predict_action(self._frames(images), instruction, proprio)
+
+    def act_batch(
+        self,
+        images: Sequence[Mapping[str, Any]],
+        instructions: Sequence[str],
+        proprio: Sequence[np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """One control step of B robots: (B, chunk, action_dimensions) float32. Arguments as in `act`, one each; errors
+        as there.
+        """
+        if proprio is None:
+            raise ObservationError(
+                f"The policy reads robots' states; give proprio, ({self.proprio_size},) numbers each."
+            )
+        frames = np.stack([self._frames(one) for one in images])
+        return self.predict_action(frames, list(instructions), np.stack(proprio))
+
+    def _frames(self, images: Mapping[str, Any]) -> np.ndarray:
+        check_images(images, self.cameras)
+        if set(images) != set(self.cameras):
+            raise ObservationError(f"The policy has the cameras {list(self.cameras)}; it was given {list(images)}.")
+        shapes = {name: np.shape(images[name]) for name in self.cameras}
+        if len(set(shapes.values())) > 1:
+            raise ObservationError(f"The cameras' images differ in shape: {shapes}.")
+        return np.stack([np.asarray(images[name]) for name in self.cameras])
+
+    def _check_inputs(self, images: Tensor, instructions: list[str], proprio: Tensor) -> None:
+        shape = (len(self.cameras), self.image_size, self.image_size, 3)
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
+            raise ObservationError(
+                f"Images must be uint8 of shape (B, {', '.join(map(str, shape))}); got {images.dtype} "
+                f"{tuple(images.shape)}."
+            )
+        if tuple(proprio.shape) != (len(images), self.proprio_size):
+            raise ObservationError(
+                f"Proprio must have shape ({len(images)}, {self.proprio_size}); got {tuple(proprio.shape)}."
+            )
+        if not proprio.isfinite().all():
+            raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
+        if len(instructions) != len(images):
+            raise ObservationError(f"{len(images)} robots' images came with {len(instructions)} instructions.")
+
+
+def _tensor(what: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ObservationError(f"{what} must be an array of numbers; found {type(value).__name__}.") from error
