@@ -44,33 +44,36 @@ def evaluate_arm(task: str, arm: str, seeds: range, weights: Path) -> dict[str, 
     instruction = TASKS[WRONG_TASK[task] if arm == "wrong_instruction" else task]
     success, looks, milliseconds = [], [], []
     size = {"image_size": IMAGE, "render": False, "action_repeat": 1, "max_control_steps": MAX_ACTIONS}
-    with MetaWorldEnv(task, **size) as env, MetaWorldEnv(task, **size) as other:
-        with contextlib.nullcontext() if method is None else method.attach(policy) as session:
-            for seed in seeds:
-                env.reset(seed)
-                if arm == "wrong_scene":
-                    other.reset(seed + len(seeds))
-                if session is not None:
-                    session.reset()
-                done = solved = False
-                count = 0
-                while not done:
-                    images = look(other if arm == "wrong_scene" else env)
-                    for name in images:
-                        if arm == "blank" or (arm == "blank_wrist" and name != "image"):
-                            images[name] = np.full_like(images[name], 128)
-                    started = time.perf_counter()
-                    chunk = policy.act(images, instruction, env.state[:4].astype(np.float32))
-                    milliseconds.append(1000 * (time.perf_counter() - started))
-                    count += 1
-                    for action in chunk[:executed]:
-                        if arm == "wrong_scene":
-                            other.step(action)
-                        _, solved, done = env.step(action)
-                        if done:
-                            break
-                success.append(bool(solved))
-                looks.append(count)
+    with (
+        MetaWorldEnv(task, **size) as env,
+        MetaWorldEnv(task, **size) as other,
+        contextlib.nullcontext() if method is None else method.attach(policy) as session,
+    ):
+        for seed in seeds:
+            env.reset(seed)
+            if arm == "wrong_scene":
+                other.reset(seed + len(seeds))
+            if session is not None:
+                session.reset()
+            done = solved = False
+            count = 0
+            while not done:
+                images = look(other if arm == "wrong_scene" else env)
+                for name in images:
+                    if arm == "blank" or (arm == "blank_wrist" and name != "image"):
+                        images[name] = np.full_like(images[name], 128)
+                started = time.perf_counter()
+                chunk = policy.act(images, instruction, env.state[:4].astype(np.float32))
+                milliseconds.append(1000 * (time.perf_counter() - started))
+                count += 1
+                for action in chunk[:executed]:
+                    if arm == "wrong_scene":
+                        other.step(action)
+                    _, solved, done = env.step(action)
+                    if done:
+                        break
+            success.append(bool(solved))
+            looks.append(count)
     total = sum(success)
     return {
         "task": task,

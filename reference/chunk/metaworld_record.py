@@ -39,7 +39,7 @@ CHUNK_EXPERTS = EXPERTS | {
     "push": replace(EXPERTS["push"], height=0.05),
     "door-open": replace(EXPERTS["door-open"], act=(-0.04, -0.05, 0.0)),
 }
-"""The experts of `reference.experts`; these two came to rest short of their goal when each action is carried out once."""
+"""The experts of `reference.experts`; these two stopped short when each action is carried out once."""
 
 
 class Branch:
