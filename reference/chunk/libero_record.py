@@ -182,7 +182,8 @@ class Scene:
                 ray = (truth.pose(name).position - data.cam_xpos[index]) @ axes
                 if -ray[2] < 1e-3:
                     continue
-                place = IMAGE / 2 + focal * np.array([ray[0], -ray[1]]) / -ray[2]
+                # LIBERO's images are mirrored.
+                place = IMAGE / 2 + focal * np.array([-ray[0], -ray[1]]) / -ray[2]
                 if (place >= 0).all() and (place < IMAGE).all():
                     out[number, THINGS.index(kind(name))] = place
         return out
