@@ -32,9 +32,15 @@ class _Attend(torch.autograd.Function):
         return d_scores @ k, d_scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ grad, None
 
 
+def _dtype(query: Tensor) -> torch.dtype:
+    """What matrices are multiplied in: autocast's type, or that of the queries."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `scaled_dot_product_attention` of (B, H, N, d) without a mask."""
-    q, k, v = (part.to(torch.bfloat16) for part in (q * q.shape[-1] ** -0.5, k, v))
+    dtype = _dtype(q)
+    q, k, v = (part.to(dtype) for part in (q * q.shape[-1] ** -0.5, k, v))
     out = _Attend.apply(q.flatten(0, 1).contiguous(), k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous(), None)
     return out.view(q.shape)
 
@@ -48,7 +54,8 @@ def decoder_attention(
     that a layer has nothing to do but add it.
     """
     batch, heads, rows, width = query.shape
-    q = (query * module.scaling).to(torch.bfloat16).reshape(batch, heads * rows, width)
-    k, v = key[:, 0].to(torch.bfloat16), value[:, 0].to(torch.bfloat16)
+    dtype = _dtype(query)
+    q = (query * module.scaling).to(dtype).reshape(batch, heads * rows, width)
+    k, v = key[:, 0].to(dtype), value[:, 0].to(dtype)
     out = _Attend.apply(q, k.contiguous(), v.contiguous(), attention_mask.flatten(1, 2))
     return out.view(batch, heads, rows, width).transpose(1, 2), None

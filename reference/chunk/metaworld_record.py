@@ -39,7 +39,7 @@ CHUNK_EXPERTS = EXPERTS | {
     "push": replace(EXPERTS["push"], height=0.05),
     "door-open": replace(EXPERTS["door-open"], act=(-0.04, -0.05, 0.0)),
 }
-"""The experts of `reference.experts`; these two came to rest short of their goal when each action is carried out once."""
+"""The experts of `reference.experts`; these two stopped short when each action is carried out once."""
 
 
 class Branch:
@@ -209,7 +209,9 @@ def main() -> None:
     out = args.out or DATA_ROOT / ("metaworld" if args.dagger is None else "metaworld-dagger")
     first = 0 if args.dagger is None else _DAGGER_SEED + args.dagger * _ROUND_SEEDS
     jobs = []
-    for start in range(first, first + args.episodes, SHARD_EPISODES):  # all tasks grow together: training can start early
+    for start in range(
+        first, first + args.episodes, SHARD_EPISODES
+    ):  # all tasks grow together: training can start early
         seeds = range(start, min(start + SHARD_EPISODES, first + args.episodes))
         jobs += [(task, seeds, out / task / f"{start:06d}", args.weights, args.help_rate) for task in args.tasks]
     jobs = [job for job in jobs if not job[2].exists()]

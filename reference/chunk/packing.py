@@ -2,7 +2,7 @@
 
 Images are most of a sequence. In training several suffixes (instruction, proprio, action rows) share one prefix: the
 attention mask lets each suffix see the prefix and itself only, and each suffix's positions continue the prefix's, so
-every suffix computes exactly what it would compute alone. A suffix whose hand is imagined does not see the wrist camera.
+every suffix computes exactly what it would compute alone. A suffix with an imagined hand does not see the wrist camera.
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ def packed_forward(
     Returns:
         (B, S, chunk, A) actions and (B, S, hidden) the final hidden state of the proprio row.
     """
-    config = policy.config
     batch, suffixes, words = text.shape
     bos = policy.embed(torch.full((batch, 1), BOS))
     body = policy.proprio_projector(proprio)[:, :, None]

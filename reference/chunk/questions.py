@@ -1,4 +1,4 @@
-"""What one recorded control step is asked, and the answers: the simulator's own labels, and Meta-World's moved hands."""
+"""Questions about one recorded control step and their answers: the simulator's labels, and imagined hands."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Questions:
         return self.rng.choice(self.train_rows, size, p=self.weights)
 
     def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
-        """The first question of each step is what was recorded; then come other tasks of the scene, then moved hands."""
+        """The first question is the recorded one; then come other tasks of the scene, then moved hands."""
         corpus, config = self.corpus, self.config
         count, steps = len(rows), config.chunk
         chunks = np.zeros((count, suffixes, steps, config.action_dimensions), np.float32)
