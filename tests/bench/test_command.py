@@ -137,7 +137,7 @@ def test_sizes_that_are_left_out_are_llama_s() -> None:
     assert (size.hidden, size.layers, size.heads, size.intermediate, size.vocabulary) == (1024, 16, 16, 2816, 32064)
     size = BenchSettings("llama:4096,32").llama()
     assert (size.heads, size.intermediate) == (32, 11008)
-    assert BenchSettings("llama:64,4,2,100,50", layers=2).llama().layers == 2
+    assert BenchSettings("llama:64,4,2,100,50", layers=2, layer=1).llama().layers == 2
     assert BenchSettings("llama:64,4,2,100,50").llama().vocabulary == 50
 
 

@@ -44,7 +44,7 @@ def test_a_policy_and_methods_that_are_there_already() -> None:
         "EveryOther drop K=3 offset=1",
         "vla-pruner 0.25 drop K=3",
     ]
-    assert [arm.kept for arm in report.arms] == [196, 98, 98, 98, 49]
+    assert [arm.kept for arm in report.arms] == [64, 32, 32, 32, 16]
     assert report.settings["model"] == "ReferencePolicy"
     assert (report.settings["dtype"], report.settings["device"]) == ("float32", "cpu")
     assert report.to_json()["settings"]["methods"][0] == repr(methods[0])

@@ -183,10 +183,9 @@ class BenchSettings:
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dump`: methods as Python shows them."""
-        plain = dataclasses.replace(self, methods=("vla-pruner",), keep=None, pruned=None, layer=LAYER)
-        shown = {"methods": [each if isinstance(each, str) else repr(each) for each in self.methods]}
-        return dataclasses.asdict(plain) | {"keep": self.keep, "pruned": self.pruned, "layer": self.layer} | shown
+        """For `json.dump`: what can be asked for, methods as Python shows them."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "loaded"}
+        return found | {"methods": [each if isinstance(each, str) else repr(each) for each in self.methods]}
 
     @property
     def _depth(self) -> int | None:
