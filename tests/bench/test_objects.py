@@ -92,6 +92,7 @@ def test_methods_that_differ_in_what_no_title_shows_are_arms_of_their_own() -> N
         ("reference", {"methods": vp.FastV(), "keep": 0.5}, "--keep is for methods that are given by name"),
         ("reference", {"methods": vp.FastV(), "layer": 2}, "--layer is for methods that are given by name"),
         ("reference", {"methods": vp.TextQuery(gate=3)}, "in a benchmark no arm moves"),
+        ("reference", {"methods": vp.SparseVLM(then=((5, 0.1),))}, "prunes at several layers"),
         ("reference", {"layer": 1.5}, "--layer is 1.5; it is a layer"),
         ("reference", {"method": "fastv"}, "bench was given method; it takes size"),
         ("reference", {"loaded": True}, "bench was given loaded"),

@@ -159,7 +159,8 @@ class BenchSettings:
         """The method of every pruned arm.
 
         Raises:
-            BudgetError: a name is no method's, the options do not fit it, or nobody would tell it what it asks for.
+            BudgetError: a name is no method's, the options do not fit it, it prunes at several layers, or nobody would
+                tell it what it asks for.
         """
         found: list[Named] = []
         for method in self.methods:
@@ -175,6 +176,11 @@ class BenchSettings:
                 "already; give them their own options, and leave it out."
             )
         for made in found:
+            if len(made.method.stages()) > 1:
+                raise BudgetError(
+                    f"{made.title} prunes at several layers, and the formulas of a benchmark know one layer a method; "
+                    "leave `then` out."
+                )
             if made.method.motion:
                 raise BudgetError(
                     f"{made.title} prunes by how far the arm moved, and in a benchmark no arm moves; leave its gate "
