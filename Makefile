@@ -89,18 +89,14 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest $(WORKERS) $(OLDEST_TESTS) $(ARGS)
 
-# Every run asks for what has come out since the last one.
-.PHONY: $(NEWEST_VENV)/.installed
-$(NEWEST_VENV)/.installed:
+# Not kept by a stamp: every run asks for what has come out since the last one.
+test-newest:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
 	@test -x $(NEWEST_VENV)/bin/python || { echo "==> Creating $(NEWEST_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(NEWEST_VENV); }
 	@echo "==> Installing the newest of what vla-pruner needs into $(NEWEST_VENV)"
 	@$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		'$(NEWEST_TORCH)' -e . pytest pytest-xdist
-	@touch $@
-
-test-newest: $(NEWEST_VENV)/.installed
 	$(NEWEST_VENV)/bin/python -m pytest $(WORKERS) $(NEWEST_TESTS) $(ARGS)
 
 # Not in $(VENV): torchao prints warnings wherever transformers is imported.

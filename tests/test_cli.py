@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -362,4 +363,59 @@ def test_the_audit_for_real(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "ok vision towers 1 x 1 images a step" in text
     assert "ceiling for every method" in text
-    assert "All 12 checks passed, 1 skipped" in text
+    assert "All 12 checks passed, 2 skipped" in text
+
+
+ANY = {
+    "demo": ["demo"],
+    "audit": ["audit", "reference"],
+    "bench": ["bench", "--model", "llama:64,6"],
+    "eval": ["eval", "--policy", "reference", "--suite", "metaworld:mt8", "--out", "folder"],
+    "report": ["report", "folder"],
+    "calibrate": ["calibrate", "--policy", "reference", "--from", "folder"],
+    "serve": ["serve", "--policy", "reference"],
+}
+RUNS = {
+    "demo": "vla_pruner.demo.run_demo",
+    "audit": "vla_pruner.auditing.command.run_audit",
+    "bench": "vla_pruner.benching.command._run",
+    "eval": "vla_pruner.evaluation.command.run_eval",
+    "report": "vla_pruner.report.command.run_report",
+    "calibrate": "vla_pruner.calibration.command.run_calibrate",
+    "serve": "vla_pruner.serving.command._check_installed",
+}
+
+
+@pytest.mark.parametrize("command", list(ANY))
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a/b"), "a/b cannot be used (No such file or directory)."),
+        (OSError(28, "No space left on device"), "A file or a connection cannot be used (No space left on device)."),
+        (OSError(18, "Invalid cross-device link", "a", None, "b"), "a to b cannot be used (Invalid"),
+        (ConnectionError("the hub hung up"), "A file or a connection cannot be used (the hub hung up)."),
+    ],
+)
+def test_whatever_the_system_refuses_is_one_line(
+    command: str, error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(RUNS[command], fail)
+    assert cli.main(ANY[command]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"vla-pruner: {said}")
+    assert printed.count("\n") == 1
+
+
+def test_a_reader_that_has_gone_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(RUNS["audit"], fail)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    assert cli.main(ANY["audit"]) == 1
+    assert capsys.readouterr().err == ""

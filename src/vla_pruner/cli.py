@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(options)
     except VLAPrunerError as error:
         return _refuse(str(error))
+    except BrokenPipeError:
+        # Who read the output has gone (`| head`). Python would complain once more when it closes standard output.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        what = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return _refuse(f"{what or 'A file or a connection'} cannot be used ({error.strerror or error}).")
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130

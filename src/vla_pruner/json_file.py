@@ -1,4 +1,4 @@
-"""JSON files: those of a format of ours, read back, and the one that `--json` names, checked before anything slow."""
+"""JSON files of a format of ours, read back; and files and folders that flags name, checked before anything slow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import reprlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -160,17 +161,17 @@ def _not(value: Any, name: str, wanted: str) -> ValueError:
     return ValueError(f"{name} is {reprlib.repr(value)}, not {wanted}")
 
 
-def check_file(name: str) -> None:
-    """Proves that `--json FILE` can be written, before anything slow begins, and leaves no new file behind.
+def check_file(name: str, flag: str = "--json") -> None:
+    """Proves that a file which a flag names can be written, before anything slow begins, and leaves no new file behind.
 
     Raises:
         BudgetError: saying why not.
     """
     try:
         if not Path(name).resolve().parent.is_dir():
-            raise BudgetError(f"--json is {name}, but there is no such folder; make it first.")
+            raise BudgetError(f"{flag} is {name}, but there is no such folder; make it first.")
         if Path(name).is_dir():
-            raise BudgetError(f"--json is {name or 'empty'}, which is a folder; give a file in it.")
+            raise BudgetError(f"{flag} is {name or 'empty'}, which is a folder; give a file in it.")
         if Path(name).exists() and not Path(name).is_file():
             return  # a pipe or a device: who reads it would take opening and closing for the whole report
         file = Path(name).resolve()
@@ -180,9 +181,25 @@ def check_file(name: str) -> None:
         if is_new:
             file.unlink()
     except OSError as error:
-        raise unwritable(name, error) from error
+        raise unwritable(name, error, flag) from error
 
 
-def unwritable(name: str, error: OSError) -> BudgetError:
+def check_folder(folder: Path, flag: str = "--out") -> None:
+    """Makes a folder which a flag names, and proves that a file can be written there, before anything slow begins.
+
+    Raises:
+        BudgetError: saying why not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        is_file = folder.exists() and not folder.is_dir()
+        reason = "it is a file" if is_file else error.strerror or str(error)
+        raise BudgetError(f"{flag} is {folder}, which cannot be written to ({reason}); give a folder.") from error
+
+
+def unwritable(name: str, error: OSError, flag: str = "--json") -> BudgetError:
     """The error of a file that could not be written."""
-    return BudgetError(f"--json is {name}, which cannot be written ({error.strerror or error}); give another file.")
+    return BudgetError(f"{flag} is {name}, which cannot be written ({error.strerror or error}); give another file.")

@@ -36,12 +36,23 @@ class Named:
     options: tuple[str, ...]
     method: Any
 
+    @classmethod
+    def of(cls, method: Method) -> Named:
+        """A method that is there already, one of this package or of somebody else."""
+        kind = type(method)
+        known = kind in known_methods().values()
+        fields = [field for field in dataclasses.fields(method) if field.name not in _OF_EVERY_ARM]
+        own = [field for field in fields if getattr(method, field.name) != field.default]
+        options = tuple(f"{field.name}={getattr(method, field.name)}" for field in own)
+        return cls(method_name(kind) if known else kind.__name__, options, method)
+
     @property
     def title(self) -> str:
         """What tables call it; unique among methods that differ."""
         method = self.method
         # As it was written: 1 is one token, 1.0 all of them.
-        return " ".join([self.name, repr(method.keep), method.pruned, f"K={method.layer}", *self.options])
+        budget = [repr(method.keep)] if hasattr(method, "keep") else []
+        return " ".join([self.name, *budget, method.pruned, f"K={method.layer}", *self.options])
 
 
 def methods_of(

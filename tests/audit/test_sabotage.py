@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from vla_pruner.attach import recorder, session, shortener
 from vla_pruner.auditing import environment
 from vla_pruner.auditing.run import CHECKS, audit
 from vla_pruner.auditing.subject import Subject
+from vla_pruner.cli import main
 from vla_pruner.families.base import TransformersFamily
 
 METHOD = vp.VLAPruner(keep=0.25, window=1)
@@ -342,3 +344,37 @@ def test_a_policy_that_breaks_off_is_a_finding(policy):
     assert not report.passed
     assert [check.name for check in report.failures] == ["images", "cameras"]
     assert report["images"].detail == "It broke off with ZeroDivisionError: white is too bright"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["in its first step", "in its first pruned step"])
+@pytest.mark.parametrize("error", [vp.SessionError, RuntimeError, KeyError, OSError])
+def test_what_breaks_before_the_first_check_is_a_finding_too(policy, error, first, capsys, monkeypatch, tmp_path):
+    """The audit looks for the first pruned step before it asks anything."""
+    original = session.Session.choose
+
+    def choose(self, hidden, layer):
+        if self._step.prunes or first:
+            raise error("steps cannot be interleaved")
+        return original(self, hidden, layer)
+
+    monkeypatch.setattr(session.Session, "choose", choose)
+    report = audit(policy, METHOD)
+    broken = {check.name: check.detail for check in report.failures}
+    assert {"lengths", "reference drop", "reference freeze", "scenes", "reset", "detach", "share"} <= set(broken)
+    assert all(f"It broke off with {error.__name__}" in detail for detail in broken.values())
+    assert report["environment"].passed
+    assert report["images"].passed
+    assert len(report.checks) == len(CHECKS)
+    vp.VLAPruner(keep=0.25).attach(policy).detach()  # nothing is left attached
+
+    file = tmp_path / "audit.json"
+    assert main(["audit", "reference", "--random-weights", "--json", str(file)]) == 1
+    assert "FAIL" in capsys.readouterr().out
+    assert json.loads(file.read_text())["passed"] is False
+
+
+def test_what_was_asked_for_and_does_not_fit_is_no_finding(policy):
+    with pytest.raises(vp.BudgetError, match="5000"):
+        audit(policy, vp.VLAPruner(keep=5000))
+    with vp.FastV().attach(policy), pytest.raises(vp.SessionError, match="has a session already"):
+        audit(policy, METHOD)

@@ -93,7 +93,10 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--model", "openvla-7b", "--size", "tiny", "--cameras", "4"], "OpenVLA has one to 3"),
         (["--device", "warp"], "--device is warp, which torch cannot use here"),
         (["--json", "/no/such/folder/x.json"], "there is no such folder"),
-        (["--out", __file__], "which is a file; give a folder"),
+        (["--out", __file__], "which cannot be written to (it is a file); give a folder"),
+        (["--out", f"{__file__}/sub"], "which cannot be written to (Not a directory); give a folder"),
+        (["--out", "/proc/sub"], "--out is /proc/sub, which cannot be written to"),
+        (["--json", f"{__file__}/x.json"], "there is no such folder"),
     ],
 )
 def test_flags_that_make_no_sense(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +137,7 @@ def test_sizes_that_are_left_out_are_llama_s() -> None:
     assert (size.hidden, size.layers, size.heads, size.intermediate, size.vocabulary) == (1024, 16, 16, 2816, 32064)
     size = BenchSettings("llama:4096,32").llama()
     assert (size.heads, size.intermediate) == (32, 11008)
-    assert BenchSettings("llama:64,4,2,100,50", layers=2).llama().layers == 2
+    assert BenchSettings("llama:64,4,2,100,50", layers=2, layer=1).llama().layers == 2
     assert BenchSettings("llama:64,4,2,100,50").llama().vocabulary == 50
 
 

@@ -300,9 +300,9 @@ def spoil(folder: Path, name: str, content: bytes) -> None:
 
 def test_a_file_that_cannot_be_written_is_refused(traced: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(traced), "--out", str(traced / "no" / "x.html")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "there is no such folder" in capsys.readouterr().err
     assert cli.main(["report", str(traced), "--out", str(traced)]) == 2
-    assert "which is a folder; give a file such as" in capsys.readouterr().err
+    assert "which is a folder; give a file in it" in capsys.readouterr().err
     assert cli.main(["report", str(traced), "--out", "/dev/full"]) == 2
     assert "/dev/full, which cannot be written (No space left on device)" in capsys.readouterr().err
 

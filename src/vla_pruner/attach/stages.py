@@ -12,6 +12,7 @@ from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.wording import counted
 
 VISUAL_LAST = (
     "A visual token is in the prompt's last position, which emits the first action token; the prompt must end in text."
@@ -75,9 +76,8 @@ def stages_of(method: Method, family: Family) -> dict[int, Stage]:
         BudgetError: the model lacks a layer, or its visual tokens are fewer than are to be kept.
     """
     stages = {stage.layer: Stage(stage, stage.for_cameras(family.cameras)) for stage in method.stages()}
-    if type(method).select is not Method.select:  # else it never prunes, and fits every model
-        for stage in stages.values():
-            _check_depth(stage.method, family, "layer" if stage.method.layer == method.layer else "then at layer")
+    check_depth(method, family.depth, family.first_layer)
+    if type(method).select is not Method.select:  # else it never prunes
         _check_order(list(stages.values()), [stage.layer for stage in method.stages()])
     if family.camera_tokens is not None:
         budgets_of(stages, family.camera_tokens, frozenset(), None)
@@ -155,14 +155,23 @@ def _listed(layers: list[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def _check_depth(method: Method, family: Family, given: str) -> None:
-    layers, first = family.depth, family.first_layer
-    if not first <= method.layer < layers:
-        raise BudgetError(
-            f"{given}={method.layer} was given, but the decoder has {layers} layers; give a layer from {first} to "
-            f"{layers - 1}."
-        )
-    if "semantic" in method.needs and method.semantic_layer >= layers:
-        raise BudgetError(
-            f"The semantic score is read at layer {method.semantic_layer}, but the decoder has {layers} layers."
-        )
+def check_depth(method: Method, layers: int, first: int) -> None:
+    """Raise BudgetError unless a decoder of so many layers has those that `method` prunes and reads at.
+
+    Args:
+        method: with all of its stages.
+        layers: of the decoder.
+        first: the lowest pruning layer; see `Family.first_layer`.
+    """
+    if type(method).select is Method.select:
+        return  # It never prunes, and fits every model.
+    has = f"the decoder has {counted(layers, 'layer')}"
+    for stage in method.stages():
+        if not first <= stage.layer < layers:
+            given = "layer" if stage.layer == method.layer else "then at layer"
+            fix = f"give a layer from {first} to {layers - 1}" if first < layers - 1 else f"give layer={first}"
+            if first >= layers:
+                fix = f"pruning begins at layer {first} here, so there is none to prune at"
+            raise BudgetError(f"{given}={stage.layer} was given, but {has}; {fix}.")
+        if "semantic" in stage.needs and stage.semantic_layer >= layers:
+            raise BudgetError(f"The semantic score is read at layer {stage.semantic_layer}, but {has}.")

@@ -8,6 +8,7 @@ from time import perf_counter
 
 from vla_pruner.auditing import pruning, seeing, state
 from vla_pruner.auditing.environment import environment, settings
+from vla_pruner.auditing.position import position
 from vla_pruner.auditing.report import AuditReport, Check
 from vla_pruner.auditing.share import share
 from vla_pruner.auditing.subject import Subject
@@ -25,6 +26,7 @@ CHECKS: dict[str, Callable[[Subject], Check]] = {
     "reference drop": partial(pruning.reference, pruned="drop"),
     "reference freeze": partial(pruning.reference, pruned="freeze"),
     "scenes": pruning.scenes,
+    "position": position,
     "reset": state.reset,
     "detach": state.detach,
     "share": share,

@@ -54,13 +54,11 @@ class Subject:
         instruction: what it is told; None: what it was trained on, or a usual one.
         seed: of images and of the noise that flow policies start from.
 
-    Attributes:
-        steps: control steps until the first pruned one, that one included; None where none of the first few is pruned.
-
     Raises:
         UnsupportedModelError: the policy lacks something of the above, or its model is not supported.
         BudgetError: the method is none or does not fit the model, or the seed is none.
-        ObservationError: the instruction is empty.
+        ObservationError: the instruction is empty, or not one for this policy.
+        SessionError: a session is attached to it already.
     """
 
     def __init__(self, policy: Policy, method: Method, instruction: str | None = None, seed: int = 0) -> None:
@@ -72,7 +70,18 @@ class Subject:
         self.family: Any = family_of(policy)
         known = getattr(policy, "instructions", ())
         self.instruction = (known[0] if known else INSTRUCTION) if instruction is None else instruction
-        self.steps = self._first_pruned()
+        self._broke: Exception | None = None
+        self._steps = self._first_pruned()
+
+    @property
+    def steps(self) -> int | None:
+        """Control steps until the first pruned one, that one included; None where none of the first few is pruned.
+
+        Whatever the policy or the session raised in them is raised again: it fails the checks that need these steps.
+        """
+        if self._broke is not None:
+            raise self._broke
+        return self._steps
 
     @property
     def device(self) -> torch.device:
@@ -153,11 +162,16 @@ class Subject:
     def _first_pruned(self) -> int | None:
         images = self.scene(0)
         with self.attach() as session:
-            self.begin()
-            for step in range(max(_LONGEST_WARM_UP, self.method.history + 2)):
-                self.act(images, step)
-                if session.kept is not None:
-                    return step + 1
+            try:
+                self.begin()
+                for step in range(max(_LONGEST_WARM_UP, self.method.history + 2)):
+                    self.act(images, step)
+                    if session.kept is not None:
+                        return step + 1
+            except (UnsupportedModelError, BudgetError, ObservationError):
+                raise  # What was asked for does not fit; sizes and instructions show in the first step.
+            except Exception as error:
+                self._broke = error
         return None
 
 

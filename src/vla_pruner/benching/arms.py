@@ -47,9 +47,13 @@ class Arm:
 def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:
     """The untouched model first, then every method that the settings name."""
     arms = [Arm(BASELINE, BASELINE, None)]
-    arms += [Arm(made.title, made.name, made.method) for made in settings.chosen_methods()]
-    unique = {arm.name: arm for arm in arms}
-    return tuple(unique.values())
+    for made in settings.chosen_methods():
+        if any(made.method == arm.method for arm in arms):
+            continue
+        # Methods of somebody else's may differ in what no title shows.
+        same = sum(arm.name.partition(" #")[0] == made.title for arm in arms)
+        arms.append(Arm(f"{made.title} #{same + 1}" if same else made.title, made.name, made.method))
+    return tuple(arms)
 
 
 def turn(arms: Sequence[Arm], round_number: int) -> list[Arm]:

@@ -12,9 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.benching.settings import DTYPES, NAMED, SIZES, BenchSettings
-from vla_pruner.errors import BudgetError
 from vla_pruner.flags import add_methods
-from vla_pruner.json_file import check_file, unwritable
+from vla_pruner.json_file import check_file, check_folder, unwritable
 from vla_pruner.method_names import LAYER
 from vla_pruner.terminal import literal, say
 
@@ -98,8 +97,8 @@ def run_bench(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     if options.json not in (None, "-"):
         check_file(options.json)
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
-        raise BudgetError(f"--out is {options.out}, which is a file; give a folder.")
+    if options.out is not None:
+        check_folder(options.out)
     console = Console(highlight=False, stderr=options.json == "-")
     # Standard output is the report's alone where it was asked for; policies' own libraries print things, too.
     with redirect_stdout(sys.stderr) if options.json == "-" else nullcontext():
@@ -115,7 +114,6 @@ def run_bench(options: argparse.Namespace) -> int:
         except OSError as error:
             raise unwritable(options.json, error) from error
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "bench.json").write_text(text)
         (options.out / "bench.md").write_text(to_markdown(report))
     return 0

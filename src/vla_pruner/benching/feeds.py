@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,17 @@ def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     """The inputs of this policy.
 
     Raises:
-        BudgetError: `--prompt-tokens` leaves no text.
+        BudgetError: `--prompt-tokens` leaves no text, or does not apply.
         UnsupportedModelError: no inputs are known for this policy.
+    """
+    return feed_of(policy)(policy, settings, device)
+
+
+def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
+    """What makes the inputs of this policy.
+
+    Raises:
+        UnsupportedModelError: nothing does.
     """
     name = type(policy).__name__
     makers = {
@@ -37,8 +47,12 @@ def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
         "LeRobotPolicy": _lerobot,
     }
     if name not in makers:
-        raise UnsupportedModelError(f"A benchmark of {name} is not known; known are {', '.join(makers)}.")
-    return makers[name](policy, settings, device)
+        raise UnsupportedModelError(
+            f"A benchmark of {name} is not known; known are {', '.join(makers)}. Give what vla_pruner.load_policy "
+            "gives, or wrap a model of LeRobot's or transformers': policies.lerobot.LeRobotPolicy, "
+            "policies.pi0.TransformersPI0."
+        )
+    return makers[name]
 
 
 def _other(settings: BenchSettings, visual: int, usual: int, least: int) -> int:
@@ -157,6 +171,8 @@ def _oft(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
 
 
 def _reference(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    if settings.prompt_tokens is not None:
+        raise BudgetError("--prompt-tokens does not apply to the reference policy, whose prompt has one length.")
     config = policy.config
     (images,) = _images(settings, 1, config.image_size)
     state = np.tile(np.asarray(config.proprio_mean, dtype=np.float32), (settings.batch, 1))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vla_pruner.benching.arms import Arm, Turns, arms_of
 from vla_pruner.benching.compiling import CompiledTurns
 from vla_pruner.benching.environment import conditions_of
-from vla_pruner.benching.feeds import feed
+from vla_pruner.benching.feeds import feed, feed_of
 from vla_pruner.benching.measure import (
     LEAST_ROUNDS,
     STEPS_A_TURN,
@@ -30,11 +33,11 @@ from vla_pruner.benching.measure import (
 from vla_pruner.benching.policies import build
 from vla_pruner.benching.report import ArmResult, BenchReport, Compiling, FlopCount, Refresh, Speed
 from vla_pruner.benching.roofline import Peaks, least_work, measure_peaks
-from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.benching.settings import NAMED, BenchSettings, flag
 from vla_pruner.benching.subject import Subject
 from vla_pruner.benching.verdict import Timed, why
 from vla_pruner.conditions import busy_cores, load_average
-from vla_pruner.errors import SessionError
+from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
 from vla_pruner.policies.options import usable_device
 from vla_pruner.statistics import median_interval, percentile
 
@@ -44,23 +47,52 @@ Progress = Callable[[str, int, int], None]
 """Told what is being done, and how many rounds of how many are."""
 
 
-def bench(model: str, *, progress: Progress | None = None, **options: Any) -> BenchReport:
+def bench(model: Any, *, progress: Progress | None = None, **options: Any) -> BenchReport:
     """Times a policy unpruned and pruned, and says what pruning saves and why not more.
 
     Args:
-        model: a name, "llama:HIDDEN,LAYERS" or a checkpoint's folder; see `BenchSettings`.
+        model: a name, "llama:HIDDEN,LAYERS" or a checkpoint's folder (see `BenchSettings`); or a policy that is loaded,
+            with no session attached, which is timed where it is and left as it was.
         progress: told what is being done.
-        **options: fields of `BenchSettings`: keep, methods, pruned, layer, batch, dtype, device, iters, ...
+        **options: fields of `BenchSettings`: keep, methods (names or methods), pruned, layer, batch, dtype, device,
+            iters, ...
 
     Raises:
-        BudgetError: an option is out of its range, or does not apply to this model, or torch cannot use the device.
+        BudgetError: an option is unknown or out of its range, or does not apply to this model, or torch cannot use the
+            device.
         UnsupportedModelError: no such model, or it cannot be compiled.
         CheckpointError: the checkpoint cannot be read.
+        SessionError: a session is attached to the policy.
     """
-    settings = BenchSettings(model=model, **options)
+    known = [field.name for field in dataclasses.fields(BenchSettings) if field.name not in ("model", "loaded")]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise BudgetError(f"bench was given {', '.join(unknown)}; it takes {', '.join(known)}.")
+    if not isinstance(model, (str, Path)):
+        return _bench_loaded(model, progress, options)
+    settings = BenchSettings(model=str(model), **options)
     device = usable_device(settings.device, "--device")
     with _threads(settings.threads):
         policy = build(settings, device, getattr(torch, settings.dtype))
+        return bench_subject(Subject(policy, feed(policy, settings, device), settings, device), progress)
+
+
+def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any]) -> BenchReport:
+    module = policy if isinstance(policy, nn.Module) else getattr(policy, "module", None)
+    if not isinstance(module, nn.Module):
+        given = f"the class {policy.__name__}" if isinstance(policy, type) else f"a {type(policy).__name__}"
+        raise UnsupportedModelError(
+            f"model is {given}; it is {', '.join(NAMED)}, llama:HIDDEN,LAYERS, the folder of a checkpoint, or a policy "
+            "as load_policy, random_policy or reference_policy gives it."
+        )
+    for name in ("device", "dtype"):
+        if name in options:
+            raise BudgetError(f"{flag(name)} does not apply to a policy that is loaded; move it, and leave this out.")
+    feed_of(policy)  # refused here if nobody knows what it is fed with
+    weight = next(weight for weight in module.parameters() if weight.is_floating_point())
+    dtype, device = str(weight.dtype).removeprefix("torch."), weight.device
+    settings = BenchSettings(type(policy).__name__, loaded=True, dtype=dtype, device=str(device), **options)
+    with _threads(settings.threads):
         return bench_subject(Subject(policy, feed(policy, settings, device), settings, device), progress)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vla_pruner.attach.compiled import check_backend
+from vla_pruner.attach.stages import check_depth
 from vla_pruner.errors import BudgetError, UnsupportedModelError
 from vla_pruner.method_names import LAYER, Named, methods_of
+from vla_pruner.methods import Method
 
 NAMED = ("openvla-7b", "openvla-oft", "pi0", "pi05", "smolvla", "reference")
 DENOISING = ("pi0", "pi05", "smolvla")
@@ -17,8 +20,19 @@ LLAMA = "llama:"
 INDUCTOR = "inductor"
 """torch's own backend."""
 
+PUBLISHED_LAYERS = {"openvla-7b": 32, "openvla-oft": 32, "pi0": 18, "pi05": 18, "smolvla": 16, "reference": 8}
+"""Layers of the decoders of `NAMED`."""
+
 SIZES = ("full", "tiny")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+_LISTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("keep", (int, float, Mapping), "a fraction such as 0.25 or a number such as 64"),
+    ("methods", (str, Method), "a method's name such as 'vla-pruner', or a method such as VLAPruner(keep=0.25)"),
+    ("pruned", (str,), "'drop', 'freeze' or 'reuse'"),
+    ("layer", (int,), "a layer such as 3"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,13 @@ class BenchSettings:
     """One benchmark.
 
     Attributes:
-        model: one of `NAMED`, "llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB]", or a checkpoint's folder.
+        model: one of `NAMED`, "llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB]", or a checkpoint's folder; the class of
+            a policy that is loaded already.
         size: "full" (published) or "tiny", of models with random weights.
         layers: depth of the decoder, and of an expert beside it; None: as published.
         keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and what VLA-Cache was
-            published with.
-        methods: names of methods, with options of their own after colons; one arm each.
+            published with. It, `pruned`, `layer` and `refresh_every` are those of methods that are given by name.
+        methods: names of methods, with options of their own after colons, or methods; one arm each.
         pruned: what becomes of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: what each method
             does first.
         layer: pruning layers; one arm each.
@@ -59,13 +74,16 @@ class BenchSettings:
         iters: timed control steps of each arm.
         threads: of torch on the CPU; None: as it is.
         seed: of weights and inputs.
+        loaded: whether the policy is loaded already.
+
+    Of `keep`, `methods`, `pruned` and `layer` a single value stands for a tuple of one.
     """
 
     model: str
     size: str = "full"
     layers: int | None = None
     keep: tuple[float | int, ...] | None = None
-    methods: tuple[str, ...] = ("vla-pruner",)
+    methods: tuple[str | Method, ...] = ("vla-pruner",)
     pruned: tuple[str, ...] | None = None
     layer: tuple[int, ...] = LAYER
     batch: int = 1
@@ -80,8 +98,11 @@ class BenchSettings:
     iters: int = 30
     threads: int | None = None
     seed: int = 0
+    loaded: bool = False
 
     def __post_init__(self) -> None:
+        for name, kinds, what in _LISTS:
+            object.__setattr__(self, name, _listed(name, getattr(self, name), kinds, what))
         counts = ("layers", "batch", "cameras", "prompt_tokens", "decode_tokens", "denoise_steps", "iters", "threads")
         for name in counts:
             value = getattr(self, name)
@@ -95,11 +116,15 @@ class BenchSettings:
                 raise BudgetError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
         self._check_backend()
         self._check_model()
-        self.chosen_methods()
+        methods, depth = self.chosen_methods(), self._depth
+        for made in methods if depth is not None else ():
+            check_depth(made.method, depth, 1 if self.kind in DENOISING else 0)
 
     @property
     def kind(self) -> str:
         """One of `NAMED`, "llama" or "checkpoint"."""
+        if self.loaded:
+            return "checkpoint"
         if self.model.startswith(LLAMA):
             return "llama"
         return self.model if self.model in NAMED else "checkpoint"
@@ -134,20 +159,48 @@ class BenchSettings:
         """The method of every pruned arm.
 
         Raises:
-            BudgetError: a name is no method's, the options do not fit it, or nobody would tell it what it asks for.
+            BudgetError: a name is no method's, the options do not fit it, it prunes at several layers, or nobody would
+                tell it what it asks for.
         """
-        found = methods_of(self.methods, self.keep, self.layer, self.pruned, self.refresh_every)
+        found: list[Named] = []
+        for method in self.methods:
+            if isinstance(method, str):
+                found += methods_of((method,), self.keep, self.layer, self.pruned, self.refresh_every)
+            else:
+                found.append(Named.of(method))
+        given = [name for name in ("keep", "pruned", "refresh_every") if getattr(self, name) is not None]
+        given += ["layer"] if self.layer != LAYER else []
+        if given and not any(isinstance(method, str) for method in self.methods):
+            raise BudgetError(
+                f"{', '.join(map(flag, given))} is for methods that are given by name, and all of these are methods "
+                "already; give them their own options, and leave it out."
+            )
         for made in found:
+            if len(made.method.stages()) > 1:
+                raise BudgetError(
+                    f"{made.title} prunes at several layers, and the formulas of a benchmark know one layer a method; "
+                    "leave `then` out."
+                )
             if made.method.motion:
                 raise BudgetError(
                     f"{made.title} prunes by how far the arm moved, and in a benchmark no arm moves; leave its gate "
                     "out: a step that it prunes takes as long without."
                 )
-        return found
+        return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dump`."""
-        return dataclasses.asdict(self)
+        """For `json.dump`: what can be asked for, methods as Python shows them."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "loaded"}
+        return found | {"methods": [each if isinstance(each, str) else repr(each) for each in self.methods]}
+
+    @property
+    def _depth(self) -> int | None:
+        """Layers of the decoder, where they are known before it is built."""
+        if self.layers is not None:
+            return self.layers
+        if self.kind == "llama":
+            return self.llama().layers
+        return PUBLISHED_LAYERS.get(self.kind) if self.size == "full" else None
 
     def _check_backend(self) -> None:
         if not isinstance(self.compile, bool):
@@ -162,7 +215,7 @@ class BenchSettings:
         kind = self.kind
         if kind == "llama":
             self.llama()
-        elif kind == "checkpoint" and not Path(self.model).exists():
+        elif kind == "checkpoint" and not self.loaded and not Path(self.model).exists():
             raise UnsupportedModelError(
                 f"--model is {self.model}, which is neither a folder nor one of {', '.join(NAMED)} and "
                 "llama:HIDDEN,LAYERS."
@@ -178,8 +231,24 @@ class BenchSettings:
         }
         for name, is_refused in refused.items():
             if is_refused:
-                what = "a checkpoint" if kind == "checkpoint" else self.model
+                what = "a checkpoint" if kind == "checkpoint" and not self.loaded else self.model
                 raise BudgetError(f"{flag(name)} does not apply to {what}; leave it out.")
+
+
+def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[Any, ...] | None:
+    """A setting that may have several values as a tuple of them.
+
+    Raises:
+        BudgetError: it is of another kind.
+    """
+    if value is None and name in ("keep", "pruned"):
+        return None
+    several = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for each in several:
+        if isinstance(each, bool) or not isinstance(each, kinds):
+            given = f"the class {each.__name__}" if isinstance(each, type) else repr(each)
+            raise BudgetError(f"{flag(name)} is {given}; it is {what}, or several of them in a tuple.")
+    return several
 
 
 def flag(name: str) -> str:

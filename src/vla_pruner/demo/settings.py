@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from vla_pruner.errors import VLAPrunerError
+from vla_pruner.errors import BudgetError, VLAPrunerError
+from vla_pruner.json_file import check_folder
 
 DEFAULT_EPISODES = 6
 DEFAULT_MINUTES = 6.5
@@ -66,20 +66,10 @@ class DemoSettings:
             raise DemoError(f"--seed is {self.seed}; it must be 0 or more.")
         if self.tasks is not None and not self.tasks:
             raise DemoError("--tasks names no task; give task names separated by commas, or leave the flag out.")
-        check_writable(self.out)
-
-
-def check_writable(folder: Path) -> None:
-    """Creates `folder` and proves that a file can be written there; DemoError if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DemoError(
-            f"The output folder {folder} cannot be written to ({reason}); choose another with --out."
-        ) from error
+        try:
+            check_folder(self.out)
+        except BudgetError as error:
+            raise DemoError(str(error)) from error
 
 
 def choose_tasks(asked: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:

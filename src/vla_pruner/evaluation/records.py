@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from vla_pruner.json_file import load_json, typed
 from vla_pruner.wording import readable
 
 EPISODES = "episodes.jsonl"
+PACKED = ".gz"
 TERMINATIONS = ("success", "max_steps", "error")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -212,16 +215,27 @@ class RecordFile:
 
 
 def read_records(path: Path) -> list[Record]:
-    """A run's records, without those of a last line that was cut off.
+    """A run's records, without those of a last line that was cut off. Where the file is not there, the same packed by
+    gzip is read.
 
     Raises:
         EvaluationError: there are none, or a line is damaged.
     """
+    if not path.exists() and packed(path).exists():
+        path = packed(path)
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise EvaluationError(f"{path} cannot be read ({error.strerror}); give the folder of an evaluation.") from error
+        if path.suffix == PACKED:
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise EvaluationError(f"{path} cannot be read ({reason}); give the folder of an evaluation.") from error
     return read_lines(path, content[: content.rfind(b"\n") + 1])
+
+
+def packed(path: Path) -> Path:
+    """Where a run's records are when they are packed: this project publishes its own so."""
+    return path.with_name(path.name + PACKED)
 
 
 def read_lines(path: Path, content: bytes) -> list[Record]:

@@ -10,7 +10,7 @@ from typing import Any
 from vla_pruner.conditions import machine_conditions
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.manifest import MANIFEST, Manifest, Plan, check_versions, identity
-from vla_pruner.evaluation.records import EPISODES, Record, RecordFile, check_run, latest
+from vla_pruner.evaluation.records import EPISODES, Record, RecordFile, check_run, latest, packed
 from vla_pruner.evaluation.replica import Recipe, Replica, Work
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.traces import Trace, write_trace
@@ -188,4 +188,10 @@ def open_records(folder: Path) -> RecordFile:
         raise EvaluationError(
             f"The folder {folder} cannot be made ({error.strerror}); choose another --out."
         ) from error
-    return RecordFile(folder / EPISODES)
+    path = folder / EPISODES
+    if packed(path).exists() and not path.exists():
+        raise EvaluationError(
+            f"{packed(path)} holds this run's episodes, packed, and a run goes on in {EPISODES} alone. Unpack it "
+            f"(gunzip --keep {packed(path)}), or choose another --out."
+        )
+    return RecordFile(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vla_pruner.evaluation import EvaluationError
+from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.report.evaluation import render
 from vla_pruner.report.results import read_results
 from vla_pruner.report.traced import look
@@ -33,23 +33,20 @@ def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console:
         0.
 
     Raises:
-        EvaluationError: the folder holds no evaluation, or the file cannot be written.
+        EvaluationError: the folder holds no evaluation.
+        BudgetError: the file cannot be written.
         ImagesUnavailable: there are traces, and Pillow is not installed.
     """
     target = folder / REPORT if out is None else out
-    if target.is_dir():
-        raise EvaluationError(f"--out is {target}, which is a folder; give a file such as {target / REPORT}.")
-    if out is not None and not target.parent.is_dir():
-        raise EvaluationError(f"--out is {target}, but there is no folder {target.parent}; make it first.")
+    if out is not None:
+        check_file(str(out), "--out")
     results = read_results(folder)
     traced = look(results, episodes)
     page = render(results, traced).encode(errors="backslashreplace")
     try:
         target.write_bytes(page)
     except OSError as error:
-        raise EvaluationError(
-            f"--out is {target}, which cannot be written ({error.strerror}); give another file."
-        ) from error
+        raise unwritable(str(target), error, "--out") from error
     say(console, headline(results))
     for sentence in traced.damaged[:_NAMED]:
         say(console, f"Left out: {sentence}", soft_wrap=True)
