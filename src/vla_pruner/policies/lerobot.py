@@ -21,7 +21,7 @@ from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
 from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
-from vla_pruner.policies.lerobot_processors import no_remote_code, read_processors
+from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors
 from vla_pruner.policies.lerobot_random import random_lerobot
 from vla_pruner.policies.observations import check_images, check_instruction, state_of
 
@@ -168,6 +168,7 @@ def load_lerobot(
             step that is not LeRobot's, or have no statistics for what the policy gives or reads; it names both.
     """
     folder = checkpoint_folder(path)
+    check_steps(folder, trust_processors)
     config = read_config(folder)
     policy = load_module(folder, config, device, dtype)
     return LeRobotPolicy(policy, *read_processors(folder, config, device, unnorm_key, trust_processors))
