@@ -125,7 +125,9 @@ def _bytes(file: Path, generator: random.Random) -> str:
 
 
 def _whole(file: Path, generator: random.Random) -> str:
-    way = generator.choice(("gone", "a folder", "a pipe", "a link to itself", "empty", "a pointer", "nested", "adapter"))
+    way = generator.choice(
+        ("gone", "a folder", "a pipe", "a link to itself", "empty", "a pointer", "nested", "adapter")
+    )
     if way == "adapter":
         content = json.dumps({"peft_type": "LORA", "base_model_name_or_path": generator.choice(VALUES)}, default=str)
         (file.parent / "adapter_config.json").write_text(content)
