@@ -142,9 +142,7 @@ def test_statistics_of_states_by_dataset(folder):
     save_file(values | {f"observation.state.{name}": value for name, value in state.items()}, file)
     units = act(load(folder))
     save_file(values | {f"so100.buffer.observation.state.{name}": value for name, value in state.items()}, file)
-    with pytest.raises(
-        vp.CheckpointError, match=rf"{PRE} is to scale 'observation\.state'.*so100\.buffer\.observation"
-    ):
+    with pytest.raises(vp.CheckpointError, match=rf"{PRE} is .*'observation\.state'.*so100\.buffer\.observation"):
         load(folder)
     np.testing.assert_array_equal(act(load(folder, unnorm_key="so100")), units)
 
@@ -178,7 +176,7 @@ def test_networks_that_are_not_finite_never_act(folder):
     policy = load(folder)
     with torch.no_grad():
         policy.module.model.action_out_proj.bias[0] = torch.nan
-    with pytest.raises(vp.CheckpointError, match="numbers that are not finite .*though its inputs are finite"):
+    with pytest.raises(vp.CheckpointError, match=r"numbers that are not finite .*though its inputs are finite"):
         act(policy)
     policy.module.save_pretrained(folder)
     with pytest.raises(vp.CheckpointError, match=r"hold numbers that are not finite.*action_out_proj\.bias"):

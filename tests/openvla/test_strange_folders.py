@@ -94,19 +94,15 @@ def test_a_peft_adapter_is_named_as_one(folder):
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "openvla/openvla-7b"}
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
-    refused(
-        folder, r"adapter_config\.json says that this folder is a PEFT adapter of openvla/openvla-7b.*merge_and_unload"
-    )
+    refused(folder, r"adapter_config\.json says .* PEFT adapter of openvla/openvla-7b.*merge_and_unload")
     (folder / "adapter_config.json").write_text("[" * 100_000)
     refused(folder, "PEFT adapter, not a whole")
 
 
 @pytest.mark.parametrize("name", ["config.json", "dataset_statistics.json", "preprocessor_config.json"])
-@pytest.mark.parametrize(
-    "content", ["[" * 100_000, '{"a":' * 300 + "1" + "}" * 300, "[]", "null", "\udcff", " " * 2**26]
-)
+@pytest.mark.parametrize("content", JSON)
 def test_json_that_is_none(folder, name, content):
-    (folder / name).write_bytes(content.encode(errors="surrogateescape"))
+    (folder / name).write_bytes(JSON[content])
     refused(folder, name)
 
 
@@ -265,9 +261,7 @@ def test_an_index_that_mixes_up_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["action", "proprio"])
-@pytest.mark.parametrize(
-    "value", [[NAN] * 7, [float("inf")] * 7, ["1"] * 7, [True] * 7, [[1]] * 7, [0] * 9, [], "x", None]
-)
+@pytest.mark.parametrize("value", WRONG)
 def test_statistics_that_scale_nothing(folder, part, value):
     file = folder / "dataset_statistics.json"
     statistics = json.loads(file.read_text())

@@ -68,7 +68,7 @@ def test_a_network_of_nan_does_not_act(policy, rows):
     with torch.no_grad():
         for weight in policy.parameters():
             weight.fill_(torch.nan)
-    with pytest.raises(vp.CheckpointError, match="not finite .* in float32, though its inputs are finite"):
+    with pytest.raises(vp.CheckpointError, match=r"not finite .* in float32, though its inputs are finite"):
         policy.predict_action(*given)
 
 
