@@ -192,6 +192,24 @@ def test_a_folder_of_another_size_is_never_built(folder, monkeypatch):
         load_lerobot(folder)
 
 
+def test_backbones_are_not_fetched_to_look_at_shapes(folder, monkeypatch):
+    """smolvla_base says load_vlm_weights: LeRobot would fetch the backbone, and transformers refuses that on "meta"."""
+    import importlib
+    from types import SimpleNamespace
+
+    from vla_pruner.policies import lerobot
+
+    module = importlib.import_module("lerobot.policies.smolvla.smolvlm_with_expert")
+    forbidden = SimpleNamespace(from_pretrained=lambda *_, **__: pytest.fail("the backbone was fetched"))
+    monkeypatch.setattr(module, "AutoModelForImageTextToText", forbidden)
+    config = lerobot.read_config(folder, ["--load_vlm_weights=true"])
+    assert config.load_vlm_weights
+    with built_with("smolvla", SIZES["smolvla", "tiny"]):
+        described = lerobot._described(lerobot.policy_class("smolvla"), folder, config)
+    assert next(described.parameters()).is_meta
+    assert config.load_vlm_weights
+
+
 def test_an_adapter_is_seen_before_anything_is_built(folder, monkeypatch):
     from vla_pruner.policies import lerobot
 

@@ -240,6 +240,8 @@ def _described(policy_type: Any, folder: Path, config: Any) -> Any:
     """The policy that the config describes, without memory for its weights."""
     there = copy.copy(config)
     there.device = "meta"
+    if hasattr(there, "load_vlm_weights"):
+        there.load_vlm_weights = False  # the checkpoint's own weights take their place; only shapes are wanted here
     try:
         with torch.device("meta"), no_remote_code(), contextlib.redirect_stdout(io.StringIO()):
             return policy_type(there)
