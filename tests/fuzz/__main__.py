@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 KINDS = {
@@ -20,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{kind}", type=int, default=0, metavar="N", help=f"{what}: N of them, spoilt")
     parser.add_argument("--seed", type=int, default=0, help="of what is spoilt, and how")
     options = parser.parse_args(arguments)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     found = 0
     for kind in KINDS:
         count = getattr(options, kind)

@@ -250,6 +250,12 @@ def test_an_index_that_leads_elsewhere(tmp_path, name):
     refused(folder, r"model\.safetensors\.index\.json")
 
 
+def test_an_index_whose_metadata_is_none(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", random_openvla(), shards=2)
+    change(folder / "model.safetensors.index.json", metadata=1.5)
+    refused(folder, r"index\.json is damaged \(its metadata is 1\.5\)")
+
+
 def test_an_index_that_mixes_up_its_files(tmp_path):
     folder = write_checkpoint(tmp_path / "model", random_openvla(), shards=2)
     index = folder / "model.safetensors.index.json"
