@@ -81,6 +81,9 @@ def test_a_trusted_folder_may_name_others(folder, monkeypatch):
     add_step(folder, {"class": "strangers_step.Step", "config": {"rename_map": {}}})
     with pytest.raises(vp.CheckpointError, match=r"strangers_step\.Step"):
         load(folder)
+    for unclear in ("false", "no", None, 2):
+        with pytest.raises(vp.BudgetError, match="it is True or False"):
+            load(folder, trust_processors=unclear)
     assert load(folder, trust_processors=True).preprocessor.steps[0].used
 
 
