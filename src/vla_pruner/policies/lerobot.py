@@ -169,7 +169,9 @@ def load_lerobot(
         BudgetError: there is no dataset `unnorm_key`, or `trust_processors` is not True or False.
     """
     if trust_processors not in (True, False):
-        raise BudgetError(f"trust_processors={trust_processors!r} was given; it is True or False (on the command line 1 or 0).")
+        raise BudgetError(
+            f"trust_processors={trust_processors!r} was given; it is True or False (on the command line 1 or 0)."
+        )
     folder = checkpoint_folder(path)
     check_steps(folder, trust_processors)
     config = read_config(folder)
