@@ -223,3 +223,86 @@ def test_keep_per_camera_and_reset():
         assert session.kept.shape == (1, 42)
         policy.reset()
         assert session.memory is None
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"actions_std": [np.nan] * 7}, r"actions_std .*must be a list of finite numbers"),
+        ({"actions_mean": [np.inf] * 7}, r"actions_mean .*must be a list of finite numbers"),
+        ({"state_mean": ["x"] * 7}, r"state_mean .*must be a list of finite numbers"),
+        ({"state_std": {"a": 1}}, r"state_std .*must be a list of finite numbers"),
+        ({"actions_std": [1.0] * 3}, "7 numbers of actions_mean and 3 of actions_std"),
+        ({"state_std": None}, "7 numbers of state_mean and none of state_std"),
+        ({"actions_mean": [0.0] * 500, "actions_std": [1.0] * 500}, "no more than the model's 32"),
+        ({"actions_std": [-1.0] * 7}, r"actions_std .*no deviation is below 0"),
+    ],
+)
+def test_statistics_that_scale_nothing_are_refused_when_they_are_read(copy, statistics, message):
+    whole = {f"{part}_{name}": [1.0] * 7 for part in ("state", "actions") for name in ("mean", "std")}
+    (copy / "processor_config.json").write_text(json.dumps(whole | statistics))
+    with pytest.raises(vp.CheckpointError, match=rf"processor_config\.json has .*{message}"):
+        load_pi0(copy)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_networks_that_are_not_finite_never_act(copy, folder, wrong):
+    policy = load_pi0(folder, cameras=("one", "two"))
+    policy.tokenizer = StandInTokenizer(512)
+    with torch.no_grad():
+        policy.module.action_out_proj.bias[0] = wrong
+    images = dict.fromkeys(("one", "two"), np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(vp.CheckpointError, match=r"numbers that are not finite .* in float32, though its inputs are"):
+        policy.act(images, "lift", np.zeros(8))
+
+    def spoil(weights):
+        weights["action_out_proj.bias"][0] = wrong
+
+    change(copy, spoil)
+    with pytest.raises(vp.CheckpointError, match=r"model\.safetensors hold .*not finite.*action_out_proj\.bias"):
+        load_pi0(copy)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"chunk_size": 10**9},
+        {"dtype": "os"},
+        {"dtype": ["float32"]},
+        {"quantization_config": {"quant_method": "strange"}},
+        {"vlm_config": 3},
+        {"vlm_config": {"text_config": {"num_hidden_layers": 10**6}}},
+        {"vlm_config": {"vision_config": {"patch_size": 0}}},
+        {"dit_config": {"num_hidden_layers": 10**6}},
+        {"dit_config": {"hidden_size": "x"}},
+    ],
+)
+def test_configs_that_lie_cost_nothing(copy, monkeypatch, edit):
+    """Nothing is built but on "meta", and no more layers than there are weights of."""
+    from vla_pruner.policies import pi0
+
+    built = []
+    original = pi0.build
+    monkeypatch.setattr(pi0, "build", lambda *given: built.append(given[1]) or original(*given))
+    config = json.loads((copy / "config.json").read_text())
+
+    def merged(values, changes):
+        for name, value in changes.items():
+            is_inner = isinstance(value, dict) and isinstance(values.get(name), dict)
+            values[name] = merged(values[name], value) if is_inner else value
+        return values
+
+    (copy / "config.json").write_text(json.dumps(merged(config, edit)))
+    with pytest.raises(vp.CheckpointError, match=r"config\.json"):
+        load_pi0(copy)
+    assert set(built) <= {"meta"}
+
+
+def test_kernels_that_a_config_names_are_not_fetched(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["vlm_config"]["text_config"]["_attn_implementation"] = "kernels-community/evil"
+    config["attn_implementation"] = "kernels-community/evil"
+    config["num_labels"] = 10**8
+    (copy / "config.json").write_text(json.dumps(config))
+    module = load_pi0(copy).module
+    assert module.model.vlm.language_model.config._attn_implementation == "sdpa"

@@ -61,9 +61,12 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 
 def _indexed(folder: Path, index: Path, parts: list[str]) -> dict[str, Stored]:
-    weights = read_json(index).get("weight_map")
+    content = read_json(index)
+    weights = content.get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"{index} is damaged (it has no weight_map of names and files). {AGAIN}")
+    if not isinstance(content.get("metadata", {}), dict):
+        raise CheckpointError(f"{index} is damaged (its metadata is {shown(repr(content['metadata']))}). {AGAIN}")
     strange = [name for name in weights.values() if not is_plain_name(name) or not name.endswith(".safetensors")]
     if strange:
         raise CheckpointError(

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from vla_pruner.checkpoints.files import checkpoint_folder, described_by, listed, read_json, reason, shown
 from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
-from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedModelError
+from vla_pruner.errors import BudgetError, CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
-from vla_pruner.policies.lerobot_processors import no_remote_code, read_processors
+from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors
 from vla_pruner.policies.lerobot_random import random_lerobot
 from vla_pruner.policies.observations import check_images, check_instruction, state_of
 
@@ -172,8 +172,14 @@ def load_lerobot(
         UnsupportedModelError: lerobot is missing, of an untested version, or the policy is of another type.
         CheckpointError: weights are missing, unexpected, unreadable or not finite; it lists them. The processors name a
             step that is not LeRobot's, or have no statistics for what the policy gives or reads; it names both.
+        BudgetError: there is no dataset `unnorm_key`, or `trust_processors` is not True or False.
     """
+    if trust_processors not in (True, False):
+        raise BudgetError(
+            f"trust_processors={trust_processors!r} was given; it is True or False (on the command line 1 or 0)."
+        )
     folder = checkpoint_folder(path)
+    check_steps(folder, trust_processors)
     config = read_config(folder)
     policy = load_module(folder, config, device, dtype)
     return LeRobotPolicy(policy, *read_processors(folder, config, device, unnorm_key, trust_processors))
@@ -245,6 +251,8 @@ def _described(policy_type: Any, folder: Path, config: Any) -> Any:
     """The policy that the config describes, without memory for its weights."""
     there = copy.copy(config)
     there.device = "meta"
+    if hasattr(there, "load_vlm_weights"):
+        there.load_vlm_weights = False  # the checkpoint's own weights take their place; only shapes are wanted here
     try:
         with torch.device("meta"), no_remote_code(), contextlib.redirect_stdout(io.StringIO()):
             return policy_type(there)

@@ -230,7 +230,7 @@ def _read_weights(
             output_loading_info=True,
             **options,
         )
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"The weights in {folder} are missing or damaged ({reason(error)}). Download the checkpoint again."
         ) from error
