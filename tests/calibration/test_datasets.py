@@ -129,8 +129,11 @@ def test_timestamps_that_run_at_another_rate_are_refused(tmp_path: Path) -> None
     folder = dataset(tmp_path / "d", "v2.1", True)
     info = json.loads((folder / "meta/info.json").read_text())
     (folder / "meta/info.json").write_text(json.dumps({**info, "fps": 8}))
-    with pytest.raises(CalibrationError, match=r"timestamps of episode 0 do not fit its video|runs at another rate"):
-        shown(folder, 0)
+    assert shown(folder, 1) == wanted(1), "by their timestamps the rows are those of the frames"
+    for path in folder.glob("data/*/*.parquet"):
+        edit(path, lambda rows: setting("timestamp", [row["frame_index"] / 8 for row in rows])(rows))
+    with pytest.raises(CalibrationError, match=r"has no frame at 0.375 s, where .* runs at another rate"):
+        shown(folder, 1)
 
 
 @pytest.mark.parametrize("tasks", ["absent", "null"])
@@ -295,8 +298,10 @@ def test_a_damaged_json_file_is_one_sentence(tmp_path: Path, content: str) -> No
     folder = dataset(tmp_path / "d", "v2.1", False)
     for name in ("tasks.jsonl", "episodes.jsonl", "info.json"):
         path = folder / "meta" / name
+        whole = path.read_bytes()
         path.write_bytes(content.encode(errors="surrogateescape"))
         with pytest.raises(
             CalibrationError, match=rf"meta/{name} of the LeRobot dataset|has no episodes|is in no row of"
         ):
             shown(folder, 0)
+        path.write_bytes(whole)

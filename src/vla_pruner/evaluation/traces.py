@@ -322,11 +322,14 @@ def write_trace(folder: Path, trace: Trace) -> Path:
     return path
 
 
-def read_trace(path: Path) -> Trace:
+def read_trace(path: Path, key: tuple[Unit, str] | None = None, run: str | None = None) -> Trace:
     """Reads `write_trace`'s file.
 
+    Args:
+        key, run: of the record that it must belong to; None: of any.
+
     Raises:
-        EvaluationError: there is none, or it is damaged.
+        EvaluationError: there is none, it is damaged, or it is of another episode.
     """
     with _opened(path) as (about, file):
         arrays = {name: _array(file, name) for name in file.files if name != _ABOUT}
@@ -347,6 +350,8 @@ def read_trace(path: Path) -> Trace:
             camera_tokens=about.camera_tokens,
         )
         _check(trace, arrays)
+        if key not in (None, trace.key) or run not in (None, trace.run):
+            raise ValueError(f"it is of {trace.arm!r} on {trace.unit} in the run {trace.run!r}")
         return trace
 
 
