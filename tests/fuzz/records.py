@@ -37,9 +37,9 @@ from vla_pruner.wording import said_by
 HTML = "\"'><script>alert(7)</script>"
 RICH = "[bold]a [/x] [link=file:///]b"
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2.5, -0.0, 1e308, 10**7, 2**70, 10**400, float("nan"), float("inf"), "", " ",
-    "x", HTML, RICH, "a\ud800", "\x1b[2J\x00", "../../x", "/etc/passwd", "{0.__class__}", "1e999", [], {}, [[]], [{}], [None],
-    {"": None}, [1, 2], "x" * 300,
+    None, True, False, 0, -1, 1, 2.5, -0.0, 1e308, 10**7, 2**70, 10**400, float("nan"), float("inf"), "", " ", "x",
+    HTML, RICH, "a\ud800", "\x1b[2J\x00", "../../x", "/etc/passwd", "{0.__class__}", "1e999", "x" * 300,
+    [], {}, [[]], [{}], [None], {"": None}, [1, 2],
 )  # fmt: skip
 """What takes the place of a value."""
 BYTES = (b"", b"\0" * 64, b"[" * 100_000, b"null\n", b"{}\n", b'"\xe9"\n', b"\xef\xbb\xbf{}\n", b"PK\x03\x04", b"PAR1")
