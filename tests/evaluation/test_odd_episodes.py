@@ -18,7 +18,7 @@ from vla_pruner.errors import ObservationError, SessionError, VLAPrunerError
 from vla_pruner.evaluation import EvaluationError, read_records
 from vla_pruner.evaluation.command import run_eval
 from vla_pruner.evaluation.records import EPISODES, Record
-from vla_pruner.simulators.base import OutcomeError, SimulatorUnavailable, SuiteError, outcome
+from vla_pruner.simulators.base import OutcomeError, SimulatorUnavailable, SuiteError, outcome, solved
 
 Step = tuple[Any, Any, Any, Any, Any]
 
@@ -272,3 +272,17 @@ def test_every_family_says_how_many_numbers_its_actions_have(name: str) -> None:
     words = policy.instructions[0] if name == "reference" else "pick it up"
     proprio = None if policy.proprio_size is None else np.zeros(policy.proprio_size, np.float32)
     assert action_size(policy) == np.atleast_2d(policy.act(images, words, proprio)).shape[1]
+
+
+def test_a_simulators_own_word_on_success_is_true_or_false() -> None:
+    assert [solved(said) for said in (True, False, np.True_, 1, 0.0, np.float64(1))] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
+    for said in (float("nan"), 0.5, 2, None, "True", np.nan, [True]):
+        with pytest.raises(OutcomeError, match="where success is True or False, 1 or 0"):
+            solved(said)

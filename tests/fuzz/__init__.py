@@ -1,1 +1,1 @@
-"""Mutated inputs with fixed seeds: whatever is read ends in a result or in one sentence."""
+"""Damaged and hostile input with fixed seeds: `python -m tests.fuzz --folders 500 --messages 20000 --records 500`."""
