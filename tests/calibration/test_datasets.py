@@ -132,7 +132,7 @@ def test_timestamps_that_run_at_another_rate_are_refused(tmp_path: Path) -> None
     assert shown(folder, 1) == wanted(1), "by their timestamps the rows are those of the frames"
     for path in folder.glob("data/*/*.parquet"):
         edit(path, lambda rows: setting("timestamp", [row["frame_index"] / 8 for row in rows])(rows))
-    with pytest.raises(CalibrationError, match=r"has no frame at 0.375 s, where .* runs at another rate"):
+    with pytest.raises(CalibrationError, match=r"has no frame at 0.250 s, where .* runs at another rate"):
         shown(folder, 1)
 
 
