@@ -59,7 +59,7 @@ def test_plain_values_become_what_the_type_says() -> None:
         ({"pair": [1, "2"]}, r"pair\[1\] is '2', not a whole number"),
         ({"rates": [float("nan")]}, r"rates\[0\] is nan, not a finite number"),
         ({"rates": [10**400]}, r"rates\[0\] is inf, not a finite number"),
-        ({"rates": [False]}, "is False, not a finite number"),
+        ({"rates": [False]}, r"rates\[0\] is False, not a finite number"),
         ({"rates": None}, "rates is None, not a list"),
         ({"words": []}, r"words is \[\], not an object"),
         ({"words": {"x": 1}}, "words.x is 1, not text"),

@@ -191,7 +191,7 @@ TRACES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 
 @pytest.mark.parametrize(("change", "told"), TRACES, ids=[told[:30] for _, told in TRACES])
 def test_an_edited_trace_is_one_sentence_and_left_out(folder: Path, change: Callable[[Json], Any], told: str) -> None:
-    path = sorted((folder / "traces").glob("*unpruned-[0-9a-f]*.npz"))[0]
+    path = sorted((folder / "traces").glob("*-unpruned-????????.npz"))[0]
     rewrite(path, change)
     with pytest.raises(EvaluationError, match=rf"The trace .* is damaged \(.*{told}"):
         read_trace(path)
@@ -199,7 +199,7 @@ def test_an_edited_trace_is_one_sentence_and_left_out(folder: Path, change: Call
 
 
 def test_the_trace_of_another_episode_is_left_out(folder: Path) -> None:
-    first, second = sorted((folder / "traces").glob("*unpruned-[0-9a-f]*.npz"))[:2]
+    first, second = sorted((folder / "traces").glob("*-unpruned-????????.npz"))[:2]
     first.write_bytes(second.read_bytes())
     assert read_trace(first).unit.task == "push"
     assert "is damaged (it is of 'unpruned' on fake task 1 (push)" in report(folder)[1]
