@@ -178,7 +178,7 @@ TRACES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda a: a.update({"images/front": np.zeros((6, 8, 8, 3))}), "its images/front are float64"),
     (lambda a: a.update({"images/front": np.zeros((6, 8, 8, 4), np.uint8)}), "no pictures of red, green and blue"),
     (lambda a: a.update(evil=np.zeros(6)), "it holds 'evil', which no trace has"),
-    (lambda a: a.pop("steps"), "steps"),
+    (lambda a: a.pop("steps"), "'steps' is missing"),
     (about(camera_tokens={"front": 10**9}), r"its cameras have \[1000000000\] visual tokens"),
     (about(camera_tokens={"front": -4, "wrist": 36}), r"its cameras have \[-4, 36\] visual tokens"),
     (about(camera_tokens=[]), r"camera_tokens is \[\], not an object"),

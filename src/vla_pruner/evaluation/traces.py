@@ -448,7 +448,7 @@ def _opened(path: Path) -> Iterator[tuple[_About, Any]]:
     except FileNotFoundError as error:
         raise EvaluationError(f"There is no trace {path}; run the evaluation with --trace.") from error
     except _DAMAGED as error:
+        told = f"{error} is missing" if isinstance(error, KeyError) else said_by(error) or type(error).__name__
         raise EvaluationError(
-            f"The trace {path} is damaged ({said_by(error) or type(error).__name__}). Its record is whole: delete the "
-            "trace, or restore it from a copy."
+            f"The trace {path} is damaged ({told}). Its record is whole: delete the trace, or restore it from a copy."
         ) from error
