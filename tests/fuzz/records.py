@@ -1,7 +1,7 @@
 """Records, run folders, traces, calibrations and datasets, mutated as editors and cut copies leave them.
 
-`run` reads each mutant as users do (`report`, `eval --merge`, `calibrate`). What comes out is a result or one of this
-package's errors; everything else is a find, as is markup in the report's page.
+`run` reads each mutant as users do (`report`, `eval` that goes on, `eval --merge`, `calibrate`). What comes out is a result
+or one of this package's errors; everything else is a find, as is markup in the report's page.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import copy
 import io
 import json
 import random
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
 
 from tests.calibration.fakes import Drawn, dataset, made_up_folder
+from tests.evaluation.fakes import find_fake, settings
 from tests.report.folders import write_run
 from vla_pruner.bootstrap import Estimate
 from vla_pruner.calibration import Calibration, find_recordings
@@ -29,7 +32,7 @@ from vla_pruner.calibration.command import sentences
 from vla_pruner.calibration.replay import replay
 from vla_pruner.calibration.result import ArmCalibration
 from vla_pruner.errors import VLAPrunerError
-from vla_pruner.evaluation.command import run_merge
+from vla_pruner.evaluation.command import run_eval, run_merge
 from vla_pruner.evaluation.traces import read_trace
 from vla_pruner.report.command import run_report
 from vla_pruner.wording import said_by
@@ -52,7 +55,9 @@ def run(count: int, seed: int = 0) -> list[str]:
         seed: of all draws; a number of the same seed is the same mutant.
     """
     found = []
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    # Watching how busy the machine is takes half a second for each evaluation.
+    idle = mock.patch("vla_pruner.conditions.busy_cores", lambda: None)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), idle:
         warnings.simplefilter("ignore")
         subjects = _subjects(Path(folder))
         for number in range(count):
@@ -245,11 +250,12 @@ def _rehash(path: Path) -> None:
 def _subjects(folder: Path) -> list[Subject]:
     run_folder = folder / "run"
     write_run(run_folder, episodes=2, keep=(0.25,), pruned=("drop",), traced=1)
+    run_eval(settings(folder / "going on", "nothing", episodes=2), _console(), find_fake)
     made_up_folder(folder / "traces", states=2, tasks=1)
     (folder / "calibration").mkdir()
     _calibration(folder / "calibration" / "found.json", run_folder)
-    made = [Subject(run_folder, _report), Subject(run_folder, _merge), Subject(folder / "traces", _replay)]
-    made.append(Subject(folder / "calibration", _results))
+    made = [Subject(run_folder, _report), Subject(run_folder, _merge), Subject(folder / "going on", _go_on)]
+    made += [Subject(folder / "traces", _replay), Subject(folder / "calibration", _results)]
     for version, video in (("v2.1", False), ("v3.0", False), ("v3.0", True)):
         made.append(Subject(dataset(folder / f"{version}-{video}", version, video), _replay))
     return made
@@ -263,6 +269,13 @@ def _report(folder: Path) -> str:
     page = folder.parent / "page.html"
     run_report(folder, page, (), _console())
     return page.read_text()
+
+
+def _go_on(folder: Path) -> str:
+    with tempfile.TemporaryDirectory() as out:
+        copied = shutil.copytree(folder, Path(out) / "run")
+        run_eval(settings(copied, "nothing", episodes=2, max_errors=0), _console(), find_fake)
+    return ""
 
 
 def _merge(folder: Path) -> str:
