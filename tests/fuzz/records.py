@@ -1,7 +1,7 @@
 """Records, run folders, traces, calibrations and datasets, mutated as editors and cut copies leave them.
 
-`run` reads each mutant as users do (`report`, `eval` that goes on, `eval --merge`, `calibrate`). What comes out is a result
-or one of this package's errors; everything else is a find, as is markup in the report's page.
+`run` reads each mutant as users do (`report`, `eval` that goes on, `eval --merge`, `calibrate`). What comes out is a
+result or one of this package's errors; everything else is a find, as is markup in the report's page.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(count: int, seed: int = 0) -> list[str]:
     """
     found = []
     # Watching how busy the machine is takes half a second for each evaluation.
-    idle = mock.patch("vla_pruner.conditions.busy_cores", lambda: None)
+    idle = mock.patch("vla_pruner.conditions.busy_cores", return_value=None)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), idle:
         warnings.simplefilter("ignore")
         subjects = _subjects(Path(folder))
