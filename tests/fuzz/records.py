@@ -82,7 +82,8 @@ class Subject:
 
     def read_mutant(self, draw: random.Random) -> str | None:
         """Changes one file, reads the folder, and puts the file back; returns what went wrong."""
-        path = draw.choice(self._files)
+        kind = draw.choice(sorted({path.suffix for path in self._files}))  # traces are many, and run.json is one
+        path = draw.choice([path for path in self._files if path.suffix == kind])
         whole = path.read_bytes()
         others = [(one, one.read_bytes()) for one in self._files if one.name in ("run.json", "episodes.jsonl")]
         what = f"{self.folder.name}: {path.relative_to(self.folder)}"
@@ -239,7 +240,7 @@ def _rehash(path: Path) -> None:
     try:
         content = json.loads(path.read_text())
         content["run"] = sha256(json.dumps(content["identity"], sort_keys=True).encode()).hexdigest()[:12]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return
     path.write_text(json.dumps(content))
     records = path.with_name("episodes.jsonl")
