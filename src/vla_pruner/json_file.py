@@ -127,8 +127,14 @@ def _dataclass(hint: Any, value: Any, name: str) -> Any:
     hints = _hints(hint)
     odd = sorted(str(one) for one in set(value) ^ set(hints))
     if odd:
-        raise ValueError(f"the fields {', '.join(odd)} of {name} are missing or unknown")
+        raise ValueError(f"the fields {listed(odd)} of {name} are missing or unknown")
     return hint(**{one: typed(hints[one], value[one], one) for one in hints})
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names from outside, shortened so that they fit into a sentence."""
+    told = ", ".join(one if len(one) <= 40 else f"{one[:40]}..." for one in names[:8])
+    return told if len(names) <= 8 else f"{told} and {len(names) - 8} more"
 
 
 @lru_cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
+from pathlib import Path
 
 
 def counted(number: int, noun: str) -> str:
@@ -11,14 +13,40 @@ def counted(number: int, noun: str) -> str:
 
 
 def install(extra: str, *more: str) -> str:
-    """The command that installs an extra of this package, which is on no package index.
+    """The command that installs what an extra of this package brings; the package itself is on no index.
+
+    In a checkout it is pip's, with the extra. Elsewhere (a wheel, `pip install .` of a clone that is gone) there is no
+    such folder, and the command names the extra's packages.
 
     Args:
         extra: its name in pyproject.toml.
         more: what to install besides, as arguments of pip.
     """
-    commands = " && ".join([f"pip install -e '.[{extra}]'", *(f"pip install {one}" for one in more)])
-    return f"{commands}  (in the folder of the repository)"
+    root = checkout()
+    own = " ".join(map(shlex.quote, _packages(extra))) if root is None else f"-e '.[{extra}]'"
+    commands = " && ".join(f"pip install {one}" for one in (own, *more))
+    return commands if root is None else f"{commands}  (in {root})"
+
+
+def checkout() -> Path | None:
+    """The folder of the repository that this package is imported from; None where it was installed without it."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "pyproject.toml").is_file() and (root / "src" / "vla_pruner").is_dir() else None
+
+
+def _packages(extra: str) -> list[str]:
+    """What an extra requires, as pip takes it, for this Python."""
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    found = []
+    for line in requires("vla-pruner") or ():
+        requirement = Requirement(line)
+        if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
+            requirement.marker = None
+            found.append(str(requirement))
+    return found
 
 
 def readable(text: str) -> str:

@@ -185,6 +185,7 @@ def dataset(folder: Path, version: str, video: bool, camera: str = "image", dim:
         table: dict[str, Any] = {
             "episode_index": list(range(3)),
             "tasks": [[SENTENCES[episode % 2]] for episode in range(3)],
+            "length": list(LENGTHS),
             "data/chunk_index": [0] * 3,
             "data/file_index": [0] * 3,
             f"videos/{key}/chunk_index": [0] * 3,

@@ -75,7 +75,10 @@ def test_a_cut_line_is_noticed_and_gone(tmp_path: Path) -> None:
         (lambda line: b"", "Expecting value"),
         (lambda line: b"[1]", "it holds no record"),
         (lambda line: line.replace(b'"success": ', b'"success": 1'), "delimiter"),
-        (lambda line: line.replace(b": true", b": 1").replace(b": false", b": 0"), "its success is [01]"),
+        (
+            lambda line: line.replace(b": true", b": 1").replace(b": false", b": 0"),
+            "success is [01], not true",
+        ),
         (lambda line: line.replace(b'"steps"', b'"stepz"'), "the fields steps, stepz are missing or unknown"),
         (lambda line: line.replace(b'"termination": "', b'"termination": "x'), "its termination is"),
     ],
@@ -146,7 +149,7 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"run.json is damaged"):
         run(settings(tmp_path / "out", episodes=1))
     (tmp_path / "out" / "run.json").write_text(json.dumps({"format": FORMAT, "identity": {}}))
-    with pytest.raises(EvaluationError, match=r"run.json is damaged \('plan' is missing\)"):
+    with pytest.raises(EvaluationError, match=r"run.json is damaged \(plan is missing\)"):
         run(settings(tmp_path / "out", episodes=1))
 
 

@@ -15,9 +15,9 @@ from vla_pruner.errors import BudgetError
 from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import EVAL_INFO
-from vla_pruner.evaluation.manifest import check_identity
+from vla_pruner.evaluation.manifest import check_arms
 from vla_pruner.flags import budget
-from vla_pruner.json_file import field_of, load_json
+from vla_pruner.json_file import field_of, load_json, typed
 
 PUBLISHED = "summary.json"
 PRUNING = ("method", "random")
@@ -248,8 +248,8 @@ def read_eval_info(folder: Path) -> dict[str, Any]:
         content = load_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not {"run", "summary"} <= set(content):
             raise ValueError("it has no arms")
-        check_identity(field_of(field_of(content, "run", dict[str, Any]), "identity", dict[str, Any]))
-        field_of(content["run"] | {"plan": content["run"].get("plan", {})}, "plan", dict[str, Any])
+        check_arms(field_of(field_of(content, "run", dict[str, Any]), "identity", dict[str, Any]))
+        typed(dict[str, Any], content["run"].get("plan", {}), "plan")
         for arm in field_of(field_of(content, "summary", dict[str, Any]), "arms", list[dict[str, Any]]):
             for name in ("key", "kind"):
                 field_of(arm, name, str)

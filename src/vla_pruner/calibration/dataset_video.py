@@ -61,10 +61,12 @@ def frames_of(path: Path, place: Place, times: np.ndarray, steps: np.ndarray, fp
         raise CalibrationError(f"There is no video {path}, which {where} names; restore it from a copy.")
     start = _start(path, place, fps, where)
     try:
+        if not np.isfinite(times).all():
+            raise NoFrame("a time is not finite")
         return frames_at(path, times + place.start, _SAME / fps)
     except NoFrame:
-        drift = np.abs(times * fps - steps)
-        if not drift.max() < _DRIFT:
+        drift = np.nan_to_num(np.abs(times * fps - steps), nan=np.inf)
+        if drift.max() >= _DRIFT:
             step = int(np.argmax(drift))
             raise CalibrationError(
                 f"The timestamps of {where} do not fit its video {path.name}: step {steps[step]} has {times[step]:.3f} "

@@ -207,7 +207,7 @@ class Dataset:
             if missing:
                 raise ValueError(f"it has no column {sorted(missing)[0]!r}")
             filters = [("episode_index", "==", episode.index)]
-            table = self._parquet.read_table(path, columns=list(columns), filters=filters)
+            table = self._parquet.read_table(path, columns=list(dict.fromkeys(columns)), filters=filters)
             if not len(table):
                 raise ValueError(f"it has no rows of episode {episode.index}")
             yield table

@@ -101,6 +101,8 @@ class Course:
             with self._of_environment():
                 self._observation, *said = self._environment.step(action)
                 reward, over, success = outcome(*said)
+                if not np.isfinite(sum(self._rewards) + reward):
+                    raise OutcomeError("The environment's rewards add up to no finite number.")
             self.steps += 1
             self._rewards.append(reward)
             self._success = success

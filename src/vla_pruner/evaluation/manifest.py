@@ -205,12 +205,7 @@ def check_identity(content: Any) -> None:
     Raises:
         ValueError: naming what is missing or odd.
     """
-    arms = field_of(content, "arms", list[dict[str, Any]])
-    for arm in arms:
-        for name in ("key", "title", "kind"):
-            if not field_of(arm, name, str).strip():
-                raise ValueError(f"an arm has an empty {name}")
-        typed(str | None, arm.get("random"), "random")
+    arms = check_arms(content)
     keys = [arm["key"] for arm in arms]
     if not arms or arms[0]["kind"] != "baseline" or len(set(keys)) < len(keys):
         raise ValueError("its arms do not begin with the unpruned policy, or two of them have one key")
@@ -220,7 +215,22 @@ def check_identity(content: Any) -> None:
     limit = field_of(content, "max_steps", int | None)
     if limit is not None and limit < 1:
         raise ValueError(f"max_steps is {limit}, not 1 or more")
+
+
+def check_arms(content: Any) -> list[dict[str, Any]]:
+    """The arms of a file's settings, each with a key, a title and a kind, and the weights that they ran.
+
+    Raises:
+        ValueError: naming what is missing or odd.
+    """
     field_of(content, "weights", str)
+    arms = field_of(content, "arms", list[dict[str, Any]])
+    for arm in arms:
+        for name in ("key", "title", "kind"):
+            if not field_of(arm, name, str).strip():
+                raise ValueError(f"an arm has an empty {name}")
+        typed(str | None, arm.get("random"), "random")
+    return arms
 
 
 def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, there: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.units import Unit
-from vla_pruner.json_file import load_json, typed
+from vla_pruner.json_file import listed, load_json, typed
 from vla_pruner.wording import readable
 
 EPISODES = "episodes.jsonl"
@@ -92,7 +92,7 @@ class Record:
         of_unit = {one.name for one in dataclasses.fields(Unit)}
         if set(content) != names | of_unit:
             odd = sorted(set(content) ^ (names | of_unit))
-            raise ValueError(f"the fields {', '.join(odd)} are missing or unknown")
+            raise ValueError(f"the fields {listed(odd)} are missing or unknown")
         if isinstance(content["error"], dict):  # what others' exceptions say may be no text that can be written
             content["error"] = {
                 name: readable(said) if isinstance(said, str) else said for name, said in content["error"].items()

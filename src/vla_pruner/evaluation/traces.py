@@ -322,11 +322,14 @@ def write_trace(folder: Path, trace: Trace) -> Path:
     return path
 
 
-def read_trace(path: Path) -> Trace:
+def read_trace(path: Path, key: tuple[Unit, str] | None = None, run: str | None = None) -> Trace:
     """Reads `write_trace`'s file.
 
+    Args:
+        key, run: of the record that it must belong to; None: of any.
+
     Raises:
-        EvaluationError: there is none, or it is damaged.
+        EvaluationError: there is none, it is damaged, or it is of another episode.
     """
     with _opened(path) as (about, file):
         arrays = {name: _array(file, name) for name in file.files if name != _ABOUT}
@@ -347,6 +350,8 @@ def read_trace(path: Path) -> Trace:
             camera_tokens=about.camera_tokens,
         )
         _check(trace, arrays)
+        if key not in (None, trace.key) or run not in (None, trace.run):
+            raise ValueError(f"it is of {trace.arm!r} on {trace.unit} in the run {trace.run!r}")
         return trace
 
 
@@ -443,7 +448,7 @@ def _opened(path: Path) -> Iterator[tuple[_About, Any]]:
     except FileNotFoundError as error:
         raise EvaluationError(f"There is no trace {path}; run the evaluation with --trace.") from error
     except _DAMAGED as error:
+        told = f"{error} is missing" if isinstance(error, KeyError) else said_by(error) or type(error).__name__
         raise EvaluationError(
-            f"The trace {path} is damaged ({said_by(error) or type(error).__name__}). Its record is whole: delete the "
-            "trace, or restore it from a copy."
+            f"The trace {path} is damaged ({told}). Its record is whole: delete the trace, or restore it from a copy."
         ) from error

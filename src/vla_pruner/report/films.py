@@ -134,10 +134,11 @@ def read_films(
         ImagesUnavailable: Pillow is not installed.
     """
     traces: dict[tuple[Unit, str], Trace] = {}
+    run = results.run.manifest.run
     for film in films:
         for arm in film.arms:
             try:
-                traces[film.unit, arm] = read_trace(paths[film.unit, arm])
+                traces[film.unit, arm] = read_trace(paths[film.unit, arm], (film.unit, arm), run)
             except EvaluationError as error:
                 damaged.append(str(error))
     (largest, quality), stride = _fitting(list(traces.values()))

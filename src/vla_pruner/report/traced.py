@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vla_pruner.evaluation import EvaluationError
+from vla_pruner.evaluation import EvaluationError, Unit
 from vla_pruner.evaluation.traces import Trace, read_trace
 from vla_pruner.report.films import choose_films, find_traces, read_films
 from vla_pruner.report.overlap import figure
@@ -53,7 +54,8 @@ def look(results: Results, asked: Sequence[str] = ()) -> Traced:
     films = choose_films(results, paths, asked)
     played = read_films(results, paths, films, damaged)
     base = results.summary.baseline.key
-    unpruned = [trace for (_, arm), path in paths.items() if arm == base for trace in _read(path, damaged)]
+    run = results.run.manifest.run
+    unpruned = [trace for key, path in paths.items() if key[1] == base for trace in _read(path, key, run, damaged)]
     text = (
         f"{counted(len({unit for unit, _ in paths}), 'traced start')}, of which the page has {len(played.data)}: those "
         "come first that the unpruned policy solved and a pruned arm did not. The semantic score is what the prompt "
@@ -76,9 +78,9 @@ def look(results: Results, asked: Sequence[str] = ()) -> Traced:
     return Traced(player, overlap, played.data, told)
 
 
-def _read(path: Any, damaged: list[str]) -> list[Trace]:
+def _read(path: Path, key: tuple[Unit, str], run: str, damaged: list[str]) -> list[Trace]:
     try:
-        return [read_trace(path)]
+        return [read_trace(path, key, run)]
     except EvaluationError as error:
         damaged.append(str(error))
         return []

@@ -58,6 +58,17 @@ def outcome(reward: Any, terminated: Any, truncated: Any, info: Any) -> tuple[fl
     return float(reward), bool(terminated or truncated), bool(info["success"])
 
 
+def solved(said: Any) -> bool:
+    """A simulator's own word on success as an environment gives it on: True or False, for which some write 1 and 0.
+
+    Raises:
+        OutcomeError: it is something else, such as NaN, which Python takes for true.
+    """
+    if not isinstance(said, (bool, np.bool_, int, float, np.number)) or said not in (0, 1):
+        raise OutcomeError(f"The simulator says {said!r} where success is True or False, 1 or 0.")
+    return bool(said)
+
+
 class Images(Mapping[str, Image]):
     """A scene's camera images, each drawn when it is first asked for and then kept.
 

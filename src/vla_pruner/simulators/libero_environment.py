@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.errors import SessionError
-from vla_pruner.simulators.base import Image, Images, Observation, SimulatorUnavailable, SuiteError, Task
+from vla_pruner.simulators.base import Image, Images, Observation, SimulatorUnavailable, SuiteError, Task, solved
 from vla_pruner.simulators.libero_conventions import ACTION_SIZE, AGENT, CAMERAS
 from vla_pruner.simulators.libero_package import INSTALL_ASSETS, INSTALL_GL, LiberoPackage
 from vla_pruner.simulators.libero_truth import GroundTruth
@@ -136,9 +136,9 @@ class LiberoEnvironment:
         values = np.asarray(action, dtype=np.float64)
         if values.shape != (ACTION_SIZE,) or not np.isfinite(values).all():
             raise SuiteError(f"LIBERO takes actions of {ACTION_SIZE} finite numbers; found {action!r}.")
-        seen, reward, solved, _ = self._open().step(values)
+        seen, reward, done, _ = self._open().step(values)
         self._steps += 1
-        success = bool(solved)
+        success = solved(done)
         truncated = not success and self._steps >= self.task.max_steps
         self._over = success or truncated
         return self._observation(seen), float(reward), success, truncated, {"success": success}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_pruner.simulators.base import SimulatorUnavailable
+from vla_pruner.simulators.base import SimulatorUnavailable, solved
 from vla_pruner.wording import install
 
 EVALUATION_SEED = 1_000_000
@@ -191,7 +191,7 @@ class MetaWorldEnv:
         success, state = False, self._state
         for _ in range(self._action_repeat):
             state, _, _, _, info = self._env.step(action)
-            if info["success"]:
+            if solved(info["success"]):
                 success = True
                 break
         self._state = np.asarray(state, dtype=np.float64)
