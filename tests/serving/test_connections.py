@@ -1,0 +1,466 @@
+"""What a connection may cost others: places, sockets, files, turns of the event loop, and lines of the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from websockets import exceptions
+from websockets.exceptions import ConnectionClosed
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+import vla_pruner as vp
+from tests.serving.robots import WAIT, Failing, Gated, observation, seen
+from tests.serving.test_server import ends_with, get, raw, wait_for
+from vla_pruner.client import PolicyClient
+from vla_pruner.client.codec import pack, unpack
+from vla_pruner.serving import PolicyServer, ServingError, connections, engine
+from vla_pruner.serving import server as server_module
+from vla_pruner.serving.command import _check_installed
+from vla_pruner.serving.connections import MAX_PINGS, Connection, Connections, room
+from vla_pruner.serving.logs import Sparing, log, traceback_of
+from vla_pruner.serving.observations import reader_of
+from vla_pruner.serving.settings import ServerSettings
+from vla_pruner.strangers import one_line, shown
+
+Serve = Callable[..., PolicyServer]
+
+
+@pytest.fixture(autouse=True)
+def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier tests wrote leaves nothing out of the log of this one."""
+    monkeypatch.setattr(log, "filters", [Sparing()])
+
+
+def frame(opcode: int, data: bytes = b"", last: bool = True) -> bytes:
+    """As clients send it, masked with zeros."""
+    size = len(data)
+    head = bytes([(0x80 if last else 0) | opcode])
+    if size < 126:
+        head += bytes([0x80 | size])
+    elif size < 2**16:
+        head += bytes([0xFE]) + size.to_bytes(2, "big")
+    else:
+        head += bytes([0xFF]) + size.to_bytes(8, "big")
+    return head + bytes(4) + data
+
+
+def shaken(server: PolicyServer) -> socket.socket:
+    """A robot's end that reads nothing more than is asked for."""
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plain.settimeout(WAIT)
+    plain.connect(("127.0.0.1", server.port))
+    plain.sendall(
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    return plain
+
+
+def gone(plain: socket.socket) -> bool:
+    """Whether the server has let go of the other end, so that writing to it is refused."""
+    try:
+        while True:
+            plain.sendall(frame(10))
+            threading.Event().wait(0.02)
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+
+
+SILENT = 10 * WAIT
+"""Seconds between keep-alives: none comes to the server's help."""
+
+LEAVING: dict[str, bytes] = {
+    "no msgpack": frame(2, b"\xc1"),
+    "a long key": frame(2, pack({"\x01" * 100_000: 1})),
+    "an opcode that is none": frame(3),
+    "a continuation of nothing": frame(0),
+    "a message that is too long": frame(2, bytes(200_000)),
+    "too many fragments": frame(2, last=False) + frame(0, last=False) * 5000,
+    "text that is none": frame(1, b"\xff\xfe"),
+    "a close frame": frame(8, b"\x03\xe8"),
+}
+
+
+@pytest.mark.parametrize("way", LEAVING)
+def test_who_stays_after_a_wrong_frame_loses_place_and_socket(way: str, serve: Serve) -> None:
+    server = serve(max_robots=1, max_message=150_000, ping_interval=SILENT, ping_timeout=0.3)
+    with shaken(server) as plain:
+        wait_for(server, "vla_pruner_sessions 1.0")
+        plain.sendall(LEAVING[way])
+        wait_for(server, "vla_pruner_sessions 0.0")
+        assert gone(plain)
+    with PolicyClient(server.url) as client:
+        assert client.metadata["protocol"] == "openpi"
+
+
+def test_who_reads_nothing_loses_place_and_socket(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Answers to its pings fill what the system holds for it; then it is not read, and then it is cut."""
+    server = serve(max_robots=1, ping_interval=SILENT, ping_timeout=0.3)
+    with shaken(server) as plain:
+        wait_for(server, "vla_pruner_sessions 1.0")
+        with pytest.raises(ConnectionError):
+            while True:
+                plain.sendall(frame(9, bytes(125)) * 400)
+    wait_for(server, "vla_pruner_sessions 0.0")
+    assert "A client reads nothing, and its connection was cut." in caplog.text
+
+
+def test_a_place_is_free_when_its_socket_is(serve: Serve) -> None:
+    """A server of one robot never holds two, also of those who never read why they were sent away."""
+    server = serve(max_robots=1, ping_interval=SILENT, ping_timeout=0.3)
+    for _ in range(3):
+        with shaken(server) as plain:
+            wait_for(server, "vla_pruner_sessions 1.0")
+            plain.sendall(LEAVING["a long key"])
+            wait_for(server, "vla_pruner_sessions 0.0")
+            robots = [one for one in server._connections._open if one.is_robot]
+            assert robots == []
+
+
+def test_idle_connections_are_bounded_and_keep_nobody_out(
+    policy: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "SPARE", 6)
+    server = serve(max_robots=2)
+    with PolicyClient(server.url, timeout=10 * WAIT) as client:
+        client.infer(observation(policy))
+        idle = []
+        for _ in range(60):
+            idle.append(socket.create_connection(("127.0.0.1", server.port)))
+            assert len(server._connections) <= 8 + 1
+        assert get(server, "/healthz")[0] == 200
+        wait_for(server, 'refused_connections_total{reason="crowded"}')
+        with PolicyClient(server.url, timeout=10 * WAIT) as other:
+            other.infer(observation(policy))
+        client.infer(observation(policy))
+        assert client.reconnects == 0
+        assert len(server._connections) <= 8
+        for one in idle:
+            one.close()
+    cut = [line for line in caplog.messages if "connections are open" in line]
+    assert 1 <= len(cut) <= 10  # and not one for each of fifty
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "asked", "expected"),
+    [
+        (1024, 30, 64, (64, 128, 61)),
+        (64, 20, 64, (14, 20, 2)),
+        (256, 30, 100, (110, 158, 13)),
+        (resource.RLIM_INFINITY, 30, 64, (64, 128, 64)),
+    ],
+)
+def test_there_is_room_for_as_many_as_files_may_be_open(
+    limit: int,
+    used: int,
+    asked: int,
+    expected: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(connections, "_open_files", lambda: used)
+    robots, most, backlog = room(asked)
+    assert (min(robots, asked), most, backlog) == (min(expected[0], asked), *expected[1:])
+    if limit > 0:
+        assert used + most + 4 * backlog < limit
+    assert (robots < asked) == ("files, which is enough for" in caplog.text)
+
+
+def test_a_server_without_room_is_refused(policy: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used + 10, used + 10))
+    with pytest.raises(ServingError, match=rf"may open {used + 10} files, and .* raise the limit \(ulimit -n\)"):
+        serve()
+
+
+class Transport:
+    """Counts what is written, and takes it all."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.closing = self.reading = self.aborted = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closing, "asyncio logs a line for each"
+        self.written.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def set_write_buffer_limits(self, *_: Any) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.closing = self.aborted = True
+
+
+def with_a_connection(check: Callable[[Connection, Transport], None]) -> None:
+    async def run() -> None:
+        async def handler(_: Any) -> None:
+            pass
+
+        among = Connections(lambda: None)
+        among.most = 1
+        server: Any = SimpleNamespace(handler=handler, handler_tasks=set())
+        connection = Connection(ServerProtocol(state=State.OPEN), server, among=among, patience=WAIT)
+        transport: Any = Transport()
+        connection.connection_made(transport)
+        connection.request = SimpleNamespace()  # type: ignore[assignment]
+        check(connection, transport)
+        connection.connection_lost(None)
+        assert len(among) == 0
+        await asyncio.gather(*server.handler_tasks)
+
+    asyncio.run(run())
+
+
+def test_pings_are_answered_by_one_write() -> None:
+    def check(connection: Connection, transport: Transport) -> None:
+        connection.data_received(frame(9, b"?") * MAX_PINGS)
+        assert transport.written == [b"\x8a\x01?" * MAX_PINGS]
+        assert not transport.aborted
+
+    with_a_connection(check)
+
+
+def test_nothing_is_written_to_a_peer_that_is_gone() -> None:
+    def check(connection: Connection, transport: Transport) -> None:
+        transport.closing = True
+        for _ in range(100):
+            connection.data_received(frame(9))
+        assert transport.written == []
+
+    with_a_connection(check)
+
+
+def test_a_flood_of_pings_is_cut() -> None:
+    def check(connection: Connection, transport: Transport) -> None:
+        for _ in range(100):
+            connection.data_received(frame(9) * 100)
+        assert not transport.aborted  # some at a time are nobody's harm
+        connection.data_received(frame(9) * (MAX_PINGS + 1))
+        assert transport.aborted
+
+    with_a_connection(check)
+
+
+def test_who_does_not_read_is_not_read() -> None:
+    def check(connection: Connection, transport: Transport) -> None:
+        transport.reading = True
+        connection.pause_writing()
+        assert not transport.reading
+        connection.recv_messages.resume()
+        assert not transport.reading
+        connection.resume_writing()
+        assert transport.reading
+        assert not connection._cuts
+
+    with_a_connection(check)
+
+
+def test_the_event_loop_goes_on_while_a_message_is_read(
+    policy: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Health, pings and another robot's answer do not wait for it."""
+    readers, held, gate = [], threading.Event(), threading.Event()
+
+    def slow(data: bytes) -> Any:
+        readers.append(threading.current_thread().name)
+        found = unpack(data)
+        if "hold" in found:
+            held.set()
+            assert gate.wait(WAIT)
+        return found
+
+    monkeypatch.setattr(server_module, "unpack", slow)
+    gated = Gated(policy)
+    server = serve(policy=gated)
+    try:
+        with raw(server) as robot, raw(server) as long:
+            for socket_ in (robot, long):
+                socket_.recv(timeout=WAIT)
+            robot.send(pack(observation(policy)))
+            assert gated.entered.wait(WAIT)
+            long.send(pack(observation(policy, 1, hold=True)))
+            assert held.wait(WAIT)
+            for _ in range(5):
+                assert get(server, "/healthz")[0] == 200
+                assert long.ping().wait(WAIT)
+            gated.gate.set()
+            assert unpack(robot.recv(timeout=WAIT))["actions"].shape == (1, 4)
+            gate.set()
+            assert unpack(long.recv(timeout=WAIT))["actions"].shape == (1, 4)
+    finally:
+        gate.set()
+    assert len(readers) == 2
+    assert all(name.startswith("vla-pruner-decoder") for name in readers)
+
+
+def test_a_robot_is_answered_once_after_the_stop(policy: Any, serve: Serve) -> None:
+    """Also one that has sent more ahead."""
+    gated = Gated(policy)
+    server = serve(policy=gated)
+    with raw(server) as eager:
+        eager.recv(timeout=WAIT)
+        for step in range(20):
+            eager.send(pack(observation(policy, 0, step)))
+        assert gated.entered.wait(WAIT)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        while server._stopping is None or not server._stopping.is_set():
+            threading.Event().wait(0.01)
+        gated.gate.set()
+        assert unpack(eager.recv(timeout=WAIT))["actions"].shape == (1, 4)
+        with pytest.raises(ConnectionClosed):
+            eager.recv(timeout=WAIT)
+        assert eager.close_code == 1001
+        stopping.join(WAIT)
+
+
+def test_wrong_keys_are_in_the_log_and_no_key_is(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(api_key="s3cret")
+    assert get(server, "/metrics")[0] == 401
+    assert get(server, "/metrics", Authorization="Api-Key gue55")[0] == 401
+    for _ in range(40):
+        assert get(server, "/metrics", Authorization="Api-Key gu\xe955")[0] == 401  # not of ASCII
+    assert caplog.messages[0] == "A connection from 127.0.0.1 was refused, since it came with no key."
+    assert caplog.messages[1] == "A connection from 127.0.0.1 was refused, since it came with a wrong key."
+    assert len(caplog.messages) == 10
+    assert "gue55" not in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+def test_headers_that_come_twice_are_answered(serve: Serve) -> None:
+    server = serve()
+    with socket.create_connection(("127.0.0.1", server.port)) as plain:
+        plain.settimeout(WAIT)
+        plain.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nConnection: keep-alive\r\n\r\n")
+        assert plain.recv(100).startswith(b"HTTP/1.1 404")
+
+
+def test_the_log_has_no_control_characters(policy: Any, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever of a message an error repeats, and whoever raises it."""
+    failing = Failing(policy)
+    server = serve(policy=failing)
+    for kind in (ServingError, RuntimeError):
+        failing.error = kind("sing\x1b[2J\nWARNING all is well\u202e")
+        with raw(server) as robot:
+            robot.recv(timeout=WAIT)
+            robot.send(pack(observation(policy)))
+            ends_with(robot)
+    ours, *others = caplog.messages
+    assert ours == "A control step of robot 1 failed: sing\\x1b[2J\\nWARNING all is well\\u202e"
+    assert others[0].startswith("A control step failed:\n    Traceback")
+    assert all(line.startswith("    ") for line in others[0].split("\n")[1:])
+    assert all(line.isprintable() for message in caplog.messages for line in message.split("\n"))
+
+
+def test_errors_are_short(policy: Any, serve: Serve) -> None:
+    server = serve()
+    wrong: list[Any] = [
+        {f"{number:03d}" + "\U000e0001" * 60: 1 for number in range(200)},
+        {**observation(policy), "observation/state": ["\x01" * 60_000] * 20},
+        {**observation(policy), "prompt": ["\x01" * 60_000]},
+        {**observation(policy), "reset": [["\x01" * 60_000]]},
+        {**observation(policy), "prompt": "\x01" * 1999},
+    ]
+    for message in wrong:
+        with raw(server) as robot:
+            robot.recv(timeout=WAIT)
+            robot.send(pack(message))
+            assert len(ends_with(robot)[0]) <= 1000
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_flood_of_records_is_thinned() -> None:
+    clock = Clock()
+    sparing = Sparing(3, 10.0, clock)
+
+    def record(text: str, *values: object) -> tuple[bool, str]:
+        made = logging.LogRecord("x", logging.WARNING, "x", 1, text, values, None)
+        return sparing.filter(made), made.getMessage()
+
+    passed = [record("%s came", number)[0] for number in range(1000)]
+    assert passed == [True] * 3 + [False] * 997
+    assert record("another kind") == (True, "another kind")
+    clock.now = 10.0
+    assert record("%s came", "a\x1b[0m\n") == (True, "a\\x1b[0m\\n came (997 more like it were left out.)")
+    assert record("%s came", "b" * 10_000)[1] == "b" * 500 + " came"
+
+
+def test_tracebacks_are_lines_of_their_own() -> None:
+    try:
+        raise RuntimeError("bad\nWARNING all is well\x1b[2J")
+    except RuntimeError as error:
+        found = traceback_of(error)
+    assert "\x1b" not in found
+    assert all(line.startswith("    ") for line in found.split("\n"))
+
+
+def test_what_strangers_send_is_shown_short_and_on_one_line() -> None:
+    for value in ("a" * 10**7, b"\0" * 10**7, [["\x01" * 10**7]], {"k" * 10**6: 1}, np.zeros(10**6), 2**64):
+        assert len(shown(value)) <= 80
+    assert one_line("a\x1b[2J\r\nb\u202e\u2028\ud800é") == "a\\x1b[2J\\r\\nb\\u202e\\u2028\\ud800é"
+
+
+def test_weights_that_are_no_numbers_are_not_served(policy: Any, serve: Serve) -> None:
+    """Of outputs that are none, the most likely token is a valid one, and its action is finite."""
+    with torch.no_grad():
+        policy.language_model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ServingError, match=r"weights '.*' hold numbers that are not finite"):
+        serve()
+    assert not any("forward" in vars(part) for part in policy.modules())
+    engine.check_weights(vp.random_policy("reference", "tiny"))
+
+
+def test_a_layout_makes_no_number_of_what_is_none(policy: Any) -> None:
+    """Nor the other way round."""
+    failing = Failing(policy)
+    for endless, change in ((True, np.nan_to_num), (False, lambda chunk: chunk * np.nan)):
+        reader = reader_of(failing)
+        failing.endless = False
+        made = engine.Engine(failing, None, reader, ServerSettings())
+        made.open()
+        failing.endless, made.reader = endless, replace(reader, actions=change)
+        try:
+            (answer,) = made.run([engine.Job(engine.Robot(1), seen(policy))])
+        finally:
+            made.close()
+        assert isinstance(answer, ServingError)
+        assert "not finite" in str(answer)
+
+
+def test_a_websockets_without_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_installed()
+    monkeypatch.delattr(exceptions, "TooManyFragments")
+    with pytest.raises(ServingError, match=r"needs websockets 17\.4 or later, and .* is installed"):
+        _check_installed()
