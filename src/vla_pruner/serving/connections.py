@@ -53,9 +53,10 @@ class Connections:
     def came(self, connection: Connection) -> None:
         """One more."""
         self._open[connection] = None
-        if len(self._open) <= self.most:
+        staying = [one for one in self._open if not one.transport.is_closing()]
+        if len(staying) <= self.most:
             return
-        others = [one for one in self._open if not one.is_robot and not one.transport.is_closing()]
+        others = [one for one in staying if not one.is_robot]
         found = next((one for one in others if not one.heard), others[0] if others else connection)
         self._turned_away()
         log.warning("%d connections are open, which is as many as this server takes; one was cut.", self.most)
