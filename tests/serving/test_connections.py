@@ -263,10 +263,14 @@ def test_who_is_cut_already_does_not_count() -> None:
     assert len(cut) == 20
     kept = [number for number, one in enumerate(all_of_them) if not one.transport.aborted]
     assert kept == [0, 1, 22]
-    all_of_them[22].heard = all_of_them[1].is_robot = True
+    all_of_them[22].heard = True
     last = made()
-    among.came(last)
-    assert last.transport.aborted  # others have said what they want
+    among.came(last)  # all have sent something, such as half of a request
+    assert all_of_them[1].transport.aborted
+    all_of_them[22].is_robot = last.is_robot = True
+    among.came(made())
+    assert not any(one.transport.aborted for one in (all_of_them[0], all_of_them[22], last))
+    assert len(cut) == 22
 
 
 def test_pings_are_answered_by_one_write() -> None:

@@ -38,8 +38,8 @@ class Connections:
         turned_away: told of each that is cut since there are too many.
 
     Attributes:
-        most: how many there may be. For one more, one that is no robot's is cut: the oldest that has sent nothing,
-            or the oldest.
+        most: how many there may be. For one more, an older one that is no robot's is cut: the oldest that has sent
+            nothing, or the oldest; where there is none, the new one.
     """
 
     def __init__(self, turned_away: Callable[[], None]) -> None:
@@ -56,7 +56,7 @@ class Connections:
         staying = [one for one in self._open if not one.transport.is_closing()]
         if len(staying) <= self.most:
             return
-        others = [one for one in staying if not one.is_robot]
+        others = [one for one in staying if not one.is_robot and one is not connection]
         found = next((one for one in others if not one.heard), others[0] if others else connection)
         self._turned_away()
         log.warning("%d connections are open, which is as many as this server takes; one was cut.", self.most)
@@ -91,7 +91,7 @@ class Connection(ServerConnection):
         self._cuts: dict[str, asyncio.TimerHandle] = {}
         self._pings = 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if hasattr(transport, "max_size"):  # of asyncio's transport without TLS, 256 KiB else
             transport.max_size = READ_AT_ONCE
