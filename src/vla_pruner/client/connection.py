@@ -153,7 +153,8 @@ class PolicyClient:
         answer = self._socket.recv(timeout=self._timeout)
         if isinstance(answer, bytes):
             found = unpack(answer)
-            if not isinstance(found, dict) or not isinstance(found.get("actions"), np.ndarray):
+            actions = found.get("actions") if isinstance(found, dict) else None
+            if not isinstance(actions, np.ndarray) or not actions.ndim or not actions.size:
                 raise CodecError(f"{self._url} answered without an array of actions; it is no policy server.")
             return found
         # An error is a text, and then the connection closes: its code says whether to try again.
