@@ -237,9 +237,10 @@ def _reason(error: BaseException) -> str:
 def _address(url: str) -> str:
     """The address as a websocket's."""
     whole = url if "://" in url else f"ws://{url}"
+    scheme = whole.partition("://")[0].lower()
     try:
         parts = urlsplit(whole)
-        known = parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
+        known = scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is none, or brackets that do not close
         known = False
     if not known or not whole.isascii() or not whole.isprintable() or " " in whole:
@@ -247,7 +248,7 @@ def _address(url: str) -> str:
             f"The address {shown(url)} is none of a policy server; give host:port or ws://host:port, or "
             "wss://host:port for a server with a certificate."
         )
-    return _SCHEMES[parts.scheme] + whole[len(parts.scheme) :]
+    return _SCHEMES[scheme] + whole[len(scheme) :]
 
 
 def _key(api_key: str) -> str:

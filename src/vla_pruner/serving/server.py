@@ -7,7 +7,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from websockets.asyncio.server import Server, serve
 from websockets.exceptions import ConnectionClosed
@@ -176,7 +176,7 @@ class PolicyServer:
                 settings.host,
                 settings.port,
                 process_request=self._doors.answer,
-                create_connection=self._connection,
+                create_connection=cast(Any, self._connection),  # it is called, and that is all
                 backlog=backlog,
                 ssl=self._tls,
                 compression=None,
