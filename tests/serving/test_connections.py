@@ -22,6 +22,7 @@ from tests.serving.test_server import get, wait_for
 from vla_pruner.client import PolicyClient
 from vla_pruner.client.codec import pack
 from vla_pruner.serving import PolicyServer, ServingError, connections
+from vla_pruner.serving import server as server_module
 from vla_pruner.serving.connections import MAX_PINGS, Connection, Connections, room
 
 Serve = Callable[..., PolicyServer]
@@ -166,7 +167,10 @@ def test_there_is_room_for_as_many_as_files_may_be_open(
     assert (robots < asked) == ("files, which is enough for" in caplog.text)
 
 
-def test_a_server_without_room_is_refused(policy: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_room_is_refused_before_it_warms_up(
+    policy: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module.Engine, "open", lambda _: pytest.fail("it was warmed up"))
     used = len(os.listdir("/dev/fd"))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (used + 10, used + 10))
     with pytest.raises(ServingError, match=rf"may open {used + 10} files, and .* raise the limit \(ulimit -n\)"):

@@ -77,6 +77,7 @@ class PolicyServer:
         self.metrics = Metrics(self._count, lambda: 0 if self._batcher is None else self._batcher.waiting)
         self._doors = Doors(self.settings, self.metrics, self._count)
         self._connections = Connections(lambda: self.metrics.turned_away("crowded"))
+        self._backlog = 0
         self._decoder: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> PolicyServer:
@@ -151,7 +152,9 @@ class PolicyServer:
     async def _main(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._loop.set_exception_handler(_note)
-        await check_address(self.settings)  # refused now, and not after minutes of warming up
+        # What does not do is refused now, and not after minutes of warming up.
+        await check_address(self.settings)
+        self._doors.places, self._connections.most, self._backlog = room(self.settings.max_robots)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="vla-pruner-policy") as worker,
             ThreadPoolExecutor(1, thread_name_prefix="vla-pruner-decoder") as self._decoder,
@@ -165,7 +168,6 @@ class PolicyServer:
     async def _listen(self, worker: ThreadPoolExecutor) -> None:
         settings = self.settings
         assert self._stopping is not None
-        self._doors.places, self._connections.most, backlog = room(settings.max_robots)
         self._metadata = pack(self._describe())
         self._batcher = Batcher(
             self._engine.run, worker, settings.batch_window, settings.max_batch, settings.max_waiting, self._count
@@ -177,7 +179,7 @@ class PolicyServer:
                 settings.port,
                 process_request=self._doors.answer,
                 create_connection=cast(Any, self._connection),  # it is called, and that is all
-                backlog=backlog,
+                backlog=self._backlog,
                 ssl=self._tls,
                 compression=None,
                 origins=[None],  # a web page may not use this machine's server; robots send no origin
