@@ -10,6 +10,13 @@ import pytest
 import vla_pruner as vp
 from tests.serving.robots import Gated
 from vla_pruner.serving import PolicyServer, ServerSettings
+from vla_pruner.serving.logs import Sparing, log
+
+
+@pytest.fixture(autouse=True)
+def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier tests wrote leaves nothing out of the log of this one."""
+    monkeypatch.setattr(log, "filters", [Sparing()])
 
 
 @pytest.fixture

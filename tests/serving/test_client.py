@@ -238,6 +238,8 @@ def test_what_a_client_is_made_of(arguments: dict[str, Any], message: str) -> No
     [
         (pack({"protocol": "openpi"}), pack({"outputs": 1}), "answered without an array of actions"),
         (pack({"protocol": "openpi"}), pack([1]), "answered without an array of actions"),
+        (pack({"protocol": "openpi"}), pack({"actions": np.zeros((0, 7))}), "answered without an array of actions"),
+        (pack({"protocol": "openpi"}), pack({"actions": np.array(1.0)}), "answered without an array of actions"),
         (pack({"protocol": "openpi"}), b"\xc1", "not msgpack"),
         (pack([1]), b"", "greets with no map"),
         (b"\xc1", b"", "not msgpack"),

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from websockets.asyncio.messages import MAX_FRAGMENTS
 
 from tests.serving.test_server import POLICY_TIMING, SERVER_TIMING
 from vla_pruner import cli
 from vla_pruner.client import codec
-from vla_pruner.serving import observations
+from vla_pruner.serving import connections, logs, observations, server
 from vla_pruner.serving.settings import MEBIBYTE, ServerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     known = capsys.readouterr().out
-    flags = set(re.findall(r"--[a-z-]+[a-z]", TEXT)) - {"--no-deps", "--seconds", "--out"}
+    flags = set(re.findall(r"--[a-z-]+[a-z]", TEXT)) - {"--no-deps", "--seconds", "--out", "--messages"}
     assert len(flags) > 10
     for flag in flags:
         assert flag in known, flag
@@ -47,6 +48,14 @@ def test_limits() -> None:
         f"{observations.LONGEST_SIDE:,} pixels, {observations.LONGEST_STATE:,} numbers, "
         f"{observations.LONGEST_PROMPT:,} characters" in limits
     )
+    assert f"| {codec.MAX_TEXT:,} and {codec.MAX_KEY} bytes of UTF-8 |" in limits
+    assert f"| {MAX_FRAGMENTS:,} | close code 1009 |" in limits
+    assert f"not read what it is sent | {settings.ping_timeout:g} s after" in limits
+    assert f"after the goodbye | {server._LONGEST_GOODBYE:g} s |" in limits
+    assert f"| {connections.MAX_PINGS:,} in {connections.READ_AT_ONCE // 1024} KiB |" in limits
+    assert f"| {connections.SPARE} more than robots |" in limits
+    assert f"at most {server._LONGEST_ERROR:,} characters" in TEXT
+    assert f"and {logs._LONGEST} characters long" in limits
     assert f"{settings.ping_timeout:g} s after a ping, every {settings.ping_interval:g} s" in limits
     assert f"`--grace` | {settings.grace:g} s |" in limits
 

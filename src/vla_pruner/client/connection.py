@@ -153,7 +153,8 @@ class PolicyClient:
         answer = self._socket.recv(timeout=self._timeout)
         if isinstance(answer, bytes):
             found = unpack(answer)
-            if not isinstance(found, dict) or not isinstance(found.get("actions"), np.ndarray):
+            actions = found.get("actions") if isinstance(found, dict) else None
+            if not isinstance(actions, np.ndarray) or not actions.ndim or not actions.size:
                 raise CodecError(f"{self._url} answered without an array of actions; it is no policy server.")
             return found
         # An error is a text, and then the connection closes: its code says whether to try again.
@@ -236,9 +237,10 @@ def _reason(error: BaseException) -> str:
 def _address(url: str) -> str:
     """The address as a websocket's."""
     whole = url if "://" in url else f"ws://{url}"
+    scheme = whole.partition("://")[0].lower()
     try:
         parts = urlsplit(whole)
-        known = parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
+        known = scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is none, or brackets that do not close
         known = False
     if not known or not whole.isascii() or not whole.isprintable() or " " in whole:
@@ -246,7 +248,7 @@ def _address(url: str) -> str:
             f"The address {shown(url)} is none of a policy server; give host:port or ws://host:port, or "
             "wss://host:port for a server with a certificate."
         )
-    return _SCHEMES[parts.scheme] + whole[len(parts.scheme) :]
+    return _SCHEMES[scheme] + whole[len(scheme) :]
 
 
 def _key(api_key: str) -> str:

@@ -227,6 +227,13 @@ def _check_installed() -> None:
             raise ServingError(
                 f"Serving needs {error.name}, which is not installed; run: {install('serve')}"
             ) from error
+    from websockets import exceptions, version
+
+    if not hasattr(exceptions, "TooManyFragments"):
+        raise ServingError(
+            f"Serving needs websockets 17.4 or later, and {version.version} is installed, which lets one message "
+            f"consist of any number of fragments; run: {install('serve')}"
+        )
 
 
 def _pair(text: str) -> tuple[str, str]:

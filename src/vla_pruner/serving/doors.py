@@ -13,6 +13,7 @@ from http import HTTPStatus
 from websockets.asyncio.server import Request, Response, ServerConnection
 
 from vla_pruner.serving.errors import ServingError
+from vla_pruner.serving.logs import log
 from vla_pruner.serving.metrics import Metrics
 from vla_pruner.serving.settings import ServerSettings
 
@@ -30,7 +31,7 @@ class Doors:
 
     Attributes:
         open: whether new robots are let in.
-        full: what a robot is told that finds no room.
+        places: robots that may be connected.
     """
 
     def __init__(self, settings: ServerSettings, metrics: Metrics, robots: Callable[[], int]) -> None:
@@ -38,9 +39,14 @@ class Doors:
         self._metrics = metrics
         self._robots = robots
         self.open = False
-        self.full = (
-            f"{settings.max_robots} robots are connected, which is as many as this server takes; try again later, or "
-            "start it with a higher --max-robots."
+        self.places = settings.max_robots
+
+    @property
+    def full(self) -> str:
+        """What a robot is told that finds no room."""
+        return (
+            f"{self.places} robots are connected, which is as many as this server takes; try again later, or start it "
+            "with a higher --max-robots."
         )
 
     def answer(self, connection: ServerConnection, request: Request) -> Response | None:
@@ -52,6 +58,8 @@ class Doors:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "stopping\n")
         if not self._has_key(request):
             self._metrics.turned_away("key")
+            kind = "a wrong" if request.headers.get_all("Authorization") else "no"
+            log.warning("A connection from %s was refused, since it came with %s key.", _peer(connection), kind)
             response = connection.respond(
                 HTTPStatus.UNAUTHORIZED, "This server wants the header 'Authorization: Api-Key KEY' with its key.\n"
             )
@@ -62,13 +70,13 @@ class Doors:
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
             return response
-        if "upgrade" not in request.headers.get("Connection", "").lower():
+        if "upgrade" not in ",".join(request.headers.get_all("Connection")).lower():
             return connection.respond(
                 HTTPStatus.NOT_FOUND, f"There are {', '.join((*HEALTH, METRICS))}, and websockets for robots.\n"
             )
         if not self.open:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "The server stops.\n")
-        if self._robots() >= self._settings.max_robots:
+        if self._robots() >= self.places:
             self._metrics.turned_away("full")
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, self.full + "\n")
         return None
@@ -79,7 +87,13 @@ class Doors:
             return True
         given = request.headers.get_all("Authorization")
         # Compared in constant time, so that nobody finds the key by how long a wrong one takes.
-        return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Api-Key {key}".encode())
+        wanted = f"Api-Key {key}".encode()
+        return len(given) == 1 and hmac.compare_digest(given[0].encode(errors="surrogateescape"), wanted)
+
+
+def _peer(connection: ServerConnection) -> str:
+    address = connection.remote_address
+    return str(address[0]) if isinstance(address, tuple) else "an unknown address"
 
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:

@@ -4,10 +4,8 @@ where they may share it. Everything here runs in one thread.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -19,11 +17,10 @@ from vla_pruner.families import family_of
 from vla_pruner.methods import Memory, Method, Unpruned
 from vla_pruner.policies.base import BatchPolicy, Policy, generator_states, module_of
 from vla_pruner.serving.errors import ServingError, SharedNoiseError
+from vla_pruner.serving.logs import log, traceback_of
 from vla_pruner.serving.observations import ObservationReader, Seen
 from vla_pruner.serving.settings import ServerSettings
 from vla_pruner.serving.stages import StepTimer
-
-log = getLogger("vla_pruner.serving")
 
 _LONGEST_WARM_UP = 256
 _SIDE = 224
@@ -107,9 +104,11 @@ class Engine:
         """Attach the method (compiled where asked), and run the policy until every kind of step has run.
 
         Raises:
-            VLAPrunerError: the method does not fit the policy or prunes no step, or the policy does not act.
+            VLAPrunerError: the method does not fit the policy or prunes no step, or the policy does not act, or has
+                weights that are not finite.
         """
         method = Unpruned() if self.method is None else self.method
+        check_weights(self.policy)
         parameters = module_of(self.policy).parameters()
         self._devices = sorted({one.device.index or 0 for one in parameters if one.is_cuda})
         self._session = method.attach(self.policy, compile=self.settings.compile)
@@ -200,7 +199,9 @@ class Engine:
                             f"{type(policy).__name__}.act_batch draws from torch's generator, so a robot's noise would "
                             "depend on who shares its pass; serve it with --max-batch 1, or draw in act alone."
                         )
-        if not np.isfinite(actions).all():
+        chunks = [np.atleast_2d(self.reader.actions(actions[row])) for row in range(len(group))]
+        # Before what a layout does to them, which may turn a number that is none into one, and after it.
+        if not all(np.isfinite(found).all() for found in (actions, *chunks)):
             raise ServingError(
                 "The policy gave actions that are not finite (NaN or infinity), which no robot may have."
             )
@@ -209,7 +210,6 @@ class Engine:
             raise ServingError("The policy acted without a control step of its decoder, so nothing is known of it.")
         kept = step.layout.tokens if session.kept is None else session.kept.shape[1]
         timing = {**timer.timing(), "kept_tokens": float(kept), "total_tokens": float(step.layout.tokens)}
-        chunks = [np.atleast_2d(self.reader.actions(actions[row])) for row in range(len(group))]
         after = [done.take([row]) for row in range(len(group))]
         # Nothing fails from here on: the step is done for all of the group or, above, for none.
         self.tokens = step.layout.tokens
@@ -289,6 +289,25 @@ def check_method(method: Method | None) -> None:
         )
 
 
+def check_weights(policy: Policy) -> None:
+    """Refuses weights that are not finite: of their outputs, the most likely token may be a valid one, so that actions
+    do not show it. Quantized weights are not looked at.
+
+    Raises:
+        ServingError: NaN or infinity is among them.
+    """
+    for name, weights in module_of(policy).named_parameters():
+        plain = weights.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if not plain or weights.is_meta or not weights.numel():
+            continue
+        # Extremes are NaN where one number is, and take no memory.
+        if not torch.stack(torch.aminmax(weights.detach())).isfinite().all():
+            raise ServingError(
+                f"The policy's weights {name!r} hold numbers that are not finite (NaN or infinity), so what it does is "
+                "not what it learned; load a checkpoint that is whole."
+            )
+
+
 def joined(memories: Sequence[Memory]) -> Memory:
     """One memory of the rows of all, in their order."""
     states = [memory.state_dict() for memory in memories]
@@ -304,5 +323,5 @@ def _told(error: Exception) -> Exception:
     """What a client may read of an error: ours are sentences; of others, what and where is for the log alone."""
     if isinstance(error, VLAPrunerError):
         return error
-    log.error("A control step failed:\n%s", "".join(traceback.format_exception(error)))
+    log.error("A control step failed:\n%s", traceback_of(error))
     return ServingError(f"The policy failed with {type(error).__name__}; the server's log has the details.")

@@ -44,7 +44,7 @@ class Metrics:
         Gauge(f"{_PREFIX}_queue_depth", "Control steps that wait.", registry=self._registry).set_function(waiting)
         for outcome in ("answered", "refused", "failed", "overloaded", "left"):
             self._requests.labels(outcome)
-        for reason in ("key", "full"):
+        for reason in ("key", "full", "crowded"):
             self._refused.labels(reason)
 
     def answered(self, answer: Answer, seconds: float) -> None:
@@ -61,7 +61,7 @@ class Metrics:
         self._requests.labels(outcome).inc()
 
     def turned_away(self, reason: str) -> None:
-        """A connection was refused: no "key", or the server is "full"."""
+        """A connection was refused: no "key", the server is "full" of robots, or "crowded" by others."""
         self._refused.labels(reason).inc()
 
     def text(self) -> str:

@@ -7,9 +7,9 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
-from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.asyncio.server import Server, serve
 from websockets.exceptions import ConnectionClosed
 
 from vla_pruner.client.codec import pack, unpack
@@ -18,21 +18,24 @@ from vla_pruner.errors import ObservationError
 from vla_pruner.methods import Method
 from vla_pruner.policies.base import Policy
 from vla_pruner.serving.batching import Batcher
+from vla_pruner.serving.connections import Connection, Connections, room
 from vla_pruner.serving.doors import Doors, check_address, tls_context, unbound
 from vla_pruner.serving.engine import Answer, Engine, Job, Robot
 from vla_pruner.serving.errors import Overloaded, ServingError
+from vla_pruner.serving.logs import log, traceback_of
 from vla_pruner.serving.metrics import Metrics
-from vla_pruner.serving.observations import reader_of
+from vla_pruner.serving.observations import Seen, reader_of
 from vla_pruner.serving.settings import ServerSettings
 
-log = logging.getLogger("vla_pruner.serving")
 # What strangers send is theirs to know: the library would log a traceback for each failed handshake.
 _library_log = logging.getLogger("vla_pruner.serving.websockets")
 _library_log.setLevel(logging.CRITICAL)
 
 GOING_AWAY, INTERNAL_ERROR, TRY_AGAIN_LATER = 1001, 1011, 1013
-_LONGEST_REPLY_WAIT = 60.0
-"""Seconds that a client may take to read its reply."""
+_LONGEST_ERROR = 1_000
+"""Characters of an error that a client is told."""
+_LONGEST_GOODBYE = 10.0
+"""Seconds that a client has to leave when it is told to."""
 _LAST_WORDS = 5.0
 """Seconds that robots have to read that their step will not be answered."""
 
@@ -43,8 +46,8 @@ class PolicyServer:
         with PolicyServer(policy, VLAPruner(keep=0.25)) as server:
             print(server.url)
 
-    The event loop runs in a thread of its own and the policy in another, where the method is attached while the server
-    runs; nothing else may use the policy then.
+    The event loop runs in a thread of its own, messages are read in another, and the policy runs in a third, where the
+    method is attached while the server runs; nothing else may use the policy then.
 
     Args:
         policy: as `load_policy` gives it. It holds no state of its own between two calls of `act`.
@@ -73,6 +76,9 @@ class PolicyServer:
         self._metadata = b""
         self.metrics = Metrics(self._count, lambda: 0 if self._batcher is None else self._batcher.waiting)
         self._doors = Doors(self.settings, self.metrics, self._count)
+        self._connections = Connections(lambda: self.metrics.turned_away("crowded"))
+        self._backlog = 0
+        self._decoder: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> PolicyServer:
         self.start()
@@ -145,8 +151,14 @@ class PolicyServer:
 
     async def _main(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        await check_address(self.settings)  # refused now, and not after minutes of warming up
-        with ThreadPoolExecutor(1, thread_name_prefix="vla-pruner-policy") as worker:
+        self._loop.set_exception_handler(_note)
+        # What does not do is refused now, and not after minutes of warming up.
+        await check_address(self.settings)
+        self._doors.places, self._connections.most, self._backlog = room(self.settings.max_robots)
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="vla-pruner-policy") as worker,
+            ThreadPoolExecutor(1, thread_name_prefix="vla-pruner-decoder") as self._decoder,
+        ):
             await self._loop.run_in_executor(worker, self._engine.open)
             try:
                 await self._listen(worker)
@@ -166,6 +178,8 @@ class PolicyServer:
                 settings.host,
                 settings.port,
                 process_request=self._doors.answer,
+                create_connection=cast(Any, self._connection),  # it is called, and that is all
+                backlog=self._backlog,
                 ssl=self._tls,
                 compression=None,
                 origins=[None],  # a web page may not use this machine's server; robots send no origin
@@ -173,6 +187,7 @@ class PolicyServer:
                 max_queue=2,
                 ping_interval=settings.ping_interval,
                 ping_timeout=settings.ping_timeout,
+                close_timeout=min(_LONGEST_GOODBYE, settings.ping_timeout),
                 logger=_library_log,
                 server_header=None,
             )
@@ -192,33 +207,50 @@ class PolicyServer:
             log.warning("Answers took longer than %g seconds of grace; their robots are told so.", settings.grace)
         await self._batcher.close()
         if not answered and not await _closed(server, _LAST_WORDS):
-            for connection in server.connections:
-                connection.transport.abort()
+            self._connections.abort()
+
+    def _connection(self, *args: Any, **options: Any) -> Connection:
+        return Connection(*args, among=self._connections, patience=self.settings.ping_timeout, **options)
 
     def _count(self) -> int:
         return len(self._robots)
 
-    async def _serve(self, connection: ServerConnection) -> None:
+    async def _serve(self, connection: Any) -> None:
         """One robot, from its connection to its end."""
-        if self._count() >= self.settings.max_robots:
+        if self._count() >= self._doors.places:
             self.metrics.turned_away("full")
             await _end(connection, self._doors.full, TRY_AGAIN_LATER)
             return
         self._numbers += 1
         robot = Robot(self._numbers)
         self._robots[robot.number] = robot
+        connection.is_robot = True
         try:
             await connection.send(self._metadata)
             await self._converse(connection, robot)
         except ConnectionClosed:
             pass  # it left, or was gone
         finally:
+            # Its place is free when its socket is, and not before.
+            await self._see_off(connection)
             del self._robots[robot.number]
 
-    async def _converse(self, connection: ServerConnection, robot: Robot) -> None:
+    async def _see_off(self, connection: Connection) -> None:
+        try:
+            async with asyncio.timeout(self.settings.ping_timeout):
+                await connection.close()
+        except (TimeoutError, ConnectionClosed):
+            pass
+        finally:
+            connection.transport.abort()
+        await connection.wait_closed()
+
+    async def _converse(self, connection: Connection, robot: Robot) -> None:
         before = 0.0
+        assert self._stopping is not None
         while True:
-            message = await self._next(connection)
+            # What was received is answered. Who has more to ask when the server stops has been answered once since.
+            message = None if self._stopping.is_set() else await self._next(connection)
             if message is None:
                 await connection.close(GOING_AWAY, "the server stops")
                 return
@@ -253,12 +285,11 @@ class PolicyServer:
                     "prev_total_ms": 1e3 * before,
                 },
             }
-            async with asyncio.timeout(_LONGEST_REPLY_WAIT):
-                await connection.send(pack(reply))
+            await connection.send(pack(reply))
             before = perf_counter() - start
             self.metrics.answered(answer, before)
 
-    async def _next(self, connection: ServerConnection) -> str | bytes | None:
+    async def _next(self, connection: Connection) -> str | bytes | None:
         """The client's next message; None where the server stops and none is there."""
         assert self._stopping is not None
         message = asyncio.create_task(connection.recv())
@@ -273,7 +304,7 @@ class PolicyServer:
             await asyncio.gather(message, stop, return_exceptions=True)
 
     async def _step_or_leave(
-        self, connection: ServerConnection, robot: Robot, message: str | bytes
+        self, connection: Connection, robot: Robot, message: str | bytes
     ) -> tuple[Answer, float] | None:
         """What `_step` gives; None where the robot leaves before, and no forward pass begins for it any more."""
         step = asyncio.create_task(self._step(robot, message))
@@ -290,10 +321,14 @@ class PolicyServer:
         assert self._batcher is not None
         if isinstance(message, str):
             raise CodecError("A text message came; observations are binary messages of msgpack.")
-        seen = self._reader.read(unpack(message))
+        # Long messages take milliseconds, in which the event loop has others to answer.
+        seen = await asyncio.get_running_loop().run_in_executor(self._decoder, self._read, message)
         if robot.step and (seen.reset or seen.instruction != robot.instruction):
             robot.begin_episode()
         return await self._batcher.submit(Job(robot, seen))
+
+    def _read(self, message: bytes) -> Seen:
+        return self._reader.read(unpack(message))
 
     def _describe(self) -> dict[str, Any]:
         """What clients are told when they connect."""
@@ -336,8 +371,17 @@ async def _closed(server: Server, seconds: float) -> bool:
     return True
 
 
-async def _end(connection: ServerConnection, text: str, code: int) -> None:
+async def _end(connection: Connection, text: str, code: int) -> None:
     """An error, as openpi's clients expect it: a text, and the end of the connection."""
-    async with asyncio.timeout(_LONGEST_REPLY_WAIT):
-        await connection.send(text)
-        await connection.close(code, text.encode()[:120].decode(errors="ignore"))
+    told = text.encode(errors="backslashreplace").decode()[:_LONGEST_ERROR]
+    await connection.send(told)
+    await connection.close(code, told.encode()[:120].decode(errors="ignore"))
+
+
+def _note(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What the event loop meets that is nobody's: in the server's log, which takes a few of each kind."""
+    error = context.get("exception")
+    if isinstance(error, OSError):
+        log.warning("The event loop reports: %s (%s).", context["message"], error)
+    else:
+        log.error("The event loop reports: %s\n%s", context["message"], traceback_of(error) if error else "")

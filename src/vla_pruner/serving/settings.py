@@ -29,7 +29,9 @@ class ServerSettings:
         max_message: bytes of one message; a longer one closes its connection with 1009.
         max_batch: robots in one forward pass.
         batch_window: seconds that a control step waits for others to share its pass, while there are others.
-        ping_interval, ping_timeout: seconds between keep-alives, and until a silent client counts as gone.
+        ping_interval: seconds between keep-alives.
+        ping_timeout: seconds until a client counts as gone that answers none, or does not read what it is sent; its
+            connection is cut then.
         grace: seconds that a shutdown waits for answers that are under way.
         seed: of what policies draw; the noise of a control step depends on it, on the robot's episode and step alone.
         prompts: instructions that are run before the port opens; none: one that the policy knows.
