@@ -176,7 +176,8 @@ class Compiled:
         decoder = self._family.decoder
         weight = decoder.norm.weight  # the model may be moved, and what it is given need not show it
         placed = (given.dtype, given.device, weight.dtype, weight.device)
-        key = (key, *placed, decoder.training, torch.is_grad_enabled())
+        autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
+        key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast)
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)

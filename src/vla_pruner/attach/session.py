@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
@@ -19,7 +20,7 @@ from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
 from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.reuse import Reuse
-from vla_pruner.attach.stages import Planner, stages_of
+from vla_pruner.attach.stages import Planner, Stage, stages_of
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Evidence, Method
@@ -290,6 +291,7 @@ class Session:
         assert self._step is not None
         self._step.remembered = self._scores_after(self._step)
 
+    @own_arithmetic
     def _scores_after(self, step: Step) -> dict[str, Tensor]:
         semantic = step.semantic if self.method.remembers_semantic else None
         return step.memory.scores_after(step.action, step.seen, semantic)
@@ -309,10 +311,13 @@ class Session:
         budgets = step.budgets[layer]
         if sum(budgets) >= sum(step.counts) or not step.prunes:
             return step.shortening
-        with torch.no_grad():
-            ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
-            step.shorten(layer, ids, budgets, freeze=self.method.pruned != "drop")
+        ids = self._select(stage, step, hidden, budgets)
+        step.shorten(layer, ids, budgets, freeze=self.method.pruned != "drop")
         return step.shortening
+
+    @own_arithmetic
+    def _select(self, stage: Stage, step: Step, hidden: Tensor, budgets: tuple[int, ...]) -> Tensor:
+        return stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
 
     def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
         """What `method` reads, on the visual tokens that are live so far."""
@@ -322,7 +327,7 @@ class Session:
             evidence = evidence.of(step.kept)
         return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
 
-    @torch.no_grad()
+    @own_arithmetic
     def see_embeddings(self, hidden: Tensor) -> None:
         """The first layer's input (B, N, D) of a prefill, for methods that compare tokens there."""
         step = self._step
@@ -337,7 +342,7 @@ class Session:
                     visual = step.visual_rows(hidden)
                     step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
 
-    @torch.no_grad()
+    @own_arithmetic
     def record_semantic(self, layer: int, attention: Attention) -> None:
         """The layer before the pruning layer `layer` attended; the prompt's first run in a control step counts."""
         step, method = self._step, self.stages[layer].method
@@ -345,7 +350,7 @@ class Session:
             with self.timed():
                 step.add_semantic(attention, method.queries, method.attention == "logits")
 
-    @torch.no_grad()
+    @own_arithmetic
     def record_decoder(self, layer: int, attention: Attention) -> None:
         """A layer of the decoder whose rows act attended."""
         step = self._step
@@ -355,7 +360,7 @@ class Session:
             rows = step.action_rows_at(layer) if step.prefilling else None
             step.add_action(layer, attention, rows, decoding=True)
 
-    @torch.no_grad()
+    @own_arithmetic
     def record_reader(self, layer: int, attention: Attention) -> None:
         """A layer of an expert attended to what the decoder's layer of this index cached."""
         step = self._step

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.layout import Layout, Shortening
 from vla_pruner.attach.reads import CallReads, DeferredReads, note
 from vla_pruner.attach.recorder import Attention
@@ -114,6 +115,7 @@ class Step:
         return rows_at(hidden, places)
 
     @property
+    @own_arithmetic
     def action(self) -> Tensor | None:
         """(B, M) float32 action score so far, None before the first action row. Layers that lack a token count as 0."""
         count = self._rows_read + self._deferred.count
@@ -129,6 +131,7 @@ class Step:
             self._known = (count, score)
         return self._known[1]
 
+    @own_arithmetic
     def settle(self) -> None:
         """Compute what was put off, and let go of the cache that it needs."""
         _ = self.action
@@ -231,7 +234,7 @@ class Step:
         self.running = True
         self.call = CallReads()
 
-    @torch.no_grad()
+    @own_arithmetic
     def end_call(self) -> None:
         """The call came back: what it read counts."""
         self.running = False
