@@ -6,29 +6,30 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vla_pruner.attach import attached
 from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
+from vla_pruner.attach.described import described
+from vla_pruner.attach.entries import follow_resets, watch_steps
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.layout import Shortening
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
-from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.reuse import Reuse
 from vla_pruner.attach.stages import Planner, Stage, stages_of
 from vla_pruner.attach.step import Step
+from vla_pruner.attach.turn import Turn
 from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
+from vla_pruner.replacements import Replacements, undo
 
 Clock = Callable[[str], AbstractContextManager[Any]]
-
-_attached: WeakSet[nn.Module] = WeakSet()
 
 
 class Session:
@@ -41,6 +42,7 @@ class Session:
             for timing.
         stages: where the method prunes, by layer, the first one first.
         reuse: what is held of the last control step, for methods whose `pruned` is "reuse".
+        turn: which thread is within a control step.
         whole: a control step that is one graph is running, or being traced; it was opened before.
     """
 
@@ -48,6 +50,7 @@ class Session:
         self.method = method
         self.clock: Clock | None = None
         self.whole = False
+        self.turn = Turn()
         self._family = family
         self._policy = model
         self._compiled: Compiled | None = None
@@ -58,8 +61,7 @@ class Session:
         self.stages = stages_of(method, family)
         self._planner = Planner(family, self.stages)
         self.reuse = Reuse(family) if method.pruned == "reuse" else None
-        if self._decoder in _attached:
-            raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
+        attached.check_free(self._decoder, model)
         check_not_compiled(model, family)
         self._wiring = family.wiring(self) or HookWiring(self, family)
         self._replaced = Replacements()
@@ -68,19 +70,28 @@ class Session:
             if self.reuse is not None:
                 self.reuse.install()
             self._wiring.install()
-            self._follow_resets(model)
+            watch_steps(self, family, self._replaced)
+            follow_resets(self, model, self._replaced)
         except BaseException:
             self._remove()
             raise
-        _attached.add(self._decoder)
+        attached.enter(self._decoder, self)
+
+    def __repr__(self) -> str:
+        return described(self, self._family)
 
     def __enter__(self) -> Session:
-        if self._decoder not in _attached:
+        if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether it still is: False once it was detached."""
+        return attached.session_on(self._decoder) is self
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile the decoder, experts and vision encoders as static graphs, what pruning adds included; of the
@@ -97,7 +108,7 @@ class Session:
             SessionError: it is detached, or compiled already.
             UnsupportedModelError: the family's calls, or what the method does in them, cannot be compiled.
         """
-        if self._decoder not in _attached:
+        if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
         if self._compiled is not None:
             raise SessionError("This session is compiled already.")
@@ -108,19 +119,21 @@ class Session:
     def detach(self) -> None:
         """Leave the model as it was before. What the last control step left can still be read. Detaching twice does
         nothing.
+
+        Whatever fails on the way, all is taken away; then the first error is raised.
         """
-        if self._decoder in _attached:
-            _attached.discard(self._decoder)
-            if self._step is not None:
-                self._step.settle()
-            self._remove()
+        if self.attached:
+            attached.leave(self._decoder)
+            undo(self._remove, *([] if self._step is None else [self._step.settle]))
 
     def reset(self, rows: list[int] | None = None) -> None:
         """Begin a new episode: forget what was seen, for all rows or for the named rows of a batch.
 
         Raises:
-            SessionError: rows are named before the first control step, or a row is not there.
+            SessionError: rows are named before the first control step, a row is not there, or another thread is within
+                a control step.
         """
+        self.turn.check()
         memory = self.memory
         if rows is None:
             if memory is not None:
@@ -197,6 +210,7 @@ class Session:
 
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
+        self.turn.check()
         if memory is not None:
             check_memory(memory, self.method)
         self._memory = memory
@@ -235,6 +249,8 @@ class Session:
             step.begin_call()
             return step.prefilling
         if not self._family.opens_step(call):
+            if step is not None:
+                step.check_thread()
             if step is not None and self._family.repeats_prompt(call):
                 if step.layout.length != call.length:
                     raise SessionError(
@@ -370,34 +386,11 @@ class Session:
             rows = self._family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
             step.add_action(layer, attention, rows)
 
-    def _follow_resets(self, policy: Any) -> None:
-        """A policy that is told of a new episode tells this session."""
-
-        def reset(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.reset()
-            return result
-
-        inner = None if isinstance(policy, nn.Module) else getattr(policy, "module", None)
-        for owner in (policy, inner):
-            if callable(getattr(owner, "reset", None)):
-                self._replaced.put(owner, "reset", reset)
-
     def _own(self, tensor: Tensor) -> Tensor:
         """A tensor that the next control step does not overwrite, as CUDA graphs do their results."""
         return tensor if self._compiled is None or tensor.device.type == "cpu" else tensor.clone()
 
     def _remove(self) -> None:
-        if self._compiled is not None:
-            self._compiled.remove()
-            self._compiled = None
-        self._replaced.remove()
-        self._wiring.remove()
-        if self.reuse is not None:
-            self.reuse.remove()
-        self._family.remove()
-
-
-def has_session(decoder: nn.Module) -> bool:
-    """Whether a session is attached to this decoder."""
-    return decoder in _attached
+        compiled, self._compiled = self._compiled, None
+        parts = (compiled, self._replaced, self._wiring, self.reuse, self._family)
+        undo(*(part.remove for part in parts if part is not None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.layout import Layout, Shortening
 from vla_pruner.attach.reads import CallReads, DeferredReads, note
 from vla_pruner.attach.recorder import Attention
+from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import rows_at
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import attention_probabilities, mean_logits, mean_over_rows
@@ -42,6 +44,7 @@ class Step:
         call: what the call that is running has read so far.
         remembered: what the memory's scores are after the step, of a step that is one graph; None: not computed yet.
         closed: its scores are in the memory already, or were discarded with it.
+        thread: that opened it.
     """
 
     layout: Layout
@@ -60,6 +63,7 @@ class Step:
     prefilling: bool = True
     running: bool = True
     closed: bool = False
+    thread: int = field(default_factory=get_ident)
     frozen_hidden: Tensor | None = None
     call: CallReads = field(default_factory=CallReads)
     remembered: dict[str, Tensor] | None = None
@@ -228,6 +232,14 @@ class Step:
             self.layout.cameras,
             self.layout.absent,
         )
+
+    def check_thread(self) -> None:
+        """Raise SessionError unless this is the thread that opened the step."""
+        if self.thread != get_ident():
+            raise SessionError(
+                "A control step was begun in one thread and went on in another, or two threads decode in turns; a "
+                "control step runs in one thread."
+            )
 
     def begin_call(self) -> None:
         """A call of the decoder or of an expert begins."""
