@@ -30,7 +30,8 @@ def check_prompt_cache(cache: Any) -> None:
 
     if not isinstance(cache, (DynamicCache, StaticCache)) or getattr(cache, "offloading", False):
         raise UnsupportedModelError(
-            f"The prefill was given a {type(cache).__name__}; supported are DynamicCache and StaticCache, not offloaded."
+            f"The prefill was given a {type(cache).__name__}; supported are DynamicCache and StaticCache, not "
+            "offloaded."
         )
     held = filled(cache)
     if held:

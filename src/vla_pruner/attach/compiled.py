@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
-from vla_pruner.replacements import Replacements
 from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
+from vla_pruner.replacements import Replacements
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
-from vla_pruner.replacements import Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import TransformersFamily
+from vla_pruner.replacements import Replacements
 
 VERSIONS = ((0, 6), (0, 7))
 INSTALL = "pip install 'lerobot[pi,smolvla]>=0.6,<0.7'"

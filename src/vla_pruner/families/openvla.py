@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
-from vla_pruner.replacements import Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import tiles
 from vla_pruner.families.decoder_lm import DecoderLM
+from vla_pruner.replacements import Replacements
 
 PACKAGE = "vla_pruner.models.openvla"
 

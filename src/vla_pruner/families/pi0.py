@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.replacements import Replacements
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
+from vla_pruner.replacements import Replacements
 
 
 class PI0(TransformersFamily):

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Wiring
 from vla_pruner.attach.recorder import Attention
-from vla_pruner.replacements import Replacements
 from vla_pruner.attach.step import Step
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import LeRobotFamily
+from vla_pruner.replacements import Replacements
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
