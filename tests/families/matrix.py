@@ -247,7 +247,7 @@ def check_autocast(case: Case, pruned: str) -> None:
             assert kept is not None
             with FullLength(model, layout, kept, layer=method.layer, pruned=pruned, **case.options):
                 expected = case.step(model, WINDOW, BOTH)
-            assert (actual - expected).abs().max() < 5e-3 * expected.abs().max(), method
+            assert (actual - expected).abs().max() < 2e-2 * expected.abs().max(), method
             assert (actual - untouched).abs().max() > 0.1, "pruning must show, or this test could not fail"
 
 

@@ -27,6 +27,7 @@ from vla_pruner.attach.turn import Turn
 from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.numbers import plain
 from vla_pruner.replacements import Replacements, undo
 
 Clock = Callable[[str], AbstractContextManager[Any]]
@@ -142,7 +143,9 @@ class Session:
             if self.reuse is not None:
                 self.reuse.forget()
             return
-        if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
+        if not isinstance(rows, list) or any(
+            isinstance(row, bool) or not isinstance(row, int) for row in map(plain, rows)
+        ):
             raise SessionError(f"reset(rows={rows!r}) was called; rows is a list of row numbers.")
         if memory is None:
             raise SessionError("reset(rows=...) was called before the first control step; call reset() without rows.")
