@@ -37,8 +37,16 @@ def test_numbers_of_numpy_are_the_numbers_that_they_are(given, meant):
 
 @pytest.mark.parametrize(
     "options",
-    [{"keep": np.float32("nan")}, {"keep": np.float32(1.5)}, {"keep": np.int64(0)}, {"keep": np.bool_(True)}]
-    + [{"keep": np.array([0.5])}, {"keep": np.str_("0.5")}, {"layer": np.float32(3)}, {"layer": np.bool_(True)}],
+    [
+        {"keep": np.float32("nan")},
+        {"keep": np.float32(1.5)},
+        {"keep": np.int64(0)},
+        {"keep": np.bool_(True)},
+        {"keep": np.array([0.5])},
+        {"keep": np.str_("0.5")},
+        {"layer": np.float32(3)},
+        {"layer": np.bool_(True)},
+    ],
     ids=str,
 )
 def test_what_is_refused_of_pythons_numbers_is_refused_of_numpys(options):
