@@ -22,6 +22,7 @@ from vla_pruner.errors import (
 )
 
 if TYPE_CHECKING:
+    from vla_pruner.attach.attached import detach
     from vla_pruner.attach.compiled import compiled
     from vla_pruner.attach.session import Session
     from vla_pruner.auditing import audit
@@ -79,6 +80,7 @@ __all__ = [
     "audit",
     "bench",
     "compiled",
+    "detach",
     "load_policy",
     "random_policy",
     "reference_policy",
@@ -113,6 +115,7 @@ _LAZY = {
     "audit": "vla_pruner.auditing",
     "bench": "vla_pruner.benching",
     "compiled": "vla_pruner.attach.compiled",
+    "detach": "vla_pruner.attach.attached",
     "load_policy": "vla_pruner.policies.loading",
     "random_policy": "vla_pruner.policies.random",
     "reference_policy": "vla_pruner.models.reference",

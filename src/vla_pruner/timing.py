@@ -15,7 +15,6 @@ Where prompt and decoding are compiled as one graph, both are the prefill: nothi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.replacements import Replacements
 
 STAGES = ("vision", "prefill", "pruning", "decode", "other")
 
@@ -34,6 +34,8 @@ StageOf = Callable[[tuple[Any, ...], dict[str, Any]], str]
 
 Watched = Sequence[tuple[Any, str, StageOf]]
 """Owners and names of methods whose calls are stages: `forward` of modules, mostly."""
+
+COPIED = "A policy was copied or pickled while a stage timer is open on it; close the timer first."
 
 _WHOLE = {"embed_prompt": "vision", "decode": "prefill"}
 """Methods of the reference policy that stand on the policy itself where they are compiled as a whole."""
@@ -79,30 +81,20 @@ class StageMeter:
         self.last: dict[str, float] = {}
         self._watched = watched
         self._read = read
-        self._saved: list[tuple[Any, str, Any, Any]] = []
+        self._replaced = Replacements(COPIED)
         self._open: list[_Open] = []
         self._found: dict[str, float] = {}
 
     def __enter__(self) -> Any:
         for owner, name, stage in self._watched:
-            staged = self._staged(getattr(owner, name), stage)
-            self._saved.append((owner, name, vars(owner).get(name), staged))
-            setattr(owner, name, staged)
+            self._replaced.put(owner, name, self._staged(stage))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for owner, name, before, staged in reversed(self._saved):
-            if vars(owner).get(name) is not staged:
-                continue  # whatever this stood on was taken away meanwhile
-            if before is None:
-                vars(owner).pop(name, None)
-            else:
-                setattr(owner, name, before)
-        self._saved.clear()
+        self._replaced.remove()
 
-    def _staged(self, original: Callable[..., Any], stage: StageOf) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+    def _staged(self, stage: StageOf) -> Callable[..., Any]:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return original(*args, **kwargs)
             with self.stage(stage(args, kwargs)):

@@ -274,3 +274,43 @@ def test_caches_of_both_kinds_give_the_same_scores():
             stepper(model, cache)(0)
             found.append(session.scores["action"])
     assert (found[0] - found[1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["drop", "text"])
+def test_each_autocast_has_programs_of_its_own(name):
+    model = lm(backend="eager")
+    step = stepper(model)
+
+    def run(session: vp.Session) -> list[Record]:
+        found = []
+        for dtype in (None, torch.float16, None):
+            session.reset()
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                found += [record(session, step(scene)) for scene in range(2)]
+        return found
+
+    with METHODS[name][0].attach(model, visual=VISUAL) as session:
+        expected = run(session)
+    with METHODS[name][0].attach(model, visual=VISUAL) as session:
+        session.compile("eager")
+        actual = run(session)
+    assert_same(actual, expected, tolerance=1e-3)
+    assert any(one.kept is not None for one in actual)
+    assert (actual[1].output - actual[3].output).abs().max() > 1e-4, "autocast must show, or this test could not fail"
+
+
+def test_a_whole_step_under_autocast_is_chosen_in_float32():
+    from tests.families import cases
+    from tests.families.matrix import BOTH
+
+    case = cases.reference()
+    policy = case.build()
+    with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session, torch.autocast("cpu", torch.bfloat16):
+        session.compile("eager")
+        for scene in range(3):
+            case.step(policy, scene, BOTH)
+        assert session.kept is not None
+        assert session.memory is not None
+        for score in (*session.scores.values(), session.memory.action):
+            assert score.dtype == torch.float32
+            assert not torch.equal(score, score.bfloat16().float())

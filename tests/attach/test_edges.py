@@ -241,7 +241,7 @@ def test_features_are_the_hidden_states_entering_the_pruning_layer():
 
 
 def test_a_method_that_is_replaced_twice_calls_both():
-    from vla_pruner.attach.replacements import Replacements
+    from vla_pruner.replacements import Replacements
 
     class Owner:
         def double(self, number):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -299,6 +300,12 @@ REFUSED = [
     ({}, {}, "where its visual tokens are"),
     ({}, {"visual": slice(5, 5)}, "larger stop"),
     ({}, {"visual": {"a": slice(1, 9), "b": slice(8, 12)}}, "overlap"),
+    ({}, {"visual": {1: slice(1, 9)}}, "names"),
+    ({}, {"visual": slice(1, 17.5)}, "whole numbers"),
+    ({}, {"visual": slice("1", 17)}, "whole numbers"),
+    ({}, {"visual": slice(False, 17)}, "whole numbers"),
+    ({}, {"visual": slice(0, 10**9)}, "at most 128 positions"),
+    ({}, {"visual": {"a": slice(1, 9), "b": slice(9, 129)}}, "at most 128 positions"),
     ({}, {"visual": VISUAL, "padding_side": "top"}, "right"),
     ({}, {"visual": VISUAL, "cameras": 2}, "cameras"),
 ]
@@ -308,6 +315,16 @@ REFUSED = [
 def test_bad_budgets_and_options_are_refused(options, family, message):
     with pytest.raises(vp.BudgetError, match=message):
         vp.VLAPruner(**{"keep": 0.5, **options}).attach(tiny_lm(), **family)
+
+
+def test_slices_and_rows_may_come_out_of_arrays():
+    model = tiny_lm()
+    start, stop = np.array([VISUAL.start, VISUAL.stop])
+    with METHODS[0].attach(model, visual=slice(start, stop)) as session:
+        step(model)
+        assert session.kept is not None
+        session.reset(rows=list(np.array([1])))
+        assert session.memory.steps.tolist() == [1, 0]  # type: ignore[union-attr]
 
 
 def test_unsupported_models_are_refused(monkeypatch):

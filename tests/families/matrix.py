@@ -7,7 +7,7 @@ installed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
@@ -212,6 +212,80 @@ def check_no_trace(case: Case, pruned: str) -> None:
                 handle.remove()
         assert whole_state(module) == before, method
         assert torch.equal(case.step(model, 0, BOTH), untouched), method
+
+
+def check_autocast(case: Case, pruned: str) -> None:
+    """Under autocast the model runs in fewer digits and the choice in float32: keep = 1.0 changes no bit, and what is
+    pruned agrees with the full-length reference.
+    """
+    model = case.build()
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            untouched = [case.step(model, scene, BOTH) for scene in range(WINDOW + 1)]
+            for method in methods(1.0, pruned):
+                with method.attach(model, **case.options):
+                    for scene, expected in enumerate(untouched):
+                        assert torch.equal(case.step(model, scene, BOTH), expected), method
+    with torch.autocast("cpu", torch.bfloat16):
+        for method in chosen_apart(case, model, pruned):
+            with method.attach(model, **case.options) as session:
+                for scene in range(WINDOW + 1):
+                    case.step(model, scene, BOTH)
+                assert session.kept is not None, method
+                scores = [*session.scores.values(), session.memory.action]  # type: ignore[union-attr]
+            for score in scores:
+                assert score.dtype == torch.float32
+                # Were they computed in bfloat16, all of them would be equal to their roundings.
+                assert not score.any() or not torch.equal(score, score.bfloat16().float()), method
+    # In bfloat16 two ways to compute the same decode other tokens now and then.
+    with torch.autocast("cpu", torch.float16):
+        untouched = case.step(model, WINDOW, BOTH)
+        for method in methods(0.5, pruned)[:2]:
+            with method.attach(model, **case.options) as session:
+                actual = [case.step(model, scene, BOTH) for scene in range(WINDOW + 1)][-1]
+                kept, layout = session.kept, session.step.layout  # type: ignore[union-attr]
+            assert kept is not None
+            with FullLength(model, layout, kept, layer=method.layer, pruned=pruned, **case.options):
+                expected = case.step(model, WINDOW, BOTH)
+            assert (actual - expected).abs().max() < 2e-2 * expected.abs().max(), method
+            assert (actual - untouched).abs().max() > 0.1, "pruning must show, or this test could not fail"
+
+
+def chosen_apart(case: Case, model: Any, pruned: str) -> list[vp.Method]:
+    """Every method, each of which fails where it chooses or rates under autocast."""
+    then = ((2, 0.25),)
+    found: list[vp.Method] = [
+        vp.VLAPruner(keep=0.5, window=WINDOW, pruned=pruned),
+        vp.FastV(keep=0.5, pruned=pruned),
+        vp.DivPrune(keep=0.5, pruned=pruned),
+        vp.MaxMinDiversity(keep=0.5, metric="euclidean", pruned=pruned),
+        vp.SparseVLM(keep=0.5, layer=1, then=then, pruned=pruned),
+        vp.TextQuery(keep=0.5, pruned=pruned),
+        vp.ActionOnly(keep=0.5, window=WINDOW, pruned=pruned),
+        vp.ScoreFusion(keep=0.5, window=WINDOW, pruned=pruned),
+        vp.ActionAndDiversity(keep=0.5, window=WINDOW, pruned=pruned),
+    ]
+    family = family_of(model, **case.options)
+    if family.first_layer == 0:
+        found.append(vp.VLAPruner(keep=0.5, window=WINDOW, pruned=pruned, layer=0, refresh_every=9))
+    if family.eye is not None:
+        found.append(vp.VLACache(keep=0.9, threshold=-0.99))
+    return [_apart(method) for method in found]
+
+
+def _apart(method: vp.Method) -> vp.Method:
+    def watched(name: str) -> Callable[..., Any]:
+        original = getattr(type(method), name)
+
+        def call(self: vp.Method, *args: Any) -> Any:
+            assert not torch.is_autocast_enabled("cpu"), name
+            return original(self, *args)
+
+        return call
+
+    names = ("select", "raters", "reuses")
+    kind = type(type(method).__name__, (type(method),), {name: watched(name) for name in names})
+    return kind(**{field.name: getattr(method, field.name) for field in fields(method)})
 
 
 def check_episodes(case: Case, pruned: str) -> None:

@@ -66,3 +66,9 @@ def test_episodes_do_not_leak(case, pruned):
 @each_pruned
 def test_rows_are_what_single_robots_are(case, pruned):
     matrix.check_rows(case, pruned)
+
+
+@each_variant
+@each_pruned
+def test_under_autocast_the_choice_is_float32(case, pruned):
+    matrix.check_autocast(case, pruned)

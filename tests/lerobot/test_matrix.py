@@ -74,3 +74,9 @@ def test_rows_are_what_single_robots_are(case, pruned):
 @each_pruned
 def test_progressive_pruning_agrees_with_the_full_length_reference(case, pruned):
     matrix.check_progressive(case, pruned)
+
+
+@each_family
+@each_pruned
+def test_under_autocast_the_choice_is_float32(case, pruned):
+    matrix.check_autocast(case, pruned)

@@ -193,6 +193,10 @@ def test_act_refuses_what_it_cannot_use(kind):
         ({"front": good[policy.cameras[0]]}, state, policy.cameras[0]),
         ({policy.cameras[0]: np.zeros((100, 80, 3))}, state, "float64"),
         ({policy.cameras[0]: np.zeros((3, 100, 80), dtype=np.uint8)}, state, r"\(H, W, 3\)"),
+        *(
+            ({policy.cameras[0]: np.zeros((*size, 3), np.uint8)}, state, "no frame")
+            for size in ((0, 0), (0, 8), (8, 0))
+        ),
         (good, None, r"\(8,\)"),
         (good, np.zeros(7), r"\(8,\)"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("lerobot", reason="lerobot is not installed; make test-lerobot installs it")
 
 import vla_pruner as vp
+from tests.attach.test_threads import in_thread
 from tests.lerobot.tiny import KINDS, random_batch
 from tests.state import whole_state
 from vla_pruner.auditing.reference import FullLength
@@ -329,3 +331,38 @@ def test_real_time_chunking_may_not_be_enabled_later():
         policy.module.config.rtc_config = SimpleNamespace(enabled=True)
         with pytest.raises(vp.UnsupportedModelError, match="rtc_config"):
             policy.module.predict_action_chunk(scene(policy))
+
+
+@each_kind
+def test_a_second_thread_is_refused_while_a_chunk_is_predicted(kind):
+    policy = build(kind)
+    module, refused = policy.module, []
+
+    def intrude(*_):
+        if threading.current_thread() is threading.main_thread():
+            refused.append(in_thread(lambda: module.predict_action_chunk(scene(policy, 9), noise=noise())))
+
+    with vp.VLAPruner(keep=0.25, window=1).attach(module) as session:
+        expected = [module.predict_action_chunk(scene(policy, number), noise=noise()) for number in range(3)]
+        session.reset()
+        handle = family_of(module).decoder.layers[-1].mlp.register_forward_pre_hook(intrude)
+        actual = [module.predict_action_chunk(scene(policy, number), noise=noise()) for number in range(3)]
+        handle.remove()
+    assert len(refused) >= 3
+    assert all(isinstance(error, vp.SessionError) and "another thread" in str(error) for error in refused)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@each_kind
+def test_a_session_that_nobody_holds_is_found_from_any_side(kind):
+    policy = build(kind)
+    before = whole_state(policy.module)
+    wrapper = torch.nn.Module()
+    wrapper.inner = policy.module
+    for given in (policy, policy.module, policy.module.model, wrapper):
+        vp.VLAPruner(keep=0.25).attach(policy)
+        with pytest.raises(vp.SessionError, match=r"vla_pruner\.detach\(model\)"):
+            vp.VLAPruner(keep=0.25).attach(policy.module)
+        assert vp.detach(given)
+        assert whole_state(policy.module) == before

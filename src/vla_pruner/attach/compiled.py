@@ -10,23 +10,25 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
-from vla_pruner.attach.replacements import Replacements
 from vla_pruner.caches import cache_in, cache_of
 from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
+from vla_pruner.replacements import Replacements
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
 
 _numbers = count()
 
-_compiled: WeakSet[nn.Module] = WeakSet()
-"""Decoders of policies that are compiled."""
+COPIED = "A compiled policy was copied or pickled; take that away first (remove(), or detach the session)."
+
+_compiled: WeakKeyDictionary[nn.Module, ref[Compiled]] = WeakKeyDictionary()
+"""By the decoder, what compiled a policy."""
 
 
 class Compiled:
@@ -53,7 +55,7 @@ class Compiled:
         self._backend = backend
         self._session = session
         self._programs: dict[Hashable, Callable[..., Any]] = {}
-        self._replaced = Replacements()
+        self._replaced = Replacements(COPIED)
 
     def __enter__(self) -> Compiled:
         return self
@@ -96,13 +98,14 @@ class Compiled:
         else:
             for index, encoder in enumerate(self._encoders):
                 self._replaced.put(encoder, "forward", partial(self._see, index))
-        _compiled.add(family.decoder)
+        _compiled[family.decoder] = ref(self)
 
     def remove(self) -> None:
         """Put the model's own calls back."""
-        _compiled.discard(self._family.decoder)
-        self._replaced.remove()
+        if compiled_on(self._family.decoder) is self:
+            del _compiled[self._family.decoder]
         self._programs.clear()
+        self._replaced.remove()
 
     def run(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
         """Run what a session does around a call as a program, too.
@@ -177,7 +180,8 @@ class Compiled:
         decoder = self._family.decoder
         weight = decoder.norm.weight  # the model may be moved, and what it is given need not show it
         placed = (given.dtype, given.device, weight.dtype, weight.device)
-        key = (key, *placed, decoder.training, torch.is_grad_enabled())
+        autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
+        key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast)
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)
@@ -202,6 +206,12 @@ class Compiled:
         return torch.compile(call, backend=self._backend, options=options, fullgraph=True, dynamic=False)
 
 
+def compiled_on(decoder: nn.Module) -> Compiled | None:
+    """What compiled the policy that has this decoder."""
+    found = _compiled.get(decoder)
+    return None if found is None else found()
+
+
 def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Compiled:
     """Compile a policy as it is, in place, in the same way as `session.compile()`: the baseline of a compiled session.
 
@@ -217,11 +227,11 @@ def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Co
         UnsupportedModelError: the model is not supported, or compiled already.
         SessionError: a session is attached; that has a compile() of its own.
     """
-    from vla_pruner.attach.session import has_session
+    from vla_pruner.attach.attached import session_on
     from vla_pruner.families import family_of
 
     family = family_of(model, **family_options)
-    if has_session(family.decoder):
+    if session_on(family.decoder) is not None:
         raise SessionError(f"{type(model).__name__} has a session; call compile() of that, or detach it first.")
     check_not_compiled(model, family)
     made = Compiled(family, encoders_of(model), backend)
@@ -255,7 +265,7 @@ def check_not_compiled(model: Any, family: Family) -> None:
             )
     if family.decoder in _compiled:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is compiled already; take that away first (remove(), or detach())."
+            f"{type(model).__name__} is compiled already; take that away first: remove(), or vla_pruner.detach(model)."
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.layout import Layout
-from vla_pruner.attach.replacements import Replacements
+from vla_pruner.replacements import Replacements
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
@@ -98,6 +98,18 @@ class Family:
     def depth(self) -> int:
         """Number of layers of the decoder."""
         return len(self.decoder.layers)
+
+    @property
+    def whole_steps(self) -> tuple[tuple[Any, str], ...]:
+        """Owners and names of methods whose call is a whole control step."""
+        return ()
+
+    def check_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at what one of `whole_steps` was called with.
+
+        Raises:
+            SessionError: it asks for what a session cannot do.
+        """
 
     @property
     def backend(self) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.recorder import Recorder
 from vla_pruner.attach.shortener import Shortener
+from vla_pruner.replacements import undo
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
@@ -44,5 +45,4 @@ class HookWiring:
 
     def remove(self) -> None:
         """Take all of it away."""
-        self._shortener.remove()
-        self._recorder.remove()
+        undo(self._shortener.remove, self._recorder.remove)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.stages import Stage
@@ -79,7 +80,7 @@ class Reuse:
         """The next control step has none before it."""
         self._last = self._now = self.similarity = None
 
-    @torch.no_grad()
+    @own_arithmetic
     def begin(self, layout: Layout, stage: Stage) -> bool:
         """A control step begins, whose images were seen; returns whether there is one before it, of which the method
         finds enough in this one.

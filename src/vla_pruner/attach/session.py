@@ -6,28 +6,31 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vla_pruner.attach import attached
+from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
+from vla_pruner.attach.described import described
+from vla_pruner.attach.entries import follow_resets, watch_steps
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.layout import Shortening
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.remembering import check_memory, empty_memory
-from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.reuse import Reuse
-from vla_pruner.attach.stages import Planner, stages_of
+from vla_pruner.attach.stages import Planner, Stage, stages_of
 from vla_pruner.attach.step import Step
+from vla_pruner.attach.turn import Turn
 from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.numbers import plain
+from vla_pruner.replacements import Replacements, undo
 
 Clock = Callable[[str], AbstractContextManager[Any]]
-
-_attached: WeakSet[nn.Module] = WeakSet()
 
 
 class Session:
@@ -40,6 +43,7 @@ class Session:
             for timing.
         stages: where the method prunes, by layer, the first one first.
         reuse: what is held of the last control step, for methods whose `pruned` is "reuse".
+        turn: which thread is within a control step.
         whole: a control step that is one graph is running, or being traced; it was opened before.
     """
 
@@ -47,6 +51,7 @@ class Session:
         self.method = method
         self.clock: Clock | None = None
         self.whole = False
+        self.turn = Turn()
         self._family = family
         self._policy = model
         self._compiled: Compiled | None = None
@@ -57,8 +62,7 @@ class Session:
         self.stages = stages_of(method, family)
         self._planner = Planner(family, self.stages)
         self.reuse = Reuse(family) if method.pruned == "reuse" else None
-        if self._decoder in _attached:
-            raise SessionError(f"{type(model).__name__} has a session already; detach that one first.")
+        attached.check_free(self._decoder, model)
         check_not_compiled(model, family)
         self._wiring = family.wiring(self) or HookWiring(self, family)
         self._replaced = Replacements()
@@ -67,19 +71,28 @@ class Session:
             if self.reuse is not None:
                 self.reuse.install()
             self._wiring.install()
-            self._follow_resets(model)
+            watch_steps(self, family, self._replaced)
+            follow_resets(self, model, self._replaced)
         except BaseException:
             self._remove()
             raise
-        _attached.add(self._decoder)
+        attached.enter(self._decoder, self)
+
+    def __repr__(self) -> str:
+        return described(self, self._family)
 
     def __enter__(self) -> Session:
-        if self._decoder not in _attached:
+        if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether it still is: False once it was detached."""
+        return attached.session_on(self._decoder) is self
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile the decoder, experts and vision encoders as static graphs, what pruning adds included; of the
@@ -96,7 +109,7 @@ class Session:
             SessionError: it is detached, or compiled already.
             UnsupportedModelError: the family's calls, or what the method does in them, cannot be compiled.
         """
-        if self._decoder not in _attached:
+        if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
         if self._compiled is not None:
             raise SessionError("This session is compiled already.")
@@ -107,19 +120,21 @@ class Session:
     def detach(self) -> None:
         """Leave the model as it was before. What the last control step left can still be read. Detaching twice does
         nothing.
+
+        Whatever fails on the way, all is taken away; then the first error is raised.
         """
-        if self._decoder in _attached:
-            _attached.discard(self._decoder)
-            if self._step is not None:
-                self._step.settle()
-            self._remove()
+        if self.attached:
+            attached.leave(self._decoder)
+            undo(self._remove, *([] if self._step is None else [self._step.settle]))
 
     def reset(self, rows: list[int] | None = None) -> None:
         """Begin a new episode: forget what was seen, for all rows or for the named rows of a batch.
 
         Raises:
-            SessionError: rows are named before the first control step, or a row is not there.
+            SessionError: rows are named before the first control step, a row is not there, or another thread is within
+                a control step.
         """
+        self.turn.check()
         memory = self.memory
         if rows is None:
             if memory is not None:
@@ -128,7 +143,9 @@ class Session:
             if self.reuse is not None:
                 self.reuse.forget()
             return
-        if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
+        if not isinstance(rows, list) or any(
+            isinstance(row, bool) or not isinstance(row, int) for row in map(plain, rows)
+        ):
             raise SessionError(f"reset(rows={rows!r}) was called; rows is a list of row numbers.")
         if memory is None:
             raise SessionError("reset(rows=...) was called before the first control step; call reset() without rows.")
@@ -196,6 +213,7 @@ class Session:
 
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
+        self.turn.check()
         if memory is not None:
             check_memory(memory, self.method)
         self._memory = memory
@@ -234,6 +252,8 @@ class Session:
             step.begin_call()
             return step.prefilling
         if not self._family.opens_step(call):
+            if step is not None:
+                step.check_thread()
             if step is not None and self._family.repeats_prompt(call):
                 if step.layout.length != call.length:
                     raise SessionError(
@@ -290,6 +310,7 @@ class Session:
         assert self._step is not None
         self._step.remembered = self._scores_after(self._step)
 
+    @own_arithmetic
     def _scores_after(self, step: Step) -> dict[str, Tensor]:
         semantic = step.semantic if self.method.remembers_semantic else None
         return step.memory.scores_after(step.action, step.seen, semantic)
@@ -309,10 +330,13 @@ class Session:
         budgets = step.budgets[layer]
         if sum(budgets) >= sum(step.counts) or not step.prunes:
             return step.shortening
-        with torch.no_grad():
-            ids = stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
-            step.shorten(layer, ids, budgets, freeze=self.method.pruned != "drop")
+        ids = self._select(stage, step, hidden, budgets)
+        step.shorten(layer, ids, budgets, freeze=self.method.pruned != "drop")
         return step.shortening
+
+    @own_arithmetic
+    def _select(self, stage: Stage, step: Step, hidden: Tensor, budgets: tuple[int, ...]) -> Tensor:
+        return stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
 
     def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
         """What `method` reads, on the visual tokens that are live so far."""
@@ -322,7 +346,7 @@ class Session:
             evidence = evidence.of(step.kept)
         return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
 
-    @torch.no_grad()
+    @own_arithmetic
     def see_embeddings(self, hidden: Tensor) -> None:
         """The first layer's input (B, N, D) of a prefill, for methods that compare tokens there."""
         step = self._step
@@ -337,7 +361,7 @@ class Session:
                     visual = step.visual_rows(hidden)
                     step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
 
-    @torch.no_grad()
+    @own_arithmetic
     def record_semantic(self, layer: int, attention: Attention) -> None:
         """The layer before the pruning layer `layer` attended; the prompt's first run in a control step counts."""
         step, method = self._step, self.stages[layer].method
@@ -345,7 +369,7 @@ class Session:
             with self.timed():
                 step.add_semantic(attention, method.queries, method.attention == "logits")
 
-    @torch.no_grad()
+    @own_arithmetic
     def record_decoder(self, layer: int, attention: Attention) -> None:
         """A layer of the decoder whose rows act attended."""
         step = self._step
@@ -355,7 +379,7 @@ class Session:
             rows = step.action_rows_at(layer) if step.prefilling else None
             step.add_action(layer, attention, rows, decoding=True)
 
-    @torch.no_grad()
+    @own_arithmetic
     def record_reader(self, layer: int, attention: Attention) -> None:
         """A layer of an expert attended to what the decoder's layer of this index cached."""
         step = self._step
@@ -365,34 +389,11 @@ class Session:
             rows = self._family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
             step.add_action(layer, attention, rows)
 
-    def _follow_resets(self, policy: Any) -> None:
-        """A policy that is told of a new episode tells this session."""
-
-        def reset(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.reset()
-            return result
-
-        inner = None if isinstance(policy, nn.Module) else getattr(policy, "module", None)
-        for owner in (policy, inner):
-            if callable(getattr(owner, "reset", None)):
-                self._replaced.put(owner, "reset", reset)
-
     def _own(self, tensor: Tensor) -> Tensor:
         """A tensor that the next control step does not overwrite, as CUDA graphs do their results."""
         return tensor if self._compiled is None or tensor.device.type == "cpu" else tensor.clone()
 
     def _remove(self) -> None:
-        if self._compiled is not None:
-            self._compiled.remove()
-            self._compiled = None
-        self._replaced.remove()
-        self._wiring.remove()
-        if self.reuse is not None:
-            self.reuse.remove()
-        self._family.remove()
-
-
-def has_session(decoder: nn.Module) -> bool:
-    """Whether a session is attached to this decoder."""
-    return decoder in _attached
+        compiled, self._compiled = self._compiled, None
+        parts = (compiled, self._replaced, self._wiring, self.reuse, self._family)
+        undo(*(part.remove for part in parts if part is not None))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.before import short_prompt, short_token
+from vla_pruner.attach.caches import check_held, check_prompt_cache, filled
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Shortening, restored
 from vla_pruner.caches import cache_in, cache_name, cache_of
@@ -43,6 +44,7 @@ class Shortener:
         self._handles: list[Any] = []
         self._length = 0
         self._prompt_cache: Any = None
+        self._held: int | None = None
         self._memo: dict[str, list[tuple[Any, Any]]] = {}
         self._scratch: Any = None
         self._frozen_angles: Any = None
@@ -61,12 +63,14 @@ class Shortener:
         self._check_caches_order(decoder)
         self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._leave_decoder))
+        self._handles.append(decoder.register_forward_hook(self._call_over, always_call=True))
         if self._layer:
             self._handles.append(decoder.layers[0].register_forward_pre_hook(self._enter_first, with_kwargs=True))
         self._hook_layers(decoder, self._shorten)
         for reader in self._family.readers:
             self._handles.append(reader.register_forward_pre_hook(self._enter_reader, with_kwargs=True))
             self._handles.append(reader.register_forward_hook(self._leave_reader))
+            self._handles.append(reader.register_forward_hook(self._call_over, always_call=True))
             self._hook_layers(reader, self._read_transient)
 
     def remove(self) -> None:
@@ -104,6 +108,8 @@ class Shortener:
     def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._session.whole:
+            self._session.turn.begin_call()
         self._memo.clear()
         self._scratch = None
         given = kwargs
@@ -120,10 +126,12 @@ class Shortener:
         self._check_model()
         cache = cache_in(given)
         if prompt:
-            self._check_cache(cache)
+            check_prompt_cache(cache)
             self._remember_cache(cache)
         elif not self._same_cache(cache):
             raise SessionError("A decode call was given another cache than the prompt; steps cannot be interleaved.")
+        elif not self._session.whole:
+            check_held(cache, self._held)
         if self._layer:
             return None
         if prompt:
@@ -171,25 +179,6 @@ class Shortener:
             raise UnsupportedModelError(
                 f"The sequence has {self._length} positions, but this model's sliding window is {window}; a "
                 "window that cuts the sequence is not supported."
-            )
-
-    def _check_cache(self, cache: Any) -> None:
-        if cache is None:
-            return
-        from transformers import DynamicCache, StaticCache
-
-        if not isinstance(cache, (DynamicCache, StaticCache)) or getattr(cache, "offloading", False):
-            raise UnsupportedModelError(
-                f"The prefill was given a {type(cache).__name__}; supported are DynamicCache and StaticCache, not "
-                "offloaded."
-            )
-        filled = cache.get_seq_length()
-        # Reading a length that lies on an accelerator would make the host wait for it.
-        on_host = not isinstance(filled, Tensor) or filled.device.type == "cpu"
-        if on_host and int(filled) > 0:
-            raise SessionError(
-                f"The prefill was given a cache that holds {int(filled)} positions already; each control step needs an "
-                "empty one (a new cache, or reset() the static one)."
             )
 
     def _enter_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -272,12 +261,18 @@ class Shortener:
         return short
 
     def _enter_reader(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._session.turn.begin_call()
         self._memo.clear()
         if self._session.step is not None:
+            self._session.step.check_thread()
             self._session.step.begin_call()
 
     def _leave_reader(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._end_call()
+
+    def _call_over(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._session.whole:
+            self._session.turn.end_call()
 
     def _end_call(self) -> Step | None:
         step = self._session.step
@@ -317,10 +312,12 @@ class Shortener:
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         step = self._end_call()
         self._memo.clear()
+        if step is not None and step.prefilling and self._prompt_cache is None:
+            self._remember_cache(cache_of(output))
+        if not self._session.whole:
+            self._held = filled(self._prompt_cache and self._prompt_cache())
         if step is None or not step.prefilling:
             return None
-        if self._prompt_cache is None:
-            self._remember_cache(cache_of(output))
         if self._session.reuse is not None:
             cache = self._scratch or (self._prompt_cache and self._prompt_cache())
             self._session.reuse.keep(cache, step, self._layer)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from threading import get_ident
 
 import torch
 from torch import Tensor
 
+from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.layout import Layout, Shortening
 from vla_pruner.attach.reads import CallReads, DeferredReads, note
 from vla_pruner.attach.recorder import Attention
+from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import rows_at
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import attention_probabilities, mean_logits, mean_over_rows
@@ -41,6 +44,7 @@ class Step:
         call: what the call that is running has read so far.
         remembered: what the memory's scores are after the step, of a step that is one graph; None: not computed yet.
         closed: its scores are in the memory already, or were discarded with it.
+        thread: that opened it.
     """
 
     layout: Layout
@@ -59,6 +63,7 @@ class Step:
     prefilling: bool = True
     running: bool = True
     closed: bool = False
+    thread: int = field(default_factory=get_ident)
     frozen_hidden: Tensor | None = None
     call: CallReads = field(default_factory=CallReads)
     remembered: dict[str, Tensor] | None = None
@@ -114,6 +119,7 @@ class Step:
         return rows_at(hidden, places)
 
     @property
+    @own_arithmetic
     def action(self) -> Tensor | None:
         """(B, M) float32 action score so far, None before the first action row. Layers that lack a token count as 0."""
         count = self._rows_read + self._deferred.count
@@ -129,6 +135,7 @@ class Step:
             self._known = (count, score)
         return self._known[1]
 
+    @own_arithmetic
     def settle(self) -> None:
         """Compute what was put off, and let go of the cache that it needs."""
         _ = self.action
@@ -226,12 +233,20 @@ class Step:
             self.layout.absent,
         )
 
+    def check_thread(self) -> None:
+        """Raise SessionError unless this is the thread that opened the step."""
+        if self.thread != get_ident():
+            raise SessionError(
+                "A control step was begun in one thread and went on in another, or two threads decode in turns; a "
+                "control step runs in one thread."
+            )
+
     def begin_call(self) -> None:
         """A call of the decoder or of an expert begins."""
         self.running = True
         self.call = CallReads()
 
-    @torch.no_grad()
+    @own_arithmetic
     def end_call(self) -> None:
         """The call came back: what it read counts."""
         self.running = False

@@ -7,6 +7,7 @@ Layers from the pruning layer on are short in the prefill and in every decode st
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
 
 PADDING_SIDES = ("right", "left")
+SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+"""Options of `generate` that try several tokens in one call."""
 
 
 class DecoderLM(TransformersFamily):
@@ -38,10 +41,11 @@ class DecoderLM(TransformersFamily):
         self, model: nn.Module, visual: slice | Mapping[str, slice] | None = None, padding_side: str | None = None
     ) -> None:
         self.decoder = check_decoder(_decoder_of(model), model)
+        self._model: Any = model
         if padding_side not in (None, *PADDING_SIDES):
             raise BudgetError(f"padding_side={padding_side!r} was given; it is 'right' or 'left'.")
         self._padding_side = padding_side
-        spans = _check_visual(visual, model)
+        spans = _check_visual(visual, model, getattr(self.decoder.config, "max_position_embeddings", None))
         self.cameras = tuple(spans)
         self._camera_tokens = tuple(span.stop - span.start for span in spans.values())
         self._positions = [p for span in spans.values() for p in range(span.start, span.stop)]
@@ -55,6 +59,20 @@ class DecoderLM(TransformersFamily):
     def matches(cls, model: nn.Module) -> bool:
         decoder = _decoder_of(model)
         return hasattr(decoder, "layers") and hasattr(decoder, "embed_tokens")
+
+    @property
+    def whole_steps(self) -> tuple[tuple[Any, str], ...]:
+        return ((self._model, "generate"),) if callable(getattr(self._model, "generate", None)) else ()
+
+    def check_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        for name in SPECULATIVE:
+            held = (getattr(config, name, None) for config in (given, getattr(self._model, "generation_config", None)))
+            if kwargs.get(name, next((value for value in held if value is not None), None)) is not None:
+                raise SessionError(
+                    f"generate was called with {name}, which is speculative decoding: several positions a call, some "
+                    "taken back. It is not supported together with pruning; leave it out, or detach first."
+                )
 
     @property
     def camera_tokens(self) -> tuple[int, ...]:
@@ -103,22 +121,40 @@ def _decoder_of(model: nn.Module) -> nn.Module:
     return model if hasattr(model, "layers") else getattr(model, "model", model)
 
 
-def _check_visual(visual: Any, model: nn.Module) -> dict[str, slice]:
+def _check_visual(visual: Any, model: nn.Module, longest: int | None) -> dict[str, slice]:
     if visual is None:
         raise BudgetError(
             f"{type(model).__name__} is a plain language model: say where its visual tokens are, for instance "
             "attach(model, visual=slice(1, 257))."
         )
     cameras = dict(visual) if isinstance(visual, Mapping) else {"image": visual}
-    for span in cameras.values():
-        if not isinstance(span, slice) or span.step not in (None, 1):
-            raise BudgetError(
-                f"visual={visual!r} was given; it is a slice without a step, or a mapping of names to slices."
-            )
-        if span.start is None or span.stop is None or not 0 <= span.start < span.stop:
-            raise BudgetError(
-                f"visual={visual!r} was given; a slice needs a start and a larger stop, both from position 0."
-            )
     if not cameras:
         raise BudgetError("visual={} was given; name at least one camera.")
-    return cameras
+    return {_check_name(name, visual): _check_span(span, visual, longest) for name, span in cameras.items()}
+
+
+def _check_name(name: Any, visual: Any) -> str:
+    if not isinstance(name, str):
+        raise BudgetError(f"visual={visual!r} was given; a mapping has the cameras' names, which are strings.")
+    return name
+
+
+def _check_span(span: Any, visual: Any, longest: int | None) -> slice:
+    if not isinstance(span, slice) or span.step not in (None, 1):
+        raise BudgetError(
+            f"visual={visual!r} was given; it is a slice without a step, or a mapping of names to slices."
+        )
+    try:
+        start, stop = operator.index(span.start), operator.index(span.stop)
+    except TypeError:
+        start = stop = -1
+    if isinstance(span.start, bool) or isinstance(span.stop, bool) or not 0 <= start < stop:
+        raise BudgetError(
+            f"visual={visual!r} was given; a slice needs a start and a larger stop, both whole numbers from position 0."
+        )
+    if longest is not None and stop > longest:
+        raise BudgetError(
+            f"visual={visual!r} was given, but this model's sequences have at most {longest} positions "
+            "(max_position_embeddings); name the positions of the visual tokens alone."
+        )
+    return slice(start, stop)

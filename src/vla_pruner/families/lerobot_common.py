@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
-from vla_pruner.attach.replacements import Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import TransformersFamily
+from vla_pruner.replacements import Replacements
 
 VERSIONS = ((0, 6), (0, 7))
 INSTALL = "pip install 'lerobot[pi,smolvla]>=0.6,<0.7'"
@@ -81,6 +81,10 @@ class LeRobotFamily(TransformersFamily):
     @property
     def first_layer(self) -> int:
         return 1
+
+    @property
+    def whole_steps(self) -> tuple[tuple[Any, str], ...]:
+        return (self._policy, "select_action"), (self._policy, "predict_action_chunk")
 
     @property
     def backend(self) -> str:

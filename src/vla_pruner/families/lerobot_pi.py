@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.attach.replacements import Replacements
 from vla_pruner.families.base import check_decoder
 from vla_pruner.families.lerobot_common import LeRobotFamily
+from vla_pruner.replacements import Replacements
 
 
 class LeRobotPi(LeRobotFamily):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
-from vla_pruner.attach.replacements import Replacements
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import tiles
 from vla_pruner.families.decoder_lm import DecoderLM
+from vla_pruner.replacements import Replacements
 
 PACKAGE = "vla_pruner.models.openvla"
 
@@ -30,8 +30,13 @@ class OpenVLA(DecoderLM):
         start, each = policy.visual_slice.start, policy.patches
         cameras = {name: slice(start + i * each, start + (i + 1) * each) for i, name in enumerate(policy.cameras)}
         super().__init__(policy.language_model, visual=cameras, padding_side="right")
+        self._policy = policy
         self.eye: nn.Module | None = policy.vision_backbone
         self._patches: int = policy.patches
+
+    @property
+    def whole_steps(self) -> tuple[tuple[Any, str], ...]:
+        return ((self._policy, "predict_action"),)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -55,7 +60,6 @@ class OpenVLAOFT(OpenVLA):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._policy: Any = model
         if self._policy.diffusion:
             # Every denoising step runs the prompt, with other keys and values in each.
             self.eye = None

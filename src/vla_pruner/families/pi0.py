@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.attach.replacements import Replacements
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
+from vla_pruner.replacements import Replacements
 
 
 class PI0(TransformersFamily):
@@ -30,7 +30,7 @@ class PI0(TransformersFamily):
 
     def __init__(self, model: nn.Module, cameras: Sequence[str] | None = None) -> None:
         policy: Any = model
-        self._pi0 = policy.model
+        self._policy, self._pi0 = policy, policy.model
         self.decoder = check_decoder(self._pi0.vlm.language_model, model)
         self.readers = (check_decoder(self._pi0.dit, model),)
         vision = policy.config.vlm_config.vision_config
@@ -45,6 +45,10 @@ class PI0(TransformersFamily):
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         return type(model).__name__ == "PI0ForConditionalGeneration"
+
+    @property
+    def whole_steps(self) -> tuple[tuple[Any, str], ...]:
+        return ((self._policy, "sample_actions"),)
 
     def opens_step(self, call: Call) -> bool:
         return True

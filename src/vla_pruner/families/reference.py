@@ -20,7 +20,11 @@ class Reference(DecoderLM):
         super().__init__(policy.language_model, visual=slice(1, 1 + policy.config.num_visual_tokens))
         self.eye = policy.vision
         self.seeing, self.acting = (policy, "embed_prompt"), (policy, "decode")
-        self._tokens = policy.config.num_visual_tokens
+        self._policy, self._tokens = policy, policy.config.num_visual_tokens
+
+    @property
+    def whole_steps(self) -> tuple[tuple[Any, str], ...]:
+        return ((self._policy, "predict_action"),)
 
     def patches(self, pixels: Tensor) -> Tensor:
         # The policy normalises colours to (c - 127.5) / 64.

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Wiring
 from vla_pruner.attach.recorder import Attention
-from vla_pruner.attach.replacements import Replacements
 from vla_pruner.attach.step import Step
 from vla_pruner.caches import cache_in
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import LeRobotFamily
+from vla_pruner.replacements import Replacements
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
@@ -139,6 +139,13 @@ class SmolVLAWiring:
         self._cache = None
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._session.turn.begin_call()
+        try:
+            return self._call(original, *args, **kwargs)
+        finally:
+            self._session.turn.end_call()
+
+    def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         prefix, suffix = given["inputs_embeds"]
         self._short.clear()
@@ -147,6 +154,7 @@ class SmolVLAWiring:
             step = self._session.step
             if step is None:
                 return original(**given)
+            step.check_thread()
             step.begin_call()
             result = original(**given)
             with self._session.timed():

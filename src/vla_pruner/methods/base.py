@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.numbers import plain
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
@@ -100,6 +101,8 @@ class Method:
     pruned: str = field(default="drop", kw_only=True)
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
         if not is_count(self.layer, 0):
             raise BudgetError(
                 f"layer={self.layer!r} was given; the pruning layer is an int of 0 or more (the paper's is 3)."

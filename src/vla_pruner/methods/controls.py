@@ -37,6 +37,8 @@ class RandomKeep(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise BudgetError(f"seed={self.seed!r} was given; the seed of the draws is an int.")
         if self.refresh_every is not None and not is_count(self.refresh_every, 2):
             raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
 

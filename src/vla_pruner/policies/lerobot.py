@@ -131,9 +131,10 @@ class LeRobotPolicy:
         observation = {}
         for name, image in images.items():
             pixels = np.asarray(image)
-            if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+            if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
                 raise ObservationError(
-                    f"The image of {name!r} has shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8."
+                    f"The image of {name!r} has shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8, or "
+                    "leave the camera out where it has no frame."
                 )
             tensor = torch.from_numpy(np.ascontiguousarray(pixels))
             observation[keys[name]] = tensor.permute(2, 0, 1).float() / 255

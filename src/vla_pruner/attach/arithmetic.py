@@ -1,0 +1,43 @@
+"""What this package computes itself is float32, whatever the model around it runs in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def own_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
+    """Have `function` run outside of autograd and of `torch.autocast`.
+
+    Under autocast a product of float32 tensors is bfloat16: scores would be rounded, and their ties and their largest
+    numbers others.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad(), _without_autocast("cpu"), _without_autocast(_ACCELERATOR):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _accelerator() -> str:
+    """The type of accelerator that torch was built for."""
+    found = torch.accelerator.current_accelerator(check_available=False)
+    return "cuda" if found is None else found.type
+
+
+# Looked up once: compiled code may not ask.
+_ACCELERATOR = _accelerator()
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    # Entering and leaving autocast costs more than to see that it is off.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,0 +1,70 @@
+"""Which models have a session, and how to end one whose handle is gone."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vla_pruner.attach.compiled import compiled_on
+from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.replacements import undo
+
+if TYPE_CHECKING:
+    from vla_pruner.attach.session import Session
+
+# A session lives as long as its hooks do, on the model: what holds it here must not hold the model.
+_sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+
+
+def session_on(decoder: nn.Module) -> Session | None:
+    """The session that is attached to this decoder."""
+    found = _sessions.get(decoder)
+    return None if found is None else found()
+
+
+def enter(decoder: nn.Module, session: Session) -> None:
+    """Note that `session` is attached to `decoder`."""
+    _sessions[decoder] = weakref.ref(session)
+
+
+def leave(decoder: nn.Module) -> None:
+    """Note that no session is."""
+    _sessions.pop(decoder, None)
+
+
+def check_free(decoder: nn.Module, model: Any) -> None:
+    """Raise SessionError if a session is attached to `decoder`, which is `model`'s."""
+    session = session_on(decoder)
+    if session is not None:
+        raise SessionError(
+            f"{type(model).__name__} has a session already ({type(session.method).__name__}); detach that one first: "
+            "session.detach(), or vla_pruner.detach(model) where the session is no longer at hand."
+        )
+
+
+def detach(model: Any) -> bool:
+    """Detach whatever session is attached to a model, for a session that nobody holds any more: it lives on the model,
+    which stays pruned until it is detached. What `vla_pruner.compiled` put there goes, too.
+
+    Args:
+        model: what the method was attached to, what holds it (a policy's wrapper), or a part of it that has the decoder
+            in it.
+
+    Returns:
+        whether there was anything to take away.
+
+    Raises:
+        UnsupportedModelError: it is no module, and no policy around one.
+    """
+    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModelError(
+            f"detach was given a {type(model).__name__}; give the policy or model that a method was attached to."
+        )
+    parts = list(module.modules())
+    steps = [session.detach for session in map(session_on, parts) if session is not None]
+    steps += [compiled.remove for compiled in map(compiled_on, parts) if compiled is not None]
+    undo(*steps)
+    return bool(steps)

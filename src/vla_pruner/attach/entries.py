@@ -1,0 +1,48 @@
+"""What a session puts on the calls of a policy by which control steps and episodes begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vla_pruner.attach.family import Family
+from vla_pruner.errors import SessionError
+from vla_pruner.replacements import Replacements
+
+if TYPE_CHECKING:
+    from vla_pruner.attach.session import Session
+
+
+def watch_steps(session: Session, family: Family, replaced: Replacements) -> None:
+    """Have each call that is a whole control step keep other threads out of it."""
+
+    def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        family.check_step(args, kwargs)
+        with session.turn.step():
+            result = original(*args, **kwargs)
+        if not session.attached:
+            raise SessionError(
+                "The session was detached while a control step ran, so what came of the step is neither the pruned "
+                "model's nor the model's own; run it again."
+            )
+        return result
+
+    for owner, name in family.whole_steps:
+        replaced.put(owner, name, step)
+
+
+def follow_resets(session: Session, policy: Any, replaced: Replacements) -> None:
+    """Have a policy that is told of a new episode tell the session."""
+
+    def reset(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        session.turn.check()
+        result = original(*args, **kwargs)
+        session.reset()
+        return result
+
+    inner = None if isinstance(policy, nn.Module) else getattr(policy, "module", None)
+    for owner in (policy, inner):
+        if callable(getattr(owner, "reset", None)):
+            replaced.put(owner, "reset", reset)

@@ -1,0 +1,128 @@
+"""One policy, several threads: one of them acts, the others are told so, and no step is mixed of two."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import vla_pruner as vp
+from tests.attach.tiny import LAYERS, VISUAL, K, decode, make_cache, prompt, tiny_lm
+from tests.families import cases
+from tests.families.matrix import BOTH, WINDOW
+from vla_pruner.families import family_of
+
+FAMILIES = [
+    cases.decoder_lm(),
+    cases.reference(),
+    cases.openvla("sdpa"),
+    cases.openvla_oft("l1"),
+    cases.openvla_oft("diffusion"),
+    cases.pi0("sdpa"),
+]
+
+
+def in_thread(function):
+    """What `function` returned or raised in a thread of its own."""
+    found = []
+
+    def run():
+        try:
+            found.append(function())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    return found[0]
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_a_second_thread_is_refused_while_a_step_is_open_and_the_first_goes_on(case):
+    model = case.build()
+    refused = []
+
+    def intrude(*_):
+        if threading.current_thread() is threading.main_thread():
+            refused.append(in_thread(lambda: case.step(model, 9, BOTH)))
+
+    method = vp.VLAPruner(keep=0.25, window=WINDOW)
+    with method.attach(model, **case.options) as session:
+        expected = [case.step(model, scene, BOTH) for scene in range(WINDOW + 2)]
+        session.reset()
+        layers = family_of(model, **case.options).decoder.layers
+        handles = [layers[index].mlp.register_forward_pre_hook(intrude) for index in (0, len(layers) - 1)]
+        actual = [case.step(model, scene, BOTH) for scene in range(WINDOW + 2)]
+        for handle in handles:
+            handle.remove()
+        assert session.kept is not None
+        # Between steps it is any thread's turn.
+        session.reset()
+        elsewhere = [in_thread(lambda scene=scene: case.step(model, scene, BOTH)) for scene in range(WINDOW + 2)]
+    assert len(refused) >= 2 * (WINDOW + 2)
+    assert all(isinstance(error, vp.SessionError) and "another thread" in str(error) for error in refused)
+    for one, other, third in zip(actual, expected, elsewhere, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
+
+
+def test_what_changes_a_session_is_refused_from_another_thread_within_a_step():
+    policy = vp.reference_policy()
+    case = cases.reference()
+    found = []
+
+    def intrude(*_):
+        for change in (session.reset, policy.reset, lambda: setattr(session, "memory", None)):
+            found.append(in_thread(change))
+
+    with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session:
+        case.step(policy, 0, BOTH)
+        handle = policy.language_model.model.layers[2].register_forward_pre_hook(intrude)
+        case.step(policy, 1, BOTH)
+        handle.remove()
+        assert session.memory is not None
+        assert session.memory.steps.tolist() == [2, 2]
+    assert found
+    assert all(isinstance(error, vp.SessionError) and "another thread" in str(error) for error in found)
+
+
+def test_a_step_that_failed_leaves_the_turn_to_others():
+    model = tiny_lm()
+
+    def step():
+        return decode(model, prompt(2)[0], None, make_cache("dynamic", model), 2)[1]
+
+    with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic").attach(model, visual=VISUAL):
+        expected = step()
+        for layer in (0, LAYERS - 1):
+            handle = model.model.layers[layer].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                step()
+            handle.remove()
+            assert in_thread(step).shape == expected.shape
+
+
+def test_threads_that_decode_in_turns_are_refused():
+    model = tiny_lm()
+    with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic").attach(model, visual=VISUAL), torch.no_grad():
+        out = model(inputs_embeds=prompt()[0], use_cache=True)
+        token = torch.ones(2, 1, dtype=torch.int64)
+        other = in_thread(lambda: model(input_ids=token, past_key_values=out.past_key_values))
+        assert isinstance(other, vp.SessionError)
+        model(input_ids=token, past_key_values=out.past_key_values)
+
+
+def test_a_step_during_which_the_session_was_detached_has_no_result():
+    policy = vp.reference_policy()
+    case = cases.reference()
+    session = vp.VLAPruner(keep=0.25, warmup="semantic").attach(policy)
+    handle = policy.language_model.model.layers[5].register_forward_pre_hook(
+        lambda *_: in_thread(session.detach) and None
+    )
+    with pytest.raises((vp.SessionError, RuntimeError)):
+        case.step(policy, 0, BOTH)
+    handle.remove()
+    assert not session.attached
