@@ -6,6 +6,7 @@ import re
 import tomllib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_what_was_tested_is_accepted() -> None:
 def test_what_was_not_tested_is_refused_where_a_policy_is_loaded_or_attached(
     version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = tiny_lm()
+    model: Any = tiny_lm()
     monkeypatch.setattr("transformers.__version__", version)
     expected = rf"transformers {re.escape(version)} is installed.*; supported is 5\.4 to .*pip install"
     for load in (
@@ -71,7 +72,7 @@ def test_a_newer_one_is_said_to_be_untested() -> None:
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_either_name_of_the_cache_reaches_the_pruner_and_nothing_of_ours_warns(pruned: str) -> None:
     """A caller may use the old name where transformers still takes it; what is pruned must be the same."""
-    model = tiny_lm()
+    model: Any = tiny_lm()
     own = cache_name(model)
     taken = NAMES if own == NAMES[0] else (own,)
     found = []

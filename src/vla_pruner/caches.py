@@ -24,7 +24,7 @@ def cache_name(module: nn.Module) -> str:
     """
     for kind in type(module).__mro__:
         # What accelerate or a session puts on the instance need not show the arguments.
-        known = inspect.signature(kind.forward).parameters if "forward" in vars(kind) else ()
+        known = inspect.signature(vars(kind)["forward"]).parameters if "forward" in vars(kind) else ()
         for name in NAMES:
             if name in known:
                 return name
