@@ -150,7 +150,7 @@ def _scalar(hint: type, value: Any, name: str) -> Any:
         raise _not(value, name, _WORDS[hint])
     if hint is int and abs(value) >= _MOST:
         raise ValueError(f"{name} is too large")
-    if hint is str and not _is_unicode(value):
+    if isinstance(value, str) and not _is_unicode(value):
         raise ValueError(f"{name} is {reprlib.repr(value)}, which is no text: it holds a lone surrogate")
     return value
 

@@ -287,7 +287,7 @@ class Dataset:
         sharing = sorted(
             (one for one in self.episodes if file(one) == file(episode)), key=lambda one: (start(one), one.index)
         )
-        lengths = [one.places.get("length") for one in sharing]
+        lengths: list[Any] = [one.places.get("length") for one in sharing]
         place = sharing.index(episode)
         known = all(isinstance(length, int) for length in lengths)
         return Place(
