@@ -185,6 +185,19 @@ def test_timers_and_sessions_go_in_any_order(first):
     assert torch.equal(case.step(policy, 0, BOTH), untouched)
 
 
+def test_what_a_user_put_on_top_while_attached_works_on_after_detaching():
+    policy = vp.reference_policy()
+    case = cases.reference()
+    untouched = case.step(policy, 0, BOTH)
+    calls = []
+    with METHOD.attach(policy):
+        within = policy.predict_action
+        policy.predict_action = lambda *args, **kwargs: (calls.append(1), within(*args, **kwargs))[1]
+        case.step(policy, 0, BOTH)
+    assert torch.equal(case.step(policy, 0, BOTH), untouched)
+    assert len(calls) == 2
+
+
 def test_a_session_says_in_one_line_what_it_is_and_did():
     model = tiny_lm()
     session = METHOD.attach(model, visual=VISUAL)
