@@ -18,7 +18,7 @@ from vla_pruner.simulators.metaworld import TASKS
 
 FRESH_SHARE = 2.0
 """How much more often control steps are seen that were recorded while the policy acted."""
-SHARES = {"push": 1.5, "pick-place": 1.5, "door-open": 1.3}
+SHARES = {"push": 1.5, "pick-place": 3.0, "door-open": 1.0, "plate-slide": 2.0}
 """How often steps of a task are seen, 1 if not named."""
 
 _NAMES = list(TASKS)
