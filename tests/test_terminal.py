@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -43,9 +44,8 @@ def test_a_bar_is_printed_as_it_is() -> None:
     shown, _ = console()
     with progress(shown, note=True) as bar:
         bar.add_task("[/x]", total=2, note="[/x]")
-        assert (
-            sum("[/x]" in str(column.render(bar.tasks[0])) for column in bar.columns if hasattr(column, "render")) == 2
-        )
+        columns: list[Any] = [column for column in bar.columns if hasattr(column, "render")]
+        assert sum("[/x]" in str(column.render(bar.tasks[0])) for column in columns) == 2
     with progress(None) as bar:
         assert bar.disable
 

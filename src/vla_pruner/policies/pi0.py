@@ -90,8 +90,9 @@ class TransformersPI0:
     def action_size(self) -> int:
         """Numbers in an action; without statistics, all columns of the model."""
         mean = self._statistics.get("actions_mean")
-        scaled = mean is not None and "actions_std" in self._statistics
-        return len(mean) if scaled else self.module.config.max_action_dim
+        if mean is None or "actions_std" not in self._statistics:
+            return self.module.config.max_action_dim
+        return len(mean)
 
     def reset(self) -> None:
         """Begins a new episode. The policy itself remembers nothing."""

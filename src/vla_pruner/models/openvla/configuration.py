@@ -152,7 +152,7 @@ def config_of(path: Path, values: Mapping[str, Any]) -> OpenVLAConfig:
         check_counts(path, tower, "reg_tokens", least=0)
     with described_by(path):
         text = {name: text[name] for name in _TEXT_SETTINGS if name in text}
-        kept = {name: values[name] for name in _SETTINGS if name in values} | towers
+        kept: dict[str, Any] = {name: values[name] for name in _SETTINGS if name in values} | towers
         config = OpenVLAConfig(text_config=settings_for(LlamaConfig, text), **kept)
     vocabulary = config.text_config.vocab_size
     if type(config.pad_token_id) is not int or not 0 <= config.pad_token_id < vocabulary:

@@ -90,7 +90,7 @@ _TEXTS, _ROWS = ("words", "tasks"), ("proprio_mean", "proprio_scale")
 def _check(name: str, value: Any) -> None:
     """Refuse a setting that no policy can have: ValueError names it."""
     if name in _TEXTS:
-        rows = value if isinstance(value, (list, tuple)) else [None]
+        rows: Any = value if isinstance(value, (list, tuple)) else [None]
         is_pair = name == "tasks"
         good = all(
             isinstance(row, (list, tuple)) and len(row) == 2 if is_pair else isinstance(row, str) for row in rows
@@ -98,7 +98,7 @@ def _check(name: str, value: Any) -> None:
         good = good and all(isinstance(text, str) for row in rows for text in row)
         wanted = "pairs of texts" if is_pair else "texts"
     elif name in _ROWS:
-        rows = value if isinstance(value, (list, tuple)) and value else [None]
+        rows: Any = value if isinstance(value, (list, tuple)) and value else [None]
         good = all(type(number) in (int, float) and math.isfinite(number) for number in rows)
         good = good and (name != "proprio_scale" or all(number > 0 for number in rows))
         wanted = "finite numbers, and a scale above 0"
