@@ -6,6 +6,8 @@ that it is the one; asking "which patch holds the object" gives that token its o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +39,7 @@ class TrainingHeads(nn.Module):
         cells = places.floor()
         index = (cells[..., 1] * self.side + cells[..., 0]).long()
         target = torch.zeros(*seen.shape, self.side**2).scatter(-1, index[..., None], seen[..., None].float())
-        heads = encoder.landmarks
+        heads: list[Any] = list(encoder.landmarks)
         tagged = torch.stack([head.cells(tokens[:, c]) for c, head in enumerate(heads)], dim=1).transpose(2, 3).float()
         local = self.local_cells(patches).transpose(2, 3).float()
         weight = torch.tensor(20.0)

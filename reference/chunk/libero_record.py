@@ -149,6 +149,7 @@ class Scene:
         with env._package.loading(seed):
             env._make_current()
             env._env.reset()
+        seen: Any = None
         for _ in range(SETTLING_STEPS):
             seen, *_ = env._env.step(DUMMY_ACTION)
         env._steps, env._over = 0, False

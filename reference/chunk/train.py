@@ -15,6 +15,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,9 +56,11 @@ class Trainer:
         self.policy, self.heads = ChunkPolicy(self.config), TrainingHeads(self.config)
         AttentionInterface.register("training", decoder_attention)
         self.policy.decoder.config._attn_implementation = "training"
-        for block in self.policy.vision.blocks:
+        blocks: list[Any] = list(self.policy.vision.blocks)
+        for block in blocks:
             block.attend = attend
-        for marks in self.policy.vision.landmarks:
+        landmarks: list[Any] = list(self.policy.vision.landmarks)
+        for marks in landmarks:
             torch.nn.init.constant_(marks.cells.bias, -4.0)
         self.folder: Path = args.out / args.suite
         self.path = self.folder / f"{args.name or self.stage}.pt"
