@@ -117,8 +117,9 @@ class BenchSettings:
         self._check_backend()
         self._check_model()
         methods, depth = self.chosen_methods(), self._depth
-        for made in methods if depth is not None else ():
-            check_depth(made.method, depth, 1 if self.kind in DENOISING else 0)
+        if depth is not None:
+            for made in methods:
+                check_depth(made.method, depth, 1 if self.kind in DENOISING else 0)
 
     @property
     def kind(self) -> str:
