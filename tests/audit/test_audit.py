@@ -72,7 +72,7 @@ def test_a_method_that_never_prunes_is_not_asked_about_pruning():
 
 
 def test_the_shipped_policy_is_told_what_it_knows():
-    report = vp.audit(vp.load_policy("reference"), vp.VLAPruner(keep=0.25, window=1))
+    report = vp.audit(vp.load_policy("reference:autoregressive"), vp.VLAPruner(keep=0.25, window=1))
     assert report.passed, report.failures
 
 

@@ -24,7 +24,7 @@ def _simulator() -> None:
 
 
 def test_the_reference_policy_runs_a_smoke_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "eval --policy reference --suite metaworld:mt4 --preset smoke --max-steps 5 --out"
+    flags = "eval --policy reference:autoregressive --suite metaworld:mt4 --preset smoke --max-steps 5 --out"
     assert cli.main([*flags.split(), str(tmp_path)]) == 0
     records = {record.arm: record for record in read_records(tmp_path / EPISODES)}
     assert len(records) == 5

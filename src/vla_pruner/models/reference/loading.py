@@ -1,70 +1,43 @@
-"""Loading and saving the reference policy's weights; whatever is wrong with them is one clear sentence."""
+"""Loading and saving the autoregressive reference policy."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.network import ReferencePolicy
+from vla_pruner.models.saved import load_saved, save
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
-def reference_policy(
-    path: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+def load_autoregressive_policy(
+    folder: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ReferencePolicy:
-    """The trained reference policy, in eval mode.
+    """The trained autoregressive policy, in eval mode.
 
     Args:
-        path: a folder with `model.safetensors` and `config.json`; the weights shipped with the package if None.
+        folder: with `model.safetensors` and `config.json`; the weights shipped with the package if None.
         device: where to put it.
         dtype: the parameters' type; the weights are stored in float32.
 
     Raises:
-        ValueError: a file is missing, damaged, or does not fit the network; the message names it.
+        CheckpointError: a file is missing, damaged, or does not fit the network, or a weight is not finite; the message
+            names it.
     """
-    folder = SHIPPED_WEIGHTS if path is None else Path(path)
-    advice = (
-        "Reinstall vla-pruner, or restore the file with `git checkout -- src/vla_pruner/models/reference/weights`."
-        if path is None
-        else "Give a folder that `python -m reference.train` or `save_policy` wrote."
-    )
-    for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"The reference policy's file {folder / name} is missing. {advice}")
-    try:
-        config = ReferenceConfig.from_dict(json.loads((folder / _CONFIG).read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"The reference policy's file {folder / _CONFIG} is damaged ({error}). {advice}") from error
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"The reference policy's file {folder / _WEIGHTS} is damaged ({error}). {advice}") from error
-    policy = ReferencePolicy(config)
-    try:
-        policy.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"The reference policy's file {folder / _WEIGHTS} does not fit {folder / _CONFIG} ({reason}). {advice}"
-        ) from error
+    folder = SHIPPED_WEIGHTS if folder is None else Path(folder)
+    if folder == SHIPPED_WEIGHTS:
+        advice = (
+            "Reinstall vla-pruner, or restore the file with `git checkout -- src/vla_pruner/models/reference/weights`."
+        )
+    else:
+        advice = "Give a folder that `python -m reference.train` or `save_policy` wrote."
+    policy: ReferencePolicy = load_saved(folder, ReferenceConfig, ReferencePolicy, advice)
     return policy.to(device=device, dtype=dtype).eval()
 
 
 def save_policy(policy: ReferencePolicy, folder: str | Path) -> None:
     """Writes `model.safetensors` (float32) and `config.json` into `folder`."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().float().contiguous().cpu() for name, tensor in policy.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner can read
-    (folder / _CONFIG).write_text(json.dumps(policy.config.to_dict(), indent=2) + "\n")
+    save(policy, folder, torch.float32)
