@@ -32,7 +32,7 @@ class Chunk(DecoderLM):
 
     def action_rows(self, layout: Layout) -> Tensor | None:
         rows = torch.arange(layout.length - self._rows, layout.length, device=layout.prompt.device)
-        return rows.expand(layout.rows, -1)
+        return rows.repeat(layout.rows, 1)
 
     def _layout(self, call: Call) -> Layout:
         layout = super()._layout(call)

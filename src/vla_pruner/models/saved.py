@@ -47,8 +47,8 @@ def load_saved(folder: Path, config_class: Any, policy_class: Any, advice: str) 
     wrong = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
     if wrong is not None:
         raise CheckpointError(
-            f"The reference policy's file {folder / WEIGHTS} is damaged: {wrong} holds numbers that are not finite (NaN "
-            f"or infinity). {advice}"
+            f"The reference policy's file {folder / WEIGHTS} is damaged: {wrong} holds numbers that are not finite "
+            f"(NaN or infinity). {advice}"
         )
     try:
         policy.load_state_dict(weights)
