@@ -10,15 +10,11 @@ import torch
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.models.saved import CONFIG
 from vla_pruner.policies.folder import read_json
+from vla_pruner.policies.reference_names import DEFAULT, NAMES
 
 if TYPE_CHECKING:
     from vla_pruner.models.chunk import ChunkPolicy
     from vla_pruner.models.reference import ReferencePolicy
-
-DEFAULT = "autoregressive"
-"""The policy that is meant where none is named."""
-
-NAMES = ("metaworld", "libero-object", "autoregressive")
 
 
 def reference_policy(
@@ -29,7 +25,7 @@ def reference_policy(
     Args:
         name: "metaworld" (two cameras, a chunk of actions in one pass, for Meta-World), "libero-object" (the same for
             LIBERO-Object), "autoregressive" (one camera, decoded action tokens, for Meta-World), or a folder that
-            `save_chunk_policy` or `save_policy` wrote; None: `DEFAULT`.
+            `save_chunk_policy` or `save_policy` wrote; None: `reference_names.DEFAULT`.
         device: where to put it.
         dtype: the parameters' type.
 
