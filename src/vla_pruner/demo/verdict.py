@@ -35,7 +35,11 @@ def headline(summary: Summary) -> str:
 def _title(arm: ArmSummary) -> str:
     title = arm.arm.title
     name, bracket, rest = title.partition(" (")
-    return f"The {name} setting{bracket}{rest}" if arm.arm.key == RECOMMENDED_ARM else title
+    return f"The {name} setting{bracket}{rest}" if arm.arm.key == RECOMMENDED_ARM else _capital(title)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _rate(arm: ArmSummary) -> str:
@@ -48,7 +52,11 @@ def verdict(summary: Summary) -> list[str]:
     return [
         f"Unpruned, the policy solved {base.success.successes} of {base.success.total} episodes "
         f"at {base.all_steps.p50:.1f} ms a control step.",
-        *[f"{arm.arm.title}: {_success(arm)}. {_time(arm, summary)}" for arm in summary.arms if not arm.is_baseline],
+        *[
+            f"{_capital(arm.arm.title)}: {_success(arm)}. {_time(arm, summary)}"
+            for arm in summary.arms
+            if not arm.is_baseline
+        ],
         *_noise(summary),
         *_choice(summary),
         _ceiling(summary),
