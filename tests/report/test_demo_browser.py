@@ -47,7 +47,7 @@ def test_sentence_picture_and_table_come_first(opened: Browser) -> None:
     assert opened.run("return document.querySelector('.said').textContent").startswith("The recommended setting (")
     assert opened.count(".short tbody tr") == 4
     titles = opened.run("return [...document.querySelectorAll('.short thead th')].map((one) => one.textContent)")
-    assert titles == ["arm", "success", "95 % interval", "ms a pruned step", "speed"]
+    assert titles == ["arm", "success (95 % interval)", "ms a pruned step", "speed"]
 
 
 def test_the_picture_moves_shows_both_cameras_and_stops(opened: Browser) -> None:

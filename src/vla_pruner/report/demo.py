@@ -86,11 +86,15 @@ def _head(summary: Summary, first: str) -> str:
 
 def _short_table(summary: Summary) -> str:
     """Success and speed with one row an arm, so that it fits a telephone."""
-    titles, cells = zip(*rows(summary)[:HEAD], strict=True)
-    head = "".join(f'<th scope="col">{escape(title.strip())}</th>' for title in ("arm", *titles))
+    success, interval, pace, speed = (cells for _, cells in rows(summary)[:HEAD])
+    titles = ("arm", "success (95 % interval)", "ms a pruned step", "speed")
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     lines = [
-        f'<tr><th scope="row">{escape(title)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in column)}</tr>'
-        for title, *column in zip(heading(summary), *cells, strict=True)
+        f'<tr><th scope="row">{escape(title)}</th><td>{escape(rate)} <span class="soft">({escape(between)})</span></td>'
+        f"<td>{escape(milliseconds)}</td><td>{escape(times)}</td></tr>"
+        for title, rate, between, milliseconds, times in zip(
+            heading(summary), success, interval, pace, speed, strict=True
+        )
     ]
     caption = f"<caption>{counted(summary.units, 'paired episode')} an arm</caption>"
     return f"{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>"
