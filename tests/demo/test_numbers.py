@@ -178,9 +178,9 @@ def test_verdict_names_an_arm_that_never_pruned(arms: tuple[Arm, ...]) -> None:
 def test_headline_is_the_result_in_one_sentence(arms: tuple[Arm, ...]) -> None:
     good = headline(_summary(arms, [True] * 40, [False] * 40))
     assert good == (
-        "VLA-Pruner 0.25 drop takes 10.0 ms instead of 20.0 a control step (2.00x as fast) and solves 100 % of the "
-        "episodes instead of 100 %: these episodes show no difference in success (-9 to +9 points), 40 paired episodes "
-        "an arm."
+        "VLA-Pruner 0.25 drop takes 10.0 ms instead of 20.0 for a pruned control step (2.00x as fast) and solves 100 % "
+        "of the episodes instead of 100 %: these episodes show no difference in success (-9 to +9 points), 40 paired "
+        "episodes an arm."
     )
     bad = headline(_summary(arms, [False] * 40, [True] * 40, drop_ms=25.0))
     assert "(0.80x as fast) and solves 0 % of the episodes instead of 100 %: its success is lower (-100 to" in bad
