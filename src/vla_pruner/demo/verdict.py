@@ -20,7 +20,10 @@ def headline(summary: Summary) -> str:
     if not arm.pruned_steps.steps:
         return f"{_title(arm)} pruned no control step in {units}, so there is nothing to compare."
     speed = base.all_steps.p50 / arm.pruned_steps.p50
-    pace = f"takes {arm.pruned_steps.p50:.1f} ms instead of {base.all_steps.p50:.1f} for a pruned control step ({speed:.2f}x as fast)"
+    pace = (
+        f"takes {arm.pruned_steps.p50:.1f} ms instead of {base.all_steps.p50:.1f} for a pruned control step "
+        f"({speed:.2f}x as fast)"
+    )
     difference = arm.difference
     interval = f"{100 * difference.low:+.0f} to {100 * difference.high:+.0f} points"
     if difference.within_noise:
