@@ -181,8 +181,8 @@ def _add_audit(commands: Any) -> None:
         "model",
         metavar="MODEL",
         help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n"
-        "with --random-weights: reference, reference-chunk, openvla, openvla-oft, pi0, lerobot-pi0, lerobot-pi05 or\n"
-        "lerobot-smolvla",
+        "with --random-weights:\n"
+        "reference, reference-chunk, openvla, openvla-oft, pi0, lerobot-pi0, lerobot-pi05 or lerobot-smolvla",
     )
     command.add_argument("--random-weights", action="store_true", help="no checkpoint: weights drawn (default: off)")
     command.add_argument(
