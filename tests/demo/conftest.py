@@ -50,8 +50,8 @@ class FakeEnvironment:
         self.actions = []
         return self._observe()
 
-    def step(self, action: np.ndarray) -> tuple[FakeObservation, bool, bool]:
-        self.actions.append(action)
+    def step(self, chunk: np.ndarray) -> tuple[FakeObservation, bool, bool]:
+        self.actions.append(chunk)
         success = self.resets[-1] % 2 == 0 and len(self.actions) >= self.solved_at
         return self._observe(), success, success or len(self.actions) >= self.longest
 

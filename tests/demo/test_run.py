@@ -108,10 +108,10 @@ def test_the_report_is_self_contained(
 
 def test_ctrl_c_leaves_what_was_finished(policy: Any, arms: tuple[Arm, ...], tmp_path: Path) -> None:
     class Interrupting(FakeEnvironment):
-        def step(self, action: Any) -> Any:
+        def step(self, chunk: Any) -> Any:
             if len(self.resets) > len(arms) + 2:  # in the second unit; the first reset is the probe's
                 raise KeyboardInterrupt
-            return super().step(action)
+            return super().step(chunk)
 
     made: list[Interrupting] = []
 
@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_what_was_finished(policy: Any, arms: tuple[Arm, ...], tmp
 
 def test_ctrl_c_before_anything_is_finished(policy: Any, arms: tuple[Arm, ...], tmp_path: Path) -> None:
     class Interrupting(FakeEnvironment):
-        def step(self, action: Any) -> Any:
+        def step(self, chunk: Any) -> Any:
             raise KeyboardInterrupt
 
     code, text = _run(policy, Interrupting, arms, out=tmp_path)

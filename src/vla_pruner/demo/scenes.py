@@ -43,6 +43,7 @@ class Scene:
         Returns:
             The next look (None where the episode is over), whether the task is solved, and whether it is over.
         """
+        seen: Any = None
         for command in self._convention.plan(chunk):
             seen, _, terminated, truncated, info = self._environment.step(command)
             if terminated or truncated:
