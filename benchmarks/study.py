@@ -58,7 +58,7 @@ _CONFIRMED = tuple(
     for keep, fate in ((0.25, "drop"), (0.125, "freeze"))
     for name in ("vla-pruner", f"action-only{_WAIT}")
 )
-_COMMON = ("--policy", "reference", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
+_COMMON = ("--policy", "reference:autoregressive", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
         *_COMMON,

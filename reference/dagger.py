@@ -25,10 +25,10 @@ def record_shard(task: str, seeds: range, path: Path, weights: Path, help_rate: 
     """Records one episode per seed; returns the shard's name, its frames and the success rate."""
     import torch
 
-    from vla_pruner.models.reference.loading import reference_policy
+    from vla_pruner.models.reference.loading import load_autoregressive_policy
 
     torch.set_num_threads(1)
-    act = policy_actor(reference_policy(weights))
+    act = policy_actor(load_autoregressive_policy(weights))
     images, states, episodes, success = [], [], [], []
     with MetaWorldEnv(task) as env:
         for number, seed in enumerate(seeds):

@@ -57,10 +57,10 @@ def evaluate_arm(task: str, arm: str, seeds: range, weights: Path | None) -> dic
     """Runs one arm of one task; returns its figures."""
     import torch
 
-    from vla_pruner.models.reference.loading import reference_policy
+    from vla_pruner.models.reference.loading import load_autoregressive_policy
 
     torch.set_num_threads(1)
-    policy = reference_policy(weights)
+    policy = load_autoregressive_policy(weights)
     act = policy_actor(policy)
     session = None
     if arm == "random_keep":

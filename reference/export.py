@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from reference.store import DATA_ROOT
-from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS, reference_policy, save_policy
+from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS, load_autoregressive_policy, save_policy
 from vla_pruner.simulators.metaworld import TASKS
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=DATA_ROOT / "checkpoints")
     parser.add_argument("--out", type=Path, default=SHIPPED_WEIGHTS)
     args = parser.parse_args()
-    policy = reference_policy(args.checkpoints / args.name)
+    policy = load_autoregressive_policy(args.checkpoints / args.name)
     policy.config = replace(policy.config, tasks=tuple(TASKS.items()))  # only what is shipped, not all that was tried
     save_policy(policy, args.out)
     print(f"{args.out}: {(args.out / 'model.safetensors').stat().st_size / 1e6:.1f} MB, tasks {', '.join(TASKS)}")

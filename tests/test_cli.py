@@ -271,7 +271,7 @@ def test_audit_options_of_a_checkpoint(audited: list[tuple[Any, Any]], golden: P
     [
         (["nowhere"], "nowhere is no folder"),
         (["openvla"], "Without a checkpoint: --random-weights."),
-        (["gpt", "--random-weights"], "with random weights there are reference, openvla"),
+        (["gpt", "--random-weights"], "with random weights there are reference, reference-chunk"),
         (["reference", "--size", "tiny"], "--size is for --random-weights"),
         ([*AUDIT[1:], "--option", "a=b"], "--option is for checkpoints"),
         ([*AUDIT[1:], "--keep", "2.0"], "keep=2.0 was given"),

@@ -38,7 +38,7 @@ def test_first_snippet() -> None:
     if not (SHIPPED_WEIGHTS / "model.safetensors").is_file():
         pytest.skip("the reference policy's weights are not in this tree")
     names: dict[str, Any] = {}
-    exec(block("reference_policy()"), names)
+    exec(block("vp.reference_policy("), names)
     assert names["action"].shape == (4,)
 
 

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
         VLACache,
         VLAPruner,
     )
-    from vla_pruner.models.reference import reference_policy
     from vla_pruner.policies.loading import load_policy
     from vla_pruner.policies.random import random_policy
+    from vla_pruner.policies.reference import reference_policy
 
 __version__ = "0.1.0"
 
@@ -118,7 +118,7 @@ _LAZY = {
     "detach": "vla_pruner.attach.attached",
     "load_policy": "vla_pruner.policies.loading",
     "random_policy": "vla_pruner.policies.random",
-    "reference_policy": "vla_pruner.models.reference",
+    "reference_policy": "vla_pruner.policies.reference",
 }
 
 

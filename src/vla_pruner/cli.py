@@ -102,13 +102,14 @@ def _no_loading_bars() -> Iterator[None]:
 
 def _add_demo(commands: Any) -> None:
     from vla_pruner.demo import settings as demo
+    from vla_pruner.policies.reference_names import DEFAULT, NAMES
 
     command = commands.add_parser(
         "demo",
         help="a trained policy in a simulator, unpruned and pruned, in one table",
         description=(
-            "Runs a trained policy in Meta-World on the same episodes: unpruned, with VLA-Pruner, and with a random "
-            "choice of visual tokens. Prints one table and writes a report."
+            "Runs a trained policy in Meta-World on the same episodes: unpruned, with the recommended setting, with\n"
+            "the paper's, and with a random choice of visual tokens. Prints one table and writes a report."
         ),
         formatter_class=argparse.RawTextHelpFormatter,
     )
@@ -129,8 +130,7 @@ def _add_demo(commands: Any) -> None:
         "--keep",
         metavar="X",
         type=float,
-        default=demo.DEFAULT_KEEP,
-        help="fraction of the visual tokens that the pruned arms keep; one arm keeps half of it (default: %(default)s)",
+        help="fraction of the visual tokens that the pruned arms keep (default: what each setting says)",
     )
     command.add_argument(
         "--seed",
@@ -148,9 +148,8 @@ def _add_demo(commands: Any) -> None:
     )
     command.add_argument(
         "--weights",
-        metavar="DIR",
-        type=Path,
-        help="folder with model.safetensors and config.json (default: the weights that ship with the package)",
+        metavar="NAME",
+        help=f"{', '.join(NAMES)}, or a folder with model.safetensors and config.json (default: {DEFAULT})",
     )
     command.add_argument("--quick", action="store_true", help="a first look in under 2 minutes (default: off)")
     command.set_defaults(run=_demo)
@@ -191,8 +190,9 @@ def _add_audit(commands: Any) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a checkpoint, its name on the Hugging Face hub, or 'reference' (ships with the package);\n"
-        "with --random-weights: reference, openvla, openvla-oft, pi0, lerobot-pi0, lerobot-pi05 or lerobot-smolvla",
+        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n"
+        "with --random-weights:\n"
+        "reference, reference-chunk, openvla, openvla-oft, pi0, lerobot-pi0, lerobot-pi05 or lerobot-smolvla",
     )
     command.add_argument("--random-weights", action="store_true", help="no checkpoint: weights drawn (default: off)")
     command.add_argument(

@@ -6,10 +6,11 @@
             policy.predict_action(...)
         timer.steps[-1].prefill  # milliseconds
 
-A policy has `vision`, `projector` and `language_model`; of others it is said which modules are which stage. Vision is
-the time inside the first two; a call of the language model with more than one query token is the prefill, one with a
-single query token is decode, and so is all that an expert does after the prompt; pruning is what the session itself
-reports, taken out of the stage it happens in. The rest of the step (preprocessing, embedding, sampling) is `other`.
+A policy has `vision`, `projector` and `language_model` (or `decoder`); of others it is said which modules are which
+stage. Vision is the time inside the first two; a call of the language model with more than one query token is the
+prefill, one with a single query token is decode, and so is all that an expert does after the prompt; pruning is what
+the session itself reports, taken out of the stage it happens in. The rest of the step (preprocessing, embedding,
+sampling) is `other`.
 Where prompt and decoding are compiled as one graph, both are the prefill: nothing can be timed inside of a graph.
 """
 
@@ -38,7 +39,7 @@ Watched = Sequence[tuple[Any, str, StageOf]]
 COPIED = "A policy was copied or pickled while a stage timer is open on it; close the timer first."
 
 _WHOLE = {"embed_prompt": "vision", "decode": "prefill"}
-"""Methods of the reference policy that stand on the policy itself where they are compiled as a whole."""
+"""Methods of the reference policies that stand on the policy itself where they are compiled as a whole."""
 
 _PROJECTORS = ("projector", "multi_modal_projector", "connector")
 
@@ -137,7 +138,8 @@ class StageTimer(StageMeter):
     """Times the control steps of `policy` while it is open. Compile before it is opened, not inside.
 
     Args:
-        policy: a module with the submodules `vision`, `projector` and `language_model`, or any with `watched`.
+        policy: a module with the submodules `vision`, `projector` and `language_model` or `decoder`, or any with
+            `watched`.
         watched: what is timed instead of these three.
 
     Attributes:
@@ -212,15 +214,16 @@ def _prefix_or_suffix(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def _parts(policy: Any) -> Watched:
-    missing = [name for name in ("vision", "projector", "language_model") if not hasattr(policy, name)]
+    language = "decoder" if hasattr(policy, "decoder") else "language_model"
+    missing = [name for name in ("vision", "projector", language) if not hasattr(policy, name)]
     if missing:
         raise UnsupportedModelError(
             f"{type(policy).__name__} has no submodule {', '.join(missing)}. The stage timer supports policies "
-            "with `vision`, `projector` and `language_model`; time whole steps of others."
+            "with `vision`, `projector` and `language_model` or `decoder`; time whole steps of others."
         )
     seen = [(module, "forward", always("vision")) for module in (policy.vision, policy.projector)]
     seen += [(policy, name, always(stage)) for name, stage in _WHOLE.items() if name in vars(policy)]
-    return [*seen, (policy.language_model, "forward", prefill_or_decode)]
+    return [*seen, (getattr(policy, language), "forward", prefill_or_decode)]
 
 
 def _seconds_on_gpu() -> float:

@@ -161,7 +161,9 @@ def test_keep_all_is_bit_identical(method):
             assert torch.equal(run(model, scene), untouched[scene])
 
 
-@pytest.mark.parametrize("case", [cases.reference(), cases.openvla("sdpa"), cases.openvla_oft("l1")], ids=str)
+@pytest.mark.parametrize(
+    "case", [cases.reference(), cases.chunk(), cases.openvla("sdpa"), cases.openvla_oft("l1")], ids=str
+)
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_policies(case, pruned):
     """Half the tokens at random before the decoder: short layers, rows alone as together, no trace."""

@@ -136,6 +136,7 @@ def test_agrees_with_the_full_length_reference_at_several_layers():
 
 FAMILIES = [
     cases.reference(),
+    cases.chunk(),
     cases.openvla("sdpa"),
     cases.openvla("eager"),
     cases.openvla_oft("l1"),
@@ -270,11 +271,14 @@ def test_similarity_is_the_cosine_of_pixels():
     assert pixel_similarity(pixels, before)[0].tolist() == pytest.approx([0.8, 1.0, 0.0, 1.0])
 
 
-@pytest.mark.parametrize("case", [cases.reference(), cases.openvla("sdpa"), cases.openvla_oft("l1")], ids=str)
+TILED = [cases.reference(), cases.chunk(), cases.openvla("sdpa"), cases.openvla_oft("l1")]
+
+
+@pytest.mark.parametrize("case", TILED, ids=str)
 def test_each_token_covers_its_tile_of_its_camera(case):
     """What changes in one place of one camera is less similar there alone, and by the cosine of the colours."""
     model = case.build()
-    reference = case.name == "reference"
+    reference = case.name in ("reference", "chunk")
     cameras, side = len(model.cameras), 16 if not reference else model.config.image_size // model.config.patch_size
     size = model.config.image_size if reference else 224
     tile = size // side
@@ -287,8 +291,11 @@ def test_each_token_covers_its_tile_of_its_camera(case):
     family = family_of(model)
     found = []
     for images in (colours, changed):
-        pictures = list(images.to(torch.uint8).numpy().swapaxes(0, 1))
-        seen = model.pixels(torch.from_numpy(pictures[0])) if reference else model.processor.pixel_values(pictures)
+        pixels = images.to(torch.uint8)
+        if reference:
+            seen = model.pixels(pixels[:, 0] if cameras == 1 else pixels)
+        else:
+            seen = model.processor.pixel_values(list(pixels.numpy().swapaxes(0, 1)))
         found.append(family.patches(seen))
     similarity = pixel_similarity(*found)
     token = (camera * side + row) * side + column

@@ -13,8 +13,9 @@ from vla_pruner.auditing.report import AuditReport, Check
 from vla_pruner.auditing.run import CHECKS
 from vla_pruner.policies.base import module_of
 
-NAMES = ("reference", "openvla", "openvla-oft", "pi0")
+NAMES = ("reference", "reference-chunk", "openvla", "openvla-oft", "pi0")
 LENGTHS = {
+    "reference-chunk": "144 tokens in layers 0-2, 48 in layers 3-5 (32 of 128 visual tokens kept)",
     "reference": "72 tokens in layers 0-2, 24 in layers 3-5 (16 of 64 visual tokens kept)",
     "openvla": "(64 of 256 visual tokens kept)",
     "openvla-oft": "(128 of 512 visual tokens kept)",
@@ -22,6 +23,7 @@ LENGTHS = {
 }
 TOWERS = {
     "reference": "1 x 1 images a step",
+    "reference-chunk": "1 x 2 images a step",
     "openvla": "2 x 1 images a step",
     "openvla-oft": "2 x 2 images a step",
     "pi0": "1 x 2 images a step",
@@ -72,7 +74,7 @@ def test_a_method_that_never_prunes_is_not_asked_about_pruning():
 
 
 def test_the_shipped_policy_is_told_what_it_knows():
-    report = vp.audit(vp.load_policy("reference"), vp.VLAPruner(keep=0.25, window=1))
+    report = vp.audit(vp.load_policy("reference:autoregressive"), vp.VLAPruner(keep=0.25, window=1))
     assert report.passed, report.failures
 
 

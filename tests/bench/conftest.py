@@ -20,6 +20,7 @@ MODELS = {
     "oft": BenchSettings("openvla-oft", size="tiny", cameras=1),
     "pi0": BenchSettings("pi0", size="tiny", pruned=("freeze",), batch=2, denoise_steps=2),
     "reference": BenchSettings("reference", size="tiny", batch=2),
+    "reference-chunk": BenchSettings("reference-chunk", size="tiny", pruned=("freeze",), batch=2),
 }
 CPU = torch.device("cpu")
 

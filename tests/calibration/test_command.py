@@ -20,7 +20,7 @@ from vla_pruner.calibration.command import run_calibrate
 from vla_pruner.evaluation import PolicySource
 from vla_pruner.evaluation.policies import fingerprint
 from vla_pruner.methods import VLACache
-from vla_pruner.models.reference import reference_policy
+from vla_pruner.models.reference import load_autoregressive_policy
 
 
 def calibrated(**asked: Any) -> str:
@@ -184,9 +184,8 @@ def test_the_reference_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """From the command line, on images that were made up."""
     text = ("open the door",) * STEPS
     made_up_folder(tmp_path / "e", states=2, tasks=1, size=112, instructions=text)
-    command = (
-        f"calibrate --policy reference --from {tmp_path / 'e'} --method fastv --keep .5,.05 --max-steps 2 --json -"
-    )
+    command = f"calibrate --policy reference:autoregressive --from {tmp_path / 'e'} --method fastv --keep .5,.05"
+    command += " --max-steps 2 --json -"
     assert cli.main(command.split()) == 0
     captured = capsys.readouterr()
     content = json.loads(captured.out)
@@ -194,5 +193,5 @@ def test_the_reference_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     moved = {arm["key"]: arm["moved"]["value"] for arm in content["arms"]}
     assert moved["unpruned-again"] == 0.0
     assert 0.0 < moved["fastv-0.5-drop-K3"] < moved["fastv-0.05-drop-K3"]
-    assert content["weights"] == fingerprint(reference_policy())
+    assert content["weights"] == fingerprint(load_autoregressive_policy())
     assert np.isfinite(content["scale"]).all()

@@ -14,13 +14,14 @@ import torch
 from vla_pruner.demo.arms import BASELINE, Arm
 from vla_pruner.methods import RandomKeep, VLAPruner
 from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
+from vla_pruner.policies.random import random_policy
 
 TASKS = (("reach", "reach the ball"), ("push", "push the puck"))
 
 
 @dataclass(frozen=True)
 class FakeObservation:
-    image: np.ndarray
+    images: dict[str, np.ndarray]
     proprio: np.ndarray
     instruction: str
 
@@ -30,6 +31,7 @@ class FakeEnvironment:
 
     solved_at = 5
     longest = 6
+    cameras, side = ("image",), 32
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -39,24 +41,31 @@ class FakeEnvironment:
 
     def _observe(self) -> FakeObservation:
         generator = np.random.default_rng([self.resets[-1], len(self.actions)])
-        image = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        return FakeObservation(image, generator.normal(size=4).astype(np.float32), dict(TASKS)[self.task])
+        shape = (self.side, self.side, 3)
+        images = {camera: generator.integers(0, 255, shape, dtype=np.uint8) for camera in self.cameras}
+        return FakeObservation(images, generator.normal(size=4).astype(np.float32), dict(TASKS)[self.task])
 
     def reset(self, seed: int) -> FakeObservation:
         self.resets.append(seed)
         self.actions = []
         return self._observe()
 
-    def step(self, action: np.ndarray) -> tuple[FakeObservation, bool, bool]:
-        self.actions.append(action)
+    def step(self, chunk: np.ndarray) -> tuple[FakeObservation, bool, bool]:
+        self.actions.append(chunk)
         success = self.resets[-1] % 2 == 0 and len(self.actions) >= self.solved_at
         return self._observe(), success, success or len(self.actions) >= self.longest
 
     def render(self, size: int) -> np.ndarray:
-        return np.full((size, size, 3), 128, np.uint8)
+        return np.full((size, len(self.cameras) * size, 3), 128, np.uint8)
 
     def close(self) -> None:
         self.closed = True
+
+
+class PairEnvironment(FakeEnvironment):
+    """The same with two cameras."""
+
+    cameras, side = ("image", "wrist_image"), 64
 
 
 class FakeEnvironments:
@@ -90,6 +99,12 @@ def policy() -> ReferencePolicy:
         tasks=TASKS,
     )
     return ReferencePolicy(config).eval()
+
+
+@pytest.fixture(scope="session")
+def chunk_policy() -> Any:
+    """A tiny untrained two-camera policy: 128 visual tokens, 6 layers."""
+    return random_policy("reference-chunk")
 
 
 @pytest.fixture

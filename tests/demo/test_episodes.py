@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.demo.conftest import FakeEnvironments, leaves_no_trace
-from vla_pruner.demo.arms import Arm, default_arms
+from vla_pruner.demo.arms import PAPER, RECOMMENDED, Arm, default_arms
 from vla_pruner.demo.episodes import Runner, Unit, outcomes, plan, run_episode
 from vla_pruner.methods import RandomKeep
 
@@ -78,17 +79,15 @@ def test_an_interrupted_unit_does_not_count(policy: Any, arms: tuple[Arm, ...], 
 
 
 def test_default_arms() -> None:
-    arms = {arm.key: arm for arm in default_arms(0.5)}
-    assert list(arms) == ["unpruned", "drop", "freeze", "freeze-half", "random"]
+    arms = {arm.key: arm for arm in default_arms()}
+    assert list(arms) == ["unpruned", "recommended", "paper", "random"]
     assert arms["unpruned"].method is None
-    methods: dict[str, Any] = {key: arm.method for key, arm in arms.items() if arm.method}
-    assert {key: (m.keep, m.pruned) for key, m in methods.items()} == {
-        "drop": (0.5, "drop"),
-        "freeze": (0.5, "freeze"),
-        "freeze-half": (0.25, "freeze"),
-        "random": (0.5, "drop"),
-    }
-    assert all(len(line) <= 10 for arm in arms.values() for line in arm.short.splitlines())
+    assert (arms["recommended"].method, arms["paper"].method) == (RECOMMENDED, PAPER)
+    assert arms["random"].method == RandomKeep(keep=PAPER.keep, layer=PAPER.layer, pruned=PAPER.pruned)
+    fewer: dict[str, Any] = {arm.key: arm.method for arm in default_arms(0.125) if arm.method}
+    assert fewer["recommended"] == replace(RECOMMENDED, keep=0.125)
+    assert {method.keep for method in fewer.values()} == {0.125}
+    assert all(len(line) <= 12 for arm in arms.values() for line in arm.short.splitlines())
 
 
 def test_a_random_arm_draws_anew_in_each_episode(policy: Any) -> None:

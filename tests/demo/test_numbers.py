@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.demo.conftest import FakeEnvironments
+from tests.demo.conftest import FakeEnvironments, PairEnvironment
 from vla_pruner.cost import Flops
 from vla_pruner.demo.arms import Arm, default_arms
 from vla_pruner.demo.episodes import Episode, Unit
-from vla_pruner.demo.probe import ArmCost, arm_cost, step_shape, timer_overhead, vision_flops
+from vla_pruner.demo.probe import ArmCost, arm_cost, decoder_shapes, timer_overhead, vision_flops
 from vla_pruner.demo.summary import Summary, summarize
 from vla_pruner.demo.table import floor_share, footnotes, heading, rows, to_markdown, to_rich
-from vla_pruner.demo.verdict import verdict
+from vla_pruner.demo.verdict import headline, verdict
 from vla_pruner.timing import StepTime
 
 
@@ -59,6 +59,16 @@ def test_counted_flops_are_the_floor_plus_vision_where_nothing_is_pruned(
     assert cost.counted == pytest.approx(cost.floor.total + vision + proprio, rel=0.01)
 
 
+def test_counted_flops_of_the_two_camera_policy_are_its_one_pass(chunk_policy: Any, arms: tuple[Arm, ...]) -> None:
+    observation = PairEnvironment("reach").reset(0)
+    decoder, shape = decoder_shapes(chunk_policy)
+    assert (shape.visual, shape.other, shape.actions, decoder.vocabulary) == (128, 16, 1, 0)
+    cost, vision = arm_cost(chunk_policy, arms[0], observation), vision_flops(chunk_policy, observation)
+    proprio, head = 2 * (44 * 64 + 64 * 32), 8 * 2 * (32 * 64 + 64 * 4)
+    assert cost.counted == pytest.approx(cost.floor.total + vision + proprio + head, rel=0.01)
+    assert abs(timer_overhead(chunk_policy, observation, pairs=3)) < 1000
+
+
 def test_pruned_steps_cost_less_and_never_less_than_the_floor(
     policy: Any, arms: tuple[Arm, ...], environments: FakeEnvironments
 ) -> None:
@@ -73,8 +83,9 @@ def test_pruned_steps_cost_less_and_never_less_than_the_floor(
 
 
 def test_step_shape_and_timer_overhead(policy: Any, environments: FakeEnvironments) -> None:
-    shape = step_shape(policy)
+    decoder, shape = decoder_shapes(policy)
     assert (shape.visual, shape.other, shape.actions) == (16, 8, 4)
+    assert decoder.vocabulary == policy.config.vocabulary_size
     assert abs(timer_overhead(policy, environments("reach").reset(0), pairs=3)) < 1000
 
 
@@ -105,9 +116,10 @@ def test_table_has_one_cell_an_arm(arms: tuple[Arm, ...]) -> None:
     assert all(len(cells) == 3 for cells in table.values())
     assert table["episodes solved"] == ["4/4", "3/4", "0/4"]
     assert table["difference"] == ["-", "-25", "-100"]
-    assert table["ms a pruned step"] == ["-", "10.0", "9.0"]
+    assert list(table)[:4] == ["success", "  95 % interval", "ms a pruned step", "  speed"]
+    assert table["ms a pruned step"] == ["20.0", "10.0", "9.0"]
     assert table["  speed"] == ["1.00x", "2.00x", "2.22x"]
-    assert table["  pruning"] == ["0.0", "1.0", "0.1"]
+    assert table["  choosing"] == ["0.0", "1.0", "0.1"]
     assert table["  of unpruned"] == ["100 %", "60 %", "50 %"]
     assert table["  least possible"] == ["100 %", "50 %", "50 %"]
     lines = to_markdown(summary).splitlines()
@@ -119,13 +131,13 @@ def test_table_has_one_cell_an_arm(arms: tuple[Arm, ...]) -> None:
 def test_table_fits_a_terminal_of_80_columns(arms: tuple[Arm, ...]) -> None:
     summary = _summary(arms, [True], [True], drop_ms=1234.5)
     base, drop, random = summary.arms
-    names = [dataclasses.replace(arm, arm=name) for arm, name in zip([drop] * 3, default_arms(0.25)[1:4], strict=True)]
-    wide = dataclasses.replace(summary, arms=[base, *names, dataclasses.replace(random, arm=default_arms(0.25)[4])])
+    names = [dataclasses.replace(drop, arm=name) for name in default_arms(0.125)[1:3]]
+    wide = dataclasses.replace(summary, arms=[base, *names, dataclasses.replace(random, arm=default_arms(0.125)[3])])
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(to_rich(wide))
     text = console.export_text()
-    assert text.count("-79 to +79") == 4
-    assert text.count("1234.5") >= 3
+    assert text.count("-79 to +79") == 3
+    assert text.count("1234.5") >= 2
     assert "…" not in text
 
 
@@ -134,11 +146,11 @@ def test_verdict_says_what_the_numbers_say(arms: tuple[Arm, ...]) -> None:
     assert "solved 40 of 40, no difference against unpruned (-9 to +9: within noise)" in text
     assert "solved 0 of 40, -100 points against unpruned" in text
     assert re.search(r"\(-100 to -\d+: a loss; exact McNemar p = 1.8e-12\)", text)
-    assert "A pruned step is 2.00x as fast, 10.0 ms (11.0 ms saved in prefill" in text
+    assert "A pruned step is 2.00x as fast, 10.0 ms (11.0 ms saved in prompt" in text
     assert "1.0 ms spent on choosing), for 60 % of the FLOPs" in text
     assert "Choosing which tokens to keep beats dropping at random" in text
     assert "40 episodes an arm cannot show small differences" in text
-    assert "75 % of its steps were pruned" in text
+    assert "75 % of them were pruned" in text
     assert "more than 2.50x as fast" in text
 
 
@@ -156,4 +168,24 @@ def test_verdict_names_an_arm_that_never_pruned(arms: tuple[Arm, ...]) -> None:
     costs = {key: ArmCost(1000.0, Flops(800.0, 100.0), 16, 16) for key in ("unpruned", "drop", "random")}
     summary = summarize(units, arms, costs, vision_flops=100.0, layers=4)
     assert "pruned no control step at all" in " ".join(verdict(summary))
-    assert dict(rows(summary))["ms a pruned step"] == ["-", "-", "-"]
+    assert dict(rows(summary))["ms a pruned step"] == ["20.0", "-", "-"]
+    assert (
+        headline(summary)
+        == "VLA-Pruner 0.25 drop pruned no control step in 1 paired episode an arm, so there is nothing to compare."
+    )
+
+
+def test_headline_is_the_result_in_one_sentence(arms: tuple[Arm, ...]) -> None:
+    good = headline(_summary(arms, [True] * 40, [False] * 40))
+    assert good == (
+        "VLA-Pruner 0.25 drop takes 10.0 ms instead of 20.0 for a pruned control step (2.00x as fast) and solves 100 % "
+        "of the episodes instead of 100 %: these episodes show no difference in success (-9 to +9 points), 40 paired "
+        "episodes an arm."
+    )
+    bad = headline(_summary(arms, [False] * 40, [True] * 40, drop_ms=25.0))
+    assert "(0.80x as fast) and solves 0 % of the episodes instead of 100 %: its success is lower (-100 to" in bad
+    renamed = [dataclasses.replace(arms[1], key="recommended", title="recommended (x)"), arms[2]]
+    summary = _summary(arms, [True], [True])
+    named = [dataclasses.replace(one, arm=arm) for one, arm in zip(summary.arms[1:], renamed, strict=True)]
+    both = dataclasses.replace(summary, arms=[summary.arms[0], *reversed(named)])
+    assert headline(both).startswith("The recommended setting (x) takes")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.demo.conftest import FakeEnvironment, FakeEnvironments
-from vla_pruner.demo import Arm, DemoError, DemoSettings, run_demo
+from tests.demo.conftest import FakeEnvironment, FakeEnvironments, PairEnvironment
+from vla_pruner.demo import Arm, DemoError, DemoSettings, default_arms, run_demo
 from vla_pruner.demo.settings import DEFAULT_MINUTES, QUICK_MINUTES, choose_tasks
 from vla_pruner.methods import VLAPruner
 from vla_pruner.models.reference import save_policy
@@ -34,10 +34,12 @@ def test_it_writes_table_results_and_report(
     assert code == 0
     assert "4 paired episodes an arm" in text
     assert "episodes solved" in text
+    assert text.index("success") < text.index("95 % interval") < text.index("ms a pruned step") < text.index("speed")
     assert str(tmp_path / "new" / "report.html") in text.replace("\n", "")
     assert environments.made["reach"].closed
 
     results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert results["format"] == "vla-pruner demo 2"
     assert results["interrupted"] is False
     assert results["paired_episodes"] == 4
     assert len(results["episodes"]) == 12
@@ -49,6 +51,28 @@ def test_it_writes_table_results_and_report(
     assert results["conditions"]["threads"] >= 1
     assert results["machine_was_busy"] in (True, False)
     assert (tmp_path / "new" / "table.md").read_text().count("\n") > 15
+
+
+def test_the_two_camera_policy(chunk_policy: Any, tmp_path: Path) -> None:
+    """With the arms that the demo has of its own."""
+    settings = {"tasks": ("reach", "push"), "episodes": 1, "out": tmp_path, "seed": 0}
+    code, text = _run(chunk_policy, PairEnvironment, default_arms(), **settings)
+    assert code == 0
+    assert "The recommended setting (0.25 freeze, layer 2) takes" in " ".join(text.split())
+    assert "no rule at this layer" in " ".join(text.split())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [arm["arm"] for arm in results["arms"]] == ["unpruned", "recommended", "paper", "random"]
+    assert [arm["cost"]["visual_tokens_kept"] for arm in results["arms"]] == [128, 32, 32, 32]
+    floors = [arm["cost"]["decoder_floor_flops"] for arm in results["arms"]]
+    assert floors[0] > floors[1] > floors[2] == floors[3]
+    assert (results["conditions"]["policy"], results["decoder_layers"]) == ("ChunkPolicy", 6)
+    assert results["verdict"][0].startswith("The recommended setting")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    data = json.loads(found[1])
+    assert (data["grid"], data["cameras"], data["frame_size"], data["hero"]) == (8, 2, 160, 1)
+    assert "Cameras, from the left: image, wrist_image." in page
 
 
 def test_arms_that_keep_everything_are_named_as_such(
@@ -75,8 +99,7 @@ def test_the_report_is_self_contained(
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found
     data = json.loads(found[1])
-    assert data["grid"] == 4
-    assert data["frame_size"] == 224
+    assert (data["grid"], data["cameras"], data["frame_size"]) == (4, 1, 224)
     assert [unit["task"] for unit in data["units"]] == ["reach", "push"]
     arm = data["units"][0]["arms"][1]
     assert len(arm["frames"]) == len(arm["kept"]) + 1
@@ -85,10 +108,10 @@ def test_the_report_is_self_contained(
 
 def test_ctrl_c_leaves_what_was_finished(policy: Any, arms: tuple[Arm, ...], tmp_path: Path) -> None:
     class Interrupting(FakeEnvironment):
-        def step(self, action: Any) -> Any:
+        def step(self, chunk: Any) -> Any:
             if len(self.resets) > len(arms) + 2:  # in the second unit; the first reset is the probe's
                 raise KeyboardInterrupt
-            return super().step(action)
+            return super().step(chunk)
 
     made: list[Interrupting] = []
 
@@ -106,7 +129,7 @@ def test_ctrl_c_leaves_what_was_finished(policy: Any, arms: tuple[Arm, ...], tmp
 
 def test_ctrl_c_before_anything_is_finished(policy: Any, arms: tuple[Arm, ...], tmp_path: Path) -> None:
     class Interrupting(FakeEnvironment):
-        def step(self, action: Any) -> Any:
+        def step(self, chunk: Any) -> Any:
             raise KeyboardInterrupt
 
     code, text = _run(policy, Interrupting, arms, out=tmp_path)
@@ -158,5 +181,5 @@ def test_damaged_weights_are_one_clear_line(policy: Any, tmp_path: Path) -> None
     with pytest.raises(DemoError, match=r"model.safetensors is damaged"):
         run_demo(settings, Console(quiet=True))
     shutil.rmtree(weights)
-    with pytest.raises(DemoError, match="is missing"):
+    with pytest.raises(DemoError, match=r"no reference policy .*, and no folder of that name"):
         run_demo(settings, Console(quiet=True))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from vla_pruner.demo import DemoSettings, run_demo
+from vla_pruner.models.chunk import save_chunk_policy
 from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy, save_policy
-from vla_pruner.simulators import metaworld
+from vla_pruner.policies.random import random_policy
+from vla_pruner.simulators import SuiteError, metaworld
 
 pytestmark = pytest.mark.sim
 
@@ -24,8 +28,13 @@ def _simulator() -> None:
         pytest.skip(str(error))
 
 
-def test_five_arms_run_the_same_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metaworld, "MAX_CONTROL_STEPS", 5)
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five looks an episode, with four commands after each."""
+    monkeypatch.setattr(metaworld, "MAX_COMMANDS", 20)
+
+
+def test_four_arms_run_the_same_episode(tmp_path: Path) -> None:
     torch.manual_seed(0)
     instruction = metaworld.TASKS["push"]
     config = ReferenceConfig(
@@ -43,6 +52,26 @@ def test_five_arms_run_the_same_episode(tmp_path: Path, monkeypatch: pytest.Monk
     settings = DemoSettings(tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights")
     assert run_demo(settings, Console(quiet=True)) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [episode["pruned_steps"] for episode in results["episodes"]] == [0, 2, 2, 2, 5]
-    assert [arm["cost"]["visual_tokens_kept"] for arm in results["arms"]] == [36, 9, 9, 4, 9]
+    assert [episode["pruned_steps"] for episode in results["episodes"]] == [0, 2, 2, 5]
+    assert [arm["cost"]["visual_tokens_kept"] for arm in results["arms"]] == [36, 9, 9, 9]
     assert len(results["conditions"]["weights_sha256"]) == 64
+
+
+def test_the_two_camera_policy_runs_the_same_episode(tmp_path: Path) -> None:
+    policy: Any = random_policy("reference-chunk")
+    save_chunk_policy(policy, tmp_path / "weights")
+    settings = DemoSettings(tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights")
+    assert run_demo(settings, Console(quiet=True)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [episode["steps"] for episode in results["episodes"]] == [5] * 4
+    assert [episode["pruned_steps"] for episode in results["episodes"]] == [0, 2, 2, 5]
+    assert results["conditions"]["cameras"] == ["image", "wrist_image"]
+
+
+def test_a_policy_that_cannot_act_in_meta_world_is_refused(tmp_path: Path) -> None:
+    policy: Any = random_policy("reference-chunk")
+    policy.config = replace(policy.config, suite="libero_object")
+    save_chunk_policy(policy, tmp_path / "weights")
+    settings = DemoSettings(tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights")
+    with pytest.raises(SuiteError, match="Run a reference policy for Meta-World here"):
+        run_demo(settings, Console(quiet=True))

@@ -116,7 +116,7 @@ def test_wrong_input_is_one_line(flags: str, message: str, tmp_path: Path, capsy
 def test_a_run_that_cannot_begin_leaves_no_folder(
     flags: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"--policy": "reference", "--controls": "none", "--out": str(tmp_path / "run")}
+    options = {"--policy": "reference:autoregressive", "--controls": "none", "--out": str(tmp_path / "run")}
     given = [*flags, *(word for pair in options.items() for word in pair)]
     settings: list[EvalSettings] = []
     monkeypatch.setattr("vla_pruner.evaluation.command.run_eval", lambda one, console: settings.append(one) or 0)

@@ -35,7 +35,24 @@ def reference() -> Case:
         head = model.language_model.lm_head
         return with_logits(head, lambda: model.predict_action(pictures, "reach the goal", state))
 
-    return Case("reference", vp.reference_policy, step)
+    return Case("reference", lambda: vp.reference_policy("autoregressive"), step)
+
+
+def chunk() -> Case:
+    """The two-camera reference policy; what its chunk is made of, before it is clipped."""
+
+    def step(model: Any, scene: int, rows: slice) -> Tensor:
+        pictures = np.stack([images(scene, camera, model.image_size) for camera in range(2)], axis=1)[rows]
+        state = np.zeros((len(pictures), model.proprio_size), np.float32)
+        found: list[Tensor] = []
+        handle = model.action_head.register_forward_hook(lambda _, __, actions: found.append(actions))
+        try:
+            model.predict_action(pictures, "reach the green ball", state)
+        finally:
+            handle.remove()
+        return found[0]
+
+    return Case("chunk", lambda: vp.random_policy("reference-chunk"), step, noisy=8)
 
 
 def openvla(backend: str) -> Case:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 FAMILIES = {
     "reference": (cases.reference, "drop"),
+    "chunk": (cases.chunk, "freeze"),
     "openvla": (lambda: cases.openvla("sdpa"), "freeze"),
     "oft": (lambda: cases.openvla_oft("l1", "eager"), "freeze"),
     "oft, discrete": (lambda: cases.openvla_oft(None), "drop"),
@@ -54,10 +55,24 @@ WHOLE = {
 }
 
 
+PASS = {
+    **{name: WHOLE[name] for name in ("drop", "freeze", "before", "progressive")},
+    "cameras": vp.ActionOnly(keep={"image": 9, "wrist_image": 5}, layer=1, window=1, unseen="carry"),
+}
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_control_step_as_one_program(name):
-    """The reference policy's: prompt and decoding in one graph, whatever is done in it and between steps."""
-    case, method = small(), WHOLE[name]
+    """The autoregressive policy's: prompt and decoding in one graph, whatever is done in it and between steps."""
+    check_whole(small(), WHOLE[name])
+
+
+@pytest.mark.parametrize("name", PASS)
+def test_a_whole_pass_of_the_two_camera_policy_as_one_program(name):
+    check_whole(cases.chunk(), PASS[name])
+
+
+def check_whole(case, method):
     model = case.build()
     before = whole_state(model)
 

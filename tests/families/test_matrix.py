@@ -9,6 +9,7 @@ from tests.families import cases, matrix
 FAMILIES = [
     cases.decoder_lm(),
     cases.reference(),
+    cases.chunk(),
     cases.openvla("sdpa"),
     cases.openvla_oft("l1"),
     cases.openvla_oft("diffusion"),

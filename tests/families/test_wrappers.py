@@ -64,7 +64,9 @@ def test_a_parallel_wrapper_is_not_unwrapped():
         family_of(torch.nn.DataParallel(Wrapped().module))
 
 
-@pytest.mark.parametrize("build", [Wrapped, lambda: vp.reference_policy(), lambda: vp.random_policy("openvla")])
+@pytest.mark.parametrize(
+    "build", [Wrapped, lambda: vp.reference_policy("autoregressive"), lambda: vp.random_policy("openvla")]
+)
 def test_a_policys_own_reset_begins_a_new_episode(build):
     policy = build()
     before = dict(vars(policy))

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import vla_pruner as vp
+from vla_pruner.models.chunk import save_chunk_policy
 from vla_pruner.models.reference import save_policy
-from vla_pruner.policies import loading
+from vla_pruner.policies import loading, reference
 from vla_pruner.policies.base import Policy, module_of
+
+
+def saved_chunk(folder):
+    """The folder, with a small two-camera policy in it."""
+    save_chunk_policy(vp.random_policy("reference-chunk", seed=3), folder)  # type: ignore[arg-type]
+    return folder
 
 
 def write_config(folder, **values):
@@ -22,8 +30,25 @@ def write_config(folder, **values):
     return folder
 
 
-def test_the_name_reference_is_the_shipped_policy():
-    policy = vp.load_policy("reference", dtype=torch.float64)
+def test_the_name_reference_is_the_default_policy():
+    assert reference.DEFAULT in reference.NAMES
+    default, named = (vp.load_policy(text) for text in ("reference", f"reference:{reference.DEFAULT}"))
+    assert type(default) is type(named) is type(vp.reference_policy())
+    for one, other in zip(module_of(default).parameters(), module_of(named).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_default_is_one_constant(monkeypatch, tmp_path):
+    folder = saved_chunk(tmp_path / "weights" / "metaworld")
+    monkeypatch.setattr("vla_pruner.models.chunk.loading.SHIPPED_WEIGHTS", folder.parent)
+    monkeypatch.setattr(reference, "DEFAULT", "metaworld")
+    policies = [vp.reference_policy(), vp.reference_policy("metaworld"), vp.load_policy("reference")]
+    assert {type(policy).__name__ for policy in policies} == {"ChunkPolicy"}
+    assert type(vp.load_policy("reference:autoregressive")).__name__ == "ReferencePolicy"
+
+
+def test_the_autoregressive_policy_by_its_name():
+    policy = vp.load_policy("reference:autoregressive", dtype=torch.float64)
     assert isinstance(policy, Policy)
     assert module_of(policy) is policy
     assert next(policy.parameters()).dtype == torch.float64  # type: ignore[attr-defined]
@@ -39,6 +64,71 @@ def test_a_saved_reference_policy(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     one, other = (p.act({"image": image}, p.instructions[0], np.zeros(4)) for p in (policy, loaded))  # type: ignore[attr-defined]
     np.testing.assert_array_equal(one, other)
+
+
+def test_a_saved_two_camera_policy(tmp_path):
+    policy: Any = vp.load_policy(saved_chunk(tmp_path))
+    assert isinstance(policy, Policy)
+    assert (policy.cameras, policy.proprio_size) == (("image", "wrist_image"), 4)
+    assert type(vp.reference_policy(tmp_path)) is type(policy)
+    draws = np.random.default_rng(0)
+    images = {name: draws.integers(0, 256, (64, 64, 3), dtype=np.uint8) for name in policy.cameras}
+    chunks = [
+        one.act(images, policy.instructions[0], np.zeros(4)) for one in (policy, vp.reference_policy(str(tmp_path)))
+    ]
+    assert chunks[0].shape == (8, 4)
+    np.testing.assert_array_equal(*chunks)
+
+
+def test_reference_policies_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("vla_pruner.models.chunk.loading.SHIPPED_WEIGHTS", tmp_path)
+    for load in (lambda: vp.reference_policy("libero-object"), lambda: vp.load_policy("reference:libero-object")):
+        with pytest.raises(vp.CheckpointError, match=r"'libero-object' do not ship .*; what ships is 'autoregressive'"):
+            load()
+    with pytest.raises(vp.CheckpointError, match="no reference policy 'libero'; give reference:metaworld or"):
+        vp.load_policy("reference:libero")
+    with pytest.raises(vp.CheckpointError, match="no reference policy ''; give"):
+        vp.load_policy("reference:")
+    with pytest.raises(vp.CheckpointError, match="no reference policy 'meta', and no folder of that name; give one of"):
+        vp.reference_policy("meta")
+    for nothing in (3, ""):
+        with pytest.raises(vp.CheckpointError, match="reference_policy was given"):
+            vp.reference_policy(nothing)  # type: ignore[arg-type]
+    with pytest.raises(vp.UnsupportedModelError, match="not that of a reference policy"):
+        vp.reference_policy(write_config(tmp_path, model_type="openvla"))
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "chunk"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, kind, wrong):
+    policy: Any = vp.random_policy("reference" if kind == "autoregressive" else "reference-chunk")
+    with torch.no_grad():
+        policy.projector[0].weight[0, 0] = wrong
+    (save_policy if kind == "autoregressive" else save_chunk_policy)(policy, tmp_path)
+    with pytest.raises(vp.CheckpointError, match=r"projector\.0\.weight holds numbers that are not finite"):
+        vp.load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "config", "unknown", "type", "size", "mismatch"])
+def test_damaged_two_camera_policies(tmp_path, damage):
+    tensors, config = saved_chunk(tmp_path) / "model.safetensors", tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    bad = config
+    if damage in ("cut", "missing", "mismatch"):
+        bad = tensors
+    if damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:1000])
+    elif damage == "missing":
+        tensors.unlink()
+    elif damage == "config":
+        config.write_text("{")
+    else:
+        change = {"unknown": {"colour": "red"}, "type": {"num_layers": "six"}, "size": {"patch_size": 16}}
+        config.write_text(json.dumps({**values, **change.get(damage, {"intermediate_size": 96})}))
+    with pytest.raises(vp.CheckpointError) as error:
+        vp.load_policy(tmp_path)
+    assert bad.name in str(error.value)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["openvla_tiny", "openvla_oft_tiny", "transformers_pi0_tiny"])
@@ -86,7 +176,7 @@ def test_cuda_where_there_is_none():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtypes_by_name(dtype):
-    policy = vp.load_policy("reference", dtype=dtype)
+    policy = vp.load_policy("reference:autoregressive", dtype=dtype)
     assert next(module_of(policy).parameters()).dtype == getattr(torch, dtype)
 
 
@@ -132,7 +222,7 @@ def test_damaged_folders(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(vp.CheckpointError, match="no settings by name"):
         vp.load_policy(tmp_path)
-    write_config(tmp_path, **vp.reference_policy().config.to_dict())
+    write_config(tmp_path, **vp.random_policy("reference").config.to_dict())
     with pytest.raises(vp.CheckpointError, match=r"model\.safetensors is missing"):
         vp.load_policy(tmp_path)
     with pytest.raises(vp.CheckpointError, match="no folder"):

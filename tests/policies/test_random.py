@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ import vla_pruner as vp
 from vla_pruner.policies import random
 from vla_pruner.policies.base import Policy, module_of
 
-HERE = ("reference", "openvla", "openvla-oft", "pi0")
+HERE = ("reference", "reference-chunk", "openvla", "openvla-oft", "pi0")
 
 
 def act(policy, seed):
@@ -33,7 +35,7 @@ def test_actions_follow_images_and_seeds(name):
     assert not module_of(policy).training
 
 
-@pytest.mark.parametrize("name", ["reference", "pi0"])
+@pytest.mark.parametrize("name", ["reference", "reference-chunk", "pi0"])
 def test_attention_is_peaked(name):
     """Some tokens receive several times what others do, or a choice among them would be noise."""
     policy = vp.random_policy(name)
@@ -44,11 +46,11 @@ def test_attention_is_peaked(name):
     assert action[-count:].mean() > 5 * action[:count].mean()
 
 
-@pytest.mark.parametrize("name", ["reference", "pi0"])
+@pytest.mark.parametrize("name", ["reference", "reference-chunk", "pi0"])
 def test_every_weight_is_drawn(name):
     """What is built without a start must not be left as it lay in memory."""
     module = module_of(vp.random_policy(name))
-    own = {"visual_position", "vision.position"}  # made by the policy itself
+    own = {"visual_position", "vision.position", "action_rows"}  # made by the policy itself
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(torch.nan)
@@ -61,6 +63,14 @@ def test_dtype_and_device_are_where_they_were_asked():
     for name in HERE:
         module = module_of(vp.random_policy(name, dtype=torch.bfloat16))
         assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+
+
+def test_the_two_camera_policy_has_the_shape_that_is_trained():
+    from reference.chunk.train import CONFIGS
+
+    policy: Any = vp.random_policy("reference-chunk", size="full")
+    assert policy.config == CONFIGS["metaworld"]
+    assert policy.config.num_visual_tokens == 512
 
 
 def test_published_size_of_pi0_without_its_memory(monkeypatch):

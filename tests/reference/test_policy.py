@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vla_pruner.errors import ObservationError
-from vla_pruner.models.reference import ReferencePolicy, reference_policy
+from vla_pruner.models.reference import ReferencePolicy, load_autoregressive_policy
 from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
 from vla_pruner.models.reference.tokenizer import encode, split_words
 
@@ -24,7 +24,7 @@ INSTRUCTIONS = [str(text) for text in RECORDED["instructions"]]
 @pytest.fixture(scope="module")
 def policy() -> ReferencePolicy:
     torch.set_num_threads(1)
-    return reference_policy()
+    return load_autoregressive_policy()
 
 
 def test_shape_of_the_policy(policy: ReferencePolicy) -> None:
@@ -150,12 +150,12 @@ def test_bad_files_are_one_clear_error(weights: Path, damage: str) -> None:
         values = json.loads(config.read_text())
         config.write_text(json.dumps({**values, "intermediate_size": values["intermediate_size"] + 32}))
     with pytest.raises(ValueError) as error:
-        reference_policy(weights)
+        load_autoregressive_policy(weights)
     assert bad.name in str(error.value)
     assert str(weights) in str(error.value)
 
 
 def test_half_precision_runs(policy: ReferencePolicy) -> None:
-    action = reference_policy(dtype=torch.bfloat16).predict_action(IMAGES, INSTRUCTIONS, PROPRIO)
+    action = load_autoregressive_policy(dtype=torch.bfloat16).predict_action(IMAGES, INSTRUCTIONS, PROPRIO)
     assert action.dtype == np.float32
     assert np.abs(action - policy.predict_action(IMAGES, INSTRUCTIONS, PROPRIO)).mean() < 0.15

@@ -24,6 +24,11 @@ def scene(policy: Any, robot: int, step: int) -> np.ndarray:
     return np.clip(blocks + noise, 0, 255).astype(np.uint8)
 
 
+def scenes(policy: Any, robot: int, step: int) -> dict[str, np.ndarray]:
+    """The image of every camera of the policy; those after the first look at other robots' blocks."""
+    return {camera: scene(policy, robot + 1000 * number, step) for number, camera in enumerate(policy.cameras)}
+
+
 def state(policy: Any, robot: int, step: int) -> np.ndarray:
     noise = np.random.default_rng((robot, step, 1)).normal(0, 0.05, policy.proprio_size)
     return (np.asarray(policy.config.proprio_mean) + noise).astype(np.float32)
@@ -36,7 +41,7 @@ def instruction(policy: Any, robot: int) -> str:
 def observation(policy: Any, robot: int = 0, step: int = 0, **more: Any) -> dict[str, Any]:
     """A message of a robot."""
     return {
-        "observation/image": scene(policy, robot, step),
+        **{f"observation/{camera}": image for camera, image in scenes(policy, robot, step).items()},
         "observation/state": state(policy, robot, step),
         "prompt": instruction(policy, robot),
         **more,
@@ -45,8 +50,7 @@ def observation(policy: Any, robot: int = 0, step: int = 0, **more: Any) -> dict
 
 def seen(policy: Any, robot: int = 0, step: int = 0) -> Seen:
     """The same, read."""
-    image = {"image": scene(policy, robot, step)}
-    return Seen(image, instruction(policy, robot), state(policy, robot, step), reset=False)
+    return Seen(scenes(policy, robot, step), instruction(policy, robot), state(policy, robot, step), reset=False)
 
 
 def alone(policy: Any, method: Method, robot: int, steps: range) -> list[tuple[np.ndarray, list[int] | None]]:
@@ -55,8 +59,7 @@ def alone(policy: Any, method: Method, robot: int, steps: range) -> list[tuple[n
     with method.attach(policy) as session:
         session.reset()
         for step in steps:
-            images = {"image": scene(policy, robot, step)}
-            actions = policy.act(images, instruction(policy, robot), state(policy, robot, step))
+            actions = policy.act(scenes(policy, robot, step), instruction(policy, robot), state(policy, robot, step))
             found.append((actions, None if session.kept is None else session.kept[0].tolist()))
     return found
 

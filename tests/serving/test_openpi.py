@@ -29,7 +29,7 @@ def test_a_closed_loop_with_openpis_client(tmp_path: Path) -> None:
     observations.
     """
     out = tmp_path / "episode.npz"
-    with PolicyServer(vp.reference_policy(), METHOD, ServerSettings(port=0)) as server:
+    with PolicyServer(vp.reference_policy("autoregressive"), METHOD, ServerSettings(port=0)) as server:
         command = [str(PYTHON), str(ROOT / "tests/serving/stock_client.py"), "127.0.0.1", str(server.port)]
         done = subprocess.run(
             [*command, "push", str(EVALUATION_SEED), str(out)],
@@ -53,7 +53,7 @@ def test_a_closed_loop_with_openpis_client(tmp_path: Path) -> None:
     assert kept == [196.0] * 3 + [49.0] * (len(kept) - 3)
     assert len(kept) > 5
 
-    policy = vp.reference_policy()
+    policy = vp.reference_policy("autoregressive")
     with METHOD.attach(policy):
         for image, state, action in zip(episode["images"], episode["states"], episode["actions"], strict=True):
             assert np.array_equal(policy.act({"image": image}, TASKS["push"], state)[0], action)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from vla_pruner.errors import ObservationError
 from vla_pruner.policies.random import random_policy
 from vla_pruner.simulators import SimulatorUnavailable, SuiteError, find_suite, libero_package
 from vla_pruner.simulators.libero_conventions import libero_convention
@@ -134,6 +136,29 @@ def test_lerobots_horizon_is_the_checkpoints():
     convention = libero_convention(policy)
     assert dict(convention.cameras) == {"image": "agentview", "image2": "robot0_eye_in_hand"}
     assert convention.horizon == 7
+
+
+def test_the_two_camera_policy_of_libero_sees_averaged_images_and_carries_out_its_share():
+    policy: Any = random_policy("reference-chunk")
+    with pytest.raises(SuiteError, match="How a ChunkPolicy sees LIBERO is not known"):
+        libero_convention(policy)
+    config = replace(policy.config, suite="libero_object", proprio_mean=(0.0,) * 8, executed=5, action_dimensions=7)
+    policy.config = config
+    convention = libero_convention(policy)
+    assert dict(convention.cameras) == {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
+    assert convention.proprio
+    assert convention.plan(np.zeros((8, 7))).shape == (5, 7)
+    upright = np.zeros((256, 256, 3), np.uint8)
+    upright[:4, :2] = 200
+    small = convention.image(upright)
+    assert (small.shape, small.dtype) == ((64, 64, 3), np.uint8)
+    assert (small[0, 0, 0], int(small.astype(int).sum())) == (100, 300)  # half of the first cell
+    np.testing.assert_array_equal(convention.image(small), small)
+    with pytest.raises(ObservationError, match=r"square images of 64 pixels, .* found 100 x 100"):
+        convention.image(np.zeros((100, 100, 3), np.uint8))
+    policy.config = replace(config, action_dimensions=4)
+    with pytest.raises(SuiteError, match="LIBERO's actions have 7 numbers; this policy gives 4"):
+        libero_convention(policy)
 
 
 def test_what_is_not_of_libero_is_refused():

@@ -22,6 +22,8 @@ class Layout:
         prompt: (B, N) bool, True for real tokens, False for padding.
         cameras: visual tokens of each camera, in the order of the family's `cameras`; together M.
         absent: cameras, by their place in `cameras`, that the host knows to be absent in all rows.
+        readers: (B, N) bool, the real tokens whose attention says what the prompt reads, and so the semantic score;
+            None: all of `prompt`. Rows that only act, behind the prompt in the same pass, are not among them.
     """
 
     visual: Tensor
@@ -29,6 +31,12 @@ class Layout:
     prompt: Tensor
     cameras: tuple[int, ...]
     absent: frozenset[int] = frozenset()
+    readers: Tensor | None = None
+
+    @property
+    def reading(self) -> Tensor:
+        """(B, N) bool: the rows that the semantic score is of."""
+        return self.prompt if self.readers is None else self.readers
 
     @property
     def rows(self) -> int:
@@ -51,19 +59,21 @@ class Layout:
         return sum(count for camera, count in enumerate(self.cameras) if camera not in self.absent)
 
     def last(self) -> Tensor:
-        """(B, 1) int64: position of each row's last real token, the one that emits the first action token."""
+        """(B, 1) int64: position of each row's last reading token; the one that emits the first action token, where
+        tokens are decoded.
+        """
         positions = torch.arange(self.length, device=self.prompt.device)
-        return torch.where(self.prompt, positions, -1).amax(dim=1, keepdim=True)
+        return torch.where(self.reading, positions, -1).amax(dim=1, keepdim=True)
 
     def text(self) -> Tensor:
-        """(B, N) bool: the real, non-visual tokens after the image. Those before it cannot see it.
+        """(B, N) bool: the reading, non-visual tokens after the image. Those before it cannot see it.
 
         Raises:
             SessionError: a row has no such token.
         """
         positions = torch.arange(self.length, device=self.prompt.device)
         end = torch.where(self.valid, self.visual, -1).amax(dim=1, keepdim=True)
-        text = (self.prompt & (positions > end)).scatter(1, self.visual, False)
+        text = (self.reading & (positions > end)).scatter(1, self.visual, False)
         ensure(text.any(dim=1).all(), NO_TEXT)
         return text
 

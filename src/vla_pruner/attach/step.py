@@ -170,7 +170,7 @@ class Step:
         """
         layout, short, rows = self.layout, self.shortening, None
         if queries == "all":
-            weights = layout.prompt
+            weights = layout.reading
         elif queries == "last":
             weights = torch.zeros_like(layout.prompt).scatter(1, layout.last(), True)
         elif queries == "raters":

@@ -55,7 +55,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "--model",
         metavar="MODEL",
         required=True,
-        help=f"{', '.join(NAMED)},\nllama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB], or the folder of a checkpoint",
+        help=f"{', '.join(NAMED)},\nllama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB], reference:NAME, or a folder",
     )
     add("--size", choices=SIZES, default="full", help="of random weights: published or tiny (default: %(default)s)")
     add("--layers", metavar="N", type=int, help="depth of the decoder, and of an expert (default: as published)")

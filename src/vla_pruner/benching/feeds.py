@@ -43,6 +43,7 @@ def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
         "OpenVLAForActionPrediction": _openvla,
         "OpenVLAOFT": _oft,
         "ReferencePolicy": _reference,
+        "ChunkPolicy": _chunk,
         "TransformersPI0": _pi0,
         "LeRobotPolicy": _lerobot,
     }
@@ -182,6 +183,19 @@ def _reference(policy: Any, settings: BenchSettings, device: torch.device) -> Fe
         return policy.predict_action(images, policy.instructions[0], state)
 
     return Feed(step, visual, config.prompt_length - visual, decoded=config.action_dimensions - 1)
+
+
+def _chunk(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    config = policy.config
+    images = np.stack(_images(settings, len(config.cameras), config.image_size), axis=1)
+    state = np.tile(np.asarray(config.proprio_mean, dtype=np.float32), (settings.batch, 1))
+    visual = config.num_visual_tokens
+
+    def step() -> Any:
+        return policy.predict_action(images, policy.instructions[0], state)
+
+    # The action rows are part of the one pass.
+    return Feed(step, visual, config.prompt_length + config.chunk - visual, uses_head=False)
 
 
 def _pi0(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:

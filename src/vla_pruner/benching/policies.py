@@ -31,9 +31,9 @@ def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> 
     from vla_pruner.policies.loading import load_policy
     from vla_pruner.policies.random import random_policy
 
-    if kind == "reference" and settings.size == "tiny":
-        return random_policy("reference", "tiny", device, dtype, settings.seed)
-    return load_policy("reference" if kind == "reference" else settings.model, device, dtype)
+    if kind == "reference-chunk" or (kind == "reference" and settings.size == "tiny"):
+        return random_policy(kind, settings.size, device, dtype, settings.seed)
+    return load_policy("reference:autoregressive" if kind == "reference" else settings.model, device, dtype)
 
 
 def _llama(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:

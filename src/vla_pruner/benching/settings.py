@@ -14,7 +14,9 @@ from vla_pruner.errors import BudgetError, UnsupportedModelError
 from vla_pruner.method_names import LAYER, Named, methods_of
 from vla_pruner.methods import Method
 
-NAMED = ("openvla-7b", "openvla-oft", "pi0", "pi05", "smolvla", "reference")
+NAMED = ("openvla-7b", "openvla-oft", "pi0", "pi05", "smolvla", "reference", "reference-chunk")
+SHIPPED = "reference:"
+"""What a policy of `reference_policy` begins with, to benchmark its weights."""
 DENOISING = ("pi0", "pi05", "smolvla")
 LLAMA = "llama:"
 INDUCTOR = "inductor"
@@ -51,8 +53,8 @@ class BenchSettings:
     """One benchmark.
 
     Attributes:
-        model: one of `NAMED`, "llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB]", or a checkpoint's folder; the class of
-            a policy that is loaded already.
+        model: one of `NAMED`, "llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB]", "reference:NAME", or a checkpoint's
+            folder; the class of a policy that is loaded already.
         size: "full" (published) or "tiny", of models with random weights.
         layers: depth of the decoder, and of an expert beside it; None: as published.
         keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and what VLA-Cache was
@@ -216,17 +218,17 @@ class BenchSettings:
         kind = self.kind
         if kind == "llama":
             self.llama()
-        elif kind == "checkpoint" and not self.loaded and not Path(self.model).exists():
+        elif kind == "checkpoint" and not (self.loaded or self.model.startswith(SHIPPED) or Path(self.model).exists()):
             raise UnsupportedModelError(
-                f"--model is {self.model}, which is neither a folder nor one of {', '.join(NAMED)} and "
+                f"--model is {self.model}, which is neither a folder nor one of {', '.join(NAMED)}, reference:NAME and "
                 "llama:HIDDEN,LAYERS."
             )
-        fixed = kind in ("checkpoint", "reference")
+        fixed = kind in ("checkpoint", "reference", "reference-chunk")
         refused = {
             "size": self.size != "full" and kind in ("checkpoint", "llama"),
             "layers": self.layers is not None and fixed,
             "cameras": self.cameras is not None and fixed,
-            "prompt_tokens": self.prompt_tokens is not None and kind == "reference",
+            "prompt_tokens": self.prompt_tokens is not None and kind in ("reference", "reference-chunk"),
             "decode_tokens": self.decode_tokens is not None and kind not in ("llama", "openvla-7b"),
             "denoise_steps": self.denoise_steps is not None and kind not in DENOISING,
         }

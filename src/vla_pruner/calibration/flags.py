@@ -31,7 +31,7 @@ def add_calibrate(commands: Any) -> None:
     add(
         "--policy",
         metavar="MODEL",
-        help="folder of a checkpoint, its name on the Hugging Face hub, or 'reference' (ships with the package)",
+        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package)",
     )
     add(
         "--from",

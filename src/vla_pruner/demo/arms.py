@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vla_pruner.method_names import attached
+from vla_pruner.method_names import attached, method_name
 from vla_pruner.methods import Method, RandomKeep, VLAPruner
 
-BASELINE = "unpruned"
+BASELINE, RECOMMENDED_ARM = "unpruned", "recommended"
+
+RECOMMENDED: Any = VLAPruner(keep=0.25, layer=2, pruned="freeze")
+"""The setting that the documents recommend."""
+
+PAPER = VLAPruner(keep=0.25, layer=2, pruned="drop")
+"""VLA-Pruner as published, at the layer of `RECOMMENDED`."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Arm:
     Attributes:
         key: short name, used in files.
         title: what reports call it.
-        short: the same in up to 10 columns a line, for the terminal.
+        short: the same in up to 12 columns a line, for the terminal.
         method: what is attached; None runs the untouched model.
     """
 
@@ -36,13 +42,25 @@ class Arm:
         return attached(self.method, policy, episode_seed)
 
 
-def default_arms(keep: float) -> tuple[Arm, ...]:
-    """Unpruned; VLA-Pruner at `keep` dropped and frozen, at half of it frozen; a random choice at `keep` dropped."""
-    full, half = f"{keep:g}", f"{keep / 2:g}"
+def default_arms(keep: float | None = None) -> tuple[Arm, ...]:
+    """Unpruned, the recommended setting, the paper's, and a random choice that is otherwise the paper's.
+
+    Args:
+        keep: in place of the settings' own.
+    """
+    recommended, paper = (method if keep is None else replace(method, keep=keep) for method in (RECOMMENDED, PAPER))
+    random = RandomKeep(keep=paper.keep, layer=paper.layer, pruned=paper.pruned)
     return (
         Arm(BASELINE, "unpruned", "unpruned", None),
-        Arm("drop", f"VLA-Pruner {full} drop", f"drop\n{full}", VLAPruner(keep=keep, pruned="drop")),
-        Arm("freeze", f"VLA-Pruner {full} freeze", f"freeze\n{full}", VLAPruner(keep=keep, pruned="freeze")),
-        Arm("freeze-half", f"VLA-Pruner {half} freeze", f"freeze\n{half}", VLAPruner(keep=keep / 2, pruned="freeze")),
-        Arm("random", f"random {full} drop", f"random\n{full}", RandomKeep(keep=keep, pruned="drop")),
+        _arm(RECOMMENDED_ARM, RECOMMENDED_ARM, recommended),
+        _arm("paper", "the paper's", paper),
+        _arm("random", "random", random),
     )
+
+
+def _arm(key: str, name: str, method: Any) -> Arm:
+    setting = f"{method.keep:g} {method.pruned}"
+    detail = f"{setting}, layer {method.layer}"
+    if method_name(type(method)) not in ("vla-pruner", "random"):
+        detail = f"{type(method).__name__} {detail}"
+    return Arm(key, f"{name} ({detail})", f"{name.removeprefix('the ')}\n{setting}", method)

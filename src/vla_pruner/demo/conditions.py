@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.conditions import machine_conditions, sha256
+from vla_pruner.families import family_of
 
 _PACKAGES = ("vla-pruner", "torch", "transformers", "numpy", "safetensors", "metaworld", "mujoco", "gymnasium")
 
@@ -24,6 +25,8 @@ def conditions(policy: Any, weights: Path | None) -> dict[str, Any]:
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "image_size": policy.config.image_size,
-        "attention": getattr(policy.language_model.config, "_attn_implementation", None),
+        "policy": type(policy).__name__,
+        "cameras": list(policy.cameras),
+        "attention": family_of(policy).backend,
         "weights_sha256": sha256(weights) if weights is not None else None,
     }

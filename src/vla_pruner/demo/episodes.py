@@ -17,18 +17,18 @@ class Observation(Protocol):
     """What an environment hands to the policy."""
 
     @property
-    def image(self) -> np.ndarray: ...
+    def images(self) -> Mapping[str, np.ndarray]: ...
     @property
-    def proprio(self) -> np.ndarray: ...
+    def proprio(self) -> np.ndarray | None: ...
     @property
     def instruction(self) -> str: ...
 
 
 class Environment(Protocol):
-    """One task: `vla_pruner.simulators.metaworld.MetaWorldEnv`, or a fake in tests."""
+    """One task: `vla_pruner.demo.scenes.Scene`, or a fake in tests."""
 
     def reset(self, seed: int) -> Any: ...
-    def step(self, action: np.ndarray) -> tuple[Any, bool, bool]: ...
+    def step(self, chunk: np.ndarray) -> tuple[Any, bool, bool]: ...
     def render(self, size: int) -> np.ndarray: ...
     def close(self) -> None: ...
 
@@ -46,7 +46,7 @@ class Trace:
     """What one episode looked like; one entry a control step, and one more frame of how it ended."""
 
     frames: list[np.ndarray]
-    """(size, size, 3) uint8."""
+    """(size, n * size, 3) uint8, n cameras side by side."""
     kept: list[list[int] | None]
     """Ids of the visual tokens kept; None where the step was not pruned."""
 
@@ -78,8 +78,8 @@ def run_episode(policy: Any, arm: Arm, environment: Environment, unit: Unit, tra
     """Runs one episode to its end.
 
     Args:
-        policy: has `predict_action(image, instruction, proprio)` and the submodules that `StageTimer` needs.
-        trace_size: height and width of the frames to record; None records none.
+        policy: has `act(images, instruction, proprio)` and the submodules that `StageTimer` needs.
+        trace_size: height of the frames to record; None records none.
     """
     observation = environment.reset(unit.seed)
     kept: list[int | None] = []
@@ -93,12 +93,12 @@ def run_episode(policy: Any, arm: Arm, environment: Environment, unit: Unit, tra
             if trace is not None and trace_size is not None:
                 trace.frames.append(environment.render(trace_size))
             with timer.step():
-                action = policy.predict_action(observation.image, observation.instruction, observation.proprio)
+                chunk = policy.act(observation.images, observation.instruction, observation.proprio)
             ids = None if session is None else session.kept
             kept.append(None if ids is None else int(ids.shape[1]))
             if trace is not None:
                 trace.kept.append(None if ids is None else ids[0].tolist())
-            observation, success, done = environment.step(action)
+            observation, success, done = environment.step(chunk)
         if trace is not None and trace_size is not None:
             trace.frames.append(environment.render(trace_size))
     return Episode(arm.key, unit, bool(success), timer.steps, kept, trace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from vla_pruner.cost import DecoderShape, Flops, StepShape, count_flops, decoder_flops
 from vla_pruner.demo.arms import Arm
 from vla_pruner.demo.episodes import Observation
+from vla_pruner.families import family_of
 from vla_pruner.statistics import percentile
-from vla_pruner.timing import StageTimer
+from vla_pruner.timing import StageTimer, head_owner
 
 _LONGEST_WARM_UP = 16
 """Steps after which a method that has not pruned is taken to never prune."""
@@ -40,15 +41,18 @@ class ArmCost:
         }
 
 
-def step_shape(policy: Any) -> StepShape:
-    """What the policy feeds its decoder, from its configuration."""
-    config = policy.config
-    visual = config.num_visual_tokens
-    return StepShape(visual=visual, other=config.prompt_length - visual, actions=config.action_dimensions)
+def decoder_shapes(policy: Any) -> tuple[DecoderShape, StepShape]:
+    """The decoder, and what a control step feeds it: decoded action tokens, or action rows behind the prompt."""
+    family, config = family_of(policy), policy.config
+    decoder, visual = DecoderShape.of(family.decoder.config), config.num_visual_tokens
+    other = config.prompt_length - visual
+    if head_owner(policy, family.decoder) is None:
+        return replace(decoder, vocabulary=0), StepShape(visual, other + config.chunk, actions=1)
+    return decoder, StepShape(visual, other, config.action_dimensions)
 
 
 def vision_flops(policy: Any, observation: Observation) -> float:
-    """FLOPs of image encoder and projector for one image, counted."""
+    """FLOPs of image encoder and projector for one look at all cameras, counted."""
     calls: list[tuple[Any, Any, Any]] = []
 
     def remember(module: Any, args: Any, kwargs: Any) -> None:
@@ -73,7 +77,7 @@ def vision_flops(policy: Any, observation: Observation) -> float:
 
 def arm_cost(policy: Any, arm: Arm, observation: Observation) -> ArmCost:
     """Runs one arm on one observation until it prunes, then counts one more step. It also warms the machine up."""
-    decoder, step = DecoderShape.of(policy.language_model.config), step_shape(policy)
+    decoder, step = decoder_shapes(policy)
     kept: int | None = None
     with arm.attach(policy, 0) as session:
         if session is not None:
@@ -105,4 +109,4 @@ def timer_overhead(policy: Any, observation: Observation, pairs: int = 15) -> fl
 
 
 def _act(policy: Any, observation: Observation) -> None:
-    policy.predict_action(observation.image, observation.instruction, observation.proprio)
+    policy.act(observation.images, observation.instruction, observation.proprio)

@@ -14,6 +14,9 @@ from vla_pruner.demo.settings import DemoSettings
 from vla_pruner.demo.summary import Summary
 from vla_pruner.timing import STAGES
 
+FORMAT = "vla-pruner demo 2"
+"""Of format 1 the arms were others, each action was one control step, and the verdict began with the unpruned arm."""
+
 
 def to_json(
     settings: DemoSettings,
@@ -26,7 +29,7 @@ def to_json(
     """The result file's content: plain JSON values, nan and infinity as null."""
     asked = dataclasses.asdict(settings)
     content = {
-        "format": "vla-pruner demo 1",
+        "format": FORMAT,
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()},
         "conditions": dict(conditions),
         **notes,

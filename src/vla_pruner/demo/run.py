@@ -16,15 +16,18 @@ from vla_pruner.demo.arms import BASELINE, Arm, default_arms
 from vla_pruner.demo.conditions import conditions
 from vla_pruner.demo.episodes import Environment, Runner, Unit, plan
 from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
+from vla_pruner.demo.scenes import metaworld_scenes
 from vla_pruner.demo.settings import DemoError, DemoSettings, choose_tasks
 from vla_pruner.demo.summary import Summary, summarize
 from vla_pruner.demo.table import footnotes, to_markdown, to_rich
-from vla_pruner.demo.verdict import verdict
+from vla_pruner.demo.verdict import headline, verdict
+from vla_pruner.errors import CheckpointError, UnsupportedModelError
+from vla_pruner.families import family_of
 from vla_pruner.terminal import progress, say
 from vla_pruner.wording import counted
 
-FRAME_SIZE = 224
-"""Height and width of the report's frames; the policy sees its own, smaller images."""
+FRAME_SIZE, PAIR_SIZE = 224, 160
+"""Height of the report's frames, of one camera and of several; the policy sees its own, smaller images."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -61,8 +64,8 @@ def run_demo(
     facts = conditions(policy, weights)
     busy = _warn_if_busy(facts, console)
     arms = default_arms(settings.keep) if arms is None else arms
-    size = policy.config.image_size
-    runner = Runner(policy, arms, environments or (lambda task: _metaworld(task, size)), FRAME_SIZE)
+    size = FRAME_SIZE if len(policy.cameras) == 1 else PAIR_SIZE
+    runner = Runner(policy, arms, environments or metaworld_scenes(policy), size)
     started = time.monotonic()
     interrupted = False
     units = plan(tasks, settings.episodes_a_task, settings.seed)
@@ -83,7 +86,7 @@ def run_demo(
     if not runner.finished:
         say(console, "No episode was finished by all arms, so there is nothing to show.")
         return INTERRUPTED
-    summary = summarize(runner.finished, arms, costs, vision, policy.language_model.config.num_hidden_layers)  # pyright: ignore[reportPossiblyUnboundVariable]
+    summary = summarize(runner.finished, arms, costs, vision, family_of(policy).depth)  # pyright: ignore[reportPossiblyUnboundVariable]
     used = busy_cores()
     notes = {
         "interrupted": interrupted,
@@ -97,20 +100,14 @@ def run_demo(
     return INTERRUPTED if interrupted else 0
 
 
-def _load_policy(folder: Path | None) -> tuple[Any, Path]:
-    from vla_pruner.models.reference import reference_policy
-    from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
+def _load_policy(name: str | Path | None) -> tuple[Any, Path]:
+    from vla_pruner.models.saved import WEIGHTS
+    from vla_pruner.policies.reference import policy_folder, reference_policy
 
     try:
-        return reference_policy(folder), (folder or SHIPPED_WEIGHTS) / "model.safetensors"
-    except ValueError as error:  # the loader's word for a missing or damaged file
+        return reference_policy(name), policy_folder(name) / WEIGHTS
+    except (CheckpointError, UnsupportedModelError) as error:
         raise DemoError(str(error)) from error
-
-
-def _metaworld(task: str, image_size: int) -> Environment:
-    from vla_pruner.simulators.metaworld import MetaWorldEnv
-
-    return MetaWorldEnv(task, image_size)
 
 
 def _is_busy(used: float | None, facts: dict[str, Any]) -> bool:
@@ -160,7 +157,7 @@ def _finish(
 ) -> None:
     from vla_pruner.report.demo import write_report
 
-    sentences = verdict(summary)
+    sentences = [headline(summary), *verdict(summary)]
     say(console)
     console.print(to_rich(summary))
     for note in footnotes(summary):

@@ -12,7 +12,6 @@ DEFAULT_EPISODES = 6
 DEFAULT_MINUTES = 6.5
 QUICK_EPISODES = 1
 QUICK_MINUTES = 1.1
-DEFAULT_KEEP = 0.25
 DEFAULT_SEED = 1_000_000
 DEFAULT_OUT = Path("demo-output")
 
@@ -28,20 +27,20 @@ class DemoSettings:
     Attributes:
         tasks: which tasks; None for all that the policy was trained on.
         episodes: episodes a task and arm; None for the default.
-        keep: fraction of the visual tokens that the pruned arms keep, in (0, 1].
+        keep: fraction of the visual tokens that the pruned arms keep, in (0, 1]; None: what each setting says.
         seed: initial states are those of seeds `seed`, `seed + 1`, ...
         out: folder that the report and the results are written to.
         quick: fewer episodes, for a first look.
-        weights: folder with the policy's weights; None for those that ship with the package.
+        weights: a reference policy's name, or the folder of one's weights; None: `reference_names.DEFAULT`.
     """
 
     tasks: tuple[str, ...] | None = None
     episodes: int | None = None
-    keep: float = DEFAULT_KEEP
+    keep: float | None = None
     seed: int = DEFAULT_SEED
     out: Path = DEFAULT_OUT
     quick: bool = False
-    weights: Path | None = None
+    weights: str | Path | None = None
 
     @property
     def episodes_a_task(self) -> int:
@@ -58,7 +57,7 @@ class DemoSettings:
 
     def check(self) -> None:
         """Raises DemoError for the first setting that is out of its range."""
-        if not 0.0 < self.keep <= 1.0:
+        if self.keep is not None and not 0.0 < self.keep <= 1.0:
             raise DemoError(f"--keep is {self.keep:g}; it is a fraction of the visual tokens, above 0 and up to 1.")
         if self.episodes is not None and self.episodes < 1:
             raise DemoError(f"--episodes is {self.episodes}; at least 1 episode a task is needed.")

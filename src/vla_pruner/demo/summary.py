@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from vla_pruner.demo.arms import BASELINE, Arm
+from vla_pruner.demo.arms import BASELINE, RECOMMENDED_ARM, Arm
 from vla_pruner.demo.episodes import Episode, outcomes
 from vla_pruner.demo.probe import ArmCost
 from vla_pruner.statistics import PairedDifference, Rate, paired_difference, percentile, wilson
@@ -83,14 +84,21 @@ class Summary:
     layers: int
     """Decoder layers."""
     layer: int
-    """The pruning layer."""
+    """The lowest pruning layer."""
     vision_flops: float
+    chosen: str | None
+    """The arm that differs from the random one in its choice alone; None without such a pair."""
     chosen_against_random: PairedDifference | None
-    """VLA-Pruner dropping against a random choice dropping, at the same number of tokens; None without these arms."""
+    """That arm against the random one; None without such a pair."""
 
     @property
     def baseline(self) -> ArmSummary:
         return self.arms[0]
+
+    @property
+    def recommended(self) -> ArmSummary | None:
+        """The arm of the recommended setting; the first that may prune where there is none of that name."""
+        return self.get(RECOMMENDED_ARM) or next((arm for arm in self.arms if not arm.is_baseline), None)
 
     def get(self, key: str) -> ArmSummary | None:
         return next((arm for arm in self.arms if arm.arm.key == key), None)
@@ -123,11 +131,21 @@ def summarize(
         raise ValueError("No unit was finished by all arms: there is nothing to sum up.")
     base = outcomes(finished, BASELINE)
     columns = [_column([unit[arm.key] for unit in finished], arm, costs[arm.key], base) for arm in arms]
-    layer = next((arm.method.layer for arm in arms if arm.method is not None), 0)
-    choice = None
-    if {"drop", "random"} <= {arm.key for arm in arms}:
-        choice = paired_difference(outcomes(finished, "random"), outcomes(finished, "drop"))
-    return Summary(columns, len(finished), layers, layer, vision_flops, choice)
+    layer = min((arm.method.layer for arm in arms if arm.method is not None), default=0)
+    choice, chosen = None, _same_budget_as_random(arms)
+    if chosen is not None:
+        choice = paired_difference(outcomes(finished, "random"), outcomes(finished, chosen))
+    return Summary(columns, len(finished), layers, layer, vision_flops, chosen, choice)
+
+
+def _same_budget_as_random(arms: Sequence[Arm]) -> str | None:
+    budgets: dict[str, Any] = {
+        arm.key: (arm.method.keep, arm.method.layer, arm.method.pruned)  # type: ignore[attr-defined]
+        for arm in arms
+        if hasattr(arm.method, "keep")
+    }
+    wanted = budgets.pop("random", None)
+    return next((key for key, budget in budgets.items() if budget == wanted), None)
 
 
 def _column(episodes: list[Episode], arm: Arm, cost: ArmCost, base: list[bool]) -> ArmSummary:

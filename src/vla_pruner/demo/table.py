@@ -14,6 +14,13 @@ from vla_pruner.wording import counted
 
 Row = tuple[str, list[str]]
 
+HEAD = 4
+"""Rows that say it all: success, and milliseconds with speed."""
+
+
+LABELS = {"vision": "vision", "prefill": "prompt", "pruning": "choosing", "decode": "actions", "other": "other"}
+"""What readers call the stages of a control step."""
+
 
 def heading(summary: Summary) -> list[str]:
     """Titles of the columns after the first."""
@@ -28,12 +35,16 @@ def rows(summary: Summary) -> list[Row]:
         return name, [baseline if baseline and arm.is_baseline else cell(arm) for arm in summary.arms]
 
     def stage(name: str) -> Row:
-        return row(f"  {name}", lambda a: _ms(a.pruned_steps.stages[name]))
+        return row(f"  {LABELS[name]}", lambda a: _ms(a.pruned_steps.stages[name]))
 
     return [
-        row("episodes solved", lambda a: f"{a.success.successes}/{a.success.total}"),
-        row("  success", lambda a: _percent(a.success.value)),
+        row("success", lambda a: _percent(a.success.value)),
         row("  95 % interval", lambda a: f"{100 * a.success.low:.0f} to {100 * a.success.high:.0f}"),
+        row("ms a pruned step", lambda a: _ms(a.pruned_steps.p50)),
+        row(
+            "  speed", lambda a: "-" if isnan(a.pruned_steps.p50) else f"{base.all_steps.p50 / a.pruned_steps.p50:.2f}x"
+        ),
+        row("episodes solved", lambda a: f"{a.success.successes}/{a.success.total}"),
         row("difference", lambda a: _points(a.difference.value) if a.difference else "", "-"),
         row("  95 % interval", _difference_interval, "-"),
         row("  won / lost", lambda a: f"{a.difference.gained} / {a.difference.lost}" if a.difference else "", "-"),
@@ -41,12 +52,8 @@ def rows(summary: Summary) -> list[Row]:
         row("  of these pruned", lambda a: _percent(a.pruned_share), "-"),
         row("ms a step, all", lambda a: _ms(a.all_steps.p50)),
         row("  p99", lambda a: _ms(a.all_steps.p99)),
-        row("ms a pruned step", lambda a: _ms(a.pruned_steps.p50), "-"),
-        row("  p99", lambda a: _ms(a.pruned_steps.p99), "-"),
+        row("p99, pruned", lambda a: _ms(a.pruned_steps.p99), "-"),
         *[stage(name) for name in STAGES],
-        row(
-            "  speed", lambda a: "-" if isnan(a.pruned_steps.p50) else f"{base.all_steps.p50 / a.pruned_steps.p50:.2f}x"
-        ),
         row("visual tokens", lambda a: f"{a.cost.kept}/{a.cost.visual}"),
         row("MFLOPs, pruned", lambda a: f"{a.cost.counted / 1e6:.0f}"),
         row("  of unpruned", lambda a: _percent(a.cost.counted / base.cost.counted)),
@@ -66,22 +73,27 @@ def footnotes(summary: Summary) -> list[str]:
         "Every arm ran the same episodes from the same initial states. Success: Wilson interval. Difference to "
         "unpruned, in percentage points: Newcombe's interval for paired proportions. Won / lost: episodes that only "
         "this arm / only the unpruned policy solved.",
-        "Milliseconds are medians (p50) of predict_action; simulation and drawing are outside of it. The stages are "
-        "medians over pruned steps (over all steps of the unpruned policy).",
+        "Milliseconds are medians (p50) of act; simulation and drawing are outside of it. Those of a pruned step and "
+        "of its stages are over pruned steps, and over all steps of the unpruned policy." + _actions(summary),
         "FLOPs are those of a whole step, vision included: counted while it ran; the least possible is by formula, "
         f"without choosing (vision: {summary.vision_flops / 1e6:.0f} MFLOPs, which pruning cannot touch).",
     ]
 
 
 def to_rich(summary: Summary) -> Table:
-    title = f"{counted(summary.units, 'paired episode')} an arm (drop, freeze: VLA-Pruner)"
-    table = simple_table(title)
+    table = simple_table(f"{counted(summary.units, 'paired episode')} an arm")
     add_column(table, "", right=False, no_wrap=True)
     for arm in summary.arms:
-        add_column(table, arm.arm.short, right=True, no_wrap=True, min_width=10)
+        add_column(table, arm.arm.short, right=True, no_wrap=True, min_width=11)
     for name, cells in rows(summary):
         add_row(table, (name, *cells), style="dim" if name.startswith("  ") else "bold")
     return table
+
+
+def _actions(summary: Summary) -> str:
+    if summary.baseline.all_steps.stages["decode"]:
+        return ""
+    return " The action rows are part of the prompt's one pass."
 
 
 def to_markdown(summary: Summary) -> str:
@@ -102,6 +114,10 @@ def _points(value: float) -> str:
 
 def _difference_interval(arm: ArmSummary) -> str:
     return f"{_points(arm.difference.low)} to {_points(arm.difference.high)}" if arm.difference else ""
+
+
+def _times(value: float) -> str:
+    return "-" if isnan(value) else f"{value:.2f}x"
 
 
 def _ms(value: float) -> str:

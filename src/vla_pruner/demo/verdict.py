@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+from vla_pruner.demo.arms import RECOMMENDED_ARM
 from vla_pruner.demo.summary import ArmSummary, Summary
+from vla_pruner.demo.table import LABELS
 from vla_pruner.wording import counted
 
 _FEW = 100
 """Below this many pairs a difference of several points cannot be told from noise."""
+
+
+def headline(summary: Summary) -> str:
+    """The whole result in one sentence: the recommended setting, or what there is of it, against unpruned."""
+    arm, base = summary.recommended, summary.baseline
+    units = f"{counted(summary.units, 'paired episode')} an arm"
+    if arm is None or arm.difference is None:
+        return f"Unpruned, the policy solved {_rate(base)} of the episodes ({units})."
+    if not arm.pruned_steps.steps:
+        return f"{_title(arm)} pruned no control step in {units}, so there is nothing to compare."
+    speed = base.all_steps.p50 / arm.pruned_steps.p50
+    pace = (
+        f"takes {arm.pruned_steps.p50:.1f} ms instead of {base.all_steps.p50:.1f} for a pruned control step "
+        f"({speed:.2f}x as fast)"
+    )
+    difference = arm.difference
+    interval = f"{100 * difference.low:+.0f} to {100 * difference.high:+.0f} points"
+    if difference.within_noise:
+        success = f"these episodes show no difference in success ({interval})"
+    else:
+        success = f"its success is {'higher' if difference.value > 0 else 'lower'} ({interval})"
+    return f"{_title(arm)} {pace} and solves {_rate(arm)} of the episodes instead of {_rate(base)}: {success}, {units}."
+
+
+def _title(arm: ArmSummary) -> str:
+    title = arm.arm.title
+    name, bracket, rest = title.partition(" (")
+    return f"The {name} setting{bracket}{rest}" if arm.arm.key == RECOMMENDED_ARM else _capital(title)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _rate(arm: ArmSummary) -> str:
+    return f"{100 * arm.success.value:.0f} %"
 
 
 def verdict(summary: Summary) -> list[str]:
@@ -15,7 +53,11 @@ def verdict(summary: Summary) -> list[str]:
     return [
         f"Unpruned, the policy solved {base.success.successes} of {base.success.total} episodes "
         f"at {base.all_steps.p50:.1f} ms a control step.",
-        *[f"{arm.arm.title}: {_success(arm)}. {_time(arm, summary)}" for arm in summary.arms if not arm.is_baseline],
+        *[
+            f"{_capital(arm.arm.title)}: {_success(arm)}. {_time(arm, summary)}"
+            for arm in summary.arms
+            if not arm.is_baseline
+        ],
         *_noise(summary),
         *_choice(summary),
         _ceiling(summary),
@@ -39,7 +81,8 @@ def _time(arm: ArmSummary, summary: Summary) -> str:
     if not pruned.steps:
         return "It pruned no control step at all: its numbers are those of an unpruned policy."
     change = base.p50 / pruned.p50
-    saved = [_saved(base.stages[stage] - pruned.stages[stage], stage) for stage in ("prefill", "decode")]
+    touched = [stage for stage in ("prefill", "decode") if base.stages[stage]]
+    saved = [_saved(base.stages[stage] - pruned.stages[stage], LABELS[stage]) for stage in touched]
     if change >= 1.02:
         head = f"A pruned step is {change:.2f}x as fast, {pruned.p50:.1f} ms"
     elif change > 0.98:
@@ -70,12 +113,14 @@ def _noise(summary: Summary) -> list[str]:
 def _ceiling(summary: Summary) -> str:
     latency = summary.baseline.all_steps
     shares = {stage: value / latency.p50 for stage, value in latency.stages.items()}
-    rest = ", ".join(f"{stage} {100 * shares[stage]:.0f} %" for stage in ("vision", "decode", "other"))
+    stay = [stage for stage in ("vision", "decode", "other") if shares[stage]]
+    rest = ", ".join(f"{LABELS[stage]} {100 * shares[stage]:.0f} %" for stage in stay)
+    caches = "; shorter caches help decoding a little" if shares["decode"] else ""
     return (
-        f"Pruning can touch little more than the prefill of layers {summary.layer} to {summary.layers - 1}: "
+        f"Pruning can touch little more than the prompt in layers {summary.layer} to {summary.layers - 1}: "
         f"{100 * summary.touchable_share:.0f} % of an unpruned step here. "
         f"So no rule at this layer, however good, could make a step more than {summary.ceiling:.2f}x as fast "
-        f"({rest} stay; shorter caches help decoding a little)."
+        f"({rest} stay{caches})."
     )
 
 
@@ -87,24 +132,26 @@ def _warm_up(summary: Summary) -> list[str]:
     share = f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
     steps = sum(arm.mean_steps for arm in arms) / len(arms)
     return [
-        f"VLA-Pruner prunes nothing while its history fills at the start of an episode. These episodes have only "
-        f"{steps:.0f} control steps, so {share} of its steps were pruned: that dilutes both what pruning saves and "
-        "what it costs. Longer episodes gain and risk more."
+        f"A method with a history prunes nothing while that fills at the start of an episode. These episodes have only "
+        f"{steps:.0f} control steps, so {share} of them were pruned: that dilutes both what pruning saves and what it "
+        "costs. Longer episodes gain and risk more."
     ]
 
 
 def _choice(summary: Summary) -> list[str]:
     """Whether choosing mattered: the same number of tokens, dropped at random in the same episodes."""
-    chosen, random, difference = summary.get("drop"), summary.get("random"), summary.chosen_against_random
+    chosen = None if summary.chosen is None else summary.get(summary.chosen)
+    random, difference = summary.get("random"), summary.chosen_against_random
     if chosen is None or random is None or difference is None:
         return []
+    fate = "freezing" if getattr(chosen.arm.method, "pruned", "drop") == "freeze" else "dropping"
     interval = f"{100 * difference.value:+.0f} points, {100 * difference.low:+.0f} to {100 * difference.high:+.0f}"
     if difference.within_noise:
-        head = f"These episodes do not show that choosing tokens beats dropping at random ({interval})"
+        head = f"These episodes do not show that choosing tokens beats {fate} at random ({interval})"
     elif difference.value > 0:
-        head = f"Choosing which tokens to keep beats dropping at random ({interval})"
+        head = f"Choosing which tokens to keep beats {fate} at random ({interval})"
     else:
-        head = f"Dropping at random did better than choosing ({interval})"
+        head = f"{fate.capitalize()} at random did better than choosing ({interval})"
     if random.pruned_share > chosen.pruned_share + 0.005:
         head += (
             f"; the random arm has no warm-up, so it prunes {100 * random.pruned_share:.0f} % of its steps against "

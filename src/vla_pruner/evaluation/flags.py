@@ -33,7 +33,7 @@ def add_eval(commands: Any) -> None:
     add(
         "--policy",
         metavar="MODEL",
-        help="folder of a checkpoint, its name on the Hugging Face hub, or 'reference' (ships with the package);\n"
+        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n"
         "'expert' (the suite's script, which sees the simulator's state) and 'nothing' prove the harness itself",
     )
     add(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
 from vla_pruner.families.base import tiles
 from vla_pruner.families.decoder_lm import DecoderLM
@@ -30,7 +32,12 @@ class Chunk(DecoderLM):
 
     def action_rows(self, layout: Layout) -> Tensor | None:
         rows = torch.arange(layout.length - self._rows, layout.length, device=layout.prompt.device)
-        return rows.expand(layout.rows, -1)
+        return rows.repeat(layout.rows, 1)
+
+    def _layout(self, call: Call) -> Layout:
+        layout = super()._layout(call)
+        positions = torch.arange(layout.length, device=layout.prompt.device)
+        return replace(layout, readers=layout.prompt & (positions < layout.length - self._rows))
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from vla_pruner.families.decoder_lm import DecoderLM
 
 
 class Reference(DecoderLM):
-    """`vla_pruner.reference_policy()`: [BOS][visual tokens][instruction][proprioception] and four decoded action
-    tokens.
+    """`vla_pruner.reference_policy("autoregressive")`: [BOS][visual tokens][instruction][proprioception]
+    and four decoded action tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -13,12 +13,14 @@ from vla_pruner.checkpoints.files import checkpoint_folder, read_json, shown
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.options import as_dtype, usable_device
+from vla_pruner.policies.reference import NAMES, kind_of_config, reference_policy
 from vla_pruner.versions import check_transformers
 
 LEROBOT_TYPES = ("pi0", "pi05", "smolvla")
 SUPPORTED = (
     "OpenVLA and OpenVLA-OFT (config.json with model_type 'openvla'), pi0 of transformers (model_type 'pi0'), "
-    "LeRobot's policies of type 'pi0', 'pi05' and 'smolvla', a folder that save_policy wrote, and the name 'reference'"
+    "LeRobot's policies of type 'pi0', 'pi05' and 'smolvla', a folder that a reference policy was saved in, and the "
+    "names 'reference' and 'reference:NAME'"
 )
 REFERENCE = "reference"
 
@@ -32,8 +34,8 @@ def load_policy(
     """A policy with everything that `act` needs, in eval mode.
 
     Args:
-        path_or_hub_id: the folder of a published checkpoint as it is, its name on the Hugging Face hub, or "reference"
-            for the policy that ships with this package.
+        path_or_hub_id: the folder of a published checkpoint as it is, its name on the Hugging Face hub, "reference" for
+            the policy that ships with this package, or "reference:NAME" for one of several (see `reference_policy`).
         device: where it is put.
         dtype: of its weights, as torch's or by its name ("bfloat16"); None: what its family takes for granted.
         **options: of the family: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
@@ -53,8 +55,9 @@ def load_policy(
             f"load_policy was given {path_or_hub_id!r} in place of a checkpoint; give its folder, its name on the "
             "Hugging Face hub, or 'reference' for the policy that ships with vla-pruner."
         )
-    if path_or_hub_id == REFERENCE:  # a folder of that name is Path('reference') or './reference'
-        return _load(_reference, "the reference policy", None, device, dtype, options)
+    if isinstance(path_or_hub_id, str) and path_or_hub_id.partition(":")[0] == REFERENCE:
+        # A folder of that name is Path('reference') or './reference'.
+        return _load(_reference, "the reference policy", _reference_name(path_or_hub_id), device, dtype, options)
     folder = checkpoint_folder(path_or_hub_id)
     config = read_json(folder / "config.json")
     name, loader = _family(folder, config)
@@ -76,7 +79,7 @@ def _family(folder: Path, config: dict[str, Any]) -> tuple[str, Callable[..., An
         from vla_pruner.policies.lerobot import load_lerobot
 
         return f"LeRobot's {kind}", load_lerobot
-    if "proprio_mean" in config and "vision_width" in config:
+    if kind_of_config(config) is not None:
         return "the reference policy", _reference
     if model_type is not None:
         found = f"is of a model of type {shown(repr(model_type))}"
@@ -90,7 +93,7 @@ def _family(folder: Path, config: dict[str, Any]) -> tuple[str, Callable[..., An
 def _load(
     loader: Callable[..., Any],
     name: str,
-    folder: Path | None,
+    folder: str | Path | None,
     device: str | torch.device,
     dtype: torch.dtype | None,
     options: dict[str, Any],
@@ -104,10 +107,21 @@ def _load(
     return loader(folder, device=device, dtype=dtype, **options)
 
 
-def _reference(folder: Path | None, device: str | torch.device, dtype: torch.dtype | None) -> Any:
-    from vla_pruner.models.reference import reference_policy
+def _reference_name(text: str) -> str | None:
+    """NAME of "reference:NAME"; None of "reference".
 
-    try:
-        return reference_policy(folder, device=device, dtype=torch.float32 if dtype is None else dtype)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    Raises:
+        CheckpointError: there is no reference policy of that name.
+    """
+    _, colon, name = text.partition(":")
+    if not colon:
+        return None
+    if name not in NAMES:
+        raise CheckpointError(
+            f"There is no reference policy {name!r}; give {' or '.join(f'{REFERENCE}:{one}' for one in NAMES)}."
+        )
+    return name
+
+
+def _reference(name: str | Path | None, device: str | torch.device, dtype: torch.dtype | None) -> Any:
+    return reference_policy(name, device, torch.float32 if dtype is None else dtype)

@@ -104,6 +104,35 @@ def _reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -
     return policy
 
 
+def _chunk(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy
+    from vla_pruner.models.reference.tokenizer import vocabulary
+    from vla_pruner.simulators.metaworld import TASKS
+
+    words = {"words": vocabulary(TASKS.values()), "tasks": tuple(TASKS.items())}
+    config = ChunkConfig(hidden_size=192, num_layers=10, intermediate_size=512, **words)
+    if size == "tiny":
+        config = replace(
+            config,
+            image_size=64,
+            vision_width=32,
+            vision_layers=1,
+            hidden_size=32,
+            num_layers=6,
+            intermediate_size=64,
+        )
+    with torch.device(device):
+        policy = ChunkPolicy(config)
+    policy.to(device=device, dtype=dtype).eval()
+    draw_weights(policy, seed)
+    generator = torch.Generator(policy.device).manual_seed(seed + 1)
+    with torch.no_grad():
+        # Without these the cameras' tokens, and the actions of a chunk, would be those of torch's own generator.
+        for parameter in (policy.visual_position, policy.action_rows):
+            parameter.normal_(std=0.5, generator=generator)
+    return policy
+
+
 def _openvla(oft: bool) -> Callable[..., Any]:
     def build(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
         from vla_pruner.models.openvla import random_openvla
@@ -172,6 +201,7 @@ def _lerobot(kind: str) -> Callable[..., Any]:
 
 NAMES: dict[str, Callable[..., Any]] = {
     "reference": _reference,
+    "reference-chunk": _chunk,
     "openvla": _openvla(oft=False),
     "openvla-oft": _openvla(oft=True),
     "pi0": _pi0,
@@ -180,7 +210,9 @@ NAMES: dict[str, Callable[..., Any]] = {
     "lerobot-smolvla": _lerobot("smolvla"),
     "smolvla": _lerobot("smolvla"),
 }
-"""What builds each policy; "pi0" is that of transformers."""
+"""What builds each policy: "reference" the autoregressive one, "reference-chunk" the two-camera one, "pi0" that of
+transformers.
+"""
 
 SHOWN = tuple(name for name in NAMES if name != "smolvla")
 """Names that are shown; "smolvla" is understood, but is lerobot-smolvla."""

@@ -1,4 +1,4 @@
-"""The demo's report: table, verdict, where the time goes, and a player that shows what was pruned."""
+"""The demo's report: one sentence, one moving picture and one short table, then every detail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 from vla_pruner.demo.arms import BASELINE
 from vla_pruner.demo.episodes import Episode
 from vla_pruner.demo.summary import Summary
-from vla_pruner.demo.table import footnotes, heading, rows
+from vla_pruner.demo.table import HEAD, LABELS, Row, footnotes, heading, rows
+from vla_pruner.demo.verdict import headline
 from vla_pruner.report.page import fill, jpeg, script_json, source
 from vla_pruner.timing import STAGES
 from vla_pruner.wording import counted
@@ -33,15 +34,21 @@ def write_report(
     text = fill(
         "demo.html",
         style=source("base.css"),
+        script=source("demo.js"),
+        sentence=escape(headline(summary)),
+        cameras=escape(_cameras(conditions)),
+        film_width=12.5 * len(conditions.get("cameras") or (1,)),
+        head=_short_table(summary),
+        actions=escape(_actions(summary)),
         subtitle=escape(_subtitle(summary, conditions, notes)),
-        verdict="\n".join(f"<li>{escape(sentence)}</li>" for sentence in verdict),
-        table=_table(summary),
+        verdict="\n".join(f"<li>{escape(sentence)}</li>" for sentence in verdict if sentence != headline(summary)),
+        table=_table(summary, rows(summary), "medians of milliseconds; stages of a pruned step"),
         footnotes="\n".join(f'<p class="soft">{escape(note)}</p>' for note in footnotes(summary)),
         bars=_bars(summary),
         image_size=conditions.get("image_size", "its own"),
         episodes=_episodes(summary, finished),
         conditions=escape(json.dumps({**conditions, **notes}, indent=2)),
-        data=_data(summary, finished),
+        data=_data(summary, finished, max(1, len(conditions.get("cameras") or ()))),
     )
     path.write_text(text, encoding="utf-8")
 
@@ -60,14 +67,47 @@ def _subtitle(summary: Summary, conditions: Mapping[str, Any], notes: Mapping[st
     return " · ".join(parts)
 
 
-def _table(summary: Summary) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in ("", *heading(summary)))
+def _cameras(conditions: Mapping[str, Any]) -> str:
+    cameras = conditions.get("cameras") or ()
+    return f"Cameras, from the left: {', '.join(cameras)}." if len(cameras) > 1 else ""
+
+
+def _actions(summary: Summary) -> str:
+    if summary.baseline.all_steps.stages["decode"]:
+        return ""
+    return "The action rows are part of the prompt's one pass."
+
+
+def _head(summary: Summary, first: str) -> str:
+    """The head of a table with one column an arm."""
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in heading(summary))
+    return f'<thead><tr><th scope="col">{first}</th>{titles}</tr></thead>'
+
+
+def _short_table(summary: Summary) -> str:
+    """Success and speed with one row an arm, so that it fits a telephone."""
+    success, interval, pace, speed = (cells for _, cells in rows(summary)[:HEAD])
+    titles = ("arm", "success (95 % interval)", "ms a pruned step", "speed")
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    lines = [
+        f'<tr><th scope="row">{escape(title)}</th><td>{escape(rate)} <span class="soft">({escape(between)})</span></td>'
+        f"<td>{escape(milliseconds)}</td><td>{escape(times)}</td></tr>"
+        for title, rate, between, milliseconds, times in zip(
+            heading(summary), success, interval, pace, speed, strict=True
+        )
+    ]
+    caption = f"<caption>{counted(summary.units, 'paired episode')} an arm</caption>"
+    return f"{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>"
+
+
+def _table(summary: Summary, shown: Sequence[Row], caption: str) -> str:
     body = []
-    for name, cells in rows(summary):
+    for name, cells in shown:
         kind = "sub" if name.startswith("  ") else "main"
-        columns = "".join(f"<td>{escape(cell)}</td>" for cell in (name.strip(), *cells))
-        body.append(f'<tr class="{kind}">{columns}</tr>')
-    return f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>"
+        columns = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        body.append(f'<tr class="{kind}"><th scope="row">{escape(name.strip())}</th>{columns}</tr>')
+    head = _head(summary, '<span class="soft">arm</span>')
+    return f"<caption>{escape(caption)}</caption>{head}\n<tbody>\n" + "\n".join(body) + "\n</tbody>"
 
 
 def _bars(summary: Summary) -> str:
@@ -78,11 +118,13 @@ def _bars(summary: Summary) -> str:
         stages = arm.pruned_steps.stages
         pieces = "".join(
             f'<i class="{stage}" style="width:{100 * max(0.0, stages[stage]) / longest:.2f}%" '
-            f'title="{stage}: {stages[stage]:.2f} ms"></i>'
+            f'title="{LABELS[stage]}: {stages[stage]:.2f} ms"></i>'
             for stage in STAGES
         )
+        told = ", ".join(f"{LABELS[stage]} {stages[stage]:.1f} ms" for stage in STAGES)
         lines.append(
-            f'<span>{escape(arm.arm.title)}</span><div class="bar">{pieces}</div>'
+            f"<span>{escape(arm.arm.title)}</span>"
+            f'<div class="bar" role="img" aria-label="{escape(f"{arm.arm.title}: {told}")}">{pieces}</div>'
             f"<span>{arm.pruned_steps.p50:.1f} ms</span>"
         )
     return "\n".join(lines)
@@ -90,22 +132,24 @@ def _bars(summary: Summary) -> str:
 
 def _episodes(summary: Summary, finished: Sequence[Mapping[str, Episode]]) -> str:
     tasks = list(summary.baseline.by_task)
-    head = "".join(f"<th>{escape(title)}</th>" for title in ("task", *heading(summary)))
     lines = []
     for task in tasks:
-        cells = [f"<td>{escape(task)}</td>"]
+        cells = [f'<th scope="row">{escape(task)}</th>']
         for arm in summary.arms:
             marks = [unit[arm.arm.key].success for unit in finished if unit[arm.arm.key].unit.task == task]
             dots = "".join('<span class="yes">●</span>' if mark else '<span class="no">○</span>' for mark in marks)
-            cells.append(f'<td class="dots">{dots}</td>')
+            told = f"{sum(marks)} of {len(marks)} solved"
+            cells.append(f'<td class="dots"><span role="img" aria-label="{told}">{dots}</span></td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>"
+    return _head(summary, "task") + "\n<tbody>\n" + "\n".join(lines) + "\n</tbody>"
 
 
-def _data(summary: Summary, finished: Sequence[Mapping[str, Episode]]) -> str:
+def _data(summary: Summary, finished: Sequence[Mapping[str, Episode]], cameras: int) -> str:
     """What the player needs, as JSON that is safe inside of a script element."""
     units = []
     frame_size = 1
+    recommended = summary.recommended
+    hero = 0 if recommended is None else summary.arms.index(recommended)
     for unit in _films(finished):
         first = next(iter(unit.values())).unit
         arms = []
@@ -123,7 +167,8 @@ def _data(summary: Summary, finished: Sequence[Mapping[str, Episode]]) -> str:
                 }
             )
         units.append({"task": first.task, "seed": first.seed, "arms": arms})
-    data = {"grid": isqrt(summary.baseline.cost.visual), "frame_size": frame_size, "units": units}
+    grid = isqrt(summary.baseline.cost.visual // cameras)
+    data = {"grid": grid, "cameras": cameras, "frame_size": frame_size, "hero": hero, "units": units}
     return script_json(data)
 
 

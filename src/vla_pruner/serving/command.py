@@ -35,7 +35,7 @@ def add_serve(commands: Any) -> None:
         "--policy",
         metavar="MODEL",
         required=True,
-        help="folder of a checkpoint, its name on the Hugging Face hub, or 'reference' (ships with the package);\n"
+        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n"
         "with --random-weights a name as of audit",
     )
     add(

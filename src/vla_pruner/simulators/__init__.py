@@ -1,4 +1,4 @@
-"""Simulators behind one interface (`base`): Meta-World, which the reference policy was trained in, and LIBERO.
+"""Simulators behind one interface (`base`): Meta-World, which the reference policies were trained in, and LIBERO.
 
 Importing this imports no simulator.
 """

@@ -225,6 +225,7 @@ class Convention:
         image: what an image goes through, upright (H, W, 3) uint8 -> what `act` takes.
         actions: what a chunk goes through, (chunk, dim) -> (chunk, action_size) in the simulator's units.
         horizon: actions of a chunk that are carried out before the policy is asked again; None: the whole chunk.
+        repeat: how often each of these actions is carried out.
     """
 
     cameras: Mapping[str, str]
@@ -232,6 +233,7 @@ class Convention:
     image: Callable[[Image], Image] = _as_it_is
     actions: Callable[[np.ndarray], np.ndarray] = _as_it_is
     horizon: int | None = None
+    repeat: int = 1
 
     def observe(self, observation: Observation) -> tuple[dict[str, Image], np.ndarray | None]:
         """Images by the policy's camera names, and the state or None: `policy.act(images, instruction, proprio)`."""
@@ -239,11 +241,11 @@ class Convention:
         return images, observation.proprio if self.proprio else None
 
     def plan(self, chunk: np.ndarray) -> np.ndarray:
-        """What of a chunk is carried out before the policy is asked again: (horizon, action_size)."""
-        return np.atleast_2d(self.actions(np.asarray(chunk)))[: self.horizon]
+        """What of a chunk is carried out before the policy is asked again: (horizon * repeat, action_size)."""
+        return np.atleast_2d(self.actions(np.asarray(chunk)))[: self.horizon].repeat(self.repeat, axis=0)
 
     def path(self, actions: np.ndarray) -> float:
-        """Length of the path that `actions` (horizon, action_size) command, in the simulator's units.
+        """Length of the path that `actions` (n, action_size) command, in the simulator's units.
 
         In every suite the first three numbers of an action displace the gripper.
         """

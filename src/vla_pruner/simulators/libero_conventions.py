@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_pruner.errors import ObservationError
 from vla_pruner.simulators.base import Convention, SeesTheState, SuiteError
 
 AGENT, WRIST = "agentview", "robot0_eye_in_hand"
@@ -34,7 +35,8 @@ def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
     """How a policy's family is evaluated on LIBERO.
 
     OpenVLA and OFT: images through `preprocessing.libero`, the gripper's sign as LIBERO has it, one action at a time or
-    the whole chunk. pi0 of transformers: openpi's five actions. LeRobot's: the checkpoint's `n_action_steps`.
+    the whole chunk. pi0 of transformers: openpi's five actions. LeRobot's: the checkpoint's `n_action_steps`. The
+    two-camera reference policy: images averaged down to its own size, `config.executed` actions.
 
     Args:
         policy: as `load_policy` gives it, or one that sees the simulator's state.
@@ -56,10 +58,34 @@ def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
     if isinstance(policy, LeRobotPolicy):
         horizon = int(policy.module.config.n_action_steps)
         return Convention(_cameras(policy), _proprio(policy), horizon=horizon)
+    if type(policy).__name__ == "ChunkPolicy" and policy.config.suite.startswith("libero"):
+        return _two_cameras(policy)
     raise SuiteError(
-        f"How a {type(policy).__name__} sees LIBERO is not known; OpenVLA, OpenVLA-OFT, pi0 of transformers, and "
-        "LeRobot's pi0, pi0.5 and SmolVLA are, and policies that see the simulator's state."
+        f"How a {type(policy).__name__} sees LIBERO is not known; OpenVLA, OpenVLA-OFT, pi0 of transformers, LeRobot's "
+        "pi0, pi0.5 and SmolVLA, and reference policies trained in LIBERO are, and policies that see the simulator's "
+        "state."
     )
+
+
+def _two_cameras(policy: Any) -> Convention:
+    if policy.config.action_dimensions != ACTION_SIZE:
+        raise SuiteError(
+            f"LIBERO's actions have {ACTION_SIZE} numbers; this policy gives {policy.config.action_dimensions}. Use a "
+            "checkpoint trained on LIBERO."
+        )
+    side = policy.image_size
+
+    def image(upright: np.ndarray) -> np.ndarray:
+        height, width, _ = upright.shape
+        if height != width or height % side:
+            raise ObservationError(
+                f"The policy sees square images of {side} pixels, averaged down from a multiple of that; found "
+                f"{height} x {width}."
+            )
+        times = height // side
+        return upright.reshape(side, times, side, times, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+
+    return Convention(_cameras(policy), _proprio(policy), image, horizon=policy.config.executed)
 
 
 def _openvla(policy: Any, center_crop: bool) -> Convention:

@@ -1,4 +1,4 @@
-"""Meta-World (MuJoCo) as the reference policy sees it.
+"""Meta-World (MuJoCo) as the reference policies see it.
 
 The tasks are Meta-World's own `<task>-v3-goal-observable` environments: physics, layouts and success are untouched.
 What is added is what an image policy needs: a fixed camera, proprioception, an instruction, an action repeat and a cap
@@ -26,6 +26,8 @@ EVALUATION_SEED = 1_000_000
 
 ACTION_REPEAT = 4
 MAX_CONTROL_STEPS = 40
+MAX_COMMANDS = ACTION_REPEAT * MAX_CONTROL_STEPS
+"""Physics commands after which an episode is over, however a policy groups them."""
 PROPRIO_SIZE = 4
 
 CORNER, WRIST = "corner", "wrist"
@@ -206,9 +208,9 @@ class MetaWorldEnv:
         renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return renderer.render().copy()
 
-    def image(self, camera: str = CORNER) -> np.ndarray:
-        """(image_size, image_size, 3) uint8: the present scene as the policy sees it from `CORNER` or `WRIST`."""
-        size = self.image_size
+    def image(self, camera: str = CORNER, size: int | None = None) -> np.ndarray:
+        """(size, size, 3) uint8: the present scene as a policy sees it from `CORNER` or `WRIST`; None: `image_size`."""
+        size = self.image_size if size is None else size
         large = self.render(size * _RENDER_SCALE, camera).reshape(size, _RENDER_SCALE, size, _RENDER_SCALE, 3)
         return large.mean(axis=(1, 3)).round().astype(np.uint8)
 

@@ -1,7 +1,8 @@
 """Meta-World's tasks behind the interface of `simulators.base`.
 
-Initial state i is the episode of seed `EVALUATION_SEED + i`: there are as many as wanted, and nothing was trained or
-tuned on any of them.
+One action of the suite is one physics command; how many of them follow one look is each policy's convention. Initial
+state i is the episode of seed `EVALUATION_SEED + i`: there are as many as wanted, and nothing was trained or tuned on
+any of them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from vla_pruner.simulators.base import (
     find_task,
 )
 
-CAMERA = "corner"
+CAMERA = metaworld.CORNER
+ONE_CAMERA_SIZE, TWO_CAMERA_SIZE = 112, 128
+"""Sides in pixels of the images that the two kinds of reference policies were trained on."""
 
 _NEED_VISION = ("reach", "push", "pick-place", "coffee-push")
 TASKS: dict[str, tuple[str, ...]] = {
@@ -42,51 +45,78 @@ another scene's image and another task's words; and those that it cannot solve w
 
 
 class MetaWorldSuite:
-    """Tasks of Meta-World as the reference policy sees them.
+    """Tasks of Meta-World as the reference policies see them.
 
     Args:
         name: a key of `TASKS`.
-        image_size: height and width of the images; the shipped policy takes 112.
+        image_size: height and width of all images; None: 112 of the camera "corner", and 128 of the pair "corner_128"
+            and "wrist_128".
 
     Raises:
         SuiteError: there is no such suite.
         SimulatorUnavailable: Meta-World is not installed.
     """
 
-    cameras = (CAMERA,)
     action_size = 4
     settling_steps = 0
 
-    def __init__(self, name: str = "metaworld:mt8", image_size: int = 112) -> None:
+    def __init__(self, name: str = "metaworld:mt8", image_size: int | None = None) -> None:
         if name not in TASKS:
             raise SuiteError(f"Meta-World has no suite {name!r} here; its suites are {', '.join(TASKS)}.")
         metaworld._import_simulator()
         self.name = name
-        self.image_size = image_size
+        self.image_sizes = (ONE_CAMERA_SIZE, TWO_CAMERA_SIZE) if image_size is None else (image_size, image_size)
+        one, two = self.image_sizes
+        self._pair = f"{metaworld.CORNER}_{two}", f"{metaworld.WRIST}_{two}"
+        self._views = {
+            CAMERA: (metaworld.CORNER, one),
+            self._pair[0]: (metaworld.CORNER, two),
+            self._pair[1]: (metaworld.WRIST, two),
+        }
+        self.cameras = tuple(self._views)
         self.tasks = tuple(
-            Task(name, index, task, metaworld.TASKS[task], metaworld.MAX_CONTROL_STEPS, None)
+            Task(name, index, task, metaworld.TASKS[task], metaworld.MAX_COMMANDS, None)
             for index, task in enumerate(TASKS[name])
         )
 
     def make(self, task: Task | int | str) -> MetaWorldEnvironment:
         """The environment of a task; errors as in `Suite.make`."""
-        return MetaWorldEnvironment(find_task(self.tasks, task), self.image_size)
+        return MetaWorldEnvironment(find_task(self.tasks, task), self._views)
 
     def convention(self, policy: Any) -> Convention:
-        """One camera, "image", the state as it is, one action at a time.
+        """Of a one-camera policy: "image", each action carried out four times. Of the two-camera reference policy:
+        "image" and "wrist_image", as many actions of a chunk as its configuration says, once each. The state as it is.
 
         Raises:
-            SuiteError: the policy wants other cameras or another state.
+            SuiteError: the policy wants other cameras, other images or another state.
         """
         if isinstance(policy, SeesTheState):
             return Convention({}, proprio=False)
-        if policy.cameras != ("image",) or policy.proprio_size not in (None, metaworld.PROPRIO_SIZE):
-            raise SuiteError(
-                f"Meta-World has one camera, 'image', and a state of {metaworld.PROPRIO_SIZE} numbers; this policy "
-                f"takes the cameras {', '.join(map(repr, policy.cameras))} and a state of {policy.proprio_size}. Run "
-                "the reference policy here, or one trained on the same observations."
-            )
-        return Convention({"image": CAMERA}, proprio=policy.proprio_size is not None)
+        state, size = policy.proprio_size, getattr(policy, "image_size", None)
+        one, two = self.image_sizes
+        if policy.cameras == ("image",) and state in (None, metaworld.PROPRIO_SIZE) and size in (None, one):
+            return Convention({"image": CAMERA}, proprio=state is not None, repeat=metaworld.ACTION_REPEAT)
+        if type(policy).__name__ == "ChunkPolicy" and self._fits(policy):
+            pair = dict(zip(policy.cameras, self._pair, strict=True))
+            return Convention(pair, proprio=True, horizon=policy.config.executed)
+        pixels = "" if size is None else f", images of {size} pixels"
+        raise SuiteError(
+            f"Meta-World shows one camera, 'image' of {one} pixels, or two, 'image' and 'wrist_image' of {two}, and a "
+            f"state of {metaworld.PROPRIO_SIZE} numbers; this policy takes the cameras "
+            f"{', '.join(map(repr, policy.cameras))}{pixels} and a state of {state}. Run a reference policy for "
+            "Meta-World here ('reference:metaworld', 'reference:autoregressive'), or one trained on the same "
+            "observations."
+        )
+
+    def _fits(self, policy: Any) -> bool:
+        config = policy.config
+        return (
+            config.suite == "metaworld"
+            and policy.cameras == ("image", "wrist_image")
+            and policy.proprio_size == metaworld.PROPRIO_SIZE
+            and config.action_dimensions == self.action_size
+            and policy.image_size == self.image_sizes[1]
+        )
 
     def expert(self) -> MetaWorldExpert:
         """Meta-World's own scripted policies."""
@@ -105,12 +135,16 @@ class MetaWorldEnvironment:
 
     Attributes:
         state: (39,) float64, Meta-World's full observation: what a scripted expert may see, and no policy.
+
+    Args:
+        views: view and side in pixels of every camera.
     """
 
-    def __init__(self, task: Task, image_size: int) -> None:
+    def __init__(self, task: Task, views: Mapping[str, tuple[str, int]]) -> None:
         self.task = task
         self.images_drawn = 0
-        self._env = metaworld.MetaWorldEnv(task.name, image_size, render=False)
+        self._views = views
+        self._env = metaworld.MetaWorldEnv(task.name, render=False, action_repeat=1, max_control_steps=task.max_steps)
         self._moment = 0
         self._over = True
 
@@ -121,9 +155,13 @@ class MetaWorldEnvironment:
     def reset(self, *, initial_state: int) -> tuple[Observation, dict[str, Any]]:
         """As `Environment.reset`."""
         self.task.check_initial_state(initial_state)
-        seen = self._env.reset(metaworld.EVALUATION_SEED + int(initial_state))
+        return self.begin(metaworld.EVALUATION_SEED + int(initial_state)), {"success": False}
+
+    def begin(self, seed: int) -> Observation:
+        """Begin the episode of any seed, those that were trained on too."""
+        seen = self._env.reset(seed)
         self._over = False
-        return self._observe(seen), {"success": False}
+        return self._observe(seen)
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """As `Environment.step`: (4,) dx, dy, dz, gripper, clipped to [-1, 1]."""
@@ -137,6 +175,10 @@ class MetaWorldEnvironment:
         """As `Environment.frame`."""
         return self._env.render(size)
 
+    def picture(self, camera: str, size: int) -> Image:
+        """(size, size, 3) uint8: what a camera shows, for videos; not counted as drawn."""
+        return self._env.render(size, self._views[camera][0])
+
     def close(self) -> None:
         """As `Environment.close`."""
         self._env.close()
@@ -144,12 +186,12 @@ class MetaWorldEnvironment:
     def _observe(self, seen: metaworld.Observation) -> Observation:
         self._moment += 1
         moment = self._moment
-        images = Images(self._draw, (CAMERA,), lambda: self._moment == moment)
+        images = Images(self._draw, tuple(self._views), lambda: self._moment == moment)
         return Observation(images, seen.proprio, seen.instruction)
 
     def _draw(self, camera: str) -> Image:
         self.images_drawn += 1
-        return self._env.image()
+        return self._env.image(*self._views[camera])
 
 
 class MetaWorldExpert(nn.Module):

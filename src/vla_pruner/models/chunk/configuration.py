@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from vla_pruner.models.reference.configuration import check_setting
+
 
 @dataclass(frozen=True)
 class ChunkConfig:
@@ -80,11 +82,13 @@ class ChunkConfig:
         """The inverse of `to_dict`, after a trip through JSON.
 
         Raises:
-            ValueError: a setting is unknown.
+            ValueError: a setting is unknown, or no policy can have its value.
         """
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}")
+        for name, value in values.items():
+            check_setting(name, value)
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         if "tasks" in values:
             values["tasks"] = tuple((str(task), str(instruction)) for task, instruction in values["tasks"])

@@ -1,16 +1,19 @@
-"""Loading and saving the two-camera reference policies; whatever is wrong with their files is one clear sentence."""
+"""Loading and saving the two-camera reference policies."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from vla_pruner.models.chunk.configuration import ChunkConfig
 from vla_pruner.models.chunk.network import ChunkPolicy
+from vla_pruner.models.saved import load_saved, save
 
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
+"""Holds one folder for each simulator."""
+
+_DEPTHS = {"num_layers": "decoder.layers.", "vision_layers": "vision.blocks."}
 
 
 def load_chunk_policy(
@@ -24,41 +27,18 @@ def load_chunk_policy(
         dtype: the parameters' type; the weights are stored in float16.
 
     Raises:
-        ValueError: a file is missing, damaged, or does not fit the network; the message names it.
+        CheckpointError: a file is missing, damaged, or does not fit the network, or a weight is not finite; the message
+            names it.
     """
     folder = Path(folder)
-    for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"The policy's file {folder / name} is missing.")
-    try:
-        config = ChunkConfig.from_dict(json.loads((folder / _CONFIG).read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"The policy's file {folder / _CONFIG} is damaged ({error}).") from error
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"The policy's file {folder / _WEIGHTS} is damaged ({error}).") from error
-    policy = ChunkPolicy(config)
-    try:
-        policy.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"The policy's file {folder / _WEIGHTS} does not fit {folder / _CONFIG} ({reason})."
-        ) from error
+    if folder.parent == SHIPPED_WEIGHTS:
+        advice = "Reinstall vla-pruner, or restore the file with `git checkout -- src/vla_pruner/models/chunk/weights`."
+    else:
+        advice = "Give a folder that `save_chunk_policy` wrote."
+    policy: ChunkPolicy = load_saved(folder, ChunkConfig, ChunkPolicy, _DEPTHS, advice)
     return policy.to(device=device, dtype=dtype).eval()
 
 
 def save_chunk_policy(policy: ChunkPolicy, folder: str | Path) -> None:
     """Writes `model.safetensors` (float16) and `config.json` into `folder`."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().half().contiguous().cpu() for name, tensor in policy.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner can read
-    (folder / _CONFIG).write_text(json.dumps(policy.config.to_dict(), indent=2) + "\n")
+    save(policy, folder, torch.float16)

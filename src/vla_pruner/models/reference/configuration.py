@@ -77,17 +77,17 @@ class ReferenceConfig:
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}")
         for name, value in values.items():
-            _check(name, value)
+            check_setting(name, value)
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         if "tasks" in values:
             values["tasks"] = tuple((task, instruction) for task, instruction in values["tasks"])
         return cls(**values)
 
 
-_TEXTS, _ROWS = ("words", "tasks"), ("proprio_mean", "proprio_scale")
+_TEXTS, _ROWS = ("words", "tasks", "cameras"), ("proprio_mean", "proprio_scale")
 
 
-def _check(name: str, value: Any) -> None:
+def check_setting(name: str, value: Any) -> None:
     """Refuse a setting that no policy can have: ValueError names it."""
     if name in _TEXTS:
         rows: Any = value if isinstance(value, (list, tuple)) else [None]
@@ -102,6 +102,8 @@ def _check(name: str, value: Any) -> None:
         good = all(type(number) in (int, float) and math.isfinite(number) for number in rows)
         good = good and (name != "proprio_scale" or all(number > 0 for number in rows))
         wanted = "finite numbers, and a scale above 0"
+    elif name == "suite":
+        good, wanted = isinstance(value, str), "a text"
     elif name == "rope_theta":
         good, wanted = type(value) in (int, float) and 0 < value < math.inf, "a finite number above 0"
     else:

@@ -1,0 +1,116 @@
+"""The reference policies: those that ship with the package, by name, and folders that one was saved in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from vla_pruner.checkpoints.files import read_json
+from vla_pruner.errors import CheckpointError, UnsupportedModelError
+from vla_pruner.models.saved import CONFIG
+from vla_pruner.policies.reference_names import DEFAULT, NAMES
+
+if TYPE_CHECKING:
+    from vla_pruner.models.chunk import ChunkPolicy
+    from vla_pruner.models.reference import ReferencePolicy
+
+
+def reference_policy(
+    name: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ReferencePolicy | ChunkPolicy:
+    """A trained reference policy, in eval mode.
+
+    Args:
+        name: "metaworld" (two cameras, a chunk of actions in one pass, for Meta-World), "libero-object" (the same for
+            LIBERO-Object), "autoregressive" (one camera, decoded action tokens, for Meta-World), or a folder that
+            `save_chunk_policy` or `save_policy` wrote; None: `reference_names.DEFAULT`.
+        device: where to put it.
+        dtype: the parameters' type.
+
+    Raises:
+        CheckpointError: its weights do not ship, or a file is missing, damaged, or does not fit the network, or a
+            weight is not finite; the message names it.
+        UnsupportedModelError: the folder holds another model.
+    """
+    folder = policy_folder(name)
+    # What does not ship cannot be looked at; what ships and is damaged is found by its loader.
+    two_cameras = folder.parent == _chunk_weights() or (
+        folder != _autoregressive_weights() and kind_of(folder) == "chunk"
+    )
+    if two_cameras:
+        from vla_pruner.models.chunk import load_chunk_policy
+
+        return load_chunk_policy(folder, device, dtype)
+    from vla_pruner.models.reference import load_autoregressive_policy
+
+    return load_autoregressive_policy(folder, device, dtype)
+
+
+def policy_folder(name: str | Path | None = None) -> Path:
+    """The folder of a reference policy's weights. Arguments as in `reference_policy`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = DEFAULT if name is None else name
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise CheckpointError(f"reference_policy was given {name!r}; give {_CHOICES}.")
+    if name == "autoregressive":
+        return _autoregressive_weights()
+    if name in NAMES:  # a folder of that name is Path('metaworld') or './metaworld'
+        folder = _chunk_weights() / str(name)
+        if not folder.is_dir():
+            shipped = ", ".join(
+                repr(one) for one in NAMES if one == "autoregressive" or (_chunk_weights() / one).is_dir()
+            )
+            raise CheckpointError(
+                f"The weights of the reference policy {name!r} do not ship with this version of vla-pruner; what "
+                f"ships is {shipped}."
+            )
+        return folder
+    folder = Path(name)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"There is no reference policy {str(name)!r}, and no folder of that name; give {_CHOICES}."
+        )
+    return folder
+
+
+def kind_of(folder: Path) -> str:
+    """Which network a folder was saved from, by its config.json: "chunk" or "autoregressive".
+
+    Raises:
+        CheckpointError: it has no config.json that can be read.
+        UnsupportedModelError: it is of another model.
+    """
+    kind = kind_of_config(read_json(folder / CONFIG))
+    if kind is None:
+        raise UnsupportedModelError(
+            f"{folder / CONFIG} is not that of a reference policy; give {_CHOICES}, or load other policies with "
+            "vla_pruner.load_policy."
+        )
+    return kind
+
+
+def kind_of_config(config: dict) -> str | None:
+    """Which network a configuration is of: "chunk", "autoregressive", or None if it is no reference policy's."""
+    if "proprio_mean" not in config or "vision_width" not in config:
+        return None
+    return "chunk" if "executed" in config else "autoregressive"
+
+
+def _chunk_weights() -> Path:
+    from vla_pruner.models.chunk.loading import SHIPPED_WEIGHTS
+
+    return SHIPPED_WEIGHTS
+
+
+def _autoregressive_weights() -> Path:
+    from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
+
+    return SHIPPED_WEIGHTS
+
+
+_CHOICES = f"one of {', '.join(map(repr, NAMES))}, or a folder that save_chunk_policy or save_policy wrote"

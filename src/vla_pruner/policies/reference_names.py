@@ -1,0 +1,8 @@
+"""Names of the reference policies; needs no torch, so that the command line can say them."""
+
+from __future__ import annotations
+
+DEFAULT = "autoregressive"
+"""The policy that is meant where none is named."""
+
+NAMES = ("metaworld", "libero-object", "autoregressive")
