@@ -70,7 +70,7 @@ def measure(policy: Any, seen: list[Any], queries: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    policy = vp.load_policy("reference")
+    policy = vp.load_policy("reference:autoregressive")
     found = {task: observations(policy, task) for task in TASKS}
     results = {task: {rows: measure(policy, seen, rows) for rows in QUERIES} for task, seen in found.items()}
     content = {

@@ -27,7 +27,7 @@ def step(model, seed=1):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_all_is_taken_away_whatever_fails_and_the_first_error_is_raised(monkeypatch, compiled):
-    policy = vp.reference_policy()
+    policy = vp.reference_policy("autoregressive")
     case = cases.reference()
     untouched, before = case.step(policy, 0, BOTH), whole_state(policy)
     session = METHOD.attach(policy)
@@ -136,7 +136,7 @@ def test_a_session_that_nobody_holds_is_found_and_detached():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_compiled_a_policy_is_found_too():
-    policy = vp.reference_policy()
+    policy = vp.reference_policy("autoregressive")
     before = whole_state(policy)
     vp.compiled(policy, "eager")
     gc.collect()
@@ -164,7 +164,7 @@ def test_a_policy_under_a_stage_timer_cannot_be_copied(name):
 
 @pytest.mark.parametrize("first", ["timer", "session"])
 def test_timers_and_sessions_go_in_any_order(first):
-    policy = vp.reference_policy()
+    policy = vp.reference_policy("autoregressive")
     case = cases.reference()
     untouched, before = case.step(policy, 0, BOTH), whole_state(policy)
     if first == "timer":
@@ -186,7 +186,7 @@ def test_timers_and_sessions_go_in_any_order(first):
 
 
 def test_what_a_user_put_on_top_while_attached_works_on_after_detaching():
-    policy = vp.reference_policy()
+    policy = vp.reference_policy("autoregressive")
     case = cases.reference()
     untouched = case.step(policy, 0, BOTH)
     calls = []

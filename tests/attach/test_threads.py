@@ -70,7 +70,7 @@ def test_a_second_thread_is_refused_while_a_step_is_open_and_the_first_goes_on(c
 
 
 def test_what_changes_a_session_is_refused_from_another_thread_within_a_step():
-    policy = vp.reference_policy()
+    policy = vp.reference_policy("autoregressive")
     case = cases.reference()
     found = []
 
@@ -116,7 +116,7 @@ def test_threads_that_decode_in_turns_are_refused():
 
 
 def test_a_step_during_which_the_session_was_detached_has_no_result():
-    policy = vp.reference_policy()
+    policy = vp.reference_policy("autoregressive")
     case = cases.reference()
     session = vp.VLAPruner(keep=0.25, warmup="semantic").attach(policy)
     handle = policy.language_model.model.layers[5].register_forward_pre_hook(

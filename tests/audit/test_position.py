@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def figure(method: vp.Method) -> float:
-    check = position(Subject(vp.reference_policy(), method))
+    check = position(Subject(vp.reference_policy("autoregressive"), method))
     assert check.passed
     return float(check.figure.split()[1])
 
@@ -30,12 +30,12 @@ def test_all_rows_rank_by_position_on_the_shipped_policy_and_others_do_not() -> 
 
 
 def test_what_it_says() -> None:
-    found = position(Subject(vp.reference_policy(), vp.VLAPruner()))
+    found = position(Subject(vp.reference_policy("autoregressive"), vp.VLAPruner()))
     assert re.fullmatch(
         r"Spearman -(0\.9\d|1\.00) of the semantic score over 'all' rows with the token's index", found.figure
     )
     assert "compare semantic_queries='text' and 'last'" in found.detail
-    weak = position(Subject(vp.reference_policy(), vp.FastV()))
+    weak = position(Subject(vp.reference_policy("autoregressive"), vp.FastV()))
     assert "hardly by what they show" not in weak.detail
 
 

@@ -22,7 +22,15 @@ LLAMA = "llama:"
 INDUCTOR = "inductor"
 """torch's own backend."""
 
-PUBLISHED_LAYERS = {"openvla-7b": 32, "openvla-oft": 32, "pi0": 18, "pi05": 18, "smolvla": 16, "reference": 8}
+PUBLISHED_LAYERS = {
+    "openvla-7b": 32,
+    "openvla-oft": 32,
+    "pi0": 18,
+    "pi05": 18,
+    "smolvla": 16,
+    "reference": 8,
+    "reference-chunk": 10,
+}
 """Layers of the decoders of `NAMED`."""
 
 SIZES = ("full", "tiny")
@@ -218,7 +226,12 @@ class BenchSettings:
         kind = self.kind
         if kind == "llama":
             self.llama()
-        elif kind == "checkpoint" and not (self.loaded or self.model.startswith(SHIPPED) or Path(self.model).exists()):
+        elif (
+            kind == "checkpoint"
+            and not self.loaded
+            and not self.model.startswith(SHIPPED)
+            and not Path(self.model).exists()
+        ):
             raise UnsupportedModelError(
                 f"--model is {self.model}, which is neither a folder nor one of {', '.join(NAMED)}, reference:NAME and "
                 "llama:HIDDEN,LAYERS."

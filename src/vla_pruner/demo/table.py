@@ -81,7 +81,8 @@ def footnotes(summary: Summary) -> list[str]:
 
 
 def to_rich(summary: Summary) -> Table:
-    table = simple_table(f"{counted(summary.units, 'paired episode')} an arm")
+    title = f"{counted(summary.units, 'paired episode')} an arm"
+    table = simple_table(title)
     add_column(table, "", right=False, no_wrap=True)
     for arm in summary.arms:
         add_column(table, arm.arm.short, right=True, no_wrap=True, min_width=11)

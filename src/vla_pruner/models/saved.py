@@ -17,20 +17,29 @@ from vla_pruner.versions import check_transformers
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def load_saved(folder: Path, config_class: Any, policy_class: Any, depths: Mapping[str, str], advice: str) -> Any:
-    """The policy in `folder`, in float32 and on the CPU.
+def load_saved(
+    folder: Path,
+    config_class: Any,
+    policy_class: Any,
+    depths: Mapping[str, str],
+    advice: str,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """The policy in `folder`, in eval mode.
 
     Args:
         folder: with `model.safetensors` and `config.json`.
         config_class: has `from_dict`.
         policy_class: is made from a configuration.
-        depths: numbers of layers in the configuration, and what the names of these layers' weights begin with.
+        depths: settings that count layers -> what stands before a layer's number in the names of weights.
         advice: what to do, for messages.
+        device, dtype: of the parameters.
 
     Raises:
+        UnsupportedModelError: the installed transformers was not tested.
         CheckpointError: a file is missing, damaged, or does not fit the network, or a weight is not finite; the message
             names it.
-        UnsupportedModelError: the installed transformers was not tested.
     """
     check_transformers()
     for name in (CONFIG, WEIGHTS):
@@ -57,6 +66,7 @@ def load_saved(folder: Path, config_class: Any, policy_class: Any, depths: Mappi
         ) from error
     policy = policy_class(config)
     policy.load_state_dict(weights)
+    policy = policy.to(device=device, dtype=dtype).eval()
     check_finite(policy, folder, headers)
     return policy
 

@@ -82,7 +82,7 @@ class ChunkConfig:
         """The inverse of `to_dict`, after a trip through JSON.
 
         Raises:
-            ValueError: a setting is unknown, or no policy can have its value.
+            ValueError: a setting is unknown, or one that no policy can have.
         """
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
@@ -91,5 +91,12 @@ class ChunkConfig:
             check_setting(name, value)
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         if "tasks" in values:
-            values["tasks"] = tuple((str(task), str(instruction)) for task, instruction in values["tasks"])
-        return cls(**values)
+            values["tasks"] = tuple((task, instruction) for task, instruction in values["tasks"])
+        config = cls(**values)
+        if not config.cameras or len(set(config.cameras)) < len(config.cameras):
+            raise ValueError(f"cameras is {config.cameras} and must be different names")
+        if config.executed > config.chunk:
+            raise ValueError(f"executed is {config.executed}, and a chunk has {config.chunk} actions")
+        if len(config.proprio_mean) != len(config.proprio_scale):
+            raise ValueError("proprio_mean and proprio_scale must be equally long")
+        return config

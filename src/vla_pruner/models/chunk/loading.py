@@ -13,8 +13,6 @@ from vla_pruner.models.saved import load_saved, save
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 """Holds one folder for each simulator."""
 
-_DEPTHS = {"num_layers": "decoder.layers.", "vision_layers": "vision.blocks."}
-
 
 def load_chunk_policy(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -27,6 +25,7 @@ def load_chunk_policy(
         dtype: the parameters' type; the weights are stored in float16.
 
     Raises:
+        UnsupportedModelError: the installed transformers was not tested.
         CheckpointError: a file is missing, damaged, or does not fit the network, or a weight is not finite; the message
             names it.
     """
@@ -35,8 +34,8 @@ def load_chunk_policy(
         advice = "Reinstall vla-pruner, or restore the file with `git checkout -- src/vla_pruner/models/chunk/weights`."
     else:
         advice = "Give a folder that `save_chunk_policy` wrote."
-    policy: ChunkPolicy = load_saved(folder, ChunkConfig, ChunkPolicy, _DEPTHS, advice)
-    return policy.to(device=device, dtype=dtype).eval()
+    depths = {"num_layers": "decoder.layers.", "vision_layers": "vision.blocks."}
+    return load_saved(folder, ChunkConfig, ChunkPolicy, depths, advice, device, dtype)
 
 
 def save_chunk_policy(policy: ChunkPolicy, folder: str | Path) -> None:

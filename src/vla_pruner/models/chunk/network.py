@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.checkpoints.numbers import finite_action
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.chunk.configuration import ChunkConfig
 from vla_pruner.models.reference.network import VisionBlock, grid_positions
@@ -87,7 +88,7 @@ class CameraEncoder(nn.Module):
         self.register_buffer("spread", torch.ones(cameras, 1, width))
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """(B, C, 3, H, W) pixels of C cameras, normalised -> (B, C, M, width), each patch from its neighbourhood."""
+        """(B, C, 3, H, W) normalised pixels of C cameras -> (B, C, M, width), each patch of its neighbourhood."""
         return self.stem(pixels.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, pixels.shape[:2])
 
     def mix(self, patches: Tensor) -> Tensor:
@@ -204,6 +205,11 @@ class ChunkPolicy(nn.Module):
         return len(self.config.proprio_mean)
 
     @property
+    def action_size(self) -> int:
+        """Numbers in an action."""
+        return self.config.action_dimensions
+
+    @property
     def image_size(self) -> int:
         """Side of the only images that it takes."""
         return self.config.image_size
@@ -287,6 +293,7 @@ class ChunkPolicy(nn.Module):
 
         Raises:
             ObservationError: an argument does not fit; the message says which.
+            CheckpointError: the network gives numbers that are not finite.
         """
         frames, body = _tensor("The images", images), _tensor("proprio", proprio)
         single = frames.ndim == 4
@@ -303,12 +310,8 @@ class ChunkPolicy(nn.Module):
         # Copies of one kind, whatever was given: a compiled call would be compiled anew for another.
         laid_out = {"copy": True, "memory_format": torch.contiguous_format}
         frames, body = frames.to(self.device, **laid_out), body.to(self.device, self.dtype, **laid_out)
-        actions = self.decode(self.embed_prompt(frames, ids, body)).float().cpu()
-        if not actions.isfinite().all():
-            raise ObservationError(
-                "The policy's actions are not finite (NaN or infinity); check its weights and what it was given."
-            )
-        chunks = actions.clamp(-1, 1).numpy()
+        actions = finite_action(self.decode(self.embed_prompt(frames, ids, body)).float().cpu().numpy(), self)
+        chunks = actions.clip(-1, 1)
         return chunks[0] if single else chunks
 
     def act(

@@ -88,7 +88,7 @@ _TEXTS, _ROWS = ("words", "tasks", "cameras"), ("proprio_mean", "proprio_scale")
 
 
 def check_setting(name: str, value: Any) -> None:
-    """Refuse a setting that no policy can have: ValueError names it."""
+    """Refuse a setting that no reference policy can have: ValueError names it."""
     if name in _TEXTS:
         rows: Any = value if isinstance(value, (list, tuple)) else [None]
         is_pair = name == "tasks"

@@ -11,7 +11,6 @@ from vla_pruner.models.reference.network import ReferencePolicy
 from vla_pruner.models.saved import load_saved, save
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
-_DEPTHS = {"num_layers": "language_model.model.layers.", "vision_layers": "vision.blocks."}
 
 
 def load_autoregressive_policy(
@@ -25,6 +24,7 @@ def load_autoregressive_policy(
         dtype: the parameters' type; the weights are stored in float32.
 
     Raises:
+        UnsupportedModelError: the installed transformers was not tested.
         CheckpointError: a file is missing, damaged, or does not fit the network, or a weight is not finite; the message
             names it.
     """
@@ -35,8 +35,8 @@ def load_autoregressive_policy(
         )
     else:
         advice = "Give a folder that `python -m reference.train` or `save_policy` wrote."
-    policy: ReferencePolicy = load_saved(folder, ReferenceConfig, ReferencePolicy, _DEPTHS, advice)
-    return policy.to(device=device, dtype=dtype).eval()
+    depths = {"num_layers": "language_model.model.layers.", "vision_layers": "vision.blocks."}
+    return load_saved(folder, ReferenceConfig, ReferencePolicy, depths, advice, device, dtype)
 
 
 def save_policy(policy: ReferencePolicy, folder: str | Path) -> None:
