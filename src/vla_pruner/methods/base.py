@@ -259,7 +259,7 @@ class Method:
             model: a supported policy or language model (a module), or a policy that `load_policy` made.
             compile: call `session.compile()` at once.
             **family_options: what the model's family must be told, for instance `visual=slice(1, 257)` for a language
-                model.
+                model; and `family=MyFamily` for a family of the caller's own that no installed distribution names.
 
         Raises:
             UnsupportedModelError: the model, its version or its attention backend is not supported.
