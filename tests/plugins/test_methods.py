@@ -95,7 +95,7 @@ def test_a_name_is_read_as_those_of_the_package_are(example: Path, text: str) ->
 
 def test_nothing_is_imported_before_it_is_asked_for(example: Path) -> None:
     methods_of(["fastv", "vla-pruner"])
-    with pytest.raises(BudgetError, match="it is one of action-and-diversity.*, brightest, or a method of your own"):
+    with pytest.raises(BudgetError, match=r"it is one of action-and-diversity.*, brightest, or a method of your own"):
         methods_of(["brightes"])
     assert "vla_pruner_example" not in sys.modules
 
@@ -164,7 +164,7 @@ def test_a_loose_module_is_known_by_its_content(site: Path, tmp_path: Path) -> N
     assert set(manifest.identity["arms"][1]["source"]) == {"class", "sha256"}
     (site / "own_methods.py").write_text(OWN + "\n# edited\n")
     forget("own_methods")
-    with pytest.raises(EvaluationError, match="source of the arm 'own_methods:Own 0.5 drop K=1 power=2'"):
+    with pytest.raises(EvaluationError, match=r"source of the arm 'own_methods:Own 0\.5 drop K=1 power=2'"):
         run(tmp_path / "run", "own_methods:Own:power=2")
 
 

@@ -14,7 +14,7 @@ from vla_pruner.errors import ObservationError
 from vla_pruner.models.chunk.configuration import ChunkConfig
 from vla_pruner.models.reference.network import VisionBlock, grid_positions
 from vla_pruner.models.reference.tokenizer import BOS, encode
-from vla_pruner.policies.observations import check_images, check_instruction
+from vla_pruner.observations import check_images, check_instruction
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -87,11 +87,11 @@ class CameraEncoder(nn.Module):
         self.register_buffer("spread", torch.ones(cameras, 1, width))
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """(B, C, 3, H, W) normalised pixels of C cameras -> (B, C, M, width), each patch from its neighbourhood only."""
+        """(B, C, 3, H, W) normalised pixels of C cameras -> (B, C, M, width), each patch from its own surroundings."""
         return self.stem(pixels.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, pixels.shape[:2])
 
     def mix(self, patches: Tensor) -> Tensor:
-        """(B, C, M, width) patches -> (B, C, M, width) tokens that know where they are and what else is in the image."""
+        """(B, C, M, width) patches -> (B, C, M, width) tokens that know their place and what else is in the image."""
         x = (patches + self.position).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
@@ -306,7 +306,8 @@ class ChunkPolicy(nn.Module):
         actions = self.decode(self.embed_prompt(frames, ids, body)).float().cpu()
         if not actions.isfinite().all():
             raise ObservationError(
-                "The policy's actions are not finite numbers (NaN or infinity); check its weights and what it was given."
+                "The policy's actions are not finite numbers (NaN or infinity); check its weights and what it "
+                "was given."
             )
         chunks = actions.clamp(-1, 1).numpy()
         return chunks[0] if single else chunks
