@@ -128,7 +128,7 @@ def _dataclass(hint: Any, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         raise _not(value, name, "an object")
     hints = _hints(hint)
-    missing = sorted(_required(hint) - set(value))
+    missing = sorted(required(hint) - set(value))
     if missing:
         raise ValueError(f"the fields {listed(missing)} of {name} are missing")
     return hint(**{one: typed(hints[one], value[one], one) for one in hints if one in value})
@@ -147,7 +147,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 @lru_cache
-def _required(cls: type) -> frozenset[str]:
+def required(cls: type) -> frozenset[str]:
     """Fields without a default: those that every version has written."""
     absent = dataclasses.MISSING
     fields = dataclasses.fields(cls)
