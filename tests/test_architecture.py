@@ -1,13 +1,105 @@
-"""docs/architecture.md names every part of the package, and what is said to need no transformers needs none."""
+"""docs/architecture.md names every part of the package, imports point down, and what is said to need no transformers
+needs none.
+"""
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "vla_pruner"
+
+FLOORS = (
+    (
+        "bootstrap", "caches", "checks", "conditions", "cost", "errors", "flags", "json_file", "observations",
+        "plugins", "replacements", "statistics", "strangers", "terminal", "timing", "versions", "wording",
+    ),
+    ("checkpoints", "client", "methods", "preprocessing"),
+    ("attach", "method_names", "models", "simulators"),
+    ("families",),
+    ("front", "policies"),
+    ("auditing", "benching", "calibration", "demo", "evaluation", "report", "serving"),
+    ("cli",),
+)  # fmt: skip
+"""Folders and modules of the package, the lowest floor first. A part imports what lies below it, and on its own floor
+what does not import it in turn. `vla_pruner` itself is on no floor: it hands out names, each imported when it is asked
+for.
+"""
+
+UPWARD = {
+    ("methods/base.py", "attach"),
+    ("methods/base.py", "front"),
+    ("simulators/libero_conventions.py", "policies"),
+}
+"""Files that import against the floors today. The list only shrinks: one that is mended must leave it."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module of the package that a file imports, at its top, in a function, or for its types alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import, which this test does not read"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        else:
+            continue
+        yield from (name for name in names if name.partition(".")[0] == PACKAGE.name)
+
+
+def edges() -> set[tuple[str, str, str]]:
+    """File, its part of the package, and another part that it imports."""
+    floor = {part for parts in FLOORS for part in parts}
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        inside = path.relative_to(PACKAGE)
+        part = inside.parts[0].removesuffix(".py")
+        for name in imports(path):
+            other = (*name.split("."), "")[1]
+            if part != "__init__" and other in floor and other != part:
+                found.add((inside.as_posix(), part, other))
+    return found
+
+
+def test_every_part_of_the_package_is_on_a_floor() -> None:
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    floors = [part for floor in FLOORS for part in floor]
+    assert sorted(floors) == sorted(parts - {"__init__", "__pycache__"})
+
+
+def test_imports_point_down() -> None:
+    floor = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+    upward = {(file, other) for file, part, other in edges() if floor[other] > floor[part]}
+    assert upward - UPWARD == set(), "these import against the floors of the house"
+    assert UPWARD - upward == set(), "these were mended: take them from the list"
+
+
+def test_no_parts_import_each_other() -> None:
+    graph: dict[str, set[str]] = {}
+    for file, part, other in edges():
+        if (file, other) not in UPWARD:
+            graph.setdefault(part, set()).add(other)
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"the parts {' <- '.join(error.args[1])} import each other")
+
+
+def test_an_import_is_seen_wherever_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "one.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\nimport vla_pruner.a\nif TYPE_CHECKING:\n    from vla_pruner.b import x\n"
+        "def late():\n    from vla_pruner import c\n    import_module('vla_pruner.d')\n    import torch\n"
+    )
+    assert {name.split(".")[1] for name in imports(file)} == {"a", "b", "c", "d"}
 
 
 def test_every_part_of_the_package_is_in_the_picture() -> None:

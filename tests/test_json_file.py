@@ -43,13 +43,22 @@ def test_plain_values_become_what_the_type_says() -> None:
     assert [type(rate) for rate in found.rates] == [float, float]
 
 
+def test_fields_of_other_versions_are_passed_over() -> None:
+    @dataclass(frozen=True)
+    class Newer:
+        name: str
+        size: int = 7
+
+    assert typed(Newer, {"name": "a", "colour": "blue"}, "it") == Newer("a")
+    assert typed(Outer, {**WHOLE, "later": 1}, "it") == typed(Outer, WHOLE, "it")
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"inner": {}}, "inner is {}, not a list"),
         ({"inner": [1]}, r"inner\[0\] is 1, not an object"),
-        ({"inner": [{"name": "a"}]}, r"the fields size of inner\[0\] are missing or unknown"),
-        ({"inner": [{"name": "a", "size": 1, "x" * 500: 2}]}, r"the fields x{40}\.\.\. of inner"),
+        ({"inner": [{"name": "a"}]}, r"the fields size of inner\[0\] are missing"),
         ({"inner": [{"name": 1, "size": 1}]}, "name is 1, not text"),
         ({"inner": [{"name": "\ud800", "size": 1}]}, "name is '.ud800', which is no text: it holds a lone surrogate"),
         ({"inner": [{"name": "a", "size": True}]}, "size is True, not a whole number"),

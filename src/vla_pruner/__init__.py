@@ -16,6 +16,7 @@ from vla_pruner.errors import (
     BudgetError,
     CheckpointError,
     ObservationError,
+    PluginError,
     SessionError,
     UnsupportedModelError,
     VLAPrunerError,
@@ -23,10 +24,10 @@ from vla_pruner.errors import (
 
 if TYPE_CHECKING:
     from vla_pruner.attach.attached import detach
-    from vla_pruner.attach.compiled import compiled
     from vla_pruner.attach.session import Session
     from vla_pruner.auditing import audit
     from vla_pruner.benching import bench
+    from vla_pruner.front import compiled
     from vla_pruner.methods import (
         ActionAndDiversity,
         ActionOnly,
@@ -65,6 +66,7 @@ __all__ = [
     "Memory",
     "Method",
     "ObservationError",
+    "PluginError",
     "RandomKeep",
     "ScoreFusion",
     "SemanticOnly",
@@ -114,7 +116,7 @@ _LAZY = {
     "Session": "vla_pruner.attach.session",
     "audit": "vla_pruner.auditing",
     "bench": "vla_pruner.benching",
-    "compiled": "vla_pruner.attach.compiled",
+    "compiled": "vla_pruner.front",
     "detach": "vla_pruner.attach.attached",
     "load_policy": "vla_pruner.policies.loading",
     "random_policy": "vla_pruner.policies.random",

@@ -202,7 +202,8 @@ def _add_audit(commands: Any) -> None:
         "--method",
         metavar="NAME",
         default="vla-pruner",
-        help="what prunes, with options of its own after colons: vla-pruner:unseen=carry (default: %(default)s)",
+        help="what prunes, with options of its own after colons: vla-pruner:unseen=carry; a method of your own:\n"
+        "my_module:MyMethod (default: %(default)s)",
     )
     command.add_argument(
         "--keep",

@@ -27,3 +27,7 @@ class CheckpointError(VLAPrunerError, ValueError):
 
 class ObservationError(VLAPrunerError, ValueError):
     """A policy was given images, an instruction or a proprioceptive state that do not fit it."""
+
+
+class PluginError(VLAPrunerError, ImportError):
+    """A method or a family from outside of this package cannot be imported, or is none."""

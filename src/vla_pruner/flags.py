@@ -60,7 +60,7 @@ def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
         metavar="A,B",
         type=names,
         help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv:layer=2;\n"
-        f"one arm each{or_none} (default: vla-pruner)",
+        f"a method of your own: my_module:MyMethod; one arm each{or_none} (default: vla-pruner)",
     )
     add(
         "--keep",

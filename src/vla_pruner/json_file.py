@@ -65,6 +65,9 @@ def _refuse_constant(name: str) -> None:
 def typed(hint: Any, value: Any, name: str) -> Any:
     """A plain JSON value, checked against a type and made into it: objects become dataclasses, and lists tuples.
 
+    Of a dataclass, a later version may have written fields that this one does not know, which are passed over, and an
+    earlier one may lack those that have a default.
+
     Args:
         hint: a type of JSON, a dataclass, or lists, tuples, mappings and options of these; `Any` checks nothing.
         value: as `load_json` gives it.
@@ -125,10 +128,10 @@ def _dataclass(hint: Any, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         raise _not(value, name, "an object")
     hints = _hints(hint)
-    odd = sorted(str(one) for one in set(value) ^ set(hints))
-    if odd:
-        raise ValueError(f"the fields {listed(odd)} of {name} are missing or unknown")
-    return hint(**{one: typed(hints[one], value[one], one) for one in hints})
+    missing = sorted(required(hint) - set(value))
+    if missing:
+        raise ValueError(f"the fields {listed(missing)} of {name} are missing")
+    return hint(**{one: typed(hints[one], value[one], one) for one in hints if one in value})
 
 
 def listed(names: Sequence[str]) -> str:
@@ -141,6 +144,14 @@ def listed(names: Sequence[str]) -> str:
 def _hints(cls: type) -> dict[str, Any]:
     known = get_type_hints(cls)
     return {one.name: known[one.name] for one in dataclasses.fields(cls)}
+
+
+@lru_cache
+def required(cls: type) -> frozenset[str]:
+    """Fields without a default: those that every version has written."""
+    absent = dataclasses.MISSING
+    fields = dataclasses.fields(cls)
+    return frozenset(one.name for one in fields if one.default is absent and one.default_factory is absent)
 
 
 def _scalar(hint: type, value: Any, name: str) -> Any:

@@ -1,4 +1,10 @@
-"""Methods as the command line names them: "vla-pruner", or "vla-pruner:unseen=carry:window=5"."""
+"""Methods as the command line names them: "vla-pruner", "vla-pruner:unseen=carry:window=5", or a method of the user's
+own as "my_module:MyMethod:window=5".
+
+The first word is a name, of this package or of another distribution's entry point in the group `vla_pruner.methods`. If
+what follows its colon has no "=", both together are a module and a class in it. Names of this package always mean
+its own methods.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from vla_pruner import methods
-from vla_pruner.errors import BudgetError
+from vla_pruner import methods, plugins
+from vla_pruner.errors import BudgetError, PluginError, VLAPrunerError
 from vla_pruner.methods import Method, RandomKeep
 
 FRESH = 8
@@ -27,7 +33,7 @@ class Named:
     """A method made from its name.
 
     Attributes:
-        name: with dashes.
+        name: with dashes; of a method that is named by its module and class, these: "my_module:MyMethod".
         options: of its own, as they were written, without keep, layer and pruned.
         method: the method.
     """
@@ -65,8 +71,8 @@ def methods_of(
     """One method for each name, layer, fate of the other tokens, and keep.
 
     Args:
-        texts: names, each with options of its own where wanted, after colons; what it says of keep, layer and pruned
-            itself stands in place of the arguments.
+        texts: names, or modules and classes, each with options of its own where wanted, after colons; what it says of
+            keep, layer and pruned itself stands in place of the arguments.
         keep: budgets; None: .25, or what a method that reuses tokens was published with.
         layers: pruning layers.
         pruned: what becomes of the other tokens, of which each method takes what it can do; None: "drop", or the only
@@ -75,15 +81,16 @@ def methods_of(
 
     Raises:
         BudgetError: there is no such method, it has no such option or value, or it can do none of `pruned`.
+        PluginError: a method from outside of this package cannot be imported, or is no method that names can make.
     """
     unknown = [word for word in pruned or () if word not in FATES]
     if unknown:
         raise BudgetError(f"--pruned is {', '.join(unknown)}; it is {', '.join(FATES[:-1])} or {FATES[-1]}.")
     found = []
     for text in texts:
-        name, *options = text.split(":")
-        kind: Any = method_class(name)
-        shown, extra = method_name(kind), dict(_option(kind, option) for option in options)
+        shown, found_kind, options = _read(text)
+        kind: Any = found_kind
+        extra = dict(_option(shown, kind, option) for option in options)
         own = {word: (extra.pop(word),) for word in _OF_EVERY_ARM if word in extra}
         others = tuple(option for option in options if option.partition("=")[0] in extra)
         drops = "drop" in kind().treatments
@@ -93,8 +100,90 @@ def methods_of(
                     made = {"keep": amount, "layer": layer, "pruned": fate, **extra}
                     if hasattr(kind, "refresh_every") and "refresh_every" not in extra:
                         made["refresh_every"] = refresh_every or (FRESH if layer == 0 else None)
-                    found.append(Named(shown, others, kind(**made)))
+                    found.append(Named(shown, others, _made(shown, kind, made)))
     return tuple(found)
+
+
+def _made(shown: str, kind: type[Method], options: dict[str, Any]) -> Method:
+    try:
+        return kind(**options)
+    except VLAPrunerError:
+        raise
+    except Exception as error:
+        if plugins.source_of(kind) is None:
+            raise
+        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise BudgetError(f"{shown} refuses {told}: {type(error).__name__}: {error}") from error
+
+
+def _read(text: str) -> tuple[str, type[Method], list[str]]:
+    """The name that tables show, the method, and its options as they were written."""
+    name, *options = (word.strip() for word in text.split(":"))
+    if not options or "=" in options[0]:
+        shown, kind = _by_name(name)
+        return shown, kind, options
+    path, own = f"{name}:{options[0]}", _own(name)
+    if own is not None:
+        raise BudgetError(
+            f"--method has the option {options[0]!r}; {method_name(own)} takes {_options_of(own)} after its name, "
+            f"separated by colons. (A module of your own needs another name than {name}, which is a method's.)"
+        )
+    try:
+        kind = plugins.class_at(path)
+    except PluginError as error:
+        raise PluginError(
+            f"--method is {text}, which reads as a module and a class, MODULE:CLASS:option=value: {error} Methods that "
+            f"have a name: {', '.join(_names())}."
+        ) from error
+    return path, _checked(path, kind), options[1:]
+
+
+def _by_name(name: str) -> tuple[str, type[Method]]:
+    own = _own(name)
+    if own is not None:
+        return method_name(own), own
+    named = [one for one in plugins.plugins(plugins.METHODS) if _plain(one.name) == _plain(name)]
+    if not named:
+        raise BudgetError(
+            f"--method is {name}; it is one of {', '.join(_names())}, or a method of your own as MODULE:CLASS."
+        )
+    if len(named) > 1:
+        raise PluginError(
+            f"--method is {name}, which is {' and '.join(map(str, named))}; uninstall one, or give the module and "
+            "class of the one that you mean."
+        )
+    shown = named[0].name.replace("_", "-")
+    return shown, _checked(str(named[0]), named[0].load())
+
+
+def _checked(what: str, kind: Any) -> type[Method]:
+    """A class from outside, if it is a method that a name and options can make.
+
+    Raises:
+        PluginError: it is not.
+    """
+    if not issubclass(kind, Method):
+        raise PluginError(f"{what} is no method: it does not extend vla_pruner.Method.")
+    known = {field.name for field in dataclasses.fields(kind) if field.init}
+    if "keep" not in known:
+        raise PluginError(
+            f"{what} has no option `keep`: make it a frozen dataclass with a field of this name, such as "
+            "`keep: float = 0.25`."
+        )
+    undefined = [name for name in ("budget", "select") if getattr(kind, name) is getattr(Method, name)]
+    if undefined:
+        raise PluginError(
+            f"{what} does not define {' and '.join(undefined)}, which say how many tokens stay and which."
+        )
+    try:
+        treatments: Any = kind().treatments
+    except Exception as error:
+        raise PluginError(
+            f"{what} cannot be made without options ({type(error).__name__}: {error}); give every field a default."
+        ) from error
+    if not treatments or not set(treatments) <= set(FATES):
+        raise PluginError(f"{what} has the treatments {treatments!r}; they are some of {', '.join(FATES)}.")
+    return kind
 
 
 def _fates(name: str, able: tuple[str, ...], asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -109,16 +198,27 @@ def _fates(name: str, able: tuple[str, ...], asked: Sequence[str] | None) -> tup
     return found
 
 
-def _option(kind: type[Method], text: str) -> tuple[str, Any]:
+def _options_of(kind: type[Method]) -> str:
+    return ", ".join(f"{field.name}=..." for field in _fields(kind))
+
+
+def _fields(kind: type[Method]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(kind) if field.init and field.name != "then"]
+
+
+def _option(shown: str, kind: type[Method], text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
-    known = [field.name for field in dataclasses.fields(kind) if field.name != "then"]
+    known = {field.name: field for field in _fields(kind)}
     if not equals or name not in known:
         raise BudgetError(
-            f"--method has the option {text!r}; {method_name(kind)} takes {', '.join(f'{word}=...' for word in known)} "
-            "after its name, separated by colons."
+            f"--method has the option {text!r}; {shown} takes {_options_of(kind)} after its name, separated by colons."
         )
     if value.lower() == "none":
         return name, None
+    if isinstance(known[name].default, bool):
+        if value.lower() not in ("true", "false"):
+            raise BudgetError(f"--method has the option {text!r}; {name} of {shown} is true or false.")
+        return name, value.lower() == "true"
     for read in (int, float):
         try:
             return name, read(value)
@@ -128,20 +228,38 @@ def _option(kind: type[Method], text: str) -> tuple[str, Any]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of this name, written as its class or with dashes.
+    """The method of this name, written as its class or with dashes, or with its module before it.
 
     Raises:
         BudgetError: there is none, or it has no `keep`.
+        PluginError: one from outside of this package cannot be imported, or is no method that names can make.
     """
-    plain = name.replace("-", "").replace("_", "").lower()
+    _, kind, options = _read(name)
+    if options:
+        raise BudgetError(f"{name} is given where a method's name is wanted; leave its options out.")
+    return kind
+
+
+def _own(name: str) -> type[Method] | None:
+    """The method of this package that has this name."""
     for word, kind in known_methods().items():
-        if plain in (word.replace("-", ""), kind.__name__.lower()):
+        if _plain(name) in (_plain(word), kind.__name__.lower()):
             return kind
-    raise BudgetError(f"--method is {name}; it is one of {', '.join(known_methods())}.")
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "").replace("_", "").lower()
+
+
+def _names() -> list[str]:
+    """Those of this package and of other distributions."""
+    others = [one.name.replace("_", "-") for one in plugins.plugins(plugins.METHODS) if _own(one.name) is None]
+    return list(dict.fromkeys([*known_methods(), *others]))
 
 
 def known_methods() -> dict[str, type[Method]]:
-    """Every method that has a budget, by its name with dashes."""
+    """Every method of this package that has a budget, by its name with dashes."""
     found: dict[str, type[Method]] = {}
     for name in methods.__all__:
         kind: Any = getattr(methods, name)

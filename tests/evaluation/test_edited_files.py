@@ -85,7 +85,6 @@ def plan(**changes: Any) -> Callable[[Json], Any]:
         (plan(episodes="9"), "episodes is '9', not a whole number"),
         (plan(shard=[3, 2]), "plan has the shard 3 of 2"),
         (plan(shard=[1]), "shard has 1 values, not 2"),
-        (plan(extra=1), "the fields extra of plan are missing or unknown"),
         (lambda content: content["plan"]["tasks"][0].update(max_steps=0), "and 0 steps"),
         (lambda content: content.update(extended=[None]), r"extended\[0\] is None"),
         (lambda content: content.update(conditions=[[]]), r"conditions\[0\] is \[\], not an object"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -17,8 +18,9 @@ import pytest
 from tests.evaluation.fakes import settings
 from tests.evaluation.test_run import facts, run
 from vla_pruner.evaluation import EvaluationError, merge, read_records
-from vla_pruner.evaluation.manifest import FORMAT
-from vla_pruner.evaluation.records import EPISODES, RecordFile, latest, write_json
+from vla_pruner.evaluation.manifest import FORMAT, Manifest
+from vla_pruner.evaluation.records import EPISODES, Record, RecordFile, latest, write_json
+from vla_pruner.evaluation.records import FORMAT as FORMAT_OF_RECORDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -79,7 +81,9 @@ def test_a_cut_line_is_noticed_and_gone(tmp_path: Path) -> None:
             lambda line: line.replace(b": true", b": 1").replace(b": false", b": 0"),
             "success is [01], not true",
         ),
-        (lambda line: line.replace(b'"steps"', b'"stepz"'), "the fields steps, stepz are missing or unknown"),
+        (lambda line: line.replace(b'"steps"', b'"stepz"'), "the fields steps are missing"),
+        (lambda line: line.replace(b'"format": 1', b'"format": 2'), "its format is 2, and this version .* reads 1"),
+        (lambda line: line.replace(b'"format": 1', b'"format": true'), "its format is True"),
         (lambda line: line.replace(b'"termination": "', b'"termination": "x'), "its termination is"),
     ],
 )
@@ -94,6 +98,47 @@ def test_a_damaged_line_is_named_and_nothing_is_changed(
         run(settings(tmp_path, episodes=1))
     assert "\n" not in str(refused.value)
     assert (tmp_path / EPISODES).read_bytes() == b"\n".join(lines)
+
+
+def published() -> list[Path]:
+    return sorted((ROOT / "benchmarks" / "results").rglob(f"{EPISODES}*"))
+
+
+@pytest.mark.parametrize("path", published(), ids=lambda path: path.parent.name)
+def test_the_runs_published_so_far_are_read(path: Path) -> None:
+    content = path.read_bytes()
+    lines = (gzip.decompress(content) if path.suffix == ".gz" else content).splitlines()[:1000]
+    assert lines
+    for line in lines:
+        record = Record.from_line(line)
+        again = json.loads(record.to_line())
+        assert again.pop("format") == FORMAT_OF_RECORDS
+        assert json.loads(line).items() <= again.items()
+    manifest = Manifest.read(path.parent)
+    assert {Record.from_line(line).run for line in lines} == {manifest.run}
+
+
+def test_fields_of_later_versions_are_kept_and_those_of_none_have_their_default(tmp_path: Path) -> None:
+    run(settings(tmp_path, episodes=1))
+    line = json.loads((tmp_path / EPISODES).read_bytes().splitlines()[0])
+    record = Record.from_line(json.dumps({**line, "weather": ["rain"], "others": 1}).encode())
+    assert record.others == {"weather": ["rain"], "others": 1}
+    assert json.loads(record.to_line()) == {**line, "weather": ["rain"], "others": 1}
+    older = {name: value for name, value in line.items() if name not in ("format", "versions", "worker", "seconds")}
+    record = Record.from_line(json.dumps(older).encode())
+    assert (record.versions, record.worker, record.seconds) == ({}, "", 0.0)
+
+
+def test_a_run_with_records_of_an_earlier_and_a_later_version_goes_on(tmp_path: Path) -> None:
+    run(settings(tmp_path, episodes=1))
+    lines = [json.loads(line) for line in (tmp_path / EPISODES).read_bytes().splitlines()]
+    del lines[0]["format"]
+    lines[1]["weather"] = "rain"
+    (tmp_path / EPISODES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(settings(tmp_path, episodes=2))[0] == 0
+    records = read_records(tmp_path / EPISODES)
+    assert len(records) == 12
+    assert records[1].others == {"weather": "rain"}
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:

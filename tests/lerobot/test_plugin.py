@@ -84,6 +84,31 @@ def test_flags(evaluate):
     assert policy.session.kept.shape == (1, 5 + 32)
     _, policy = evaluate("pi0", *checkpoint, "--policy.method=random", "--policy.keep=7", "--policy.pruned=freeze")
     assert policy.session.method == vp.RandomKeep(keep=7, pruned="freeze")
+    _, policy = evaluate("pi0", *checkpoint, "--policy.method=fastv:layer=2:keep=9")
+    assert policy.session.method == vp.FastV(keep=9, layer=2)
+    assert policy.session.kept.shape == (1, 9)
+
+
+def test_every_method_that_has_a_name_is_one_of_the_plugin():
+    from lerobot_policy_vla_pruner import VLAPrunerConfig
+
+    from vla_pruner.method_names import known_methods, methods_of
+
+    for name in known_methods():
+        assert VLAPrunerConfig(device="cpu", method=name).build_method() == methods_of([name])[0].method
+    assert VLAPrunerConfig(device="cpu", method="unpruned").build_method() == vp.Unpruned()
+
+
+def test_a_method_of_the_users_own(tmp_path, monkeypatch):
+    from lerobot_policy_vla_pruner import VLAPrunerConfig
+
+    (tmp_path / "own_for_lerobot.py").write_text(
+        "from dataclasses import dataclass\nimport vla_pruner as vp\n"
+        "@dataclass(frozen=True)\nclass Mine(vp.FastV):\n    power: int = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = VLAPrunerConfig(device="cpu", method="own_for_lerobot:Mine:power=2", keep=7).build_method()
+    assert (type(made).__name__, made.keep, made.power) == ("Mine", 7, 2)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +117,10 @@ def test_flags(evaluate):
         (("--policy.keep=2.5",), "keep=2.5"),
         (("--policy.keep=much",), "keep='much'"),
         (("--policy.method=random", '--policy.keep={"base": -1}'), "-1"),
-        (("--policy.method=fastv",), "one of 'vla_pruner'"),
-        (("--policy.pruned=burn",), "pruned='burn'"),
+        (("--policy.method=fastw",), "it is one of action-and-diversity"),
+        (("--policy.method=no_such_module:Mine",), "no_such_module cannot be imported"),
+        (("--policy.method=text-query", '--policy.options={"gate": 3}'), "how far the arm moves"),
+        (("--policy.pruned=burn",), "burn"),
         (("--policy.layer=-1",), "layer=-1"),
         (('--policy.options={"windows": 2}',), "windows"),
         (('--policy.options={"warmup": "never"}',), "warmup='never'"),

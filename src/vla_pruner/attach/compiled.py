@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.caches import cache_in, cache_of
-from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
+from vla_pruner.errors import BudgetError, UnsupportedModelError
 from vla_pruner.replacements import Replacements
 
 if TYPE_CHECKING:
@@ -210,33 +210,6 @@ def compiled_on(decoder: nn.Module) -> Compiled | None:
     """What compiled the policy that has this decoder."""
     found = _compiled.get(decoder)
     return None if found is None else found()
-
-
-def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Compiled:
-    """Compile a policy as it is, in place, in the same way as `session.compile()`: the baseline of a compiled session.
-
-    Args:
-        model: a supported policy or language model.
-        backend: as in `torch.compile`.
-        **family_options: as in `Method.attach`.
-
-    Returns:
-        what takes it away again: a context manager with `remove()`.
-
-    Raises:
-        UnsupportedModelError: the model is not supported, or compiled already.
-        SessionError: a session is attached; that has a compile() of its own.
-    """
-    from vla_pruner.attach.attached import session_on
-    from vla_pruner.families import family_of
-
-    family = family_of(model, **family_options)
-    if session_on(family.decoder) is not None:
-        raise SessionError(f"{type(model).__name__} has a session; call compile() of that, or detach it first.")
-    check_not_compiled(model, family)
-    made = Compiled(family, encoders_of(model), backend)
-    made.install()
-    return made
 
 
 def check_backend(backend: object) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.layout import Layout
 from vla_pruner.caches import cache_in
+from vla_pruner.checks import check_choice
 from vla_pruner.families import family_of
-from vla_pruner.methods.base import PRUNED, check_choice
+from vla_pruner.methods.base import PRUNED
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.session import Session
 from vla_pruner.auditing.probes import HiddenProbe
+from vla_pruner.checks import is_count
 from vla_pruner.errors import BudgetError, ObservationError, UnsupportedModelError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Method
-from vla_pruner.methods.base import is_count
 from vla_pruner.policies.base import Policy, module_of
 
 INSTRUCTION = "pick up the red block and put it into the bowl"

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from vla_pruner.attach.compiled import compiled
 from vla_pruner.benching.arms import Arm, Turns
 from vla_pruner.benching.feeds import feed
 from vla_pruner.benching.report import Compiling
 from vla_pruner.benching.subject import Subject, warm
 from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.front import compiled
 from vla_pruner.policies.base import module_of
 from vla_pruner.timing import now
 

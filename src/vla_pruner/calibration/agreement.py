@@ -10,8 +10,8 @@ from typing import Any
 
 from vla_pruner.bootstrap import FEWEST_PAIRS, Estimate, rank_correlation, ranked_groups
 from vla_pruner.calibration.errors import CalibrationError
-from vla_pruner.calibration.result import Calibration
-from vla_pruner.errors import BudgetError
+from vla_pruner.calibration.result import ArmCalibration, Calibration
+from vla_pruner.errors import BudgetError, PluginError
 from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import EVAL_INFO
@@ -112,6 +112,7 @@ def _check_plans(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> 
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise CalibrationError("--against names a folder twice; its episodes would count twice. Name each one once.")
     ran: dict[tuple[str, Any], Path] = {}
+    sources: dict[str, tuple[Any, Path]] = {}
     for folder, run in zip(folders, runs, strict=True):
         if _episodes(run) != _episodes(runs[0]):
             raise CalibrationError(
@@ -120,12 +121,22 @@ def _check_plans(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> 
             )
         seeds = _seeds(run)
         for arm in run["identity"]["arms"]:
+            source, where = sources.setdefault(arm["key"], (arm.get("source"), folder))
+            if source != arm.get("source"):
+                raise CalibrationError(
+                    f"{where} and {folder} ran the arm {arm['title']!r} with a method from two places or of two "
+                    f"versions ({_source(source)} and {_source(arm.get('source'))}); give evaluations of one."
+                )
             first = ran.setdefault((arm["key"], seeds), folder)
             if first != folder and arm["kind"] == "method":
                 raise CalibrationError(
                     f"{first} and {folder} ran the arm {arm['title']!r} in the same episodes, which would count twice; "
                     "leave one of them out."
                 )
+
+
+def _source(source: Mapping[str, str] | None) -> str:
+    return "this package's" if source is None else ", ".join(f"{name} {value}" for name, value in source.items())
 
 
 def _seeds(run: Mapping[str, Any]) -> str:
@@ -165,6 +176,7 @@ def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
     """
     losses = closed_loop_losses(folders, calibration.weights)
     _check_any([arm.key for arm in calibration.arms], losses, folders)
+    _check_sources({arm.key: arm for arm in calibration.arms}, folders)
     shared = [
         Pair(arm.key, arm.moved.value, *losses[arm.key], *_named(arm.title))
         for arm in calibration.arms
@@ -179,6 +191,17 @@ def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
     found = rank_correlation(*sides, methods)
     within = rank_correlation(*sides, methods, of) if settings else None
     return Agreement(found, within, settings, shared)
+
+
+def _check_sources(arms: Mapping[str, ArmCalibration], folders: Sequence[Path]) -> None:
+    for folder in folders:
+        for ran in read_eval_info(folder)["run"]["identity"]["arms"]:
+            mine = arms.get(ran["key"])
+            if mine is not None and mine.source != ran.get("source"):
+                raise CalibrationError(
+                    f"{folder} ran the arm {ran['title']!r} with {_source(ran.get('source'))}, and it was calibrated "
+                    f"with {_source(mine.source)}; calibrate the version that was evaluated."
+                )
 
 
 def _unranked(moved: Sequence[float], losses: Sequence[float]) -> str:
@@ -215,10 +238,16 @@ def arms_of(folders: Sequence[Path]) -> list[Arm]:
 
 
 def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
+    if ":" in arm["title"].split(" ")[0]:
+        # A file that others wrote may not say what is imported here.
+        raise CalibrationError(
+            f"{folder} has the arm {arm['title']!r} of a method that is named by its module, which is not imported "
+            "because a file names it; name the arms to calibrate with --method, --keep, --layer and --pruned."
+        )
     try:
         name, keep, fate, layer, *options = arm["title"].split(" ")
         (made,) = method_arms([":".join([name, *options])], [budget(keep)], [int(layer.removeprefix("K="))], [fate])
-    except (ValueError, TypeError, BudgetError, EvaluationError) as error:
+    except (ValueError, TypeError, BudgetError, EvaluationError, PluginError) as error:
         raise _unknown(arm["title"], folder) from error
     if made.key != arm["key"]:
         raise _unknown(arm["title"], folder)

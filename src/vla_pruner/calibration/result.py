@@ -35,6 +35,7 @@ class ArmCalibration:
         steps: control steps that were replayed.
         pruned_steps: those that were pruned.
         p50_ms: of `act`, over all control steps, pruned or not, on this machine as busy as it was.
+        source: where a method from outside of this package came from, as `plugins.source_of` says it.
     """
 
     key: str
@@ -48,6 +49,7 @@ class ArmCalibration:
     steps: int
     pruned_steps: int
     p50_ms: float
+    source: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Calibration:
     @classmethod
     def _from_json(cls, content: Mapping[str, Any]) -> Calibration:
         names = [one.name for one in dataclasses.fields(cls)]
-        found: Calibration = typed(cls, {name: content[name] for name in names}, "the calibration")
+        found: Calibration = typed(cls, {name: content[name] for name in names if name in content}, "the calibration")
         if not found.arms or found.arms[0].kind != "baseline":
             raise ValueError("its arms do not begin with the unpruned policy")
         if any(arm.steps < 1 for arm in found.arms):
@@ -160,6 +162,7 @@ def _arm(course: Course, spread: np.ndarray, moves: np.ndarray) -> ArmCalibratio
         steps=len(course.milliseconds),
         pruned_steps=course.pruned,
         p50_ms=round(percentile(course.milliseconds, 50), 3),
+        source=course.arm.source,
     )
 
 

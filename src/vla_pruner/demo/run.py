@@ -155,7 +155,7 @@ def _finish(
     facts: dict[str, Any],
     notes: dict[str, Any],
 ) -> None:
-    from vla_pruner.report.demo import write_report
+    from vla_pruner.demo.page import write_report
 
     sentences = [headline(summary), *verdict(summary)]
     say(console)

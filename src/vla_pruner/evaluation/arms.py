@@ -14,6 +14,7 @@ from vla_pruner.evaluation.units import Unit
 from vla_pruner.method_names import attached, methods_of
 from vla_pruner.methods import Method, RandomKeep
 from vla_pruner.methods.base import PRUNED
+from vla_pruner.plugins import source_of
 
 BASELINE, AGAIN, BLANK = "unpruned", "unpruned-again", "blank-image"
 CONTROLS = ("again", "random", "blank")
@@ -43,6 +44,11 @@ class Arm:
         return self.kind == "blank"
 
     @property
+    def source(self) -> dict[str, str] | None:
+        """Where the method came from, if it is not of this package."""
+        return None if self.method is None else source_of(type(self.method))
+
+    @property
     def noise_stream(self) -> int:
         """The unpruned policy's second run starts its flow from other noise; all other arms share theirs."""
         return 1 if self.kind == "again" else 0
@@ -55,10 +61,15 @@ class Arm:
         return attached(self.method, policy, unit.noise_seed(0))
 
     def to_json(self) -> dict[str, Any]:
-        """What makes this arm the same in another run."""
-        return {"key": self.key, "title": self.title, "kind": self.kind, "method": repr(self.method)} | (
-            {} if self.random is None else {"random": self.random}
-        )
+        """What makes this arm the same in another run; of a method from outside of this package also where it came
+        from, as `plugins.source_of` says it.
+        """
+        found: dict[str, Any] = {"key": self.key, "title": self.title, "kind": self.kind, "method": repr(self.method)}
+        if self.random is not None:
+            found["random"] = self.random
+        if self.source is not None:
+            found["source"] = self.source
+        return found
 
 
 def method_arms(

@@ -230,6 +230,7 @@ def check_arms(content: Any) -> list[dict[str, Any]]:
             if not field_of(arm, name, str).strip():
                 raise ValueError(f"an arm has an empty {name}")
         typed(str | None, arm.get("random"), "random")
+        typed(dict[str, str] | None, arm.get("source"), "source")
     return arms
 
 
@@ -241,11 +242,26 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, th
     """
     differing = [name for name in sorted({*mine, *other}) if mine.get(name) != other.get(name)]
     if differing:
-        told = "; ".join(f"{name}: {_short(mine.get(name))}, not {_short(other.get(name))}" for name in differing)
+        told = "; ".join(_told(name, mine.get(name), other.get(name)) for name in differing)
         raise EvaluationError(
             f"{where} was run with other settings than {there} ({told}). Results of two settings do not mix: choose "
             "another --out, or repeat the command that started it."
         )
+
+
+def _told(name: str, mine: Any, other: Any) -> str:
+    if name == "arms" and _keys(mine) == _keys(other):
+        # Arms of one name that differ all the same: for instance by the version of a method from outside.
+        for one, another in zip(mine, other, strict=True):
+            odd = [field for field in sorted({*one, *another}) if one.get(field) != another.get(field)]
+            if odd:
+                words = f"{_short(one.get(odd[0]))}, not {_short(another.get(odd[0]))}"
+                return f"{odd[0]} of the arm {one['title']!r}: {words}"
+    return f"{name}: {_short(mine)}, not {_short(other)}"
+
+
+def _keys(arms: Any) -> list[Any]:
+    return [arm.get("key") for arm in arms] if isinstance(arms, list) else [arms]
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ import errno
 import gzip
 import json
 import os
+import reprlib
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,13 @@ from typing import Any, Self
 
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.units import Unit
-from vla_pruner.json_file import listed, load_json, typed
+from vla_pruner.json_file import listed, load_json, required, typed
 from vla_pruner.wording import readable
+
+FORMAT = 1
+"""What each line says it is. A new field with a default does not change it; a field that means something else does.
+Lines from before it was written have none, and are of format 1 as well.
+"""
 
 EPISODES = "episodes.jsonl"
 PACKED = ".gz"
@@ -61,6 +67,8 @@ class Record:
     started: str = ""
     worker: str = ""
     versions: dict[str, str | None] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
+    """Fields that this version does not know; they are written back as they were read."""
 
     @property
     def key(self) -> tuple[Unit, str]:
@@ -74,26 +82,30 @@ class Record:
     def to_line(self) -> bytes:
         """One line of JSON, its end included."""
         content = dataclasses.asdict(self)
-        unit = content.pop("unit")
-        ordered = {"run": content.pop("run"), "arm": content.pop("arm"), **unit, **content}
+        unit, others = content.pop("unit"), content.pop("others")
+        ordered = {"format": FORMAT, "run": content.pop("run"), "arm": content.pop("arm"), **unit, **content, **others}
         return (json.dumps(ordered, allow_nan=False) + "\n").encode()
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:
-        """Reads `to_line`.
+        """Reads `to_line`, of this version, of an earlier one, or of a later one that only has more fields.
 
         Raises:
-            ValueError: it is no record; the message says why.
+            ValueError: it is no record, or of a later format; the message says why.
         """
         content = load_json(line)
         if not isinstance(content, dict):
             raise ValueError("it holds no record")
-        names = {one.name for one in dataclasses.fields(cls)} - {"unit"}
+        found = content.pop("format", FORMAT)
+        if type(found) is not int or not 1 <= found <= FORMAT:
+            raise ValueError(f"its format is {reprlib.repr(found)}, and this version of vla-pruner reads {FORMAT}")
         of_unit = {one.name for one in dataclasses.fields(Unit)}
-        if set(content) != names | of_unit:
-            odd = sorted(set(content) ^ (names | of_unit))
-            raise ValueError(f"the fields {listed(odd)} are missing or unknown")
-        if isinstance(content["error"], dict):  # what others' exceptions say may be no text that can be written
+        known = {one.name for one in dataclasses.fields(cls)} - {"unit", "others"} | of_unit
+        missing = sorted((required(cls) - {"unit"} | of_unit) - set(content))
+        if missing:
+            raise ValueError(f"the fields {listed(missing)} are missing")
+        content["others"] = {name: content.pop(name) for name in sorted(set(content) - known)}
+        if isinstance(content.get("error"), dict):  # what others' exceptions say may be no text that can be written
             content["error"] = {
                 name: readable(said) if isinstance(said, str) else said for name, said in content["error"].items()
             }

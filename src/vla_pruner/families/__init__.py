@@ -1,18 +1,22 @@
 """One file per model family: where things are. Nothing here knows a method.
 
-A family is found by looking at the model; no library is imported for a family that is not in use.
+A family is found by looking at the model; no library is imported for a family of ours that is not in use. Families of
+other distributions (entry points of the group `vla_pruner.families`) are asked first.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from vla_pruner import plugins
 from vla_pruner.attach.family import Family
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import BudgetError, PluginError, UnsupportedModelError
 
 FAMILIES = (
     ("vla_pruner.families.chunk", "Chunk"),
@@ -27,33 +31,87 @@ FAMILIES = (
 """Module and class of every family, the more special ones first."""
 
 
-def family_of(model: Any, **options: Any) -> Family:
+def family_of(model: Any, *, family: type[Family] | None = None, **options: Any) -> Family:
     """The family adapter for `model`: a module, or a policy whose `module` is one.
 
+    Args:
+        family: the adapter to use, where it is not to be found; it must match the model.
+
     Raises:
-        UnsupportedModelError: no family knows this model, or this version or attention backend of it.
+        UnsupportedModelError: no family knows this model, or this version or attention backend of it; or `family` is
+            none or does not know it; or families of two distributions both know it.
         BudgetError: the options are not those of the family.
     """
     named: Any = None
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
         model, named = model.module, getattr(model, "cameras", None)
+    found: Any = _found(model) if family is None else _given(family, model)
+    known = list(inspect.signature(found.__init__).parameters)[2:]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise BudgetError(
+            f"attach was given {', '.join(unknown)}; for {type(model).__name__} it takes "
+            f"{', '.join(known) or 'no options'}."
+        )
+    if named is not None and "cameras" in known:
+        options = {"cameras": named, **options}
+    return found(model, **options)
+
+
+def _given(family: Any, model: Any) -> type[Family]:
+    if not isinstance(family, type) or not issubclass(family, Family):
+        raise UnsupportedModelError(
+            f"family={family!r} was given; it is a class that extends vla_pruner.attach.family.Family."
+        )
+    if not isinstance(model, nn.Module) or not family.matches(model):
+        raise UnsupportedModelError(
+            f"family={family.__name__} was given, but its matches() does not know {type(model).__module__}."
+            f"{type(model).__name__}."
+        )
+    return family
+
+
+def _found(model: Any) -> type[Family]:
+    foreign, broken = _foreign(model)
+    if foreign is not None:
+        return foreign
     for module, name in FAMILIES:
         family: Any = getattr(import_module(module), name)
         if family.matches(model):
-            known = list(inspect.signature(family.__init__).parameters)[2:]
-            unknown = [option for option in options if option not in known]
-            if unknown:
-                raise BudgetError(
-                    f"attach was given {', '.join(unknown)}; for {type(model).__name__} it takes "
-                    f"{', '.join(known) or 'no options'}."
-                )
-            if named is not None and "cameras" in known:
-                options = {"cameras": named, **options}
-            return family(model, **options)
+            return family
     raise UnsupportedModelError(
         f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
         "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
         "PI05Policy and SmolVLAPolicy, vla_pruner.reference_policy(), and transformers' decoder-only language models. "
         "A policy inside of DataParallel or torch.compile is attached to itself (its .module), before it is compiled. "
-        "See CONTRIBUTING.md on how a family is added."
+        "See CONTRIBUTING.md on how a family is added." + "".join(f" {told}" for told in broken)
     )
+
+
+def _foreign(model: Any) -> tuple[type[Family] | None, list[str]]:
+    """The family of another distribution that knows a model, and what is said of those that could not be asked."""
+    found: dict[type[Family], plugins.Plugin] = {}
+    broken: list[str] = []
+    for plugin in plugins.plugins(plugins.FAMILIES):
+        try:
+            family = _loaded(plugin)
+            if family.matches(model):
+                found.setdefault(family, plugin)
+        except Exception as error:  # it is a stranger's, and the models of all others must work on
+            told = str(error) if isinstance(error, PluginError) else f"{plugin} fails: {type(error).__name__}: {error}."
+            warnings.warn(f"{told} The other model families are used without it.", RuntimeWarning, stacklevel=4)
+            broken.append(told)
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is known to {' and to '.join(map(str, found.values()))}; uninstall one, or "
+            "say which with attach(model, family=...)."
+        )
+    return next(iter(found), None), broken
+
+
+@lru_cache(maxsize=64)
+def _loaded(plugin: plugins.Plugin) -> type[Family]:
+    family = plugin.load()
+    if not issubclass(family, Family):
+        raise PluginError(f"{plugin} is no family: it does not extend vla_pruner.attach.family.Family.")
+    return family

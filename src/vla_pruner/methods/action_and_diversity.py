@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vla_pruner.checks import check_choice
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, check_choice
+from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.max_min_diversity import METRICS
 from vla_pruner.methods.selection import distances, max_min_order, present_or_enough, top_mask
 from vla_pruner.methods.smoothed import Smoothed

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from vla_pruner.checks import check_choice, is_count
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.numbers import plain
@@ -259,7 +260,7 @@ class Method:
             model: a supported policy or language model (a module), or a policy that `load_policy` made.
             compile: call `session.compile()` at once.
             **family_options: what the model's family must be told, for instance `visual=slice(1, 257)` for a language
-                model.
+                model; and `family=MyFamily` for a family of the caller's own that no installed distribution names.
 
         Raises:
             UnsupportedModelError: the model, its version or its attention backend is not supported.
@@ -267,32 +268,14 @@ class Method:
             SessionError: a session is attached to this model already.
         """
         # The one import that points up: a method is what users hold in their hands, so attaching starts there.
-        from vla_pruner.attach.session import Session
-        from vla_pruner.families import family_of
+        from vla_pruner.front import attach
 
-        if not isinstance(compile, bool):
-            raise BudgetError(
-                f"compile={compile!r} was given; it is True or False. For another backend than torch's own attach "
-                'first and call session.compile("...").'
-            )
-        session = Session(self, model, family_of(model, **family_options))
-        if compile:
-            try:
-                session.compile()
-            except BaseException:
-                session.detach()
-                raise
-        return session
+        return attach(self, model, compile, **family_options)
 
 
 def rows_at(rows: Tensor, ids: Tensor) -> Tensor:
     """The rows `ids` (B, m) of `rows` (B, M, D): (B, m, D)."""
     return rows.gather(1, ids[..., None].expand(-1, -1, rows.shape[2]))
-
-
-def is_count(value: object, least: int) -> bool:
-    """Whether `value` is an int, and no bool, of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_keep(keep: object) -> None:
@@ -325,12 +308,6 @@ def check_stages(then: object) -> None:
             check_keep(keep)
         except BudgetError as error:
             raise BudgetError(f"then={then!r} was given; at its layer {layer}, {error}") from error
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise BudgetError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise BudgetError(f"{name}={value!r} was given; it is one of {', '.join(map(repr, choices))}.")
 
 
 def resolve_keep(keep: Keep, tokens: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vla_pruner.checks import is_count
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Keep, Method, check_keep, is_count, resolve_keep
+from vla_pruner.methods.base import Keep, Method, check_keep, resolve_keep
 from vla_pruner.methods.memory import Memory
 
 

@@ -9,8 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from vla_pruner.checks import is_count
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Method, is_count
+from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.selection import define_op, top_ids

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vla_pruner.methods.base import Evidence, check_choice
+from vla_pruner.checks import check_choice
+from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.selection import top_ids
 

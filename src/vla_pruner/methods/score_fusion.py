@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vla_pruner.checks import check_choice
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, check_choice
+from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.selection import top_ids
 from vla_pruner.methods.smoothed import Smoothed
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from vla_pruner.checks import check_choice, is_count
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, check_choice, is_count
+from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import temporal_estimate

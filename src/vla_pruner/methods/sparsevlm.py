@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Evidence, Keep, check_choice, check_stages
+from vla_pruner.checks import check_choice
+from vla_pruner.methods.base import Evidence, Keep, check_stages
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.scores import text_raters
 from vla_pruner.methods.selection import top_ids

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vla_pruner.checks import is_count
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Keep, check_stages, is_count
+from vla_pruner.methods.base import Evidence, Keep, check_stages
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.selection import top_ids

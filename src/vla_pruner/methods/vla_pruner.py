@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vla_pruner.checks import check_choice, is_count
 from vla_pruner.errors import BudgetError
-from vla_pruner.methods.base import Evidence, Keep, Method, check_choice, check_keep, is_count, resolve_keep
+from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import temporal_estimate
 from vla_pruner.methods.selection import distances, max_min_order, top_mask

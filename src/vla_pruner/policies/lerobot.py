@@ -21,9 +21,9 @@ from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
 from vla_pruner.errors import BudgetError, CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
+from vla_pruner.observations import check_images, check_instruction, state_of
 from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors
 from vla_pruner.policies.lerobot_random import random_lerobot
-from vla_pruner.policies.observations import check_images, check_instruction, state_of
 
 __all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
 

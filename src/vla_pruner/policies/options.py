@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import BudgetError
 
-ATTENTION = ("sdpa", "eager")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -53,16 +52,3 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
             "torch's dtype."
         )
     return found
-
-
-def check_attention(attn_implementation: str) -> None:
-    """Refuse an attention backend under which nothing can be pruned.
-
-    Raises:
-        UnsupportedModelError: it is neither "sdpa" nor "eager".
-    """
-    if attn_implementation not in ATTENTION:
-        raise UnsupportedModelError(
-            f"attn_implementation={attn_implementation!r} was given; 'sdpa' and 'eager' are supported, since other "
-            "backends show no attention to choose tokens by. Leave it out for 'sdpa'."
-        )

@@ -27,9 +27,10 @@ from vla_pruner.checkpoints.files import (
 )
 from vla_pruner.checkpoints.numbers import check_counts, finite_action, finite_row
 from vla_pruner.checkpoints.weights import check_depth, check_finite, check_fit, misfit, read_headers, read_weights
+from vla_pruner.checks import check_attention
 from vla_pruner.errors import BudgetError, CheckpointError, ObservationError
-from vla_pruner.policies.observations import check_images, check_instruction, state_of
-from vla_pruner.policies.options import as_dtype, check_attention
+from vla_pruner.observations import check_images, check_instruction, state_of
+from vla_pruner.policies.options import as_dtype
 from vla_pruner.versions import check_transformers
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

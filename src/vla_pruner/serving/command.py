@@ -42,7 +42,8 @@ def add_serve(commands: Any) -> None:
         "--method",
         metavar="NAME",
         default="vla-pruner",
-        help="what prunes, or none; its options after colons, such as vla-pruner:window=5 (default: %(default)s)",
+        help="what prunes, or none; its options after colons, such as vla-pruner:window=5; a method of your own:\n"
+        "my_module:MyMethod (default: %(default)s)",
     )
     add(
         "--keep",

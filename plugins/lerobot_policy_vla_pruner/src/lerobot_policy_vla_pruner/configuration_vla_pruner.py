@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,8 @@ from lerobot.configs.policies import PreTrainedConfig
 
 from vla_pruner.errors import BudgetError, UnsupportedModelError, VLAPrunerError
 
-METHODS = {"vla_pruner": "VLAPruner", "random": "RandomKeep", "unpruned": "Unpruned"}
+UNPRUNED = "unpruned"
+"""What no budget goes with: the checkpoint's policy with a session that keeps everything."""
 
 NOT_TRAINED = "A pruned policy is not trained; train the checkpoint itself."
 
@@ -24,10 +26,13 @@ class VLAPrunerConfig(PreTrainedConfig):
     """A pi0, pi0.5 or SmolVLA checkpoint, named by `pretrained_path`, and how it is pruned.
 
     Attributes:
-        method: "vla_pruner", "random" or "unpruned".
-        keep: a fraction with a point (0.25), a number of tokens (64), or a mapping of camera names to these.
-        layer, pruned: as of vla-pruner's methods.
-        options: further options of the method, such as {"warmup": "semantic"}.
+        method: as --method of vla-pruner's own commands: a name such as "vla_pruner" or "fastv", one of an installed
+            plug-in, or "my_module:MyMethod", each with options after colons if wanted; or "unpruned".
+        keep: a fraction with a point (0.25), a number of tokens (64), or a mapping of camera names to these; None:
+            0.25, or what a method that reuses tokens was published with.
+        layer: as of vla-pruner's methods.
+        pruned: "drop", "freeze" or "reuse"; None: what the method does first.
+        options: further options of the method, such as {"warmup": "semantic"}; they win over those in `method`.
         inner: fields of the checkpoint's own config that are to differ, such as {"n_action_steps": 10}.
         trust_processors: let the checkpoint's processors name steps that are not LeRobot's own, which runs their code.
 
@@ -36,9 +41,9 @@ class VLAPrunerConfig(PreTrainedConfig):
     """
 
     method: str = "vla_pruner"
-    keep: Any = 0.25
+    keep: Any = None
     layer: int = 3
-    pruned: str = "drop"
+    pruned: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     inner: dict[str, Any] = field(default_factory=dict)
     trust_processors: bool = False
@@ -55,19 +60,29 @@ class VLAPrunerConfig(PreTrainedConfig):
         """The method of vla-pruner that these flags describe.
 
         Raises:
-            BudgetError: there is no such method or option, or one is out of its range.
+            BudgetError: there is no such method or option, or one is out of its range; or it prunes by how far the arm
+                moves, which nothing in LeRobot's loop would tell it.
+            PluginError: a method from outside of vla-pruner cannot be imported.
         """
-        import vla_pruner
+        from vla_pruner.method_names import methods_of
+        from vla_pruner.methods import Unpruned
 
-        if self.method not in METHODS:
-            raise BudgetError(f"method={self.method!r} was given; it is one of {', '.join(map(repr, METHODS))}.")
-        keep = {} if self.method == "unpruned" else {"keep": self.keep}
+        if self.method == UNPRUNED:
+            made: Any = Unpruned(layer=self.layer, pruned=self.pruned or "drop")
+        else:
+            keep, pruned = ([] if one is None else [one] for one in (self.keep, self.pruned))
+            (named,) = methods_of([self.method], keep or None, [self.layer], pruned or None)
+            made = named.method
         try:
-            return getattr(vla_pruner, METHODS[self.method])(
-                layer=self.layer, pruned=self.pruned, **keep, **self.options
-            )
+            made = dataclasses.replace(made, **self.options)
         except TypeError as error:
             raise BudgetError(f"options={self.options!r} were given; method {self.method!r}: {error}.") from error
+        if made.motion:
+            raise BudgetError(
+                f"method={self.method!r} with these options prunes by how far the arm moves, which nothing in "
+                "LeRobot's loop tells it; leave its gate out."
+            )
+        return made
 
     def inner_flags(self) -> list[str]:
         """`inner` as flags of the checkpoint's config."""

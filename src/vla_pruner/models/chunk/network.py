@@ -15,7 +15,7 @@ from vla_pruner.errors import ObservationError
 from vla_pruner.models.chunk.configuration import ChunkConfig
 from vla_pruner.models.reference.network import VisionBlock, grid_positions
 from vla_pruner.models.reference.tokenizer import BOS, encode
-from vla_pruner.policies.observations import check_images, check_instruction
+from vla_pruner.observations import check_images, check_instruction
 
 if TYPE_CHECKING:
     from transformers import LlamaModel

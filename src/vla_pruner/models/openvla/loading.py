@@ -16,8 +16,8 @@ from transformers.initialization import no_init_weights
 
 from vla_pruner.checkpoints.files import checkpoint_folder, described_by, is_file, listed, read_json, reason, shown
 from vla_pruner.checkpoints.weights import Stored, check_depth, check_finite, misfit, read_headers
+from vla_pruner.checks import check_attention, is_count
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
-from vla_pruner.methods.base import is_count
 from vla_pruner.models.openvla import heads
 from vla_pruner.models.openvla.configuration import OpenVLAConfig, config_of, tower_sizes
 from vla_pruner.models.openvla.equipment import as_checkpoint_error, equip
@@ -27,7 +27,6 @@ from vla_pruner.models.openvla.processing import OpenVLAProcessor
 from vla_pruner.models.openvla.quantization import INSTALL, quantization_config
 from vla_pruner.models.openvla.robots import camera_names
 from vla_pruner.models.openvla.statistics import STATISTICS, check_statistics
-from vla_pruner.policies.options import check_attention
 from vla_pruner.versions import check_transformers
 
 _FILM = re.compile(r"vision_backbone\..*\.(scale|shift)\.(weight|bias)$|film", re.IGNORECASE)

@@ -16,7 +16,7 @@ from vla_pruner.checkpoints.numbers import finite_action
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.tokenizer import BOS, encode
-from vla_pruner.policies.observations import check_images, check_instruction
+from vla_pruner.observations import check_images, check_instruction
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

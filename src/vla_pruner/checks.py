@@ -1,0 +1,31 @@
+"""Checks of options that several parts of the package take."""
+
+from __future__ import annotations
+
+from vla_pruner.errors import BudgetError, UnsupportedModelError
+
+ATTENTION = ("sdpa", "eager")
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether `value` is an int, and no bool, of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise BudgetError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise BudgetError(f"{name}={value!r} was given; it is one of {', '.join(map(repr, choices))}.")
+
+
+def check_attention(attn_implementation: str) -> None:
+    """Refuse an attention backend under which nothing can be pruned.
+
+    Raises:
+        UnsupportedModelError: it is neither "sdpa" nor "eager".
+    """
+    if attn_implementation not in ATTENTION:
+        raise UnsupportedModelError(
+            f"attn_implementation={attn_implementation!r} was given; 'sdpa' and 'eager' are supported, since other "
+            "backends show no attention to choose tokens by. Leave it out for 'sdpa'."
+        )

@@ -1,0 +1,1 @@
+"""A method and a model family from outside of vla-pruner."""

@@ -1,0 +1,41 @@
+"""A method: one frozen dataclass, whose fields are what --method takes after colons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+import vla_pruner as vp
+
+
+@dataclass(frozen=True)
+class Brightest(vp.Method):
+    """Keeps the visual tokens whose hidden states have the largest norm.
+
+    Attributes:
+        keep: visual tokens kept, a fraction.
+        power: of the norm.
+        smallest: keep the smallest instead.
+    """
+
+    keep: float = 0.25
+    power: float = 2.0
+    smallest: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.power <= 0:
+            raise ValueError("the power of a norm is larger than 0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"features"})
+
+    def budget(self, tokens: int) -> int:
+        return max(1, round(self.keep * tokens))
+
+    def select(self, evidence: vp.Evidence, k: int) -> Tensor:
+        assert evidence.features is not None
+        norms = evidence.features.norm(p=self.power, dim=2)
+        return norms.topk(k, largest=not self.smallest).indices.sort().values
