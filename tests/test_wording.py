@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from vla_pruner import wording
-from vla_pruner.wording import install, readable, said_by
+from vla_pruner.wording import install, one_line, readable, said_by
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +51,8 @@ def test_text_from_outside_cannot_steer_a_terminal_or_break_an_encoder() -> None
     assert readable("a\nb\tc") == "a\nb\tc"
     assert readable("\x1b[2J\x07\x00\x9b") == r"\x1b[2J\x07\x00\x9b"
     assert readable("bad \udc80 byte").encode() == rb"bad \udc80 byte"
+    assert readable("user\u202eecorp\u2066.\u2028") == r"user\u202eecorp\u2066.\u2028"
+    assert one_line("a\x1b[2J\r\nb\u202e\u2028\ud800é") == r"a\x1b[2J\r\nb\u202e\u2028\ud800é"
 
 
 class _Mute(Exception):

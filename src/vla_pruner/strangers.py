@@ -1,16 +1,12 @@
-"""What strangers send, put into messages and logs: short whatever its size, and without effect on a terminal."""
+"""What strangers send, put into messages and logs: short whatever its size."""
 
 from __future__ import annotations
 
-import re
 import reprlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-# Control characters of both blocks, what breaks lines or turns their direction around, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,13 +29,6 @@ def shown(value: Any) -> str:
     """A value in at most 80 characters, without writing out all of it first."""
     text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def one_line(text: str) -> str:
-    """The text with every control character as its escape, so that it is one line of a log and no command to a
-    terminal.
-    """
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class _Short(reprlib.Repr):

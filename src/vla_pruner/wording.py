@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-import unicodedata
 from pathlib import Path
+
+# Control characters of both blocks, what breaks lines or turns their direction around, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def counted(number: int, noun: str) -> str:
@@ -51,13 +54,18 @@ def _packages(extra: str) -> list[str]:
 
 def readable(text: str) -> str:
     """Text from outside without what would steer a terminal or cannot be encoded: control characters other than line
-    breaks and tabs, and lone surrogates, are written as escapes.
+    breaks and tabs, what turns the direction of writing around, and lone surrogates are written as escapes.
     """
-    return "".join(_escaped(one) if unicodedata.category(one) in ("Cc", "Cs") else one for one in text)
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in "\n\t" else _escaped(found), text)
 
 
-def _escaped(character: str) -> str:
-    return character if character in "\n\t" else character.encode("unicode_escape").decode()
+def one_line(text: str) -> str:
+    """As `readable`, with line breaks and tabs as escapes, too, so that it is one line of a log."""
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]
 
 
 def said_by(error: BaseException) -> str:

@@ -79,6 +79,9 @@ def test_a_folder_without_heads_that_was_ofts_has_to_be_named(folder, sign):
     refused(folder, rf"no action head and no proprio projector, as OpenVLA, but its {found}.*family='openvla'")
     assert type(vp.load_policy(folder, family="openvla")) is OpenVLAForActionPrediction
     assert type(vp.load_policy(folder, family="openvla_oft")) is OpenVLAOFT
+    # OpenVLA itself is fine-tuned on LIBERO, too: its own code in the folder says so.
+    (folder / "modeling_prismatic.py").write_text("class OpenVLAForActionPrediction: ...\n")
+    assert type(vp.load_policy(folder)) is OpenVLAForActionPrediction
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import serve as websocket_server
 
 import vla_pruner as vp
@@ -263,6 +265,31 @@ def test_what_is_no_policy_server_is_named(greeting: bytes, answer: bytes, messa
         finally:
             server.shutdown()
             running.join(WAIT)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_observation_that_is_too_long_is_refused_and_not_sent_again(told: bool) -> None:
+    came: list[int] = []
+
+    def short(connection: Any) -> None:
+        connection.send(pack({"max_message": 1000} if told else {}))
+        with suppress(ConnectionClosed):
+            came.append(len(connection.recv()))
+            connection.close(1009, "too long")
+
+    with websocket_server(short, "127.0.0.1", 0) as server:
+        running = threading.Thread(target=server.serve_forever)
+        running.start()
+        try:
+            with PolicyClient(f"127.0.0.1:{server.socket.getsockname()[1]}", patience=WAIT) as client:
+                reads = "reads up to 1000" if told else "reads fewer"
+                with pytest.raises(ServerError, match=rf"has \d+ bytes, and .* {reads}; send smaller .*--max-message"):
+                    client.infer({"image": np.zeros((40, 40, 3), np.uint8)})
+                assert client.reconnects == 0
+        finally:
+            server.shutdown()
+            running.join(WAIT)
+    assert len(came) == (0 if told else 1)
 
 
 def test_an_error_ends_a_call_and_not_the_client(policy: Any, serve: Serve) -> None:

@@ -204,6 +204,17 @@ def check_fit(folder: Path, differences: Misfit) -> None:
 
 
 @torch.no_grad()
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity. Quantized and offloaded ones are not looked at."""
+    are_good = {
+        # Extremes are NaN where one number is, and take no copy, however large the tensor is.
+        name: torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
+        for name, tensor in tensors
+        if type(tensor.data) is Tensor and tensor.dtype in _DTYPES.values() and tensor.numel() and not tensor.is_meta
+    }
+    return [name for name, is_good in are_good.items() if not is_good]
+
+
 def check_finite(module: nn.Module, folder: Path | str, headers: Mapping[str, Stored] | None = None) -> None:
     """Refuse weights that are not finite: a network of NaN can act.
 
@@ -215,12 +226,7 @@ def check_finite(module: nn.Module, folder: Path | str, headers: Mapping[str, St
     Raises:
         CheckpointError: naming the weights, and their files.
     """
-    ranges: dict[str, Tensor] = {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if type(tensor.data) is Tensor and tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
-            # Without a copy, however large the weight is; NaN comes through as both.
-            ranges[name] = torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
-    wrong = [name for name, is_good in ranges.items() if not is_good]
+    wrong = not_finite([*module.named_parameters(), *module.named_buffers()])
     if wrong:
         files = sorted({str(headers[name].file) for name in wrong if name in headers}) if headers else []
         is_half = any(tensor.dtype == torch.float16 for tensor in module.parameters())

@@ -22,8 +22,8 @@ from vla_pruner.client.codec import pack, unpack
 from vla_pruner.client.errors import ClientError, CodecError, ConnectionLost, ServerError
 from vla_pruner.strangers import shown
 
-TRY_AGAIN_LATER = 1013
-"""Close code of a server that has no room at the moment."""
+TOO_BIG, TRY_AGAIN_LATER = 1009, 1013
+"""Close codes of a server that does not read a message of that length, and of one that has no room at the moment."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 _FINAL = (400, 401, 403, 404)
@@ -105,7 +105,8 @@ class PolicyClient:
             "actions" (horizon, dim), "policy_timing" and "server_timing".
 
         Raises:
-            ServerError: the server answered with an error; the next call connects anew.
+            ServerError: the server answered with an error, or does not read observations of that length; the next call
+                connects anew.
             ConnectionLost: no answer came, also after connecting anew.
             CodecError: the observation cannot be packed, or the answer is none of the protocol.
         """
@@ -139,6 +140,8 @@ class PolicyClient:
                 return self._ask(message)
             except (ConnectionClosed, OSError, _NoRoom) as error:
                 self._drop()
+                if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == TOO_BIG:
+                    raise self._too_big(message) from error  # it would be no shorter the next time
                 if isinstance(error, ConnectionLost) or time.monotonic() >= deadline:
                     raise ConnectionLost(f"{self._url} gave no answer ({_reason(error)}).") from error
                 pause = _wait(pause, deadline)
@@ -149,6 +152,9 @@ class PolicyClient:
 
     def _ask(self, message: bytes) -> dict[str, Any]:
         assert self._socket is not None
+        most = self.metadata.get("max_message")
+        if isinstance(most, int) and len(message) > most:
+            raise self._too_big(message)
         self._socket.send(message)
         answer = self._socket.recv(timeout=self._timeout)
         if isinstance(answer, bytes):
@@ -165,6 +171,14 @@ class PolicyClient:
         if code == TRY_AGAIN_LATER:
             raise _NoRoom(answer)
         raise ServerError(answer)
+
+    def _too_big(self, message: bytes) -> ServerError:
+        most = self.metadata.get("max_message")
+        limit = f" up to {most}" if isinstance(most, int) else " fewer"
+        return ServerError(
+            f"The observation has {len(message)} bytes, and {self._url} reads{limit}; send smaller images, or have the "
+            "server read more (vla-pruner serve --max-message)."
+        )
 
     def _connect(self, deadline: float) -> None:
         pause = _FIRST_WAIT

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vla_pruner.attach.session import Session
+from vla_pruner.checkpoints.weights import not_finite
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Memory, Method, Unpruned
@@ -296,16 +297,12 @@ def check_weights(policy: Policy) -> None:
     Raises:
         ServingError: NaN or infinity is among them.
     """
-    for name, weights in module_of(policy).named_parameters():
-        plain = weights.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        if not plain or weights.is_meta or not weights.numel():
-            continue
-        # Extremes are NaN where one number is, and take no memory.
-        if not torch.stack(torch.aminmax(weights.detach())).isfinite().all():
-            raise ServingError(
-                f"The policy's weights {name!r} hold numbers that are not finite (NaN or infinity), so what it does is "
-                "not what it learned; load a checkpoint that is whole."
-            )
+    wrong = not_finite(module_of(policy).named_parameters())
+    if wrong:
+        raise ServingError(
+            f"The policy's weights {wrong[0]!r} hold numbers that are not finite (NaN or infinity), so what it does is "
+            "not what it learned; load a checkpoint that is whole."
+        )
 
 
 def joined(memories: Sequence[Memory]) -> Memory:

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from vla_pruner.strangers import one_line
+from vla_pruner.wording import one_line
 
 _LONGEST = 500
 

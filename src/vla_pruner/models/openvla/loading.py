@@ -177,10 +177,12 @@ def _check_whole(folder: Path, files: dict[str, Path], config: OpenVLAConfig) ->
 
 
 def _sign_of_oft(folder: Path, config: OpenVLAConfig) -> str | None:
-    """What tells that a folder without heads was OFT's: the code that was saved with it, or its data."""
+    """What tells that a folder without heads was OFT's: the code that was saved with it or, without any, its data."""
     code = folder / "modeling_prismatic.py"
-    if is_file(code) and "NUM_ACTIONS_CHUNK" in code.read_text(encoding="utf-8", errors="replace"):
-        return f"its {code.name} (which is not run) is OFT's"
+    if is_file(code):
+        # OpenVLA is fine-tuned on the same data; whose code it is decides.
+        of_oft = "NUM_ACTIONS_CHUNK" in code.read_text(encoding="utf-8", errors="replace")
+        return f"its {code.name} (which is not run) is OFT's" if of_oft else None
     data = [name for name in config.norm_stats if name.endswith("_no_noops") or name.startswith("aloha")]
     return f"its statistics are of {listed(data)}" if data else None
 
