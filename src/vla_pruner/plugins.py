@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.errors import PluginError
-from vla_pruner.strangers import one_line
+from vla_pruner.wording import one_line
 
 METHODS = "vla_pruner.methods"
 FAMILIES = "vla_pruner.families"
