@@ -62,7 +62,7 @@ def test_half_precision_is_compared_with_what_pruning_changes():
 def test_methods_without_eyes_are_not_asked_about_scenes():
     report = vp.audit(vp.random_policy("reference"), vp.RandomKeep(keep=8, pruned="freeze"))
     assert report.passed, report.failures
-    assert [check.name for check in report.checks if check.passed is None] == ["scenes"]
+    assert [check.name for check in report.checks if check.passed is None] == ["scenes", "position"]
     assert "8 of 64" in report["lengths"].figure
 
 
@@ -70,7 +70,7 @@ def test_a_method_that_never_prunes_is_not_asked_about_pruning():
     report = vp.audit(vp.random_policy("reference"), vp.Unpruned())
     assert report.passed, report.failures
     skipped = {check.name for check in report.checks if check.passed is None}
-    assert skipped == {"lengths", "keep 1.0", "reference drop", "reference freeze", "scenes", "share"}
+    assert skipped == {"lengths", "keep 1.0", "reference drop", "reference freeze", "scenes", "position", "share"}
 
 
 def test_the_shipped_policy_is_told_what_it_knows():

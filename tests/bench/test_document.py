@@ -35,8 +35,9 @@ def test_there_are_commands_and_every_model_is_named() -> None:
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
-    def bench(model: str, **options: Any) -> dict[str, Any]:
-        settings = BenchSettings(model, **options)
+    def bench(model: Any, **options: Any) -> dict[str, Any]:
+        loaded = not isinstance(model, str)
+        settings = BenchSettings(type(model).__name__ if loaded else model, loaded=loaded, **options)
         from vla_pruner.benching.arms import arms_of
 
         given.update({arm.name: argparse.Namespace(speed=None) for arm in arms_of(settings)})
@@ -46,7 +47,7 @@ def test_the_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     block = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert block is not None
     exec(block[1], {})
-    assert len(given) == 3
+    assert set(given) == {"unpruned", "vla-pruner 0.25 drop K=3", "vla-pruner 0.25 freeze K=3", "fastv 64 drop K=3"}
 
 
 def test_rows_in_the_document_are_committed_results() -> None:

@@ -44,7 +44,7 @@ def test_configs_that_lie_are_refused_before_memory_is_spent(policy, tmp_path, m
     save_policy(policy, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
-    monkeypatch.setattr("vla_pruner.models.reference.loading.read_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("vla_pruner.models.saved.read_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(vp.CheckpointError, match=r"config\.json"):
         vp.load_policy(tmp_path)
 
