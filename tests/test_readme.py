@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
+from vla_pruner.models.chunk.loading import SHIPPED_WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,11 +35,12 @@ def _tiny_language_model() -> Any:
 
 
 def test_first_snippet() -> None:
-    if not (SHIPPED_WEIGHTS / "model.safetensors").is_file():
+    if not (SHIPPED_WEIGHTS / "metaworld" / "model.safetensors").is_file():
         pytest.skip("the reference policy's weights are not in this tree")
     names: dict[str, Any] = {}
     exec(block("vp.reference_policy("), names)
-    assert names["action"].shape == (4,)
+    assert names["chunk"].shape == (8, 4)
+    assert names["session"].kept.shape == (1, 128)
 
 
 def test_openvla_snippet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-DEFAULT = "autoregressive"
+DEFAULT = "metaworld"
 """The policy that is meant where none is named."""
 
 NAMES = ("metaworld", "libero-object", "autoregressive")
