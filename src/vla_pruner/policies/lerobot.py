@@ -21,7 +21,7 @@ from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
 from vla_pruner.errors import BudgetError, CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
-from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors
+from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors, state_size
 from vla_pruner.policies.lerobot_random import random_lerobot
 from vla_pruner.policies.observations import check_images, check_instruction, state_of
 
@@ -80,7 +80,7 @@ class LeRobotPolicy:
     def proprio_size(self) -> int | None:
         """How many numbers `act` takes as proprio; None where the policy takes none."""
         feature = self.module.config.robot_state_feature
-        return None if feature is None else feature.shape[0]
+        return None if feature is None else state_size(self.preprocessor) or feature.shape[0]
 
     @property
     def action_size(self) -> int | None:
