@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -148,6 +149,28 @@ def test_statistics_of_states_by_dataset(folder):
     with pytest.raises(vp.CheckpointError, match=rf"{PRE} is .*'observation\.state'.*so100\.buffer\.observation"):
         load(folder)
     np.testing.assert_array_equal(act(load(folder, unnorm_key="so100")), units)
+
+
+def test_states_have_the_size_of_what_was_fine_tuned_on(folder):
+    """As lerobot/smolvla_libero has them: the config says 6, from smolvla_base, and the statistics 8."""
+    values = {name: torch.linspace(1, 2, 8) for name in ("mean", "std")}
+    file = next(folder.glob("policy_preprocessor*.safetensors"))
+    save_file(load_file(file) | {f"observation.state.{name}": value for name, value in values.items()}, file)
+    units = act(load(folder))
+    for name in ("config.json", PRE):
+        content = (folder / name).read_text()
+        changed = re.sub(r'("observation\.state": \{\s*"type": "STATE",\s*"shape": \[\s*)8', r"\g<1>6", content)
+        assert changed != content
+        (folder / name).write_text(changed)
+    policy = load(folder)
+    assert policy.proprio_size == 8
+    np.testing.assert_array_equal(act(policy), units)
+    save_file(load_file(file) | {"observation.state.std": torch.ones(6)}, file)
+    with pytest.raises(vp.CheckpointError, match=r"std of 'observation\.state' of the shape \(6,\)"):
+        load(folder)
+    save_file(load_file(file) | {f"observation.state.{name}": torch.ones(5000) for name in values}, file)
+    with pytest.raises(vp.CheckpointError, match=r"mean of 'observation\.state' of the shape \(5000,\)"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,12 @@ def test_networks_that_are_not_finite_never_act(copy, folder, wrong):
         load_pi0(copy)
 
 
+def test_a_config_without_a_dtype_is_of_float32(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    assert load_pi0(copy).module.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "edit",
     [

@@ -194,6 +194,21 @@ def test_weights_that_are_no_numbers_are_not_served(policy: Any, serve: Serve) -
     engine.check_weights(vp.random_policy("reference", "tiny"))
 
 
+def test_a_timer_that_fails_leaves_no_session_behind(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = engine.Engine(policy, vp.VLAPruner(keep=0.25), reader_of(policy), ServerSettings())
+    opened.open()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the timer failed")
+
+    timer: Any = opened._timer
+    remove = timer._replaced.remove
+    monkeypatch.setattr(timer._replaced, "remove", lambda: fail(remove()))
+    with pytest.raises(RuntimeError, match="the timer failed"):
+        opened.close()
+    assert not vp.detach(policy)
+
+
 def test_a_layout_makes_no_number_of_what_is_none(policy: Any) -> None:
     """Nor the other way round."""
     failing = Failing(policy)

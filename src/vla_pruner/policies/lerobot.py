@@ -22,7 +22,7 @@ from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misf
 from vla_pruner.errors import BudgetError, CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
 from vla_pruner.observations import check_images, check_instruction, state_of
-from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors
+from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors, state_size
 from vla_pruner.policies.lerobot_random import random_lerobot
 
 __all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
@@ -80,7 +80,7 @@ class LeRobotPolicy:
     def proprio_size(self) -> int | None:
         """How many numbers `act` takes as proprio; None where the policy takes none."""
         feature = self.module.config.robot_state_feature
-        return None if feature is None else feature.shape[0]
+        return None if feature is None else state_size(self.preprocessor) or feature.shape[0]
 
     @property
     def action_size(self) -> int | None:

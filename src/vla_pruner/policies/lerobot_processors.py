@@ -62,7 +62,7 @@ def read_processors(
     with described_by(folder / FILES[0]), no_remote_code():
         both = make(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
     with described_by(folder / FILES[1]):
-        _settle_statistics(folder, both, unnorm_key)
+        _settle_statistics(folder, both, unnorm_key, getattr(config, "max_state_dim", 0))
     return both
 
 
@@ -141,7 +141,25 @@ def no_remote_code() -> Iterator[None]:
         dynamic.TIME_OUT_REMOTE_CODE = known
 
 
-def _settle_statistics(folder: Path, both: tuple[Any, Any], unnorm_key: str | None) -> None:
+def state_size(preprocessor: Any) -> int | None:
+    """Numbers in the states that a preprocessor scales; None where it scales none.
+
+    Fine-tuning with LeRobot leaves in the config, and in the step's features, the size of the state that the policy
+    was trained on before. The statistics are those of the data that it was fine-tuned on.
+    """
+    for step in getattr(preprocessor, "steps", ()):
+        for feature, names in (_scaled(step) if hasattr(step, "_tensor_stats") else {}).items():
+            values = step._tensor_stats.get(feature, {}).get(names[0])
+            if _is_state(step, feature) and values is not None and values.ndim == 1:
+                return len(values)
+    return None
+
+
+def _is_state(step: Any, feature: str) -> bool:
+    return step.features[feature].type.name == "STATE"
+
+
+def _settle_statistics(folder: Path, both: tuple[Any, Any], unnorm_key: str | None, longest_state: int) -> None:
     """Every feature that is to be scaled has its statistics, those of the dataset that was chosen."""
     steps = [
         (file, step)
@@ -167,7 +185,7 @@ def _settle_statistics(folder: Path, both: tuple[Any, Any], unnorm_key: str | No
             flat = {f"{key}.{name}": value for key, values in statistics.items() for name, value in values.items()}
             step.load_state_dict(flat)
         for feature, names in needed.items():
-            _check_feature(folder / file, step, feature, names, known, any_statistics)
+            _check_feature(folder / file, step, feature, names, known, any_statistics, longest_state)
 
 
 def _scaled(step: Any) -> dict[str, tuple[str, ...]]:
@@ -190,7 +208,13 @@ def _dataset(key: str, feature: str) -> str | None:
 
 
 def _check_feature(
-    file: Path, step: Any, feature: str, names: tuple[str, ...], datasets: list[str], any_statistics: bool
+    file: Path,
+    step: Any,
+    feature: str,
+    names: tuple[str, ...],
+    datasets: list[str],
+    any_statistics: bool,
+    longest_state: int,
 ) -> None:
     statistics = step._tensor_stats.get(feature)
     if statistics is None:
@@ -214,6 +238,8 @@ def _check_feature(
         )
     low, high = (statistics[name] for name in names)
     shape = tuple(step.features[feature].shape)
+    if _is_state(step, feature) and isinstance(low, Tensor) and low.ndim == 1 and len(low) <= longest_state:
+        shape = tuple(low.shape)  # see `state_size`
     for name, values in zip(names, (low, high), strict=True):
         if not isinstance(values, Tensor) or not values.isfinite().all():
             raise CheckpointError(f"{file} has {name} of {feature!r} that is not finite (NaN or infinity). {AGAIN}")

@@ -247,7 +247,7 @@ def _config(path: Path) -> tuple[Any, torch.dtype]:
     settings = read_json(path)
     refuse_quantized(path, settings)
     check_counts(path, settings, "chunk_size", "num_inference_steps", "max_state_dim", "max_action_dim", most=10_000)
-    name = settings.get("dtype", settings.get("torch_dtype", "float32"))
+    name = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     try:
         dtype = as_dtype(name if isinstance(name, str) else "")
     except BudgetError:

@@ -17,6 +17,7 @@ from vla_pruner.errors import VLAPrunerError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Memory, Method, Unpruned
 from vla_pruner.policies.base import BatchPolicy, Policy, generator_states, module_of
+from vla_pruner.replacements import undo
 from vla_pruner.serving.errors import ServingError, SharedNoiseError
 from vla_pruner.serving.logs import log, traceback_of
 from vla_pruner.serving.observations import ObservationReader, Seen
@@ -123,13 +124,13 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Leave the policy as it was before."""
-        if self._timer is not None:
-            self._timer.__exit__(None, None, None)
-            self._timer = None
-        if self._session is not None:
-            self._session.detach()
-            self._session = None
+        """Leave the policy as it was before, whatever fails on the way; then the first error is raised."""
+        timer, self._timer = self._timer, None
+        session, self._session = self._session, None
+        undo(
+            *([] if timer is None else [lambda: timer.__exit__(None, None, None)]),
+            *([] if session is None else [session.detach]),
+        )
 
     def run(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
         """One control step of each robot, in batches of those that may share a pass. What goes wrong with one of them
