@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from vla_pruner import wording
-from vla_pruner.wording import install, one_line, readable, said_by
+from vla_pruner.wording import a_type, install, one_line, readable, said_by
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,3 +69,8 @@ def test_an_error_is_told_of_even_if_its_str_raises() -> None:
         assert said_by(_Mute(raises)) == f"its message cannot be read, since str() of it raises {raises.__name__}"
     with pytest.raises(KeyboardInterrupt):
         said_by(_Mute(KeyboardInterrupt))
+
+
+@pytest.mark.parametrize(("value", "said"), [(7, "an int"), ("x", "a str"), ([], "a list"), (OSError(), "an OSError")])
+def test_types_have_their_article(value: object, said: str) -> None:
+    assert a_type(value) == said

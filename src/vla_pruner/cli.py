@@ -149,7 +149,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--weights",
         metavar="NAME",
-        help=f"{', '.join(NAMES)}, or a folder with model.safetensors and config.json (default: {DEFAULT})",
+        help=f"{', '.join(NAMES)}, or a folder with model.safetensors and config.json\n(default: {DEFAULT})",
     )
     command.add_argument("--quick", action="store_true", help="a first look in under 2 minutes (default: off)")
     command.set_defaults(run=_demo)

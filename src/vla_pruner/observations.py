@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.errors import ObservationError
+from vla_pruner.wording import a_type
 
 
 def check_images(images: Any, cameras: tuple[str, ...]) -> None:
@@ -23,7 +24,7 @@ def check_images(images: Any, cameras: tuple[str, ...]) -> None:
     if not isinstance(images, Mapping):
         wanted = ", ".join(f"{camera!r}: ..." for camera in cameras)
         raise ObservationError(
-            f"The images are a {type(images).__name__}; give a mapping of camera names to images: {{{wanted}}}."
+            f"The images are {a_type(images)}; give a mapping of camera names to images: {{{wanted}}}."
         )
 
 

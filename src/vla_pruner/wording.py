@@ -15,6 +15,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def a_type(value: object) -> str:
+    """The name of a value's type with its article: "a str", "an int"."""
+    name = type(value).__name__
+    return f"an {name}" if name[:1] in "AEIOaeio" else f"a {name}"
+
+
 def install(extra: str, *more: str) -> str:
     """The command that installs what an extra of this package brings; the package itself is on no index.
 

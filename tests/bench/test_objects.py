@@ -80,7 +80,7 @@ def test_methods_that_differ_in_what_no_title_shows_are_arms_of_their_own() -> N
     ("model", "options", "said"),
     [
         (None, {}, "model is a NoneType; it is openvla-7b"),
-        (7, {}, "model is a int; it is"),
+        (7, {}, "model is an int; it is"),
         (vp.FastV, {}, "model is the class FastV; it is"),
         (torch.nn.Linear(2, 2), {}, "A benchmark of Linear is not known"),
         ("reference", {"keep": "0.25"}, "--keep is '0.25'; it is a fraction"),

@@ -133,7 +133,7 @@ def test_within_a_keep_unrelated_methods_are_unrelated() -> None:
 def test_the_fastest_setting_within_the_tolerance_is_chosen_by_its_upper_bound() -> None:
     one = calibration(arm("slow", 0.01, 0.02, 18.0))
     assert sentences(one, 0.1, None) == [
-        "Of the one setting, 1 within 0.1, and the fastest is slow (18.0 ms, unpruned 20.0 ms; upper bound 0.020). "
+        "Of the one setting, 1 is within 0.1, and the fastest is slow (18.0 ms, unpruned 20.0 ms; upper bound 0.020). "
         "Confirm it on other episodes."
     ]
     found = calibration(
@@ -146,7 +146,7 @@ def test_the_fastest_setting_within_the_tolerance_is_chosen_by_its_upper_bound()
     assert [one.key for one in found.within(0.1)] == ["fast", "slow"], "uncertain would do alone, not among three"
     assert [one.key for one in found.within(0.2)] == ["uncertain", "fast", "slow"]
     (told,) = sentences(found, 0.1, None)
-    assert told.startswith("Of 3 settings compared, 2 within 0.1, and the fastest is fast (12.0 ms")
+    assert told.startswith("Of 3 settings compared, 2 are within 0.1, and the fastest is fast (12.0 ms")
     (told,) = sentences(found, 0.001, None)
     assert told.startswith(
         "Of 3 settings compared, none is within 0.001: the nearest is slow, whose upper bound is 0.0"
@@ -154,7 +154,7 @@ def test_the_fastest_setting_within_the_tolerance_is_chosen_by_its_upper_bound()
     slower = calibration(arm("slow", 0.01, 0.02, 30.0))
     assert "none was faster than unpruned: slow (30.0 ms" in sentences(slower, 0.1, None)[0]
     assert sentences(calibration(arm("x", 0.01)), 0.1, None)[0].startswith(
-        "No setting is chosen: none pruned anything in 8"
+        "No setting is chosen: a choice needs 8 episodes"
     )
 
 

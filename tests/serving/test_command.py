@@ -137,7 +137,7 @@ def test_an_open_port_without_a_key_is_warned_of(
         (["--batch-window", "2000"], "--batch-window is 2000 ms; it is 0 to 1000 ms"),
         (["--grace", "0"], "--grace is 0.0; it is a number of seconds"),
         (["--seed", "-1"], "--seed is -1"),
-        (["--api-key-file", "/no/such/key"], "--api-key-file is /no/such/key"),
+        (["--api-key-file", "/no/such/key"], "/no/such/key, which cannot be read (No such file or directory)."),
         (["--tls-cert", "/no/such/cert"], "give both --tls-cert and --tls-key, or none"),
         (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], "--tls-cert is /no/cert and --tls-key is /no/key, which"),
         (["--threads", "0"], "--threads is 0"),

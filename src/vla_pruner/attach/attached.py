@@ -10,6 +10,7 @@ from torch import nn
 from vla_pruner.attach.compiled import compiled_on
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.replacements import undo
+from vla_pruner.wording import a_type
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
@@ -61,7 +62,7 @@ def detach(model: Any) -> bool:
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(
-            f"detach was given a {type(model).__name__}; give the policy or model that a method was attached to."
+            f"detach was given {a_type(model)}; give the policy or model that a method was attached to."
         )
     parts = list(module.modules())
     steps = [session.detach for session in map(session_on, parts) if session is not None]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.wording import a_type
 
 
 def filled(cache: Any) -> int | None:
@@ -30,8 +31,7 @@ def check_prompt_cache(cache: Any) -> None:
 
     if not isinstance(cache, (DynamicCache, StaticCache)) or getattr(cache, "offloading", False):
         raise UnsupportedModelError(
-            f"The prefill was given a {type(cache).__name__}; supported are DynamicCache and StaticCache, not "
-            "offloaded."
+            f"The prefill was given {a_type(cache)}; supported are DynamicCache and StaticCache, not offloaded."
         )
     held = filled(cache)
     if held:

@@ -10,6 +10,7 @@ from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Method
 from vla_pruner.methods.memory import Memory
+from vla_pruner.wording import a_type
 
 
 def empty_memory(method: Method, layout: Layout, device: torch.device) -> Memory:
@@ -27,7 +28,7 @@ def empty_memory(method: Method, layout: Layout, device: torch.device) -> Memory
 def check_memory(memory: Any, method: Method) -> None:
     """Raise SessionError unless `memory`, which somebody set, is one of `method`."""
     if not isinstance(memory, Memory):
-        raise SessionError(f"session.memory was set to a {type(memory).__name__}; set a Memory, or None.")
+        raise SessionError(f"session.memory was set to {a_type(memory)}; set a Memory, or None.")
     if memory.holds_semantic != method.remembers_semantic:
         raise SessionError(
             "session.memory was set to one of a method that prunes at another layer: with layer=0 a memory holds "

@@ -22,6 +22,7 @@ from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.front import compiled
 from vla_pruner.policies.base import module_of
 from vla_pruner.timing import now
+from vla_pruner.wording import a_type
 
 SETTLED = 3
 """Runs of each kind of step before anything is timed: on CUDA one warms a graph up, the next records it."""
@@ -145,7 +146,7 @@ def sharing_copy(policy: Any) -> Any:
     own = [name for name, tensor in held if id(tensor) not in shared]
     if own:
         raise UnsupportedModelError(
-            f"Each compiled arm needs a {type(module).__name__} of its own with the same weights, but a copy of it "
+            f"Each compiled arm needs {a_type(module)} of its own with the same weights, but a copy of it "
             f"makes {', '.join(own[:3])} anew; leave compile out."
         )
     if policy is module:

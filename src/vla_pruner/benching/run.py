@@ -40,6 +40,7 @@ from vla_pruner.conditions import busy_cores, load_average
 from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
 from vla_pruner.policies.options import usable_device
 from vla_pruner.statistics import median_interval, percentile
+from vla_pruner.wording import a_type
 
 _BUSY_CORES = 0.25
 
@@ -80,7 +81,7 @@ def bench(model: Any, *, progress: Progress | None = None, **options: Any) -> Be
 def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any]) -> BenchReport:
     module = policy if isinstance(policy, nn.Module) else getattr(policy, "module", None)
     if not isinstance(module, nn.Module):
-        given = f"the class {policy.__name__}" if isinstance(policy, type) else f"a {type(policy).__name__}"
+        given = f"the class {policy.__name__}" if isinstance(policy, type) else a_type(policy)
         raise UnsupportedModelError(
             f"model is {given}; it is {', '.join(NAMED)}, llama:HIDDEN,LAYERS, the folder of a checkpoint, or a policy "
             "as load_policy, random_policy or reference_policy gives it."

@@ -24,6 +24,7 @@ from vla_pruner.evaluation.table import to_rich
 from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.statistics import wilson
 from vla_pruner.terminal import progress, say
+from vla_pruner.wording import counted
 
 HEADS = ("arm", "moved", "in units", "pruned", "p50 ms", "closed-loop loss")
 NOTES = (
@@ -113,7 +114,8 @@ def _show(found: Calibration, agreed: Agreement | None, console: Console) -> Non
         heads, rows = heads[:-1], [row[:-1] for row in rows]
     steps = found.baseline.steps
     say(console)
-    console.print(to_rich(f"{len(found.episodes)} recorded episodes, {steps} control steps", heads, rows))
+    title = f"{counted(len(found.episodes), 'recorded episode')}, {counted(steps, 'control step')}"
+    console.print(to_rich(title, heads, rows))
     for note in NOTES:
         say(console, note, style="dim")
     say(console)
@@ -182,7 +184,8 @@ def _with_interval(value: Estimate) -> str:
 def _choice(found: Calibration, tolerance: float) -> str:
     bounds, own = found.bounds(), found.baseline.p50_ms
     if not bounds:
-        return f"No setting is chosen: none pruned anything in {FEWEST_EPISODES} episodes, and fewer say too little."
+        needed = f"a choice needs {FEWEST_EPISODES} episodes with pruned steps"
+        return f"No setting is chosen: {needed}, and no setting has as many."
     fit = [(arm, bound) for arm, bound in bounds if bound <= tolerance]
     compared = "the one setting" if len(bounds) == 1 else f"{len(bounds)} settings compared"
     if not fit:
@@ -190,12 +193,11 @@ def _choice(found: Calibration, tolerance: float) -> str:
         told = f"the nearest is {nearest.title}, whose upper bound is {bound:.3f}"
         return f"Of {compared}, none is within {tolerance:g}: {told}."
     best, bound = fit[0]
+    within = f"{len(fit)} {'is' if len(fit) == 1 else 'are'} within {tolerance:g}"
     told = f"{best.title} ({best.p50_ms:.1f} ms, unpruned {own:.1f} ms; upper bound {bound:.3f})"
     if best.p50_ms >= own:
-        return (
-            f"Of {compared}, {len(fit)} within {tolerance:g}, but none was faster than unpruned: {told} comes nearest."
-        )
-    return f"Of {compared}, {len(fit)} within {tolerance:g}, and the fastest is {told}. Confirm it on other episodes."
+        return f"Of {compared}, {within}, but none was faster than unpruned: {told} comes nearest."
+    return f"Of {compared}, {within}, and the fastest is {told}. Confirm it on other episodes."
 
 
 def _extras(

@@ -214,7 +214,8 @@ def _api_key(file: Path | None) -> str | None:
     try:
         return file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ServingError(f"--api-key-file is {file}, which cannot be read ({error}).") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ServingError(f"--api-key-file is {file}, which cannot be read ({reason}).") from error
 
 
 def _check_installed() -> None:

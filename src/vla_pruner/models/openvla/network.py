@@ -23,6 +23,7 @@ from vla_pruner.models.openvla.finite import check_inputs, checked, most_likely
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
 from vla_pruner.models.openvla.statistics import NO_STATISTICS
 from vla_pruner.models.openvla.vision import Projector, VisionBackbone, unused_weights
+from vla_pruner.wording import a_type
 
 
 class LanguageModel(LlamaForCausalLM):
@@ -271,7 +272,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 "`policy.processor`, or call predict_action with what you prepared yourself."
             )
         if not isinstance(images, Mapping) or set(images) != set(self.cameras):
-            names = ", ".join(map(repr, images)) if isinstance(images, Mapping) else f"a {type(images).__name__}"
+            names = ", ".join(map(repr, images)) if isinstance(images, Mapping) else a_type(images)
             raise ObservationError(
                 f"The images are {names or 'none'}; this policy takes exactly "
                 f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_policy(cameras=...)."
