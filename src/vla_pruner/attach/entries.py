@@ -14,6 +14,11 @@ from vla_pruner.replacements import Replacements
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
 
+_DETACHED = (
+    "The session was detached while a control step ran, so what came of the step is neither the pruned model's nor the "
+    "model's own; run it again."
+)
+
 
 def watch_steps(session: Session, family: Family, replaced: Replacements) -> None:
     """Have each call that is a whole control step keep other threads out of it."""
@@ -22,13 +27,15 @@ def watch_steps(session: Session, family: Family, replaced: Replacements) -> Non
         if not session.attached:
             return original(*args, **kwargs)  # what somebody put on top meanwhile still comes by here
         family.check_step(args, kwargs)
-        with session.turn.step():
-            result = original(*args, **kwargs)
+        try:
+            with session.turn.step():
+                result = original(*args, **kwargs)
+        except Exception as error:
+            if session.attached:
+                raise
+            raise SessionError(_DETACHED) from error
         if not session.attached:
-            raise SessionError(
-                "The session was detached while a control step ran, so what came of the step is neither the pruned "
-                "model's nor the model's own; run it again."
-            )
+            raise SessionError(_DETACHED)
         return result
 
     for owner, name in family.whole_steps:
