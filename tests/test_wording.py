@@ -10,7 +10,11 @@ import pytest
 from packaging.requirements import Requirement
 
 from vla_pruner import wording
+<<<<<<< HEAD
 from vla_pruner.wording import a_type, install, one_line, readable, said_by
+=======
+from vla_pruner.wording import a_type, install, readable, said_by, span
+>>>>>>> w21
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,3 +78,8 @@ def test_an_error_is_told_of_even_if_its_str_raises() -> None:
 @pytest.mark.parametrize(("value", "said"), [(7, "an int"), ("x", "a str"), ([], "a list"), (OSError(), "an OSError")])
 def test_types_have_their_article(value: object, said: str) -> None:
     assert a_type(value) == said
+
+
+def test_one_of_a_span_is_no_span() -> None:
+    assert span("initial state", 3, 1) == "initial state 3"
+    assert span("initial state", 0, 10) == "initial states 0 to 9"

@@ -15,6 +15,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def span(noun: str, first: int, number: int) -> str:
+    """Things that are numbered one after the other: "state 3", "states 0 to 9"."""
+    return f"{noun} {first}" if number == 1 else f"{noun}s {first} to {first + number - 1}"
+
+
 def a_type(value: object) -> str:
     """The name of a value's type with its article: "a str", "an int"."""
     name = type(value).__name__

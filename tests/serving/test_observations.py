@@ -172,6 +172,8 @@ def test_missing_keys_are_named_with_what_there_is() -> None:
         with pytest.raises(ObservationError, match=f"no '{key}'; this server reads .*Found") as error:
             reader.read({name: value for name, value in GOOD.items() if name != key})
         assert len(str(error.value)) < 400
+    with pytest.raises(ObservationError, match=r"Found no key\.$"):
+        reader.read({})
     strange = {f"{number:02d}" + "\U000e0001" * 250: 1 for number in range(20)}
     with pytest.raises(ObservationError, match="no 'prompt'") as error:
         reader.read(strange)

@@ -37,7 +37,7 @@ from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
 from vla_pruner.statistics import wilson
 from vla_pruner.terminal import progress, say
-from vla_pruner.wording import counted, readable
+from vla_pruner.wording import counted, readable, span
 
 TABLE = "table.md"
 INTERRUPTED = 130
@@ -141,7 +141,7 @@ def _greet(run: Run, file: RecordFile, console: Console) -> None:
     margin = 100 * run.manifest.identity["margin"]
     say(
         console,
-        f"{counted(len(plan.tasks), 'task')}, initial states {plan.first} to {plan.first + plan.episodes - 1}, "
+        f"{counted(len(plan.tasks), 'task')}, {span('initial state', plan.first, plan.episodes)}, "
         f"{counted(len(arms), 'arm')}{part}: {counted(total, 'episode')}. Margin, declared now: {margin:g} points.",
     )
     if run.torn:

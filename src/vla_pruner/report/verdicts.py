@@ -8,7 +8,7 @@ from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, WORSE, ArmSum
 from vla_pruner.evaluation.verdict import judged, limits, points
 from vla_pruner.report.results import WORDS, Results
 from vla_pruner.report.svg import Axis, Mark, Markup, element, join, linear_axis, strip, strip_axis, swatch
-from vla_pruner.wording import counted
+from vla_pruner.wording import counted, span
 
 KINDS = {NOT_WORSE: "good", WORSE: "bad", INCONCLUSIVE: "open"}
 SIGNS = {NOT_WORSE: "✓", WORSE: "✕", INCONCLUSIVE: "?"}
@@ -67,7 +67,7 @@ def question(results: Results) -> str:
         else ""
     )
     others = [counted(n, what) for n, what in ((methods, "pruned arm"), (controls, "control")) if n]
-    states = f"initial states {plan.first} to {plan.first + plan.episodes - 1}"
+    states = span("initial state", plan.first, plan.episodes)
     ran = f"{', '.join(others)} and the unpruned policy ran the same episodes in turns:" if others else "Unpruned on"
     return (
         f"{asked}{ran} {counted(summary.tasks, 'task')} of {', '.join(results.suites)}, {states} of each{part}, "

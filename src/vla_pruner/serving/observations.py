@@ -171,7 +171,9 @@ class ObservationReader:
             if not isinstance(value, dict) or part not in value:
                 wanted = ", ".join(map(repr, (*self.keys.values(), *self.state, "prompt")))
                 found = ", ".join(shown(name) for name in list(observation)[:20])
-                raise ObservationError(f"The observation has no {key!r}; this server reads {wanted}. Found {found}.")
+                raise ObservationError(
+                    f"The observation has no {key!r}; this server reads {wanted}. Found {found or 'no key'}."
+                )
             value = value[part]
         return value
 
