@@ -127,3 +127,26 @@ def test_a_step_during_which_the_session_was_detached_has_no_result(layer):
         case.step(policy, 0, BOTH)
     handle.remove()
     assert not session.attached
+
+
+@pytest.mark.parametrize("layer", range(8))
+def test_a_step_during_which_a_method_was_attached_is_its_own_or_refused(layer):
+    policy = vp.reference_policy("autoregressive")
+    case = cases.reference()
+    method = vp.VLAPruner(keep=0.25, warmup="semantic")
+    found = []
+    handle = policy.language_model.model.layers[layer].register_forward_pre_hook(
+        lambda *_: found or found.append(in_thread(lambda: method.attach(policy)))
+    )
+    with pytest.raises(vp.SessionError, match="no control step is open"):
+        case.step(policy, 0, BOTH)
+    handle.remove()
+    found[0].detach()
+
+
+def test_a_layer_that_is_called_by_itself_is_refused():
+    model = tiny_lm()
+    with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic").attach(model, visual=VISUAL):
+        for layer in (model.model.layers[0], model.model.layers[K]):
+            with pytest.raises(vp.SessionError, match="called by itself"):
+                layer(prompt()[0])

@@ -182,10 +182,17 @@ class Shortener:
             )
 
     def _enter_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = self._session.step
-        assert step is not None
-        if step.prefilling:
+        if self._open_step().prefilling:
             self._session.see_embeddings(_hidden(args, kwargs))
+
+    def _open_step(self) -> Step:
+        step = self._session.step
+        if step is None:
+            raise SessionError(
+                "A layer of the decoder ran while no control step is open: it was called by itself, or the method was "
+                "attached while a step ran in another thread. Run the whole policy, or detach first."
+            )
+        return step
 
     def _same_cache(self, cache: Any) -> bool:
         # Within one graph it can be no other.
@@ -200,8 +207,7 @@ class Shortener:
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a layer of the decoder from the pruning layer on."""
-        step = self._session.step
-        assert step is not None
+        step = self._open_step()
         if not step.prefilling:
             return self._read(index, module, args, kwargs) if self._layer else None
         if not self._layer:
