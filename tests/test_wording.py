@@ -10,11 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from vla_pruner import wording
-<<<<<<< HEAD
-from vla_pruner.wording import a_type, install, one_line, readable, said_by
-=======
-from vla_pruner.wording import a_type, install, readable, said_by, span
->>>>>>> w21
+from vla_pruner.wording import a_type, install, one_line, readable, said_by, span
 
 ROOT = Path(__file__).parents[1]
 
