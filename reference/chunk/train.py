@@ -28,7 +28,7 @@ from reference.chunk.heads import TrainingHeads
 from reference.chunk.packing import mask, packed_forward, pool, positions
 from reference.chunk.questions import Batch, Questions
 from reference.train import Partner
-from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy, save_chunk_policy
+from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy, load_chunk_policy, save_chunk_policy
 from vla_pruner.models.reference.tokenizer import vocabulary
 from vla_pruner.simulators.metaworld import TASKS
 
@@ -95,6 +95,10 @@ class Trainer:
         if start is None and self.stage != "vision":
             start = STAGES[STAGES.index(self.stage) - 1]
         if start is None:
+            return None
+        if (Path(start) / "model.safetensors").is_file():
+            self.policy.load_state_dict(load_chunk_policy(start).state_dict())
+            print(f"starting from the policy in {start}, with new training heads")
             return None
         saved = torch.load(self.folder / f"{start}.pt", weights_only=True)
         self.policy.load_state_dict(saved["policy"])
@@ -234,7 +238,7 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--suite", choices=tuple(CONFIGS), default="metaworld")
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--start", help="checkpoint to start from (a name in --out)")
+    parser.add_argument("--start", help="checkpoint to start from: a name in --out, or the folder of a saved policy")
     parser.add_argument("--name", help="checkpoint to write; the stage's name if left out")
     parser.add_argument("--data", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=DATA_ROOT / "checkpoints")
