@@ -132,6 +132,7 @@ def test_the_one_camera_episode_is_that_of_the_simulator_alone(suite, environmen
     assert looks > 3
 
 
+@pytest.mark.usefixtures("suite")
 def test_the_two_camera_policy_sees_both_cameras_and_carries_out_half_a_chunk():
     suite = MetaWorldSuite("metaworld:mt4", image_size=64)
     assert suite.cameras == ("corner", "corner_64", "wrist_64")
