@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.attach.tiny import VISUAL, K, decode, make_cache, prompt, tiny_lm
+from tests.attach.tiny import CACHE, VISUAL, K, decode, make_cache, prompt, tiny_lm
 from tests.families import cases
 from tests.families.matrix import BOTH
 from tests.state import whole_state
@@ -97,14 +97,14 @@ def test_a_cache_that_is_cropped_or_reset_within_a_step_is_refused():
     for change in (lambda cache: cache.crop(-2), lambda cache: cache.reset()):
         with METHOD.attach(model, visual=VISUAL), torch.no_grad():
             cache = make_cache("dynamic", model)
-            model(inputs_embeds=prompt()[0], past_key_values=cache)
-            model(input_ids=token, past_key_values=cache)
+            model(inputs_embeds=prompt()[0], **{CACHE: cache})
+            model(input_ids=token, **{CACHE: cache})
             held = cache.get_seq_length()
             change(cache)
             if cache.get_seq_length() == held:
                 continue  # early versions of transformers fill a growing cache with zeros and keep its length
             with pytest.raises(vp.SessionError, match="reset or cropped"):
-                model(input_ids=token, past_key_values=cache)
+                model(input_ids=token, **{CACHE: cache})
         assert whole_state(model) == before
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.attach.tiny import LAYERS, VISUAL, K, decode, make_cache, prompt, tiny_lm
+from tests.attach.tiny import CACHE, LAYERS, VISUAL, K, decode, make_cache, prompt, tiny_lm
 from tests.families import cases
 from tests.families.matrix import BOTH, WINDOW
+from vla_pruner.caches import cache_of
 from vla_pruner.families import family_of
 
 FAMILIES = [
@@ -110,9 +111,9 @@ def test_threads_that_decode_in_turns_are_refused():
     with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic").attach(model, visual=VISUAL), torch.no_grad():
         out = model(inputs_embeds=prompt()[0], use_cache=True)
         token = torch.ones(2, 1, dtype=torch.int64)
-        other = in_thread(lambda: model(input_ids=token, past_key_values=out.past_key_values))
+        other = in_thread(lambda: model(input_ids=token, **{CACHE: cache_of(out)}))
         assert isinstance(other, vp.SessionError)
-        model(input_ids=token, past_key_values=out.past_key_values)
+        model(input_ids=token, **{CACHE: cache_of(out)})
 
 
 @pytest.mark.parametrize("layer", range(8))
