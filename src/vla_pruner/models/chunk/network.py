@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from vla_pruner.checkpoints.numbers import finite_action
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.chunk.configuration import ChunkConfig
-from vla_pruner.models.reference.network import VisionBlock, grid_positions
+from vla_pruner.models.reference.network import Landmarks, ProprioProjector, VisionBlock, grid_positions, stem
 from vla_pruner.models.reference.tokenizer import BOS, encode
 from vla_pruner.observations import check_images, check_instruction
 
@@ -21,35 +20,12 @@ if TYPE_CHECKING:
     from transformers import LlamaModel
 
 
-class Landmarks(nn.Module):
-    """Learned heat maps over one camera's patches, one for each kind of thing, and what they add to the tokens.
+class ViewLandmarks(Landmarks):
+    """Landmarks of one camera, which may be out of its view."""
 
-    A token that a heat map points at is told so, and where exactly in the image the thing is; all other tokens are
-    left alone. A small language model then finds the few tokens that matter, instead of averaging over all of them.
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, width: int, side: int, count: int) -> None:
-        super().__init__()
-        self.side, self.count = side, count
-        self.cells = nn.Linear(width, count)
-        self.offsets = nn.Linear(width, 2 * count)
-        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-1, 4).float(), persistent=False)
-        self.tag = nn.Linear(count * (1 + 4 * len(self.frequencies)), width, bias=False)
-        nn.init.zeros_(self.tag.weight)
-
-    def tags(self, tokens: Tensor) -> Tensor:
-        """(B, M, width) -> (B, M, width)."""
-        # A thing that is out of view is in no patch: sigmoids, unlike a softmax, may all be zero.
-        weights = self.cells(tokens).sigmoid()
-        line = torch.arange(self.side, device=tokens.device, dtype=tokens.dtype)
-        grid = torch.stack([line.repeat(self.side), line.repeat_interleave(self.side)], dim=-1)
-        offsets = self.offsets(tokens).unflatten(-1, (self.count, 2))
-        places = (grid[:, None] + 0.5 + offsets) * (2 / self.side) - 1
-        angles = (places[..., None] * self.frequencies).flatten(-2)
-        features = torch.cat([angles.sin(), angles.cos(), torch.ones_like(angles[..., :1])], dim=-1)
-        return self.tag((weights[..., None] * features).flatten(-2))
+    def weigh(self, cells: Tensor) -> Tensor:
+        """Heat maps (B, M, count) -> how much of each landmark is in each patch: sigmoids may all be zero."""
+        return cells.sigmoid()
 
 
 class CameraEncoder(nn.Module):
@@ -66,22 +42,11 @@ class CameraEncoder(nn.Module):
         if config.patch_size != 8:
             raise ValueError("The stem has a stride of 8: patch_size must be 8.")
         width, cameras, side = config.vision_width, len(config.cameras), config.image_size // config.patch_size
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 32, 5, stride=2, padding=2),
-            nn.GroupNorm(4, 32),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.GroupNorm(8, 64),
-            nn.ReLU(),
-            nn.Conv2d(64, width, 3, stride=2, padding=1),
-            nn.GroupNorm(8, width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
+        self.stem = stem(width)
         self.position = nn.Parameter(grid_positions(side, width).repeat(cameras, 1, 1))
         self.blocks = nn.ModuleList(VisionBlock(width, config.vision_heads) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(width)
-        self.landmarks = nn.ModuleList(Landmarks(width, side, config.landmarks) for _ in range(cameras))
+        self.landmarks = nn.ModuleList(ViewLandmarks(width, side, config.landmarks) for _ in range(cameras))
         # What the encoder says about an average scene, measured once after it was trained and subtracted: most of an
         # image never changes, and what does change would otherwise be small beside it.
         self.register_buffer("centre", torch.zeros(cameras, side * side, width))
@@ -106,32 +71,6 @@ class CameraEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, C, 3, H, W) normalised pixels -> (B, C, M, width), raster order."""
         return self.finish(self.mix(self.patches(pixels)))
-
-
-class ProprioProjector(nn.Module):
-    """Proprioception -> one token; sines at several scales make centimetres visible to a small network."""
-
-    mean: Tensor
-    scale: Tensor
-    frequencies: Tensor
-
-    def __init__(self, config: ChunkConfig) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(config.proprio_mean), persistent=False)
-        self.register_buffer("scale", torch.tensor(config.proprio_scale), persistent=False)
-        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-2, 3).float(), persistent=False)
-        features = len(config.proprio_mean) * (1 + 2 * 5)
-        self.mlp = nn.Sequential(
-            nn.Linear(features, 2 * config.hidden_size),
-            nn.GELU(),
-            nn.Linear(2 * config.hidden_size, config.hidden_size),
-        )
-
-    def forward(self, proprio: Tensor) -> Tensor:
-        """(..., P) -> (..., hidden)."""
-        x = (proprio - self.mean) / self.scale
-        angles = (x[..., None] * self.frequencies).flatten(-2)
-        return self.mlp(torch.cat([x, angles.sin(), angles.cos()], dim=-1))
 
 
 class ChunkPolicy(nn.Module):
@@ -159,7 +98,7 @@ class ChunkPolicy(nn.Module):
         side = config.image_size // config.patch_size
         camera = 0.5 * torch.randn(len(config.cameras), 1, hidden)
         self.visual_position = nn.Parameter(grid_positions(side, hidden) + camera)
-        self.proprio_projector = ProprioProjector(config)
+        self.proprio_projector = ProprioProjector(config.proprio_mean, config.proprio_scale, hidden)
         self.decoder = LlamaModel(
             LlamaConfig(
                 vocab_size=config.vocabulary_size,

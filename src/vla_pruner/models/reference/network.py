@@ -48,6 +48,22 @@ class VisionBlock(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+def stem(width: int) -> nn.Sequential:
+    """The convolutional stem of the reference policies: (B, 3, H, W) -> (B, width, H / 8, W / 8)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 5, stride=2, padding=2),
+        nn.GroupNorm(4, 32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.GroupNorm(8, 64),
+        nn.ReLU(),
+        nn.Conv2d(64, width, 3, stride=2, padding=1),
+        nn.GroupNorm(8, width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+    )
+
+
 class VisionEncoder(nn.Module):
     """A convolutional stem (stride 8) and a few transformer blocks: one token a patch."""
 
@@ -59,18 +75,7 @@ class VisionEncoder(nn.Module):
         if config.patch_size != 8:
             raise ValueError("The stem has a stride of 8: patch_size must be 8.")
         width = config.vision_width
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 32, 5, stride=2, padding=2),
-            nn.GroupNorm(4, 32),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.GroupNorm(8, 64),
-            nn.ReLU(),
-            nn.Conv2d(64, width, 3, stride=2, padding=1),
-            nn.GroupNorm(8, width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
+        self.stem = stem(width)
         side = config.image_size // config.patch_size
         self.position = nn.Parameter(grid_positions(side, width))
         self.blocks = nn.ModuleList(VisionBlock(width, config.vision_heads) for _ in range(config.vision_layers))
@@ -108,13 +113,11 @@ class Landmarks(nn.Module):
     A small language model then finds the few tokens that matter, instead of averaging over all of them.
     """
 
-    count = 2
-
     frequencies: Tensor
 
-    def __init__(self, width: int, side: int) -> None:
+    def __init__(self, width: int, side: int, count: int = 2) -> None:
         super().__init__()
-        self.side = side
+        self.side, self.count = side, count
         self.cells = nn.Linear(width, self.count)
         self.offsets = nn.Linear(width, 2 * self.count)
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-1, 4).float(), persistent=False)
@@ -123,7 +126,7 @@ class Landmarks(nn.Module):
 
     def tags(self, tokens: Tensor) -> Tensor:
         """(B, M, width) -> (B, M, width)."""
-        weights = self.cells(tokens).softmax(dim=1)
+        weights = self.weigh(self.cells(tokens))
         line = torch.arange(self.side, device=tokens.device, dtype=tokens.dtype)
         grid = torch.stack([line.repeat(self.side), line.repeat_interleave(self.side)], dim=-1)
         offsets = self.offsets(tokens).unflatten(-1, (self.count, 2))
@@ -131,6 +134,10 @@ class Landmarks(nn.Module):
         angles = (places[..., None] * self.frequencies).flatten(-2)
         features = torch.cat([angles.sin(), angles.cos(), torch.ones_like(angles[..., :1])], dim=-1)
         return self.tag((weights[..., None] * features).flatten(-2))
+
+    def weigh(self, cells: Tensor) -> Tensor:
+        """Heat maps (B, M, count) -> how much of each landmark is in each patch: all of it is somewhere."""
+        return cells.softmax(dim=1)
 
 
 def grid_positions(side: int, width: int) -> Tensor:
@@ -149,17 +156,16 @@ class ProprioProjector(nn.Module):
     scale: Tensor
     frequencies: Tensor
 
-    def __init__(self, config: ReferenceConfig) -> None:
+    def __init__(self, mean: Sequence[float], scale: Sequence[float], hidden: int) -> None:
         super().__init__()
-        size = len(config.proprio_mean)
-        self.register_buffer("mean", torch.tensor(config.proprio_mean), persistent=False)
-        self.register_buffer("scale", torch.tensor(config.proprio_scale), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-2, 3).float(), persistent=False)
-        features = size * (1 + 2 * 5)
+        features = len(mean) * (1 + 2 * 5)
         self.mlp = nn.Sequential(
-            nn.Linear(features, 2 * config.hidden_size),
+            nn.Linear(features, 2 * hidden),
             nn.GELU(),
-            nn.Linear(2 * config.hidden_size, config.hidden_size),
+            nn.Linear(2 * hidden, hidden),
         )
 
     def forward(self, proprio: Tensor) -> Tensor:
@@ -196,7 +202,7 @@ class ReferencePolicy(nn.Module):
         )
         side = config.image_size // config.patch_size
         self.visual_position = nn.Parameter(grid_positions(side, config.hidden_size))
-        self.proprio_projector = ProprioProjector(config)
+        self.proprio_projector = ProprioProjector(config.proprio_mean, config.proprio_scale, config.hidden_size)
         self.language_model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=config.vocabulary_size,
