@@ -1,4 +1,4 @@
-"""Attention for training on a CPU: plain bfloat16 matrix products, three times as fast as the fused kernel there."""
+"""Attention for training on a CPU: plain bfloat16 matrix products, faster than the fused kernel there."""
 
 from __future__ import annotations
 
