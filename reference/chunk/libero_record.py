@@ -4,9 +4,10 @@
     python -m reference.chunk.libero_record --dagger 1 --weights FOLDER --episodes 12
 
 Scenes come from LIBERO's own generator, never from the 50 stored initial states that published figures use. At every
-look the expert's next eight actions are written down; they are carried out without noise, and what disturbs the robot
-comes between looks. Before anything is grasped the same look also answers what the expert would do for other objects
-of the scene and from other places of the hand, by a simple model of how the hand follows.
+look the expert's next eight actions are written down as they are carried out, without noise; what disturbs the robot
+comes between looks, and a look whose eight actions it interrupts is left out. Before anything is grasped the same look
+also answers what the expert would do for other objects of the scene and from other places of the hand, by a simple
+model of how the hand follows.
 Interrupted runs go on: shards that exist are left alone.
 """
 
@@ -22,22 +23,20 @@ from typing import Any
 import numpy as np
 
 from reference.chunk.corpus import DATA_ROOT, Recorder
+from reference.chunk.libero_things import THINGS
 from vla_pruner.simulators import libero_expert
 from vla_pruner.simulators.libero_conventions import AGENT, WRIST
 from vla_pruner.simulators.libero_environment import DUMMY_ACTION, SETTLING_STEPS
 from vla_pruner.simulators.libero_expert import LiberoObjectExpert, _angle, _Phase
 from vla_pruner.simulators.libero_truth import Pose
 
-CHUNK, IMAGE, SCALE = 8, 128, 2
-"""Actions a chunk, side of an image in pixels, and how much larger it is drawn before it is averaged down."""
+CHUNK, EVERY, IMAGE, SCALE = 8, 4, 128, 2
+"""Actions a chunk, actions from one look to the next, side of an image in pixels, and how much larger it is drawn
+before it is averaged down.
+"""
 SHARD_EPISODES = 10
 OTHERS, IMAGINED = 2, 3
 QUESTIONS = 1 + OTHERS + IMAGINED
-THINGS = (
-    "alphabet_soup", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup", "milk", "orange_juice",
-    "salad_dressing", "tomato_sauce", "basket",
-)  # fmt: skip
-"""What the encoder marks; the first ten are what a task may be about."""
 _FOLLOWS = 0.8
 """Share of a commanded step that the hand has gone when the next one is commanded."""
 _DAGGER_SEED, _ROUND_SEEDS = 200_000, 20_000
@@ -48,9 +47,12 @@ class Expert(LiberoObjectExpert):
     soon as the fingers rest.
     """
 
-    def aim(self, truth: Any, thing: str, basket: str) -> None:
-        """Act by this truth, for this object."""
-        self._truth, self._object, self._basket = truth, thing, basket
+    ground = 0.0
+    """Height of what the objects stand on, in metres."""
+
+    def aim(self, truth: Any, thing: str, basket: str, ground: float) -> None:
+        """Acts by this truth, for this object."""
+        self._truth, self._object, self._basket, self.ground = truth, thing, basket, ground
         self.reset()
 
     def reset(self) -> None:
@@ -71,22 +73,18 @@ class Expert(LiberoObjectExpert):
         return super()._grasp(truth)
 
     def take_over(self) -> None:
-        """Guess the phase from the scene: somebody else has acted."""
+        """Guesses the phase from the scene, after somebody else has acted."""
         truth = self._truth
         assert truth is not None
         self.reset()
         points, hand = truth.points(self._object), truth.hand().position
-        self._height = min(truth.pose(name).position[2] for name in truth.objects if name != self._basket)
         centre = truth.pose(self._object).position
         near = np.linalg.norm((hand - centre)[:2]) < 0.03 and hand[2] < points[:, 2].max() + 0.02
         closing = np.linalg.norm(truth.fingers()) < 0.9 * _OPEN_WIDTH
         if near and closing:
-            self._height = centre[2] if centre[2] - points[:, 2].min() > hand[2] else self._height
-            lifted = points[:, 2].min() > self._ground + 0.02
-            self._height = self._ground + (centre[2] - points[:, 2].min())
-            self._enter(_Phase.CARRY if lifted else _Phase.LIFT)
-
-    _ground = 0.0
+            # Where its middle would be if it stood on the ground.
+            self._height = self.ground + centre[2] - points[:, 2].min()
+            self._enter(_Phase.CARRY if points[:, 2].min() > self.ground + 0.02 else _Phase.LIFT)
 
 
 _OPEN_WIDTH = 0.078
@@ -117,13 +115,13 @@ class Imagined:
         self.angle += _FOLLOWS * libero_expert._TURN * action[5]
 
 
-def imagine(truth: Any, points: Mapping[str, np.ndarray], thing: str, basket: str, hand: np.ndarray) -> np.ndarray:
-    """(CHUNK, 7): what the expert would do from here for another object or from another place."""
-    scene, expert = Imagined(truth, points, hand), Expert()
-    expert.aim(scene, thing, basket)
+def imagine(expert: Expert, points: Mapping[str, np.ndarray], thing: str, hand: np.ndarray) -> np.ndarray:
+    """(CHUNK, 7): what an expert like `expert` would do for another object or from another place."""
+    scene, other = Imagined(expert._truth, points, hand), Expert()
+    other.aim(scene, thing, expert._basket, expert.ground)
     actions = []
     for _ in range(CHUNK):
-        action = expert.act({}, "")[0]
+        action = other.act({}, "")[0]
         actions.append(action)
         scene.follow(action)
     return np.stack(actions)
@@ -155,8 +153,8 @@ class Scene:
         env._steps, env._over = 0, False
         truth = env.truth
         _, thing, region = truth.goal[0]
-        self.expert.aim(truth, thing, region.removesuffix("_contain_region"))
-        Expert._ground = min(truth.points(name)[:, 2].min() for name in truth.objects)
+        ground = min(truth.points(name)[:, 2].min() for name in truth.objects)
+        self.expert.aim(truth, thing, region.removesuffix("_contain_region"), ground)
         return env._observation(seen)
 
     def images(self, observation: Any) -> np.ndarray:
@@ -214,14 +212,37 @@ def answers(scene: Scene, rng: np.random.Generator, proprio: np.ndarray) -> tupl
             place = middle + np.array([*rng.normal(0, 0.03, 2), 0.12 * rng.random()])
         else:
             place = hand + rng.normal(0, 0.06, 3)
-        place[2] = max(place[2], over[:, 2].max() - 0.02, scene.expert._ground + 0.04)
+        place[2] = max(place[2], over[:, 2].max() - 0.02, expert.ground + 0.04)
         jobs.append((name, place, True))
-    for index, (name, place, moved) in enumerate(jobs, 1 + OTHERS - len(jobs[:OTHERS]) if not others else 1):
-        chunks[index] = imagine(truth, points, name, expert._basket, place)
+    for index, (name, place, moved) in enumerate(jobs, 1):
+        chunks[index] = imagine(expert, points, name, place)
         things[index] = THINGS.index(kind(name))
         proprios[index, :3] += (place - hand).astype(np.float32)
         imagined[index] = moved
     return chunks, things, proprios, imagined
+
+
+class Look:
+    """One control step of a recording, whose chunk is known only once it was carried out."""
+
+    def __init__(self, scene: Scene, rng: np.random.Generator, observation: Any, number: int) -> None:
+        self.chunks, self.things, proprios, imagined = answers(scene, rng, observation.proprio)
+        self.things[0] = THINGS.index(kind(scene.expert._object))
+        self.row = {
+            "images": scene.images(observation),
+            "marks": scene.marks(),
+            "proprio": observation.proprio,
+            "states": np.concatenate([proprios.ravel(), imagined]).astype(np.float32),
+            "tasks": np.int16(scene.task),
+            "episodes": np.int64(number),
+        }
+        self.actions: list[np.ndarray] = []
+
+    def record(self, recorder: Recorder) -> None:
+        """Writes it down if its whole chunk was seen."""
+        if len(self.actions) == CHUNK:
+            self.chunks[0] = self.actions
+            recorder.add(**self.row, chunks=self.chunks, questions=self.things)
 
 
 def record_episode(scene: Scene, seed: int, number: int, policy: Any, recorder: Recorder) -> bool:
@@ -232,42 +253,40 @@ def record_episode(scene: Scene, seed: int, number: int, policy: Any, recorder: 
     instruction = env.task.instruction
     disturbed = rng.random() < 0.7
     solved = over = False
+    looks: list[Look] = []
+    action = np.zeros(7)
     turns = 0
     while not over:
-        images = scene.images(observation)
         if policy is not None and turns <= 0:
+            looks = []
             for _ in range(int(rng.integers(1, 6))):
+                images = scene.images(observation)
                 named = {"image": images[0], "wrist_image": images[1]}
                 for action in policy.act(named, instruction, observation.proprio)[: policy.config.executed]:
                     observation, _, solved, cut, _ = env.step(action.astype(np.float64))
-                    over = solved or cut
-                    if over:
+                    if solved or cut:
                         return solved
-                images = scene.images(observation)
             expert.take_over()
-            turns = int(rng.integers(1, 4))
+            turns = int(rng.integers(3, 7))
         turns -= 1
-        chunks, things, proprios, imagined = answers(scene, rng, observation.proprio)
-        things[0] = THINGS.index(kind(expert._object))
-        row = {"images": images, "marks": scene.marks(), "proprio": observation.proprio}
-        for step in range(CHUNK):
+        looks.append(Look(scene, rng, observation, number))
+        # The last chunk goes on in thought after the episode is over: to let go is a part of it.
+        for _ in range(EVERY):
             action = expert.act({}, instruction)[0]
-            chunks[0, step] = action
+            for look in looks[-2:]:
+                look.actions.append(action)
             if not over:
                 observation, _, solved, cut, _ = env.step(action)
                 over = solved or cut
-        recorder.add(
-            **row,
-            states=np.concatenate([proprios.ravel(), imagined.astype(np.float32)]).astype(np.float32),
-            chunks=chunks,
-            questions=things,
-            tasks=np.int16(scene.task),
-            episodes=np.int64(number),
-        )
-        if policy is None and disturbed and not over and rng.random() < 0.3:
+        if over:
+            for look in looks[-2:]:
+                look.actions += [action] * (CHUNK - len(look.actions))
+        for look in looks[-2:]:
+            look.record(recorder)
+        if policy is None and disturbed and not over and rng.random() < 0.15:
+            looks = []
             push = np.zeros(7)
-            push[:3], push[5] = rng.uniform(-1, 1, 3) * [1, 1, 0.6], rng.uniform(-0.3, 0.3)
-            push[6] = chunks[0, -1, 6]
+            push[:3], push[5], push[6] = rng.uniform(-1, 1, 3) * [1, 1, 0.6], rng.uniform(-0.3, 0.3), action[6]
             for _ in range(int(rng.integers(1, 4))):
                 observation, _, solved, cut, _ = env.step(push)
                 over = solved or cut

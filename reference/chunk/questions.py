@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reference.chunk import libero_things
 from reference.chunk.corpus import Corpus
 from reference.chunk.metaworld_record import CHUNK_EXPERTS
 from reference.dataset import SHARED_SCENE, moved_hands
@@ -18,7 +20,7 @@ from vla_pruner.simulators.metaworld import TASKS
 
 FRESH_SHARE = 2.0
 """How much more often control steps are seen that were recorded while the policy acted."""
-SHARES = {"push": 1.5, "pick-place": 3.0, "door-open": 1.0, "plate-slide": 2.0}
+SHARES = {"push": 1.5, "pick-place": 2.0, "coffee-push": 1.5, "plate-slide": 3.0}
 """How often steps of a task are seen, 1 if not named."""
 
 _NAMES = list(TASKS)
@@ -52,6 +54,9 @@ class Batch:
 class Questions:
     """Rows split by episode into training and held-out ones, and a sampler of batches."""
 
+    shares: Mapping[str, float] = {}
+    """How often steps of a task are seen, 1 if not named."""
+
     def __init__(self, corpus: Corpus, config: ChunkConfig, seed: int) -> None:
         self.corpus, self.config = corpus, config
         self.rng = np.random.default_rng(seed)
@@ -60,7 +65,7 @@ class Questions:
         length = config.instruction_length
         self.ids = np.array([encode(text, config.words, length) for _, text in config.tasks])
         tasks = corpus.tasks[self.train_rows]
-        shares = np.array([SHARES.get(task, 1.0) for task, _ in config.tasks])
+        shares = np.array([self.shares.get(task, 1.0) for task, _ in config.tasks])
         # A task's share does not depend on how long its episodes are.
         weights = (shares / np.bincount(tasks, minlength=len(shares)).clip(1))[tasks]
         weights *= np.where(corpus.fresh[self.train_rows], FRESH_SHARE, 1.0)
@@ -71,7 +76,20 @@ class Questions:
         return self.rng.choice(self.train_rows, size, p=self.weights)
 
     def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
-        """The first question is the recorded one; then come other tasks of the scene, then moved hands."""
+        """B = len(rows) control steps with S = `suffixes` questions each; the first is the recorded one."""
+        raise NotImplementedError
+
+    def images(self, rows: np.ndarray) -> Tensor:
+        """(N, C, H, W, 3) uint8."""
+        return torch.from_numpy(self.corpus.images(rows))
+
+
+class MetaWorldQuestions(Questions):
+    """After the recorded question come other tasks of the scene, as the simulator answers them, then moved hands."""
+
+    shares = SHARES
+
+    def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
         corpus, config = self.corpus, self.config
         count, steps = len(rows), config.chunk
         chunks = np.zeros((count, suffixes, steps, config.action_dimensions), np.float32)
@@ -111,9 +129,41 @@ class Questions:
             torch.from_numpy(corpus.marks[rows]),
         )
 
-    def images(self, rows: np.ndarray) -> Tensor:
-        """(N, C, H, W, 3) uint8."""
-        return torch.from_numpy(self.corpus.images(rows))
+
+class LiberoQuestions(Questions):
+    """Every question and answer is recorded: other objects of the scene, then moved hands (`libero_record.answers`)."""
+
+    def __init__(self, corpus: Corpus, config: ChunkConfig, seed: int) -> None:
+        super().__init__(corpus, config, seed)
+        things = [thing for thing in libero_things.THINGS if thing in libero_things.TASKS]
+        self.tasks = np.array([libero_things.TASKS.index(thing) for thing in things])
+        """The task about each thing, by the number that recordings give it."""
+
+    def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
+        corpus, size = self.corpus, len(self.config.proprio_mean)
+        recorded = corpus.questions.shape[1]
+        # The recorded question stays in front; which of the others are asked is drawn.
+        picked = np.zeros((len(rows), min(suffixes, recorded)), np.int64)
+        for row in picked:
+            row[1:] = 1 + self.rng.permutation(recorded - 1)[: len(row) - 1]
+        at = np.arange(len(rows))[:, None]
+        things = corpus.questions[rows][at, picked]
+        asked = things >= 0
+        questions = self.tasks[np.where(asked, things, things[:, :1])]
+        states = corpus.states[rows]
+        proprio = states[:, : recorded * size].reshape(len(rows), recorded, size)[at, picked]
+        imagined = states[:, recorded * size :][at, picked] > 0.5
+        chunks = corpus.chunks[rows][at, picked]
+        weight = np.repeat(asked[:, :, None].astype(np.float32), self.config.chunk, axis=2)
+        return Batch(
+            rows,
+            torch.from_numpy(self.ids[questions]),
+            torch.from_numpy(proprio),
+            torch.from_numpy(chunks),
+            torch.from_numpy(weight),
+            torch.from_numpy(imagined),
+            torch.from_numpy(corpus.marks[rows]),
+        )
 
 
 def imagined_chunks(tasks: np.ndarray, states: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from reference.chunk import libero_things
 from reference.chunk.attention import attend, decoder_attention
 from reference.chunk.corpus import DATA_ROOT, Corpus
 from reference.chunk.heads import TrainingHeads
 from reference.chunk.packing import mask, packed_forward, pool, positions
-from reference.chunk.questions import Batch, Questions
+from reference.chunk.questions import Batch, LiberoQuestions, MetaWorldQuestions
 from reference.train import Partner
 from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy, load_chunk_policy, save_chunk_policy
 from vla_pruner.models.reference.tokenizer import vocabulary
@@ -35,6 +36,7 @@ from vla_pruner.simulators.metaworld import TASKS
 STAGES = ("vision", "pooled", "full")
 _SECONDS_BETWEEN_SAVES = 90
 
+_LIBERO_INSTRUCTIONS = tuple(map(libero_things.instruction, libero_things.TASKS))
 CONFIGS = {
     "metaworld": ChunkConfig(
         hidden_size=192,
@@ -43,7 +45,21 @@ CONFIGS = {
         words=vocabulary(TASKS.values()),
         tasks=tuple(TASKS.items()),
     ),
+    "libero-object": ChunkConfig(
+        suite="libero_object",
+        landmarks=len(libero_things.THINGS),
+        hidden_size=192,
+        num_layers=10,
+        intermediate_size=512,
+        instruction_length=11,
+        proprio_mean=(-0.05, 0.0, 0.17, 3.1, 0.0, -0.05, 0.035, -0.035),
+        proprio_scale=(0.1, 0.15, 0.08, 0.2, 0.3, 0.1, 0.01, 0.01),
+        action_dimensions=7,
+        words=vocabulary(_LIBERO_INSTRUCTIONS),
+        tasks=tuple((text.replace(" ", "_"), text) for text in _LIBERO_INSTRUCTIONS),
+    ),
 }
+QUESTIONS = {"metaworld": MetaWorldQuestions, "libero-object": LiberoQuestions}
 
 
 class Trainer:
@@ -72,7 +88,7 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
         corpus = Corpus(args.data or [DATA_ROOT / args.suite, DATA_ROOT / f"{args.suite}-dagger"])
         print(f"{len(corpus)} control steps, {int(corpus.fresh.sum())} of them from DAgger", flush=True)
-        self.data = Questions(corpus, self.config, args.seed + self.step + 1_000_000 * args.worker)
+        self.data = QUESTIONS[args.suite](corpus, self.config, args.seed + self.step + 1_000_000 * args.worker)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.partner = Partner(self.path.with_suffix(".shared"), args.worker) if args.pair else None
         self.side = self.config.image_size // self.config.patch_size
@@ -97,8 +113,14 @@ class Trainer:
         if start is None:
             return None
         if (Path(start) / "model.safetensors").is_file():
-            self.policy.load_state_dict(load_chunk_policy(start).state_dict())
-            print(f"starting from the policy in {start}, with new training heads")
+            given, own = load_chunk_policy(start).state_dict(), self.policy.state_dict()
+            fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+            if self.args.suite != load_chunk_policy(start).config.suite.replace("_", "-"):
+                # Another suite's words and average scene have the same shapes and mean something else.
+                for name in ("decoder.embed_tokens.weight", "vision.centre", "vision.spread"):
+                    fits.pop(name, None)
+            self.policy.load_state_dict(fits, strict=False)
+            print(f"starting from the policy in {start}, with new training heads; new: {sorted(own.keys() - fits)}")
             return None
         saved = torch.load(self.folder / f"{start}.pt", weights_only=True)
         self.policy.load_state_dict(saved["policy"])

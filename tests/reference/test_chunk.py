@@ -13,7 +13,7 @@ from reference.chunk.attention import attend, decoder_attention
 from reference.chunk.corpus import Corpus, Recorder
 from reference.chunk.heads import TrainingHeads
 from reference.chunk.packing import mask, packed_forward, pool, positions
-from reference.chunk.questions import Questions, imagined_chunks
+from reference.chunk.questions import MetaWorldQuestions, imagined_chunks
 from reference.chunk.train import CONFIGS
 from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy
 from vla_pruner.policies.random import draw_weights
@@ -124,7 +124,7 @@ def test_only_moved_hands_are_imagined(tmp_path: Path) -> None:
     for episode in range(4):
         recorder.add(**_row(episode))
     recorder.save(tmp_path / "first" / "a" / "000000")
-    batch = Questions(Corpus([tmp_path / "first"]), CONFIGS["metaworld"], 0).batch(np.arange(4), 3)
+    batch = MetaWorldQuestions(Corpus([tmp_path / "first"]), CONFIGS["metaworld"], 0).batch(np.arange(4), 3)
     assert batch.imagined.tolist() == [[False, True, True]] * 4
     assert batch.chunks[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     assert torch.equal(batch.proprio[:, 0], torch.from_numpy(np.stack([_row(0)["proprio"]] * 4)))  # type: ignore[arg-type]
