@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from tests.evaluation.test_run import UNIT
 from vla_pruner.errors import BudgetError
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.evaluation.arms import all_arms, method_arms
+from vla_pruner.evaluation.flags import add_eval, settings_of
+from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.methods import FastV, Memory, Method, RandomKeep
 
 
@@ -103,3 +106,27 @@ def test_the_random_control_prunes_the_steps_of_the_method(name: str) -> None:
 def test_a_refresh_is_an_int_of_two_or_more() -> None:
     with pytest.raises(BudgetError, match="refresh_every=1"):
         RandomKeep(refresh_every=1)
+
+
+def eval_options(*flags: str) -> EvalSettings:
+    parser = argparse.ArgumentParser()
+    add_eval(parser.add_subparsers())
+    given = ("eval", "--policy", "reference", "--suite", "metaworld:mt4", "--out", "run", *flags)
+    return settings_of(parser.parse_args(given))
+
+
+def test_a_recipe_runs_every_budget_and_layer_dropped_and_frozen() -> None:
+    asked = eval_options("--recipe", "freeze-vs-drop", "--margin", "5")
+    arms = [arm for arm in asked.arms() if arm.kind == "method"]
+    methods: list[Any] = [arm.method for arm in arms]
+    assert {(m.keep, m.layer, m.pruned) for m in methods} == {
+        (keep, layer, fate) for keep in (0.25, 0.125) for layer in (3, 8) for fate in ("drop", "freeze")
+    }
+    assert [arm.kind for arm in asked.arms() if arm.kind != "method"] == ["baseline", "again"]
+    assert asked.margin == 0.05
+
+
+@pytest.mark.parametrize("flags", [("--keep", ".5"), ("--controls", "none"), ("--method", "fastv"), ("--layer", "2")])
+def test_what_a_recipe_sets_is_not_set_twice(flags: tuple[str, ...]) -> None:
+    with pytest.raises(EvaluationError, match=f"sets {flags[0]} itself"):
+        eval_options("--recipe", "freeze-vs-drop", *flags)

@@ -38,7 +38,7 @@ def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vla_pruner.evaluation.command.run_eval", lambda settings, _: seen.append(settings) or 0)
     monkeypatch.setattr("vla_pruner.evaluation.command.run_merge", lambda *_: 0)
     commands = [line.split("#")[0] for line in TEXT.splitlines() if line.startswith("vla-pruner eval")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         words = shlex.split(command.replace(" ... ", " --policy CHECKPOINT --suite libero "))[1:]
         assert cli.main(words) == 0, command

@@ -39,7 +39,7 @@ def test_what_the_documents_say_of_milliseconds() -> None:
         assert all(record.latency_p50_ms is None for record in read_records(STUDY / name / EPISODES))
 
 
-# The ids are written out because a packed file holds the second at which it was packed: two test workers would disagree.
+# A packed file holds the second at which it was packed, so as an id it would differ between test workers.
 @pytest.mark.parametrize(
     "content",
     [b"no gzip", gzip.compress(b"{}\n" * 50, mtime=0)[:-9], b"\x1f\x8b\x08\x00" + b"\xff" * 40],

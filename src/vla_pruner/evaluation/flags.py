@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
-from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
+from vla_pruner.evaluation.recipes import RECIPES
+from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings, flag
 from vla_pruner.flags import add_methods, add_weights, names, option
 
 _ASKED = (
@@ -61,6 +63,13 @@ def add_eval(commands: Any) -> None:
         help="the first initial state; choose settings on some, confirm them on others (default: %(default)s)",
     )
     add("--seed", metavar="S", type=int, default=0, help="of what the policy draws (default: %(default)s)")
+    add(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="arms of a whole experiment, in place of --method, --keep, --layer, --pruned and --controls;\n"
+        + "\n".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
+        + "\n(default: none)",
+    )
     add_arms(command)
     add(
         "--margin",
@@ -164,13 +173,25 @@ def settings_of(options: argparse.Namespace) -> EvalSettings:
         raise EvaluationError("--policy and --suite say what to run; give both (or --merge with folders).")
     if options.workers is not None and options.ray is None:
         raise EvaluationError("--workers is for --ray; give --ray too.")
+    asked = {name: getattr(options, name) for name in _ASKED}
+    if options.recipe is not None:
+        asked |= _arms_of(options.recipe, asked)
     return EvalSettings(
         policy=policy_source(options),
         suites=options.suites,
         margin=options.margin / 100,
         suite_options=dict(options.suite_option),
-        **{name: getattr(options, name) for name in _ASKED},
+        **asked,
     )
+
+
+def _arms_of(recipe: str, asked: dict[str, Any]) -> dict[str, Any]:
+    arms = dataclasses.asdict(RECIPES[recipe])
+    del arms["what"]
+    twice = [flag(name) for name in arms if asked[name] is not None]
+    if twice:
+        raise EvaluationError(f"--recipe {recipe} sets {', '.join(twice)} itself; leave {', '.join(twice)} out.")
+    return arms
 
 
 def _controls(text: str) -> tuple[str, ...]:

@@ -59,6 +59,8 @@ class ArmSummary:
         p_adjusted: McNemar's p-value, adjusted by Holm over the arms of methods; None for controls.
         verdict: of methods.
         against_random: a method's difference to a random choice of as many tokens in the same steps.
+        against_drop: of a method that freezes tokens, the difference to the arm that drops them and is otherwise the
+            same.
         time: (steps, share of episodes solved within them).
         slower: actions to success against the unpruned policy's, a failure counting as the longest episode of its task.
         latency_p50_ms, latency_p99_ms: over all control steps, pruned or not.
@@ -77,6 +79,7 @@ class ArmSummary:
     p_adjusted: float | None
     verdict: Verdict | None
     against_random: PairedDifference | None
+    against_drop: PairedDifference | None
     time: list[tuple[float, float]]
     slower: MeanDifference | None
     latency_p50_ms: float
@@ -188,7 +191,7 @@ def summarize(run: Run) -> Summary:
     rows = []
     for arm in arms:
         key, mine = arm["key"], outcomes[arm["key"]]
-        random = _random_of(arm, arms)
+        random, dropped = _random_of(arm, arms), _dropped(arm, arms)
         rows.append(
             _row(
                 arm,
@@ -197,6 +200,7 @@ def summarize(run: Run) -> Summary:
                 p_adjusted=p_adjusted.get(key),
                 verdict=verdicts.get(key),
                 against_random=None if random is None else _difference(outcomes[random], mine),
+                against_drop=None if dropped is None else _difference(outcomes[dropped], mine),
                 slower=None if key == arms[0]["key"] else _slower(base, mine),
                 by_task={} if key == arms[0]["key"] else _by_task(base, mine),
             )
@@ -211,6 +215,7 @@ def _row(
     p_adjusted: float | None,
     verdict: Verdict | None,
     against_random: PairedDifference | None,
+    against_drop: PairedDifference | None,
     slower: MeanDifference | None,
     by_task: dict[str, PairedDifference],
 ) -> ArmSummary:
@@ -231,6 +236,7 @@ def _row(
         p_adjusted=p_adjusted,
         verdict=verdict,
         against_random=against_random,
+        against_drop=against_drop,
         time=solved_within([record.steps for record in done], [bool(record.success) for record in done]),
         slower=slower,
         latency_p50_ms=percentile(latency, 50),
@@ -277,6 +283,14 @@ def _random_of(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str
         return None
     control = arm.get("random")
     return control if any(other["key"] == control for other in arms) else None
+
+
+def _dropped(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str | None:
+    """The arm that drops the tokens that this one freezes, and is otherwise the same."""
+    if arm["kind"] != "method" or "pruned='freeze'" not in arm["method"]:
+        return None
+    twin = arm["method"].replace("pruned='freeze'", "pruned='drop'")
+    return next((other["key"] for other in arms if other["kind"] == "method" and other["method"] == twin), None)
 
 
 def _verdicts(family: Mapping[str, Pairs], margin: float, tasks: int) -> dict[str, Verdict]:

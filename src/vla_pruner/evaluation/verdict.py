@@ -11,7 +11,7 @@ from vla_pruner.wording import counted
 def sentences(summary: Summary) -> list[str]:
     """The verdicts first, then what the controls say, then what limits all of them."""
     found = [f"{arm.title}: {judged(arm, summary)}" for arm in summary.of("method")]
-    return [*found, *noise_floor(summary), *blank_image(summary), *limits(summary)]
+    return [*found, *freezing(summary), *noise_floor(summary), *blank_image(summary), *limits(summary)]
 
 
 def points(value: float) -> str:
@@ -69,6 +69,21 @@ def _random(arm: ArmSummary) -> str:
     if chosen.value > 0:
         return f" Choosing beats drawing at random: {spread(chosen)}."
     return f" Drawing at random did better: {spread(chosen)}."
+
+
+def freezing(summary: Summary) -> list[str]:
+    """Whether freezing solves more than dropping; empty without arms that differ in this alone."""
+    found = []
+    for arm in summary.of("method"):
+        frozen = arm.against_drop
+        if frozen is None or not frozen.pairs:
+            continue
+        head = f"{arm.title} against the same dropped: {spread(frozen)} on {counted(frozen.pairs, 'pair')}"
+        if frozen.within_noise:
+            found.append(f"{head}: no difference is shown.")
+        else:
+            found.append(f"{head}: {'freezing' if frozen.value > 0 else 'dropping'} solves more.")
+    return found
 
 
 def noise_floor(summary: Summary) -> list[str]:
