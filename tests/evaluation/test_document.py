@@ -42,7 +42,7 @@ def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     for command in commands:
         words = shlex.split(command.replace(" ... ", " --policy CHECKPOINT --suite libero "))[1:]
         assert cli.main(words) == 0, command
-    assert len(seen) == 7
+    assert len(seen) == 8
 
 
 def test_the_figures_of_the_simulation_are_those_of_its_file() -> None:
