@@ -102,16 +102,21 @@ def _no_loading_bars() -> Iterator[None]:
 
 def _add_demo(commands: Any) -> None:
     from vla_pruner.demo import settings as demo
-    from vla_pruner.policies.reference_names import DEFAULT, NAMES
+    from vla_pruner.policies.reference_names import NAMES
 
     command = commands.add_parser(
         "demo",
         help="a trained policy in a simulator, unpruned and pruned, in one table",
         description=(
-            "Runs a trained policy in Meta-World on the same episodes: unpruned, with the recommended setting, with\n"
+            "Runs a trained policy in a simulator on the same episodes: unpruned, with the recommended setting, with\n"
             "the paper's, and with a random choice of visual tokens. Prints one table and writes a report."
         ),
         formatter_class=argparse.RawTextHelpFormatter,
+    )
+    command.add_argument(
+        "--suite",
+        choices=tuple(demo.SUITES),
+        help=f"the simulator, and the policy that was trained in it (default: {demo.DEFAULT_SUITE})",
     )
     command.add_argument(
         "--tasks",
@@ -136,8 +141,9 @@ def _add_demo(commands: Any) -> None:
         "--seed",
         metavar="N",
         type=int,
-        default=demo.DEFAULT_SEED,
-        help="seed of the first initial state; the policy was trained on seeds below 90000 (default: %(default)s)",
+        help="the first initial state: in metaworld a seed (the policy was trained on seeds below 90000; default:\n"
+        f"{demo.SUITES['metaworld'].first}), in libero_object the number of a stored one (default: "
+        f"{demo.SUITES['libero_object'].first})",
     )
     command.add_argument(
         "--out",
@@ -149,7 +155,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--weights",
         metavar="NAME",
-        help=f"{', '.join(NAMES)}, or a folder with model.safetensors and config.json\n(default: {DEFAULT})",
+        help=f"{', '.join(NAMES)}, or a folder with model.safetensors and config.json\n(default: the suite's)",
     )
     command.add_argument("--quick", action="store_true", help="a first look in under 2 minutes (default: off)")
     command.set_defaults(run=_demo)
@@ -169,6 +175,7 @@ def _demo(options: argparse.Namespace) -> int:
         out=options.out,
         quick=options.quick,
         weights=options.weights,
+        suite=options.suite,
     )
     try:
         return run_demo(settings, Console(highlight=False))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from vla_pruner.demo import DemoSettings, run_demo
+from vla_pruner.demo import DemoError, DemoSettings, run_demo
 from vla_pruner.models.chunk import save_chunk_policy
 from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy, save_policy
 from vla_pruner.policies.random import random_policy
-from vla_pruner.simulators import SuiteError, metaworld
+from vla_pruner.simulators import metaworld
 
 pytestmark = pytest.mark.sim
 
@@ -68,10 +68,10 @@ def test_the_two_camera_policy_runs_the_same_episode(tmp_path: Path) -> None:
     assert results["conditions"]["cameras"] == ["image", "wrist_image"]
 
 
-def test_a_policy_that_cannot_act_in_meta_world_is_refused(tmp_path: Path) -> None:
+def test_a_policy_of_another_simulator_is_refused(tmp_path: Path) -> None:
     policy: Any = random_policy("reference-chunk")
-    policy.config = replace(policy.config, suite="libero_object")
+    policy.config = replace(policy.config, suite="simpler")
     save_chunk_policy(policy, tmp_path / "weights")
     settings = DemoSettings(tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights")
-    with pytest.raises(SuiteError, match="Run a reference policy for Meta-World here"):
+    with pytest.raises(DemoError, match="trained in 'simpler'; the demo runs policies of metaworld, libero_object"):
         run_demo(settings, Console(quiet=True))

@@ -8,7 +8,10 @@ from typing import Any
 from vla_pruner.conditions import machine_conditions, sha256
 from vla_pruner.families import family_of
 
-_PACKAGES = ("vla-pruner", "torch", "transformers", "numpy", "safetensors", "metaworld", "mujoco", "gymnasium")
+_PACKAGES = (
+    "vla-pruner", "torch", "transformers", "numpy", "safetensors", "metaworld", "mujoco", "gymnasium", "hf-libero",
+    "robosuite",
+)  # fmt: skip
 
 
 def conditions(policy: Any, weights: Path | None) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from vla_pruner.demo.arms import BASELINE, Arm, default_arms
 from vla_pruner.demo.conditions import conditions
 from vla_pruner.demo.episodes import Environment, Runner, Unit, plan
 from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
-from vla_pruner.demo.scenes import metaworld_scenes
-from vla_pruner.demo.settings import DemoError, DemoSettings, choose_tasks
+from vla_pruner.demo.scenes import scenes, suite_of
+from vla_pruner.demo.settings import SUITES, DemoError, DemoSettings, choose_tasks
 from vla_pruner.demo.summary import Summary, summarize
 from vla_pruner.demo.table import footnotes, to_markdown, to_rich
 from vla_pruner.demo.verdict import headline, verdict
@@ -59,20 +59,26 @@ def run_demo(
     settings.check()
     weights = None
     if policy is None:
-        policy, weights = _load_policy(settings.weights)
+        policy, weights = _load_policy(settings.policy)
+    suite = suite_of(policy)
+    if suite not in SUITES:
+        raise DemoError(f"The weights were trained in {suite!r}; the demo runs policies of {', '.join(SUITES)}.")
+    if settings.suite not in (None, suite):
+        raise DemoError(f"--suite is {settings.suite}, and the weights were trained on {suite}; leave one of them out.")
+    first = settings.first_state(suite)
     tasks = choose_tasks(settings.tasks, tuple(task for task, _ in policy.config.tasks))
-    facts = conditions(policy, weights)
+    facts = conditions(policy, weights) | {"suite": suite, "first_initial_state": first}
     busy = _warn_if_busy(facts, console)
     arms = default_arms(settings.keep) if arms is None else arms
     size = FRAME_SIZE if len(policy.cameras) == 1 else PAIR_SIZE
-    runner = Runner(policy, arms, environments or metaworld_scenes(policy), size)
+    runner = Runner(policy, arms, environments or scenes(policy), size)
     started = time.monotonic()
     interrupted = False
-    units = plan(tasks, settings.episodes_a_task, settings.seed)
+    units = plan(tasks, settings.episodes_a_task, first)
     try:
         threads = counted(facts["threads"], "thread")
         say(console, f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
-        observation = runner.environment(tasks[0]).reset(settings.seed)
+        observation = runner.environment(tasks[0]).reset(first)
         facts["rendering"] = os.environ.get("MUJOCO_GL")  # the simulator has chosen by now
         costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
         vision = vision_flops(policy, observation)
@@ -100,7 +106,7 @@ def run_demo(
     return INTERRUPTED if interrupted else 0
 
 
-def _load_policy(name: str | Path | None) -> tuple[Any, Path]:
+def _load_policy(name: str | Path) -> tuple[Any, Path]:
     from vla_pruner.models.saved import WEIGHTS
     from vla_pruner.policies.reference import policy_folder, reference_policy
 

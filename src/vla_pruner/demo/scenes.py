@@ -1,4 +1,4 @@
-"""Meta-World as the demo runs it: a chunk of actions in, the next look out."""
+"""Meta-World and LIBERO as the demo runs them: a chunk of actions in, the next look out."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ class Scene:
     """One task; see `demo.episodes.Environment`.
 
     Args:
-        environment: of the suite.
+        task: its name.
+        open_environment: opens the task's environment, or gives the one that is open.
         convention: how the policy sees the suite.
     """
 
-    def __init__(self, environment: Any, convention: Convention) -> None:
-        self._environment, self._convention = environment, convention
+    def __init__(self, task: str, open_environment: Callable[[str], Any], convention: Convention) -> None:
+        self._task, self._open, self._convention = task, open_environment, convention
+        self._environment: Any = open_environment(task)
 
     def reset(self, seed: int) -> Look:
         """Begins the episode of `seed`."""
+        self._environment = self._open(self._task)
         return self._look(self._environment.begin(seed))
 
     def step(self, chunk: np.ndarray) -> tuple[Look | None, bool, bool]:
@@ -63,17 +66,41 @@ class Scene:
         return Look(*self._convention.observe(seen), seen.instruction)
 
 
-def metaworld_scenes(policy: Any) -> Callable[[str], Scene]:
-    """Makes the scene of a task for `policy`, at the size of its images.
+class _Opened:
+    """Environments of a suite's tasks, of which up to `most` are open at once; None: all stay open."""
 
-    The function raises SuiteError where the policy cannot act in Meta-World, and SimulatorUnavailable where that is
+    def __init__(self, make: Callable[[str], Any], most: int | None) -> None:
+        self._make, self._most = make, most
+        self._open: dict[str, Any] = {}
+
+    def __call__(self, task: str) -> Any:
+        if task not in self._open:
+            while self._most is not None and len(self._open) >= self._most:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[task] = self._make(task)
+        return self._open[task]
+
+
+def suite_of(policy: Any) -> str:
+    """The benchmark that a reference policy was trained on: "metaworld" or "libero_object"."""
+    return getattr(policy.config, "suite", "metaworld")
+
+
+def scenes(policy: Any) -> Callable[[str], Scene]:
+    """Makes the scene of a task of the benchmark that `policy` was trained on, at the size of its images.
+
+    The function raises SuiteError where the policy cannot act there, and SimulatorUnavailable where the simulator is
     missing.
     """
-
-    def make(task: str) -> Scene:
+    if suite_of(policy) == "metaworld":
         from vla_pruner.simulators.metaworld_suite import MetaWorldSuite
 
-        suite = MetaWorldSuite("metaworld:mt8", image_size=policy.image_size)
-        return Scene(suite.make(task), suite.convention(policy))
+        suite: Any = MetaWorldSuite("metaworld:mt8", image_size=policy.image_size)
+        most = None
+    else:
+        from vla_pruner.simulators.libero import LiberoSuite
 
-    return make
+        suite = LiberoSuite(suite_of(policy))
+        most = 2  # each takes 2 GB
+    opened, convention = _Opened(suite.make, most), suite.convention(policy)
+    return lambda task: Scene(task, opened, convention)

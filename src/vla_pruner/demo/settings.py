@@ -12,8 +12,29 @@ DEFAULT_EPISODES = 6
 DEFAULT_MINUTES = 6.5
 QUICK_EPISODES = 1
 QUICK_MINUTES = 1.1
-DEFAULT_SEED = 1_000_000
 DEFAULT_OUT = Path("demo-output")
+
+
+@dataclass(frozen=True)
+class DemoSuite:
+    """A benchmark that the demo runs on.
+
+    Attributes:
+        policy: name of the reference policy that was trained on it.
+        first: the first initial state that runs where none is named.
+        states: initial states of a task; None: one for each seed.
+    """
+
+    policy: str
+    first: int
+    states: int | None
+
+
+SUITES = {
+    "metaworld": DemoSuite("metaworld", first=1_000_000, states=None),
+    "libero_object": DemoSuite("libero-object", first=0, states=50),
+}
+DEFAULT_SUITE = "metaworld"
 
 
 class DemoError(VLAPrunerError):
@@ -28,19 +49,42 @@ class DemoSettings:
         tasks: which tasks; None for all that the policy was trained on.
         episodes: episodes a task and arm; None for the default.
         keep: fraction of the visual tokens that the pruned arms keep, in (0, 1]; None: what each setting says.
-        seed: initial states are those of seeds `seed`, `seed + 1`, ...
+        seed: the first initial state: in Meta-World the seed that draws it, in LIBERO the number of a stored one; None:
+            the suite's own.
         out: folder that the report and the results are written to.
         quick: fewer episodes, for a first look.
-        weights: a reference policy's name, or the folder of one's weights; None: `reference_names.DEFAULT`.
+        weights: a reference policy's name, or the folder of one's weights; None: the suite's.
+        suite: a key of `SUITES`; None: the one that the weights were trained on.
     """
 
     tasks: tuple[str, ...] | None = None
     episodes: int | None = None
     keep: float | None = None
-    seed: int = DEFAULT_SEED
+    seed: int | None = None
     out: Path = DEFAULT_OUT
     quick: bool = False
     weights: str | Path | None = None
+    suite: str | None = None
+
+    @property
+    def policy(self) -> str | Path:
+        """Which reference policy runs."""
+        return SUITES[self.suite or DEFAULT_SUITE].policy if self.weights is None else self.weights
+
+    def first_state(self, suite: str) -> int:
+        """The first initial state.
+
+        Raises:
+            DemoError: the suite has no such state, or too few from there on.
+        """
+        known = SUITES[suite]
+        first = known.first if self.seed is None else self.seed
+        if known.states is not None and first + self.episodes_a_task > known.states:
+            raise DemoError(
+                f"{suite} has {known.states} initial states a task, from 0 on, and {first} + {self.episodes_a_task} is "
+                "more; lower --episodes or --seed."
+            )
+        return first
 
     @property
     def episodes_a_task(self) -> int:
@@ -61,7 +105,9 @@ class DemoSettings:
             raise DemoError(f"--keep is {self.keep:g}; it is a fraction of the visual tokens, above 0 and up to 1.")
         if self.episodes is not None and self.episodes < 1:
             raise DemoError(f"--episodes is {self.episodes}; at least 1 episode a task is needed.")
-        if self.seed < 0:
+        if self.suite is not None and self.suite not in SUITES:
+            raise DemoError(f"--suite is {self.suite}; it is one of {', '.join(SUITES)}.")
+        if self.seed is not None and self.seed < 0:
             raise DemoError(f"--seed is {self.seed}; it must be 0 or more.")
         if self.tasks is not None and not self.tasks:
             raise DemoError("--tasks names no task; give task names separated by commas, or leave the flag out.")

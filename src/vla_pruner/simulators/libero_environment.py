@@ -143,9 +143,17 @@ class LiberoEnvironment:
         self._over = success or truncated
         return self._observation(seen), float(reward), success, truncated, {"success": success}
 
+    def begin(self, seed: int) -> Observation:
+        """As `reset`, of the initial state of this number."""
+        return self.reset(initial_state=seed)[0]
+
     def frame(self, size: int) -> Image:
         """As `Environment.frame`: from in front of the robot."""
         return self._draw(AGENT, size)
+
+    def picture(self, camera: str, size: int) -> Image:
+        """(size, size, 3) uint8: what a camera shows, for videos; not counted as drawn."""
+        return self._draw(camera, size)
 
     def close(self) -> None:
         """As `Environment.close`."""
