@@ -232,7 +232,9 @@ def test_a_whole_run_that_a_signal_ends(policy: Any) -> None:
             with PolicyClient(lines[1].split(" at ")[1].split(";")[0]) as client:
                 assert client.infer(observation(policy))["actions"].shape == (1, 4)
                 process.send_signal(signal.SIGINT)
-                assert process.stderr.read() == "Stopping: answering what is under way.\n"
+                told = process.stderr.read().splitlines()
+                assert told[0] == "Stopping: answering what is under way."
+                assert [line.split(" ", 1)[1] for line in told[1:]] == ["Robot 1 left after 1 episode of 1 control step."]
             assert process.wait(WAIT) == 0
         finally:
             process.kill()

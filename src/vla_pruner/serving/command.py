@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,36 @@ def add_serve(commands: Any) -> None:
         default=[],
         help="an instruction to run, and compile, beforehand; may be repeated (default: one that the policy knows)",
     )
+    add(
+        "--default-prompt",
+        metavar="TEXT",
+        help="the instruction of observations that have none, as openpi's ALOHA clients send (default: refused)",
+    )
+    add(
+        "--episode-gap",
+        metavar="S",
+        type=float,
+        help="silence of a robot after which its next observation begins an episode: openpi's clients say no reset\n"
+        "(default: only 'reset' and another prompt begin one)",
+    )
+    add(
+        "--episode-jump",
+        metavar="X",
+        type=float,
+        help="change of one number of a robot's state that begins an episode (default: none does)",
+    )
+    add("--action-dim", metavar="N", type=int, help="send the first N numbers of an action (default: all)")
+    add(
+        "--no-center-crop",
+        action="store_true",
+        help="OpenVLA and OFT with --observations libero: trained without image augmentation (default: with)",
+    )
+    add(
+        "--metadata",
+        metavar="FILE",
+        type=Path,
+        help='JSON object that clients are told when they connect, such as {"reset_pose": [...]} (default: none)',
+    )
     add("--threads", metavar="N", type=int, help="of torch on the CPU (default: torch's)")
     add("--seed", metavar="N", type=int, default=0, help="of what the policy draws (default: %(default)s)")
     add_weights(command)
@@ -113,6 +145,7 @@ def run_serve(options: argparse.Namespace) -> int:
     """
     _check_installed()
     from vla_pruner.serving.doors import check_address, tls_context
+    from vla_pruner.serving.logs import told_operator
     from vla_pruner.serving.server import PolicyServer
     from vla_pruner.serving.settings import ServerSettings
 
@@ -134,6 +167,12 @@ def run_serve(options: argparse.Namespace) -> int:
         prompts=tuple(options.prompt),
         compile=options.compile,
         name=options.policy,
+        metadata=_metadata(options.metadata),
+        default_prompt=options.default_prompt,
+        episode_gap=options.episode_gap,
+        episode_jump=options.episode_jump,
+        action_dim=options.action_dim,
+        center_crop=not options.no_center_crop,
     )
     method = _method(options)
     tls_context(settings)
@@ -148,9 +187,11 @@ def run_serve(options: argparse.Namespace) -> int:
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once, also during the warm-up
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    told = ExitStack()
     for number in before:
         signal.signal(number, end)
     try:
+        told.enter_context(told_operator())
         _say(f"Loaded {options.policy}; warming up{' and compiling' if options.compile else ''}.")
         server.start()
         if settings.is_open:
@@ -168,6 +209,7 @@ def run_serve(options: argparse.Namespace) -> int:
         _say("Stopping: answering what is under way.")
     finally:
         server.stop()
+        told.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
@@ -216,6 +258,21 @@ def _api_key(file: Path | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ServingError(f"--api-key-file is {file}, which cannot be read ({reason}).") from error
+
+
+def _metadata(file: Path | None) -> dict[str, Any]:
+    from vla_pruner.serving.errors import ServingError
+
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ServingError(f"--metadata is {file}, which cannot be read as JSON ({reason}).") from error
+    if not isinstance(found, dict):
+        raise ServingError(f'--metadata is {file}, which holds no JSON object; write {{"name": value}} into it.')
+    return found
 
 
 def _check_installed() -> None:

@@ -39,6 +39,8 @@ class Robot:
         episode: how many have begun before this one.
         step: control steps of this episode so far.
         instruction: of the last control step; None before the first one.
+        state: the robot's state (d,) of the last control step; None before the first one, or where none is sent.
+        heard: `time.perf_counter` when the last control step was answered.
     """
 
     number: int
@@ -46,6 +48,31 @@ class Robot:
     episode: int = 0
     step: int = 0
     instruction: str | None = None
+    state: np.ndarray | None = None
+    heard: float = 0.0
+
+    def episode_begins(self, seen: Seen, now: float, gap: float | None, jump: float | None) -> str | None:
+        """Why an observation begins an episode; None where it goes on with the present one.
+
+        Args:
+            seen: the observation.
+            now: `time.perf_counter`.
+            gap, jump: `episode_gap` and `episode_jump` of `ServerSettings`.
+        """
+        if not self.step:
+            return "it is the first"
+        if seen.reset:
+            return "the client says so"
+        if seen.instruction != self.instruction:
+            return "the prompt is another one"
+        if gap is not None and now - self.heard > gap:
+            return f"{now - self.heard:.1f} s of silence"
+        if jump is not None and self.state is not None and seen.proprio is not None:
+            same = self.state.shape == seen.proprio.shape
+            far = float(np.abs(seen.proprio - self.state).max(initial=0.0)) if same else np.inf
+            if far > jump:
+                return f"the state jumped by {far:.3g}"
+        return None
 
     def begin_episode(self) -> None:
         """Forget everything but that there was an episode."""

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from vla_pruner.wording import one_line
 
@@ -62,3 +63,19 @@ def _harmless(value: object) -> object:
 
 log = logging.getLogger("vla_pruner.serving")
 log.addFilter(Sparing())
+
+
+@contextmanager
+def told_operator() -> Iterator[None]:
+    """Writes what is worth knowing of a server that runs well, such as the episodes of its robots, to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before

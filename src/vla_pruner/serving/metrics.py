@@ -40,6 +40,7 @@ class Metrics:
             f"{_PREFIX}_kept_tokens", "Visual tokens kept, of all control steps.", registry=self._registry
         )
         self._tokens = Counter(f"{_PREFIX}_visual_tokens", "Visual tokens, of all steps.", registry=self._registry)
+        self._episodes = Counter(f"{_PREFIX}_episodes", "Episodes begun, of all robots.", registry=self._registry)
         Gauge(f"{_PREFIX}_sessions", "Robots connected.", registry=self._registry).set_function(robots)
         Gauge(f"{_PREFIX}_queue_depth", "Control steps that wait.", registry=self._registry).set_function(waiting)
         for outcome in ("answered", "refused", "failed", "overloaded", "left"):
@@ -59,6 +60,10 @@ class Metrics:
     def failed(self, outcome: str) -> None:
         """A control step was "refused" (its message was wrong), "failed", "overloaded", or its robot "left" before."""
         self._requests.labels(outcome).inc()
+
+    def episode_began(self) -> None:
+        """A robot began an episode."""
+        self._episodes.inc()
 
     def turned_away(self, reason: str) -> None:
         """A connection was refused: no "key", the server is "full" of robots, or "crowded" by others."""

@@ -106,6 +106,7 @@ class ObservationReader:
         channels_first: as of the layout.
         image: what an image goes through, (H, W, 3) uint8 -> the same; done where the model runs.
         actions: what a chunk goes through, (chunk, dim) -> (chunk, dim).
+        default_prompt: the instruction of observations that have none; None: they are refused.
     """
 
     keys: Mapping[str, str]
@@ -113,6 +114,7 @@ class ObservationReader:
     channels_first: bool = False
     image: Callable[[np.ndarray], np.ndarray] = field(default=_as_it_is)
     actions: Callable[[np.ndarray], np.ndarray] = field(default=_as_it_is)
+    default_prompt: str | None = None
 
     def read(self, observation: Any) -> Seen:
         """A message's observation.
@@ -122,7 +124,8 @@ class ObservationReader:
         """
         if not isinstance(observation, dict):
             raise ObservationError(f"An observation is a map of keys to values; found {_what(observation)}.")
-        prompt = self._find(observation, "prompt")
+        default = self.default_prompt
+        prompt = default if default is not None and "prompt" not in observation else self._find(observation, "prompt")
         if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
             found = f"{len(prompt)} characters" if isinstance(prompt, str) else _what(prompt)
             raise ObservationError(f"'prompt' is text of up to {LONGEST_PROMPT} characters; found {found}.")
@@ -179,7 +182,12 @@ class ObservationReader:
 
 
 def reader_of(
-    policy: Policy, layout: str = BY_CAMERA, camera_keys: Mapping[str, str] | None = None
+    policy: Policy,
+    layout: str = BY_CAMERA,
+    camera_keys: Mapping[str, str] | None = None,
+    default_prompt: str | None = None,
+    action_dim: int | None = None,
+    center_crop: bool = True,
 ) -> ObservationReader:
     """What reads `layout` for `policy`.
 
@@ -190,9 +198,11 @@ def reader_of(
         policy: whose cameras and state are wanted.
         layout: a name of `LAYOUTS`.
         camera_keys: keys of single cameras, in place of the layout's.
+        default_prompt, action_dim, center_crop: as of `ServerSettings`.
 
     Raises:
-        ServingError: there is no such layout, or it has no key for one of the policy's cameras.
+        ServingError: there is no such layout, it has no key for one of the policy's cameras, or the policy's actions
+            have fewer numbers than `action_dim`.
         SuiteError: how the policy's family sees LIBERO is not known.
     """
     if layout not in LAYOUTS:
@@ -216,12 +226,27 @@ def reader_of(
             )
         keys[camera] = key
     state = declared.state if policy.proprio_size is not None else ()
-    if layout != "libero":
-        return ObservationReader(keys, state, declared.channels_first)
-    from vla_pruner.simulators.libero_conventions import libero_convention
+    image = actions = _as_it_is
+    if layout == "libero":
+        from vla_pruner.simulators.libero_conventions import libero_convention
 
-    convention = libero_convention(policy)
-    return ObservationReader(keys, state, declared.channels_first, convention.image, convention.actions)
+        convention = libero_convention(policy, center_crop)
+        image, actions = convention.image, convention.actions
+    return ObservationReader(
+        keys, state, declared.channels_first, image, _first_of(policy, action_dim, actions), default_prompt
+    )
+
+
+def _first_of(
+    policy: Policy, action_dim: int | None, actions: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """`actions`, of which the first `action_dim` numbers are sent."""
+    if action_dim is None:
+        return actions
+    size = getattr(policy, "action_size", None)
+    if size is not None and action_dim > size:
+        raise ServingError(f"--action-dim is {action_dim}, and the policy's actions have {size} numbers.")
+    return lambda chunk: actions(chunk)[:, :action_dim]
 
 
 def _flag(value: Any) -> bool:

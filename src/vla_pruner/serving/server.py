@@ -26,6 +26,7 @@ from vla_pruner.serving.logs import log, traceback_of
 from vla_pruner.serving.metrics import Metrics
 from vla_pruner.serving.observations import Seen, reader_of
 from vla_pruner.serving.settings import ServerSettings
+from vla_pruner.wording import counted
 
 # What strangers send is theirs to know: the library would log a traceback for each failed handshake.
 _library_log = logging.getLogger("vla_pruner.serving.websockets")
@@ -60,7 +61,15 @@ class PolicyServer:
 
     def __init__(self, policy: Policy, pruner: Method | None = None, settings: ServerSettings | None = None) -> None:
         self.settings = ServerSettings() if settings is None else settings
-        reader = reader_of(policy, self.settings.observations, self.settings.camera_keys)
+        asked = self.settings
+        reader = reader_of(
+            policy,
+            asked.observations,
+            asked.camera_keys,
+            asked.default_prompt,
+            asked.action_dim,
+            asked.center_crop,
+        )
         self._engine = Engine(policy, pruner, reader, self.settings)
         self._reader = reader
         self._robots: dict[int, Robot] = {}
@@ -231,6 +240,10 @@ class PolicyServer:
         except ConnectionClosed:
             pass  # it left, or was gone
         finally:
+            if robot.step:
+                episodes, steps = counted(robot.episode + 1, "episode"), counted(robot.step, "control step")
+                last = "" if robot.episode == 0 else ", the last one"
+                log.info("Robot %d left after %s%s of %s.", robot.number, episodes, last, steps)
             # Its place is free when its socket is, and not before.
             await self._see_off(connection)
             del self._robots[robot.number]
@@ -323,9 +336,16 @@ class PolicyServer:
             raise CodecError("A text message came; observations are binary messages of msgpack.")
         # Long messages take milliseconds, in which the event loop has others to answer.
         seen = await asyncio.get_running_loop().run_in_executor(self._decoder, self._read, message)
-        if robot.step and (seen.reset or seen.instruction != robot.instruction):
-            robot.begin_episode()
-        return await self._batcher.submit(Job(robot, seen))
+        why = robot.episode_begins(seen, perf_counter(), self.settings.episode_gap, self.settings.episode_jump)
+        if why is not None:
+            if robot.step:
+                steps = counted(robot.step, "control step")
+                log.info("Robot %d: an episode of %s is over (%s).", robot.number, steps, why)
+                robot.begin_episode()
+            self.metrics.episode_began()
+        found = await self._batcher.submit(Job(robot, seen))
+        robot.heard, robot.state = perf_counter(), seen.proprio
+        return found
 
     def _read(self, message: bytes) -> Seen:
         return self._reader.read(unpack(message))

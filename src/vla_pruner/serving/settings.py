@@ -38,6 +38,14 @@ class ServerSettings:
         compile: whether the policy is compiled before the port opens.
         name: what metadata calls the model.
         metadata: more that clients are told when they connect, such as {"reset_pose": [...]}.
+        default_prompt: the instruction of observations that have none; None: they are refused.
+        episode_gap: seconds without an observation after which a robot's next one begins an episode; None: silence
+            does not.
+        episode_jump: how far one number of the robot's state may be from the observation before; what goes further
+            begins an episode; None: no state does.
+        action_dim: numbers of an action that clients are sent, the first ones; None: all.
+        center_crop: for OpenVLA and OFT with the layout "libero": whether the checkpoint was trained with image
+            augmentation, as published ones.
     """
 
     host: str = "127.0.0.1"
@@ -60,6 +68,11 @@ class ServerSettings:
     compile: bool = False
     name: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
+    default_prompt: str | None = None
+    episode_gap: float | None = None
+    episode_jump: float | None = None
+    action_dim: int | None = None
+    center_crop: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_robots", "max_waiting", "max_batch"):
@@ -78,6 +91,13 @@ class ServerSettings:
         }.items():
             if not (value > 0 and math.isfinite(value)):
                 raise ServingError(f"{name} is {value!r}; it is a number of seconds above 0.")
+        for name, value in {"--episode-gap": self.episode_gap, "--episode-jump": self.episode_jump}.items():
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ServingError(f"{name} is {value!r}; it is a finite number above 0.")
+        if self.action_dim is not None and not _is_count(self.action_dim):
+            raise ServingError(f"--action-dim is {self.action_dim!r}; it is a whole number of 1 or more.")
+        if self.default_prompt is not None and not self.default_prompt.strip():
+            raise ServingError("--default-prompt is empty; give the instruction that your policy was trained on.")
         if not 0 <= self.batch_window <= 1:
             raise ServingError(f"--batch-window is {1e3 * self.batch_window:g} ms; it is 0 to 1000 ms, such as 2.")
         if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port < 2**16:
