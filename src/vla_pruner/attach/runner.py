@@ -54,7 +54,7 @@ class Runner:
         self.method = method
         self.family = family
         self.stages = stages_of(method, family)
-        self.reuse = Reuse(family) if method.pruned == "reuse" else None
+        self.reuse = Reuse(family) if method.fate.needs_last_step else None
         self.turn = Turn()
         self.clock: Clock | None = None
         self.compiled: Compiled | None = None
@@ -211,7 +211,7 @@ class Runner:
         step = self.open_step()
         if step.begin_choice(layer):
             live = self._select(self.stages[layer], step, hidden, step.budgets[layer])
-            step.shorten(layer, live, readable=self.method.pruned != "drop")
+            step.shorten(layer, live, readable=self.method.fate.readable)
         return step.shortening_at(layer)
 
     @own_arithmetic
