@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "vla_pruner"
 
 FLOORS = (
     (
-        "bootstrap", "caches", "checks", "conditions", "cost", "errors", "flags", "json_file", "observations",
+        "bootstrap", "caches", "checks", "conditions", "cost", "errors", "fate", "flags", "json_file", "observations",
         "plugins", "replacements", "statistics", "strangers", "terminal", "timing", "versions", "wording",
     ),
     ("checkpoints", "client", "methods", "preprocessing"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vla_pruner.errors import VLAPrunerError
+from vla_pruner.fate import WITHIN_A_STEP
 from vla_pruner.flags import budget, names, option
 from vla_pruner.wording import readable
 
@@ -222,7 +223,7 @@ def _add_audit(commands: Any) -> None:
     command.add_argument("--layer", metavar="K", type=int, default=3, help="the pruning layer (default: %(default)s)")
     command.add_argument(
         "--pruned",
-        choices=("drop", "freeze"),
+        choices=WITHIN_A_STEP,
         help="what becomes of the other tokens (default: drop); both are compared with their reference",
     )
     command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from vla_pruner.fate import Fate
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -111,12 +113,13 @@ def decoder_flops(
 
     Raises:
         ValueError: if `kept`, `layer` or `then` is outside of what the shapes allow.
+        BudgetError: if `pruned` is no fate.
     """
-    flops = Flops()
+    flops, fate = Flops(), Fate.of(pruned)
     for visual in visual_tokens_at(decoder.layers, step.visual, kept, layer, then):
         live = visual + step.other
-        seen = live if pruned == "drop" else step.visual + step.other
-        flops += decoder.layer(live, seen, seen - live if pruned == "freeze" else 0)
+        seen = step.visual + step.other if fate.readable else live
+        flops += decoder.layer(live, seen, seen - live if fate.projects else 0)
         for position in range(1, step.actions):
             flops += decoder.layer(1, seen + position)
     return flops + Flops(linear=2 * decoder.hidden * decoder.vocabulary * step.actions)
@@ -215,7 +218,7 @@ class ControlStep:
         self, kept: int | None = None, layer: int = 0, pruned: str = "drop", then: Sequence[tuple[int, int]] = ()
     ) -> dict[str, float]:
         """FLOPs of its parts. Arguments and errors as in `decoder_flops`."""
-        shape = self.decoder
+        shape, fate = self.decoder, Fate.of(pruned)
         vision = Flops(self.projector * self.visual)
         for tower in self.towers:
             image = tower.layers * tower.shape.layer(tower.tokens, tower.tokens) + Flops(tower.patching)
@@ -223,7 +226,7 @@ class ControlStep:
         head = Flops(2 * shape.hidden * shape.vocabulary)
         before, deep, after = Flops(), head, self.decoded * head
         for index, (live, seen) in enumerate(self._lengths(kept, layer, pruned, then)):
-            one = shape.layer(live, seen, seen - live if pruned == "freeze" else 0)
+            one = shape.layer(live, seen, seen - live if fate.projects else 0)
             if index < layer:
                 before += one
             else:
@@ -254,10 +257,10 @@ class ControlStep:
         self, kept: int | None, layer: int, pruned: str, then: Sequence[tuple[int, int]]
     ) -> list[tuple[int, int]]:
         """Of each layer, tokens that pass through it and tokens that can be attended to there."""
-        found = []
+        found, fate = [], Fate.of(pruned)
         for visual in visual_tokens_at(self.decoder.layers, self.visual, kept, layer, then):
             live = visual + self.other
-            found.append((live, live if pruned == "drop" else self.visual + self.other))
+            found.append((live, self.visual + self.other if fate.readable else live))
         return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from vla_pruner import methods, plugins
 from vla_pruner.errors import BudgetError, PluginError, VLAPrunerError
+from vla_pruner.fate import Fate
 from vla_pruner.methods import Method, RandomKeep
 
 FRESH = 8
@@ -23,7 +24,7 @@ FRESH = 8
 
 KEEP: tuple[float | int, ...] = (0.25,)
 LAYER = (3,)
-FATES = ("drop", "freeze", "reuse")
+FATES = tuple(Fate)
 _OF_EVERY_ARM = ("keep", "layer", "pruned")
 """Options of any method, which flags give all of them at once."""
 
@@ -93,7 +94,7 @@ def methods_of(
         extra = dict(_option(shown, kind, option) for option in options)
         own = {word: (extra.pop(word),) for word in _OF_EVERY_ARM if word in extra}
         others = tuple(option for option in options if option.partition("=")[0] in extra)
-        drops = "drop" in kind().treatments
+        drops = Fate.DROP in kind().treatments
         for layer in own.get("layer", layers):
             for fate in _fates(shown, kind().treatments, own.get("pruned", pruned)):
                 for amount in own.get("keep", keep or (KEEP if drops else (kind().keep,))):

@@ -14,7 +14,7 @@ from tests.attach.tiny import CACHE, VISUAL, K, decode, make_cache, prompt, tiny
 from tests.families import cases
 from tests.families.matrix import BOTH
 from tests.state import whole_state
-from vla_pruner.attach.step import Step
+from vla_pruner.attach.control_step import ControlStep
 from vla_pruner.timing import StageTimer
 
 METHOD = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic")
@@ -42,14 +42,14 @@ def test_all_is_taken_away_whatever_fails_and_the_first_error_is_raised(monkeypa
 
         return raises
 
-    taken_away = session._family.remove
+    taken_away = session.family.remove
 
     def last():
         taken_away()
         raise RuntimeError("the family")
 
-    monkeypatch.setattr(session._family, "remove", last)
-    monkeypatch.setattr(Step, "settle", fail("what was put off"))
+    monkeypatch.setattr(session.family, "remove", last)
+    monkeypatch.setattr(ControlStep, "settle", fail("what was put off"))
     with pytest.raises(RuntimeError, match="the family"):
         session.detach()
     assert not session.attached
@@ -63,7 +63,7 @@ def test_an_error_while_settling_comes_after_the_removal(monkeypatch):
     before = whole_state(model)
     session = METHOD.attach(model, visual=VISUAL)
     step(model)
-    monkeypatch.setattr(Step, "settle", lambda _: 1 / 0)
+    monkeypatch.setattr(ControlStep, "settle", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         session.detach()
     assert whole_state(model) == before

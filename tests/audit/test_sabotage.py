@@ -15,7 +15,8 @@ from torch import nn
 
 import vla_pruner as vp
 from vla_pruner import timing
-from vla_pruner.attach import recorder, session, shortener
+from vla_pruner.attach import recorder, runner, short_layers
+from vla_pruner.attach.shortening import Shortening
 from vla_pruner.auditing import environment
 from vla_pruner.auditing.run import CHECKS, audit
 from vla_pruner.auditing.subject import Subject
@@ -126,9 +127,9 @@ def test_vision_that_is_skipped_while_pruned(policy):
 
 
 def test_pruning_that_starts_a_layer_late(policy, monkeypatch):
-    original = session.stages_of
+    original = runner.stages_of
     monkeypatch.setattr(
-        session, "stages_of", lambda *given: {layer + 1: stage for layer, stage in original(*given).items()}
+        runner, "stages_of", lambda *given: {layer + 1: stage for layer, stage in original(*given).items()}
     )
     method = vp.RandomKeep(keep=0.25)
     check = ask("lengths", policy, method)
@@ -140,8 +141,8 @@ def test_pruning_that_starts_a_layer_late(policy, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gathering_the_wrong_rows(dtype, monkeypatch):
     policy = vp.random_policy("reference", dtype=dtype)
-    original = shortener.Shortening.live_rows
-    monkeypatch.setattr(shortener.Shortening, "live_rows", lambda self, tensor: original(self, tensor).roll(1, 1))
+    original = Shortening.live_rows
+    monkeypatch.setattr(Shortening, "live_rows", lambda self, tensor: original(self, tensor).roll(1, 1))
     for name in ("reference drop", "reference freeze"):
         assert ask(name, policy).passed is False, name
     assert ask("lengths", policy).passed, "the lengths alone do not show it"
@@ -150,7 +151,7 @@ def test_gathering_the_wrong_rows(dtype, monkeypatch):
 def test_positions_counted_anew(policy, monkeypatch):
     """The classic: kept tokens are given the positions of a shorter prompt."""
     monkeypatch.setattr(
-        shortener, "_each", lambda function, tensors: tuple(x[:, : function(x).shape[1]] for x in tensors)
+        short_layers, "_each", lambda function, tensors: tuple(x[:, : function(x).shape[1]] for x in tensors)
     )
     check = ask("reference drop", policy)
     assert check.passed is False
@@ -170,9 +171,9 @@ def test_frozen_tokens_that_say_nothing(policy, monkeypatch):
 
 def test_columns_of_an_expert_left_as_they_were(two_cameras, monkeypatch):
     """An expert that reads the wrong columns: only its own calls can show it."""
-    original = shortener.Shortening.reader_mask
+    original = Shortening.reader_mask
     monkeypatch.setattr(
-        shortener.Shortening,
+        Shortening,
         "reader_mask",
         lambda self, mask, buffer: original(self, mask, buffer) & (torch.arange(mask.shape[-1] - 96) > 8),
     )
@@ -350,14 +351,14 @@ def test_a_policy_that_breaks_off_is_a_finding(policy):
 @pytest.mark.parametrize("error", [vp.SessionError, RuntimeError, KeyError, OSError])
 def test_what_breaks_before_the_first_check_is_a_finding_too(policy, error, first, capsys, monkeypatch, tmp_path):
     """The audit looks for the first pruned step before it asks anything."""
-    original = session.Session.choose
+    original = runner.Runner.choose
 
     def choose(self, hidden, layer):
-        if self._step.prunes or first:
+        if self.step.prunes or first:
             raise error("steps cannot be interleaved")
         return original(self, hidden, layer)
 
-    monkeypatch.setattr(session.Session, "choose", choose)
+    monkeypatch.setattr(runner.Runner, "choose", choose)
     report = audit(policy, METHOD)
     broken = {check.name: check.detail for check in report.failures}
     assert {"lengths", "reference drop", "reference freeze", "scenes", "reset", "detach", "share"} <= set(broken)

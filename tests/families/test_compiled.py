@@ -164,7 +164,7 @@ def test_what_others_compile_meanwhile_changes_no_step():
     method = vp.VLAPruner(keep=0.25, layer=1, window=1)
     with method.attach(model) as session, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        steps = [session.open_call(Call(model.config.prompt_length, None, 2, model.device)) for _ in range(2)]
+        steps = [session._runner.open_call(Call(model.config.prompt_length, None, 2, model.device)) for _ in range(2)]
     assert steps == [True, True]
 
 
@@ -184,8 +184,8 @@ def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
         found = []
         for scene in range(3):
             case.step(model, scene, matrix.BOTH)
-            assert session._compiled is not None
-            found.append(session._compiled.programs)
+            assert session._runner.compiled is not None
+            found.append(session._runner.compiled.programs)
     assert found == [2, 3, 3]
 
 
@@ -229,8 +229,8 @@ def test_denoising_steps_are_one_program():
     with vp.FastV(keep=0.25).attach(model) as session:
         session.compile("eager")
         case.step(model, 0, matrix.BOTH)
-        assert session._compiled is not None
-        assert session._compiled.programs == 2
+        assert session._runner.compiled is not None
+        assert session._runner.compiled.programs == 2
 
 
 def test_a_prompt_without_text_is_refused_in_our_words():

@@ -55,7 +55,7 @@ def test_a_camera_that_is_not_seen(subject):
 
 
 def test_gathering_the_wrong_rows(subject, monkeypatch):
-    from vla_pruner.attach.layout import Shortening
+    from vla_pruner.attach.shortening import Shortening
 
     original = Shortening.live_rows
     monkeypatch.setattr(Shortening, "live_rows", lambda self, tensor: original(self, tensor).roll(1, 1))
@@ -65,7 +65,7 @@ def test_gathering_the_wrong_rows(subject, monkeypatch):
 
 def test_wrong_columns_for_the_expert(subject, monkeypatch):
     """Only the expert's own reading of the cache is wrong; the prompt is right."""
-    from vla_pruner.attach.layout import Shortening
+    from vla_pruner.attach.shortening import Shortening
 
     original = Shortening.reader_mask
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
-from vla_pruner.caches import cache_in, cache_of
+from vla_pruner.caches import allocate, cache_in, cache_key, cache_of, filled_columns, lay_out, vary_length
 from vla_pruner.errors import BudgetError, UnsupportedModelError
 from vla_pruner.replacements import Replacements
 
 if TYPE_CHECKING:
-    from vla_pruner.attach.session import Session
+    from vla_pruner.attach.runner import Runner
 
 _numbers = count()
 
@@ -44,16 +44,16 @@ class Compiled:
         family: of the policy.
         encoders: its vision encoders.
         backend: as in `torch.compile`.
-        session: the session that is attached; None compiles the model as it is.
+        runner: of the session that is attached; None compiles the model as it is.
     """
 
     def __init__(
-        self, family: Family, encoders: Iterable[nn.Module], backend: str = "inductor", session: Session | None = None
+        self, family: Family, encoders: Iterable[nn.Module], backend: str = "inductor", runner: Runner | None = None
     ) -> None:
         self._family = family
         self._encoders = tuple(encoders)
         self._backend = backend
-        self._session = session
+        self._runner = runner
         self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._replaced = Replacements(COPIED)
 
@@ -82,9 +82,9 @@ class Compiled:
                 f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
                 "cannot be compiled with what pruning does in them; leave compile out."
             )
-        if self._session is not None and self._session.reuse is not None:
+        if self._runner is not None and self._runner.reuse is not None:
             raise UnsupportedModelError(
-                f"{type(self._session.method).__name__} reuses keys and values of the last control step, which a "
+                f"{type(self._runner.method).__name__} reuses keys and values of the last control step, which a "
                 "static graph would overwrite; run it without compile()."
             )
         if family.acting is not None:
@@ -116,8 +116,8 @@ class Compiled:
             given: what the call runs on.
             *args: for the function; a dict is arguments of the decoder's call.
         """
-        kinds = tuple(_kind(value) for value in args if isinstance(value, dict))
-        return self._run((name, *given.shape[:2], self._state(), kinds), given, function, args, {})
+        kinds = tuple(cache_key(cache_in(value)) for value in args if isinstance(value, dict))
+        return self._run((name, *given.shape[:2], self._step_key(), kinds), given, function, args, {})
 
     @staticmethod
     def begin_step() -> None:
@@ -127,46 +127,44 @@ class Compiled:
     def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # What another graph made, the next step may overwrite from its beginning on.
         args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
-        given, session = _first_tensor(args, kwargs), self._session
-        if session is None:
+        given, runner = _first_tensor(args, kwargs), self._runner
+        if runner is None:
             self.begin_step()
             return self._run(("step", *given.shape[:2]), given, original, args, kwargs)
-        with session.timed():
-            session.open_call(Call(given.shape[1], None, given.shape[0], given.device))
+        with runner.timed():
+            runner.open_call(Call(given.shape[1], None, given.shape[0], given.device))
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            session.finish()
+            runner.finish()
             return result
 
-        session.whole = True
-        try:
-            return self._run(("step", *given.shape[:2], self._state()), given, whole, args, kwargs)
-        finally:
-            session.whole = False
+        with runner.as_one_graph():
+            return self._run(("step", *given.shape[:2], self._step_key()), given, whole, args, kwargs)
 
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given, state = _first_tensor(args, kwargs), self._state()
-        prompt = given.shape[1] > 1 if state is None else state[0]
+        given, step = _first_tensor(args, kwargs), None if self._runner is None else self._runner.step
+        prompt = given.shape[1] > 1 if step is None else step.in_prompt()
         if prompt:
-            _fill_static_cache(self._family.decoder, given, cache_in(kwargs))
-        if prompt and state is None:
+            # Outside of the graph, whose own memory the next step would overwrite.
+            allocate(cache_in(kwargs), self._family.decoder, given)
+        if prompt and step is None:
             self.begin_step()
-        key = ("decoder", prompt, *given.shape[:2], state, _kind(kwargs))
+        key = ("decoder", prompt, *given.shape[:2], self._step_key(), cache_key(cache_in(kwargs)))
         return self._run(key, given, original, args, kwargs, varies=not prompt)
 
     def _read(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = _first_tensor(args, kwargs)
-        key = ("reader", index, *given.shape[:2], self._state(), _kind(kwargs), _cached(kwargs))
+        given, cache = _first_tensor(args, kwargs), cache_in(kwargs)
+        key = ("reader", index, *given.shape[:2], self._step_key(), cache_key(cache), filled_columns(cache))
         return self._run(key, given, original, args, kwargs)
 
     def _see(self, which: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = _first_tensor(args, kwargs)
         return self._run(("encoder", which, given.shape), given, original, args, kwargs)
 
-    def _state(self) -> tuple[Hashable, ...] | None:
-        step = None if self._session is None else self._session.step
-        return None if step is None else step.state()
+    def _step_key(self) -> tuple[Hashable, ...] | None:
+        step = None if self._runner is None else self._runner.step
+        return None if step is None else step.graph_key
 
     def _run(
         self,
@@ -192,7 +190,7 @@ class Compiled:
     def _program(self, device: torch.device) -> Callable[..., Any]:
         def call(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = original(*args, **kwargs)
-            _lay_out(result)
+            lay_out(cache_of(result))
             return result
 
         # torch keeps what it compiled by code object: with one of its own, no program is mistaken for another whose
@@ -266,51 +264,9 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.device.type != "cpu" else value
 
 
-def _kind(kwargs: dict[str, Any]) -> tuple[Hashable, ...]:
-    """What else a call's course depends on: what its cache is, and whether that is filled.
-
-    Layers with a sliding window count their positions as numbers, which are constants of a graph.
-    """
-    cache = cache_in(kwargs)
-    layers = getattr(cache, "layers", [])
-    kinds: list[Hashable] = [type(cache), len(layers)]
-    # Types alternate, or change once: the first and the last layer show them all.
-    for layer in (*layers[:1], *layers[-1:]):
-        length = getattr(layer, "cumulative_length", None)
-        positions = length if isinstance(length, int) else getattr(layer, "cumulative_length_int", None)
-        kinds += [type(layer), layer.is_initialized, getattr(layer, "max_cache_len", None), positions]
-    return tuple(kinds)
-
-
-def _cached(kwargs: dict[str, Any]) -> Hashable:
-    """How many positions the cache holds that an expert reads."""
-    layers = getattr(cache_in(kwargs), "layers", [])
-    return layers[0].keys.shape[2] if layers and layers[0].is_initialized else None
-
-
-def _fill_static_cache(decoder: Any, given: Tensor, cache: Any) -> None:
-    """Allocate a static cache outside of the graph, whose own memory the next step would overwrite."""
-    layers = getattr(cache, "layers", [])
-    if layers and hasattr(layers[0], "max_cache_len") and not layers[0].is_initialized:
-        config = decoder.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        dtype = given.dtype if given.is_floating_point() else decoder.dtype
-        cache.early_initialization(len(given), config.num_key_value_heads, width, dtype, given.device)
-
-
-def _lay_out(output: Any) -> None:
-    """A growing cache is contiguous from the first call on, so that decoding is one graph."""
-    for layer in getattr(cache_of(output), "layers", []):
-        if not hasattr(layer, "max_cache_len") and layer.keys is not None:
-            layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
-
-
 def _vary_lengths(kwargs: dict[str, Any]) -> None:
     """Have the lengths of a growing cache, and of its mask, be variables of the graph."""
-    for layer in getattr(cache_in(kwargs), "layers", []):
-        if not hasattr(layer, "max_cache_len") and layer.keys is not None:
-            torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
-            torch._dynamo.maybe_mark_dynamic(layer.values, 2)
+    vary_length(cache_in(kwargs))
     masks = kwargs.get("attention_mask")
     for mask in masks.values() if isinstance(masks, dict) else (masks,):
         if isinstance(mask, Tensor):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vla_pruner.attach.family import Family
+from vla_pruner.attach.turn import Turn
 from vla_pruner.errors import SessionError
 from vla_pruner.replacements import Replacements
 
@@ -20,15 +21,15 @@ _DETACHED = (
 )
 
 
-def watch_steps(session: Session, family: Family, replaced: Replacements) -> None:
+def watch_steps(session: Session, family: Family, turn: Turn, replaced: Replacements) -> None:
     """Have each call that is a whole control step keep other threads out of it."""
 
     def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not session.attached:
-            return original(*args, **kwargs)  # what somebody put on top meanwhile still comes by here
+            return original(*args, **kwargs)  # a replacement put on top meanwhile still calls this one
         family.check_step(args, kwargs)
         try:
-            with session.turn.step():
+            with turn.step():
                 result = original(*args, **kwargs)
         except Exception as error:
             if session.attached:
@@ -42,11 +43,11 @@ def watch_steps(session: Session, family: Family, replaced: Replacements) -> Non
         replaced.put(owner, name, step)
 
 
-def follow_resets(session: Session, policy: Any, replaced: Replacements) -> None:
+def follow_resets(session: Session, policy: Any, turn: Turn, replaced: Replacements) -> None:
     """Have a policy that is told of a new episode tell the session."""
 
     def reset(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        session.turn.check()
+        turn.check()
         result = original(*args, **kwargs)
         session.reset()
         return result

@@ -4,32 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.layout import Layout
 from vla_pruner.replacements import Replacements
-
-if TYPE_CHECKING:
-    from vla_pruner.attach.session import Session
-
-
-class Wiring(Protocol):
-    """What connects a session to the calls of one model."""
-
-    def install(self) -> None:
-        """Put everything in place.
-
-        Raises:
-            UnsupportedModelError: the model cannot be shortened as it is.
-        """
-        ...
-
-    def remove(self) -> None:
-        """Leave the model as it was, also after an `install` that failed half-way."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -128,8 +110,8 @@ class Family:
         """
         return 1 if self.readers else 0
 
-    def wiring(self, session: Session) -> Wiring | None:
-        """What connects `session` to this model; None: hooks on the decoder's layers."""
+    def wiring(self, host: Host) -> Wiring | None:
+        """What connects `host` to this model's calls; None: hooks on the decoder and its layers."""
         return None
 
     def opens_step(self, call: Call) -> bool:
@@ -163,7 +145,7 @@ class Family:
         raise NotImplementedError
 
     def keys_values(
-        self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+        self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         """The rotated keys and the values (B, G, F, d) that a layer of the decoder would cache for hidden states (B,
         F, D).

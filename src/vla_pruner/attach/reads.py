@@ -1,4 +1,4 @@
-"""Action attention of tokens decoded one by one: noted while they are decoded, computed in one go when asked for."""
+"""Action attention of tokens decoded one by one: noted while they are decoded, computed in one go on demand."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ class LayerReads:
     Attributes:
         queries: (B, H, 1, d) each, oldest first; the oldest belongs to the prompt.
         visible: (B or 1, 1 or H, 1, P or more) mask of the newest row, bool or additive; None: it sees all.
-        call: the newest kernel call, whose keys hold those of all older ones.
+        newest: the newest kernel call, whose keys hold those of all older ones.
     """
 
     queries: list[Tensor] = field(default_factory=list)
     visible: Tensor | None = None
-    call: Attention | None = None
+    newest: Attention | None = None
 
 
 class DeferredReads:
@@ -106,7 +106,7 @@ class DeferredReads:
         """Keep a row for later."""
         reads = self._layers.setdefault((row.layer, row.stage), LayerReads())
         reads.queries.append(row.query)
-        reads.visible, reads.call = row.visible, row.call
+        reads.visible, reads.newest = row.visible, row.call
         self.count += 1
 
     def rows(self, layer: int, stage: int) -> int:
@@ -125,8 +125,8 @@ class DeferredReads:
         groups: dict[tuple[object, ...], list[LayerReads]] = {}
         for (_, made), reads in self._layers.items():
             if made == stage:
-                assert reads.call is not None
-                alike = (id(reads.visible), len(reads.queries), reads.call.key.shape, reads.call.key.device)
+                assert reads.newest is not None
+                alike = (id(reads.visible), len(reads.queries), reads.newest.key.shape, reads.newest.key.device)
                 groups.setdefault(alike, []).append(reads)
         found = [_columns(layers, prompt) for layers in groups.values()]
         return sum(found[1:], found[0]) if found else None
@@ -134,7 +134,7 @@ class DeferredReads:
 
 def _columns(layers: list[LayerReads], prompt: int) -> Tensor:
     """`DeferredReads.columns` of layers that are alike."""
-    calls = [reads.call for reads in layers if reads.call is not None]
+    calls = [reads.newest for reads in layers if reads.newest is not None]
     batch, _, length, _ = calls[0].key.shape
     heads, rows = calls[0].query.shape[1], len(layers[0].queries)
     query = torch.stack([torch.cat(reads.queries, dim=2) for reads in layers]).flatten(0, 1)

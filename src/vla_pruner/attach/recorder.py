@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from vla_pruner.methods.scores import attention_probabilities
 
 NAME = "vla_pruner_recorder"
 _TAP = "_vla_pruner_tap"
@@ -111,3 +114,34 @@ def _record(
     for callback in tap.callbacks:
         callback(attention)
     return result
+
+
+def known_rows(attention: Attention, rows: Tensor | None) -> Tensor:
+    """As `rows_of`, without computing again what the kernel computed itself."""
+    weights = attention.weights
+    if weights is None:
+        return rows_of(attention, rows)
+    if rows is not None:
+        index = rows.to(weights.device)[:, None, :, None]
+        weights = weights.gather(2, index.expand(-1, weights.shape[1], -1, weights.shape[3]))
+    return weights.float()
+
+
+def rows_of(attention: Attention, rows: Tensor | None) -> Tensor:
+    """Probabilities (B, H, R, S) of the given query rows (B, R), or of all of them."""
+    query, mask = attention.query, attention.mask
+    batch, heads, length, dim = query.shape
+    if mask is not None:
+        mask = mask.expand(batch, *mask.shape[1:])
+    if rows is not None:
+        rows = rows.to(query.device)
+        query = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    if mask is not None:
+        mask = mask[..., : attention.key.shape[2]]
+    if attention.causal:
+        positions = torch.arange(length, device=query.device).expand(batch, -1) if rows is None else rows
+        keys = torch.arange(attention.key.shape[2], device=query.device)
+        mask = (keys <= positions[..., None])[:, None]
+    return attention_probabilities(query, attention.key, mask, attention.scaling, attention.softcap)

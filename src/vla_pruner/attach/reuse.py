@@ -12,10 +12,11 @@ from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.stages import Stage
+from vla_pruner.caches import columns_of, layers_of
 from vla_pruner.errors import SessionError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from vla_pruner.attach.step import Step
+    from vla_pruner.attach.control_step import ControlStep
 
 
 @dataclass
@@ -115,21 +116,17 @@ class Reuse:
         key, value = (part.gather(2, columns.expand(-1, part.shape[1], -1, part.shape[3])) for part in (key, value))
         return key, value
 
-    def keep(self, cache: Any, step: Step, first: int) -> None:
+    def keep(self, cache: Any, step: ControlStep, first: int) -> None:
         """The prompt went through the layers from `first` on: what `cache` holds of it is the next step's."""
         assert self._now is not None
         whole = torch.arange(step.layout.length, device=step.layout.visual.device).expand(step.layout.rows, -1)
         places = {0: whole}
-        for index in range(first, len(cache.layers)):
-            layer, stage, short = cache.layers[index], step.stage_at(index), step.shortening_at(index)
+        for index in range(first, len(layers_of(cache))):
+            stage, short = step.stage_at(index), step.shortening_at(index)
             if stage not in places:
                 assert short is not None
                 places[stage] = short.columns()
-            key, value = (part[..., : step.layout.length, :] for part in (layer.keys, layer.values))
-            if hasattr(layer, "max_cache_len"):
-                # The next control step writes into the same buffers.
-                key, value = key.clone(), value.clone()
-            self._now.keys[index], self._now.values[index] = key, value
+            self._now.keys[index], self._now.values[index] = columns_of(cache, index, step.layout.length)
             self._now.places[index] = places[stage]
 
     def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -1,85 +1,72 @@
-"""A method attached to a model: owns the memory, the life of each control step, and what the last one left to read."""
+"""A method attached to a model: the public face of a session."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vla_pruner.attach import attached
-from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
-from vla_pruner.attach.described import described
+from vla_pruner.attach.control_step import ControlStep
 from vla_pruner.attach.entries import follow_resets, watch_steps
-from vla_pruner.attach.family import Call, Family
+from vla_pruner.attach.family import Family
 from vla_pruner.attach.hooks import HookWiring
-from vla_pruner.attach.layout import Shortening
-from vla_pruner.attach.recorder import Attention
-from vla_pruner.attach.remembering import check_memory, empty_memory
-from vla_pruner.attach.reuse import Reuse
-from vla_pruner.attach.stages import Planner, Stage, stages_of
-from vla_pruner.attach.step import Step
-from vla_pruner.attach.turn import Turn
+from vla_pruner.attach.runner import Clock, Runner
 from vla_pruner.errors import SessionError
-from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.methods.base import Method
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.numbers import plain
 from vla_pruner.replacements import Replacements, undo
 
-Clock = Callable[[str], AbstractContextManager[Any]]
-
 
 class Session:
     """Made by `method.attach(model)`. A context manager; `detach()` leaves the model as it was, also after an
-    exception. Where the policy has a `reset()` of its own, calling that is calling `session.reset()` too.
+    exception. If the policy has a `reset()` of its own, calling that is calling `session.reset()` too.
+
+    What it does in a control step is `attach.runner.Runner`'s, and attach/README.md tells how.
 
     Attributes:
         method: the method that chooses the tokens.
-        clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering;
-            for timing.
-        stages: where the method prunes, by layer, the first one first.
-        reuse: what is held of the last control step, for methods whose `pruned` is "reuse".
-        turn: which thread is within a control step.
-        whole: a control step that is one graph is running, or being traced; it was opened before.
+        family: what knows the model's architecture.
     """
 
     def __init__(self, method: Method, model: Any, family: Family) -> None:
         self.method = method
-        self.clock: Clock | None = None
-        self.whole = False
-        self.turn = Turn()
-        self._family = family
+        self.family = family
         self._policy = model
-        self._compiled: Compiled | None = None
         self._decoder = family.decoder
-        self._episode: Tensor | None = None
-        self._memory: Memory | None = None
-        self._step: Step | None = None
-        self.stages = stages_of(method, family)
-        self._planner = Planner(family, self.stages)
-        self.reuse = Reuse(family) if method.pruned == "reuse" else None
+        self._runner = Runner(method, family)
         attached.check_free(self._decoder, model)
         check_not_compiled(model, family)
-        self._wiring = family.wiring(self) or HookWiring(self, family)
+        self._wiring = family.wiring(self._runner) or HookWiring(self._runner, family)
         self._replaced = Replacements()
         try:
             family.install()
-            if self.reuse is not None:
-                self.reuse.install()
+            if self._runner.reuse is not None:
+                self._runner.reuse.install()
             self._wiring.install()
-            watch_steps(self, family, self._replaced)
-            follow_resets(self, model, self._replaced)
+            watch_steps(self, family, self._runner.turn, self._replaced)
+            follow_resets(self, model, self._runner.turn, self._replaced)
         except BaseException:
             self._remove()
             raise
         attached.enter(self._decoder, self)
 
     def __repr__(self) -> str:
-        return described(self, self._family)
+        step = self.step
+        if step is None:
+            done = "before the first control step"
+        else:
+            # The counters are on the CPU, and a shape is known: nothing on an accelerator is waited for.
+            steps = sorted({count + 1 for count in step.memory.steps.tolist()})
+            number = f"control step {steps[0]}" if len(steps) == 1 else f"control steps {steps[0]} to {steps[-1]}"
+            tokens, kept = step.layout.tokens, step.kept
+            amount = f"all {tokens}" if kept is None else f"{kept.shape[1]} of {tokens}"
+            done = f"{number}, {amount} visual tokens kept"
+        ended = "" if self.attached else ", detached"
+        return f"<Session of {_options(self.method)} on {type(self.family).__name__}: {done}{ended}>"
 
     def __enter__(self) -> Session:
         if not self.attached:
@@ -91,7 +78,7 @@ class Session:
 
     @property
     def attached(self) -> bool:
-        """Whether it still is: False once it was detached."""
+        """False once it was detached."""
         return attached.session_on(self._decoder) is self
 
     def compile(self, backend: str = "inductor") -> None:
@@ -111,21 +98,21 @@ class Session:
         """
         if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
-        if self._compiled is not None:
+        if self._runner.compiled is not None:
             raise SessionError("This session is compiled already.")
-        compiled = Compiled(self._family, encoders_of(self._policy), backend, self)
+        compiled = Compiled(self.family, encoders_of(self._policy), backend, self._runner)
         compiled.install()
-        self._compiled = compiled
+        self._runner.compiled = compiled
 
     def detach(self) -> None:
         """Leave the model as it was before. What the last control step left can still be read. Detaching twice does
         nothing.
 
-        Whatever fails on the way, all is taken away; then the first error is raised.
+        Everything is taken away even if a part fails; then the first error is raised.
         """
         if self.attached:
             attached.leave(self._decoder)
-            undo(self._remove, *([] if self._step is None else [self._step.settle]))
+            undo(self._remove, self._runner.settle)
 
     def reset(self, rows: list[int] | None = None) -> None:
         """Begin a new episode: forget what was seen, for all rows or for the named rows of a batch.
@@ -134,19 +121,15 @@ class Session:
             SessionError: rows are named before the first control step, a row is not there, or another thread is within
                 a control step.
         """
-        self.turn.check()
-        memory = self.memory
+        self._runner.turn.check()
         if rows is None:
-            if memory is not None:
-                self._episode = memory.episode + 1
-            self._memory = self._step = None
-            if self.reuse is not None:
-                self.reuse.forget()
+            self._runner.forget()
             return
         if not isinstance(rows, list) or any(
             isinstance(row, bool) or not isinstance(row, int) for row in map(plain, rows)
         ):
             raise SessionError(f"reset(rows={rows!r}) was called; rows is a list of row numbers.")
+        memory = self.memory
         if memory is None:
             raise SessionError("reset(rows=...) was called before the first control step; call reset() without rows.")
         if any(not 0 <= row < memory.rows for row in rows):
@@ -177,8 +160,9 @@ class Session:
 
     @property
     def kept(self) -> Tensor | None:
-        """(B, k) int64, sorted ids of the visual tokens kept in the last control step; None where it was not pruned."""
-        return None if self._step is None or self._step.kept is None else self._own(self._step.kept)
+        """(B, k) int64, sorted ids of the visual tokens kept in the last control step; None if it was not pruned."""
+        step = self.step
+        return None if step is None or step.kept is None else self._runner.own(step.kept)
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -186,10 +170,11 @@ class Session:
 
         A token counts 0 in the action score of every layer that lacks it.
         """
-        if self._step is None:
+        step = self.step
+        if step is None:
             return {}
-        found = {"semantic": self._step.semantic, "action": self._step.action}
-        return {name: self._own(score) for name, score in found.items() if score is not None}
+        found = {"semantic": step.semantic, "action": step.action}
+        return {name: self._runner.own(score) for name, score in found.items() if score is not None}
 
     @property
     def memory(self) -> Memory | None:
@@ -199,201 +184,39 @@ class Session:
         history.
 
         Raises:
-            SessionError: what is set is no memory, or one of a method with another window.
+            SessionError: what is set is no memory, or one of a method with another window; or another thread is within
+                a control step.
         """
-        step = self._step
-        if step is None or step.closed:
-            return self._memory
-        keeps, needs = self.method.remembers_semantic, self.method.needs
-        if step.running or (step.action is None and "action" in needs) or (step.semantic is None and keeps):
-            # A call failed, or nothing acted: no control step came of it.
-            return step.memory
-        scores = self._scores_after(step) if step.remembered is None else step.remembered
-        return step.memory.advance({name: self._own(score) for name, score in scores.items()}, step.kept is not None)
+        return self._runner.memory
 
     @memory.setter
     def memory(self, memory: Memory | None) -> None:
-        self.turn.check()
-        if memory is not None:
-            check_memory(memory, self.method)
-        self._memory = memory
-        if self.reuse is not None:
-            self.reuse.forget()
-        if self._step is not None:
-            self._step.closed = True
+        self._runner.memory = memory
 
     @property
-    def step(self) -> Step | None:
-        """The control step that is running, or the last one."""
-        return self._step
+    def step(self) -> ControlStep | None:
+        """The control step that is running, or the last one, to read: its layout, and what was kept at each layer."""
+        return self._runner.step
 
-    def timed(self) -> AbstractContextManager[Any]:
-        """The clock's context for work that pruning adds."""
-        no_clock = self.clock is None or torch.compiler.is_compiling()
-        return nullcontext() if no_clock else self.clock("pruning")  # type: ignore[misc]
-
-    def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
-        """`function(*args)`, as a program where the session is compiled; see `Compiled.run`."""
-        if self._compiled is None or self.whole:
-            return function(*args)
-        return self._compiled.run(name, function, given, *args)
-
-    def open_call(self, call: Call) -> bool:
-        """A call of the decoder begins; returns whether it runs the prompt. A prefill closes the last control step and
-        opens the next.
-
-        Raises:
-            SessionError: the batch or the number of visual tokens is not the memory's, no step is open for a decode
-                call, or a decode call has more than one position.
+    @property
+    def clock(self) -> Clock | None:
+        """None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering, for
+        timing.
         """
-        step = self._step
-        if self.whole:
-            assert step is not None
-            step.begin_call()
-            return step.prefilling
-        if not self._family.opens_step(call):
-            if step is not None:
-                step.check_thread()
-            if step is not None and self._family.repeats_prompt(call):
-                if step.layout.length != call.length:
-                    raise SessionError(
-                        f"The prompt of this control step has {step.layout.length} positions, but it was run again "
-                        f"with {call.length}."
-                    )
-                step.prefilling = True
-                step.begin_call()
-                return True
-            if step is None or step.prefilling:
-                raise SessionError(
-                    f"The decoder was called with {call.length} positions, too few to hold the visual tokens, while no "
-                    "control step is open. With a session attached, each one begins with the whole prompt in one call."
-                )
-            if call.length != 1:
-                raise SessionError(
-                    f"The decoder was called with {call.length} positions after the prompt; it decodes one at a "
-                    "time. A prompt in several pieces and speculative decoding are not supported."
-                )
-            step.begin_call()
-            return False
-        layout, rows, budgets = self._planner.plan(call)
-        memory = self.memory
-        if memory is None:
-            memory = empty_memory(self.method, layout, call.device)
-            if self._episode is not None and len(self._episode) == layout.rows:
-                memory = replace(memory, episode=self._episode)
-        if (memory.rows, memory.tokens) != (layout.rows, layout.tokens):
-            raise SessionError(
-                f"The memory holds {memory.rows} rows of {memory.tokens} visual tokens, but the model was called with "
-                f"{layout.rows} rows of {layout.tokens}; call reset() first, or set session.memory to these rows' own."
-            )
-        if step is not None and self._memory is not None and step.layout.cameras != layout.cameras:
-            raise SessionError(
-                f"The cameras {self._family.cameras} had {step.layout.cameras} visual tokens and now have "
-                f"{layout.cameras}, so what is remembered of them no longer fits. Call reset(), or have the policy put "
-                "blank images in the places of absent cameras (LeRobot's SmolVLA: config.empty_cameras)."
-            )
-        self._memory = memory = memory.to(call.device)
-        # Decided here, on the host, since the layers may run as a graph.
-        prunes = self.method.prunes(memory)
-        if self.reuse is not None:
-            prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
-        if self._compiled is not None:
-            if any(stage.method.queries in ("text", "raters") for stage in self.stages.values()):
-                layout.text()  # raises here what a graph cannot
-            self._compiled.begin_step()
-        steps = memory.steps.to(layout.valid.device, non_blocking=True)
-        self._step = Step(layout, memory, steps, prunes, budgets, rows)
-        return True
+        return self._runner.clock
 
-    def finish(self) -> None:
-        """The last call of a control step that is one graph came back: what its memory will be is part of the graph."""
-        assert self._step is not None
-        self._step.remembered = self._scores_after(self._step)
-
-    @own_arithmetic
-    def _scores_after(self, step: Step) -> dict[str, Tensor]:
-        semantic = step.semantic if self.method.remembers_semantic else None
-        return step.memory.scores_after(step.action, step.seen, semantic)
-
-    def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
-        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
-
-        Args:
-            hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
-            layer: its index.
-        """
-        step, stage = self._step, self.stages[layer]
-        assert step is not None
-        if layer in step.chosen:
-            return step.shortening_at(layer)
-        step.chosen.add(layer)
-        budgets = step.budgets[layer]
-        if sum(budgets) >= sum(step.counts) or not step.prunes:
-            return step.shortening
-        ids = self._select(stage, step, hidden, budgets)
-        step.shorten(layer, ids, budgets, freeze=self.method.pruned != "drop")
-        return step.shortening
-
-    @own_arithmetic
-    def _select(self, stage: Stage, step: Step, hidden: Tensor, budgets: tuple[int, ...]) -> Tensor:
-        return stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
-
-    def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
-        """What `method` reads, on the visual tokens that are live so far."""
-        similarity = None if self.reuse is None else self.reuse.similarity
-        evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps)
-        if step.kept is not None:
-            evidence = evidence.of(step.kept)
-        return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
-
-    @own_arithmetic
-    def see_embeddings(self, hidden: Tensor) -> None:
-        """The first layer's input (B, N, D) of a prefill, for methods that compare tokens there."""
-        step = self._step
-        if step is None:
-            return
-        for stage in self.stages.values():
-            method = stage.method
-            if step.embeddings is None and "embeddings" in method.needs:
-                step.embeddings = step.visual_rows(hidden)
-            if step.raters is None and method.queries == "raters":
-                with self.timed():
-                    visual = step.visual_rows(hidden)
-                    step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
-
-    @own_arithmetic
-    def record_semantic(self, layer: int, attention: Attention) -> None:
-        """The layer before the pruning layer `layer` attended; the prompt's first run in a control step counts."""
-        step, method = self._step, self.stages[layer].method
-        if step is not None and step.prefilling and (step.semantic is None or layer not in step.chosen):
-            with self.timed():
-                step.add_semantic(attention, method.queries, method.attention == "logits")
-
-    @own_arithmetic
-    def record_decoder(self, layer: int, attention: Attention) -> None:
-        """A layer of the decoder whose rows act attended."""
-        step = self._step
-        if step is None or step.closed:
-            return
-        with self.timed():
-            rows = step.action_rows_at(layer) if step.prefilling else None
-            step.add_action(layer, attention, rows, decoding=True)
-
-    @own_arithmetic
-    def record_reader(self, layer: int, attention: Attention) -> None:
-        """A layer of an expert attended to what the decoder's layer of this index cached."""
-        step = self._step
-        if step is None or step.closed:
-            return
-        with self.timed():
-            rows = self._family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
-            step.add_action(layer, attention, rows)
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        """A tensor that the next control step does not overwrite, as CUDA graphs do their results."""
-        return tensor if self._compiled is None or tensor.device.type == "cpu" else tensor.clone()
+    @clock.setter
+    def clock(self, clock: Clock | None) -> None:
+        self._runner.clock = clock
 
     def _remove(self) -> None:
-        compiled, self._compiled = self._compiled, None
-        parts = (compiled, self._replaced, self._wiring, self.reuse, self._family)
+        compiled, self._runner.compiled = self._runner.compiled, None
+        parts = (compiled, self._replaced, self._wiring, self._runner.reuse, self.family)
         undo(*(part.remove for part in parts if part is not None))
+
+
+def _options(method: Method) -> str:
+    """A method with what it keeps and the options that are not its defaults."""
+    told = ((field, getattr(method, field.name)) for field in fields(method))
+    options = [f"{field.name}={value!r}" for field, value in told if field.name == "keep" or value != field.default]
+    return f"{type(method).__name__}({', '.join(options)})"

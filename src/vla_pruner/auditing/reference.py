@@ -15,7 +15,7 @@ from vla_pruner.attach.layout import Layout
 from vla_pruner.caches import cache_in
 from vla_pruner.checks import check_choice
 from vla_pruner.families import family_of
-from vla_pruner.methods.base import PRUNED
+from vla_pruner.fate import WITHIN_A_STEP, Fate
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -51,10 +51,10 @@ class FullLength:
         pruned: str = "drop",
         **attach_options: Any,
     ) -> None:
-        check_choice("pruned", pruned, PRUNED)
+        check_choice("pruned", pruned, WITHIN_A_STEP)
         self._family: Any = family_of(model, **attach_options)
         self._layer = layer
-        self._pruned = pruned
+        self._fate = Fate.of(pruned)
         self._length = layout.length
         stages = {layer: kept, **(then or {})}
         self._gone = {first: _gone(layout, ids) for first, ids in stages.items()}
@@ -63,7 +63,7 @@ class FullLength:
 
     def __enter__(self) -> FullLength:
         family = self._family
-        if self._pruned == "freeze":
+        if self._fate.readable:
             for index in range(self._layer, len(family.decoder.layers)):
                 self._register(family.decoder.layers[index].input_layernorm, partial(self._overwrite, index))
         elif hasattr(family, "edit_masks"):

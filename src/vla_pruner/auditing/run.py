@@ -12,6 +12,7 @@ from vla_pruner.auditing.position import position
 from vla_pruner.auditing.report import AuditReport, Check
 from vla_pruner.auditing.share import share
 from vla_pruner.auditing.subject import Subject
+from vla_pruner.fate import Fate
 from vla_pruner.methods import Method, VLAPruner
 from vla_pruner.policies.base import Policy
 
@@ -23,8 +24,8 @@ CHECKS: dict[str, Callable[[Subject], Check]] = {
     "vision towers": seeing.towers,
     "lengths": pruning.lengths,
     "keep 1.0": pruning.keep_all,
-    "reference drop": partial(pruning.reference, pruned="drop"),
-    "reference freeze": partial(pruning.reference, pruned="freeze"),
+    "reference drop": partial(pruning.reference, pruned=Fate.DROP),
+    "reference freeze": partial(pruning.reference, pruned=Fate.FREEZE),
     "scenes": pruning.scenes,
     "position": position,
     "reset": state.reset,

@@ -191,9 +191,9 @@ def check_request(method: object, instruction: str | None, seed: int) -> None:
     if not isinstance(method, Method):
         given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise BudgetError(f"method is {given}; it must be a Method, such as vla_pruner.VLAPruner(keep=0.25).")
-    if len(method.stages()) > 1 or method.motion or method.pruned == "reuse":
+    if len(method.stages()) > 1 or method.motion or method.fate.needs_last_step:
         what = "prunes by how far the arm moves" if method.motion else "prunes at several layers"
-        what = "reuses what the last control step computed" if method.pruned == "reuse" else what
+        what = "reuses what the last control step computed" if method.fate.needs_last_step else what
         raise BudgetError(
             f"{type(method).__name__} as it was made {what}, which the audit does not cover; audit a method that "
             "drops or freezes at one layer, without a gate, on the same policy."

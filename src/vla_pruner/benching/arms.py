@@ -10,6 +10,7 @@ from typing import Any
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.subject import Subject, warm
 from vla_pruner.errors import SessionError
+from vla_pruner.fate import Fate
 
 BASELINE = "unpruned"
 
@@ -36,12 +37,12 @@ class Arm:
     @property
     def pruned(self) -> str:
         """What becomes of the tokens that are not kept."""
-        return "drop" if self.method is None else self.method.pruned
+        return Fate.DROP if self.method is None else self.method.pruned
 
     @property
     def refresh_every(self) -> int | None:
         """Every so many steps one runs unpruned; None: none does."""
-        return getattr(self.method, "refresh_every", None)
+        return None if self.method is None else self.method.schedule.refresh_every
 
 
 def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:

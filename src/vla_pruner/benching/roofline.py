@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vla_pruner.benching.subject import Subject
+from vla_pruner.fate import Fate
 from vla_pruner.timing import now
 
 DATA_SHEETS: dict[str, tuple[float, float]] = {
@@ -116,7 +117,7 @@ def least_work(
     if not subject.vision_by_formula and counted_vision is not None:
         vision = counted_vision
     freezing = 0.0
-    if pruned == "freeze" and kept is not None:
+    if Fate.of(pruned).projects and kept is not None:
         deep = step.decoder.layers - layer
         freezing = rows * step.prompt_passes * deep * step.decoder.layer(0, 0, step.visual - kept).total
     flops = {

@@ -12,6 +12,7 @@ from vla_pruner.cost import DecoderShape, Flops, StepShape, count_flops, decoder
 from vla_pruner.demo.arms import Arm
 from vla_pruner.demo.episodes import Observation
 from vla_pruner.families import family_of
+from vla_pruner.fate import Fate
 from vla_pruner.statistics import percentile
 from vla_pruner.timing import StageTimer, head_owner
 
@@ -89,7 +90,7 @@ def arm_cost(policy: Any, arm: Arm, observation: Observation) -> ArmCost:
                 break
         counted = count_flops(lambda: _act(policy, observation))
     method: Any = arm.method
-    layer, pruned = (0, "drop") if method is None else (method.layer, method.pruned)
+    layer, pruned = (0, Fate.DROP) if method is None else (method.layer, method.pruned)
     floor = decoder_flops(decoder, step, kept, layer, pruned)
     return ArmCost(counted, floor, step.visual if kept is None else kept, step.visual)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vla_pruner.demo.arms import RECOMMENDED_ARM
 from vla_pruner.demo.summary import ArmSummary, Summary
 from vla_pruner.demo.table import LABELS
+from vla_pruner.fate import Fate
 from vla_pruner.wording import counted
 
 _FEW = 100
@@ -144,7 +145,8 @@ def _choice(summary: Summary) -> list[str]:
     random, difference = summary.get("random"), summary.chosen_against_random
     if chosen is None or random is None or difference is None:
         return []
-    fate = "freezing" if getattr(chosen.arm.method, "pruned", "drop") == "freeze" else "dropping"
+    method = chosen.arm.method
+    fate = (Fate.DROP if method is None else method.fate).gerund
     interval = f"{100 * difference.value:+.0f} points, {100 * difference.low:+.0f} to {100 * difference.high:+.0f}"
     if difference.within_noise:
         head = f"These episodes do not show that choosing tokens beats {fate} at random ({interval})"

@@ -11,9 +11,10 @@ from typing import Any
 from vla_pruner.errors import BudgetError
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.units import Unit
+from vla_pruner.fate import WITHIN_A_STEP, Fate
 from vla_pruner.method_names import attached, methods_of
 from vla_pruner.methods import Method, RandomKeep
-from vla_pruner.methods.base import PRUNED
+from vla_pruner.methods.schedule import Schedule
 from vla_pruner.plugins import source_of
 
 BASELINE, AGAIN, BLANK = "unpruned", "unpruned-again", "blank-image"
@@ -117,12 +118,13 @@ def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]
 
 
 def _random(method: Any) -> Arm:
-    # Methods with a history wait for it, except where VLAPruner fills it up while it prunes.
-    history = 0 if getattr(method, "warmup", None) == "semantic" else method.history
-    warm_up = max(history, getattr(method, "warmup_steps", 0))
+    schedule: Schedule = method.schedule
+    warm_up, refresh = schedule.warm_up or 0, schedule.refresh_every
+    if type(method).prunes is not Method.prunes:
+        # A rule of its own, of which the schedule knows nothing: such a method waits at least for its history.
+        warm_up = max(warm_up, method.history)
     # Nothing is drawn of what to reuse: tokens that stay readable without being computed are frozen.
-    fate = method.pruned if method.pruned in PRUNED else "freeze"
-    refresh = getattr(method, "refresh_every", None)
+    fate = method.fate if method.fate in WITHIN_A_STEP else Fate.FREEZE
     control = RandomKeep(keep=method.keep, layer=method.layer, pruned=fate, warmup_steps=warm_up, refresh_every=refresh)
     title = f"random {method.keep!r} {fate} K={method.layer}"
     if warm_up:

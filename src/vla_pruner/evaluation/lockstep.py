@@ -29,7 +29,7 @@ def shares(arm: Arm) -> bool:
     method = arm.method
     if method is None:
         return True
-    return not (isinstance(method, RandomKeep) or method.motion or method.pruned == "reuse")
+    return not (isinstance(method, RandomKeep) or method.motion or method.fate.needs_last_step)
 
 
 def check_batch(policy: Any, batch: int) -> None:

@@ -17,22 +17,31 @@ DECODER_TYPES = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
 
 
 class TransformersFamily(Family):
-    """A family whose decoders are those of transformers."""
+    """A family whose decoders are those of transformers, or have their parts: `self_attn` with projections, and
+    `input_layernorm`.
+    """
 
     def keys_values(
-        self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+        self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         attention: Any = layer.self_attn
-        norm: Any = layer.input_layernorm
+        normed = self.normed(layer, hidden)
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        normed = norm(hidden)
         key = attention.k_proj(normed).view(shape)
         if hasattr(attention, "k_norm"):
             key = attention.k_norm(key)
-        key = key.transpose(1, 2)
         value = attention.v_proj(normed).view(shape).transpose(1, 2)
+        return self.rotated(attention, key.transpose(1, 2), position_embeddings), value
+
+    def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states (B, F, D) as the projections of a layer are given them."""
+        norm: Any = layer.input_layernorm
+        return norm(hidden)
+
+    def rotated(self, attention: nn.Module, key: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
+        """Keys (B, G, F, d) with their positions."""
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        return rotate(key, key, *position_embeddings)[1], value
+        return rotate(key, key, *position_embeddings)[1]
 
 
 def tiles(images: Tensor, tokens: int) -> Tensor:

@@ -7,7 +7,6 @@ prefix' keys and values. Action attention is that of the expert's action rows, a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,18 +47,10 @@ class LeRobotPi(LeRobotFamily):
     def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
         return torch.arange(self._first_action_row, length, device=device).expand(rows, -1)
 
-    def keys_values(
-        self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        attention: Any = layer.self_attn
-        norm: Any = layer.input_layernorm
+    def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         # LeRobot's norm also returns a gate, which is None in the prefix.
-        normed, _ = norm(hidden)
-        shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        key = attention.k_proj(normed).view(shape).transpose(1, 2)
-        value = attention.v_proj(normed).view(shape).transpose(1, 2)
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        return rotate(key, key, *position_embeddings)[1], value
+        norm: Any = layer.input_layernorm
+        return norm(hidden)[0]
 
     def install(self) -> None:
         super().install()
@@ -80,7 +71,9 @@ class LeRobotPi(LeRobotFamily):
 
 
 class _ThroughModule:
-    """LeRobot calls `decoder.forward(...)`, past every hook: it is led through `decoder(...)`, which calls it again."""
+    """LeRobot calls `decoder.forward(...)`, past every hook: this leads the call through `decoder(...)`, which calls
+    `forward` again.
+    """
 
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder = decoder

@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import inspect
 import sys
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from vla_pruner.attach.family import Call, Wiring
+from vla_pruner.attach.family import Call
+from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
-from vla_pruner.attach.step import Step
-from vla_pruner.caches import cache_in
+from vla_pruner.attach.short_layers import LayerInput, ShortLayers
+from vla_pruner.caches import PromptCache, cache_in
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import LeRobotFamily
 from vla_pruner.replacements import Replacements
-
-if TYPE_CHECKING:
-    from vla_pruner.attach.session import Session
 
 
 class SmolVLA(LeRobotFamily):
@@ -59,8 +56,17 @@ class SmolVLA(LeRobotFamily):
     def around_block(self) -> tuple[int, int]:
         return (2, 1) if self._inner.add_image_special_tokens else (0, 0)
 
-    def wiring(self, session: Session) -> Wiring:
-        return SmolVLAWiring(session, self)
+    def wiring(self, host: Host) -> Wiring:
+        return SmolVLAWiring(host, self)
+
+    def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        attention: Any = layer.self_attn
+        return super().normed(layer, hidden).to(attention.q_proj.weight.dtype)
+
+    def rotated(self, attention: nn.Module, key: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
+        # LeRobot rotates by position ids, and heads come after positions.
+        rope = sys.modules[type(self.both).__module__].apply_rope
+        return rope(key.transpose(1, 2), *position_embeddings).transpose(1, 2)
 
     def edit_masks(self, layer: int, edit: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         """Have every mask (B, Q, W), prompt columns first, of the attention from `layer` on go through `edit`.
@@ -87,25 +93,23 @@ class SmolVLA(LeRobotFamily):
 
 
 class SmolVLAWiring:
-    """Shortens the prefix and reads attention in the methods that SmolVLA calls for each layer.
+    """Maps the methods that SmolVLA calls for each layer onto `ShortLayers`, and their attention onto the host.
 
     Args:
-        session: told when a prefix runs and asked what to keep.
+        host: told of every call.
         family: whose model this is.
     """
 
-    def __init__(self, session: Session, family: SmolVLA) -> None:
-        self._session = session
+    def __init__(self, host: Host, family: SmolVLA) -> None:
+        self._host = host
         self._family = family
         self._both = family.both
-        self._layer = session.method.layer
-        self._rope: Callable[[Tensor, Tensor], Tensor] = sys.modules[type(self._both).__module__].apply_rope
+        self._short = ShortLayers(host, family)
         self._replaced = Replacements()
+        self._prompt_cache = PromptCache()
         self._semantic: dict[int, int] = {}
         self._action: frozenset[int] = frozenset()
         self._index = 0
-        self._cache: Any = None
-        self._short: dict[str, Tensor] = {}
 
     def install(self) -> None:
         """Replace the methods.
@@ -113,8 +117,8 @@ class SmolVLAWiring:
         Raises:
             UnsupportedModelError: the method reads action attention in layers that have no expert.
         """
-        method = self._session.method
-        for layer, stage in self._session.stages.items():
+        method = self._host.method
+        for layer, stage in self._host.stages.items():
             if "semantic" in stage.method.needs:
                 self._semantic[stage.method.semantic_layer] = layer
         if "action" in method.needs:
@@ -135,111 +139,87 @@ class SmolVLAWiring:
     def remove(self) -> None:
         """Put the methods back."""
         self._replaced.remove()
-        self._short.clear()
-        self._cache = None
+        self._short.forget()
+        self._prompt_cache.remember(None)
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._session.turn.begin_call()
-        try:
-            return self._call(original, *args, **kwargs)
-        finally:
-            self._session.turn.end_call()
-
-    def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(*args, **kwargs).arguments
+        prefix = given["inputs_embeds"][0]
+        self._short.forget()
+        try:
+            return self._run_expert(original, given) if prefix is None else self._run_prompt(original, given)
+        finally:
+            self._host.end_turn()
+
+    def _run_expert(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """A denoising step."""
+        if self._host.step is not None:
+            message = "A denoising step was given another cache than the prefix; steps cannot be interleaved."
+            self._prompt_cache.check_same(cache_in(given), message)
+        self._host.enter_reader()
+        result = original(**given)
+        self._host.leave_call()
+        return result
+
+    def _run_prompt(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """The prefix."""
         prefix, suffix = given["inputs_embeds"]
-        self._short.clear()
-        if prefix is None:
-            self._check_cache(cache_in(given))
-            step = self._session.step
-            if step is None:
-                return original(**given)
-            step.check_thread()
-            step.begin_call()
-            result = original(**given)
-            with self._session.timed():
-                step.end_call()
-            return result
         if suffix is not None or cache_in(given) is not None:
             raise SessionError(
                 "The prefix was run together with actions or with a cache; a session serves select_action and "
                 "predict_action_chunk alone. Detach before training."
             )
-        with self._session.timed():
-            self._session.open_call(Call(prefix.shape[1], None, prefix.shape[0], prefix.device))
-        self._session.see_embeddings(prefix)
-        step = self._session.step
-        assert step is not None
+        self._host.enter_decoder(Call(prefix.shape[1], None, prefix.shape[0], prefix.device))
+        self._host.see_embeddings(prefix)
         outputs, cache = original(**given)
-        self._cache = weakref.ref(cache)
-        step.end_call()
-        step.prefilling, step.frozen_hidden = False, None
-        if step.shortening is not None:
-            outputs = [step.shortening.restore(outputs[0]), *outputs[1:]]
-        return outputs, cache
-
-    def _check_cache(self, cache: Any) -> None:
-        if self._session.step is not None and (self._cache is None or cache is not self._cache()):
-            raise SessionError("A denoising step was given another cache than the prefix; steps cannot be interleaved.")
+        self._prompt_cache.remember(cache)
+        self._host.leave_call()
+        hidden = self._short.leave_prompt(outputs[0], cache)
+        return outputs if hidden is None else [hidden, *outputs[1:]], cache
 
     def _attend(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One layer's attention, self or cross: everything in front of it is made short here."""
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         self._index = index = given["layer_idx"]
-        step = self._session.step
-        if step is None or index < self._layer:
-            return original(**given)
-        with self._session.timed():
-            if step.prefilling:
-                self._shorten(index, given)
-            else:
-                self._read(index, given, step)
+        step = self._host.step
+        if step is not None and index >= self._short.layer:
+            (self._shorten if step.in_prompt() else self._read)(index, given)
         return original(**given)
 
     def _shorten(self, index: int, given: dict[str, Any]) -> None:
         """Before a layer of the prefix from the pruning layer on."""
-        step = self._session.step
-        assert step is not None
-        if index in self._session.stages:
-            before = step.shortening_at(index - 1)
-            hidden = given["inputs_embeds"][0]
-            shortening = self._session.choose(hidden, index)
-            if shortening is not None and shortening is not before:
-                self._short.clear()
-                # The loop over the layers goes on with what is in this list.
-                given["inputs_embeds"][0], step.frozen_hidden = shortening.enter(hidden, step.frozen_hidden)
-        shortening = step.shortening_at(index)
-        if shortening is None:
-            return
         positions, mask = given["position_ids"], given["attention_mask"]
-        if step.frozen_hidden is not None:
-            frozen = self._once("frozen", lambda: shortening.frozen_rows(positions))
-            layer = given["model_layers"][0][index]
-            cache_in(given).update(*self._keys_values(layer, step.frozen_hidden, frozen), index)
-        given["position_ids"] = self._once("positions", lambda: shortening.live_rows(positions))
-        given["attention_mask"] = self._once("mask", lambda: _flat(shortening.prefill_mask(mask[:, None], False, None)))
+        layer = LayerInput(
+            index=index,
+            layer=given["model_layers"][0][index],
+            hidden=given["inputs_embeds"][0],
+            angles=self._short.once("angles", positions, lambda: (positions,)),
+            positions=None,
+            mask=self._short.once("mask", mask, lambda: mask[:, None]),
+            causal=False,
+            cache=cache_in(given),
+        )
+        if self._short.shorten(layer):
+            # The loop over the layers goes on with what is in this list.
+            given["inputs_embeds"][0] = layer.hidden
+            (given["position_ids"],) = layer.angles
+            given["attention_mask"] = _flat(layer.mask)
 
-    def _read(self, index: int, given: dict[str, Any], step: Step) -> None:
+    def _read(self, index: int, given: dict[str, Any]) -> None:
         """Before a layer of the expert that reads a layer of the cache which may be shortened."""
-        shortening = step.shortening_at(index)
-        if shortening is None:
-            return
-        if index in self._session.stages:
-            self._short.clear()
-        mask = given["attention_mask"]
-        given["attention_mask"] = self._once("mask", lambda: _flat(shortening.reader_mask(mask[:, None], None)))
-        # Self-attention left the columns of the denoising step before; the model's own crop goes to the full length.
-        cached, length = cache_in(given).layers[index], shortening.prefix.shape[1]
-        if cached.keys.shape[-2] > length:
-            cached.keys, cached.values = cached.keys[..., :length, :], cached.values[..., :length, :]
+        mask, cache = given["attention_mask"], cache_in(given)
+        short = self._short.read(index, self._short.once("mask", mask, lambda: mask[:, None]), cache)
+        if short is not None:
+            given["attention_mask"] = _flat(short)
+        self._short.cut(index, cache)
 
     def _kernel(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        step = self._session.step
+        step = self._host.step
         if step is None:
             return output
-        wanted = self._index in (self._semantic if step.prefilling else self._action)
-        if wanted:
+        prompt = step.in_prompt()
+        if self._index in (self._semantic if prompt else self._action):
             given = inspect.signature(original).bind(*args, **kwargs).arguments
             attention = Attention(
                 query=given["query_states"].transpose(1, 2),
@@ -249,25 +229,11 @@ class SmolVLAWiring:
                 scaling=given["head_dim"] ** -0.5,
                 softcap=None,
             )
-            if step.prefilling:
-                self._session.record_semantic(self._semantic[self._index], attention)
+            if prompt:
+                self._host.record_semantic(self._semantic[self._index], attention)
             else:
-                self._session.record_reader(self._index, attention)
+                self._host.record_reader(self._index, attention)
         return output
-
-    def _keys_values(self, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What this layer of the prefix would cache for hidden states (B, F, D): (B, G, F, d) each."""
-        attention = layer.self_attn
-        normed = layer.input_layernorm(hidden).to(attention.q_proj.weight.dtype)
-        shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        key = self._rope(attention.k_proj(normed).view(shape), positions)
-        return key.transpose(1, 2), attention.v_proj(normed).view(shape).transpose(1, 2)
-
-    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns, made once per call: every layer is given the same positions and the same mask."""
-        if name not in self._short:
-            self._short[name] = make()
-        return self._short[name]
 
 
 def _flat(mask: Tensor | None) -> Tensor:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from vla_pruner.checks import check_choice, is_count
 from vla_pruner.errors import BudgetError
+from vla_pruner.fate import WITHIN_A_STEP, Fate
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.numbers import plain
+from vla_pruner.methods.schedule import Schedule
 
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
 
-PRUNED = ("drop", "freeze")
 Keep = float | int | Mapping[str, float | int]
 
 
@@ -114,6 +115,7 @@ class Method:
                 "or more."
             )
         check_choice("pruned", self.pruned, self.treatments)
+        object.__setattr__(self, "pruned", str(self.pruned))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -125,7 +127,21 @@ class Method:
     @property
     def treatments(self) -> tuple[str, ...]:
         """What `pruned` may be."""
-        return PRUNED
+        return WITHIN_A_STEP
+
+    @property
+    def fate(self) -> Fate:
+        """What becomes of the visual tokens that are not kept: `pruned`, as what code can ask.
+
+        Raises:
+            BudgetError: the method has a treatment that is none.
+        """
+        return Fate.of(self.pruned)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which control steps are pruned; all of them unless a method says otherwise."""
+        return Schedule()
 
     @property
     def history(self) -> int:
@@ -134,10 +150,10 @@ class Method:
 
     @property
     def motion(self) -> int:
-        """In how many of the last control steps it reads how far the arm moved; somebody must say so after each, with
-        `Session.moved`. 0: it reads no motion.
+        """In how many of the last control steps it reads how far the arm moved, which `Session.moved` must be told
+        after each. 0: it reads no motion.
         """
-        return 0
+        return self.schedule.gate or 0
 
     @property
     def remembers_semantic(self) -> bool:
@@ -190,10 +206,10 @@ class Method:
         return tuple(range(layers // 2, layers))
 
     def prunes(self, memory: Memory) -> bool:
-        """Whether this control step is pruned at all, given what the rows remember. Only counters on the CPU may be
-        read.
+        """Whether this control step is pruned at all, given what the rows remember: by the `schedule`, which the random
+        control of an evaluation keeps to as well. Only counters on the CPU may be read.
         """
-        return True
+        return self.schedule.prunes(memory)
 
     def reuses(self, similarity: Tensor, count: int) -> bool:
         """Whether a control step that `prunes` may reuse `count` tokens of the last one, where `pruned` is "reuse".

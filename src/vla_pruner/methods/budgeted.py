@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from vla_pruner.checks import is_count
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Keep, Method, check_keep, resolve_keep
-from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,6 @@ class Budgeted(Method):
     def budget(self, tokens: int) -> int:
         return resolve_keep(self.keep, tokens)
 
-    def prunes(self, memory: Memory) -> bool:
-        return min(memory.steps.tolist()) >= self.warmup_steps
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(warm_up=self.warmup_steps)

@@ -9,11 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from vla_pruner.checks import is_count
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.budgeted import Budgeted
-from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.selection import define_op, top_ids
 
 
@@ -40,14 +39,11 @@ class RandomKeep(Budgeted):
         super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise BudgetError(f"seed={self.seed!r} was given; the seed of the draws is an int.")
-        if self.refresh_every is not None and not is_count(self.refresh_every, 2):
-            raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+        _ = self.schedule  # refuses what is out of range
 
-    def prunes(self, memory: Memory) -> bool:
-        refreshes = self.refresh_every is not None and any(
-            step % self.refresh_every == 0 for step in memory.steps.tolist()
-        )
-        return super().prunes(memory) and not refreshes
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.warmup_steps, self.refresh_every)
 
     def for_cameras(self, names: tuple[str, ...]) -> tuple[Self, ...] | None:
         methods = super().for_cameras(names)
@@ -108,8 +104,9 @@ class Unpruned(Method):
     def budget(self, tokens: int) -> int:
         return tokens
 
-    def prunes(self, memory: Memory) -> bool:
-        return False
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(warm_up=None)
 
 
 def _random_scores(episode: Tensor, steps: Tensor, seed: int, tokens: int) -> Tensor:

@@ -10,7 +10,7 @@ from vla_pruner.checks import check_choice, is_count
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.budgeted import Budgeted
-from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.scores import temporal_estimate
 
 
@@ -45,8 +45,9 @@ class Smoothed(Budgeted):
     def history(self) -> int:
         return self.window
 
-    def prunes(self, memory: Memory) -> bool:
-        return min(memory.steps.tolist()) >= max(self.window, self.warmup_steps)
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(warm_up=max(self.window, self.warmup_steps))
 
     def action_estimate(self, evidence: Evidence) -> Tensor:
         """(B, M) float32: this step's action attention as the steps before suggest it."""

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vla_pruner.checks import is_count
-from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.budgeted import Budgeted
-from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.selection import top_ids
-
-FIRST_STEPS = 2
-LONGEST_STREAK = 3
 
 
 @dataclass(frozen=True)
@@ -50,18 +44,11 @@ class TextQuery(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate is not None and not is_count(self.gate, 2):
-            raise BudgetError(
-                f"gate={self.gate!r} was given; it is None, or the number of control steps whose paths are compared: "
-                "an int of 2 or more."
-            )
+        _ = self.schedule  # refuses what is out of range
 
     @property
-    def motion(self) -> int:
-        return self.gate or 0
-
-    def prunes(self, memory: Memory) -> bool:
-        return super().prunes(memory) and (self.gate is None or _moves_far(memory))
+    def schedule(self) -> Schedule:
+        return Schedule(self.warmup_steps, gate=self.gate)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -78,21 +65,3 @@ class TextQuery(Budgeted):
     def select(self, evidence: Evidence, k: int) -> Tensor:
         assert evidence.semantic is not None
         return top_ids(evidence.semantic, evidence.valid, k)
-
-
-def _moves_far(memory: Memory) -> bool:
-    """Whether the gate is open in every row.
-
-    Raises:
-        SessionError: nobody said how far an arm moved in a step that counts.
-    """
-    steps = memory.steps.tolist()
-    if min(steps) < FIRST_STEPS or max(memory.streak.tolist()) >= LONGEST_STREAK:
-        return False
-    paths = [row[-step:] for row, step in zip(memory.motion.tolist(), steps, strict=True)]
-    if any(math.isnan(path) for row in paths for path in row):
-        raise SessionError(
-            "The method prunes by how far the arm moves, but was not told after every control step; call "
-            "session.moved(distance) after each, or attach TextQuery(gate=None)."
-        )
-    return all(row[-1] > min(row) for row in paths)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vla_pruner.checks import is_count
 from vla_pruner.errors import BudgetError
+from vla_pruner.fate import Fate
 from vla_pruner.methods.base import Evidence, Keep, check_stages
 from vla_pruner.methods.budgeted import Budgeted
-from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.selection import top_ids
 
 
@@ -60,8 +60,7 @@ class VLACache(Budgeted):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest < value <= 1:
                 raise BudgetError(f"{name}={value!r} was given; it is a number above {lowest:g} and at most 1.")
-        if self.refresh_every is not None and not is_count(self.refresh_every, 2):
-            raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+        _ = self.schedule  # refuses what is out of range
         check_stages(self.then)
 
     @property
@@ -70,7 +69,7 @@ class VLACache(Budgeted):
 
     @property
     def treatments(self) -> tuple[str, ...]:
-        return ("reuse",)
+        return (Fate.REUSE,)
 
     @property
     def queries(self) -> str:
@@ -80,11 +79,9 @@ class VLACache(Budgeted):
         first = replace(self, then=())
         return (first, *(replace(first, layer=layer, keep=keep) for layer, keep in self.then))
 
-    def prunes(self, memory: Memory) -> bool:
-        steps = memory.steps.tolist()
-        if min(steps) < max(1, self.warmup_steps):
-            return False
-        return self.refresh_every is None or all(step % self.refresh_every for step in steps)
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(max(1, self.warmup_steps), self.refresh_every)
 
     def reuses(self, similarity: Tensor, count: int) -> bool:
         return bool(((similarity > self.threshold).sum(dim=1) >= count).all())

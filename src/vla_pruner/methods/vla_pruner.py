@@ -10,7 +10,7 @@ from torch import Tensor
 from vla_pruner.checks import check_choice, is_count
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
-from vla_pruner.methods.memory import Memory
+from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.scores import temporal_estimate
 from vla_pruner.methods.selection import distances, max_min_order, top_mask
 
@@ -68,8 +68,7 @@ class VLAPruner(Method):
             )
         if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
             raise BudgetError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
-        if self.refresh_every is not None and not is_count(self.refresh_every, 2):
-            raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+        _ = self.schedule  # refuses what is out of range
         if self.layer == 0 and self.refresh_every is None:
             raise BudgetError(
                 "layer=0 was given without refresh_every: tokens are then chosen by memory alone, and what is pruned "
@@ -110,13 +109,10 @@ class VLAPruner(Method):
             )
         return (OFFICIAL_ACTION_LAYER,)
 
-    def prunes(self, memory: Memory) -> bool:
-        steps = memory.steps.tolist()
-        # Before the decoder there is nothing to choose by but what was seen.
-        fewest = self.window if self.warmup == "full" else int(self.layer == 0)
-        if min(steps) < fewest:
-            return False
-        return self.refresh_every is None or all(step % self.refresh_every for step in steps)
+    @property
+    def schedule(self) -> Schedule:
+        # Before the decoder there is nothing to choose by but what was seen; there the first step is always a refresh.
+        return Schedule(self.window if self.warmup == "full" else 0, self.refresh_every)
 
     def action_estimate(self, evidence: Evidence) -> Tensor:
         """(B, M) float32: this step's action attention as the steps before suggest it (the paper's temporal

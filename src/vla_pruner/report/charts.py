@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vla_pruner.evaluation.summary import ArmSummary
+from vla_pruner.fate import Fate
 from vla_pruner.report.plot import Plot, Point
 from vla_pruner.report.results import Results
 from vla_pruner.report.svg import Axis, Markup, element, join, linear_axis, log_axis, swatch
@@ -15,7 +16,7 @@ from vla_pruner.report.svg import Axis, Markup, element, join, linear_axis, log_
 UNFOLDED_PLOTS = 9
 """Plots of a kind that are shown at once; the others are folded."""
 
-_LOOKS = {"drop": ("drop", "dot"), "freeze": ("freeze", "square"), "reuse": ("reuse", "diamond")}
+_LOOKS = {Fate.DROP: ("drop", "dot"), Fate.FREEZE: ("freeze", "square"), Fate.REUSE: ("reuse", "diamond")}
 _LAYERS = (("dot", ""), ("square", "dash-1"), ("diamond", "dash-2"), ("ring", "dash-3"))
 """Shape and dashes by the layer, where there are several; else the shape repeats the colour."""
 
@@ -107,7 +108,7 @@ def _look(results: Results, of: Sequence[ArmSummary]) -> tuple[str, str]:
     """Colour by what becomes of the tokens, shape and dashes by the layer."""
     setting = results.settings[of[0].key]
     layers = sorted({one.layer for one in results.settings.values()})
-    kind, shape = _LOOKS.get(setting.fate, ("drop", "dot"))
+    kind, shape = _LOOKS.get(setting.fate, _LOOKS[Fate.DROP])
     if len(layers) == 1:
         return kind, shape
     shape, dash = _LAYERS[layers.index(setting.layer) % len(_LAYERS)]
@@ -141,7 +142,7 @@ def _random_course(results: Results, plot: Plot, arms: Sequence[ArmSummary], shi
         if control is not None and control.success.total:
             courses.setdefault(results.settings[arm.key].series, {})[keep] = control
     for name, of in courses.items():
-        hollow = "box" if name.startswith("freeze") else "ring"
+        hollow = "box" if name.startswith(Fate.FREEZE) else "ring"
         ordered = sorted(of.items())
         plot.line([(keep, control.success.value) for keep, control in ordered], "random", shift)
         for keep, control in ordered:

@@ -13,6 +13,7 @@ import numpy as np
 
 from vla_pruner.evaluation import EvaluationError, Unit
 from vla_pruner.evaluation.traces import Trace, read_trace, trace_path
+from vla_pruner.fate import Fate
 from vla_pruner.report.overlap import overlap, tokens_of, top_tokens
 from vla_pruner.report.page import jpeg
 from vla_pruner.report.results import Results
@@ -183,9 +184,11 @@ def _arm(results: Results, trace: Trace, largest: int, quality: int, stride: int
     record = results.run.records.get(trace.key)
     steps = range(0, len(trace), stride)
     total = sum(trace.camera_tokens.values())
-    fate = results.settings[arm.key].fate if arm.key in results.settings else "drop" if trace.kept is not None else ""
-    if arm.kind == "random" and "freeze" in arm.title.split():
-        fate = "freeze"
+    fate = (
+        results.settings[arm.key].fate if arm.key in results.settings else Fate.DROP if trace.kept is not None else ""
+    )
+    if arm.kind == "random" and Fate.FREEZE in arm.title.split():
+        fate = Fate.FREEZE
     content: dict[str, Any] = {
         "title": arm.title,
         "fate": fate,
@@ -230,7 +233,7 @@ def _maps(trace: Trace, k: int, fate: str, steps: range) -> dict[str, Any]:
         found["top_semantic"] = [_top(semantic[step], k) for step in steps]
     if action is not None:
         whole = action
-        if trace.kept is not None and fate == "drop":
+        if trace.kept is not None and fate == Fate.DROP:
             whole = np.where(trace.pruned[:, None] & ~trace.kept & ~np.isnan(action), -1.0, action)
         found["top_action"] = [_top(whole[step], k) for step in steps]
         if semantic is not None:

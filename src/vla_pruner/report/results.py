@@ -13,10 +13,11 @@ from vla_pruner.evaluation.manifest import Manifest
 from vla_pruner.evaluation.records import EPISODES, check_run, latest
 from vla_pruner.evaluation.run import Run
 from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, WORSE, ArmSummary
+from vla_pruner.fate import Fate
 from vla_pruner.statistics import median_interval, percentile
 
 WORDS = (NOT_WORSE, WORSE, INCONCLUSIVE)
-FATES = ("drop", "freeze", "reuse")
+FATES = tuple(Fate)
 
 
 @dataclass(frozen=True)

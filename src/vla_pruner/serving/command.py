@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from vla_pruner.fate import WITHIN_A_STEP
 from vla_pruner.flags import add_weights, budget
 from vla_pruner.serving.observations import BY_CAMERA, LAYOUTS
 
@@ -55,7 +56,7 @@ def add_serve(commands: Any) -> None:
         "that reuses tokens was published with)",
     )
     add("--layer", metavar="K", type=int, default=3, help="the pruning layer (default: %(default)s)")
-    add("--pruned", choices=("drop", "freeze"), help="what becomes of the others (default: drop where the method can)")
+    add("--pruned", choices=WITHIN_A_STEP, help="what becomes of the others (default: drop where the method can)")
     add("--host", metavar="ADDRESS", default="127.0.0.1", help="0.0.0.0 for all (default: %(default)s, this machine)")
     add("--port", metavar="N", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add(

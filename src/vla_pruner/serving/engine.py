@@ -306,7 +306,7 @@ def check_method(method: Method | None) -> None:
         return
     if not isinstance(method, Method):
         raise ServingError(f"The pruner is {method!r}; give a Method, such as VLAPruner(keep=0.25), or None.")
-    if method.pruned == "reuse":
+    if method.fate.needs_last_step:
         raise ServingError(
             f"{type(method).__name__} reuses keys and values of the last control step, which are not kept for each "
             "robot; serve a method that drops or freezes."

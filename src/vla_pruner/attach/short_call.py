@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_pruner.attach.layout import Shortening, pad_columns
-from vla_pruner.caches import cache_in
+from vla_pruner.attach.shortening import Shortening, pad_columns
+from vla_pruner.caches import buffer_width, cache_in
 
 
 def short_prompt(
@@ -35,7 +35,7 @@ def short_prompt(
     short["inputs_embeds"] = shortening.live_rows(embeds)
     short["position_ids"] = shortening.live_rows(positions.expand(rows, -1))
     causal = bool(getattr(decoder.layers[0].self_attn, "is_causal", True))
-    width = _buffer(cache_in(given))
+    width = buffer_width(cache_in(given))
     short["attention_mask"] = _mask(given.get("attention_mask"), shortening, causal, width, embeds.dtype, additive)
     return short
 
@@ -87,9 +87,3 @@ def _mask(
 def _without(given: dict[str, Any], *names: str) -> dict[str, Any]:
     flat = {**given, **given.get("kwargs", {})}
     return {name: value for name, value in flat.items() if name not in (*names, "kwargs")}
-
-
-def _buffer(cache: Any) -> int | None:
-    """Width of a static cache's key buffer, None for a cache that grows."""
-    layers = getattr(cache, "layers", [])
-    return getattr(layers[0], "max_cache_len", None) if layers else None

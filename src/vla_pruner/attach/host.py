@@ -1,0 +1,136 @@
+"""What a wiring may ask of the session that it serves: the one interface between a model's calls and a control step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from vla_pruner.methods.base import Method
+
+if TYPE_CHECKING:
+    from vla_pruner.attach.control_step import ControlStep
+    from vla_pruner.attach.family import Call
+    from vla_pruner.attach.recorder import Attention
+    from vla_pruner.attach.reuse import Reuse
+    from vla_pruner.attach.shortening import Shortening
+    from vla_pruner.attach.stages import Stage
+
+
+class Host(Protocol):
+    """Runs the control steps of a session. A wiring tells it of the model's calls, in this order, and asks it what
+    becomes of the tokens:
+
+    - `enter_decoder` or `enter_reader`: a call begins.
+    - `see_embeddings`, `record_...`, `choose`: what the layers of the call show, and what is decided by it.
+    - `leave_call`: the call came back.
+    - `end_turn`: the call is over, whether it came back or failed.
+    """
+
+    @property
+    def method(self) -> Method:
+        """The method that chooses the tokens."""
+        ...
+
+    @property
+    def stages(self) -> Mapping[int, Stage]:
+        """Where the method prunes, by layer, the first one first."""
+        ...
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """What is held of the last control step, for methods that reuse it."""
+        ...
+
+    @property
+    def step(self) -> ControlStep | None:
+        """The control step that is running, or the last one."""
+        ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether a control step that is one graph is running, or being traced; it was opened before."""
+        ...
+
+    def open_step(self) -> ControlStep:
+        """The control step that is running.
+
+        Raises:
+            SessionError: there is none.
+        """
+        ...
+
+    def timed(self) -> AbstractContextManager[Any]:
+        """A context for work that pruning adds."""
+        ...
+
+    def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
+        """`function(*args)`, as a compiled program if the session is compiled; see `Compiled.run`."""
+        ...
+
+    def enter_decoder(self, call: Call) -> bool:
+        """A call of the decoder begins; returns whether it runs the prompt.
+
+        Raises:
+            SessionError: see `Runner.open_call`; or another thread is within a control step.
+        """
+        ...
+
+    def enter_reader(self) -> None:
+        """A call of an expert begins.
+
+        Raises:
+            SessionError: no prompt came back before; or another thread is within a control step.
+        """
+        ...
+
+    def leave_call(self) -> None:
+        """The call came back."""
+        ...
+
+    def end_turn(self) -> None:
+        """The call is over, whether it came back or failed: other threads may begin one."""
+        ...
+
+    def see_embeddings(self, hidden: Tensor) -> None:
+        """Note the first layer's input (B, N, D) of a prompt, for methods that compare tokens there."""
+        ...
+
+    def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
+        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
+
+        Args:
+            hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
+            layer: its index.
+        """
+        ...
+
+    def record_semantic(self, layer: int, attention: Attention) -> None:
+        """The layer before the pruning layer `layer` attended."""
+        ...
+
+    def record_decoder(self, layer: int, attention: Attention) -> None:
+        """A layer of the decoder whose rows act attended."""
+        ...
+
+    def record_reader(self, layer: int, attention: Attention) -> None:
+        """A layer of an expert attended to what the decoder's layer of this index cached."""
+        ...
+
+
+class Wiring(Protocol):
+    """What connects a host to the calls of one model."""
+
+    def install(self) -> None:
+        """Put everything in place.
+
+        Raises:
+            UnsupportedModelError: the model cannot be shortened as it is.
+        """
+        ...
+
+    def remove(self) -> None:
+        """Leave the model as it was, also after an `install` that failed half-way."""
+        ...

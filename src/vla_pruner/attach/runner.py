@@ -1,0 +1,366 @@
+"""Runs the control steps of a session: opens them, has the method choose, gathers its evidence, and remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vla_pruner.attach.arithmetic import own_arithmetic
+from vla_pruner.attach.control_step import NOT_OPEN, ControlStep, Phase
+from vla_pruner.attach.family import Call, Family
+from vla_pruner.attach.layout import Layout
+from vla_pruner.attach.recorder import Attention
+from vla_pruner.attach.reuse import Reuse
+from vla_pruner.attach.shortening import Shortening
+from vla_pruner.attach.stages import Planner, Stage, stages_of
+from vla_pruner.attach.turn import Turn
+from vla_pruner.errors import SessionError
+from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.methods.memory import Memory
+from vla_pruner.wording import a_type
+
+if TYPE_CHECKING:
+    from vla_pruner.attach.compiled import Compiled
+
+Clock = Callable[[str], AbstractContextManager[Any]]
+
+
+class Runner:
+    """The host of a session's wiring (`attach.host.Host`): owns the memory and the control step that is running.
+
+    Args:
+        method: what chooses the tokens.
+        family: of the model.
+
+    Attributes:
+        stages: where the method prunes, by layer, the first one first.
+        reuse: what is held of the last control step, for methods that reuse it.
+        turn: which thread is within a control step.
+        clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering.
+        compiled: what compiled the model's calls; None if they are not.
+        whole: whether a control step that is one graph is running, or being traced; it was opened before.
+
+    Raises:
+        BudgetError: the method does not fit the model.
+        UnsupportedModelError: the method reuses keys and values, and the family does not know its images.
+    """
+
+    def __init__(self, method: Method, family: Family) -> None:
+        self.method = method
+        self.family = family
+        self.stages = stages_of(method, family)
+        self.reuse = Reuse(family) if method.fate.needs_last_step else None
+        self.turn = Turn()
+        self.clock: Clock | None = None
+        self.compiled: Compiled | None = None
+        self.whole = False
+        self._planner = Planner(family, self.stages)
+        self._episode: Tensor | None = None
+        self._memory: Memory | None = None
+        self._step: ControlStep | None = None
+
+    @property
+    def step(self) -> ControlStep | None:
+        """The control step that is running, or the last one."""
+        return self._step
+
+    def open_step(self) -> ControlStep:
+        """The control step that is running.
+
+        Raises:
+            SessionError: there is none.
+        """
+        if self._step is None:
+            raise SessionError(
+                "A layer of the decoder ran while no control step is open: it was called by itself, or the method was "
+                "attached while a step ran in another thread. Run the whole policy, or detach first."
+            )
+        return self._step
+
+    def timed(self) -> AbstractContextManager[Any]:
+        """The clock's context for work that pruning adds."""
+        no_clock = self.clock is None or torch.compiler.is_compiling()
+        return nullcontext() if no_clock else self.clock("pruning")  # type: ignore[misc]
+
+    def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
+        """`function(*args)`, as a program if the session is compiled; see `Compiled.run`."""
+        if self.compiled is None or self.whole:
+            return function(*args)
+        return self.compiled.run(name, function, given, *args)
+
+    @contextmanager
+    def as_one_graph(self) -> Iterator[None]:
+        """Within it, a control step that was opened runs as one graph."""
+        self.whole = True
+        try:
+            yield
+        finally:
+            self.whole = False
+
+    # A model's calls.
+
+    def enter_decoder(self, call: Call) -> bool:
+        """A call of the decoder begins; returns whether it runs the prompt.
+
+        Raises:
+            SessionError: see `open_call`; or another thread is within a control step.
+        """
+        if self.whole:
+            step = self.open_step()
+            if step.in_prompt():
+                return True  # its call began as the step was opened
+            step.enter_call(call.length)
+            return False
+        self.turn.begin_call()
+        with self.timed():
+            return self.open_call(call)
+
+    def enter_reader(self) -> None:
+        """A call of an expert begins.
+
+        Raises:
+            SessionError: no prompt came back before; or another thread is within a control step.
+        """
+        self.turn.begin_call()
+        if self._step is not None:
+            self._step.check_thread()
+            self._step.enter_call()
+
+    def leave_call(self) -> None:
+        """The call came back."""
+        if self._step is not None:
+            with self.timed():
+                self._step.leave_call()
+
+    def end_turn(self) -> None:
+        """The call is over, whether it came back or failed."""
+        if not self.whole:
+            self.turn.end_call()
+
+    def open_call(self, call: Call) -> bool:
+        """Begin a call of the decoder; returns whether it runs the prompt. A prefill closes the last control step and
+        opens the next.
+
+        Raises:
+            SessionError: the batch or the number of visual tokens is not the memory's, no step is open for a decode
+                call, or a decode call has more than one position.
+        """
+        if self.family.opens_step(call):
+            self._open(call)
+            return True
+        step = self._step
+        if step is None:
+            raise SessionError(NOT_OPEN.format(length=call.length))
+        step.check_thread()
+        if self.family.repeats_prompt(call):
+            step.repeat_prompt(call.length)
+            return True
+        if call.length != 1 and step.phase is Phase.ACTING:
+            raise SessionError(
+                f"The decoder was called with {call.length} positions after the prompt; it decodes one at a time. A "
+                "prompt in several pieces and speculative decoding are not supported."
+            )
+        step.enter_call(call.length)
+        return False
+
+    def _open(self, call: Call) -> None:
+        layout, rows, budgets = self._planner.plan(call)
+        self._memory = memory = self._memory_for(layout, call.device)
+        # Decided here, on the host, since the layers may run as a graph.
+        prunes = self.method.prunes(memory)
+        if self.reuse is not None:
+            prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
+        if self.compiled is not None:
+            if any(stage.method.queries in ("text", "raters") for stage in self.stages.values()):
+                layout.text()  # raises here what a graph cannot
+            self.compiled.begin_step()
+        steps = memory.steps.to(layout.valid.device, non_blocking=True)
+        if self._step is not None:
+            self._step.close()
+        self._step = ControlStep(layout, memory, steps, prunes, budgets, rows)
+
+    # What a prompt shows, and what is decided by it.
+
+    @own_arithmetic
+    def see_embeddings(self, hidden: Tensor) -> None:
+        """Note the first layer's input (B, N, D) of a prompt, for methods that compare tokens there."""
+        step = self._step
+        if step is None:
+            return
+        for stage in self.stages.values():
+            method = stage.method
+            if step.embeddings is None and "embeddings" in method.needs:
+                step.see(embeddings=step.visual_rows(hidden))
+            if step.raters is None and method.queries == "raters":
+                with self.timed():
+                    visual = step.visual_rows(hidden)
+                    step.see(raters=method.raters(visual, step.layout.valid, hidden, step.layout.text()))
+
+    def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
+        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
+
+        Args:
+            hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
+            layer: its index.
+        """
+        step = self.open_step()
+        if step.begin_choice(layer):
+            live = self._select(self.stages[layer], step, hidden, step.budgets[layer])
+            step.shorten(layer, live, readable=self.method.fate.readable)
+        return step.shortening_at(layer)
+
+    @own_arithmetic
+    def _select(self, stage: Stage, step: ControlStep, hidden: Tensor, budgets: tuple[int, ...]) -> Tensor:
+        return stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
+
+    def _evidence(self, step: ControlStep, method: Method, hidden: Tensor) -> Evidence:
+        """What `method` reads, on the visual tokens that are live so far."""
+        similarity = None if self.reuse is None else self.reuse.similarity
+        evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps)
+        if step.kept is not None:
+            evidence = evidence.of(step.kept)
+        return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
+
+    @own_arithmetic
+    def record_semantic(self, layer: int, attention: Attention) -> None:
+        """The layer before the pruning layer `layer` attended; the prompt's first run in a control step counts."""
+        step, method = self._step, self.stages[layer].method
+        if step is None or step.phase is not Phase.PROMPT:
+            return
+        if step.semantic is None or layer not in step.chosen:
+            with self.timed():
+                step.add_semantic(attention, method.queries, method.attention == "logits")
+
+    @own_arithmetic
+    def record_decoder(self, layer: int, attention: Attention) -> None:
+        """A layer of the decoder whose rows act attended."""
+        step = self._step
+        if step is None or not step.reads:
+            return
+        with self.timed():
+            rows = step.action_rows_at(layer) if step.phase is Phase.PROMPT else None
+            step.add_action(layer, attention, rows, decoding=True)
+
+    @own_arithmetic
+    def record_reader(self, layer: int, attention: Attention) -> None:
+        """A layer of an expert attended to what the decoder's layer of this index cached."""
+        step = self._step
+        if step is None or not step.reads:
+            return
+        with self.timed():
+            rows = self.family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
+            step.add_action(layer, attention, rows)
+
+    # What is remembered.
+
+    @property
+    def memory(self) -> Memory | None:
+        """What is carried from step to step, the last control step included; None before the first one."""
+        step = self._step
+        if step is None or step.phase is Phase.CLOSED:
+            return self._memory
+        keeps, needs = self.method.remembers_semantic, self.method.needs
+        if step.running or (step.action is None and "action" in needs) or (step.semantic is None and keeps):
+            # A call failed, or nothing acted: no control step came of it.
+            return step.memory
+        scores = self._scores_after(step) if step.remembered is None else step.remembered
+        return step.memory.advance({name: self.own(score) for name, score in scores.items()}, step.kept is not None)
+
+    @memory.setter
+    def memory(self, memory: Memory | None) -> None:
+        self.turn.check()
+        if memory is not None:
+            check_memory(memory, self.method)
+        self._memory = memory
+        if self.reuse is not None:
+            self.reuse.forget()
+        if self._step is not None:
+            self._step.close()
+
+    def forget(self) -> None:
+        """A new episode begins for all rows."""
+        memory = self.memory
+        if memory is not None:
+            self._episode = memory.episode + 1
+        if self._step is not None:
+            self._step.close()
+        self._memory = self._step = None
+        if self.reuse is not None:
+            self.reuse.forget()
+
+    def finish(self) -> None:
+        """The last call of a control step that is one graph came back: its memory's update is part of the graph."""
+        step = self.open_step()
+        step.finish(self._scores_after(step))
+
+    def settle(self) -> None:
+        """Compute what the last control step put off, and release the cache that it needs."""
+        if self._step is not None:
+            self._step.settle()
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """A tensor that the next control step does not overwrite, as CUDA graphs do their results."""
+        return tensor if self.compiled is None or tensor.device.type == "cpu" else tensor.clone()
+
+    @own_arithmetic
+    def _scores_after(self, step: ControlStep) -> dict[str, Tensor]:
+        semantic = step.semantic if self.method.remembers_semantic else None
+        return step.memory.scores_after(step.action, step.seen, semantic)
+
+    def _memory_for(self, layout: Layout, device: torch.device) -> Memory:
+        """The memory with which a control step of this layout opens.
+
+        Raises:
+            SessionError: the memory is of other rows or of other visual tokens.
+        """
+        memory, method = self.memory, self.method
+        if memory is None:
+            memory = Memory.empty(
+                layout.rows,
+                method.history,
+                layout.tokens,
+                device,
+                semantic=method.remembers_semantic,
+                motion=method.motion,
+            )
+            if self._episode is not None and len(self._episode) == layout.rows:
+                memory = replace(memory, episode=self._episode)
+        if (memory.rows, memory.tokens) != (layout.rows, layout.tokens):
+            raise SessionError(
+                f"The memory holds {memory.rows} rows of {memory.tokens} visual tokens, but the model was called with "
+                f"{layout.rows} rows of {layout.tokens}; call reset() first, or set session.memory to these rows' own."
+            )
+        step = self._step
+        if step is not None and self._memory is not None and step.layout.cameras != layout.cameras:
+            raise SessionError(
+                f"The cameras {self.family.cameras} had {step.layout.cameras} visual tokens and now have "
+                f"{layout.cameras}, so what is remembered of them no longer fits. Call reset(), or have the policy put "
+                "blank images in the places of absent cameras (LeRobot's SmolVLA: config.empty_cameras)."
+            )
+        return memory.to(device)
+
+
+def check_memory(memory: Any, method: Method) -> None:
+    """Raise SessionError unless `memory`, which was set, is one of `method`."""
+    if not isinstance(memory, Memory):
+        raise SessionError(f"session.memory was set to {a_type(memory)}; set a Memory, or None.")
+    if memory.holds_semantic != method.remembers_semantic:
+        raise SessionError(
+            "session.memory was set to one of a method that prunes at another layer: with layer=0 a memory holds "
+            "semantic scores too, with others it does not."
+        )
+    if memory.window != method.history:
+        raise SessionError(
+            f"session.memory was set to one that holds {memory.window} control steps of scores, but this method's "
+            f"holds {method.history}; it is another method's memory."
+        )
+    if memory.motion.shape[1] != method.motion:
+        raise SessionError(
+            f"session.memory was set to one that holds the motion of {memory.motion.shape[1]} control steps, but this "
+            f"method reads that of {method.motion}; it is another method's memory."
+        )

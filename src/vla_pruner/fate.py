@@ -1,0 +1,60 @@
+"""What becomes, from the pruning layer on, of the visual tokens that are not kept."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from vla_pruner.errors import BudgetError
+
+
+class Fate(StrEnum):
+    """Options and records hold a fate by its word, such as `pruned="freeze"`; code that acts on it asks the fate.
+
+    DROP: the tokens are gone.
+    FREEZE: they stay readable, with keys and values of the hidden state with which they entered the pruning layer.
+    REUSE: they stay readable, with the keys and values that they had in the last control step.
+    """
+
+    DROP = "drop"
+    FREEZE = "freeze"
+    REUSE = "reuse"
+
+    @classmethod
+    def of(cls, word: str) -> Fate:
+        """The fate of this word.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        if word not in list(cls):
+            raise BudgetError(
+                f"pruned={word!r} was given; what becomes of tokens is one of {', '.join(map(repr, cls))}."
+            )
+        return cls(word)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    @property
+    def readable(self) -> bool:
+        """Whether later layers can attend to the tokens."""
+        return self is not Fate.DROP
+
+    @property
+    def projects(self) -> bool:
+        """Whether every later layer computes the tokens' keys and values."""
+        return self is Fate.FREEZE
+
+    @property
+    def needs_last_step(self) -> bool:
+        """Whether the keys and values of the last control step must be held for each robot."""
+        return self is Fate.REUSE
+
+    @property
+    def gerund(self) -> str:
+        """As texts say it: "dropping"."""
+        return {Fate.DROP: "dropping", Fate.FREEZE: "freezing", Fate.REUSE: "reusing"}[self]
+
+
+WITHIN_A_STEP = (Fate.DROP, Fate.FREEZE)
+"""The fates that need nothing but the control step itself."""
