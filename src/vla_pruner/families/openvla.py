@@ -60,6 +60,8 @@ class OpenVLA(DecoderLM):
 class OpenVLAOFT(OpenVLA):
     """`OpenVLAOFT`: [BOS][visual tokens][proprio][instruction][placeholders][stop] in one bidirectional pass."""
 
+    one_pass = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         if self._policy.diffusion:
@@ -85,6 +87,9 @@ class OpenVLAOFT(OpenVLA):
 
     def action_rows(self, layout: Layout) -> Tensor | None:
         return self._policy.rows_in_sequence(layout.prompt)
+
+    def placeholder_rows(self, layout: Layout) -> Tensor | None:
+        return self._policy.rows_in_sequence(layout.prompt) + 1
 
     def _layout(self, call: Call) -> Layout:
         layout = super()._layout(call)
