@@ -19,7 +19,8 @@ def attach(method: Method, model: Any, compile: bool = False, **family_options: 
             f"compile={compile!r} was given; it is True or False. For another backend than torch's own attach "
             'first and call session.compile("...").'
         )
-    session = Session(method, model, family_of(model, **family_options))
+    family = family_of(model, **family_options)
+    session = Session(method.fitted(family.one_pass), model, family)
     if compile:
         try:
             session.compile()

@@ -18,6 +18,7 @@ from vla_pruner import methods, plugins
 from vla_pruner.errors import BudgetError, PluginError, VLAPrunerError
 from vla_pruner.fate import Fate
 from vla_pruner.methods import Method, RandomKeep
+from vla_pruner.methods.presets import Published
 
 FRESH = 8
 """At layer 0 a token that is gone is seen by nothing: this often all of them are looked at again."""
@@ -46,6 +47,9 @@ class Named:
     @classmethod
     def of(cls, method: Method) -> Named:
         """A method that is there already, one of this package or of somebody else."""
+        if isinstance(method.layer, Published):
+            # Tables name the layer before there is a model to leave it to.
+            method = dataclasses.replace(method, layer=int(method.layer))
         kind = type(method)
         known = kind in known_methods().values()
         fields = [field for field in dataclasses.fields(method) if field.name not in _OF_EVERY_ARM]

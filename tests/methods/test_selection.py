@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -270,3 +272,57 @@ def test_there_is_a_choice_among_numbers_that_are_none(metric):
     for form in (max_min_order_in_arrays, max_min_order_in_tensors):
         order = form(distances(features, metric), mask, 5)
         assert all(len(set(row)) == 5 for row in order.tolist())
+
+
+def test_a_layer_left_out_is_that_of_the_preset():
+    assert vp.VLAPruner().layer == vp.VLAPruner(preset="official").layer == 3
+    assert vp.VLAPruner(preset="official-chunk").layer == 4
+    assert replace(vp.VLAPruner(), preset="official-chunk").layer == 4
+    assert replace(vp.VLAPruner(layer=2), preset="official-chunk").layer == 2
+    assert vp.VLAPruner(preset="official", keep=0.5).fitted(one_pass=True) == vp.VLAPruner(
+        preset="official-chunk", keep=0.5, layer=4
+    )
+    assert vp.VLAPruner(preset="official", layer=2).fitted(one_pass=True).layer == 2
+    assert vp.VLAPruner().fitted(one_pass=True) == vp.VLAPruner()
+    assert vp.VLAPruner(preset="official").fitted(one_pass=False) == vp.VLAPruner(preset="official")
+
+
+def test_each_camera_on_its_own():
+    names = ("image", "wrist_image")
+    assert vp.VLAPruner(keep=0.25).for_cameras(names) is None
+    apart = vp.VLAPruner(keep=0.25, per_camera=True)
+    assert apart.for_cameras(names) == (apart, apart)
+    assert vp.VLAPruner(keep=0.25, preset="official-chunk").for_cameras(names) is not None
+    given = vp.VLAPruner(keep={"image": 4, "wrist_image": 0.5}, per_camera=True).for_cameras(names)
+    assert given is not None
+    assert [method.keep for method in given] == [4, 0.5]
+    with pytest.raises(vp.BudgetError, match="does not name its cameras"):
+        apart.for_cameras(())
+    with pytest.raises(vp.BudgetError, match="per_camera=1"):
+        vp.VLAPruner(per_camera=1)  # type: ignore[arg-type]
+
+
+def test_the_estimate_is_rounded_as_the_preset_says():
+    memory = vp.Memory.empty(1, 3, 4)
+    for step in range(3):
+        memory = memory.push(torch.tensor([[0.1, 0.2, 0.3, 0.7]]) * (step + 1))
+    scores = {1: 1.0, 2: 0.8, 3: 0.8**2}
+    mean = sum(weight * (4 - ago) for ago, weight in scores.items()) / sum(scores.values())
+    token = torch.tensor([[0.1, 0.2, 0.3, 0.7]])
+
+    def estimate(preset: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        features = torch.zeros(1, 4, 2, dtype=dtype)
+        evidence = Evidence(torch.ones(1, 4, dtype=torch.bool), memory, features=features)
+        return vp.VLAPruner(preset=preset).action_estimate(evidence)
+
+    torch.testing.assert_close(estimate("paper"), token * mean)
+    torch.testing.assert_close(estimate("official-chunk"), token * mean)
+    assert torch.equal(estimate("official-chunk", torch.bfloat16), (token * mean).bfloat16().float())
+    for preset in ("official", "official-2026-02"):
+        assert torch.equal(estimate(preset), (token / token.sum()).bfloat16().float())
+    uneven = memory.push(torch.tensor([[5.0, 0.0, 0.0, 0.0]]))
+    found = {}
+    for preset in ("official", "official-2026-02"):
+        evidence = Evidence(torch.ones(1, 4, dtype=torch.bool), uneven, features=torch.zeros(1, 4, 2))
+        found[preset] = vp.VLAPruner(preset=preset).action_estimate(evidence)[0, 0]
+    assert found["official"] > found["official-2026-02"], "the newest step weighs most, or least"

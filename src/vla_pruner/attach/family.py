@@ -55,6 +55,7 @@ class Family:
         eye: the module that is given the pixels of all cameras, once before each prompt; None where nobody knows which
             pixels a visual token covers, or where these tokens move in the prompt or run more than once in a step.
         cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
+        one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
         compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
         seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
             projector in it; compiled whole, in place of the encoders. None where there is no such method.
@@ -67,6 +68,7 @@ class Family:
     readers: tuple[Any, ...] = ()
     eye: nn.Module | None = None
     cameras: tuple[str, ...] = ("image",)
+    one_pass: bool = False
     compilable: bool = True
     seeing: tuple[Any, str] | None = None
     acting: tuple[Any, str] | None = None
@@ -135,6 +137,12 @@ class Family:
         none.
         """
         return layout.last()
+
+    def placeholder_rows(self, layout: Layout) -> Tensor | None:
+        """(B, R) prompt positions in the places of actions, for methods that read these (`Method.reads_placeholders`);
+        None if there are none. Where actions are emitted by other rows, these are not `action_rows`.
+        """
+        return self.action_rows(layout)
 
     def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
         """(B, R) query rows of a reader's call of `length` positions that act."""

@@ -131,7 +131,8 @@ class Planner:
         """
         layout = self._family.layout(call)
         if self._plan is None or self._plan[0] is not layout:
-            rows = self._family.action_rows(layout)
+            placed = any(stage.method.reads_placeholders for stage in self._stages.values())
+            rows = self._family.placeholder_rows(layout) if placed else self._family.action_rows(layout)
             if rows is not None:
                 ensure((layout.visual[:, None] != rows[..., None]).all(), VISUAL_LAST)
             budgets = budgets_of(self._stages, layout.cameras, layout.absent, self._family.camera_tokens)

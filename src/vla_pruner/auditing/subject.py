@@ -64,10 +64,10 @@ class Subject:
     def __init__(self, policy: Policy, method: Method, instruction: str | None = None, seed: int = 0) -> None:
         check_request(method, instruction, seed)
         self.policy = check_policy(policy)
-        self.method = method
         self.seed = seed
         self.module = module_of(policy)
         self.family: Any = family_of(policy)
+        self.method = method.fitted(self.family.one_pass)
         known = getattr(policy, "instructions", ())
         self.instruction = (known[0] if known else INSTRUCTION) if instruction is None else instruction
         self._broke: Exception | None = None

@@ -17,6 +17,8 @@ from vla_pruner.families.decoder_lm import DecoderLM
 class Chunk(DecoderLM):
     """`vla_pruner.models.chunk.ChunkPolicy`: [BOS][cameras][instruction][proprioception][action rows]."""
 
+    one_pass = True
+
     def __init__(self, model: nn.Module) -> None:
         policy: Any = model
         super().__init__(policy.decoder, visual=policy.config.visual)

@@ -8,8 +8,10 @@ step; tokens are chosen in the first one, and action attention is the mean over 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call
@@ -58,6 +60,8 @@ class OpenVLA(DecoderLM):
 class OpenVLAOFT(OpenVLA):
     """`OpenVLAOFT`: [BOS][visual tokens][proprio][instruction][placeholders][stop] in one bidirectional pass."""
 
+    one_pass = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         if self._policy.diffusion:
@@ -83,6 +87,17 @@ class OpenVLAOFT(OpenVLA):
 
     def action_rows(self, layout: Layout) -> Tensor | None:
         return self._policy.rows_in_sequence(layout.prompt)
+
+    def placeholder_rows(self, layout: Layout) -> Tensor | None:
+        return self._policy.rows_in_sequence(layout.prompt) + 1
+
+    def _layout(self, call: Call) -> Layout:
+        layout = super()._layout(call)
+        # The first row that acts is the prompt's last token; the placeholders and the stop token behind it read no
+        # prompt, although they see all of it.
+        last = self._policy.rows_in_sequence(layout.prompt)[:, :1]
+        positions = torch.arange(layout.length, device=layout.prompt.device)
+        return replace(layout, readers=layout.prompt & (positions <= last))
 
 
 def _refuse_forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -190,6 +190,22 @@ class Method:
             f"{type(self).__name__} does not say which rows rate: define raters(visual, valid, prompt, text)."
         )
 
+    @property
+    def reads_placeholders(self) -> bool:
+        """Whether, of a policy that acts in the rows of its prompt's pass, the rows in the actions' places count as
+        action rows, instead of those that emit the actions (one to the left in OpenVLA-OFT).
+        """
+        return False
+
+    def fitted(self, one_pass: bool) -> Method:
+        """This method as it is carried out on a model; most are the same on all.
+
+        Args:
+            one_pass: whether the model's actions are rows of its prompt's own pass, instead of decoded tokens or rows
+                of an expert.
+        """
+        return self
+
     def stages(self) -> tuple[Method, ...]:
         """What prunes at each pruning layer, in the order of their `layer`. One stage, the method itself, for all but
         progressive methods; a later stage chooses among what the one before left, and its `keep` is of all visual

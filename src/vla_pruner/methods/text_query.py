@@ -27,7 +27,7 @@ class TextQuery(Budgeted):
     Reference numbers (OpenVLA-OFT on LIBERO, mean success, unpruned 97.1 %): with the gate 96.3 % at keep .5, 94.4 % at
     .3; without it 93.5 %. With the gate 1.23 and 1.35 times faster.
     Deviations: the first layer still sees every token (`layer=1`); k is rounded, not cut off; queries and keys carry
-    their rotary angles; text is what follows the image in the prompt, with placeholders where a policy has them there.
+    their rotary angles; text is what follows the image in the prompt, a token of the robot's state included.
     The gate is off by default, since only the robot's side knows the path. In a batch one row's closed gate is every
     row's, since all rows share one shape.
 

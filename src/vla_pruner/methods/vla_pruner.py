@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,32 +11,40 @@ from torch import Tensor
 from vla_pruner.checks import check_choice, is_count
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
+from vla_pruner.methods.presets import PAPER, PRESETS, Published, Rules
 from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.scores import temporal_estimate
 from vla_pruner.methods.selection import distances, max_min_order, top_mask
-
-OFFICIAL_ACTION_LAYER = 15
 
 
 @dataclass(frozen=True)
 class VLAPruner(Method):
     """Union of the top k by prefill attention and the top k by smoothed action attention, thinned by max-min diversity.
 
-    Paper: arXiv 2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 % at
-    keep .5, 98.48 % at .25, 88.90 % at .125. Deviations: none with the defaults ("freeze" and the options below are
-    additions).
+    Paper: "Bridging the Semantic-Action Gap in Visual Token Pruning for Efficient VLA Inference" (v5, May 2026; first
+    "VLA-Pruner: Temporal-Aware Dual-Level Visual Token Pruning for Efficient Vision-Language-Action Inference"), arXiv
+    2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 % at keep .5,
+    98.48 % at .25, 88.90 % at .125; docs/methods.md has what others measured. Deviations: none with the defaults
+    ("freeze" and the options below are additions).
 
     Attributes:
         keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int): one budget for all
-            cameras (as published), or per camera, `{"image": 64, "wrist_image": 0.5}`: then each camera's tokens
-            compete among themselves.
-        layer, pruned: see `Method` (paper: drop at layer 3). `layer=0` prunes before the decoder, by what memory says
-            of both scores: every layer is short, and nothing of the present image has a say. Needs `refresh_every`.
+            cameras, or per camera, `{"image": 64, "wrist_image": 0.5}`: then each camera's tokens compete among
+            themselves.
+        layer, pruned: see `Method` (paper: drop at layer 3; a layer that is left out is the preset's). `layer=0` prunes
+            before the decoder, by what memory says of both scores: every layer is short, and nothing of the present
+            image has a say. Needs `refresh_every`.
         window: control steps of action attention that are smoothed (paper: 3).
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
-        preset: "paper", or "official" for what the authors' code does: the decay runs backwards (the oldest step weighs
-            most), action attention is read at layer index 15 alone, the estimate is rounded to bfloat16, and diversity
-            is measured on the decoder's input embeddings instead of the hidden states entering `layer`.
+        preset: "paper", or what the authors' code does (docs/methods.md has the commits). "official" is the code of May
+            2026: action attention is read at layer index 15 alone, the estimate is made shares and rounded to
+            bfloat16, and diversity is measured on the decoder's input embeddings instead of the hidden states entering
+            `layer`. On a policy that acts in the rows of its prompt's pass, "official" becomes "official-chunk", their
+            code for OpenVLA-OFT: layer 4 if none is named, each camera on its own (`per_camera`), the action
+            attention of the rows in the actions' places, and an estimate that is neither made shares nor rounded
+            further than the model's dtype. "official-2026-02" is the code of February: "official" with a decay that
+            runs backwards (the oldest step weighs most).
+        per_camera: give each camera `keep` of its own tokens, and choose within each camera.
         warmup: "full" prunes nothing in the first `window` steps of an episode: exact, but short episodes gain less.
             "semantic" prunes them by prefill attention alone (v5 of the paper). In a batch "full" waits until no row is
             in its warm-up, since all rows share one shape: where robots reset at different times, choose "semantic".
@@ -58,8 +67,13 @@ class VLAPruner(Method):
     semantic_queries: str = "all"
     unseen: str = "zero"
     refresh_every: int | None = None
+    per_camera: bool = False
+    layer: int = field(default=Published(PAPER.layer), kw_only=True)
 
     def __post_init__(self) -> None:
+        check_choice("preset", self.preset, tuple(PRESETS))
+        if isinstance(self.layer, Published):
+            object.__setattr__(self, "layer", Published(self.rules.layer))
         super().__post_init__()
         check_keep(self.keep)
         if not is_count(self.window, 1):
@@ -74,14 +88,37 @@ class VLAPruner(Method):
                 "layer=0 was given without refresh_every: tokens are then chosen by memory alone, and what is pruned "
                 "away would never be seen again; give refresh_every=4 or the like."
             )
-        check_choice("preset", self.preset, ("paper", "official"))
         check_choice("warmup", self.warmup, ("full", "semantic"))
         check_choice("semantic_queries", self.semantic_queries, ("all", "text", "last"))
         check_choice("unseen", self.unseen, ("zero", "carry"))
+        if not isinstance(self.per_camera, bool):
+            raise BudgetError(f"per_camera={self.per_camera!r} was given; it is True or False.")
+
+    @property
+    def rules(self) -> Rules:
+        """What the preset says."""
+        return PRESETS[self.preset]
+
+    def fitted(self, one_pass: bool) -> Method:
+        return replace(self, preset="official-chunk") if one_pass and self.preset == "official" else self
+
+    def for_cameras(self, names: tuple[str, ...]) -> tuple[VLAPruner, ...] | None:
+        if isinstance(self.keep, Mapping) or not (self.per_camera or self.rules.per_camera):
+            return super().for_cameras(names)
+        if not names:
+            raise BudgetError(
+                "Each camera was to have its own budget, but this model does not name its cameras: "
+                "attach(model, cameras=(...))."
+            )
+        return (self,) * len(names)
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"semantic", "action", "embeddings" if self.preset == "official" else "features"})
+        return frozenset({"semantic", "action", self.rules.evidence})
+
+    @property
+    def reads_placeholders(self) -> bool:
+        return self.rules.placeholders
 
     @property
     def history(self) -> int:
@@ -99,15 +136,15 @@ class VLAPruner(Method):
         return resolve_keep(self.keep, tokens)
 
     def action_layers(self, layers: int) -> tuple[int, ...]:
-        if self.preset == "paper":
+        at = self.rules.action_layer
+        if at is None:
             return super().action_layers(layers)
-        if layers <= OFFICIAL_ACTION_LAYER:
+        if layers <= at:
             raise BudgetError(
-                f'preset="official" reads action attention at layer index {OFFICIAL_ACTION_LAYER}, but this '
-                f"model has {layers} "
+                f'preset="{self.preset}" reads action attention at layer index {at}, but this model has {layers} '
                 'layers; use preset="paper".'
             )
-        return (OFFICIAL_ACTION_LAYER,)
+        return (at,)
 
     @property
     def schedule(self) -> Schedule:
@@ -118,13 +155,20 @@ class VLAPruner(Method):
         """(B, M) float32: this step's action attention as the steps before suggest it (the paper's temporal
         smoothing).
         """
-        if self.preset == "paper":
-            return temporal_estimate(evidence.memory, self.decay, self.unseen, steps=evidence.steps)
+        rules = self.rules
         estimate = temporal_estimate(
-            evidence.memory, self.decay, self.unseen, newest_weighs_most=False, steps=evidence.steps
+            evidence.memory,
+            self.decay,
+            self.unseen,
+            newest_weighs_most=rules.newest_weighs_most,
+            steps=evidence.steps,
         )
-        share = estimate / estimate.sum(dim=1, keepdim=True).clamp_min(1e-12)
-        return share.to(torch.bfloat16).float()
+        if rules.shares:
+            estimate = estimate / estimate.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        if rules.rounding == "model":
+            assert evidence.features is not None
+            return estimate.to(evidence.features.dtype).float()
+        return estimate.to(torch.bfloat16).float() if rules.rounding == "bfloat16" else estimate
 
     def candidates(self, evidence: Evidence, k: int) -> Tensor:
         """(B, M) bool: the union of both top k; rows in their warm-up have the semantic top k alone."""

@@ -1,0 +1,48 @@
+"""Where VLA-Pruner's paper and its authors' code differ, as sets of rules with names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class Published(int):
+    """A pruning layer that nobody named: the published one, which follows from the preset."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a preset of `VLAPruner` sets.
+
+    Attributes:
+        layer: the published pruning layer.
+        action_layer: the one layer (0-based) at which action attention is read; None: the later half.
+        placeholders: action rows are those in the actions' places, instead of those that emit the actions.
+        evidence: what diversity is measured on: "features" entering the pruning layer, or the decoder's "embeddings".
+        newest_weighs_most: whether the decay runs forwards.
+        shares: whether the estimate is divided by its sum over the tokens.
+        rounding: of the estimate: "none", to "bfloat16", or to the dtype of the "model".
+        per_camera: whether each camera has `keep` of its own tokens.
+    """
+
+    layer: int = 3
+    action_layer: int | None = None
+    placeholders: bool = False
+    evidence: str = "features"
+    newest_weighs_most: bool = True
+    shares: bool = False
+    rounding: str = "none"
+    per_camera: bool = False
+
+
+ACTION_LAYER = 15
+PAPER = Rules()
+DECODED = Rules(action_layer=ACTION_LAYER, evidence="embeddings", shares=True, rounding="bfloat16")
+FEBRUARY = Rules(
+    action_layer=ACTION_LAYER, evidence="embeddings", newest_weighs_most=False, shares=True, rounding="bfloat16"
+)
+CHUNK = Rules(
+    layer=4, action_layer=ACTION_LAYER, placeholders=True, evidence="embeddings", rounding="model", per_camera=True
+)
+
+PRESETS = {"paper": PAPER, "official": DECODED, "official-chunk": CHUNK, "official-2026-02": FEBRUARY}
+"""By name. "official" becomes "official-chunk" on a policy that acts in the rows of its prompt's pass."""
