@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vla_pruner.attach.session import Session
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.cost import ControlStep, DecoderShape, Expert, Tower
 from vla_pruner.errors import BudgetError
 from vla_pruner.families import family_of
+from vla_pruner.feed import Feed
 from vla_pruner.methods import Method
 from vla_pruner.timing import Watched, head_owner, projectors_of, watched_of
-
-
-@dataclass(frozen=True)
-class Feed:
-    """What a kind of policy is fed with, and what follows from it.
-
-    Attributes:
-        step: one control step, from prepared inputs on the host to actions on the host.
-        visual: visual tokens of all cameras.
-        other: other tokens of the prompt.
-        decoded: passes that decode a token after the prompt.
-        denoised: rows of one pass of the expert, and passes; None without an expert.
-        uses_head: whether the language model's head over the vocabulary runs.
-        prepare: from images and words to what `step` takes; None where `step` does that too.
-        attach: options for `Method.attach`.
-    """
-
-    step: Callable[[], Any]
-    visual: int
-    other: int
-    decoded: int = 0
-    denoised: tuple[int, int] | None = None
-    uses_head: bool = True
-    prepare: Callable[[], Any] | None = None
-    attach: dict[str, Any] = field(default_factory=dict)
 
 
 class Subject:
@@ -199,8 +174,3 @@ def _bytes(module: Any) -> int:
 def _matrices(module: nn.Module) -> int:
     """Numbers in its matrices."""
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-
-def on_host(actions: Tensor) -> Tensor:
-    """Actions as a robot needs them: on the CPU, which also waits for the device."""
-    return actions.detach().float().cpu()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.errors import UnsupportedModelError
-from vla_pruner.policies.random import draw_weights
+from vla_pruner.families.lerobot_common import check_version
+from vla_pruner.models.drawn import draw_weights
 
 if TYPE_CHECKING:
     from vla_pruner.policies.lerobot import LeRobotPolicy
@@ -184,6 +185,26 @@ def random_lerobot(
     if kind == "smolvla":
         _calm(policy.model.vlm_with_expert)
     return LeRobotPolicy(policy, *_processors(kind, given, _vocabulary(policy)))
+
+
+def random_pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    """LeRobot's pi0; arguments as of `random_policy`."""
+    return _random("pi0", size, device, dtype, seed)
+
+
+def random_pi05(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    """LeRobot's pi0.5; arguments as of `random_policy`."""
+    return _random("pi05", size, device, dtype, seed)
+
+
+def random_smolvla(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    """LeRobot's SmolVLA; arguments as of `random_policy`."""
+    return _random("smolvla", size, device, dtype, seed)
+
+
+def _random(kind: str, size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    check_version()
+    return random_lerobot(kind, size, device, dtype, seed)
 
 
 def _of_depth(size: PiSize | SmolVLASize, layers: int) -> PiSize | SmolVLASize:
