@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from vla_pruner.checks import is_count
 from vla_pruner.errors import BudgetError, SessionError
-from vla_pruner.methods.base import Evidence
-from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.memory import Memory
-from vla_pruner.methods.selection import top_ids
+from vla_pruner.methods.scored import SemanticallyScored
 
 FIRST_STEPS = 2
 LONGEST_STREAK = 3
 
 
 @dataclass(frozen=True)
-class TextQuery(Budgeted):
+class TextQuery(SemanticallyScored):
     """The top k visual tokens by the mean over heads and text rows of q . k / sqrt(d) in the first layer.
 
     Paper: Pei et al., "Action-aware Dynamic Pruning" (VLA-ADP), ICLR 2026, arXiv 2509.22093: text queries and visual
@@ -64,20 +60,12 @@ class TextQuery(Budgeted):
         return super().prunes(memory) and (self.gate is None or _moves_far(memory))
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"semantic"})
-
-    @property
     def queries(self) -> str:
         return "text"
 
     @property
     def attention(self) -> str:
         return "logits"
-
-    def select(self, evidence: Evidence, k: int) -> Tensor:
-        assert evidence.semantic is not None
-        return top_ids(evidence.semantic, evidence.valid, k)
 
 
 def _moves_far(memory: Memory) -> bool:
