@@ -15,6 +15,9 @@ from typing import Any
 from vla_pruner.errors import PluginError
 from vla_pruner.plugins import FAMILIES, Plugin, plugins
 
+ATTACH = "vla_pruner.front:attach"
+"""What `Method.attach` calls: a function of (method, model, compile, family options...) that returns the session."""
+
 PRESENT = ...
 """In `Row.config`: the key is there, whatever its value."""
 

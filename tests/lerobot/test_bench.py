@@ -55,6 +55,6 @@ def test_every_kind_has_its_own_row(name: str) -> None:
 
 def test_depth_and_cameras_are_those_asked_for() -> None:
     subject = subject_of(CASES[0])
-    assert (subject.family.depth, len(subject.experts[0].layers)) == (4, 4)
+    assert (subject.family.depth, len(subject.anatomy.experts[0].layers)) == (4, 4)
     assert subject.policy.cameras == ("camera1", "camera2")
     assert subject_of(BenchSettings("smolvla", size="tiny", layers=4)).family.depth == 4

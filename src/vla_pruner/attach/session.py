@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vla_pruner.attach import attached
 from vla_pruner.attach.arithmetic import own_arithmetic
-from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
+from vla_pruner.attach.compiled import Compiled, check_not_compiled
 from vla_pruner.attach.described import described
 from vla_pruner.attach.entries import follow_resets, watch_steps
 from vla_pruner.attach.family import Call, Family
@@ -90,6 +90,11 @@ class Session:
         self.detach()
 
     @property
+    def family(self) -> Family:
+        """What knows where things are in the model."""
+        return self._family
+
+    @property
     def attached(self) -> bool:
         """Whether it still is: False once it was detached."""
         return attached.session_on(self._decoder) is self
@@ -113,7 +118,7 @@ class Session:
             raise SessionError("This session is detached; attach the method anew.")
         if self._compiled is not None:
             raise SessionError("This session is compiled already.")
-        compiled = Compiled(self._family, encoders_of(self._policy), backend, self)
+        compiled = Compiled(self._family, backend, self)
         compiled.install()
         self._compiled = compiled
 

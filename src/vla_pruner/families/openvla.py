@@ -8,10 +8,12 @@ step; tokens are chosen in the first one, and action attention is the mean over 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import SessionError, UnsupportedModelError
@@ -33,6 +35,10 @@ class OpenVLA(DecoderLM):
         self._policy = policy
         self.eye: nn.Module | None = policy.vision_backbone
         self._patches: int = policy.patches
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return replace(super().anatomy, towers=self._policy.vision_towers, projectors=(self._policy.projector,))
 
     @property
     def whole_steps(self) -> tuple[tuple[Any, str], ...]:

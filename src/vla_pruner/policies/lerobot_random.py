@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.families.lerobot_common import check_version
+from vla_pruner.families.smolvla import SmolVLA
 from vla_pruner.models.drawn import draw_weights
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def random_lerobot(
     # LeRobot's own start leaves an expert that does nothing.
     draw_weights(policy, seed)
     if kind == "smolvla":
-        _calm(policy.model.vlm_with_expert)
+        _calm(policy)
     return LeRobotPolicy(policy, *_processors(kind, given, _vocabulary(policy)))
 
 
@@ -230,13 +231,13 @@ def built_with(kind: str, size: PiSize | SmolVLASize) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _calm(both: Any) -> None:
+def _calm(policy: Any) -> None:
     """SmolVLA's cross-attention layers project keys that were drawn larger already: with more than that their attention
     is a choice of one token, and rounding decides which.
     """
-    every = both.self_attn_every_n_layers
-    for index, layer in enumerate(both.lm_expert.layers):
-        if "cross" in both.attention_mode and not (every > 0 and index % every == 0):
+    anatomy = SmolVLA.anatomy_of(policy)
+    for index, layer in enumerate(anatomy.experts[0].layers):
+        if index in anatomy.cross_layers:
             layer.self_attn.k_proj.weight.mul_(0.5)
 
 
