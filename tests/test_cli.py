@@ -17,7 +17,6 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 import vla_pruner as vp
 from vla_pruner import cli
-from vla_pruner.auditing import command as audit_command
 from vla_pruner.auditing.report import AuditReport, Check
 from vla_pruner.demo import DemoError, DemoSettings
 from vla_pruner.simulators.metaworld import SimulatorUnavailable
@@ -353,7 +352,9 @@ def test_names_of_random_weights_are_listed_once(capsys: pytest.CaptureFixture[s
 def test_the_other_name_of_smolvla_is_understood(
     audited: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(audit_command.NAMES, "smolvla", audit_command.NAMES["reference"])
+    from vla_pruner.policies import lerobot_random, random
+
+    monkeypatch.setattr(lerobot_random, "random_smolvla", random.random_reference)
     assert cli.main(["audit", "smolvla", "--random-weights"]) == 0
     assert len(audited) == 1
 

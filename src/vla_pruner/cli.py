@@ -186,6 +186,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _add_audit(commands: Any) -> None:
+    from vla_pruner.registry import random_names
+
+    *names, last = random_names()
     command = commands.add_parser(
         "audit",
         help="does a policy see, and is pruning exact: a checklist with figures",
@@ -199,8 +202,7 @@ def _add_audit(commands: Any) -> None:
         "model",
         metavar="MODEL",
         help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n"
-        "with --random-weights:\n"
-        "reference, reference-chunk, openvla, openvla-oft, pi0, lerobot-pi0, lerobot-pi05 or lerobot-smolvla",
+        f"with --random-weights:\n{', '.join(names)} or {last}",
     )
     command.add_argument("--random-weights", action="store_true", help="no checkpoint: weights drawn (default: off)")
     command.add_argument(

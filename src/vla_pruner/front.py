@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vla_pruner.attach.attached import session_on
-from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
+from vla_pruner.attach.compiled import Compiled, check_not_compiled
 from vla_pruner.attach.session import Session
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.families import family_of
@@ -49,6 +49,6 @@ def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Co
     if session_on(family.decoder) is not None:
         raise SessionError(f"{type(model).__name__} has a session; call compile() of that, or detach it first.")
     check_not_compiled(model, family)
-    made = Compiled(family, encoders_of(model), backend)
+    made = Compiled(family, backend)
     made.install()
     return made

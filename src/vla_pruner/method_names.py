@@ -17,7 +17,7 @@ from typing import Any
 from vla_pruner import methods, plugins
 from vla_pruner.errors import BudgetError, PluginError, VLAPrunerError
 from vla_pruner.fate import Fate
-from vla_pruner.methods import Method, RandomKeep
+from vla_pruner.methods import Method, RandomKeep, Scored
 from vla_pruner.methods.presets import Published
 
 FRESH = 8
@@ -264,11 +264,11 @@ def _names() -> list[str]:
 
 
 def known_methods() -> dict[str, type[Method]]:
-    """Every method of this package that has a budget, by its name with dashes."""
+    """Every method of this package that has a budget, by its name with dashes; `Scored` is a base of methods."""
     found: dict[str, type[Method]] = {}
     for name in methods.__all__:
         kind: Any = getattr(methods, name)
-        if isinstance(kind, type) and issubclass(kind, Method) and hasattr(kind, "keep"):
+        if isinstance(kind, type) and issubclass(kind, Method) and hasattr(kind, "keep") and kind is not Scored:
             found[method_name(kind)] = kind
     return found
 

@@ -86,8 +86,26 @@ def class_at(path: str) -> type:
     Raises:
         PluginError: it is no such path, the module cannot be imported, or there is no such class in it.
     """
+    found = object_at(path, "class")
+    if not isinstance(found, type):
+        module, _, name = path.partition(":")
+        told = f"has {name}, which is a {type(found).__name__} and no class"
+        raise PluginError(f"the module {module} ({getattr(sys.modules[module], '__file__', None)}) {told}: {name}.")
+    return found
+
+
+def object_at(path: str, what: str = "object") -> Any:
+    """What a path such as "my_module:my_function" names; its module is imported, which runs it.
+
+    Args:
+        path: module and name.
+        what: it is, for messages.
+
+    Raises:
+        PluginError: it is no such path, the module cannot be imported, or nothing in it has the name.
+    """
     if not _PATH.fullmatch(path):
-        raise PluginError(f"{path!r} is no module and class, such as my_module:MyMethod.")
+        raise PluginError(f"{path!r} is no module and {what}, such as my_module:MyMethod.")
     module, _, name = path.partition(":")
     try:
         found: Any = import_module(module)
@@ -102,9 +120,9 @@ def class_at(path: str) -> type:
         raise PluginError(f"the module {module} cannot be imported ({told}); {fix}.") from error
     for part in name.split("."):
         found = getattr(found, part, None)
-    if not isinstance(found, type):
-        told = "has no such class" if found is None else f"has {name}, which is a {type(found).__name__} and no class"
-        raise PluginError(f"the module {module} ({getattr(sys.modules[module], '__file__', None)}) {told}: {name}.")
+    if found is None:
+        file = getattr(sys.modules[module], "__file__", None)
+        raise PluginError(f"the module {module} ({file}) has no such {what}: {name}.")
     return found
 
 

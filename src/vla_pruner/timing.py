@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.replacements import Replacements
 
@@ -40,8 +41,6 @@ COPIED = "A policy was copied or pickled while a stage timer is open on it; clos
 
 _WHOLE = {"embed_prompt": "vision", "decode": "prefill"}
 """Methods of the reference policies that stand on the policy itself where they are compiled as a whole."""
-
-_PROJECTORS = ("projector", "multi_modal_projector", "connector")
 
 
 @dataclass(frozen=True)
@@ -176,36 +175,30 @@ def always(stage: str) -> StageOf:
     return lambda args, kwargs: stage
 
 
-def watched_of(module: nn.Module, towers: Sequence[nn.Module], family: Any) -> Watched:
-    """Which calls of a policy are which stage, where its family is known.
+class Family(Protocol):
+    """What a timer asks of a model family (`attach.family.Family`)."""
 
-    Args:
-        module: what holds them all.
-        towers: its vision encoders.
-        family: of the module.
-    """
-    seen = [(part, "forward", always("vision")) for part in (*towers, *projectors_of(module))]
-    both = getattr(family, "both", None)
-    if both is not None:  # SmolVLA computes decoder and expert in one module
-        return [*seen, (both, "forward", _prefix_or_suffix)]
+    @property
+    def anatomy(self) -> Anatomy: ...
+    @property
+    def seeing(self) -> tuple[Any, str] | None: ...
+    @property
+    def acting(self) -> tuple[Any, str] | None: ...
+
+
+def watched_of(family: Family) -> Watched:
+    """Which calls of a policy are which stage, if its family is known."""
+    anatomy = family.anatomy
+    seen = [(part, "forward", always("vision")) for part in (*anatomy.towers, *anatomy.projectors)]
+    if anatomy.loop is not None:
+        return [*seen, (anatomy.loop, "forward", _prefix_or_suffix)]
     for method, stage in ((family.seeing, "vision"), (family.acting, "prefill")):
         # Compiled as a whole it stands on the owner itself, and of what it calls no call is seen.
         if method is not None and method[1] in vars(method[0]):
             seen.append((*method, always(stage)))
-    owner = head_owner(module, family.decoder) or family.decoder
-    readers = [(reader, "forward", always("decode")) for reader in family.readers]
-    return [*seen, (owner, "forward", prefill_or_decode), *readers]
-
-
-def projectors_of(module: nn.Module) -> tuple[nn.Module, ...]:
-    """What brings vision features to the decoder's width."""
-    return tuple(part for name, part in module.named_modules() if name.rpartition(".")[2] in _PROJECTORS)
-
-
-def head_owner(module: nn.Module, decoder: Any) -> Any:
-    """The module that holds the decoder beside a head over the vocabulary; None where there is none."""
-    owners = (part for part in module.modules() if getattr(part, "model", None) is decoder)
-    return next((part for part in owners if hasattr(part, "lm_head")), None)
+    owner = anatomy.decoder if anatomy.language_model is None else anatomy.language_model
+    experts = [(expert, "forward", always("decode")) for expert in anatomy.experts]
+    return [*seen, (owner, "forward", prefill_or_decode), *experts]
 
 
 def _prefix_or_suffix(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

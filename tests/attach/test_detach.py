@@ -157,7 +157,7 @@ def test_a_policy_under_a_stage_timer_cannot_be_copied(name):
         from vla_pruner.families import family_of
         from vla_pruner.timing import watched_of
 
-        watched = watched_of(policy, policy.vision_towers, family_of(policy))
+        watched = watched_of(family_of(policy))
     with StageTimer(policy, watched):
         for copier in (copy.deepcopy, pickle.dumps):
             with pytest.raises(vp.SessionError, match="stage timer"):

@@ -67,7 +67,7 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model", "gpt"], "neither a folder nor one of openvla-7b"),
+        (["--model", "gpt"], "neither a folder nor one of reference, reference-chunk, openvla"),
         (["--model", "llama:64"], "it is llama:HIDDEN,LAYERS"),
         (["--model", "llama:64,4,3"], "does not divide into 3 heads"),
         (["--method", "magic"], "--method is magic; it is one of action-and-diversity"),

@@ -32,7 +32,7 @@ def test_counted_flops_are_those_of_the_formula(subject: Any) -> None:
             assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
         assert counted["pruning"] >= formula["pruning"]
         assert (counted["pruning"] > 0) == (arm.method is not None)
-        if subject.towers and subject.vision_by_formula:
+        if subject.anatomy.towers and subject.vision_by_formula:
             assert counted["vision"] == pytest.approx(formula["vision"], rel=0.01)
 
 
@@ -174,7 +174,7 @@ def test_stages_add_up(subject: Any) -> None:
         assert found["prefill"] > 0
         assert (found["pruning"] > 0) == (arm.method is not None)
         assert (found["decode"] > 0) == bool(subject.acting)
-        assert (found["vision"] > 0) == bool(subject.towers)
+        assert (found["vision"] > 0) == bool(subject.anatomy.towers)
 
 
 def test_the_decoded_tokens_of_the_plain_llama_are_its_own(llama: Any) -> None:

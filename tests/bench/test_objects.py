@@ -13,7 +13,7 @@ from torch import Tensor
 import vla_pruner as vp
 from tests.state import whole_state
 from vla_pruner.benching.arms import arms_of
-from vla_pruner.benching.settings import PUBLISHED_LAYERS, BenchSettings
+from vla_pruner.benching.settings import BenchSettings
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -79,7 +79,7 @@ def test_methods_that_differ_in_what_no_title_shows_are_arms_of_their_own() -> N
 @pytest.mark.parametrize(
     ("model", "options", "said"),
     [
-        (None, {}, "model is a NoneType; it is openvla-7b"),
+        (None, {}, "model is a NoneType; it is reference, reference-chunk, openvla"),
         (7, {}, "model is an int; it is"),
         (vp.FastV, {}, "model is the class FastV; it is"),
         (torch.nn.Linear(2, 2), {}, "A benchmark of Linear is not known"),
@@ -145,7 +145,10 @@ def test_the_published_depths_are_those_of_the_configurations() -> None:
 
     from vla_pruner.models.reference.configuration import ReferenceConfig
 
-    assert PUBLISHED_LAYERS["reference"] == ReferenceConfig.num_layers
-    assert PUBLISHED_LAYERS["openvla-7b"] == PUBLISHED_LAYERS["openvla-oft"] == LlamaConfig().num_hidden_layers
-    assert PUBLISHED_LAYERS["pi0"] == PI0Config().vlm_config.text_config.num_hidden_layers
-    assert PUBLISHED_LAYERS["pi05"] == PUBLISHED_LAYERS["pi0"]
+    def layers(name: str) -> int | None:
+        return BenchSettings(name)._depth
+
+    assert layers("reference") == ReferenceConfig.num_layers
+    assert layers("openvla-7b") == layers("openvla-oft") == LlamaConfig().num_hidden_layers
+    assert layers("pi0") == PI0Config().vlm_config.text_config.num_hidden_layers
+    assert layers("pi05") == layers("lerobot-pi0") == layers("pi0")

@@ -10,6 +10,10 @@ from vla_pruner.benching.arms import Turns, arms_of
 from vla_pruner.benching.measure import count_stages, time_stages
 from vla_pruner.benching.roofline import least_work
 from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.families import family_of
+from vla_pruner.plugins import class_at
+from vla_pruner.policies.random import random_policy
+from vla_pruner.registry import row_named, row_of
 
 CASES = (
     BenchSettings("pi05", size="tiny", layers=4, cameras=2, denoise_steps=2, pruned=("drop", "freeze")),
@@ -39,8 +43,18 @@ def test_stages_are_found(settings: BenchSettings) -> None:
         assert min(found["vision"], found["prefill"], found["decode"], found["other"]) > 0
 
 
+@pytest.mark.parametrize("name", ["lerobot-pi0", "lerobot-pi05", "lerobot-smolvla"])
+def test_every_kind_has_its_own_row(name: str) -> None:
+    policy = random_policy(name)
+    row = row_of(policy)
+    assert row is row_named(name)
+    assert row is not None
+    assert type(family_of(policy)) is class_at(row.family)
+    assert (row.bench is not None and row.bench.first_layer) == family_of(policy).first_layer
+
+
 def test_depth_and_cameras_are_those_asked_for() -> None:
     subject = subject_of(CASES[0])
-    assert (subject.family.depth, len(subject.experts[0].layers)) == (4, 4)
+    assert (subject.family.depth, len(subject.anatomy.experts[0].layers)) == (4, 4)
     assert subject.policy.cameras == ("camera1", "camera2")
     assert subject_of(BenchSettings("smolvla", size="tiny", layers=4)).family.depth == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +279,21 @@ def test_options_out_of_range_are_refused(build, message):
         build()
 
 
+def test_a_ranking_method_is_a_score():
+    @dataclass(frozen=True)
+    class Latest(vp.Scored):
+        def score(self, evidence):
+            return torch.arange(evidence.valid.shape[1]).expand_as(evidence.valid).float()
+
+    valid = torch.tensor([[True] * 6, [True, True, True, True, False, False]])
+    evidence = Evidence(valid=valid, memory=vp.Memory.empty(2, 0, 6))
+    assert Latest(keep=2).select(evidence, Latest(keep=2).budget(6)).tolist() == [[4, 5], [2, 3]]
+    with pytest.raises(vp.BudgetError, match="keep=0"):
+        Latest(keep=0)
+    with pytest.raises(NotImplementedError, match=r"Scored does not rank the tokens: define score\(evidence\)"):
+        vp.Scored().select(evidence, 2)
+
+
 def test_a_method_that_names_raters_must_choose_them():
     with pytest.raises(NotImplementedError, match="define raters"):
         vp.FastV().raters(*[torch.zeros(1, 1)] * 4)
@@ -307,7 +322,7 @@ def test_no_choice_reads_the_counters_of_the_host(method):
 def test_the_document_has_every_method():
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     exported = [getattr(vp, name) for name in vp.__all__ if isinstance(getattr(vp, name), type)]
-    methods = [cls for cls in exported if issubclass(cls, vp.Method) and cls is not vp.Method]
+    methods = [cls for cls in exported if issubclass(cls, vp.Method) and cls not in (vp.Method, vp.Scored)]
     assert len(methods) == 14
     for cls in methods:
         assert f"| `{cls.__name__}`" in text or f"`{cls.__name__}`" in text.split("controls")[0], cls

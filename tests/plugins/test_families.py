@@ -13,10 +13,15 @@ from tests.attach.tiny import VISUAL, K, tiny_lm
 from tests.plugins.distributions import install
 from tests.state import whole_state
 from vla_pruner import plugins
+from vla_pruner.benching.feeds import feed
+from vla_pruner.benching.policies import build
+from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.families import family_of
 from vla_pruner.families.chunk import Chunk
 from vla_pruner.families.decoder_lm import DecoderLM
 from vla_pruner.method_names import methods_of
+from vla_pruner.registry import row_named, row_of
+from vla_pruner.simulators.libero_conventions import libero_convention
 
 TOKENS = 16
 
@@ -67,6 +72,52 @@ def test_a_foreign_family_is_asked_before_those_of_the_package(site: Path) -> No
     plugins._plugins.cache_clear()
     with pytest.raises(vp.UnsupportedModelError, match=r"another-one 2 and to .*special-one 1; uninstall one, or say"):
         family_of(model)
+
+
+def test_the_row_of_a_foreign_family_is_used_as_those_of_the_package(example: Path, tmp_path: Path) -> None:
+    from vla_pruner_example.toy import ToyPolicy  # pyright: ignore[reportMissingImports]
+
+    policy: Any = vp.random_policy("toy", seed=3)
+    assert type(policy) is ToyPolicy
+    assert row_of(policy) == row_named("toy") == type(family_of(policy)).row  # type: ignore[attr-defined]
+    (tmp_path / "config.json").write_text('{"model_type": "toy", "tokens": 3}')
+    loaded: Any = vp.load_policy(tmp_path)
+    assert torch.equal(loaded.act(*scene()), policy.act(*scene()))
+    with pytest.raises(vp.VLAPrunerError, match="load_policy was given cameras; for the toy policy it takes no option"):
+        vp.load_policy(tmp_path, cameras=("image",))
+    assert libero_convention(policy).horizon == 3
+    settings = BenchSettings("toy")
+    assert (settings.kind, build(settings, torch.device("cpu"), torch.float32).brain.config.num_hidden_layers) == (
+        "toy",
+        8,
+    )
+    with pytest.raises(vp.VLAPrunerError, match="--cameras does not apply to toy"):
+        BenchSettings("toy", cameras=2)
+    fed = feed(policy, settings, torch.device("cpu"))
+    assert (fed.visual, fed.step().shape) == (TOKENS, (1, 32))
+
+
+ROWS = {
+    "no-row": ("row = 3", "its `row` is no vla_pruner.registry.Row"),
+    "other-name": (
+        "row = vla_pruner.registry.Row('x', 'X', 'a:B', 'a:C')",
+        "its row has the name 'x'; give both one name",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_that_is_none_is_refused_by_name_and_costs_no_other(example: Path, name: str) -> None:
+    text, told = ROWS[name]
+    (example / "strange.py").write_text(
+        f"import vla_pruner.registry\nclass Other(vla_pruner.attach.family.Family):\n    {text}\n"
+        "    @classmethod\n    def matches(cls, model): return False\n"
+    )
+    install(example, "broken-one", "7.1", {plugins.FAMILIES: {name: "strange:Other"}})
+    with pytest.raises(vp.PluginError, match=told):
+        vp.random_policy(name)
+    with pytest.warns(RuntimeWarning, match=f"distribution broken-one 7.1 .*{told}"):
+        assert row_of(toy()) == row_named("toy")
 
 
 BROKEN = {

@@ -14,7 +14,7 @@ import torch
 import vla_pruner as vp
 from vla_pruner.models.chunk import save_chunk_policy
 from vla_pruner.models.reference import save_policy
-from vla_pruner.policies import loading, reference
+from vla_pruner.policies import reference
 from vla_pruner.policies.base import Policy, module_of
 
 
@@ -189,7 +189,7 @@ def test_no_checkpoint_at_all(nothing):
         vp.load_policy(nothing)
 
 
-@pytest.mark.parametrize("kind", loading.LEROBOT_TYPES)
+@pytest.mark.parametrize("kind", ["pi0", "pi05", "smolvla"])
 def test_lerobot_folders_go_to_lerobot(tmp_path, monkeypatch, kind):
     seen = []
 

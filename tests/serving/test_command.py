@@ -234,7 +234,9 @@ def test_a_whole_run_that_a_signal_ends(policy: Any) -> None:
                 process.send_signal(signal.SIGINT)
                 told = process.stderr.read().splitlines()
                 assert told[0] == "Stopping: answering what is under way."
-                assert [line.split(" ", 1)[1] for line in told[1:]] == ["Robot 1 left after 1 episode of 1 control step."]
+                assert [line.split(" ", 1)[1] for line in told[1:]] == [
+                    "Robot 1 left after 1 episode of 1 control step."
+                ]
             assert process.wait(WAIT) == 0
         finally:
             process.kill()

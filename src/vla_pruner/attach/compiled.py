@@ -6,7 +6,7 @@ session does around a call (opening a control step, adding what was read to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -42,16 +42,12 @@ class Compiled:
 
     Args:
         family: of the policy.
-        encoders: its vision encoders.
         backend: as in `torch.compile`.
         runner: of the session that is attached; None compiles the model as it is.
     """
 
-    def __init__(
-        self, family: Family, encoders: Iterable[nn.Module], backend: str = "inductor", runner: Runner | None = None
-    ) -> None:
+    def __init__(self, family: Family, backend: str = "inductor", runner: Runner | None = None) -> None:
         self._family = family
-        self._encoders = tuple(encoders)
         self._backend = backend
         self._runner = runner
         self._programs: dict[Hashable, Callable[..., Any]] = {}
@@ -96,7 +92,7 @@ class Compiled:
         if family.seeing is not None:
             self._replaced.put(*family.seeing, partial(self._see, "prompt"))
         else:
-            for index, encoder in enumerate(self._encoders):
+            for index, encoder in enumerate(family.anatomy.towers):
                 self._replaced.put(encoder, "forward", partial(self._see, index))
         _compiled[family.decoder] = ref(self)
 
@@ -217,11 +213,6 @@ def check_backend(backend: object) -> None:
     known = list_backends(exclude_tags=())
     if not callable(backend) and backend not in known:
         raise BudgetError(f"{backend!r} was given as what compiles; torch has {', '.join(known)}.")
-
-
-def encoders_of(policy: Any) -> tuple[nn.Module, ...]:
-    """The vision encoders that a policy names."""
-    return tuple(getattr(policy, "vision_towers", ()))
 
 
 def check_not_compiled(model: Any, family: Family) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.layout import Layout
 from vla_pruner.replacements import Replacements
@@ -77,6 +78,11 @@ class Family:
     def matches(cls, model: nn.Module) -> bool:
         """Whether this family is the one for `model`."""
         raise NotImplementedError
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The policy's parts, for tools; a family with vision encoders, projectors or a head names them here."""
+        return Anatomy(self.decoder, self.readers)
 
     @property
     def depth(self) -> int:

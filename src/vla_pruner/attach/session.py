@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vla_pruner.attach import attached
-from vla_pruner.attach.compiled import Compiled, check_not_compiled, encoders_of
+from vla_pruner.attach.compiled import Compiled, check_not_compiled
 from vla_pruner.attach.control_step import ControlStep
 from vla_pruner.attach.entries import follow_resets, watch_steps
 from vla_pruner.attach.family import Family
@@ -100,7 +100,7 @@ class Session:
             raise SessionError("This session is detached; attach the method anew.")
         if self._runner.compiled is not None:
             raise SessionError("This session is compiled already.")
-        compiled = Compiled(self.family, encoders_of(self._policy), backend, self._runner)
+        compiled = Compiled(self.family, backend, self._runner)
         compiled.install()
         self._runner.compiled = compiled
 

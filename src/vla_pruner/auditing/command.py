@@ -24,7 +24,8 @@ from vla_pruner.methods import Method
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.loading import load_policy
 from vla_pruner.policies.options import usable_device
-from vla_pruner.policies.random import NAMES, SHOWN, random_policy
+from vla_pruner.policies.random import random_policy
+from vla_pruner.registry import random_names, row_named
 from vla_pruner.terminal import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,7 +36,7 @@ class AuditSettings:
     """What the command line was given.
 
     Attributes:
-        model: a folder, a hub id, "reference", or with `random_weights` one of `NAMES`.
+        model: a folder, a hub id, "reference", or with `random_weights` a name of `vla_pruner.registry`.
         random_weights: whether weights are drawn.
         size: "tiny" or "full", with `random_weights`; None: "tiny".
         method: its name, with options of its own after colons.
@@ -99,8 +100,10 @@ def _policy(settings: AuditSettings, device: torch.device) -> Policy:
     if settings.random_weights:
         if settings.options:
             raise BudgetError(f"--option is for checkpoints; with --random-weights leave it out: {settings.options}.")
-        if settings.model not in NAMES:
-            raise UnsupportedModelError(f"MODEL is {settings.model}; with random weights there are {', '.join(SHOWN)}.")
+        row = row_named(settings.model)
+        if row is None or row.random is None:
+            names = ", ".join(random_names())
+            raise UnsupportedModelError(f"MODEL is {settings.model}; with random weights there are {names}.")
         size = settings.size or "tiny"
         return random_policy(settings.model, size, device, torch.float32 if dtype is None else dtype, settings.seed)
     if settings.size is not None:
@@ -108,7 +111,8 @@ def _policy(settings: AuditSettings, device: torch.device) -> Policy:
     try:
         return load_policy(settings.model, device, dtype, **settings.options)
     except CheckpointError as error:
-        if settings.model in NAMES:
+        row = row_named(settings.model)
+        if row is not None and row.random is not None:
             raise CheckpointError(f"{error} Without a checkpoint: --random-weights.") from error
         raise
     except NotImplementedError as error:

@@ -66,7 +66,7 @@ class FullLength:
         if self._fate.readable:
             for index in range(self._layer, len(family.decoder.layers)):
                 self._register(family.decoder.layers[index].input_layernorm, partial(self._overwrite, index))
-        elif hasattr(family, "edit_masks"):
+        elif family.anatomy.loop is not None:
             # A model that does not call its layers as modules hands over the masks it makes.
             for first, gone in self._gone.items():
                 self._undo.append(family.edit_masks(first, partial(self._hide, gone)))

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from vla_pruner.benching.settings import BenchSettings
-from vla_pruner.benching.subject import Feed, on_host
 from vla_pruner.caches import cache_name
 from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.feed import Feed, on_host
+from vla_pruner.plugins import object_at
+from vla_pruner.registry import ROWS, row_of
 
 INSTRUCTION = "pick up the red block and put it into the bowl"
 LLAMA_TEXT, LLAMA_CAMERA, LLAMA_DECODED = 24, 256, 7
@@ -37,23 +39,15 @@ def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
     Raises:
         UnsupportedModelError: nothing does.
     """
-    name = type(policy).__name__
-    makers = {
-        "LlamaForCausalLM": _llama,
-        "OpenVLAForActionPrediction": _openvla,
-        "OpenVLAOFT": _oft,
-        "ReferencePolicy": _reference,
-        "ChunkPolicy": _chunk,
-        "TransformersPI0": _pi0,
-        "LeRobotPolicy": _lerobot,
-    }
-    if name not in makers:
+    row = row_of(policy)
+    if row is None or row.bench is None:
+        known = (row.policy.rpartition(":")[2] for row in ROWS if row.bench is not None)
         raise UnsupportedModelError(
-            f"A benchmark of {name} is not known; known are {', '.join(makers)}. Give what vla_pruner.load_policy "
-            "gives, or wrap a model of LeRobot's or transformers': policies.lerobot.LeRobotPolicy, "
-            "policies.pi0.TransformersPI0."
+            f"A benchmark of {type(policy).__name__} is not known; known are {', '.join(dict.fromkeys(known))}. Give "
+            "what vla_pruner.load_policy gives, or wrap a model of LeRobot's or transformers': "
+            "policies.lerobot.LeRobotPolicy, policies.pi0.TransformersPI0."
         )
-    return makers[name]
+    return object_at(row.bench.feed, "function")
 
 
 def _other(settings: BenchSettings, visual: int, usual: int, least: int) -> int:
@@ -79,7 +73,8 @@ def _images(settings: BenchSettings, count: int, side: int) -> list[np.ndarray]:
     return [draw.integers(0, 256, (settings.batch, side, side, 3), dtype=np.uint8) for _ in range(count)]
 
 
-def _llama(model: Any, settings: BenchSettings, device: torch.device) -> Feed:
+def llama(model: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """A bare Llama, whose visual tokens are embeddings from position 1 on."""
     from transformers import DynamicCache
 
     rows, visual = settings.batch, LLAMA_CAMERA * (settings.cameras or 1)
@@ -142,7 +137,8 @@ def _openvla_prepare(policy: Any, settings: BenchSettings) -> Any:
     return None if policy.processor is None else prepare
 
 
-def _openvla(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+def openvla(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """OpenVLA."""
     visual, other, ids, pixels = _openvla_inputs(policy, settings, OPENVLA_TEXT, 0)
     key = next(iter(policy.norm_stats), None) if policy.unnorm_key is None else policy.unnorm_key
     tokens = settings.decode_tokens or policy.get_action_dim(key)
@@ -154,7 +150,8 @@ def _openvla(policy: Any, settings: BenchSettings, device: torch.device) -> Feed
     return Feed(step, visual, other, decoded=tokens - 1, prepare=_openvla_prepare(policy, settings))
 
 
-def _oft(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+def openvla_oft(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """OpenVLA-OFT without a diffusion head."""
     beside = (policy.proprio_projector is not None) + policy.diffusion + policy.action_tokens + 1
     visual, other, ids, pixels = _openvla_inputs(policy, settings, OPENVLA_TEXT + beside, beside)
     if policy.diffusion:
@@ -171,7 +168,8 @@ def _oft(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     return Feed(step, visual, other, uses_head=policy.action_head is None, prepare=_openvla_prepare(policy, settings))
 
 
-def _reference(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+def reference(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """The autoregressive reference policy."""
     if settings.prompt_tokens is not None:
         raise BudgetError("--prompt-tokens does not apply to the reference policy, whose prompt has one length.")
     config = policy.config
@@ -185,7 +183,8 @@ def _reference(policy: Any, settings: BenchSettings, device: torch.device) -> Fe
     return Feed(step, visual, config.prompt_length - visual, decoded=config.action_dimensions - 1)
 
 
-def _chunk(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+def chunk(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """The two-camera reference policy."""
     config = policy.config
     images = np.stack(_images(settings, len(config.cameras), config.image_size), axis=1)
     state = np.tile(np.asarray(config.proprio_mean, dtype=np.float32), (settings.batch, 1))
@@ -198,7 +197,8 @@ def _chunk(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     return Feed(step, visual, config.prompt_length + config.chunk - visual, uses_head=False)
 
 
-def _pi0(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+def pi0(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """pi0 of transformers."""
     from vla_pruner.policies.pi0 import prepare_image
 
     module, rows, cameras = policy.module, settings.batch, len(policy.cameras)
@@ -235,7 +235,8 @@ def _pi0(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     return Feed(step, visual, other, denoised=(config.chunk_size + 1, steps), uses_head=False, prepare=prepare)
 
 
-def _lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+def lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """LeRobot's policies."""
     module, rows = policy.module, settings.batch
     config, kind = module.config, module.config.type
     keys = list(config.image_features)

@@ -8,6 +8,10 @@ import torch
 
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.models.drawn import draw_weights
+from vla_pruner.plugins import object_at
+from vla_pruner.policies.loading import load_policy
+from vla_pruner.policies.random import random_policy, tiny_pi0
 
 _CAMERA_NAMES = ("image", "wrist_image", "side_image")
 
@@ -19,28 +23,25 @@ def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> 
         UnsupportedModelError: the family does not offer what is asked, or is not installed.
         CheckpointError: a checkpoint that cannot be read.
     """
-    kind = settings.kind
-    if kind == "llama":
-        return _llama(settings, device, dtype)
-    if kind in ("openvla-7b", "openvla-oft"):
-        return _openvla(settings, device, dtype)
-    if kind == "pi0":
-        return _pi0(settings, device, dtype)
-    if kind in ("pi05", "smolvla"):
-        return _lerobot(settings, device, dtype)
-    from vla_pruner.policies.loading import load_policy
-    from vla_pruner.policies.random import random_policy
-
-    if kind == "reference-chunk" or (kind == "reference" and settings.size == "tiny"):
-        return random_policy(kind, settings.size, device, dtype, settings.seed)
-    return load_policy("reference:autoregressive" if kind == "reference" else settings.model, device, dtype)
+    row = settings.row
+    if row is None:
+        return load_policy(settings.model, device, dtype)
+    if row.bench is None or row.bench.build is None:
+        return random_policy(row.name, settings.size, device, dtype, settings.seed)
+    return object_at(row.bench.build, "function")(settings, device, dtype)
 
 
-def _llama(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+def reference(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """The autoregressive reference policy: the weights that ship, or tiny ones that are drawn."""
+    if settings.size == "tiny":
+        return random_policy("reference", "tiny", device, dtype, settings.seed)
+    return load_policy("reference:autoregressive", device, dtype)
+
+
+def llama(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """A Llama of the sizes that are named."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
-
-    from vla_pruner.policies.random import draw_weights
 
     size = settings.llama()
     config = LlamaConfig(
@@ -58,7 +59,8 @@ def _llama(settings: BenchSettings, device: torch.device, dtype: torch.dtype) ->
     return model.eval()
 
 
-def _openvla(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+def openvla(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """OpenVLA or OpenVLA-OFT."""
     from vla_pruner.models.openvla import random_openvla
 
     if settings.cameras is not None and settings.cameras > len(_CAMERA_NAMES):
@@ -75,13 +77,13 @@ def _openvla(settings: BenchSettings, device: torch.device, dtype: torch.dtype) 
     )
 
 
-def _pi0(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+def pi0(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """pi0 of transformers."""
     from transformers import PI0Config
 
     from vla_pruner.models.openvla.tokenizer import StandInTokenizer
     from vla_pruner.policies.pi0 import TransformersPI0
     from vla_pruner.policies.pi0 import build as build_pi0
-    from vla_pruner.policies.random import draw_weights, tiny_pi0
 
     sizes = PI0Config().to_dict() if settings.size == "full" else tiny_pi0()
     if settings.layers is not None:
@@ -97,7 +99,8 @@ def _pi0(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> A
     return TransformersPI0(module, _cameras(settings.cameras or 3), tokenizer)
 
 
-def _lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+def lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """One of LeRobot's policies."""
     from vla_pruner.families.lerobot_common import check_version
     from vla_pruner.policies.lerobot_random import random_lerobot
 
@@ -105,13 +108,12 @@ def _lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) 
 
     if dtype == torch.float16:
         raise UnsupportedModelError("--dtype is float16; LeRobot has its policies in float32 and bfloat16.")
+    kind = settings.kind.removeprefix("lerobot-")
     fields: dict[str, Any] = {}
     if settings.denoise_steps is not None:
-        fields["num_steps" if settings.kind == "smolvla" else "num_inference_steps"] = settings.denoise_steps
+        fields["num_steps" if kind == "smolvla" else "num_inference_steps"] = settings.denoise_steps
     cameras = None if settings.cameras is None else _cameras(settings.cameras)
-    return random_lerobot(
-        settings.kind, settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields
-    )
+    return random_lerobot(kind, settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields)
 
 
 def _cameras(count: int) -> tuple[str, ...]:

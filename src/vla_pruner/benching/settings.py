@@ -13,25 +13,16 @@ from vla_pruner.attach.stages import check_depth
 from vla_pruner.errors import BudgetError, UnsupportedModelError
 from vla_pruner.method_names import LAYER, Named, methods_of
 from vla_pruner.methods import Method
+from vla_pruner.plugins import class_at
+from vla_pruner.registry import ROWS, Benchmark, Row, row_named
 
-NAMED = ("openvla-7b", "openvla-oft", "pi0", "pi05", "smolvla", "reference", "reference-chunk")
+NAMED = tuple(row.name for row in ROWS if row.bench is not None and row.random is not None)
+"""Policies with random weights, at their published size or tiny; aliases are understood, too."""
 SHIPPED = "reference:"
 """What a policy of `reference_policy` begins with, to benchmark its weights."""
-DENOISING = ("pi0", "pi05", "smolvla")
 LLAMA = "llama:"
 INDUCTOR = "inductor"
 """torch's own backend."""
-
-PUBLISHED_LAYERS = {
-    "openvla-7b": 32,
-    "openvla-oft": 32,
-    "pi0": 18,
-    "pi05": 18,
-    "smolvla": 16,
-    "reference": 8,
-    "reference-chunk": 10,
-}
-"""Layers of the decoders of `NAMED`."""
 
 SIZES = ("full", "tiny")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,8 +52,8 @@ class BenchSettings:
     """One benchmark.
 
     Attributes:
-        model: one of `NAMED`, "llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB]", "reference:NAME", or a checkpoint's
-            folder; the class of a policy that is loaded already.
+        model: one of `NAMED` or an alias, "llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB]", "reference:NAME", or a
+            checkpoint's folder; the class of a policy that is loaded already.
         size: "full" (published) or "tiny", of models with random weights.
         layers: depth of the decoder, and of an expert beside it; None: as published.
         keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and what VLA-Cache was
@@ -129,16 +120,20 @@ class BenchSettings:
         methods, depth = self.chosen_methods(), self._depth
         if depth is not None:
             for made in methods:
-                check_depth(made.method, depth, 1 if self.kind in DENOISING else 0)
+                check_depth(made.method, depth, 0 if self._bench is None else self._bench.first_layer)
+
+    @property
+    def row(self) -> Row | None:
+        """What is known of the model that is built; None of a checkpoint, and of a policy that is loaded already."""
+        if self.loaded or self.model.startswith(SHIPPED):
+            return None
+        row = row_named("llama" if self.model.startswith(LLAMA) else self.model)
+        return None if row is None or row.bench is None or self.model == "llama" else row
 
     @property
     def kind(self) -> str:
-        """One of `NAMED`, "llama" or "checkpoint"."""
-        if self.loaded:
-            return "checkpoint"
-        if self.model.startswith(LLAMA):
-            return "llama"
-        return self.model if self.model in NAMED else "checkpoint"
+        """The name of `row`, or "checkpoint"."""
+        return "checkpoint" if self.row is None else self.row.name
 
     @property
     def backend(self) -> str | None:
@@ -211,15 +206,20 @@ class BenchSettings:
             return self.layers
         if self.kind == "llama":
             return self.llama().layers
-        return PUBLISHED_LAYERS.get(self.kind) if self.size == "full" else None
+        return self._bench.layers if self._bench is not None and self.size == "full" else None
+
+    @property
+    def _bench(self) -> Benchmark | None:
+        return None if self.row is None else self.row.bench
 
     def _check_backend(self) -> None:
         if not isinstance(self.compile, bool):
             check_backend(self.compile)
-        if self.compile and self.kind == "smolvla":
+        if self.compile and self.row is not None and not class_at(self.row.family).compilable:
             raise UnsupportedModelError(
-                "--compile does not go with smolvla: LeRobot runs its layers in a loop of its own, outside of any "
-                "module's call, so they cannot be compiled with what pruning does in them; leave --compile out."
+                f"--compile does not go with {self.model}: {self.row.title} runs its layers in a loop of its own, "
+                "outside of any module's call, so they cannot be compiled with what pruning does in them; leave "
+                "--compile out."
             )
 
     def _check_model(self) -> None:
@@ -236,15 +236,10 @@ class BenchSettings:
                 f"--model is {self.model}, which is neither a folder nor one of {', '.join(NAMED)}, reference:NAME and "
                 "llama:HIDDEN,LAYERS."
             )
-        fixed = kind in ("checkpoint", "reference", "reference-chunk")
-        refused = {
-            "size": self.size != "full" and kind in ("checkpoint", "llama"),
-            "layers": self.layers is not None and fixed,
-            "cameras": self.cameras is not None and fixed,
-            "prompt_tokens": self.prompt_tokens is not None and kind in ("reference", "reference-chunk"),
-            "decode_tokens": self.decode_tokens is not None and kind not in ("llama", "openvla-7b"),
-            "denoise_steps": self.denoise_steps is not None and kind not in DENOISING,
-        }
+        options = ("prompt_tokens",) if self._bench is None else self._bench.options
+        refused = {"size": self.size != "full" and kind in ("checkpoint", "llama")}
+        for name in ("layers", "cameras", "prompt_tokens", "decode_tokens", "denoise_steps"):
+            refused[name] = getattr(self, name) is not None and name not in options
         for name, is_refused in refused.items():
             if is_refused:
                 what = "a checkpoint" if kind == "checkpoint" and not self.loaded else self.model

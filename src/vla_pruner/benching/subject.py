@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.session import Session
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.cost import ControlStep, DecoderShape, Expert, Tower
 from vla_pruner.errors import BudgetError
 from vla_pruner.families import family_of
+from vla_pruner.feed import Feed
 from vla_pruner.methods import Method
-from vla_pruner.timing import Watched, head_owner, projectors_of, watched_of
-
-
-@dataclass(frozen=True)
-class Feed:
-    """What a kind of policy is fed with, and what follows from it.
-
-    Attributes:
-        step: one control step, from prepared inputs on the host to actions on the host.
-        visual: visual tokens of all cameras.
-        other: other tokens of the prompt.
-        decoded: passes that decode a token after the prompt.
-        denoised: rows of one pass of the expert, and passes; None without an expert.
-        uses_head: whether the language model's head over the vocabulary runs.
-        prepare: from images and words to what `step` takes; None where `step` does that too.
-        attach: options for `Method.attach`.
-    """
-
-    step: Callable[[], Any]
-    visual: int
-    other: int
-    decoded: int = 0
-    denoised: tuple[int, int] | None = None
-    uses_head: bool = True
-    prepare: Callable[[], Any] | None = None
-    attach: dict[str, Any] = field(default_factory=dict)
+from vla_pruner.timing import Watched, watched_of
 
 
 class Subject:
@@ -56,6 +32,7 @@ class Subject:
     Attributes:
         step: one control step.
         family: where things are in it.
+        anatomy: its parts.
         control_step: what one control step of one robot computes, for the formulas.
         rows: robots in one call.
     """
@@ -69,10 +46,8 @@ class Subject:
         self.rows = settings.batch
         self.module: nn.Module = policy if isinstance(policy, nn.Module) else policy.module
         self.family: Any = family_of(policy, **feed.attach)
-        self.towers: tuple[nn.Module, ...] = tuple(getattr(policy, "vision_towers", ()))
-        self.projectors = projectors_of(self.module)
-        self.experts = _experts(self.family)
-        self.head = _head(self.module, self.family.decoder) if feed.uses_head else None
+        self.anatomy: Anatomy = self.family.anatomy
+        self.head = self.anatomy.head if feed.uses_head else None
         self.control_step = self._control_step()
 
     @property
@@ -93,15 +68,15 @@ class Subject:
 
     def watched(self) -> Watched:
         """Which modules are which stage, for `StageTimer`."""
-        return watched_of(self.module, self.towers, self.family)
+        return watched_of(self.family)
 
     def weight_bytes(self) -> dict[str, float]:
         """Bytes of weights that one control step reads, stage by stage: every pass reads its own once."""
         decoder = _bytes(self.family.decoder.layers) + (0 if self.head is None else _bytes(self.head))
         after = self.feed.decoded * decoder
         if self.feed.denoised is not None:
-            after += self.feed.denoised[1] * sum(_bytes(expert.layers) for expert in self.experts)
-        vision = sum(_bytes(module) for module in (*self.towers, *self.projectors))
+            after += self.feed.denoised[1] * sum(_bytes(expert.layers) for expert in self.anatomy.experts)
+        vision = sum(_bytes(module) for module in (*self.anatomy.towers, *self.anatomy.projectors))
         return {"vision": vision, "prefill": decoder * self.control_step.prompt_passes, "decode": after}
 
     @property
@@ -114,15 +89,15 @@ class Subject:
         decoder = _shape(self.family.decoder, self.head is not None)
         expert = None
         if feed.denoised is not None:
-            expert = Expert(_shape(self.experts[0], False), *feed.denoised, _cross_layers(self.family))
-        towers = tuple(tower for tower in map(_tower, self.towers) if tower is not None)
+            expert = Expert(_shape(self.anatomy.experts[0], False), *feed.denoised, self.anatomy.cross_layers)
+        towers = tuple(tower for tower in map(_tower, self.anatomy.towers) if tower is not None)
         return ControlStep(
             decoder=decoder,
             visual=feed.visual,
             other=feed.other,
             towers=towers,
             cameras=max(1, len(getattr(self.policy, "cameras", ()))),
-            projector=sum(2.0 * _matrices(module) for module in self.projectors),
+            projector=sum(2.0 * _matrices(module) for module in self.anatomy.projectors),
             decoded=feed.decoded,
             expert=expert,
         )
@@ -130,7 +105,7 @@ class Subject:
     @property
     def vision_by_formula(self) -> bool:
         """Whether the sizes of all vision towers are known."""
-        return len(self.control_step.towers) == len(self.towers)
+        return len(self.control_step.towers) == len(self.anatomy.towers)
 
 
 def warm(subject: Subject, session: Session) -> Any:
@@ -148,25 +123,6 @@ def warm(subject: Subject, session: Session) -> Any:
         f"{session.method!r} pruned none of the first {session.method.history + 16} control steps, so there is "
         "nothing to compare; give a smaller keep."
     )
-
-
-def _experts(family: Any) -> tuple[Any, ...]:
-    both = getattr(family, "both", None)
-    return family.readers if both is None else (both.lm_expert,)
-
-
-def _cross_layers(family: Any) -> frozenset[int]:
-    """Layers of the expert that attend to the prompt alone: SmolVLA's."""
-    both = getattr(family, "both", None)
-    if both is None or "cross" not in both.attention_mode:
-        return frozenset()
-    every = both.self_attn_every_n_layers
-    return frozenset(index for index in range(family.depth) if not (every > 0 and index % every == 0))
-
-
-def _head(module: nn.Module, decoder: Any) -> nn.Module | None:
-    owner = head_owner(module, decoder)
-    return None if owner is None else owner.lm_head
 
 
 def _shape(decoder: Any, with_head: bool) -> DecoderShape:
@@ -199,8 +155,3 @@ def _bytes(module: Any) -> int:
 def _matrices(module: nn.Module) -> int:
     """Numbers in its matrices."""
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-
-def on_host(actions: Tensor) -> Tensor:
-    """Actions as a robot needs them: on the CPU, which also waits for the device."""
-    return actions.detach().float().cpu()

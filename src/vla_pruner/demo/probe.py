@@ -14,7 +14,7 @@ from vla_pruner.demo.episodes import Observation
 from vla_pruner.families import family_of
 from vla_pruner.fate import Fate
 from vla_pruner.statistics import percentile
-from vla_pruner.timing import StageTimer, head_owner
+from vla_pruner.timing import StageTimer
 
 _LONGEST_WARM_UP = 16
 """Steps after which a method that has not pruned is taken to never prune."""
@@ -47,7 +47,7 @@ def decoder_shapes(policy: Any) -> tuple[DecoderShape, StepShape]:
     family, config = family_of(policy), policy.config
     decoder, visual = DecoderShape.of(family.decoder.config), config.num_visual_tokens
     other = config.prompt_length - visual
-    if head_owner(policy, family.decoder) is None:
+    if family.anatomy.head is None:
         return replace(decoder, vocabulary=0), StepShape(visual, other + config.chunk, actions=1)
     return decoder, StepShape(visual, other, config.action_dimensions)
 
@@ -59,7 +59,8 @@ def vision_flops(policy: Any, observation: Observation) -> float:
     def remember(module: Any, args: Any, kwargs: Any) -> None:
         calls.append((module, args, kwargs))
 
-    parts = (policy.vision, policy.projector)
+    anatomy = family_of(policy).anatomy
+    parts = (*anatomy.towers, *anatomy.projectors)
     handles = [part.register_forward_pre_hook(remember, with_kwargs=True) for part in parts]
     try:
         _act(policy, observation)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -17,18 +16,7 @@ from torch import nn
 from vla_pruner import plugins
 from vla_pruner.attach.family import Family
 from vla_pruner.errors import BudgetError, PluginError, UnsupportedModelError
-
-FAMILIES = (
-    ("vla_pruner.families.chunk", "Chunk"),
-    ("vla_pruner.families.reference", "Reference"),
-    ("vla_pruner.families.openvla", "OpenVLAOFT"),
-    ("vla_pruner.families.openvla", "OpenVLA"),
-    ("vla_pruner.families.pi0", "PI0"),
-    ("vla_pruner.families.lerobot_pi", "LeRobotPi"),
-    ("vla_pruner.families.smolvla", "SmolVLA"),
-    ("vla_pruner.families.decoder_lm", "DecoderLM"),
-)
-"""Module and class of every family, the more special ones first."""
+from vla_pruner.registry import ROWS
 
 
 def family_of(model: Any, *, family: type[Family] | None = None, **options: Any) -> Family:
@@ -75,8 +63,8 @@ def _found(model: Any) -> type[Family]:
     foreign, broken = _foreign(model)
     if foreign is not None:
         return foreign
-    for module, name in FAMILIES:
-        family: Any = getattr(import_module(module), name)
+    for path in dict.fromkeys(row.family for row in ROWS):
+        family: Any = plugins.class_at(path)
         if family.matches(model):
             return family
     raise UnsupportedModelError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
 from vla_pruner.families.base import tiles
@@ -24,7 +25,12 @@ class Chunk(DecoderLM):
         super().__init__(policy.decoder, visual=policy.config.visual)
         self.eye = policy.vision
         self.seeing, self.acting = (policy, "embed_prompt"), (policy, "decode")
+        self._policy = policy
         self._patches, self._rows = policy.config.patches, policy.config.chunk
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return replace(super().anatomy, towers=self._policy.vision_towers, projectors=(self._policy.projector,))
 
     def patches(self, pixels: Tensor) -> Tensor:
         # The policy normalises colours to (c - 127.5) / 64.

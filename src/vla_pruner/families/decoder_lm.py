@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import BudgetError, SessionError
@@ -59,6 +60,11 @@ class DecoderLM(TransformersFamily):
     def matches(cls, model: nn.Module) -> bool:
         decoder = _decoder_of(model)
         return hasattr(decoder, "layers") and hasattr(decoder, "embed_tokens")
+
+    @property
+    def anatomy(self) -> Anatomy:
+        headed = self._model is not self.decoder and hasattr(self._model, "lm_head")
+        return Anatomy(self.decoder, language_model=self._model if headed else None)
 
     @property
     def whole_steps(self) -> tuple[tuple[Any, str], ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import SessionError, UnsupportedModelError
@@ -77,6 +78,15 @@ class LeRobotFamily(TransformersFamily):
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         return any((kind.__module__, kind.__name__) in cls.classes for kind in type(model).__mro__)
+
+    @staticmethod
+    def anatomy_of(model: Any) -> Anatomy:
+        """The parts of a policy of this family, which need not be one that a method can be attached to."""
+        raise NotImplementedError
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.anatomy_of(self._policy)
 
     @property
     def first_layer(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.families.base import check_decoder
 from vla_pruner.families.lerobot_common import LeRobotFamily
 from vla_pruner.replacements import Replacements
@@ -28,14 +29,25 @@ class LeRobotPi(LeRobotFamily):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        both = self._inner.paligemma_with_expert
-        self.decoder = check_decoder(both.paligemma.model.language_model, model)
-        self.readers = (check_decoder(both.gemma_expert.model, model),)
-        vision = both.paligemma.config.vision_config
+        anatomy = self.anatomy
+        self.decoder = check_decoder(anatomy.decoder, model)
+        self.readers = tuple(check_decoder(expert, model) for expert in anatomy.experts)
+        vision = self._inner.paligemma_with_expert.paligemma.config.vision_config
         self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
         # The suffix of pi0 is [state][actions]; pi0.5 has the state in its text.
         self._first_action_row = 1 if hasattr(self._inner, "state_proj") else 0
         self._led: dict[nn.Module, _ThroughModule] = {}
+
+    @staticmethod
+    def anatomy_of(model: Any) -> Anatomy:
+        both = model.model.paligemma_with_expert
+        seeing = both.paligemma.model
+        return Anatomy(
+            decoder=seeing.language_model,
+            experts=(both.gemma_expert.model,),
+            towers=(seeing.vision_tower,),
+            projectors=(seeing.multi_modal_projector,),
+        )
 
     @property
     def camera_tokens(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import SessionError, UnsupportedModelError
@@ -35,6 +36,10 @@ class OpenVLA(DecoderLM):
         self._policy = policy
         self.eye: nn.Module | None = policy.vision_backbone
         self._patches: int = policy.patches
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return replace(super().anatomy, towers=self._policy.vision_towers, projectors=(self._policy.projector,))
 
     @property
     def whole_steps(self) -> tuple[tuple[Any, str], ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import BudgetError, SessionError
@@ -31,8 +32,9 @@ class PI0(TransformersFamily):
     def __init__(self, model: nn.Module, cameras: Sequence[str] | None = None) -> None:
         policy: Any = model
         self._policy, self._pi0 = policy, policy.model
-        self.decoder = check_decoder(self._pi0.vlm.language_model, model)
-        self.readers = (check_decoder(self._pi0.dit, model),)
+        anatomy = self.anatomy
+        self.decoder = check_decoder(anatomy.decoder, model)
+        self.readers = tuple(check_decoder(expert, model) for expert in anatomy.experts)
         vision = policy.config.vlm_config.vision_config
         self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
         self._image_token = policy.config.vlm_config.image_token_id
@@ -41,6 +43,10 @@ class PI0(TransformersFamily):
         self._absent: frozenset[int] = frozenset()
         self._replaced = Replacements()
         self.cameras = () if cameras is None else _check_cameras(cameras)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return anatomy_of(self._policy)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -102,6 +108,17 @@ class PI0(TransformersFamily):
         if shown.device.type == "cpu":  # elsewhere the host would wait for it
             self._absent = frozenset(torch.nonzero(~shown.bool().any(dim=0)).flatten().tolist())
         return original(*args, **kwargs)
+
+
+def anatomy_of(model: Any) -> Anatomy:
+    """The parts of a `PI0ForConditionalGeneration`."""
+    vlm = model.model.vlm
+    return Anatomy(
+        decoder=vlm.language_model,
+        experts=(model.model.dit,),
+        towers=(vlm.vision_tower,),
+        projectors=(vlm.multi_modal_projector,),
+    )
 
 
 FEW_TOKENS = "A row has fewer image and padding tokens than the cameras need; pad all rows alike."

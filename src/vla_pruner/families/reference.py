@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.families.base import tiles
 from vla_pruner.families.decoder_lm import DecoderLM
 
@@ -25,6 +27,10 @@ class Reference(DecoderLM):
     @property
     def whole_steps(self) -> tuple[tuple[Any, str], ...]:
         return ((self._policy, "predict_action"),)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return replace(super().anatomy, towers=self._policy.vision_towers, projectors=(self._policy.projector,))
 
     def patches(self, pixels: Tensor) -> Tensor:
         # The policy normalises colours to (c - 127.5) / 64.

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
@@ -41,9 +42,24 @@ class SmolVLA(LeRobotFamily):
                 "SmolVLAPolicy has use_cache=False, without which its expert sees no prefix; set use_cache=True."
             )
         self.both = self._inner.vlm_with_expert
-        self.decoder = self.both.get_vlm_model().text_model
+        self.decoder = self.anatomy.decoder
         config = self.both.config
         self._pixels_per_token = config.vision_config.patch_size * config.scale_factor
+
+    @staticmethod
+    def anatomy_of(model: Any) -> Anatomy:
+        both = model.model.vlm_with_expert
+        seeing = both.get_vlm_model()
+        every, cross = both.self_attn_every_n_layers, "cross" in both.attention_mode
+        layers = range(len(seeing.text_model.layers)) if cross else ()
+        return Anatomy(
+            decoder=seeing.text_model,
+            experts=(both.lm_expert,),
+            cross_layers=frozenset(index for index in layers if not (every > 0 and index % every == 0)),
+            towers=(seeing.vision_model,),
+            projectors=(seeing.connector,),
+            loop=both,
+        )
 
     @property
     def camera_tokens(self) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ from vla_pruner.methods.fastv import FastV
 from vla_pruner.methods.max_min_diversity import MaxMinDiversity
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.score_fusion import ScoreFusion
+from vla_pruner.methods.scored import Scored
 from vla_pruner.methods.semantic_only import SemanticOnly
 from vla_pruner.methods.sparsevlm import SparseVLM
 from vla_pruner.methods.text_query import TextQuery
@@ -27,6 +28,7 @@ __all__ = [
     "Method",
     "RandomKeep",
     "ScoreFusion",
+    "Scored",
     "SemanticOnly",
     "SparseVLM",
     "TextQuery",

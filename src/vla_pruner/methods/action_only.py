@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vla_pruner.methods.base import Evidence
-from vla_pruner.methods.selection import top_ids
+from vla_pruner.methods.scored import Scored
 from vla_pruner.methods.smoothed import Smoothed
 
 
 @dataclass(frozen=True)
-class ActionOnly(Smoothed):
+class ActionOnly(Scored, Smoothed):
     """The top k visual tokens by the action attention that the last `window` control steps suggest.
 
     Paper: arXiv 2511.16449, equations 3 and 5 and the ablation of its dual-level design ("action only").
@@ -32,5 +32,5 @@ class ActionOnly(Smoothed):
     def needs(self) -> frozenset[str]:
         return frozenset({"action"})
 
-    def select(self, evidence: Evidence, k: int) -> Tensor:
-        return top_ids(self.action_estimate(evidence), evidence.valid, k)
+    def score(self, evidence: Evidence) -> Tensor:
+        return self.action_estimate(evidence)

@@ -14,9 +14,11 @@ from vla_pruner.fate import WITHIN_A_STEP, Fate
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.numbers import plain
 from vla_pruner.methods.schedule import Schedule
+from vla_pruner.plugins import object_at
+from vla_pruner.registry import ATTACH
 
 if TYPE_CHECKING:
-    from vla_pruner.attach.session import Session
+    from vla_pruner import Session
 
 Keep = float | int | Mapping[str, float | int]
 
@@ -299,10 +301,8 @@ class Method:
             BudgetError: `keep` or `layer` does not fit this model.
             SessionError: a session is attached to this model already.
         """
-        # The one import that points up: a method is what users hold in their hands, so attaching starts there.
-        from vla_pruner.front import attach
-
-        return attach(self, model, compile, **family_options)
+        # A method is what users hold in their hands, so attaching starts here, though it stands above.
+        return object_at(ATTACH)(self, model, compile, **family_options)
 
 
 def rows_at(rows: Tensor, ids: Tensor) -> Tensor:

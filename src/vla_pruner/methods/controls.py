@@ -11,13 +11,13 @@ from torch import Tensor
 
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Method
-from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.schedule import Schedule
-from vla_pruner.methods.selection import define_op, top_ids
+from vla_pruner.methods.scored import Scored
+from vla_pruner.methods.selection import define_op
 
 
 @dataclass(frozen=True)
-class RandomKeep(Budgeted):
+class RandomKeep(Scored):
     """Keep a random set, drawn anew in every control step from (seed, episode, step): the control that any method must
     beat.
 
@@ -52,12 +52,12 @@ class RandomKeep(Budgeted):
         # With one seed, cameras of equal size would keep the same places.
         return tuple(replace(method, seed=self.seed + 104_729 * camera) for camera, method in enumerate(methods))
 
-    def select(self, evidence: Evidence, k: int) -> Tensor:
+    def score(self, evidence: Evidence) -> Tensor:
         tokens = evidence.valid.shape[1]
         # For a compiler one opaque step: generators and numbers read from tensors cannot be traced.
         draw = torch.ops.vla_pruner.random_scores if torch.compiler.is_compiling() else _random_scores
         scores = draw(evidence.memory.episode, evidence.memory.steps, self.seed % 2**63, tokens)
-        return top_ids(scores.to(evidence.valid.device, non_blocking=True), evidence.valid, k)
+        return scores.to(evidence.valid.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from vla_pruner.checks import check_choice
-from vla_pruner.methods.base import Evidence
-from vla_pruner.methods.budgeted import Budgeted
-from vla_pruner.methods.selection import top_ids
+from vla_pruner.methods.scored import SemanticallyScored
 
 
 @dataclass(frozen=True)
-class FastV(Budgeted):
+class FastV(SemanticallyScored):
     """The top k visual tokens by the attention that they receive at the layer before `layer`.
 
     Paper: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764, section 4: the score is the
@@ -42,13 +38,5 @@ class FastV(Budgeted):
         check_choice("semantic_queries", self.semantic_queries, ("all", "text", "last"))
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"semantic"})
-
-    @property
     def queries(self) -> str:
         return self.semantic_queries
-
-    def select(self, evidence: Evidence, k: int) -> Tensor:
-        assert evidence.semantic is not None
-        return top_ids(evidence.semantic, evidence.valid, k)

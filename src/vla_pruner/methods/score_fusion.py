@@ -10,12 +10,12 @@ from torch import Tensor
 from vla_pruner.checks import check_choice
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence
-from vla_pruner.methods.selection import top_ids
+from vla_pruner.methods.scored import Scored
 from vla_pruner.methods.smoothed import Smoothed
 
 
 @dataclass(frozen=True)
-class ScoreFusion(Smoothed):
+class ScoreFusion(Scored, Smoothed):
     """The top k visual tokens by `weight` x semantic score + (1 - `weight`) x estimated action score, each normalised.
 
     Paper: arXiv 2511.16449, where section 3.3 argues against it and the ablation measures it ("score fusion"): the two
@@ -52,11 +52,11 @@ class ScoreFusion(Smoothed):
     def queries(self) -> str:
         return self.semantic_queries
 
-    def select(self, evidence: Evidence, k: int) -> Tensor:
+    def score(self, evidence: Evidence) -> Tensor:
         assert evidence.semantic is not None
         semantic = _shares(evidence.semantic, evidence.valid)
         action = _shares(self.action_estimate(evidence), evidence.valid)
-        return top_ids(self.weight * semantic + (1 - self.weight) * action, evidence.valid, k)
+        return self.weight * semantic + (1 - self.weight) * action
 
 
 def _shares(scores: Tensor, valid: Tensor) -> Tensor:

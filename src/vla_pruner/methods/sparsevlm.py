@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from vla_pruner.checks import check_choice
-from vla_pruner.methods.base import Evidence, Keep, check_stages
-from vla_pruner.methods.budgeted import Budgeted
+from vla_pruner.methods.base import Keep, check_stages
+from vla_pruner.methods.scored import SemanticallyScored
 from vla_pruner.methods.scores import text_raters
-from vla_pruner.methods.selection import top_ids
 
 
 @dataclass(frozen=True)
-class SparseVLM(Budgeted):
+class SparseVLM(SemanticallyScored):
     """The top k visual tokens by the attention of the text "raters" at the layer before `layer`.
 
     Paper: Zhang et al., "SparseVLM", ICML 2025, arXiv 2410.04417, section 3.2. Before the decoder, text token i has the
@@ -57,10 +56,6 @@ class SparseVLM(Budgeted):
         return (first, *(replace(first, layer=layer, keep=keep) for layer, keep in self.then))
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"semantic"})
-
-    @property
     def queries(self) -> str:
         return "raters"
 
@@ -68,10 +63,6 @@ class SparseVLM(Budgeted):
         if self.preset == "official":
             text = _without_ends(text)
         return text_raters(visual, valid, prompt, text)
-
-    def select(self, evidence: Evidence, k: int) -> Tensor:
-        assert evidence.semantic is not None
-        return top_ids(evidence.semantic, evidence.valid, k)
 
 
 def _without_ends(text: Tensor) -> Tensor:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from vla_pruner.methods.base import Evidence
-from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.schedule import Schedule
-from vla_pruner.methods.selection import top_ids
+from vla_pruner.methods.scored import SemanticallyScored
 
 
 @dataclass(frozen=True)
-class TextQuery(Budgeted):
+class TextQuery(SemanticallyScored):
     """The top k visual tokens by the mean over heads and text rows of q . k / sqrt(d) in the first layer.
 
     Paper: Pei et al., "Action-aware Dynamic Pruning" (VLA-ADP), ICLR 2026, arXiv 2509.22093: text queries and visual
@@ -51,17 +47,9 @@ class TextQuery(Budgeted):
         return Schedule(self.warmup_steps, gate=self.gate)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"semantic"})
-
-    @property
     def queries(self) -> str:
         return "text"
 
     @property
     def attention(self) -> str:
         return "logits"
-
-    def select(self, evidence: Evidence, k: int) -> Tensor:
-        assert evidence.semantic is not None
-        return top_ids(evidence.semantic, evidence.valid, k)

@@ -10,13 +10,12 @@ from torch import Tensor
 from vla_pruner.errors import BudgetError
 from vla_pruner.fate import Fate
 from vla_pruner.methods.base import Evidence, Keep, check_stages
-from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.schedule import Schedule
-from vla_pruner.methods.selection import top_ids
+from vla_pruner.methods.scored import Scored
 
 
 @dataclass(frozen=True)
-class VLACache(Budgeted):
+class VLACache(Scored):
     """From `layer` on, visual tokens whose pixels stayed and that the text does not attend to are not computed again:
     their keys and values are those of the last control step. All of them stay readable.
 
@@ -86,11 +85,10 @@ class VLACache(Budgeted):
     def reuses(self, similarity: Tensor, count: int) -> bool:
         return bool(((similarity > self.threshold).sum(dim=1) >= count).all())
 
-    def select(self, evidence: Evidence, k: int) -> Tensor:
+    def score(self, evidence: Evidence) -> Tensor:
         assert evidence.semantic is not None
         assert evidence.similarity is not None
         attention = torch.where(evidence.valid, evidence.semantic, 0.0)
         share = attention / attention.amax(dim=1, keepdim=True).clamp_min(1e-12)
         # What the text looks at comes first, and what moved most comes next: no similarity is below -1.
-        urgency = torch.where(share >= self.relevance, 3 + share, 1 - evidence.similarity)
-        return top_ids(urgency, evidence.valid, k)
+        return torch.where(share >= self.relevance, 3 + share, 1 - evidence.similarity)

@@ -16,14 +16,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import Anatomy
 from vla_pruner.checkpoints.files import checkpoint_folder, described_by, listed, read_json, reason, shown
 from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
 from vla_pruner.errors import BudgetError, CheckpointError, ObservationError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
 from vla_pruner.observations import check_images, check_instruction, state_of
+from vla_pruner.plugins import class_at
 from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors, state_size
 from vla_pruner.policies.lerobot_random import random_lerobot
+from vla_pruner.registry import row_of
 
 __all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
 
@@ -56,10 +59,7 @@ class LeRobotPolicy:
     @property
     def vision_towers(self) -> tuple[nn.Module, ...]:
         """What turns an image into patch features."""
-        inner = self.module.model
-        if hasattr(inner, "vlm_with_expert"):
-            return (inner.vlm_with_expert.get_vlm_model().vision_model,)
-        return (inner.paligemma_with_expert.paligemma.model.vision_tower,)
+        return self._anatomy.towers
 
     @property
     def device(self) -> torch.device:
@@ -69,12 +69,13 @@ class LeRobotPolicy:
     @property
     def dtype(self) -> torch.dtype:
         """What its decoder computes in."""
-        inner = self.module.model
-        if hasattr(inner, "vlm_with_expert"):
-            decoder = inner.vlm_with_expert.get_vlm_model().text_model
-        else:
-            decoder = inner.paligemma_with_expert.paligemma.model.language_model
-        return decoder.layers[0].self_attn.q_proj.weight.dtype
+        return self._anatomy.decoder.layers[0].self_attn.q_proj.weight.dtype
+
+    @property
+    def _anatomy(self) -> Anatomy:
+        row = row_of(self)
+        assert row is not None
+        return class_at(row.family).anatomy_of(self.module)
 
     @property
     def proprio_size(self) -> int | None:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.errors import UnsupportedModelError
-from vla_pruner.policies.random import draw_weights
+from vla_pruner.families.lerobot_common import check_version
+from vla_pruner.families.smolvla import SmolVLA
+from vla_pruner.models.drawn import draw_weights
 
 if TYPE_CHECKING:
     from vla_pruner.policies.lerobot import LeRobotPolicy
@@ -182,8 +184,28 @@ def random_lerobot(
     # LeRobot's own start leaves an expert that does nothing.
     draw_weights(policy, seed)
     if kind == "smolvla":
-        _calm(policy.model.vlm_with_expert)
+        _calm(policy)
     return LeRobotPolicy(policy, *_processors(kind, given, _vocabulary(policy)))
+
+
+def random_pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    """LeRobot's pi0; arguments as of `random_policy`."""
+    return _random("pi0", size, device, dtype, seed)
+
+
+def random_pi05(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    """LeRobot's pi0.5; arguments as of `random_policy`."""
+    return _random("pi05", size, device, dtype, seed)
+
+
+def random_smolvla(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    """LeRobot's SmolVLA; arguments as of `random_policy`."""
+    return _random("smolvla", size, device, dtype, seed)
+
+
+def _random(kind: str, size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    check_version()
+    return random_lerobot(kind, size, device, dtype, seed)
 
 
 def _of_depth(size: PiSize | SmolVLASize, layers: int) -> PiSize | SmolVLASize:
@@ -209,13 +231,13 @@ def built_with(kind: str, size: PiSize | SmolVLASize) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _calm(both: Any) -> None:
+def _calm(policy: Any) -> None:
     """SmolVLA's cross-attention layers project keys that were drawn larger already: with more than that their attention
     is a choice of one token, and rounding decides which.
     """
-    every = both.self_attn_every_n_layers
-    for index, layer in enumerate(both.lm_expert.layers):
-        if "cross" in both.attention_mode and not (every > 0 and index % every == 0):
+    anatomy = SmolVLA.anatomy_of(policy)
+    for index, layer in enumerate(anatomy.experts[0].layers):
+        if index in anatomy.cross_layers:
             layer.self_attn.k_proj.weight.mul_(0.5)
 
 

@@ -11,17 +11,13 @@ import torch
 
 from vla_pruner.checkpoints.files import checkpoint_folder, read_json, shown
 from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.plugins import object_at
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.options import as_dtype, usable_device
-from vla_pruner.policies.reference import NAMES, kind_of_config, reference_policy
+from vla_pruner.policies.reference import NAMES, load_reference
+from vla_pruner.registry import ROWS, Row, row_for
 from vla_pruner.versions import check_transformers
 
-LEROBOT_TYPES = ("pi0", "pi05", "smolvla")
-SUPPORTED = (
-    "OpenVLA and OpenVLA-OFT (config.json with model_type 'openvla'), pi0 of transformers (model_type 'pi0'), "
-    "LeRobot's policies of type 'pi0', 'pi05' and 'smolvla', a folder that a reference policy was saved in, and the "
-    "names 'reference' and 'reference:NAME'"
-)
 REFERENCE = "reference"
 
 
@@ -38,7 +34,7 @@ def load_policy(
             the policy that ships with this package, or "reference:NAME" for one of several (see `reference_policy`).
         device: where it is put.
         dtype: of its weights, as torch's or by its name ("bfloat16"); None: what its family takes for granted.
-        **options: of the family: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
+        **options: of what loads it: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
             attn_implementation), `load_lerobot` or `reference_policy`.
 
     Raises:
@@ -57,37 +53,39 @@ def load_policy(
         )
     if isinstance(path_or_hub_id, str) and path_or_hub_id.partition(":")[0] == REFERENCE:
         # A folder of that name is Path('reference') or './reference'.
-        return _load(_reference, "the reference policy", _reference_name(path_or_hub_id), device, dtype, options)
+        name = _reference_name(path_or_hub_id)
+        return _load(load_reference, "the reference policy", name, device, dtype, options)
     folder = checkpoint_folder(path_or_hub_id)
-    config = read_json(folder / "config.json")
-    name, loader = _family(folder, config)
-    return _load(loader, name, folder, device, dtype, options)
+    row = _row(folder, read_json(folder / "config.json"))
+    return _load(object_at(str(row.load), "function"), row.title, folder, device, dtype, options)
 
 
-def _family(folder: Path, config: dict[str, Any]) -> tuple[str, Callable[..., Any]]:
-    """What the folder holds, and what loads it."""
+def _row(folder: Path, config: dict[str, Any]) -> Row:
+    """The row of what the folder holds."""
+    row = row_for(config)
+    if row is not None and row.load is not None:
+        return row
     model_type, kind = config.get("model_type"), config.get("type")
-    if model_type == "openvla":
-        from vla_pruner.models.openvla import load_openvla
-
-        return "OpenVLA", load_openvla
-    if model_type == "pi0":
-        from vla_pruner.policies.pi0 import load_pi0
-
-        return "pi0 of transformers", load_pi0
-    if model_type is None and isinstance(kind, str) and kind in LEROBOT_TYPES:
-        from vla_pruner.policies.lerobot import load_lerobot
-
-        return f"LeRobot's {kind}", load_lerobot
-    if kind_of_config(config) is not None:
-        return "the reference policy", _reference
     if model_type is not None:
         found = f"is of a model of type {shown(repr(model_type))}"
     elif kind is not None:
         found = f"is of a LeRobot policy of type {shown(repr(kind))}"
     else:
         found = "names no model"
-    raise UnsupportedModelError(f"{folder / 'config.json'} {found}; supported are {SUPPORTED}.")
+    raise UnsupportedModelError(f"{folder / 'config.json'} {found}; supported are {supported()}.")
+
+
+def supported() -> str:
+    """What `load_policy` loads, for messages."""
+    kinds = []
+    for row in ROWS:
+        told = [f"{key} {value!r}" for key, value in (row.config or {}).items() if isinstance(value, str)]
+        if row.load is not None and told:
+            kinds.append(f"{row.title} (config.json with {' and '.join(told)})")
+    return (
+        f"{', '.join(kinds)}, a folder that a reference policy was saved in, and the names 'reference' and "
+        "'reference:NAME'"
+    )
 
 
 def _load(
@@ -121,7 +119,3 @@ def _reference_name(text: str) -> str | None:
             f"There is no reference policy {name!r}; give {' or '.join(f'{REFERENCE}:{one}' for one in NAMES)}."
         )
     return name
-
-
-def _reference(name: str | Path | None, device: str | torch.device, dtype: torch.dtype | None) -> Any:
-    return reference_policy(name, device, torch.float32 if dtype is None else dtype)

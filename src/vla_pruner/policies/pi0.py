@@ -29,6 +29,7 @@ from vla_pruner.checkpoints.numbers import check_counts, finite_action, finite_r
 from vla_pruner.checkpoints.weights import check_depth, check_finite, check_fit, misfit, read_headers, read_weights
 from vla_pruner.checks import check_attention
 from vla_pruner.errors import BudgetError, CheckpointError, ObservationError
+from vla_pruner.families.pi0 import anatomy_of
 from vla_pruner.observations import check_images, check_instruction, state_of
 from vla_pruner.policies.options import as_dtype
 from vla_pruner.versions import check_transformers
@@ -79,7 +80,7 @@ class TransformersPI0:
     @property
     def vision_towers(self) -> tuple[nn.Module, ...]:
         """SigLIP."""
-        return (self.module.model.vlm.vision_tower,)
+        return anatomy_of(self.module).towers
 
     @property
     def proprio_size(self) -> int:

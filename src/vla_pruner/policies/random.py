@@ -1,21 +1,17 @@
-"""Policies with random weights, tiny or at their published size, where there is no checkpoint.
-
-Weights are drawn so that attention is peaked and actions depend on what is seen: with the usual small starts attention
-is uniform, and nothing that pruning does would show.
-"""
+"""Policies with random weights, tiny or at their published size, where there is no checkpoint."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.models.drawn import draw_weights
+from vla_pruner.plugins import object_at
 from vla_pruner.policies.base import Policy
+from vla_pruner.registry import random_names, row_named
 from vla_pruner.versions import check_transformers
 
 SIZES = ("tiny", "full")
@@ -31,7 +27,7 @@ def random_policy(
     """A policy that sees and attends but knows nothing, made directly on its device.
 
     Args:
-        name: one of `SHOWN`.
+        name: of a row of `vla_pruner.registry` with random weights, or of a family of another distribution.
         size: "tiny" (seconds on a CPU), or "full": the published size.
         device: where it is made.
         dtype: of its weights.
@@ -40,43 +36,19 @@ def random_policy(
     Raises:
         UnsupportedModelError: another name or size, or what the family needs is not installed, or not in a version
             that was tested.
+        PluginError: the family of another distribution cannot be used.
     """
     check_transformers()
-    if name not in NAMES:
-        raise UnsupportedModelError(f"{name!r} was given; with random weights there are {', '.join(SHOWN)}.")
+    row = row_named(name)
+    if row is None or row.random is None:
+        raise UnsupportedModelError(f"{name!r} was given; with random weights there are {', '.join(random_names())}.")
     if size not in SIZES:
         raise UnsupportedModelError(f"size={size!r} was given; it is 'tiny' or 'full'.")
-    return NAMES[name](size, torch.device(device), dtype, seed)
+    return object_at(row.random)(size, torch.device(device), dtype, seed)
 
 
-@torch.no_grad()
-def draw_weights(module: nn.Module, seed: int) -> None:
-    """Draw every matrix so that it keeps the size of what goes in, queries and keys larger, biases and norms as they
-    are made.
-    """
-    generators: dict[torch.device, torch.Generator] = {}
-    for name, part in module.named_modules():
-        weight = getattr(part, "weight", None)
-        if not isinstance(weight, Tensor):
-            continue
-        if not isinstance(part, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            part_of_norm: Any = getattr(part, "reset_parameters", None)
-            if part_of_norm is not None:
-                part_of_norm()  # LayerNorm and GroupNorm of torch: ones and zeros
-            elif weight.dim() == 1:
-                # transformers' norms: Gemma's multiply by 1 + weight, the others by weight.
-                weight.fill_(0.0 if "Gemma" in type(part).__name__ else 1.0)
-            continue
-        if weight.device not in generators:
-            generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
-        gain = 2.0 if name.endswith(("q_proj", "k_proj")) else 1.0
-        weight.normal_(std=gain / math.sqrt(weight[0].numel()), generator=generators[weight.device])
-        bias = getattr(part, "bias", None)
-        if bias is not None:
-            bias.zero_()
-
-
-def _reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+def random_reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """The autoregressive reference policy; arguments as of `random_policy`."""
     from vla_pruner.checkpoints.files import read_json
     from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
     from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
@@ -104,7 +76,8 @@ def _reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -
     return policy
 
 
-def _chunk(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+def random_chunk(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """The two-camera reference policy; arguments as of `random_policy`."""
     from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy
     from vla_pruner.models.reference.tokenizer import vocabulary
     from vla_pruner.simulators.metaworld import TASKS
@@ -133,16 +106,22 @@ def _chunk(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> An
     return policy
 
 
-def _openvla(oft: bool) -> Callable[..., Any]:
-    def build(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-        from vla_pruner.models.openvla import random_openvla
+def random_openvla_7b(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """OpenVLA; arguments as of `random_policy`."""
+    from vla_pruner.models.openvla import random_openvla
 
-        return random_openvla(size, oft=oft, device=device, dtype=dtype, seed=seed)  # type: ignore[arg-type]
-
-    return build
+    return random_openvla(size, oft=False, device=device, dtype=dtype, seed=seed)  # type: ignore[arg-type]
 
 
-def _pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+def random_openvla_oft(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """OpenVLA-OFT; arguments as of `random_policy`."""
+    from vla_pruner.models.openvla import random_openvla
+
+    return random_openvla(size, oft=True, device=device, dtype=dtype, seed=seed)  # type: ignore[arg-type]
+
+
+def random_pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """pi0 of transformers; arguments as of `random_policy`."""
     from transformers import PI0Config
 
     from vla_pruner.models.openvla.tokenizer import StandInTokenizer
@@ -187,32 +166,3 @@ def tiny_pi0() -> dict[str, Any]:
         "chunk_size": 10,
         "num_inference_steps": 4,
     }
-
-
-def _lerobot(kind: str) -> Callable[..., Any]:
-    def build(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-        from vla_pruner.policies.lerobot import check_version, random_lerobot
-
-        check_version()
-        return random_lerobot(kind, size, device, dtype, seed)
-
-    return build
-
-
-NAMES: dict[str, Callable[..., Any]] = {
-    "reference": _reference,
-    "reference-chunk": _chunk,
-    "openvla": _openvla(oft=False),
-    "openvla-oft": _openvla(oft=True),
-    "pi0": _pi0,
-    "lerobot-pi0": _lerobot("pi0"),
-    "lerobot-pi05": _lerobot("pi05"),
-    "lerobot-smolvla": _lerobot("smolvla"),
-    "smolvla": _lerobot("smolvla"),
-}
-"""What builds each policy: "reference" the autoregressive one, "reference-chunk" the two-camera one, "pi0" that of
-transformers.
-"""
-
-SHOWN = tuple(name for name in NAMES if name != "smolvla")
-"""Names that are shown; "smolvla" is understood, but is lerobot-smolvla."""

@@ -11,6 +11,7 @@ from vla_pruner.checkpoints.files import read_json
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.models.saved import CONFIG
 from vla_pruner.policies.reference_names import DEFAULT, NAMES
+from vla_pruner.registry import row_for
 
 if TYPE_CHECKING:
     from vla_pruner.models.chunk import ChunkPolicy
@@ -46,6 +47,13 @@ def reference_policy(
     from vla_pruner.models.reference import load_autoregressive_policy
 
     return load_autoregressive_policy(folder, device, dtype)
+
+
+def load_reference(
+    name: str | Path | None, device: str | torch.device, dtype: torch.dtype | None
+) -> ReferencePolicy | ChunkPolicy:
+    """As `reference_policy`, in float32 if no dtype is given: what `load_policy` calls."""
+    return reference_policy(name, device, torch.float32 if dtype is None else dtype)
 
 
 def policy_folder(name: str | Path | None = None) -> Path:
@@ -85,20 +93,14 @@ def kind_of(folder: Path) -> str:
         CheckpointError: it has no config.json that can be read.
         UnsupportedModelError: it is of another model.
     """
-    kind = kind_of_config(read_json(folder / CONFIG))
+    row = row_for(read_json(folder / CONFIG))
+    kind = None if row is None else {"reference": "autoregressive", "reference-chunk": "chunk"}.get(row.name)
     if kind is None:
         raise UnsupportedModelError(
             f"{folder / CONFIG} is not that of a reference policy; give {_CHOICES}, or load other policies with "
             "vla_pruner.load_policy."
         )
     return kind
-
-
-def kind_of_config(config: dict) -> str | None:
-    """Which network a configuration is of: "chunk", "autoregressive", or None if it is no reference policy's."""
-    if "proprio_mean" not in config or "vision_width" not in config:
-        return None
-    return "chunk" if "executed" in config else "autoregressive"
 
 
 def _chunk_weights() -> Path:

@@ -14,7 +14,6 @@ import torch
 from vla_pruner.attach.session import Session
 from vla_pruner.checkpoints.weights import not_finite
 from vla_pruner.errors import VLAPrunerError
-from vla_pruner.families import family_of
 from vla_pruner.methods import Memory, Method, Unpruned
 from vla_pruner.policies.base import BatchPolicy, Policy, generator_states, module_of
 from vla_pruner.replacements import undo
@@ -142,7 +141,7 @@ class Engine:
         self._devices = sorted({one.device.index or 0 for one in parameters if one.is_cuda})
         self._session = method.attach(self.policy, compile=self.settings.compile)
         try:
-            timer = StepTimer(self.policy, family_of(self.policy))
+            timer = StepTimer(self.policy, self._session.family)
             self._timer = timer.__enter__()
             self._session.clock = timer.stage
             self._warm_up()

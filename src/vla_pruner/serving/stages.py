@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vla_pruner.attach.family import Family
-from vla_pruner.policies.base import Policy, module_of
+from vla_pruner.policies.base import Policy
 from vla_pruner.timing import StageTimer, watched_of
 
 
@@ -14,7 +14,7 @@ class StepTimer(StageTimer):
     """A stage timer that also knows when the first stage of a step began, and keeps no more than the last step."""
 
     def __init__(self, policy: Policy, family: Family) -> None:
-        super().__init__(policy, watched_of(module_of(policy), policy.vision_towers, family))
+        super().__init__(policy, watched_of(family))
         self._first: float | None = None
 
     @contextmanager

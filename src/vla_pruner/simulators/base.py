@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vla_pruner.errors import SessionError, VLAPrunerError
+from vla_pruner.plugins import object_at
+from vla_pruner.registry import row_of
 
 Image = np.ndarray
 """(H, W, 3) uint8, RGB, upright."""
@@ -303,6 +305,19 @@ class Suite(Protocol):
     def versions(self) -> dict[str, str]:
         """What a result depends on: versions of the simulator's packages, and the rendering backend."""
         ...
+
+
+def convention_of(policy: Any, simulator: str, given: Any) -> Convention | None:
+    """How a policy sees a simulator by the row of its family; None if that says nothing of it.
+
+    Args:
+        policy: as `load_policy` gives it.
+        simulator: a key of `Row.conventions`.
+        given: what the row's function is given besides the policy.
+    """
+    row = row_of(policy)
+    path = None if row is None else row.conventions.get(simulator)
+    return None if path is None else object_at(path, "function")(policy, given)
 
 
 def find_task(tasks: tuple[Task, ...], wanted: Task | int | str) -> Task:

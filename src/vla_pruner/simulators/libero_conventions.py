@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.errors import ObservationError
-from vla_pruner.simulators.base import Convention, SeesTheState, SuiteError
+from vla_pruner.simulators.base import Convention, SeesTheState, SuiteError, convention_of
 
 AGENT, WRIST = "agentview", "robot0_eye_in_hand"
 """LIBERO's cameras: in front of the robot, and on its hand."""
@@ -47,19 +47,9 @@ def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
     """
     if isinstance(policy, SeesTheState):
         return Convention({}, proprio=False)
-    from vla_pruner.models.openvla.network import OpenVLAForActionPrediction
-    from vla_pruner.policies.lerobot import LeRobotPolicy
-    from vla_pruner.policies.pi0 import TransformersPI0
-
-    if isinstance(policy, OpenVLAForActionPrediction):
-        return _openvla(policy, center_crop)
-    if isinstance(policy, TransformersPI0):
-        return Convention(_cameras(policy), _proprio(policy), horizon=OPENPI_HORIZON)
-    if isinstance(policy, LeRobotPolicy):
-        horizon = int(policy.module.config.n_action_steps)
-        return Convention(_cameras(policy), _proprio(policy), horizon=horizon)
-    if type(policy).__name__ == "ChunkPolicy" and policy.config.suite.startswith("libero"):
-        return _two_cameras(policy)
+    convention = convention_of(policy, "libero", center_crop)
+    if convention is not None:
+        return convention
     raise SuiteError(
         f"How a {type(policy).__name__} sees LIBERO is not known; OpenVLA, OpenVLA-OFT, pi0 of transformers, LeRobot's "
         "pi0, pi0.5 and SmolVLA, and reference policies trained in LIBERO are, and policies that see the simulator's "
@@ -67,7 +57,10 @@ def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
     )
 
 
-def _two_cameras(policy: Any) -> Convention:
+def two_cameras(policy: Any, center_crop: bool) -> Convention | None:
+    """Of the two-camera reference policy; None if it was trained elsewhere."""
+    if not policy.config.suite.startswith("libero"):
+        return None
     if policy.config.action_dimensions != ACTION_SIZE:
         raise SuiteError(
             f"LIBERO's actions have {ACTION_SIZE} numbers; this policy gives {policy.config.action_dimensions}. Use a "
@@ -88,7 +81,18 @@ def _two_cameras(policy: Any) -> Convention:
     return Convention(_cameras(policy), _proprio(policy), image, horizon=policy.config.executed)
 
 
-def _openvla(policy: Any, center_crop: bool) -> Convention:
+def pi0(policy: Any, center_crop: bool) -> Convention:
+    """Of transformers' pi0."""
+    return Convention(_cameras(policy), _proprio(policy), horizon=OPENPI_HORIZON)
+
+
+def lerobot(policy: Any, center_crop: bool) -> Convention:
+    """Of LeRobot's policies."""
+    return Convention(_cameras(policy), _proprio(policy), horizon=int(policy.module.config.n_action_steps))
+
+
+def openvla(policy: Any, center_crop: bool) -> Convention:
+    """Of OpenVLA and OpenVLA-OFT."""
     from vla_pruner.models.openvla.actions import libero_gripper
     from vla_pruner.preprocessing.libero import libero_image, rotate_180
 

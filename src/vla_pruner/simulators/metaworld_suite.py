@@ -26,6 +26,7 @@ from vla_pruner.simulators.base import (
     SeesTheState,
     SuiteError,
     Task,
+    convention_of,
     find_task,
 )
 
@@ -47,6 +48,10 @@ another scene's image and another task's words; and those that it cannot solve w
 class MetaWorldSuite:
     """Tasks of Meta-World as the reference policies see them.
 
+    Attributes:
+        image_sizes: sides in pixels of the images of one camera, and of a pair.
+        pair: names of the pair's cameras.
+
     Args:
         name: a key of `TASKS`.
         image_size: height and width of all images; None: 112 of the camera "corner", and 128 of the pair "corner_128"
@@ -67,11 +72,11 @@ class MetaWorldSuite:
         self.name = name
         self.image_sizes = (ONE_CAMERA_SIZE, TWO_CAMERA_SIZE) if image_size is None else (image_size, image_size)
         one, two = self.image_sizes
-        self._pair = f"{metaworld.CORNER}_{two}", f"{metaworld.WRIST}_{two}"
+        self.pair = f"{metaworld.CORNER}_{two}", f"{metaworld.WRIST}_{two}"
         self._views = {
             CAMERA: (metaworld.CORNER, one),
-            self._pair[0]: (metaworld.CORNER, two),
-            self._pair[1]: (metaworld.WRIST, two),
+            self.pair[0]: (metaworld.CORNER, two),
+            self.pair[1]: (metaworld.WRIST, two),
         }
         self.cameras = tuple(self._views)
         self.tasks = tuple(
@@ -96,9 +101,9 @@ class MetaWorldSuite:
         one, two = self.image_sizes
         if policy.cameras == ("image",) and state in (None, metaworld.PROPRIO_SIZE) and size in (None, one):
             return Convention({"image": CAMERA}, proprio=state is not None, repeat=metaworld.ACTION_REPEAT)
-        if type(policy).__name__ == "ChunkPolicy" and self._fits(policy):
-            pair = dict(zip(policy.cameras, self._pair, strict=True))
-            return Convention(pair, proprio=True, horizon=policy.config.executed)
+        convention = convention_of(policy, "metaworld", self)
+        if convention is not None:
+            return convention
         pixels = "" if size is None else f", images of {size} pixels"
         raise SuiteError(
             f"Meta-World shows one camera, 'image' of {one} pixels, or two, 'image' and 'wrist_image' of {two}, and a "
@@ -106,16 +111,6 @@ class MetaWorldSuite:
             f"{', '.join(map(repr, policy.cameras))}{pixels} and a state of {state}. Run a reference policy for "
             "Meta-World here ('reference:metaworld', 'reference:autoregressive'), or one trained on the same "
             "observations."
-        )
-
-    def _fits(self, policy: Any) -> bool:
-        config = policy.config
-        return (
-            config.suite == "metaworld"
-            and policy.cameras == ("image", "wrist_image")
-            and policy.proprio_size == metaworld.PROPRIO_SIZE
-            and config.action_dimensions == self.action_size
-            and policy.image_size == self.image_sizes[1]
         )
 
     def expert(self) -> MetaWorldExpert:
@@ -128,6 +123,21 @@ class MetaWorldSuite:
             **{package: version(package) for package in ("metaworld", "mujoco", "gymnasium")},
             "renderer": os.environ.get("MUJOCO_GL", ""),
         }
+
+
+def two_cameras(policy: Any, suite: MetaWorldSuite) -> Convention | None:
+    """Of the two-camera reference policy; None if it was trained elsewhere or on images of another size."""
+    config = policy.config
+    fits = (
+        config.suite == "metaworld"
+        and policy.cameras == ("image", "wrist_image")
+        and policy.proprio_size == metaworld.PROPRIO_SIZE
+        and config.action_dimensions == suite.action_size
+        and policy.image_size == suite.image_sizes[1]
+    )
+    if not fits:
+        return None
+    return Convention(dict(zip(policy.cameras, suite.pair, strict=True)), proprio=True, horizon=config.executed)
 
 
 class MetaWorldEnvironment:

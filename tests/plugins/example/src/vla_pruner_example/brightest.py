@@ -10,16 +10,16 @@ import vla_pruner as vp
 
 
 @dataclass(frozen=True)
-class Brightest(vp.Method):
+class Brightest(vp.Scored):
     """Keeps the visual tokens whose hidden states have the largest norm.
 
     Attributes:
-        keep: visual tokens kept, a fraction.
         power: of the norm.
         smallest: keep the smallest instead.
+        keep, warmup_steps: see `vla_pruner.Scored`.
+        layer, pruned: see `vla_pruner.Method`.
     """
 
-    keep: float = 0.25
     power: float = 2.0
     smallest: bool = False
 
@@ -32,10 +32,7 @@ class Brightest(vp.Method):
     def needs(self) -> frozenset[str]:
         return frozenset({"features"})
 
-    def budget(self, tokens: int) -> int:
-        return max(1, round(self.keep * tokens))
-
-    def select(self, evidence: vp.Evidence, k: int) -> Tensor:
+    def score(self, evidence: vp.Evidence) -> Tensor:
         assert evidence.features is not None
         norms = evidence.features.norm(p=self.power, dim=2)
-        return norms.topk(k, largest=not self.smallest).indices.sort().values
+        return -norms if self.smallest else norms

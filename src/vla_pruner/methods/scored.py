@@ -1,0 +1,52 @@
+"""What methods that rank the visual tokens by one score share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vla_pruner.methods.base import Evidence
+from vla_pruner.methods.budgeted import Budgeted
+from vla_pruner.methods.selection import top_ids
+
+
+@dataclass(frozen=True)
+class Scored(Budgeted):
+    """Keeps the k visual tokens with the highest score. A subclass adds `needs` and `score`:
+
+        @dataclass(frozen=True)
+        class LargestNorm(Scored):
+            @property
+            def needs(self) -> frozenset[str]:
+                return frozenset({"features"})
+
+            def score(self, evidence: Evidence) -> Tensor:
+                return evidence.features.norm(dim=2)
+
+    Ties go to the smaller id, NaNs rank last, and a masked-out token stays only if a row has fewer than k others.
+
+    Attributes:
+        keep, warmup_steps: see `Budgeted`.
+        layer, pruned: see `Method`.
+    """
+
+    def score(self, evidence: Evidence) -> Tensor:
+        """(B, M) floats, higher for tokens that are rather kept."""
+        raise NotImplementedError(f"{type(self).__name__} does not rank the tokens: define score(evidence).")
+
+    def select(self, evidence: Evidence, k: int) -> Tensor:
+        return top_ids(self.score(evidence), evidence.valid, k)
+
+
+@dataclass(frozen=True)
+class SemanticallyScored(Scored):
+    """Keeps the k visual tokens with the highest semantic score: the attention that they receive in the prefill."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"semantic"})
+
+    def score(self, evidence: Evidence) -> Tensor:
+        assert evidence.semantic is not None
+        return evidence.semantic

@@ -1,0 +1,39 @@
+"""Random weights under which attention is peaked and actions depend on what is seen.
+
+With the usual small starts attention is uniform, and nothing that pruning does would show.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, seed: int) -> None:
+    """Draw every matrix so that it keeps the size of what goes in, queries and keys larger, biases and norms as they
+    are made.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for name, part in module.named_modules():
+        weight = getattr(part, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        if not isinstance(part, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            part_of_norm: Any = getattr(part, "reset_parameters", None)
+            if part_of_norm is not None:
+                part_of_norm()  # LayerNorm and GroupNorm of torch: ones and zeros
+            elif weight.dim() == 1:
+                # transformers' norms: Gemma's multiply by 1 + weight, the others by weight.
+                weight.fill_(0.0 if "Gemma" in type(part).__name__ else 1.0)
+            continue
+        if weight.device not in generators:
+            generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
+        gain = 2.0 if name.endswith(("q_proj", "k_proj")) else 1.0
+        weight.normal_(std=gain / math.sqrt(weight[0].numel()), generator=generators[weight.device])
+        bias = getattr(part, "bias", None)
+        if bias is not None:
+            bias.zero_()
