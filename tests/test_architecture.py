@@ -17,8 +17,9 @@ PACKAGE = ROOT / "src" / "vla_pruner"
 
 FLOORS = (
     (
-        "bootstrap", "caches", "checks", "conditions", "cost", "errors", "flags", "json_file", "observations",
-        "plugins", "replacements", "statistics", "strangers", "terminal", "timing", "versions", "wording",
+        "bootstrap", "caches", "checks", "conditions", "cost", "errors", "flags", "installation", "json_file",
+        "observations", "plugins", "replacements", "statistics", "strangers", "terminal", "timing", "versions",
+        "wording",
     ),
     ("checkpoints", "client", "methods", "preprocessing"),
     ("attach", "method_names", "models", "simulators"),
