@@ -48,6 +48,7 @@ help:
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
 	@echo "make test-triton  run the Triton kernels, interpreted, in $(TRITON_VENV) (700 MB)"
 	@echo "make test-openpi  drive the server with openpi's own client, which lives in $(OPENPI_VENV) (400 MB, no torch)"
+	@echo "make docs         build the documentation in build/site, with $(DOCS_VENV); links are checked, nothing is fetched"
 
 install: $(VENV)/.installed
 
@@ -166,3 +167,18 @@ $(OPENPI_VENV)/.installed: constraints-openpi.txt
 
 test-openpi: $(VENV)/.installed $(OPENPI_VENV)/.installed
 	OPENPI_PYTHON=$(abspath $(OPENPI_VENV))/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/serving/test_openpi.py $(ARGS)
+
+# The documentation's site, in build/site. Its venv holds no torch: the API pages are read from the source.
+DOCS_VENV ?= .venv-docs
+.PHONY: docs
+
+$(DOCS_VENV)/.installed: constraints/docs.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(DOCS_VENV)/bin/python || { echo "==> Creating $(DOCS_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(DOCS_VENV); }
+	@echo "==> Installing mkdocs-material and mkdocstrings into $(DOCS_VENV)"
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/docs.txt mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
+docs: $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict $(ARGS)
+	@echo "The site is in build/site; to read and search it: $(DOCS_VENV)/bin/python -m http.server --directory build/site"

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_report(commands)
     _add_calibrate(commands)
     _add_serve(commands)
+    _add_env(commands)
     options = parser.parse_args(arguments)
     if options.version:
         _print_versions()
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG_INPUT
     run: Callable[[argparse.Namespace], int] = options.run
     try:
+        if run is _env:  # it has to run where transformers cannot be imported
+            return run(options)
         with _no_loading_bars():
             return run(options)
     except VLAPrunerError as error:
@@ -304,6 +307,28 @@ def _add_serve(commands: Any) -> None:
     from vla_pruner.serving.command import add_serve
 
     add_serve(commands)
+
+
+def _add_env(commands: Any) -> None:
+    command = commands.add_parser(
+        "env",
+        help="what is installed here, for a report of a fault",
+        description=(
+            "Prints versions, devices, what each extra lacks, attention backends and whether MuJoCo draws. It names\n"
+            "no user, no host and no path."
+        ),
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="as JSON (default: as text)")
+    command.set_defaults(run=_env)
+
+
+def _env(options: argparse.Namespace) -> int:
+    from vla_pruner.installation import as_json, as_text, installation
+
+    found = installation()
+    print(as_json(found) if options.json else as_text(found))
+    return 0
 
 
 if __name__ == "__main__":

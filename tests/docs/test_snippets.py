@@ -1,0 +1,129 @@
+"""The Python of the documentation's pages runs as it stands, on random weights; their commands are understood."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import vla_pruner as vp
+from tests.docs.pages import DOCS, ROOT, blocks, page
+from vla_pruner import cli
+from vla_pruner.models.chunk.loading import SHIPPED_WEIGHTS
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Runs a block of a page; dataclasses look for the module of their class."""
+    names.setdefault("__name__", __name__)
+    exec(compile(code, "a page of docs/", "exec", dont_inherit=True), names)
+    return names
+
+
+def test_openvla_oft_from_loading_to_the_fifth_step(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(vp, "load_policy", lambda _, device: vp.random_policy("openvla-oft"), raising=False)
+    names: dict[str, Any] = {}
+    for block in blocks(page("start-openvla-oft.md")):
+        run(block, names)
+    assert names["chunk"].shape[1] == 7
+    tokens = names["session"].step.layout.tokens
+    assert names["session"].kept.shape == (1, tokens // 4)
+    assert f"{tokens // 4} of {tokens} visual tokens kept" in capsys.readouterr().out
+
+
+def test_pi0_without_lerobot(capsys: Capture) -> None:
+    in_lerobot, alone = blocks(page("start-lerobot.md"))
+    assert "select_action" in in_lerobot  # tests/lerobot/test_document.py runs it
+    names = run(alone, {})
+    assert names["chunk"].ndim == 2
+    assert "control step 5" in capsys.readouterr().out
+
+
+def test_your_own_decoder_and_vision_language_model(capsys: Capture) -> None:
+    decoder, model = blocks(page("start-own-model.md"))
+    run(decoder, {})
+    shapes = re.findall(r"# \(([\d, ]+)\):", "".join(line for line in decoder.splitlines(True) if "print(" in line))
+    assert capsys.readouterr().out.splitlines() == [f"torch.Size([{shape}])" for shape in shapes]
+    names = run(model, {})
+    assert names["tokens"].shape == (1, 23)
+    assert "4 of 16 visual tokens kept" in capsys.readouterr().out
+
+
+def test_a_family_of_your_own(capsys: Capture) -> None:
+    (block,) = blocks(page("adding-a-family.md"))
+    names = run(block, {})
+    assert names["action"].shape == (1, 7)
+    assert "16 of 64 visual tokens kept" in capsys.readouterr().out
+
+
+def test_a_method_of_your_own() -> None:
+    rule, proof = blocks(page("adding-a-method.md"))
+    names = run(rule, {})
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2
+    )
+    lm = LlamaForCausalLM(config).eval()
+    with names["MostAttended"]().attach(lm, visual=slice(1, 17)) as session, torch.inference_mode():
+        lm(inputs_embeds=torch.randn(1, 20, 16))
+        assert session.kept.shape == (1, 4)
+    if not (SHIPPED_WEIGHTS / "metaworld" / "model.safetensors").is_file():
+        pytest.skip("the reference policy's weights are not in this tree")
+    run(proof, names)
+
+
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command of the pages that have no document test of their own."""
+    tested = {"audit.md", "calibrate.md", "evaluation.md", "performance.md", "report.md", "serving.md"}
+    return [
+        (name, line.split("  #")[0].strip())
+        for name in PAGES
+        if name not in tested
+        for block in blocks(page(name), "")
+        for line in re.sub(r"\\\n\s*", "", block).splitlines()
+        if re.match(r"(PYTHONPATH=\S+ )?vla-pruner ", line)
+    ]
+
+
+@pytest.fixture
+def understood(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Parses a command and runs none of it."""
+
+    def parse(line: str) -> None:
+        words = shlex.split(line.removeprefix("PYTHONPATH=. "))[1:]
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, "_no_loading_bars", _refuse_to_run)
+            patch.setattr(cli, "_env", _refuse_to_run)
+            with pytest.raises(_Parsed):
+                cli.main(words)
+
+    return parse
+
+
+class _Parsed(Exception):
+    pass
+
+
+def _refuse_to_run(*_: Any) -> Any:
+    raise _Parsed
+
+
+def test_the_commands_are_understood(understood: Callable[[str], None]) -> None:
+    found = commands()
+    assert len(found) >= 20
+    for _, line in found:
+        understood(line)
+
+
+def test_the_site_has_every_page_in_its_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    assert sorted(re.findall(r"(\S+\.md)$", menu, re.MULTILINE)) == PAGES
