@@ -100,6 +100,15 @@ def test_estimate_with_less_history_than_the_window():
     assert temporal_estimate(vp.Memory.empty(1, 3, 1), 0.8).tolist() == [[0.0]]
 
 
+def test_a_refresh_begins_the_history_anew():
+    memory = vp.Memory.empty(1, 3, 1)
+    for value in (1.0, 2.0, 3.0, 5.0, 7.0):  # control steps 0 to 4, of which 0 and 4 are refreshes where n is 4
+        memory = memory.push(torch.tensor([[value]]))
+    assert temporal_estimate(memory, 0.8, refresh_every=4).item() == pytest.approx(7.0)
+    assert temporal_estimate(memory, 0.8, refresh_every=3).item() == pytest.approx((0.8 * 7 + 0.64 * 5) / 1.44)
+    assert temporal_estimate(memory, 0.8, refresh_every=8).item() == temporal_estimate(memory, 0.8).item()
+
+
 def test_unseen_tokens_count_zero_or_their_last_score_decayed():
     seen = lambda *flags: torch.tensor([flags])  # noqa: E731
     memory = vp.Memory.empty(1, 2, 2)

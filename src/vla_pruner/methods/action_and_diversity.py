@@ -29,7 +29,7 @@ class ActionAndDiversity(Smoothed):
         keep: visual tokens kept; see `Budgeted`.
         share: of the budget that action attention fills, in [0, 1], rounded to whole tokens with halves to even.
         metric: of the diversity, as in `MaxMinDiversity`.
-        window, decay, unseen, warmup_steps: see `Smoothed`.
+        window, decay, unseen, refresh_every, warmup_steps: see `Smoothed`.
         layer, pruned: see `Method`.
     """
 

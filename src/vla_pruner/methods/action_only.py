@@ -19,12 +19,14 @@ class ActionOnly(Scored, Smoothed):
 
     Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 63 % at keep .25 and 48 % at
     .125, where VLA-Pruner has about 75 % and 68 %.
-    Deviations: none. A token that was dropped is not seen again by any action row, so with `pruned="drop"` and
-    `unseen="zero"` the first kept set of an episode stays to its end: the published rule, and its weakness.
+    Deviations: none. No action row sees a dropped token again, so with `pruned="drop"` and `unseen="zero"` the first
+    kept set of an episode stays to its end, whatever the images show: the published rule, and its weakness.
+    `refresh_every` is a way out (`unseen="carry"` rarely is), and `ActionAndDiversity` chooses a part by the present
+    image.
 
     Attributes:
         keep: visual tokens kept; see `Budgeted`.
-        window, decay, unseen: see `Smoothed`.
+        window, decay, unseen, refresh_every: see `Smoothed`.
         layer, pruned: see `Method`.
     """
 

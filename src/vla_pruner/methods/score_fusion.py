@@ -24,14 +24,16 @@ class ScoreFusion(Scored, Smoothed):
     Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 65 % at keep .25 and 52 % at
     .125, where VLA-Pruner has about 75 % and 68 %, and the semantic score alone 67 % and 55 %.
     Deviations: the paper gives neither weight nor normalisation. Here the weight is .5, and each score is divided by
-    its sum over the row's present tokens, so that both are shares of what the image received.
+    its sum over the row's present tokens, so that both are shares of what the image received. With `pruned="drop"` a
+    token that is gone has no action score any more, so kept sets hardly change within an episode; `refresh_every` is a way
+    out.
 
     Attributes:
         keep: visual tokens kept; see `Budgeted`.
         weight: of the semantic score, in [0, 1]; 1 is `SemanticOnly`, 0 is `ActionOnly`.
         semantic_queries: rows that the semantic score averages over: "all" prompt tokens, the "text" after the image,
             or the "last" one.
-        window, decay, unseen: see `Smoothed`.
+        window, decay, unseen, refresh_every: see `Smoothed`.
         layer, pruned: see `Method`.
     """
 

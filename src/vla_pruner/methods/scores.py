@@ -108,6 +108,7 @@ def temporal_estimate(
     newest_weighs_most: bool = True,
     semantic: bool = False,
     steps: Tensor | None = None,
+    refresh_every: int | None = None,
 ) -> Tensor:
     """Decayed mean of the last steps' action scores: sum_i decay^i S(t-i) / sum_i decay^i over the steps that exist.
 
@@ -119,6 +120,9 @@ def temporal_estimate(
         semantic: of the semantic scores instead, which the memory must hold.
         newest_weighs_most: as the paper writes it. False is what the authors' code does: the oldest step gets weight 1.
         steps: (B,) `memory.steps` on the device of the scores; None copies them there.
+        refresh_every: of a method whose every n-th step runs unpruned: only the last of these steps and those after it
+            count. In the steps before it the kept tokens alone shared all attention, so with them in the mean no other
+            token would ever win.
 
     Returns:
         (B, M) float32; 0 for rows without any history.
@@ -129,6 +133,8 @@ def temporal_estimate(
     weights = decay**exponents
     steps = memory.steps.to(steps_ago.device, non_blocking=True) if steps is None else steps
     exists = steps_ago[None] <= steps[:, None]
+    if refresh_every is not None:
+        exists = exists & (steps_ago[None] <= (steps[:, None] - 1) % refresh_every + 1)
     weights = weights * exists
     known = decay**memory.age if unseen == "carry" else memory.age == 0
     scores = (memory.semantic if semantic else memory.action) * known * weights[..., None]

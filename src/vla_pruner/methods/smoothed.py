@@ -25,6 +25,8 @@ class Smoothed(Budgeted):
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
         unseen: what a token that was pruned away counts in the history: "zero" (as published) or "carry" (the score at
             which it was last seen, times `decay` for each step since).
+        refresh_every: run the first step of an episode and every n-th after it unpruned, so that every token is seen
+            again, and begin the history anew there; None never does.
         warmup_steps: more unpruned steps at the start of an episode than `window`, if any.
         layer, pruned: see `Method`.
     """
@@ -32,6 +34,7 @@ class Smoothed(Budgeted):
     window: int = field(default=3, kw_only=True)
     decay: float = field(default=0.8, kw_only=True)
     unseen: str = field(default="zero", kw_only=True)
+    refresh_every: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,6 +43,12 @@ class Smoothed(Budgeted):
         if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
             raise BudgetError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         check_choice("unseen", self.unseen, ("zero", "carry"))
+        _ = self.schedule  # refuses what is out of range
+        if self.layer == 0 and self.refresh_every is None:
+            raise BudgetError(
+                "layer=0 was given without refresh_every: action attention comes from memory alone, and what is pruned "
+                "away before the decoder would never be seen again; give refresh_every=4 or the like."
+            )
 
     @property
     def history(self) -> int:
@@ -47,8 +56,10 @@ class Smoothed(Budgeted):
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(warm_up=max(self.window, self.warmup_steps))
+        return Schedule(max(self.window, self.warmup_steps), self.refresh_every)
 
     def action_estimate(self, evidence: Evidence) -> Tensor:
         """(B, M) float32: this step's action attention as the steps before suggest it."""
-        return temporal_estimate(evidence.memory, self.decay, self.unseen, steps=evidence.steps)
+        return temporal_estimate(
+            evidence.memory, self.decay, self.unseen, steps=evidence.steps, refresh_every=self.refresh_every
+        )

@@ -53,7 +53,7 @@ class VLAPruner(Method):
         unseen: what a token that was pruned away counts in the history: "zero" (as published: a kept set tends to
             stay), or "carry": the score at which it was last seen, times `decay` for each step since.
         refresh_every: run the first step of an episode and every n-th after it unpruned, so that every token is seen
-            again; None never does. In a batch one row's turn is every row's.
+            again, and begin the history anew there; None never does. In a batch one row's turn is every row's.
 
     Raises:
         BudgetError: an option is out of its range.
@@ -162,6 +162,7 @@ class VLAPruner(Method):
             self.unseen,
             newest_weighs_most=rules.newest_weighs_most,
             steps=evidence.steps,
+            refresh_every=self.refresh_every,
         )
         if rules.shares:
             estimate = estimate / estimate.sum(dim=1, keepdim=True).clamp_min(1e-12)
@@ -174,7 +175,14 @@ class VLAPruner(Method):
         """(B, M) bool: the union of both top k; rows in their warm-up have the semantic top k alone."""
         score = evidence.semantic
         if self.layer == 0:
-            score = temporal_estimate(evidence.memory, self.decay, self.unseen, semantic=True, steps=evidence.steps)
+            score = temporal_estimate(
+                evidence.memory,
+                self.decay,
+                self.unseen,
+                semantic=True,
+                steps=evidence.steps,
+                refresh_every=self.refresh_every,
+            )
         assert score is not None
         # Both at once: on a GPU a choice is a chain of small launches, of which sorting is several.
         scores = torch.stack([score.float(), self.action_estimate(evidence)])
