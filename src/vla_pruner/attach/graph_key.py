@@ -1,4 +1,4 @@
-"""What a compiled program depends on, derived from the fields of what it reads.
+"""The key of a compiled program: everything that it depends on, derived from the fields of what it reads.
 
 A program holds whatever was true while it was traced. It may be used again only if all of that is still true, so every
 field of a dataclass is part of the key unless it opts out, with a reason.
@@ -28,7 +28,7 @@ def not_in_key(reason: str) -> dict[str, str]:
 
 
 def graph_key(instance: Any) -> tuple[Hashable, ...]:
-    """What a program depends on of a dataclass: every field that does not opt out by `not_in_key`.
+    """The part of a program's key that a dataclass makes: every field that does not opt out by `not_in_key`.
 
     Raises:
         TypeError: a field holds something of which it is not known what a program depends on.
@@ -37,8 +37,8 @@ def graph_key(instance: Any) -> tuple[Hashable, ...]:
 
 
 def kind_of(value: Any) -> Hashable:
-    """What a program depends on of a value: all of a number, a word or a collection; the shape of a tensor, since its
-    numbers are inputs of the graph; and the `graph_key` of any other object.
+    """The part of a program's key that a value makes: all of a number, a word or a collection; the shape of a tensor,
+    since its numbers are inputs of the graph; and the `graph_key` of any other object.
 
     Raises:
         TypeError: it is something else.
@@ -48,7 +48,7 @@ def kind_of(value: Any) -> Hashable:
 
 @cache
 def _reader_of(kind: type) -> Callable[[Any], Hashable]:
-    """What reads the key of a value of this type: found once, since keys are made in every compiled call."""
+    """The function that makes the key of a value of this type. It is found once, since every compiled call has keys."""
     if issubclass(kind, (type(None), bool, int, str, Enum)):
         return _itself
     if issubclass(kind, Tensor):
@@ -62,8 +62,8 @@ def _reader_of(kind: type) -> Callable[[Any], Hashable]:
     if hasattr(kind, "graph_key"):
         return attrgetter("graph_key")
     raise TypeError(
-        f"It is not known what a compiled program depends on of a {kind.__name__}; give it a property graph_key, or its "
-        "field the metadata not_in_key(reason)."
+        f"It is not known what a compiled program depends on of a {kind.__name__}; give it a property graph_key, or "
+        "its field the metadata not_in_key(reason)."
     )
 
 
@@ -73,7 +73,7 @@ def _itself(value: Hashable) -> Hashable:
 
 @cache
 def _values_of(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    """What reads the fields of a dataclass that are part of its key."""
+    """The function that reads the fields of a dataclass that are part of its key."""
     names = [field.name for field in fields(kind) if _REASON not in field.metadata]
     read = attrgetter(*names)
     return read if len(names) > 1 else lambda instance: (read(instance),)
