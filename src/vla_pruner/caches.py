@@ -1,5 +1,5 @@
-"""All that the package knows of transformers' key-value caches: what their argument is called, how their layers are
-laid out, and which caches a session refuses.
+"""Everything that the package knows of transformers' key-value caches: the names of their argument, the layout of their
+layers, and the caches that a session refuses.
 
 The argument is "past_key_values" up to transformers 5.23, and "cache" from 5.24 on, where the old name warns. A growing
 cache (DynamicCache) holds as many columns as positions were seen; a static one holds a buffer of fixed width.
@@ -23,7 +23,7 @@ NAMES = ("cache", "past_key_values")
 
 
 def cache_name(module: nn.Module) -> str:
-    """What `module`, or a layer of a decoder, calls its cache.
+    """The name by which `module`, or a layer of a decoder, takes its cache.
 
     Raises:
         UnsupportedModelError: its `forward` takes none by a known name.
@@ -94,7 +94,7 @@ def cut_back(cache: Any, index: int, length: int) -> None:
 
 
 def held(cache: Any) -> int | None:
-    """How many positions a cache holds; None without one, and if the host would have to wait to know."""
+    """The number of positions that a cache holds; None without one, and if the host would have to wait to know."""
     count = None if cache is None else cache.get_seq_length()
     if count is None or (isinstance(count, Tensor) and count.device.type != "cpu"):
         return None
@@ -117,7 +117,7 @@ class PromptCache:
         return None if self._cache is None else self._cache()
 
     def is_known(self) -> bool:
-        """Whether one was remembered since the prompt began."""
+        """True if one was remembered since the prompt began."""
         return self._cache is not None
 
     def check_same(self, cache: Any, message: str) -> None:
@@ -164,7 +164,7 @@ def check_prompt_cache(cache: Any) -> None:
 
 
 def cache_key(cache: Any) -> tuple[Hashable, ...]:
-    """What a compiled call depends on of its cache: its type, and whether it is filled.
+    """The part of a compiled call's key that its cache makes: its type, and whether it is filled.
 
     Layers with a sliding window count their positions as numbers, which are constants of a graph.
     """
@@ -179,7 +179,7 @@ def cache_key(cache: Any) -> tuple[Hashable, ...]:
 
 
 def filled_columns(cache: Any) -> int | None:
-    """How many columns the first layer of a cache has; None if it has none yet."""
+    """The number of columns of the first layer of a cache; None if it has none yet."""
     layers = layers_of(cache)
     return layers[0].keys.shape[2] if layers and layers[0].is_initialized else None
 

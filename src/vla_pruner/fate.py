@@ -1,4 +1,4 @@
-"""What becomes, from the pruning layer on, of the visual tokens that are not kept."""
+"""The fate, from the pruning layer on, of the visual tokens that are not kept."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ class Fate(StrEnum):
 
     @property
     def readable(self) -> bool:
-        """Whether later layers can attend to the tokens."""
+        """True if later layers can attend to the tokens."""
         return self is not Fate.DROP
 
     @property
     def projects(self) -> bool:
-        """Whether every later layer computes the tokens' keys and values."""
+        """True if every later layer computes the tokens' keys and values."""
         return self is Fate.FREEZE
 
     @property
     def needs_last_step(self) -> bool:
-        """Whether the keys and values of the last control step must be held for each robot."""
+        """True if the keys and values of the last control step must be held for each robot."""
         return self is Fate.REUSE
 
     @property
     def gerund(self) -> str:
-        """As texts say it: "dropping"."""
+        """The word of texts, such as "dropping"."""
         return {Fate.DROP: "dropping", Fate.FREEZE: "freezing", Fate.REUSE: "reusing"}[self]
 
 

@@ -25,7 +25,6 @@ BESIDE = {
     "caches.py",  # how wide a static cache is
     "methods/base.py",  # Evidence
     "methods/memory.py",
-    "methods/schedule.py",
     "fate.py",
     "methods/scores.py",
     "methods/selection.py",
@@ -65,7 +64,7 @@ def test_one_drop_goes_through_at_most_seven_files():
     assert 1 <= len(PATH) == len(set(PATH)) <= 7
     seen, before = files_run(K)
     assert set(PATH) <= seen, "a file that is listed has no part in a drop"
-    assert before - set(PATH) <= BESIDE, "a drop goes through a file that is not listed"
+    assert before - set(PATH) == BESIDE, "a drop goes through a file that is not listed, or one less"
     assert len(before & set(PATH)) >= 6
 
 

@@ -61,7 +61,7 @@ class Compiled:
 
     @property
     def programs(self) -> int:
-        """How many kinds of calls were compiled so far."""
+        """The number of kinds of calls that were compiled so far."""
         return len(self._programs)
 
     def install(self) -> None:
@@ -201,7 +201,7 @@ class Compiled:
 
 
 def compiled_on(decoder: nn.Module) -> Compiled | None:
-    """What compiled the policy that has this decoder."""
+    """The compiled calls of the policy that has this decoder."""
     found = _compiled.get(decoder)
     return None if found is None else found()
 
@@ -232,7 +232,7 @@ def check_not_compiled(model: Any, family: Family) -> None:
 
 
 def _guards_of_arguments(guards: Any) -> list[bool]:
-    """Which guards are checked at every call: those of the arguments, and of the tensors in a cache.
+    """True for each guard that is checked at every call: those of the arguments, and of the tensors in a cache.
 
     Those of the model, its hooks and the session would be thousands, a millisecond a call. What may change there is in
     a program's key.
@@ -245,7 +245,7 @@ def _guards_of_arguments(guards: Any) -> list[bool]:
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a call runs on: embeddings, ids or pixels."""
+    """The tensor that a call runs on: embeddings, ids or pixels."""
     named = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("pixel_values"))
     return next(value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor))
 

@@ -1,4 +1,4 @@
-"""One control step: its phases, what was decided and measured in it, and what a compiled program depends on of it."""
+"""One control step: its phases, its decisions and measurements, and its part of a compiled program's key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLOSED = (
 
 
 class Phase(Enum):
-    """Where a control step stands.
+    """The state of a control step.
 
     PROMPT: the prompt runs. Layers are shortened, and the semantic score is read.
     ACTING: the prompt came back. Tokens are decoded, or an expert reads the prompt's cache.
@@ -60,24 +60,24 @@ class ControlStep:
     metadata says why no program depends on it.
 
     Attributes:
-        layout: where things are in the sequence.
+        layout: the places of visual tokens and text in the sequence.
         memory: what the rows remembered when the step opened.
         steps: (B,) int64, how many control steps that was, beside the scores: copied once, before any graph runs.
         prunes: whether the method prunes this step.
         budgets: how many tokens each stage keeps, of each camera or of all together, by its layer.
         action_rows: (B, R) prompt positions whose attention is action attention; None if there are none.
-        phase: where the step stands.
-        call: what the call that is running has read so far; None between calls.
+        phase: the state of the step.
+        call: the reads so far of the call that is running; None between calls.
         kept: (B, k) sorted ids of the visual tokens kept by the last stage so far; None if the step is not pruned.
         counts: how many those are of each camera, or of all together.
-        shortenings: what the stages did to the sequence, by the layer from which on it holds.
+        shortenings: the sequence after each stage, by the layer from which on it holds.
         embeddings: (B, M, D) visual tokens as they enter the first layer, if the method asks for them.
         raters: (B, N) weights of the prompt rows over which the semantic score averages, if the method chooses them.
         semantic: (B, M) float32 semantic score read last, if the method asks for it.
         frozen_hidden: (B, N - n, D) hidden states of the readable tokens as they entered the layer from which on they
             are not updated; None without any, and outside of the prompt.
         chosen: pruning layers at which it is decided what becomes of the sequence.
-        remembered: what the memory's scores are after a step that is one graph; None: not computed yet.
+        remembered: the memory's scores after a step that is one graph; None until they are computed.
         thread: the thread that opened the step.
     """
 
@@ -120,7 +120,7 @@ class ControlStep:
 
     @property
     def graph_key(self) -> tuple[Hashable, ...]:
-        """What the course of a call depends on, besides the shapes of what it is given."""
+        """Everything that the course of a call depends on, besides the shapes of its arguments."""
         return graph_key(self)
 
     # Transitions.
@@ -157,7 +157,7 @@ class ControlStep:
 
     @own_arithmetic
     def leave_call(self) -> None:
-        """The call came back, and what it read counts: PROMPT -> ACTING, ACTING -> ACTING.
+        """The call came back, and its reads count: PROMPT -> ACTING, ACTING -> ACTING.
 
         Raises:
             SessionError: no call is running, or the step was closed meanwhile.
@@ -195,11 +195,11 @@ class ControlStep:
         self.remembered = remembered
 
     def close(self) -> None:
-        """What the step read is in the memory, or was discarded with it: any phase -> CLOSED."""
+        """End the step, whose scores are in the memory or were discarded with it: any phase -> CLOSED."""
         self.phase = Phase.CLOSED
 
     def in_prompt(self) -> bool:
-        """Whether a layer that runs now belongs to the prompt.
+        """True if a layer that runs now belongs to the prompt.
 
         Raises:
             SessionError: the step was closed while the layer's call ran.
@@ -210,12 +210,12 @@ class ControlStep:
 
     @property
     def running(self) -> bool:
-        """Whether a call began and did not come back: it runs, or it failed."""
+        """True if a call began and did not come back: it runs, or it failed."""
         return self.call is not None
 
     @property
     def reads(self) -> bool:
-        """Whether attention that is read now counts: a call runs, and the step is not closed."""
+        """True if attention that is read now counts: a call runs, and the step is not closed."""
         return self.call is not None and self.phase is not Phase.CLOSED
 
     def check_thread(self) -> None:
@@ -232,10 +232,10 @@ class ControlStep:
         if self.phase is not Phase.ACTING:
             raise SessionError(NOT_OPEN.format(length=length))
 
-    # What is decided in the prompt.
+    # Decisions, while the prompt runs.
 
     def see(self, embeddings: Tensor | None = None, raters: Tensor | None = None) -> None:
-        """Note what enters the first layer, each the first time that it is given; see the attributes."""
+        """Note the input of the first layer, each part the first time that it is given; see the attributes."""
         self.embeddings = embeddings if self.embeddings is None else self.embeddings
         self.raters = raters if self.raters is None else self.raters
 
@@ -274,7 +274,7 @@ class ControlStep:
         stay here.
 
         Args:
-            shortening: what the layer makes of the sequence.
+            shortening: the sequence from that layer on.
             hidden: as it enters the layer, of all positions that were live so far.
         """
         live, self.frozen_hidden = shortening.enter(hidden, self.frozen_hidden)
@@ -284,24 +284,24 @@ class ControlStep:
         """Keep the hidden states (B, N - n, D) of readable tokens that never enter a layer."""
         self.frozen_hidden = hidden
 
-    # What was decided.
+    # Decisions, to read.
 
     @property
     def shortening(self) -> Shortening | None:
-        """What the last stage so far made of the sequence; None if the step is not pruned."""
+        """The sequence as the last stage so far left it; None if the step is not pruned."""
         return self._shortening(len(self.shortenings)) if self.shortenings else None
 
     def shortening_at(self, layer: int) -> Shortening | None:
-        """What the sequence is at a layer; None: whole."""
+        """The sequence at a layer; None if it is whole."""
         stage = self.stage_at(layer)
         return self._shortening(stage) if stage else None
 
     def stage_at(self, layer: int) -> int:
-        """How many stages made the sequence of a layer what it is."""
+        """The number of stages up to a layer that shortened the sequence."""
         return len([first for first in self.shortenings if first <= layer])
 
     def action_rows_at(self, layer: int) -> Tensor | None:
-        """(B, R) where the action rows are in the prompt's sequence at a layer; None if there are none."""
+        """(B, R) places of the action rows in the prompt's sequence at a layer; None if there are none."""
         stage = self.stage_at(layer)
         return self._short_action_rows[stage] if stage and self.action_rows is not None else self.action_rows
 
@@ -322,7 +322,7 @@ class ControlStep:
             return valid
         return torch.zeros_like(valid).scatter(1, self.kept, True) & valid
 
-    # What is measured.
+    # Measurements.
 
     def add_semantic(self, attention: Attention, queries: str, logits: bool = False) -> None:
         """Read the semantic score from the prefill of a layer.
@@ -361,7 +361,7 @@ class ControlStep:
         self.semantic = received.gather(1, layout.visual)
 
     def add_action(self, layer: int, attention: Attention, rows: Tensor | None, decoding: bool = False) -> None:
-        """Add what the action rows of one layer attend to.
+        """Add the attention of one layer's action rows.
 
         Args:
             layer: index of the layer.

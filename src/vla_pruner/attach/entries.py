@@ -1,4 +1,4 @@
-"""What a session puts on the calls of a policy by which control steps and episodes begin."""
+"""Watches the calls of a policy by which control steps and episodes begin."""
 
 from __future__ import annotations
 

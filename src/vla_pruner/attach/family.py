@@ -1,4 +1,4 @@
-"""What the attachment asks of a model family. Each family answers it in one file under `vla_pruner.families`."""
+"""The questions that the attachment asks of a model family. Each family answers them in one file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vla_pruner.replacements import Replacements
 
 @dataclass(frozen=True)
 class Call:
-    """What the main decoder was called with.
+    """The arguments of a call of the main decoder.
 
     Attributes:
         length: number of query positions Q.
@@ -119,7 +119,7 @@ class Family:
         return 1 if self.readers else 0
 
     def wiring(self, host: Host) -> Wiring | None:
-        """What connects `host` to this model's calls; None: hooks on the decoder and its layers."""
+        """A wiring of this model's own; None: hooks on the decoder and its layers."""
         return None
 
     def opens_step(self, call: Call) -> bool:

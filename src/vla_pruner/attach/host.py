@@ -1,4 +1,4 @@
-"""What a wiring may ask of the session that it serves: the one interface between a model's calls and a control step."""
+"""The interface between a model's calls and a control step: what a wiring tells its host, and what it may ask."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Host(Protocol):
-    """Runs the control steps of a session. A wiring tells it of the model's calls, in this order, and asks it what
-    becomes of the tokens:
+    """Runs the control steps of a session. A wiring tells it of the model's calls, in this order:
 
     - `enter_decoder` or `enter_reader`: a call begins.
-    - `see_embeddings`, `record_...`, `choose`: what the layers of the call show, and what is decided by it.
+    - `see_embeddings`, `record_...`, `choose`: a layer of the call shows its input or its attention, or asks which
+      tokens stay.
     - `leave_call`: the call came back.
     - `end_turn`: the call is over, whether it came back or failed.
     """
@@ -36,12 +36,12 @@ class Host(Protocol):
 
     @property
     def stages(self) -> Mapping[int, Stage]:
-        """Where the method prunes, by layer, the first one first."""
+        """The stages of the method by their layer, the first one first."""
         ...
 
     @property
     def reuse(self) -> Reuse | None:
-        """What is held of the last control step, for methods that reuse it."""
+        """The keys and values of the last control step, for methods that reuse them."""
         ...
 
     @property
@@ -51,7 +51,7 @@ class Host(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether a control step that is one graph is running, or being traced; it was opened before."""
+        """True while a control step that is one graph runs, or is traced; it was opened before."""
         ...
 
     def open_step(self) -> ControlStep:
@@ -121,7 +121,7 @@ class Host(Protocol):
 
 
 class Wiring(Protocol):
-    """What connects a host to the calls of one model."""
+    """Connects a host to the calls of one model."""
 
     def install(self) -> None:
         """Put everything in place.

@@ -1,4 +1,4 @@
-"""Where things are in the sequence of one control step."""
+"""The places of visual tokens, cameras and text in the sequence of one control step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vla_pruner.errors import SessionError
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the prompt of one control step has its visual tokens, computed by the family from what the model was
-    called with.
+    """The places of the visual tokens in the prompt of one control step. The family computes them from the arguments of
+    the model's call.
 
     Attributes:
         visual: (B, M) int64, positions of the visual tokens in the sequence, by visual token id.
@@ -37,7 +37,7 @@ class Layout:
 
     @cached_property
     def graph_key(self) -> tuple[Hashable, ...]:
-        """What a compiled program depends on; a layout is never changed."""
+        """The part of a compiled program's key that it makes; a layout is never changed."""
         return graph_key(self)
 
     @property

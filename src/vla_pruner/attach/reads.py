@@ -57,7 +57,7 @@ def note(layer: int, stage: int, attention: Attention, row: Tensor | None) -> No
 
 @dataclass
 class CallReads:
-    """What one call of a decoder or an expert reads of its action rows, empty when the call begins.
+    """The attention of action rows that one call of a decoder or an expert reads, empty when the call begins.
 
     A call that runs as a graph then starts from the same state each time, and nothing in it counts calls.
 

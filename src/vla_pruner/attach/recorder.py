@@ -24,7 +24,7 @@ _users = 0
 
 @dataclass(frozen=True)
 class Attention:
-    """What one attention kernel call was given.
+    """The arguments of one attention kernel call.
 
     Attributes:
         query: (B, H, Q, d) rotated queries.
@@ -117,7 +117,7 @@ def _record(
 
 
 def known_rows(attention: Attention, rows: Tensor | None) -> Tensor:
-    """As `rows_of`, without computing again what the kernel computed itself."""
+    """The same as `rows_of`, taken from the kernel if it computed the probabilities itself."""
     weights = attention.weights
     if weights is None:
         return rows_of(attention, rows)

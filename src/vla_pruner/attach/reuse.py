@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Held:
-    """What one control step leaves to the next.
+    """The images, keys and values that one control step leaves to the next.
 
     Attributes:
         pixels: (B, M, P) float32, the pixels that each visual token covers.
@@ -38,7 +38,7 @@ class Held:
 class Reuse:
     """Holds the last control step's images, keys and values, for methods whose `pruned` is "reuse".
 
-    They are of the rows as they are: whoever resets rows or exchanges their memory must `forget`.
+    They belong to the rows as they are: to reset rows or exchange their memory is to `forget`.
 
     Args:
         family: of the model; it must know what its visual tokens cover.

@@ -34,16 +34,16 @@ class Runner:
     """The host of a session's wiring (`attach.host.Host`): owns the memory and the control step that is running.
 
     Args:
-        method: what chooses the tokens.
+        method: chooses the tokens.
         family: of the model.
 
     Attributes:
-        stages: where the method prunes, by layer, the first one first.
-        reuse: what is held of the last control step, for methods that reuse it.
-        turn: which thread is within a control step.
+        stages: the stages of the method by their layer, the first one first.
+        reuse: the keys and values of the last control step, for methods that reuse them.
+        turn: lets one thread at a time into a control step.
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering.
-        compiled: what compiled the model's calls; None if they are not.
-        whole: whether a control step that is one graph is running, or being traced; it was opened before.
+        compiled: the compiled calls of the model; None if they are not compiled.
+        whole: True while a control step that is one graph runs, or is traced; it was opened before.
 
     Raises:
         BudgetError: the method does not fit the model.
@@ -102,7 +102,7 @@ class Runner:
         finally:
             self.whole = False
 
-    # A model's calls.
+    # Calls of the model.
 
     def enter_decoder(self, call: Call) -> bool:
         """A call of the decoder begins; returns whether it runs the prompt.
@@ -184,7 +184,7 @@ class Runner:
             self._step.close()
         self._step = ControlStep(layout, memory, steps, prunes, budgets, rows)
 
-    # What a prompt shows, and what is decided by it.
+    # Evidence and choice.
 
     @own_arithmetic
     def see_embeddings(self, hidden: Tensor) -> None:
@@ -219,7 +219,7 @@ class Runner:
         return stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
 
     def _evidence(self, step: ControlStep, method: Method, hidden: Tensor) -> Evidence:
-        """What `method` reads, on the visual tokens that are live so far."""
+        """The evidence that `method` reads, on the visual tokens that are live so far."""
         similarity = None if self.reuse is None else self.reuse.similarity
         evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps)
         if step.kept is not None:
@@ -256,11 +256,11 @@ class Runner:
             rows = self.family.reader_rows(attention.query.shape[2], attention.query.shape[0], attention.query.device)
             step.add_action(layer, attention, rows)
 
-    # What is remembered.
+    # Memory.
 
     @property
     def memory(self) -> Memory | None:
-        """What is carried from step to step, the last control step included; None before the first one."""
+        """Everything that is carried from step to step, the last control step included; None before the first one."""
         step = self._step
         if step is None or step.phase is Phase.CLOSED:
             return self._memory

@@ -1,5 +1,5 @@
-"""All that is done at a layer whose sequence is short, whatever calls the layer: choose, gather, freeze, reuse, permute
-and cut. Every wiring maps its model's calls onto this.
+"""Everything that happens at a layer whose sequence is short: choose, gather, freeze, reuse, permute and cut. Every
+wiring maps its model's calls onto this.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vla_pruner.caches import buffer_width, cut_back, new_cache
 
 @dataclass
 class LayerInput:
-    """What a layer of the decoder is called with in the prompt, by names that hold for every model.
+    """The arguments of a decoder layer's call in the prompt, by names that hold for every model.
 
     Attributes:
         index: of the layer.
         layer: the layer itself.
         hidden: (B, n, D) hidden states.
-        angles: what keys are rotated by, tensors (B or 1, N, ...) of the whole prompt; the very object that the other
+        angles: rotations of the keys, tensors (B or 1, N, ...) of the whole prompt; the very object that the other
             layers of the call are given, if they share it.
         positions: (B or 1, N) position ids, if the layer is given any.
         mask: (B or 1, H or 1, N, W) bool or additive float, or None; shared like `angles`.
@@ -45,10 +45,10 @@ class LayerInput:
 
 
 class ShortLayers:
-    """What becomes of a layer's input from the pruning layer on, in prompts and in calls that read their cache.
+    """Makes the input of layers short from the pruning layer on, in prompts and in calls that read their cache.
 
     Args:
-        host: says what to keep.
+        host: says which tokens stay.
         family: of the model; makes keys and values of frozen tokens.
 
     Attributes:
@@ -69,7 +69,7 @@ class ShortLayers:
         self._scratch = None
 
     def once(self, purpose: Hashable, source: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once per call of a decoder for each source object, since layers share most of
+        """The result of `make`, made once per call of a decoder for each source object, since layers share most of
         their inputs.
         """
         known = self._shared.setdefault(purpose, [])

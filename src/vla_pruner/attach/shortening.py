@@ -1,4 +1,4 @@
-"""What pruning makes of the sequence of one control step."""
+"""The sequence of one control step after pruning: which rows run, and which columns a cache holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vla_pruner.attach.layout import Layout
 
 
 class Shortening:
-    """What one pruned control step does to the sequence at the layers from the pruning layer on. It is never changed.
+    """The sequence of one pruned control step at the layers from a pruning layer on. It is never changed.
 
     The key-value cache of such a layer holds `prefix` in this order, then whatever is decoded: the kept positions, or,
     if the other tokens stay readable, the frozen ones and then the kept ones.
@@ -22,13 +22,13 @@ class Shortening:
         kept: (B, n) int64, sorted positions that stay live: every non-visual one and the kept visual ones.
         frozen: (B, N - n) int64, sorted positions of the tokens that stay readable; None if the others are dropped.
         prefix: (B, n) or (B, N) int64, the prompt position behind each column of the cache.
-        before: what an earlier stage made of the sequence, which this one makes shorter still; None for the first.
+        before: the sequence after an earlier stage, which this one makes shorter still; None for the first.
 
     Args:
         layout: of the prompt.
         kept_ids: (B, k) int64, sorted ids of the visual tokens that stay live.
         readable: whether the others stay readable.
-        before: what an earlier stage made of the sequence.
+        before: the sequence after an earlier stage.
     """
 
     def __init__(self, layout: Layout, kept_ids: Tensor, readable: bool, before: Shortening | None = None) -> None:
@@ -45,7 +45,7 @@ class Shortening:
 
     @property
     def graph_key(self) -> tuple[Hashable, ...]:
-        """What a compiled program depends on."""
+        """The part of a compiled program's key that it makes."""
         return self.kept.shape, self.prefix.shape, self.before is None
 
     def enter(self, hidden: Tensor, frozen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +77,7 @@ class Shortening:
         return _gather_rows(tensor, self.frozen)
 
     def row_index(self, positions: Tensor) -> Tensor:
-        """Where the prompt positions (B, R), all of them live, stand among the kept rows."""
+        """The places (B, R) of prompt positions (B, R), all of them live, among the kept rows."""
         return torch.searchsorted(self.kept, positions)
 
     def restore(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What transformers' decoders have in common, for the families built on them."""
+"""The common parts of families that are built on transformers' decoders."""
 
 from __future__ import annotations
 

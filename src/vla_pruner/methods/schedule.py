@@ -1,4 +1,4 @@
-"""Which control steps of an episode are pruned."""
+"""The schedule of a method: which control steps of an episode are pruned."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Schedule:
             )
 
     def prunes(self, memory: Memory) -> bool:
-        """Whether the next control step is pruned. Only counters on the CPU are read.
+        """True if the next control step is pruned. Only counters on the CPU are read.
 
         Raises:
             SessionError: there is a gate, and how far an arm moved was not told after every step that counts.
@@ -57,7 +57,7 @@ class Schedule:
 
 
 def _moves_far(memory: Memory) -> bool:
-    """Whether the gate is open in every row."""
+    """True if the gate is open in every row."""
     steps = memory.steps.tolist()
     if min(steps) < GATED_FROM or max(memory.streak.tolist()) >= LONGEST_STREAK:
         return False
