@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from vla_pruner.attach.deepstack import DeepStack
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.recorder import Recorder
 from vla_pruner.attach.shortener import Shortener
@@ -22,6 +23,7 @@ class HookWiring:
         self._family = family
         self._recorder = Recorder()
         self._shortener = Shortener(session, family, session.method.layer)
+        self._deepstack = DeepStack(session, family.decoder)
 
     def install(self) -> None:
         """Put taps and hooks in place.
@@ -42,7 +44,8 @@ class HookWiring:
                     callback = partial(record, index)
                     self._recorder.watch(actor.layers[index].self_attn, family.backend, callback)
         self._shortener.install()
+        self._deepstack.install()
 
     def remove(self) -> None:
         """Take all of it away."""
-        undo(self._shortener.remove, self._recorder.remove)
+        undo(self._deepstack.remove, self._shortener.remove, self._recorder.remove)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +197,13 @@ def restored(output: Any, shortenings: dict[int, Shortening]) -> Any:
         if getattr(output, name, None) is not None:
             output[name] = restored(output[name], shortenings)
     return output
+
+
+def in_each(function: Callable[[Tensor], Tensor], tensor: Tensor, dims: int) -> Tensor:
+    """`function` of a tensor of so many dimensions; of several stacked in front, as positions in time, height and width
+    are, of each.
+    """
+    return function(tensor) if tensor.dim() == dims else torch.stack([function(one) for one in tensor])
 
 
 def ensure(condition: Tensor, message: str) -> None:

@@ -298,7 +298,8 @@ class Session:
         if self.reuse is not None:
             prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         if self._compiled is not None:
-            if any(stage.method.queries in ("text", "raters") for stage in self.stages.values()):
+            methods = [stage.method for stage in self.stages.values()]
+            if any(method.queries in ("text", "raters") or "relevance" in method.needs for method in methods):
                 layout.text()  # raises here what a graph cannot
             self._compiled.begin_step()
         steps = memory.steps.to(layout.valid.device, non_blocking=True)
@@ -341,7 +342,9 @@ class Session:
     def _evidence(self, step: Step, method: Method, hidden: Tensor) -> Evidence:
         """What `method` reads, on the visual tokens that are live so far."""
         similarity = None if self.reuse is None else self.reuse.similarity
-        evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps)
+        evidence = Evidence(
+            step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps, step.relevance
+        )
         if step.kept is not None:
             evidence = evidence.of(step.kept)
         return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence
@@ -353,13 +356,9 @@ class Session:
         if step is None:
             return
         for stage in self.stages.values():
-            method = stage.method
-            if step.embeddings is None and "embeddings" in method.needs:
-                step.embeddings = step.visual_rows(hidden)
-            if step.raters is None and method.queries == "raters":
+            if stage.method.queries == "raters" or stage.method.needs & {"embeddings", "relevance"}:
                 with self.timed():
-                    visual = step.visual_rows(hidden)
-                    step.raters = method.raters(visual, step.layout.valid, hidden, step.layout.text())
+                    step.see_embeddings(stage.method, hidden)
 
     @own_arithmetic
     def record_semantic(self, layer: int, attention: Attention) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vla_pruner.attach.before import short_prompt, short_token
 from vla_pruner.attach.caches import check_held, check_prompt_cache, filled
 from vla_pruner.attach.family import Call, Family
-from vla_pruner.attach.layout import Shortening, restored
+from vla_pruner.attach.layout import Shortening, in_each, restored
 from vla_pruner.caches import cache_in, cache_name, cache_of
 from vla_pruner.errors import SessionError, UnsupportedModelError
 
@@ -47,7 +47,7 @@ class Shortener:
         self._held: int | None = None
         self._memo: dict[str, list[tuple[Any, Any]]] = {}
         self._scratch: Any = None
-        self._frozen_angles: Any = None
+        self._frozen_positions: Any = None
 
     def install(self) -> None:
         """Put the hooks in place.
@@ -163,8 +163,9 @@ class Shortener:
                 positions = given.get("position_ids")
                 if positions is None:
                     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-                positions = shortening.frozen_rows(positions.expand(len(embeds), -1))
-                self._frozen_angles = decoder.rotary_emb(step.frozen_hidden, positions)
+                self._frozen_positions = in_each(
+                    lambda one: shortening.frozen_rows(one.expand(len(embeds), -1)), positions, 2
+                )
             return (), short
 
     def _check_model(self) -> None:
@@ -236,8 +237,11 @@ class Shortener:
         if step.frozen_hidden is None:
             return None
         with self._session.timed():
-            cache = self._cache(kwargs)
-            cache.update(*self._family.keys_values(module, step.frozen_hidden, self._frozen_angles), index)
+            cache, frozen, positions = self._cache(kwargs), step.frozen_hidden, self._frozen_positions
+            # Layers that are given the same angles share those of the frozen tokens too.
+            given = kwargs["position_embeddings"]
+            angles = self._once("frozen", given, lambda: self._family.angles(index, frozen, positions))
+            cache.update(*self._family.keys_values(module, frozen, angles), index)
         return args, {**kwargs, self._cache_name: cache}
 
     def _short_arguments(
@@ -245,7 +249,7 @@ class Shortener:
     ) -> dict[str, Any]:
         rotary = kwargs["position_embeddings"]
         short = dict(kwargs)
-        short["position_embeddings"] = self._once("live", rotary, lambda: _each(shortening.live_rows, rotary))
+        short["position_embeddings"] = self._once("live", rotary, lambda: _angles(shortening.live_rows, rotary))
         if kwargs.get("position_ids") is not None:
             ids = kwargs["position_ids"]
             short["position_ids"] = self._once("live", ids, lambda: shortening.live_rows(ids))
@@ -255,7 +259,7 @@ class Shortener:
             if self._session.reuse is not None and shortening.frozen is not None:
                 held = self._session.reuse.keys_values(index, shortening.frozen)
             else:
-                angles = self._once("frozen", rotary, lambda: _each(shortening.frozen_rows, rotary))
+                angles = self._once("frozen", rotary, lambda: _angles(shortening.frozen_rows, rotary))
                 held = self._family.keys_values(module, frozen, angles)
             cache.update(*held, index)
         mask = kwargs.get("attention_mask")
@@ -367,8 +371,9 @@ def _with_hidden(
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-def _each(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(function(tensor) for tensor in tensors)
+def _angles(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`function` of (cos, sin), (B or 1, N, d) each, or (3, B or 1, N, d) for positions in time, height and width."""
+    return tuple(in_each(function, tensor, 3) for tensor in tensors)
 
 
 def _cache_layer(kwargs: dict[str, Any], index: int) -> Any:

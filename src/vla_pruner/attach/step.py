@@ -14,7 +14,7 @@ from vla_pruner.attach.layout import Layout, Shortening
 from vla_pruner.attach.reads import CallReads, DeferredReads, note
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.errors import SessionError
-from vla_pruner.methods.base import rows_at
+from vla_pruner.methods.base import Method, rows_at
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import attention_probabilities, mean_logits, mean_over_rows
 
@@ -35,6 +35,7 @@ class Step:
         shortenings: what the stages did to the sequence, by the layer from which on it holds.
         embeddings: (B, M, D) visual tokens as they enter the first layer, if the method asks for them.
         raters: (B, N) weights of the prompt rows over which the semantic score averages, if the method chooses them.
+        relevance: (B, M) float32 how well visual tokens fit the text, if the method asks for it.
         semantic: (B, M) float32 semantic score read last, if the method asks for it.
         frozen_hidden: (B, N - n, D) hidden states of the frozen tokens as they entered the layer that froze them; None
             without any.
@@ -58,6 +59,7 @@ class Step:
     shortenings: dict[int, Shortening] = field(default_factory=dict)
     embeddings: Tensor | None = None
     raters: Tensor | None = None
+    relevance: Tensor | None = None
     semantic: Tensor | None = None
     chosen: set[int] = field(default_factory=set)
     prefilling: bool = True
@@ -164,6 +166,16 @@ class Step:
             return valid
         return torch.zeros_like(valid).scatter(1, self.kept, True) & valid
 
+    def see_embeddings(self, method: Method, hidden: Tensor) -> None:
+        """What `method` reads of the first layer's input (B, N, D) of a prefill; what is known already stays."""
+        layout, visual = self.layout, self.visual_rows(hidden)
+        if self.embeddings is None and "embeddings" in method.needs:
+            self.embeddings = visual
+        if self.raters is None and method.queries == "raters":
+            self.raters = method.raters(visual, layout.valid, hidden, layout.text())
+        if self.relevance is None and "relevance" in method.needs:
+            self.relevance = method.relevance(visual, hidden, layout.text())
+
     def add_semantic(self, attention: Attention, queries: str, logits: bool = False) -> None:
         """Read the semantic score from the prefill of a layer; `queries` as in `Method`, `logits` for those instead of
         probabilities.
@@ -226,6 +238,7 @@ class Step:
             self.semantic is None,
             self.embeddings is None,
             self.raters is None,
+            self.relevance is None,
             tuple(sorted(self.chosen)),
             tuple(self.shortenings),
             self.layout.length,
