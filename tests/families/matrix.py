@@ -262,7 +262,7 @@ def check_autocast(case: Case, pruned: str) -> None:
 
 def chosen_apart(case: Case, model: Any, pruned: str) -> list[vp.Method]:
     """Every method, each of which fails where it chooses or rates under autocast."""
-    then = ((2, 0.25),)
+    then = ((case.first + 1, 0.25),)
     found: list[vp.Method] = [
         vp.VLAPruner(keep=0.5, window=WINDOW, pruned=pruned),
         vp.FastV(keep=0.5, pruned=pruned),
@@ -270,8 +270,8 @@ def chosen_apart(case: Case, model: Any, pruned: str) -> list[vp.Method]:
         vp.DART(keep=0.5, pruned=pruned),
         vp.CDPruner(keep=0.5, pruned=pruned),
         vp.MaxMinDiversity(keep=0.5, metric="euclidean", pruned=pruned),
-        vp.SparseVLM(keep=0.5, layer=1, then=then, pruned=pruned),
-        vp.TextQuery(keep=0.5, pruned=pruned),
+        vp.SparseVLM(keep=0.5, layer=case.first, then=then, pruned=pruned),
+        vp.TextQuery(keep=0.5, layer=case.first, pruned=pruned),
         vp.ActionOnly(keep=0.5, window=WINDOW, pruned=pruned),
         vp.ScoreFusion(keep=0.5, window=WINDOW, pruned=pruned),
         vp.ActionAndDiversity(keep=0.5, window=WINDOW, pruned=pruned),

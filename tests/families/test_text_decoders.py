@@ -32,8 +32,8 @@ def test_pruned_before_the_decoder(kind: str, pruned: str, make: Any) -> None:
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_deepstack_adds_to_the_tokens_that_are_live(layer: int) -> None:
-    """Behind all levels, hidden states are those of the whole prompt with the dropped tokens masked; the decoder is left
-    as it was.
+    """Behind all levels, hidden states are those of the whole prompt with the dropped tokens masked; the decoder is
+    left as it was.
     """
     case = text_decoders.text_decoder("qwen3_vl_text")
     model = case.build()

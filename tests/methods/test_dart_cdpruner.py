@@ -70,7 +70,9 @@ def literal_cdpruner(features, relevance, present, k, theta=None):
     if theta is not None:
         weight = np.exp(theta / (2 * (1 - theta)) * weight)
     unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
-    kernel = np.diag(weight) @ unit @ unit.T @ np.diag(weight)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, 1.0)
+    kernel = np.diag(weight) @ similarity @ np.diag(weight)
     order = []
     for _ in range(k):
         dets = {token: np.linalg.det(kernel[np.ix_([*order, token], [*order, token])]) for token in ids}
