@@ -308,7 +308,7 @@ def test_the_document_has_every_method():
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     exported = [getattr(vp, name) for name in vp.__all__ if isinstance(getattr(vp, name), type)]
     methods = [cls for cls in exported if issubclass(cls, vp.Method) and cls is not vp.Method]
-    assert len(methods) == 14
+    assert len(methods) == 16
     for cls in methods:
         assert f"| `{cls.__name__}`" in text or f"`{cls.__name__}`" in text.split("controls")[0], cls
         assert cls.__doc__ is not None
