@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache
+from transformers import AutoModel, DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.attach.tiny import CACHE, LAYERS
@@ -83,7 +83,8 @@ def grid_positions(padding: int) -> Tensor:
     return torch.cat([torch.tensor(counted)[None], torch.tensor(columns).T])
 
 
-def text_decoder(kind: str, backend: str = "sdpa") -> Case:
+def text_decoder(kind: str, backend: str = "sdpa", static: bool = False) -> Case:
+    """A case of one kind; `static` caches have room for more than is decoded."""
     mrope = kind in MROPE
 
     def step(lm: Any, scene: int, rows: slice) -> Tensor:
@@ -104,7 +105,9 @@ def text_decoder(kind: str, backend: str = "sdpa") -> Case:
         if kind == "qwen3_vl_text":
             given |= {"visual_pos_masks": is_visual, "deepstack_visual_embeds": list(levels)}
         with torch.no_grad():
-            cache = DynamicCache(config=lm.config)
+            cache: Any = DynamicCache(config=lm.config)
+            if static:
+                cache = StaticCache(config=lm.config, max_cache_len=LENGTH + 9)
             out = lm.model(inputs_embeds=embeds, attention_mask=mask, **given, **{CACHE: cache}, use_cache=True)
             logits = [lm.lm_head(out.last_hidden_state[:, -1])]
             for number in range(DECODED):
