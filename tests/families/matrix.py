@@ -294,7 +294,7 @@ def _apart(method: vp.Method) -> vp.Method:
 
         return call
 
-    names = ("select", "raters", "relevance", "reuses")
+    names = ("select", "raters", "text_relevance", "reuses")
     kind = type(type(method).__name__, (type(method),), {name: watched(name) for name in names})
     return kind(**{field.name: getattr(method, field.name) for field in fields(method)})
 

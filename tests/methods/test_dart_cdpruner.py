@@ -124,7 +124,7 @@ def test_relevance_is_the_mean_cosine_with_the_text():
     text = torch.zeros(ROWS, 12, dtype=torch.bool)
     text[:, 7:11] = True
     text[1, 10] = False
-    found = vp.CDPruner().relevance(visual, prompt, text)
+    found = vp.CDPruner().text_relevance(visual, prompt, text)
     for row in range(ROWS):
         words = prompt[row][text[row]]
         expected = [sum(cosine(token, word) for word in words) / len(words) for token in visual[row]]

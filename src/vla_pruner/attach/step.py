@@ -174,7 +174,7 @@ class Step:
         if self.raters is None and method.queries == "raters":
             self.raters = method.raters(visual, layout.valid, hidden, layout.text())
         if self.relevance is None and "relevance" in method.needs:
-            self.relevance = method.relevance(visual, hidden, layout.text())
+            self.relevance = method.text_relevance(visual, hidden, layout.text())
 
     def add_semantic(self, attention: Attention, queries: str, logits: bool = False) -> None:
         """Read the semantic score from the prefill of a layer; `queries` as in `Method`, `logits` for those instead of

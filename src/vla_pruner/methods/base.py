@@ -32,7 +32,7 @@ class Evidence:
             first layer ("embeddings").
         similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the last
             control step; there if "similarity" is needed.
-        relevance: (B, M) float32, what `Method.relevance` made of the prompt's embeddings; there if "relevance" is
+        relevance: (B, M) float32, what `Method.text_relevance` made of the prompt's embeddings; there if "relevance" is
             needed.
         steps: (B,) int64, `memory.steps` beside the scores, where the memory itself counts on the CPU. None copies
             them, which nothing that runs as a CUDA graph may.
@@ -179,7 +179,7 @@ class Method:
             f"{type(self).__name__} does not say which rows rate: define raters(visual, valid, prompt, text)."
         )
 
-    def relevance(self, visual: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
+    def text_relevance(self, visual: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
         """How well each visual token fits the text (B, M) float32, where "relevance" is needed.
 
         Args:
@@ -188,7 +188,7 @@ class Method:
             text: (B, N) bool, the real, non-visual tokens after the image; at least one in each row.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} does not say what is relevant: define relevance(visual, prompt, text)."
+            f"{type(self).__name__} does not say what is relevant: define text_relevance(visual, prompt, text)."
         )
 
     @property

@@ -56,7 +56,7 @@ class CDPruner(Budgeted):
     def needs(self) -> frozenset[str]:
         return frozenset({"embeddings", "relevance"})
 
-    def relevance(self, visual: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
+    def text_relevance(self, visual: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
         # The mean of cosines with the words is the cosine's product with the mean of the words' directions.
         words = torch.nn.functional.normalize(prompt.float(), dim=-1) * text[..., None]
         mean = words.sum(dim=1) / text.sum(dim=1, keepdim=True).clamp_min(1)
