@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from vla_pruner.benching import bench
     from vla_pruner.front import compiled
     from vla_pruner.methods import (
+        DART,
         ActionAndDiversity,
         ActionOnly,
+        CDPruner,
         DivPrune,
         Evidence,
         FastV,
@@ -55,9 +57,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DART",
     "ActionAndDiversity",
     "ActionOnly",
     "BudgetError",
+    "CDPruner",
     "CheckpointError",
     "DivPrune",
     "Evidence",
@@ -97,6 +101,8 @@ _LAZY = {
         (
             "ActionAndDiversity",
             "ActionOnly",
+            "CDPruner",
+            "DART",
             "DivPrune",
             "Evidence",
             "FastV",

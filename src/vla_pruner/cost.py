@@ -99,7 +99,7 @@ def decoder_flops(
     step: StepShape,
     kept: int | None = None,
     layer: int = 0,
-    pruned: Literal["drop", "freeze", "reuse"] = "drop",
+    pruned: Literal["drop", "freeze", "reuse"] | Fate = Fate.DROP,
     then: Sequence[tuple[int, int]] = (),
 ) -> Flops:
     """FLOPs of the decoder in one control step, prefill and decode: the floor, without choosing what to keep.

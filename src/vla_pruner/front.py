@@ -9,6 +9,7 @@ from vla_pruner.attach.compiled import Compiled, check_not_compiled
 from vla_pruner.attach.session import Session
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.families import family_of
+from vla_pruner.families.wrappers import unwrapped
 from vla_pruner.methods import Method
 
 
@@ -20,7 +21,7 @@ def attach(method: Method, model: Any, compile: bool = False, **family_options: 
             'first and call session.compile("...").'
         )
     family = family_of(model, **family_options)
-    session = Session(method.fitted(family.one_pass), model, family)
+    session = Session(method.fitted(family.one_pass), unwrapped(model), family)
     if compile:
         try:
             session.compile()
@@ -48,6 +49,7 @@ def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Co
     family = family_of(model, **family_options)
     if session_on(family.decoder) is not None:
         raise SessionError(f"{type(model).__name__} has a session; call compile() of that, or detach it first.")
+    model = unwrapped(model)
     check_not_compiled(model, family)
     made = Compiled(family, backend)
     made.install()

@@ -270,7 +270,7 @@ def known_methods() -> dict[str, type[Method]]:
         kind: Any = getattr(methods, name)
         if isinstance(kind, type) and issubclass(kind, Method) and hasattr(kind, "keep") and kind is not Scored:
             found[method_name(kind)] = kind
-    return found
+    return dict(sorted(found.items()))
 
 
 def method_name(kind: type) -> str:

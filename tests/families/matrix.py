@@ -35,6 +35,7 @@ class Case:
         options: what `attach` must be told.
         noisy: positions at the prompt's end that depend on more than the scene's images (noisy actions); None where
             the whole prompt does.
+        first: the lowest layer after the first at which it can be pruned.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     step: Callable[[Any, int, slice], Tensor]
     options: dict[str, Any] = field(default_factory=dict)
     noisy: int | None = 0
+    first: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -51,6 +53,8 @@ def methods(keep: float, pruned: str) -> list[vp.Method]:
     """The methods of the matrix."""
     return [
         vp.VLAPruner(keep=keep, pruned=pruned, window=WINDOW),
+        vp.DART(keep=keep, pruned=pruned),
+        vp.CDPruner(keep=keep, pruned=pruned),
         vp.RandomKeep(keep=keep, pruned=pruned),
         vp.Unpruned(pruned=pruned),
     ]
@@ -68,12 +72,12 @@ class Progressive(vp.VLAPruner):
         return first, vp.VLAPruner(keep=keep, layer=layer, **rule)
 
 
-def progressive(depth: int, pruned: str) -> list[vp.Method]:
-    """Methods of several pruning layers, for a decoder of `depth`."""
+def progressive(depth: int, pruned: str, first: int = 1) -> list[vp.Method]:
+    """Methods of several pruning layers from `first` on, for a decoder of `depth`."""
     last = depth - 1
     return [
-        Progressive(keep=0.5, layer=1, then=(last, 0.25), window=WINDOW, pruned=pruned),
-        vp.SparseVLM(keep=0.75, layer=1, then=((2, 0.5), (last, 0.125)), pruned=pruned),
+        Progressive(keep=0.5, layer=first, then=(last, 0.25), window=WINDOW, pruned=pruned),
+        vp.SparseVLM(keep=0.75, layer=first, then=((first + 1, 0.5), (last, 0.125)), pruned=pruned),
     ]
 
 
@@ -147,7 +151,7 @@ def check_progressive(case: Case, pruned: str) -> None:
     model = case.build()
     depth = family_of(model, **case.options).depth
     untouched = case.step(model, WINDOW, BOTH)
-    for method in progressive(depth, pruned):
+    for method in progressive(depth, pruned, case.first):
         with method.attach(model, **case.options) as session:
             for scene in range(WINDOW):
                 case.step(model, scene, BOTH)
@@ -258,14 +262,16 @@ def check_autocast(case: Case, pruned: str) -> None:
 
 def chosen_apart(case: Case, model: Any, pruned: str) -> list[vp.Method]:
     """Every method, each of which fails where it chooses or rates under autocast."""
-    then = ((2, 0.25),)
+    then = ((case.first + 1, 0.25),)
     found: list[vp.Method] = [
         vp.VLAPruner(keep=0.5, window=WINDOW, pruned=pruned),
         vp.FastV(keep=0.5, pruned=pruned),
         vp.DivPrune(keep=0.5, pruned=pruned),
+        vp.DART(keep=0.5, pruned=pruned),
+        vp.CDPruner(keep=0.5, pruned=pruned),
         vp.MaxMinDiversity(keep=0.5, metric="euclidean", pruned=pruned),
-        vp.SparseVLM(keep=0.5, layer=1, then=then, pruned=pruned),
-        vp.TextQuery(keep=0.5, pruned=pruned),
+        vp.SparseVLM(keep=0.5, layer=case.first, then=then, pruned=pruned),
+        vp.TextQuery(keep=0.5, layer=case.first, pruned=pruned),
         vp.ActionOnly(keep=0.5, window=WINDOW, pruned=pruned),
         vp.ScoreFusion(keep=0.5, window=WINDOW, pruned=pruned),
         vp.ActionAndDiversity(keep=0.5, window=WINDOW, pruned=pruned),
@@ -288,7 +294,7 @@ def _apart(method: vp.Method) -> vp.Method:
 
         return call
 
-    names = ("select", "raters", "reuses")
+    names = ("select", "raters", "text_relevance", "reuses")
     kind = type(type(method).__name__, (type(method),), {name: watched(name) for name in names})
     return kind(**{field.name: getattr(method, field.name) for field in fields(method)})
 

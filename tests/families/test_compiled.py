@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import vla_pruner as vp
-from tests.families import cases, matrix
+from tests.families import cases, matrix, text_decoders
 from tests.families.compiled import assert_same, check_family, drive, graphs, record
 from tests.state import whole_state
 from vla_pruner.attach.family import Call
@@ -26,6 +26,7 @@ FAMILIES = {
     "oft, discrete": (lambda: cases.openvla_oft(None), "drop"),
     "oft, diffusion": (lambda: cases.openvla_oft("diffusion"), "drop"),
     "pi0": (lambda: cases.pi0("sdpa"), "freeze"),
+    "Qwen3-VL": (lambda: text_decoders.text_decoder("qwen3_vl_text"), "freeze"),
 }
 
 
@@ -48,6 +49,8 @@ WHOLE = {
     "action": vp.ActionOnly(keep=0.25, layer=1, window=1),
     "fastv": vp.FastV(keep=0.25, layer=1),
     "diverse": vp.DivPrune(keep=0.25),
+    "unlike": vp.DART(keep=0.25, layer=1),
+    "relevant": vp.CDPruner(keep=0.25, layer=0),
     "random": vp.RandomKeep(keep=0.25, layer=1, warmup_steps=1),
     "gate": vp.TextQuery(keep=0.25, layer=1, gate=2),
     "camera": vp.ActionOnly(keep={"image": 9}, layer=1, window=1, unseen="carry"),
@@ -57,6 +60,7 @@ WHOLE = {
 
 PASS = {
     **{name: WHOLE[name] for name in ("drop", "freeze", "before", "progressive")},
+    "each camera": vp.VLAPruner(keep=0.25, layer=1, window=1, per_camera=True),
     "cameras": vp.ActionOnly(keep={"image": 9, "wrist_image": 5}, layer=1, window=1, unseen="carry"),
 }
 

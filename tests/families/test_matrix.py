@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.families import cases, matrix
+from tests.families import cases, matrix, text_decoders
 
 FAMILIES = [
     cases.decoder_lm(),
@@ -14,12 +14,14 @@ FAMILIES = [
     cases.openvla_oft("l1"),
     cases.openvla_oft("diffusion"),
     cases.pi0("sdpa"),
+    *map(text_decoders.text_decoder, text_decoders.KINDS),
 ]
 VARIANTS = [
     cases.openvla("eager"),
     cases.openvla_oft("l1", "eager"),
     cases.openvla_oft(None),
     cases.pi0("eager"),
+    *(text_decoders.text_decoder(kind, "eager") for kind in text_decoders.KINDS),
 ]
 
 each_family = pytest.mark.parametrize("case", FAMILIES, ids=str)

@@ -323,7 +323,7 @@ def test_the_document_has_every_method():
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     exported = [getattr(vp, name) for name in vp.__all__ if isinstance(getattr(vp, name), type)]
     methods = [cls for cls in exported if issubclass(cls, vp.Method) and cls not in (vp.Method, vp.Scored)]
-    assert len(methods) == 14
+    assert len(methods) == 16
     for cls in methods:
         assert f"| `{cls.__name__}`" in text or f"`{cls.__name__}`" in text.split("controls")[0], cls
         assert cls.__doc__ is not None

@@ -17,7 +17,7 @@ from vla_pruner.attach.reads import CallReads, DeferredReads, note
 from vla_pruner.attach.recorder import Attention, known_rows, rows_of
 from vla_pruner.attach.shortening import Shortening
 from vla_pruner.errors import SessionError
-from vla_pruner.methods.base import rows_at
+from vla_pruner.methods.base import Method, rows_at
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import mean_logits, mean_over_rows
 
@@ -73,6 +73,7 @@ class ControlStep:
         shortenings: the sequence after each stage, by the layer from which on it holds.
         embeddings: (B, M, D) visual tokens as they enter the first layer, if the method asks for them.
         raters: (B, N) weights of the prompt rows over which the semantic score averages, if the method chooses them.
+        relevance: (B, M) float32 how well visual tokens fit the text, if the method asks for it.
         semantic: (B, M) float32 semantic score read last, if the method asks for it.
         frozen_hidden: (B, N - n, D) hidden states of the readable tokens as they entered the layer from which on they
             are not updated; None without any, and outside of the prompt.
@@ -93,6 +94,7 @@ class ControlStep:
     shortenings: dict[int, Shortening] = field(default_factory=dict)
     embeddings: Tensor | None = None
     raters: Tensor | None = None
+    relevance: Tensor | None = None
     semantic: Tensor | None = None
     frozen_hidden: Tensor | None = None
     chosen: tuple[int, ...] = ()
@@ -234,10 +236,15 @@ class ControlStep:
 
     # Decisions, while the prompt runs.
 
-    def see(self, embeddings: Tensor | None = None, raters: Tensor | None = None) -> None:
-        """Note the input of the first layer, each part the first time that it is given; see the attributes."""
-        self.embeddings = embeddings if self.embeddings is None else self.embeddings
-        self.raters = raters if self.raters is None else self.raters
+    def see_embeddings(self, method: Method, hidden: Tensor) -> None:
+        """Note what `method` reads of the first layer's input (B, N, D) of a prompt; what is known already stays."""
+        layout, visual = self.layout, self.visual_rows(hidden)
+        if self.embeddings is None and "embeddings" in method.needs:
+            self.embeddings = visual
+        if self.raters is None and method.queries == "raters":
+            self.raters = method.raters(visual, layout.valid, hidden, layout.text())
+        if self.relevance is None and "relevance" in method.needs:
+            self.relevance = method.text_relevance(visual, hidden, layout.text())
 
     def begin_choice(self, layer: int) -> bool:
         """A pruning layer is reached; returns whether tokens are to be chosen there.

@@ -57,6 +57,8 @@ class Family:
             pixels a visual token covers, or where these tokens move in the prompt or run more than once in a step.
         cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
         one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
+        called: whether calling the model itself (its `forward`) is part of a control step, as with language models.
+            Else control steps are calls of its methods.
         compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
         seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
             projector in it; compiled whole, in place of the encoders. None where there is no such method.
@@ -70,6 +72,7 @@ class Family:
     eye: nn.Module | None = None
     cameras: tuple[str, ...] = ("image",)
     one_pass: bool = False
+    called: bool = False
     compilable: bool = True
     seeing: tuple[Any, str] | None = None
     acting: tuple[Any, str] | None = None
@@ -167,9 +170,19 @@ class Family:
         Args:
             layer: a layer of `decoder`.
             hidden: (B, F, D) hidden states as they enter the layer.
-            position_embeddings: (cos, sin), (B or 1, F, d) each.
+            position_embeddings: (cos, sin) as the layer is given them: (B or 1, F, d) each, or (3, B or 1, F, d).
         """
         raise NotImplementedError
+
+    def angles(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) with which a layer of the decoder rotates.
+
+        Args:
+            index: of the layer.
+            hidden: (B, F, D), of the device and dtype.
+            positions: (B, F) int64, or (3 or 4, B, F) as the decoder was given them.
+        """
+        return self.decoder.rotary_emb(hidden, positions)
 
     def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
         """Have what the decoder or a reader computes, after hooks on it ran, go through `around(original, ...)`."""

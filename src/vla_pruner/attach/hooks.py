@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vla_pruner.attach.deepstack import DeepStack
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.host import Host
 from vla_pruner.attach.recorder import Recorder
@@ -33,6 +34,7 @@ class HookWiring:
         self._family = family
         self._short = ShortLayers(host, family)
         self._recorder = Recorder()
+        self._deepstack = DeepStack(host, family.decoder)
         self._signature = inspect.signature(family.decoder.forward)
         self._backend = family.backend
         self._cache_name = cache_name(family.decoder.layers[0])
@@ -64,10 +66,11 @@ class HookWiring:
             self._handles.append(reader.register_forward_hook(self._leave_reader))
             self._handles.append(reader.register_forward_hook(self._end_turn, always_call=True))
             self._hook_layers(reader, self._enter_reader_layer)
+        self._deepstack.install()
 
     def remove(self) -> None:
         """Take all of it away."""
-        undo(self._unhook, self._recorder.remove)
+        undo(self._deepstack.remove, self._unhook, self._recorder.remove)
 
     def __deepcopy__(self, memo: Any) -> Any:
         # The copy would be pruned with no session to detach it.
@@ -190,7 +193,9 @@ class HookWiring:
     ) -> Arguments | None:
         prompt = self._host.open_step().in_prompt()
         if not self._short.layer:
-            cache = self._short.freeze(index, module, cache_in(kwargs)) if prompt else None
+            cache = None
+            if prompt:
+                cache = self._short.freeze(index, module, kwargs["position_embeddings"], cache_in(kwargs))
             return None if cache is None else (args, {**kwargs, self._cache_name: cache})
         if not prompt:
             return self._read(index, args, kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,6 +89,13 @@ NO_TEXT = (
     "The method scores visual tokens by the attention of the text after the image, but a row has no text after its "
     'last visual token; choose semantic_queries="all" or "last", or a method that reads no text.'
 )
+
+
+def in_each(function: Callable[[Tensor], Tensor], tensor: Tensor, dims: int) -> Tensor:
+    """`function` of a tensor of so many dimensions; of several stacked in front, as positions in time, height and width
+    are, of each.
+    """
+    return function(tensor) if tensor.dim() == dims else torch.stack([function(one) for one in tensor])
 
 
 def ensure(condition: Tensor, message: str) -> None:

@@ -176,7 +176,8 @@ class Runner:
         if self.reuse is not None:
             prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         if self.compiled is not None:
-            if any(stage.method.queries in ("text", "raters") for stage in self.stages.values()):
+            methods = [stage.method for stage in self.stages.values()]
+            if any(method.queries in ("text", "raters") or "relevance" in method.needs for method in methods):
                 layout.text()  # raises here what a graph cannot
             self.compiled.begin_step()
         steps = memory.steps.to(layout.valid.device, non_blocking=True)
@@ -193,13 +194,9 @@ class Runner:
         if step is None:
             return
         for stage in self.stages.values():
-            method = stage.method
-            if step.embeddings is None and "embeddings" in method.needs:
-                step.see(embeddings=step.visual_rows(hidden))
-            if step.raters is None and method.queries == "raters":
+            if stage.method.queries == "raters" or stage.method.needs & {"embeddings", "relevance"}:
                 with self.timed():
-                    visual = step.visual_rows(hidden)
-                    step.see(raters=method.raters(visual, step.layout.valid, hidden, step.layout.text()))
+                    step.see_embeddings(stage.method, hidden)
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
         """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
@@ -221,7 +218,9 @@ class Runner:
     def _evidence(self, step: ControlStep, method: Method, hidden: Tensor) -> Evidence:
         """The evidence that `method` reads, on the visual tokens that are live so far."""
         similarity = None if self.reuse is None else self.reuse.similarity
-        evidence = Evidence(step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps)
+        evidence = Evidence(
+            step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps, step.relevance
+        )
         if step.kept is not None:
             evidence = evidence.of(step.kept)
         return replace(evidence, features=step.visual_rows(hidden)) if "features" in method.needs else evidence

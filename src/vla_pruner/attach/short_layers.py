@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.host import Host
+from vla_pruner.attach.layout import in_each
 from vla_pruner.attach.short_call import short_prompt, short_token
 from vla_pruner.attach.shortening import restored
 from vla_pruner.caches import buffer_width, cut_back, new_cache
@@ -26,8 +27,8 @@ class LayerInput:
         index: of the layer.
         layer: the layer itself.
         hidden: (B, n, D) hidden states.
-        angles: rotations of the keys, tensors (B or 1, N, ...) of the whole prompt; the very object that the other
-            layers of the call are given, if they share it.
+        angles: rotations of the keys, tensors (B or 1, N, d) of the whole prompt, or (3, B or 1, N, d) for positions
+            in time, height and width; the very object that the other layers of the call are given, if they share it.
         positions: (B or 1, N) position ids, if the layer is given any.
         mask: (B or 1, H or 1, N, W) bool or additive float, or None; shared like `angles`.
         causal: whether no mask means causal.
@@ -61,7 +62,7 @@ class ShortLayers:
         self.layer = host.method.layer
         self._shared: dict[Hashable, list[tuple[Any, Any]]] = {}
         self._scratch: Any = None
-        self._frozen_angles: Any = None
+        self._frozen_positions: Any = None
 
     def forget(self) -> None:
         """A call of a decoder begins, or all is removed: its layers share nothing with those of the call before."""
@@ -105,10 +106,10 @@ class ShortLayers:
                 if host.reuse is not None and short.frozen is not None:
                     held = host.reuse.keys_values(given.index, short.frozen)
                 else:
-                    frozen = self.once(("frozen", stage), angles, lambda: _each(short.frozen_rows, angles))
+                    frozen = self.once(("frozen", stage), angles, lambda: _angles(short.frozen_rows, angles))
                     held = self._family.keys_values(given.layer, step.frozen_hidden, frozen)
                 given.cache.update(*held, given.index)
-            given.angles = self.once(("live", stage), angles, lambda: _each(short.live_rows, angles))
+            given.angles = self.once(("live", stage), angles, lambda: _angles(short.live_rows, angles))
             if positions is not None:
                 given.positions = self.once(("live", stage), positions, lambda: short.live_rows(positions))
             width, causal = buffer_width(given.cache, given.index), given.causal
@@ -180,8 +181,9 @@ class ShortLayers:
                 positions = given.get("position_ids")
                 if positions is None:
                     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-                positions = short.frozen_rows(positions.expand(len(embeds), -1))
-                self._frozen_angles = decoder.rotary_emb(frozen, positions)
+                self._frozen_positions = in_each(
+                    lambda one: short.frozen_rows(one.expand(len(embeds), -1)), positions, 2
+                )
             return short_prompt(given, embeds, short, decoder, self._family.backend != "sdpa")
 
     def short_token(self, given: dict[str, Any], past: int, device: torch.device) -> dict[str, Any] | None:
@@ -198,16 +200,25 @@ class ShortLayers:
         with self._host.timed():
             return short_token(given, short, past, device)
 
-    def freeze(self, index: int, layer: nn.Module, cache: Any) -> Any:
+    def freeze(self, index: int, layer: nn.Module, given: tuple[Tensor, ...], cache: Any) -> Any:
         """The cache of a layer of a prompt that was made short, to which frozen tokens offer their keys and values;
         None if nothing changes.
+
+        Args:
+            index: of the layer.
+            layer: the layer itself.
+            given: the rotations that the layer is given, the very object that other layers are given too.
+            cache: the call's cache, or None.
         """
         frozen = self._host.open_step().frozen_hidden
         if frozen is None:
             return None
         with self._host.timed():
             cache = self._cache(cache)
-            cache.update(*self._family.keys_values(layer, frozen, self._frozen_angles), index)
+            positions = self._frozen_positions
+            # Layers that are given the same angles share those of the frozen tokens too.
+            angles = self.once("frozen", given, lambda: self._family.angles(index, frozen, positions))
+            cache.update(*self._family.keys_values(layer, frozen, angles), index)
         return cache
 
     def _cache(self, cache: Any) -> Any:
@@ -219,5 +230,6 @@ class ShortLayers:
         return self._scratch
 
 
-def _each(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(function(tensor) for tensor in tensors)
+def _angles(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`function` of the rotations of keys; see `LayerInput.angles`."""
+    return tuple(in_each(function, tensor, 3) for tensor in tensors)

@@ -16,11 +16,12 @@ from torch import nn
 from vla_pruner import plugins
 from vla_pruner.attach.family import Family
 from vla_pruner.errors import BudgetError, PluginError, UnsupportedModelError
+from vla_pruner.families.wrappers import is_compiled, unwrapped
 from vla_pruner.registry import ROWS
 
 
 def family_of(model: Any, *, family: type[Family] | None = None, **options: Any) -> Family:
-    """The family adapter for `model`: a module, or a policy whose `module` is one.
+    """The family adapter for `model`: a module, or a policy whose `module` is one; wrappers around it are looked into.
 
     Args:
         family: the adapter to use, where it is not to be found; it must match the model.
@@ -33,6 +34,7 @@ def family_of(model: Any, *, family: type[Family] | None = None, **options: Any)
     named: Any = None
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
         model, named = model.module, getattr(model, "cameras", None)
+    given, model = model, unwrapped(model)
     found: Any = _found(model) if family is None else _given(family, model)
     known = list(inspect.signature(found.__init__).parameters)[2:]
     unknown = [option for option in options if option not in known]
@@ -43,7 +45,13 @@ def family_of(model: Any, *, family: type[Family] | None = None, **options: Any)
         )
     if named is not None and "cameras" in known:
         options = {"cameras": named, **options}
-    return found(model, **options)
+    made = found(model, **options)
+    if is_compiled(given) and made.called:
+        raise UnsupportedModelError(
+            f"torch.compile made a {type(given).__name__} of {type(model).__name__}, whose calls no hook sees; attach "
+            "to the model inside (its _orig_mod) and call that, with attach(..., compile=True) for compiled calls."
+        )
+    return made
 
 
 def _given(family: Any, model: Any) -> type[Family]:
@@ -70,8 +78,10 @@ def _found(model: Any) -> type[Family]:
     raise UnsupportedModelError(
         f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
         "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
-        "PI05Policy and SmolVLAPolicy, vla_pruner.reference_policy(), and transformers' decoder-only language models. "
-        "A policy inside of DataParallel or torch.compile is attached to itself (its .module), before it is compiled. "
+        "PI05Policy and SmolVLAPolicy, vla_pruner.reference_policy(), and transformers' decoder-only language models "
+        "(of a vision-language model the text decoder: model.language_model). "
+        "Adapters of PEFT, DistributedDataParallel and FullyShardedDataParallel are looked into; a policy inside of "
+        "another wrapper, such as DataParallel, is attached to itself (its .module). "
         "See CONTRIBUTING.md on how a family is added." + "".join(f" {told}" for told in broken)
     )
 

@@ -13,7 +13,9 @@ from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.versions import check_transformers
 
 BACKENDS = ("sdpa", "eager")
-DECODER_TYPES = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
+MROPE_TYPES = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+"""Decoders whose positions are in time, height and width."""
+DECODER_TYPES = ("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3", "gemma3_text", *MROPE_TYPES)
 
 
 class TransformersFamily(Family):
@@ -40,8 +42,22 @@ class TransformersFamily(Family):
 
     def rotated(self, attention: nn.Module, key: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
         """Keys (B, G, F, d) with their positions."""
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        return rotate(key, key, *position_embeddings)[1]
+        here = sys.modules[type(attention).__module__]
+        if hasattr(here, "apply_multimodal_rotary_pos_emb"):  # Qwen2-VL and Qwen2.5-VL before transformers 5.6 or so
+            config: Any = attention.config
+            sections = config.rope_parameters["mrope_section"]
+            return here.apply_multimodal_rotary_pos_emb(key, key, *position_embeddings, sections)[1]
+        return here.apply_rotary_pos_emb(key, key, *position_embeddings)[1]
+
+    def angles(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.decoder.config
+        if config.model_type in MROPE_TYPES:
+            # The first of four rows counts the text and makes masks.
+            positions = positions[-3:] if positions.dim() == 3 else positions.expand(3, *positions.shape)
+            return self.decoder.rotary_emb(hidden, positions)
+        if config.model_type == "gemma3_text":
+            return self.decoder.rotary_emb(hidden, positions, config.layer_types[index])
+        return super().angles(index, hidden, positions)
 
 
 def tiles(images: Tensor, tokens: int) -> Tensor:

@@ -19,6 +19,7 @@ from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
+from vla_pruner.families.wrappers import unwrapped
 
 PADDING_SIDES = ("right", "left")
 SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -26,7 +27,7 @@ SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_e
 
 
 class DecoderLM(TransformersFamily):
-    """Llama, Mistral, Gemma, Qwen2 and Qwen3, as bare model or with a language-model head.
+    """Llama, Mistral, Gemma, Qwen and the text decoders of Qwen-VL, as bare model or with a language-model head.
 
     Args:
         model: the language model.
@@ -65,6 +66,10 @@ class DecoderLM(TransformersFamily):
     def anatomy(self) -> Anatomy:
         headed = self._model is not self.decoder and hasattr(self._model, "lm_head")
         return Anatomy(self.decoder, language_model=self._model if headed else None)
+
+    @property
+    def called(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] a policy around it is not
+        return type(self) is DecoderLM
 
     @property
     def whole_steps(self) -> tuple[tuple[Any, str], ...]:
@@ -124,6 +129,7 @@ OVERRUN = "A row is padded so far on the left that its visual slices reach beyon
 
 
 def _decoder_of(model: nn.Module) -> nn.Module:
+    model = unwrapped(model)
     return model if hasattr(model, "layers") else getattr(model, "model", model)
 
 

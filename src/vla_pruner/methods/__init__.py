@@ -3,7 +3,9 @@
 from vla_pruner.methods.action_and_diversity import ActionAndDiversity
 from vla_pruner.methods.action_only import ActionOnly
 from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.methods.cdpruner import CDPruner
 from vla_pruner.methods.controls import KeepFixed, RandomKeep, Unpruned
+from vla_pruner.methods.dart import DART
 from vla_pruner.methods.divprune import DivPrune
 from vla_pruner.methods.fastv import FastV
 from vla_pruner.methods.max_min_diversity import MaxMinDiversity
@@ -17,8 +19,10 @@ from vla_pruner.methods.vla_cache import VLACache
 from vla_pruner.methods.vla_pruner import VLAPruner
 
 __all__ = [
+    "DART",
     "ActionAndDiversity",
     "ActionOnly",
+    "CDPruner",
     "DivPrune",
     "Evidence",
     "FastV",

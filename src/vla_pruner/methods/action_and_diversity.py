@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vla_pruner.checks import check_choice
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.max_min_diversity import METRICS
-from vla_pruner.methods.selection import distances, max_min_order, present_or_enough, top_mask
+from vla_pruner.methods.selection import distances, marked_ids, max_min_order, present_or_enough, top_mask
 from vla_pruner.methods.smoothed import Smoothed
 
 
@@ -52,11 +51,6 @@ class ActionAndDiversity(Smoothed):
         present = present_or_enough(evidence.valid, k)
         acting = top_mask(self.action_estimate(evidence), present, by_action)
         if by_action == k:
-            return _ids(acting, k)
+            return marked_ids(acting, k)
         order = max_min_order(distances(evidence.features, self.metric), present & ~acting, k - by_action)
-        return _ids(acting.scatter(1, order, True), k)
-
-
-def _ids(kept: Tensor, k: int) -> Tensor:
-    """(B, k) sorted ids of the k tokens that each row of `kept` (B, M) marks, with a static shape."""
-    return torch.sort(kept.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :k]
+        return marked_ids(acting.scatter(1, order, True), k)

@@ -35,6 +35,8 @@ class Evidence:
             first layer ("embeddings").
         similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the last
             control step; there if "similarity" is needed.
+        relevance: (B, M) float32, what `Method.text_relevance` made of the prompt's embeddings; there if "relevance" is
+            needed.
         steps: (B,) int64, `memory.steps` beside the scores, where the memory itself counts on the CPU. None copies
             them, which nothing that runs as a CUDA graph may.
     """
@@ -45,6 +47,7 @@ class Evidence:
     features: Tensor | None = None
     similarity: Tensor | None = None
     steps: Tensor | None = None
+    relevance: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.steps is None:
@@ -66,6 +69,7 @@ class Evidence:
             features=None if self.features is None else self.features[:, start:stop],
             similarity=None if self.similarity is None else self.similarity[:, start:stop],
             steps=self.steps,
+            relevance=None if self.relevance is None else self.relevance[:, start:stop],
         )
 
     def of(self, ids: Tensor) -> Evidence:
@@ -85,6 +89,7 @@ class Evidence:
             features=None if self.features is None else rows_at(self.features, ids),
             similarity=None if self.similarity is None else self.similarity.gather(1, ids),
             steps=self.steps,
+            relevance=None if self.relevance is None else self.relevance.gather(1, ids),
         )
 
 
@@ -121,8 +126,8 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Evidence that `select` reads: any of "semantic", "action" and "similarity", and one of "features" and
-        "embeddings".
+        """Evidence that `select` reads: any of "semantic", "action", "similarity" and "relevance", and one of
+        "features" and "embeddings".
         """
         return frozenset()
 
@@ -190,6 +195,18 @@ class Method:
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not say which rows rate: define raters(visual, valid, prompt, text)."
+        )
+
+    def text_relevance(self, visual: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
+        """How well each visual token fits the text (B, M) float32, where "relevance" is needed.
+
+        Args:
+            visual: (B, M, D) visual tokens as they enter the first layer.
+            prompt: (B, N, D) the whole prompt as it enters the first layer.
+            text: (B, N) bool, the real, non-visual tokens after the image; at least one in each row.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what is relevant: define text_relevance(visual, prompt, text)."
         )
 
     @property

@@ -25,8 +25,8 @@ class ScoreFusion(Scored, Smoothed):
     .125, where VLA-Pruner has about 75 % and 68 %, and the semantic score alone 67 % and 55 %.
     Deviations: the paper gives neither weight nor normalisation. Here the weight is .5, and each score is divided by
     its sum over the row's present tokens, so that both are shares of what the image received. With `pruned="drop"` a
-    token that is gone has no action score any more, so kept sets hardly change within an episode; `refresh_every` is a way
-    out.
+    token that is gone has no action score any more, so kept sets hardly change within an episode; `refresh_every` is a
+    way out.
 
     Attributes:
         keep: visual tokens kept; see `Budgeted`.

@@ -41,6 +41,11 @@ def top_ids(scores: Tensor, valid: Tensor, k: int) -> Tensor:
     return order_by_score(scores, valid)[:, :k].sort(dim=1).values
 
 
+def marked_ids(kept: Tensor, k: int) -> Tensor:
+    """(B, k) sorted ids of the k tokens that each row of `kept` (B, M) marks, with a static shape."""
+    return torch.sort(kept.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :k]
+
+
 def present_or_enough(valid: Tensor, k: int) -> Tensor:
     """(B, M) bool: the `valid` (B, M) tokens, and in rows with fewer than k of them the first others up to k."""
     missing = k - valid.sum(dim=1, keepdim=True)

@@ -16,7 +16,11 @@ from vla_pruner.report.svg import Axis, Markup, element, join, linear_axis, log_
 UNFOLDED_PLOTS = 9
 """Plots of a kind that are shown at once; the others are folded."""
 
-_LOOKS = {Fate.DROP: ("drop", "dot"), Fate.FREEZE: ("freeze", "square"), Fate.REUSE: ("reuse", "diamond")}
+_LOOKS: dict[str, tuple[str, str]] = {
+    Fate.DROP: ("drop", "dot"),
+    Fate.FREEZE: ("freeze", "square"),
+    Fate.REUSE: ("reuse", "diamond"),
+}
 _LAYERS = (("dot", ""), ("square", "dash-1"), ("diamond", "dash-2"), ("ring", "dash-3"))
 """Shape and dashes by the layer, where there are several; else the shape repeats the colour."""
 

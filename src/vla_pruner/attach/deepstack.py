@@ -1,0 +1,47 @@
+"""DeepStack (Qwen3-VL): what is added to visual tokens between the first layers, where some of them are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from vla_pruner.attach.host import Host
+from vla_pruner.replacements import Replacements
+
+
+class DeepStack:
+    """Has a decoder that adds to its visual tokens between layers do so for those that are live; nothing for others.
+
+    Args:
+        host: asked what the sequence is.
+        decoder: of transformers.
+    """
+
+    def __init__(self, host: Host, decoder: Any) -> None:
+        self._host = host
+        self._decoder = decoder
+        self._replaced = Replacements()
+
+    def install(self) -> None:
+        """Put it in place."""
+        if hasattr(self._decoder, "_deepstack_process"):
+            self._replaced.put(self._decoder, "_deepstack_process", self._add)
+
+    def remove(self) -> None:
+        """Take it away."""
+        self._replaced.remove()
+
+    def _add(self, original: Callable[..., Tensor], hidden: Tensor, mask: Tensor, added: Tensor) -> Tensor:
+        """Hidden states (B, n, D) with what is `added` (M', D), row by row, to the visual positions of the whole
+        prompt, which `mask` (B, N) marks.
+        """
+        step = self._host.step
+        shortening = None if step is None else step.shortening
+        if shortening is None or hidden.shape[1] == mask.shape[1]:
+            return original(hidden, mask, added)
+        with self._host.timed():
+            whole = hidden.new_zeros(*mask.shape, hidden.shape[2])
+            added = added.to(hidden.device, hidden.dtype)
+            return hidden + shortening.live_rows(whole.masked_scatter(mask.to(hidden.device)[..., None], added))

@@ -1,0 +1,75 @@
+"""What others put around a model: adapters of PEFT, data parallelism, torch.compile. What is attached to is inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vla_pruner.errors import UnsupportedModelError
+
+_PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of a PeftModel, DistributedDataParallel, FullyShardedDataParallel or compiled module, or of
+    several of these; anything else as it is. The wrapper's own calls then run what is attached.
+
+    Raises:
+        UnsupportedModelError: hooks on the model inside would not run, or not see the prompt that the wrapper makes;
+            the message says what to attach to instead.
+    """
+    while isinstance(model, nn.Module):
+        inner = _inside(model)
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether one of the wrappers around the model inside is a module that torch.compile made."""
+    while isinstance(model, nn.Module):
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            return True
+        inner = _inside(model)
+        if inner is None:
+            break
+        model = inner
+    return False
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """What one wrapper holds; None: it is no wrapper."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    if "OptimizedModule" in names:
+        return getattr(model, "_orig_mod", None)
+    if "PeftModel" in names:
+        return _adapted(model)
+    if any(name in _PARALLEL for name in names):
+        inner: Any = model.module
+        parts = [type(part).__name__ for part in inner.modules()] if isinstance(inner, nn.Module) else []
+        if _PARALLEL[1] in parts:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} holds parts that are sharded one by one, whose weights are there only while "
+                "each runs; wrap the model as a whole, or attach to a copy that is not sharded."
+            )
+        return inner
+    return None
+
+
+def _adapted(model: Any) -> nn.Module:
+    """The base model of a PeftModel.
+
+    Raises:
+        UnsupportedModelError: the adapter is more than other weights in the same layers.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has the adapter {name!r} ({type(config).__name__}), which puts tokens of its "
+                "own into the prompt, so that visual tokens are not where the model's family says. Supported are "
+                "adapters of weights, such as LoRA; for the model without this adapter attach to "
+                "model.get_base_model()."
+            )
+    return model.get_base_model()
