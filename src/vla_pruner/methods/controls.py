@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.checks import is_count
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import BudgetError, OptionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scored import Scored
@@ -39,9 +39,9 @@ class RandomKeep(Scored):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise BudgetError(f"seed={self.seed!r} was given; the seed of the draws is an int.")
+            raise OptionError(f"seed={self.seed!r} was given; the seed of the draws is an int.")
         if self.refresh_every is not None and not is_count(self.refresh_every, 2):
-            raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+            raise OptionError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
 
     def prunes(self, memory: Memory) -> bool:
         refreshes = self.refresh_every is not None and any(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from vla_pruner.checks import is_count
-from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scored import SemanticallyScored
 
@@ -47,7 +47,7 @@ class TextQuery(SemanticallyScored):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gate is not None and not is_count(self.gate, 2):
-            raise BudgetError(
+            raise OptionError(
                 f"gate={self.gate!r} was given; it is None, or the number of control steps whose paths are compared: "
                 "an int of 2 or more."
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.checks import is_count
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.methods.base import Evidence, Keep, check_stages
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scored import Scored
@@ -58,9 +58,9 @@ class VLACache(Scored):
         for name, lowest in (("threshold", -1.0), ("relevance", 0.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest < value <= 1:
-                raise BudgetError(f"{name}={value!r} was given; it is a number above {lowest:g} and at most 1.")
+                raise OptionError(f"{name}={value!r} was given; it is a number above {lowest:g} and at most 1.")
         if self.refresh_every is not None and not is_count(self.refresh_every, 2):
-            raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+            raise OptionError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
         check_stages(self.then)
 
     @property

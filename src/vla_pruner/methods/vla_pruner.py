@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.checks import check_choice, is_count
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import BudgetError, OptionError
 from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.scores import temporal_estimate
@@ -47,7 +47,7 @@ class VLAPruner(Method):
             again; None never does. In a batch one row's turn is every row's.
 
     Raises:
-        BudgetError: an option is out of its range.
+        OptionError: an option is out of its range; a `BudgetError` if it is `keep` or `layer`.
     """
 
     keep: Keep = 0.25
@@ -63,13 +63,13 @@ class VLAPruner(Method):
         super().__post_init__()
         check_keep(self.keep)
         if not is_count(self.window, 1):
-            raise BudgetError(
+            raise OptionError(
                 f"window={self.window!r} was given; the window is an int of 1 or more (the paper's is 3)."
             )
         if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
-            raise BudgetError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
+            raise OptionError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         if self.refresh_every is not None and not is_count(self.refresh_every, 2):
-            raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+            raise OptionError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
         if self.layer == 0 and self.refresh_every is None:
             raise BudgetError(
                 "layer=0 was given without refresh_every: tokens are then chosen by memory alone, and what is pruned "
