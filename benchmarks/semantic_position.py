@@ -17,6 +17,7 @@ import numpy as np
 import vla_pruner as vp
 from vla_pruner.auditing.position import rank_by_position
 from vla_pruner.conditions import machine_conditions
+from vla_pruner.observations import Observation
 from vla_pruner.simulators import find_suite
 
 OUT = Path(__file__).parent / "results" / "semantic_position.json"
@@ -29,7 +30,7 @@ ROWS = 4
 """Rows of the image from above, whose share of the best quarter is counted; by chance it is 4 of 14."""
 
 
-def observations(policy: Any, task: str) -> list[tuple[dict[str, np.ndarray], str, np.ndarray | None]]:
+def observations(policy: Any, task: str) -> list[Observation]:
     """What the unpruned policy sees in its first control steps."""
     suite = find_suite("metaworld:mt8")
     convention, environment, found = suite.convention(policy), suite.make(task), []
@@ -37,9 +38,9 @@ def observations(policy: Any, task: str) -> list[tuple[dict[str, np.ndarray], st
         policy.reset()
         seen, _ = environment.reset(initial_state=state)
         for _ in range(STEPS):
-            images, proprio = convention.observe(seen)
-            found.append((images, seen.instruction, proprio))
-            chunk = policy.act(images, seen.instruction, proprio)
+            shown = convention.observe(seen)
+            found.append(shown)
+            chunk = policy.act(shown.images, shown.instruction, shown.proprio)
             ended = False
             for action in convention.plan(chunk):
                 seen, _, terminated, truncated, _ = environment.step(action)
@@ -57,7 +58,7 @@ def measure(policy: Any, seen: list[Any], queries: str) -> dict[str, Any]:
     correlations, shares = [], []
     with vp.SemanticOnly(keep=1.0, semantic_queries=queries).attach(policy) as session:
         for observation in seen:
-            policy.act(*observation)
+            policy.act(observation.images, observation.instruction, observation.proprio)
             score = session.scores["semantic"][0].numpy()
             correlations.append(rank_by_position(score))
             best = np.argsort(-score, kind="stable")[: len(score) // 4]

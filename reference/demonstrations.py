@@ -54,7 +54,7 @@ def record_shard(
             observation, done, solved = env.reset(seed), False, False
             act = behaviour(np.random.default_rng([seed, len(task)]))
             while not done:
-                images.append(observation.image)
+                images.append(observation.images["image"])
                 states.append(env.state)
                 episodes.append(number)
                 observation, solved, done = env.step(act(expert(env.state)))

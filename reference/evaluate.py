@@ -77,11 +77,12 @@ def evaluate_arm(task: str, arm: str, seeds: range, weights: Path | None) -> dic
             def step(observation: Observation) -> np.ndarray:
                 nonlocal shown_by_other
                 if arm == "blank":
-                    observation = replace(observation, image=np.full_like(observation.image, 128))
+                    blank = np.full_like(observation.images["image"], 128)
+                    observation = replace(observation, images={"image": blank})
                 elif arm == "wrong_instruction":
                     observation = replace(observation, instruction=TASKS[WRONG_TASK[task]])
                 elif shown_by_other is not None:
-                    observation = replace(observation, image=shown_by_other.image)
+                    observation = replace(observation, images=shown_by_other.images)
                 started = time.perf_counter()
                 action = act(observation)
                 milliseconds.append(1000 * (time.perf_counter() - started))

@@ -28,7 +28,7 @@ def run_episode(
     observation, success, done = env.reset(seed), False, False
     images, states = [], []
     while not done:
-        images.append(observation.image)
+        images.append(observation.images["image"])
         states.append(env.state)
         shown = observation if seen is None else seen(observation, len(images) - 1)
         observation, success, done = env.step(act(shown))
@@ -37,4 +37,4 @@ def run_episode(
 
 def policy_actor(policy: object) -> Callable[[Observation], np.ndarray]:
     """The policy as a function of an observation."""
-    return lambda shown: policy.predict_action(shown.image, shown.instruction, shown.proprio)  # type: ignore[attr-defined]
+    return lambda shown: policy.predict_action(shown.images["image"], shown.instruction, shown.proprio)  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ def test_pip_installs_what_is_accepted() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (requirement,) = [each for each in project["dependencies"] if each.startswith("transformers")]
     assert f"pip install '{requirement}'" == INSTALL
-    oldest = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")
+    oldest = (ROOT / "constraints/oldest.txt").read_text(encoding="utf-8")
     assert "transformers=={}.{}.".format(*OLDEST) in oldest
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import OptionError, UnsupportedModelError
 
 ATTENTION = ("sdpa", "eager")
 
@@ -13,9 +13,9 @@ def is_count(value: object, least: int) -> bool:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise BudgetError unless `value` is one of `choices`."""
+    """Raise OptionError unless `value` is one of `choices`."""
     if value not in choices:
-        raise BudgetError(f"{name}={value!r} was given; it is one of {', '.join(map(repr, choices))}.")
+        raise OptionError(f"{name}={value!r} was given; it is one of {', '.join(map(repr, choices))}.")
 
 
 def check_attention(attn_implementation: str) -> None:

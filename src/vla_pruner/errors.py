@@ -11,8 +11,12 @@ class UnsupportedModelError(VLAPrunerError, TypeError):
     """The model, its version, its attention backend or its cache cannot be pruned."""
 
 
-class BudgetError(VLAPrunerError, ValueError):
-    """`keep`, `layer` or another option of a method does not fit, by itself or for this model."""
+class OptionError(VLAPrunerError, ValueError):
+    """An option of a method, a model or a command is unknown or out of its range, or does not go with another one."""
+
+
+class BudgetError(OptionError):
+    """`keep`, `layer` or what else says how many tokens stay does not fit, by itself or for this model."""
 
 
 class SessionError(VLAPrunerError, RuntimeError):

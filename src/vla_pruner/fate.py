@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 
 
 class Fate(StrEnum):
@@ -24,10 +24,10 @@ class Fate(StrEnum):
         """The fate of this word.
 
         Raises:
-            BudgetError: there is none.
+            OptionError: there is none.
         """
         if word not in list(cls):
-            raise BudgetError(
+            raise OptionError(
                 f"pruned={word!r} was given; what becomes of tokens is one of {', '.join(map(repr, cls))}."
             )
         return cls(word)

@@ -7,7 +7,7 @@ from typing import Any
 from vla_pruner.attach.attached import session_on
 from vla_pruner.attach.compiled import Compiled, check_not_compiled
 from vla_pruner.attach.session import Session
-from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.families import family_of
 from vla_pruner.families.wrappers import unwrapped
 from vla_pruner.methods import Method
@@ -16,7 +16,7 @@ from vla_pruner.methods import Method
 def attach(method: Method, model: Any, compile: bool = False, **family_options: Any) -> Session:
     """Attach a method to `model` in place; arguments, result and errors as of `Method.attach`."""
     if not isinstance(compile, bool):
-        raise BudgetError(
+        raise OptionError(
             f"compile={compile!r} was given; it is True or False. For another backend than torch's own attach "
             'first and call session.compile("...").'
         )

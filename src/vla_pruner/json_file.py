@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 
 _Found = TypeVar("_Found")
 
@@ -182,13 +182,13 @@ def check_file(name: str, flag: str = "--json") -> None:
     """Proves that a file which a flag names can be written, before anything slow begins, and leaves no new file behind.
 
     Raises:
-        BudgetError: saying why not.
+        OptionError: saying why not.
     """
     try:
         if not Path(name).resolve().parent.is_dir():
-            raise BudgetError(f"{flag} is {name}, but there is no such folder; make it first.")
+            raise OptionError(f"{flag} is {name}, but there is no such folder; make it first.")
         if Path(name).is_dir():
-            raise BudgetError(f"{flag} is {name or 'empty'}, which is a folder; give a file in it.")
+            raise OptionError(f"{flag} is {name or 'empty'}, which is a folder; give a file in it.")
         if Path(name).exists() and not Path(name).is_file():
             return  # a pipe or a device: who reads it would take opening and closing for the whole report
         file = Path(name).resolve()
@@ -205,7 +205,7 @@ def check_folder(folder: Path, flag: str = "--out") -> None:
     """Makes a folder which a flag names, and proves that a file can be written there, before anything slow begins.
 
     Raises:
-        BudgetError: saying why not.
+        OptionError: saying why not.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,9 +214,9 @@ def check_folder(folder: Path, flag: str = "--out") -> None:
     except OSError as error:
         is_file = folder.exists() and not folder.is_dir()
         reason = "it is a file" if is_file else error.strerror or str(error)
-        raise BudgetError(f"{flag} is {folder}, which cannot be written to ({reason}); give a folder.") from error
+        raise OptionError(f"{flag} is {folder}, which cannot be written to ({reason}); give a folder.") from error
 
 
-def unwritable(name: str, error: OSError, flag: str = "--json") -> BudgetError:
+def unwritable(name: str, error: OSError, flag: str = "--json") -> OptionError:
     """The error of a file that could not be written."""
-    return BudgetError(f"{flag} is {name}, which cannot be written ({error.strerror or error}); give another file.")
+    return OptionError(f"{flag} is {name}, which cannot be written ({error.strerror or error}); give another file.")

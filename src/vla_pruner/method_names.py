@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vla_pruner import methods, plugins
-from vla_pruner.errors import BudgetError, PluginError, VLAPrunerError
+from vla_pruner.errors import OptionError, PluginError, VLAPrunerError
 from vla_pruner.fate import Fate
 from vla_pruner.methods import Method, RandomKeep, Scored
 from vla_pruner.methods.presets import Published
@@ -85,12 +85,12 @@ def methods_of(
         refresh_every: of methods that have it; None: as their options say, and at layer 0 every 8th step.
 
     Raises:
-        BudgetError: there is no such method, it has no such option or value, or it can do none of `pruned`.
+        OptionError: there is no such method, it has no such option or value, or it can do none of `pruned`.
         PluginError: a method from outside of this package cannot be imported, or is no method that names can make.
     """
     unknown = [word for word in pruned or () if word not in FATES]
     if unknown:
-        raise BudgetError(f"--pruned is {', '.join(unknown)}; it is {', '.join(FATES[:-1])} or {FATES[-1]}.")
+        raise OptionError(f"--pruned is {', '.join(unknown)}; it is {', '.join(FATES[:-1])} or {FATES[-1]}.")
     found = []
     for text in texts:
         shown, found_kind, options = _read(text)
@@ -118,7 +118,7 @@ def _made(shown: str, kind: type[Method], options: dict[str, Any]) -> Method:
         if plugins.source_of(kind) is None:
             raise
         told = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise BudgetError(f"{shown} refuses {told}: {type(error).__name__}: {error}") from error
+        raise OptionError(f"{shown} refuses {told}: {type(error).__name__}: {error}") from error
 
 
 def _read(text: str) -> tuple[str, type[Method], list[str]]:
@@ -129,7 +129,7 @@ def _read(text: str) -> tuple[str, type[Method], list[str]]:
         return shown, kind, options
     path, own = f"{name}:{options[0]}", _own(name)
     if own is not None:
-        raise BudgetError(
+        raise OptionError(
             f"--method has the option {options[0]!r}; {method_name(own)} takes {_options_of(own)} after its name, "
             f"separated by colons. (A module of your own needs another name than {name}, which is a method's.)"
         )
@@ -149,7 +149,7 @@ def _by_name(name: str) -> tuple[str, type[Method]]:
         return method_name(own), own
     named = [one for one in plugins.plugins(plugins.METHODS) if _plain(one.name) == _plain(name)]
     if not named:
-        raise BudgetError(
+        raise OptionError(
             f"--method is {name}; it is one of {', '.join(_names())}, or a method of your own as MODULE:CLASS."
         )
     if len(named) > 1:
@@ -196,7 +196,7 @@ def _fates(name: str, able: tuple[str, ...], asked: Sequence[str] | None) -> tup
         return able[:1]
     found = tuple(fate for fate in asked if fate in able)
     if not found:
-        raise BudgetError(
+        raise OptionError(
             f"--pruned is {', '.join(asked)}, but {name} can only {' or '.join(able)} tokens; add that, or leave "
             "--pruned out."
         )
@@ -215,14 +215,14 @@ def _option(shown: str, kind: type[Method], text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     known = {field.name: field for field in _fields(kind)}
     if not equals or name not in known:
-        raise BudgetError(
+        raise OptionError(
             f"--method has the option {text!r}; {shown} takes {_options_of(kind)} after its name, separated by colons."
         )
     if value.lower() == "none":
         return name, None
     if isinstance(known[name].default, bool):
         if value.lower() not in ("true", "false"):
-            raise BudgetError(f"--method has the option {text!r}; {name} of {shown} is true or false.")
+            raise OptionError(f"--method has the option {text!r}; {name} of {shown} is true or false.")
         return name, value.lower() == "true"
     for read in (int, float):
         try:
@@ -236,12 +236,12 @@ def method_class(name: str) -> type[Method]:
     """The method of this name, written as its class or with dashes, or with its module before it.
 
     Raises:
-        BudgetError: there is none, or it has no `keep`.
+        OptionError: there is none, or it has no `keep`.
         PluginError: one from outside of this package cannot be imported, or is no method that names can make.
     """
     _, kind, options = _read(name)
     if options:
-        raise BudgetError(f"{name} is given where a method's name is wanted; leave its options out.")
+        raise OptionError(f"{name} is given where a method's name is wanted; leave its options out.")
     return kind
 
 

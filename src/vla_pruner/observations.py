@@ -1,14 +1,31 @@
-"""What `act` is given, looked at before a policy makes anything of it."""
+"""What a policy is given at a control step, and checks of it before the policy makes anything of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vla_pruner.errors import ObservationError
 from vla_pruner.wording import a_type
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy may know at one control step; the arguments of `act`, in their order.
+
+    Attributes:
+        images: (H, W, 3) uint8, RGB, upright, by camera. A simulator's are by its own names of its cameras, and drawn
+            when they are looked at, so look before the next step.
+        instruction: what to do.
+        proprio: (d,) the robot's state; None where the policy takes none.
+    """
+
+    images: Mapping[str, np.ndarray]
+    instruction: str
+    proprio: np.ndarray | None = None
 
 
 def check_images(images: Any, cameras: tuple[str, ...]) -> None:

@@ -97,7 +97,7 @@ def test_keep_all_per_camera_is_bit_identical():
     ],
 )
 def test_cameras_that_do_not_fit_are_refused_at_attach(keep, message):
-    with pytest.raises(vp.BudgetError, match=message):
+    with pytest.raises(vp.OptionError, match=message):
         vp.VLAPruner(keep=keep, layer=K).attach(tiny_lm(), visual=CAMERAS)
 
 

@@ -254,13 +254,13 @@ def test_what_cannot_compile_is_refused_before_the_first_step():
     model = lm()
     untouched = whole_state(model)
     method = vp.FastV(keep=0.25, layer=1)
-    with pytest.raises(vp.BudgetError, match="compile='yes' was given; it is True or False"):
+    with pytest.raises(vp.OptionError, match="compile='yes' was given; it is True or False"):
         method.attach(model, compile="yes", visual=VISUAL)  # type: ignore[arg-type]
-    with pytest.raises(vp.BudgetError, match="'fast' was given as what compiles; torch has"):
+    with pytest.raises(vp.OptionError, match="'fast' was given as what compiles; torch has"):
         vp.compiled(model, "fast", visual=VISUAL)
     assert whole_state(model) == untouched
     with method.attach(model, visual=VISUAL) as session:
-        with pytest.raises(vp.BudgetError, match="'fast' was given"):
+        with pytest.raises(vp.OptionError, match="'fast' was given"):
             session.compile("fast")
         session.compile("eager")
 

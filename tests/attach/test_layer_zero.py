@@ -185,9 +185,9 @@ def test_policies(case, pruned):
 def test_what_needs_this_steps_attention_cannot_choose_before_it():
     with pytest.raises(vp.BudgetError, match="FastV chooses by attention in the layer before"):
         vp.FastV(layer=0)
-    with pytest.raises(vp.BudgetError, match="refresh_every"):
+    with pytest.raises(vp.OptionError, match="refresh_every"):
         vp.VLAPruner(layer=0)
-    with pytest.raises(vp.BudgetError, match="from 1 to 5"):
+    with pytest.raises(vp.OptionError, match="from 1 to 5"):
         vp.RandomKeep(layer=0).attach(cases.pi0("sdpa").build())
     model = tiny_lm()
     with vp.VLAPruner(layer=3).attach(model, visual=VISUAL) as session:

@@ -313,7 +313,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "family", "message"), REFUSED)
 def test_bad_budgets_and_options_are_refused(options, family, message):
-    with pytest.raises(vp.BudgetError, match=message):
+    with pytest.raises(vp.OptionError, match=message):
         vp.VLAPruner(**{"keep": 0.5, **options}).attach(tiny_lm(), **family)
 
 

@@ -158,5 +158,5 @@ def test_nobody_moves_before_the_first_step_or_for_another_method():
 
 @pytest.mark.parametrize("gate", [1, 0, True, 2.5])
 def test_a_gate_of_fewer_than_two_steps_is_refused(gate):
-    with pytest.raises(vp.BudgetError, match="gate="):
+    with pytest.raises(vp.OptionError, match="gate="):
         vp.TextQuery(gate=gate)

@@ -199,7 +199,7 @@ def test_the_formula_counts_what_is_computed(pruned, attention):
 def test_stages_that_do_not_fit_are_refused(options, message):
     model = tiny_lm()
     before = whole_state(model)
-    with pytest.raises(vp.BudgetError, match=message):
+    with pytest.raises(vp.OptionError, match=message):
         vp.SparseVLM(**options).attach(model, visual=VISUAL)
     assert whole_state(model) == before
 
@@ -211,5 +211,5 @@ def test_pruning_before_the_decoder_has_one_stage():
 
 def test_the_audit_refuses_what_it_cannot_prove():
     for method in (THREE, vp.TextQuery(gate=3)):
-        with pytest.raises(vp.BudgetError, match="audit"):
+        with pytest.raises(vp.OptionError, match="audit"):
             audit(vp.random_policy("reference"), method)

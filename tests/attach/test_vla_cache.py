@@ -369,7 +369,7 @@ def test_a_prompt_without_images_and_a_graph_are_refused():
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(vp.BudgetError, match=message):
+    with pytest.raises(vp.OptionError, match=message):
         vp.VLACache(**options)
-    with pytest.raises(vp.BudgetError, match="'drop', 'freeze'"):
+    with pytest.raises(vp.OptionError, match="'drop', 'freeze'"):
         vp.FastV(pruned="reuse")

@@ -96,13 +96,13 @@ def test_refusals():
     ("method", "shown"), [(0.25, "0.25"), (vp.VLAPruner, "the class VLAPruner"), ("drop", "'drop'")]
 )
 def test_what_is_no_method_is_refused(method, shown):
-    with pytest.raises(vp.BudgetError, match=f"method is {shown}; it must be a Method"):
+    with pytest.raises(vp.OptionError, match=f"method is {shown}; it must be a Method"):
         vp.audit(vp.random_policy("reference"), method)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 0.5, True])
 def test_what_is_no_seed_is_refused(seed):
-    with pytest.raises(vp.BudgetError, match=f"seed={seed} was given; it is an int from 0"):
+    with pytest.raises(vp.OptionError, match=f"seed={seed} was given; it is an int from 0"):
         vp.audit(vp.random_policy("reference"), seed=seed)
 
 

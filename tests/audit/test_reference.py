@@ -89,5 +89,5 @@ def test_agrees_with_stored_outputs_of_pi0(golden):
 
 def test_refuses_another_rule():
     model = tiny_lm()
-    with pytest.raises(vp.BudgetError, match="'melt'"):
+    with pytest.raises(vp.OptionError, match="'melt'"):
         FullLength(model, layout_of(prompt()[1]), KEPT, layer=K, pruned="melt", visual=VISUAL)

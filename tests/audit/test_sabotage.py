@@ -375,7 +375,7 @@ def test_what_breaks_before_the_first_check_is_a_finding_too(policy, error, firs
 
 
 def test_what_was_asked_for_and_does_not_fit_is_no_finding(policy):
-    with pytest.raises(vp.BudgetError, match="5000"):
+    with pytest.raises(vp.OptionError, match="5000"):
         audit(policy, vp.VLAPruner(keep=5000))
     with vp.FastV().attach(policy), pytest.raises(vp.SessionError, match="has a session already"):
         audit(policy, METHOD)

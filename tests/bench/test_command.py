@@ -11,7 +11,7 @@ import pytest
 from tests.bench.conftest import LLAMA
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.cli import main
-from vla_pruner.errors import BudgetError, VLAPrunerError
+from vla_pruner.errors import OptionError, VLAPrunerError
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -112,7 +112,7 @@ def test_flags_that_make_no_sense(flags: list[str], said: str, capsys: pytest.Ca
 
 
 def test_a_checkpoint_has_its_own_sizes(tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="--layers does not apply to a checkpoint"):
+    with pytest.raises(OptionError, match="--layers does not apply to a checkpoint"):
         BenchSettings(str(tmp_path), layers=3)
 
 

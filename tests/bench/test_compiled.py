@@ -19,7 +19,7 @@ from vla_pruner.benching.measure import reachable_share_by_flops, time_steps
 from vla_pruner.benching.policies import build
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.table import notes, rows, to_markdown
-from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
+from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
 from vla_pruner.policies.base import module_of
 
 SMALL = "llama:32,2,4,48,100"
@@ -195,7 +195,7 @@ def test_the_backend_is_chosen() -> None:
         "inductor",
         "eager",
     ]
-    with pytest.raises(BudgetError, match=r"'warp' was given as what compiles; torch has .*inductor"):
+    with pytest.raises(OptionError, match=r"'warp' was given as what compiles; torch has .*inductor"):
         BenchSettings(SMALL, layer=(1,), compile="warp")
 
 

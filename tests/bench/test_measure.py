@@ -15,7 +15,7 @@ from vla_pruner.benching.arms import BASELINE, Turns, arms_of, turn
 from vla_pruner.benching.measure import STEPS_A_TURN, WARM_UP_ROUNDS, count_stages, time_stages, time_steps
 from vla_pruner.benching.roofline import least_work
 from vla_pruner.benching.settings import BenchSettings
-from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.method_names import known_methods
 
 
@@ -138,7 +138,7 @@ def test_a_step_that_is_not_as_its_arm_says_stops_the_benchmark(llama: Any) -> N
 
 
 def test_an_arm_that_prunes_nothing_is_refused() -> None:
-    with pytest.raises(BudgetError, match="pruned none of the first"):
+    with pytest.raises(OptionError, match="pruned none of the first"):
         turns_of(subject_of(BenchSettings(LLAMA, keep=(1.0,))))
 
 

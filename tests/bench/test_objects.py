@@ -108,7 +108,7 @@ def test_other_kinds_get_a_sentence(model: Any, options: dict[str, Any], said: s
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"device": "cpu"}, {"layers": 2}, {"size": "tiny"}])
 def test_a_policy_that_is_loaded_is_what_it_is(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(vp.BudgetError, match=f"--{name} does not apply to"):
+    with pytest.raises(vp.OptionError, match=f"--{name} does not apply to"):
         vp.bench(vp.random_policy("reference"), **options)
 
 
@@ -136,7 +136,7 @@ def test_a_layer_that_cannot_be_is_refused_before_weights_are_drawn(
     from vla_pruner.benching import run
 
     monkeypatch.setattr(run, "build", lambda *_: pytest.fail("weights were drawn"))
-    with pytest.raises(vp.BudgetError, match=said):
+    with pytest.raises(vp.OptionError, match=said):
         vp.bench(model, **options)
 
 

@@ -38,7 +38,7 @@ def test_traces_of_other_arms_are_left_alone_and_tasks_take_turns(tmp_path: Path
     assert recordings[0].steps.tolist() == [0, 2]
     made = made_up_trace(0, 1)
     assert np.array_equal(recordings[0].images["image"], made.images["image"][[0, 2]])
-    assert np.array_equal(recordings[0].observation(1)[2], made.observation(2)[2])  # type: ignore[arg-type]
+    assert np.array_equal(recordings[0].observation(1).proprio, made.observation(2).proprio)  # type: ignore[arg-type]
     assert len(recordings[0].actions) == 10, "the scale is that of all that was recorded"
 
 

@@ -93,7 +93,8 @@ def test_the_recorded_seeds_give_the_recorded_actions(tmp_path: Path) -> None:
     chunks = []
     for step in range(STEPS):
         torch.manual_seed(int(made.noise_seeds[step]))
-        chunks.append(policy.act(*made.observation(step)))
+        seen = made.observation(step)
+        chunks.append(policy.act(seen.images, seen.instruction, seen.proprio))
     write_trace(tmp_path, made_up_trace(0, actions=np.stack(chunks).astype(np.float32)))
     for every in (1, 2):
         found = replay(policy, [], find_recordings(tmp_path, policy, every=every))

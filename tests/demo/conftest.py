@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,10 @@ import torch
 from vla_pruner.demo.arms import BASELINE, Arm
 from vla_pruner.methods import RandomKeep, VLAPruner
 from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
+from vla_pruner.observations import Observation
 from vla_pruner.policies.random import random_policy
 
 TASKS = (("reach", "reach the ball"), ("push", "push the puck"))
-
-
-@dataclass(frozen=True)
-class FakeObservation:
-    images: dict[str, np.ndarray]
-    proprio: np.ndarray
-    instruction: str
 
 
 class FakeEnvironment:
@@ -39,18 +32,18 @@ class FakeEnvironment:
         self.resets: list[int] = []
         self.actions: list[np.ndarray] = []
 
-    def _observe(self) -> FakeObservation:
+    def _observe(self) -> Observation:
         generator = np.random.default_rng([self.resets[-1], len(self.actions)])
         shape = (self.side, self.side, 3)
         images = {camera: generator.integers(0, 255, shape, dtype=np.uint8) for camera in self.cameras}
-        return FakeObservation(images, generator.normal(size=4).astype(np.float32), dict(TASKS)[self.task])
+        return Observation(images, dict(TASKS)[self.task], generator.normal(size=4).astype(np.float32))
 
-    def reset(self, seed: int) -> FakeObservation:
+    def reset(self, seed: int) -> Observation:
         self.resets.append(seed)
         self.actions = []
         return self._observe()
 
-    def step(self, chunk: np.ndarray) -> tuple[FakeObservation, bool, bool]:
+    def step(self, chunk: np.ndarray) -> tuple[Observation, bool, bool]:
         self.actions.append(chunk)
         success = self.resets[-1] % 2 == 0 and len(self.actions) >= self.solved_at
         return self._observe(), success, success or len(self.actions) >= self.longest

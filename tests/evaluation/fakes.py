@@ -57,7 +57,7 @@ class FakeEnvironment:
         generator = np.random.default_rng([self.resets[-1], len(self._actions), self.task.index])
         image = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
         self.images_drawn += 1
-        return Observation({"corner": image}, generator.normal(size=4).astype(np.float32), self.task.instruction)
+        return Observation({"corner": image}, self.task.instruction, generator.normal(size=4).astype(np.float32))
 
     def frame(self, size: int) -> np.ndarray:
         return np.zeros((size, size, 3), np.uint8)

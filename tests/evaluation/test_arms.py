@@ -11,7 +11,7 @@ import pytest
 
 from tests.evaluation.fakes import tiny_policy
 from tests.evaluation.test_run import UNIT
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.evaluation.arms import all_arms, method_arms
 from vla_pruner.evaluation.flags import add_eval, settings_of
@@ -44,7 +44,7 @@ def test_a_method_may_say_its_own_keep_layer_and_fate() -> None:
         "fastv 0.25 drop K=3",
     ]
     assert arms[0].method == FastV(keep=64, layer=2, pruned="freeze")
-    with pytest.raises(BudgetError, match="fastv can only drop or freeze"):
+    with pytest.raises(OptionError, match="fastv can only drop or freeze"):
         method_arms(("fastv:pruned=burn",), (0.5,), (3,), ("drop",))
 
 
@@ -104,7 +104,7 @@ def test_the_random_control_prunes_the_steps_of_the_method(name: str) -> None:
 
 
 def test_a_refresh_is_an_int_of_two_or_more() -> None:
-    with pytest.raises(BudgetError, match="refresh_every=1"):
+    with pytest.raises(OptionError, match="refresh_every=1"):
         RandomKeep(refresh_every=1)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.evaluation.fakes import FakeEnvironment, FakeSource, FakeSuite, ToyFlow, find_fake, settings
 from vla_pruner.attach.session import Session
-from vla_pruner.errors import BudgetError, VLAPrunerError
+from vla_pruner.errors import OptionError, VLAPrunerError
 from vla_pruner.evaluation import EvaluationError, Record, Unit, read_records
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.command import run_eval
@@ -354,7 +354,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, 
 
 
 def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="--method is magic"):
+    with pytest.raises(OptionError, match="--method is magic"):
         settings(tmp_path, methods=("magic",))
 
 

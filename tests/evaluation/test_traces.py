@@ -131,7 +131,8 @@ def test_the_unpruned_arm_has_the_scores_of_all_tokens(traced: Path) -> None:
     policy = tiny_policy()
     with VLAPruner(keep=1.0, layer=2).attach(policy) as session:
         for step in range(len(plain)):
-            images, instruction, state = plain.observation(step)
+            seen = plain.observation(step)
+            images, instruction, state = seen.images, seen.instruction, seen.proprio
             assert state is not None
             chunk = policy.act(images, instruction, state)
             assert np.array_equal(chunk, plain.actions[step]), "the second look sees the same"

@@ -39,9 +39,9 @@ def test_a_wrapped_policy_is_attached_to_and_names_its_cameras():
 
 def test_an_unnamed_camera_cannot_have_a_budget():
     method = vp.VLAPruner(keep={"base": 4, "wrist": 0.5})
-    with pytest.raises(vp.BudgetError, match=r"attach\(model, cameras="):
+    with pytest.raises(vp.OptionError, match=r"attach\(model, cameras="):
         method.attach(Wrapped().module)
-    with pytest.raises(vp.BudgetError, match="distinct names"):
+    with pytest.raises(vp.OptionError, match="distinct names"):
         method.attach(Wrapped().module, cameras=("base", "base"))
     policy = Wrapped()
     with method.attach(policy.module, cameras=("wrist", "base")) as session:

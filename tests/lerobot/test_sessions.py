@@ -181,7 +181,7 @@ def test_keep_per_camera(kind):
     with FullLength(module, layout, kept, layer=3):
         expected = module.predict_action_chunk(scene(policy), noise=noise())
     assert (pruned - expected).abs().max() < 1e-4
-    with pytest.raises(vp.BudgetError, match=one):
+    with pytest.raises(vp.OptionError, match=one):
         vp.RandomKeep(keep={"front": 5}).attach(module)
 
 

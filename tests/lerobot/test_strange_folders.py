@@ -83,7 +83,7 @@ def test_a_trusted_folder_may_name_others(folder, monkeypatch):
     with pytest.raises(vp.CheckpointError, match=r"strangers_step\.Step"):
         load(folder)
     for unclear in ("false", "no", None, 2):
-        with pytest.raises(vp.BudgetError, match="it is True or False"):
+        with pytest.raises(vp.OptionError, match="it is True or False"):
             load(folder, trust_processors=unclear)
     assert load(folder, trust_processors=True).preprocessor.steps[0].used
 
@@ -121,7 +121,7 @@ def test_statistics_by_dataset_have_to_be_chosen(folder, between):
         vp.CheckpointError, match=rf"{POST} is to scale 'action', .*so100{between}action.*unnorm_key='so100'"
     ):
         load(folder)
-    with pytest.raises(vp.BudgetError, match=r"unnorm_key='so101' was given; .* by the datasets so100\."):
+    with pytest.raises(vp.OptionError, match=r"unnorm_key='so101' was given; .* by the datasets so100\."):
         load(folder, unnorm_key="so101")
     np.testing.assert_array_equal(act(load(folder, unnorm_key="so100")), units)
 

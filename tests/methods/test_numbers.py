@@ -50,11 +50,11 @@ def test_numbers_of_numpy_are_the_numbers_that_they_are(given, meant):
     ids=str,
 )
 def test_what_is_refused_of_pythons_numbers_is_refused_of_numpys(options):
-    with pytest.raises(vp.BudgetError, match="was given"):
+    with pytest.raises(vp.OptionError, match="was given"):
         vp.FastV(**options)
 
 
 @pytest.mark.parametrize("seed", [1.5, "7", True, None])
 def test_a_seed_is_a_whole_number(seed):
-    with pytest.raises(vp.BudgetError, match="seed"):
+    with pytest.raises(vp.OptionError, match="seed"):
         vp.RandomKeep(seed=seed)

@@ -134,7 +134,7 @@ def test_the_mixture_is_action_first_then_what_is_far_apart_among_the_others():
     assert none.select(evidence, 4).tolist() == EUCLIDEAN.select(evidence, 4).tolist()
     absent = replace(evidence, valid=torch.arange(9)[None] < 3)
     assert vp.ActionAndDiversity(4, window=1).select(absent, 4).tolist() == [[0, 1, 2, 3]], "the first absent one fills"
-    with pytest.raises(vp.BudgetError, match="share"):
+    with pytest.raises(vp.OptionError, match="share"):
         vp.ActionAndDiversity(4, share=1.5)
 
 
@@ -252,7 +252,7 @@ def test_keep_is_a_fraction_a_number_or_per_camera(peer):
     front, wrist = peer({"front": 0.5, "wrist": 3}, warmup_steps=2).for_cameras(("front", "wrist"))
     assert (front.keep, wrist.keep, front.warmup_steps) == (0.5, 3, 2)
     assert type(front) is peer
-    with pytest.raises(vp.BudgetError, match="'front', but the policy's cameras"):
+    with pytest.raises(vp.OptionError, match="'front', but the policy's cameras"):
         peer({"front": 0.5}).for_cameras(("front", "wrist"))
 
 
@@ -275,7 +275,7 @@ def test_keep_is_a_fraction_a_number_or_per_camera(peer):
     ],
 )
 def test_options_out_of_range_are_refused(build, message):
-    with pytest.raises(vp.BudgetError, match=message):
+    with pytest.raises(vp.OptionError, match=message):
         build()
 
 

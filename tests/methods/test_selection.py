@@ -238,7 +238,7 @@ def test_top_mask_and_budget():
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(vp.BudgetError, match=message):
+    with pytest.raises(vp.OptionError, match=message):
         vp.VLAPruner(**options)
 
 

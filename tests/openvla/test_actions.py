@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_pruner.errors import BudgetError, CheckpointError, ObservationError
+from vla_pruner.errors import CheckpointError, ObservationError, OptionError
 from vla_pruner.models.openvla import actions
 
 STATS = {"q01": [-2.0, 0.0], "q99": [2.0, 1.0], "min": [-4.0, 0.0], "max": [0.0, 8.0], "mask": [True, False]}
@@ -90,7 +90,7 @@ def test_tensors_of_any_type_are_read():
             [1.0, 1.0],
             STATS,
             {"bounds": "std"},
-            BudgetError,
+            OptionError,
             "bounds='std' is not supported; give one of 'q99', 'minmax'",
         ),
     ],

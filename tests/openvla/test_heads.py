@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_pruner.errors import BudgetError, CheckpointError
+from vla_pruner.errors import CheckpointError, OptionError
 from vla_pruner.models.openvla import heads
 
 OFT, DIFFUSION = "openvla_oft_tiny", "openvla_oft_tiny_diffusion"
@@ -98,7 +98,7 @@ def test_ddim_takes_no_more_steps_than_it_was_trained_with():
     assert heads.DDIM(50, 50).timesteps.tolist() == list(range(49, -1, -1))
     assert heads.DDIM(50, 20).timesteps.tolist() == list(range(38, -1, -2))
     for steps in (0, 51):
-        with pytest.raises(BudgetError, match=f"from 1 to 50 inference steps .*; found {steps}"):
+        with pytest.raises(OptionError, match=f"from 1 to 50 inference steps .*; found {steps}"):
             heads.DDIM(50, steps)
 
 

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tests.openvla.tiny import load_openvla, random_openvla, tiny_inputs, weights_of, write_checkpoint
-from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
 from vla_pruner.models.openvla import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
@@ -101,17 +101,17 @@ def test_options_of_the_loader(oft, tmp_path):
     for cameras in ("front", (), ("a", "a"), ("a", "b", "c", "d")):
         with pytest.raises(CheckpointError, match="one to three different names"):
             load_openvla(folder, cameras=cameras)
-    with pytest.raises(BudgetError, match=r"denoising_steps=4 was given, .* no diffusion head"):
+    with pytest.raises(OptionError, match=r"denoising_steps=4 was given, .* no diffusion head"):
         load_openvla(folder, denoising_steps=4)
     for chunk in (0, -1, 2.5, True, "8"):
-        with pytest.raises(BudgetError, match=f"chunk={chunk!r} was given; .* int of 1 or more"):
+        with pytest.raises(OptionError, match=f"chunk={chunk!r} was given; .* int of 1 or more"):
             load_openvla(folder, chunk=chunk)
     with pytest.raises(UnsupportedModelError, match="'flash_attention_2' was given; 'sdpa' and 'eager' are supported"):
         load_openvla(folder, attn_implementation="flash_attention_2")
     with pytest.raises(UnsupportedModelError, match="'openvla' or 'openvla_oft'"):
         load_openvla(folder, family="pi0")
     other = write_checkpoint(tmp_path / "plain", random_openvla())
-    with pytest.raises(BudgetError, match="OpenVLA denoises nothing"):
+    with pytest.raises(OptionError, match="OpenVLA denoises nothing"):
         load_openvla(other, denoising_steps=4)
     for options in ({"chunk": 8}, {"cameras": ("a", "b")}):
         with pytest.raises(CheckpointError, match="so it is OpenVLA: one camera"):
@@ -125,7 +125,7 @@ def test_denoising_steps(tmp_path):
     assert len(load_openvla(folder).ddim.timesteps) == 50
     assert len(load_openvla(folder, denoising_steps=5).ddim.timesteps) == 5
     for wrong in (0, 51, 2.5):
-        with pytest.raises(BudgetError, match=f"from 1 to 50 inference steps .*; found {wrong}"):
+        with pytest.raises(OptionError, match=f"from 1 to 50 inference steps .*; found {wrong}"):
             load_openvla(folder, denoising_steps=wrong)
 
 

@@ -64,7 +64,7 @@ def test_a_foreign_family_is_asked_before_those_of_the_package(site: Path) -> No
     install(site, "special-one", "1", {plugins.FAMILIES: {"special": "special:Special"}})
     plugins._plugins.cache_clear()
     assert family_of(model).camera_tokens == (7,)
-    with pytest.raises(vp.BudgetError, match="attach was given visual; for LlamaForCausalLM it takes no options"):
+    with pytest.raises(vp.OptionError, match="attach was given visual; for LlamaForCausalLM it takes no options"):
         family_of(model, visual=VISUAL)
     assert family_of(model, family=DecoderLM, visual=VISUAL).camera_tokens == (24,)
 

@@ -21,7 +21,7 @@ from vla_pruner.calibration import CalibrationError
 from vla_pruner.calibration.agreement import arms_of, closed_loop_losses
 from vla_pruner.calibration.flags import add_calibrate
 from vla_pruner.calibration.flags import settings_of as calibrate_settings_of
-from vla_pruner.errors import BudgetError, PluginError
+from vla_pruner.errors import OptionError, PluginError
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.evaluation.arms import method_arms
 from vla_pruner.evaluation.command import run_eval
@@ -95,7 +95,7 @@ def test_a_name_is_read_as_those_of_the_package_are(example: Path, text: str) ->
 
 def test_nothing_is_imported_before_it_is_asked_for(example: Path) -> None:
     methods_of(["fastv", "vla-pruner"])
-    with pytest.raises(BudgetError, match=r"it is one of action-and-diversity.*, brightest, or a method of your own"):
+    with pytest.raises(OptionError, match=r"it is one of action-and-diversity.*, brightest, or a method of your own"):
         methods_of(["brightes"])
     assert "vla_pruner_example" not in sys.modules
 
@@ -229,7 +229,7 @@ def test_a_path_that_names_no_method_is_one_sentence(site: Path, text: str, told
 )
 def test_what_is_no_path_is_read_as_a_name_and_options(example: Path, text: str, told: str) -> None:
     (example / "own_methods.py").write_text(OWN)
-    with pytest.raises(BudgetError, match=told):
+    with pytest.raises(OptionError, match=told):
         methods_of([text])
 
 

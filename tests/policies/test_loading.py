@@ -148,11 +148,11 @@ def test_options_reach_the_family(golden):
     policy = vp.load_policy(golden / "transformers_pi0_tiny", cameras=("left", "right"), attn_implementation="eager")
     assert policy.cameras == ("left", "right")
     assert module_of(policy).config._attn_implementation == "eager"
-    with pytest.raises(vp.BudgetError, match=r"given turbo; for pi0 of transformers it takes cameras, attn_impl"):
+    with pytest.raises(vp.OptionError, match=r"given turbo; for pi0 of transformers it takes cameras, attn_impl"):
         vp.load_policy(golden / "transformers_pi0_tiny", turbo=True)
-    with pytest.raises(vp.BudgetError, match=r"for OpenVLA it takes .*unnorm_key"):
+    with pytest.raises(vp.OptionError, match=r"for OpenVLA it takes .*unnorm_key"):
         vp.load_policy(golden / "openvla_tiny", turbo=True)
-    with pytest.raises(vp.BudgetError, match="for the reference policy it takes no options"):
+    with pytest.raises(vp.OptionError, match="for the reference policy it takes no options"):
         vp.load_policy("reference", turbo=True)
 
 
@@ -167,13 +167,13 @@ def test_options_reach_the_family(golden):
     ],
 )
 def test_devices_and_dtypes_that_cannot_be(options, message):
-    with pytest.raises(vp.BudgetError, match=message):
+    with pytest.raises(vp.OptionError, match=message):
         vp.load_policy("reference", **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none():
-    with pytest.raises(vp.BudgetError, match=r"device='cuda' was given, which torch cannot use here .*there is 'cpu'"):
+    with pytest.raises(vp.OptionError, match=r"device='cuda' was given, which torch cannot use here .*there is 'cpu'"):
         vp.load_policy("reference", device="cuda")
 
 

@@ -30,21 +30,21 @@ def test_a_seed_fixes_the_start_whatever_ran_before(task: str) -> None:
             env.step(np.array([0.5, 1.0, -1.0, 1.0]))
         again = env.reset(7)
         np.testing.assert_array_equal(env.state, state)
-        np.testing.assert_array_equal(again.image, first.image)
+        np.testing.assert_array_equal(again.images["image"], first.images["image"])
     with MetaWorldEnv(task) as other:
-        np.testing.assert_array_equal(other.reset(7).image, first.image)
+        np.testing.assert_array_equal(other.reset(7).images["image"], first.images["image"])
 
 
 @pytest.mark.sim
 def test_an_observation() -> None:
     with MetaWorldEnv("reach", image_size=56) as env:
         observation = env.reset(0)
-        assert observation.image.shape == (56, 56, 3)
-        assert observation.image.dtype == np.uint8
+        assert observation.images["image"].shape == (56, 56, 3)
+        assert observation.images["image"].dtype == np.uint8
         assert observation.proprio.shape == (4,)
         assert observation.instruction == TASKS["reach"]
         assert env.render(96).shape == (96, 96, 3)
-        green = (observation.image[..., 1].astype(int) - observation.image[..., 0]) > 60
+        green = (observation.images["image"][..., 1].astype(int) - observation.images["image"][..., 0]) > 60
         assert green.any()  # the goal is in the picture
 
 

@@ -77,6 +77,7 @@ class Gated:
         self.vision_towers = module.vision_towers
         self.proprio_size: int | None = module.proprio_size
         self.image_size, self.config, self.instructions = module.image_size, module.config, module.instructions
+        self.example = module.example
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()

@@ -37,7 +37,7 @@ class Robot(environment.Environment):
     def get_observation(self) -> dict:
         self.sent.append(self._now)
         return {
-            "observation/image": self._now.image,
+            "observation/image": self._now.images["image"],
             "observation/state": self._now.proprio,
             "prompt": self._now.instruction,
         }
@@ -61,7 +61,7 @@ def main(host: str, port: str, task: str, seed: str, out: str) -> None:
     timings = [{k: v for k, v in reply.items() if k != "actions"} for reply in robot.replies]
     np.savez(
         out,
-        images=np.stack([one.image for one in robot.sent]),
+        images=np.stack([one.images["image"] for one in robot.sent]),
         states=np.stack([one.proprio for one in robot.sent]),
         actions=np.stack([reply["actions"] for reply in robot.replies]),
         said=json.dumps(

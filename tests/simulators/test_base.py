@@ -84,14 +84,15 @@ def test_an_unknown_suite_is_named_beside_those_that_there_are():
 
 def test_a_convention_draws_only_the_policys_cameras_and_shortens_its_chunks():
     scene = Scene()
-    seen = Observation(scene.images(), np.arange(3, dtype=np.float32), "pick the pear")
+    seen = Observation(scene.images(), "pick the pear", np.arange(3, dtype=np.float32))
     convention = Convention({"wrist": "hand"}, True, lambda image: image + 100, lambda chunk: -chunk, horizon=2)
-    images, proprio = convention.observe(seen)
+    shown = convention.observe(seen)
+    images, proprio = shown.images, shown.proprio
     assert scene.drawn == ["hand"]
     assert images["wrist"].tolist() == np.full((2, 2, 3), 101).tolist()
     assert proprio is seen.proprio
     assert convention.plan(np.arange(6).reshape(3, 2)).tolist() == [[0, -1], [-2, -3]]
     blind = Convention({}, proprio=False)
-    assert blind.observe(seen) == ({}, None)
+    assert blind.observe(seen) == Observation({}, seen.instruction)
     assert blind.plan(np.arange(6).reshape(3, 2)).tolist() == [[0, 1], [2, 3], [4, 5]]
     assert blind.plan(np.arange(2)).tolist() == [[0, 1]]

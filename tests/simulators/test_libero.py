@@ -151,7 +151,8 @@ def test_everything_is_what_liberos_own_environment_gives(suite, environment):
     pytest.importorskip("simplejpeg")
     from vla_pruner.policies.random import random_policy
 
-    images, proprio = suite.convention(random_policy("openvla")).observe(ours)
+    shown = suite.convention(random_policy("openvla")).observe(ours)
+    images, proprio = shown.images, shown.proprio
     np.testing.assert_array_equal(images["image"], libero_image(theirs["agentview_image"]))
     assert proprio is None
     official.close()

@@ -11,6 +11,7 @@ import pytest
 
 from vla_pruner.errors import SessionError
 from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
+from vla_pruner.observations import Observation
 from vla_pruner.policies.random import random_policy
 from vla_pruner.simulators import (
     Environment,
@@ -65,7 +66,7 @@ def test_an_initial_state_is_the_published_seeds_episode(suite, environment):
     again, _ = environment.reset(initial_state=3)
     np.testing.assert_array_equal(again.images["corner"], first)
     with metaworld.MetaWorldEnv("push", 32) as alone:
-        np.testing.assert_array_equal(alone.reset(metaworld.EVALUATION_SEED + 3).image, first)
+        np.testing.assert_array_equal(alone.reset(metaworld.EVALUATION_SEED + 3).images["image"], first)
     with pytest.raises(SuiteError, match="from 0 on; found -1"):
         environment.reset(initial_state=-1)
 
@@ -117,8 +118,9 @@ def test_the_one_camera_episode_is_that_of_the_simulator_alone(suite, environmen
     with metaworld.MetaWorldEnv("push", 32) as alone:
         expected, success = alone.reset(metaworld.EVALUATION_SEED), False
         while not over:
-            images, proprio = convention.observe(seen)
-            np.testing.assert_array_equal(images["image"], expected.image)
+            shown = convention.observe(seen)
+            images, proprio = shown.images, shown.proprio
+            np.testing.assert_array_equal(images["image"], expected.images["image"])
             np.testing.assert_array_equal(proprio, expected.proprio)
             looks += 1
             action = expert(environment.state)
@@ -145,7 +147,8 @@ def test_the_two_camera_policy_sees_both_cameras_and_carries_out_half_a_chunk():
     with metaworld.MetaWorldEnv("push", 64, render=False) as alone:
         seen, _ = environment.reset(initial_state=2)
         alone.reset(metaworld.EVALUATION_SEED + 2)
-        images, proprio = convention.observe(seen)
+        shown = convention.observe(seen)
+        images, proprio = shown.images, shown.proprio
         np.testing.assert_array_equal(images["image"], alone.image(metaworld.CORNER))
         np.testing.assert_array_equal(images["wrist_image"], alone.image(metaworld.WRIST))
     assert environment.images_drawn == 2
@@ -165,11 +168,12 @@ def test_the_convention_of_the_reference_policy_and_the_refusal_of_others(suite,
     policy = ReferencePolicy(ReferenceConfig(image_size=32, words=("push",), tasks=(("push", "push"),)))
     convention = suite.convention(policy)
     seen, _ = environment.reset(initial_state=0)
-    images, proprio = convention.observe(seen)
+    shown = convention.observe(seen)
+    images, proprio = shown.images, shown.proprio
     assert {name: image.shape for name, image in images.items()} == {"image": (32, 32, 3)}
     assert proprio is not None
     assert proprio.shape == (4,)
-    assert suite.convention(MetaWorldExpert()).observe(seen) == ({}, None)
+    assert suite.convention(MetaWorldExpert()).observe(seen) == Observation({}, seen.instruction)
 
     class Bimanual:
         cameras = ("left", "right")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.caches import allocate, cache_in, cache_key, cache_of, filled_columns, lay_out, vary_length
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.replacements import Replacements
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Compiled:
         """Put the compiled calls in place.
 
         Raises:
-            BudgetError: torch has no such backend.
+            OptionError: torch has no such backend.
             UnsupportedModelError: the family's calls are none of modules, or the method keeps what a graph overwrites.
         """
         family = self._family
@@ -207,12 +207,12 @@ def compiled_on(decoder: nn.Module) -> Compiled | None:
 
 
 def check_backend(backend: object) -> None:
-    """Raise BudgetError unless torch can compile with `backend`."""
+    """Raise OptionError unless torch can compile with `backend`."""
     from torch._dynamo import list_backends
 
     known = list_backends(exclude_tags=())
     if not callable(backend) and backend not in known:
-        raise BudgetError(f"{backend!r} was given as what compiles; torch has {', '.join(known)}.")
+        raise OptionError(f"{backend!r} was given as what compiles; torch has {', '.join(known)}.")
 
 
 def check_not_compiled(model: Any, family: Family) -> None:

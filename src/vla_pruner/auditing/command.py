@@ -17,7 +17,7 @@ from vla_pruner.auditing.report import AuditReport
 from vla_pruner.auditing.run import audit
 from vla_pruner.auditing.subject import check_request
 from vla_pruner.auditing.table import print_check, summary
-from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
 from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.method_names import methods_of
 from vla_pruner.methods import Method
@@ -99,7 +99,7 @@ def _policy(settings: AuditSettings, device: torch.device) -> Policy:
     dtype = None if settings.dtype is None else DTYPES[settings.dtype]
     if settings.random_weights:
         if settings.options:
-            raise BudgetError(f"--option is for checkpoints; with --random-weights leave it out: {settings.options}.")
+            raise OptionError(f"--option is for checkpoints; with --random-weights leave it out: {settings.options}.")
         row = row_named(settings.model)
         if row is None or row.random is None:
             names = ", ".join(random_names())
@@ -107,7 +107,7 @@ def _policy(settings: AuditSettings, device: torch.device) -> Policy:
         size = settings.size or "tiny"
         return random_policy(settings.model, size, device, torch.float32 if dtype is None else dtype, settings.seed)
     if settings.size is not None:
-        raise BudgetError("--size is for --random-weights; a checkpoint has its own size.")
+        raise OptionError("--size is for --random-weights; a checkpoint has its own size.")
     try:
         return load_policy(settings.model, device, dtype, **settings.options)
     except CheckpointError as error:

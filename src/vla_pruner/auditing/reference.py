@@ -37,7 +37,7 @@ class FullLength:
         **attach_options: as of `Method.attach`.
 
     Raises:
-        UnsupportedModelError, BudgetError: as `Method.attach`.
+        UnsupportedModelError, OptionError: as `Method.attach`.
     """
 
     def __init__(

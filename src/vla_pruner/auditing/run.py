@@ -57,7 +57,7 @@ def audit(
 
     Raises:
         UnsupportedModelError: the policy cannot be audited or pruned.
-        BudgetError: `method` is no `Method` or does not fit the policy, or `seed` is negative.
+        OptionError: `method` is no `Method` or does not fit the policy, or `seed` is negative.
         ObservationError: the instruction is empty, or not one for this policy.
         SessionError: a session is attached to it already.
     """

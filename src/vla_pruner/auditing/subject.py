@@ -15,13 +15,11 @@ from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.session import Session
 from vla_pruner.auditing.probes import HiddenProbe
 from vla_pruner.checks import is_count
-from vla_pruner.errors import BudgetError, ObservationError, UnsupportedModelError
+from vla_pruner.errors import ObservationError, OptionError, UnsupportedModelError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Method
-from vla_pruner.policies.base import Policy, module_of
+from vla_pruner.policies.base import Policy, example_of, module_of
 
-INSTRUCTION = "pick up the red block and put it into the bowl"
-_SIDE = 224
 _LONGEST_WARM_UP = 16
 """Control steps after which a method that has not pruned is taken to never prune."""
 _SEEDS = 2**32
@@ -56,7 +54,7 @@ class Subject:
 
     Raises:
         UnsupportedModelError: the policy lacks something of the above, or its model is not supported.
-        BudgetError: the method is none or does not fit the model, or the seed is none.
+        OptionError: the method is none or does not fit the model, or the seed is none.
         ObservationError: the instruction is empty, or not one for this policy.
         SessionError: a session is attached to it already.
     """
@@ -68,8 +66,8 @@ class Subject:
         self.module = module_of(policy)
         self.family: Any = family_of(policy)
         self.method = method.fitted(self.family.one_pass)
-        known = getattr(policy, "instructions", ())
-        self.instruction = (known[0] if known else INSTRUCTION) if instruction is None else instruction
+        self.example = example_of(policy)
+        self.instruction = self.example.instruction if instruction is None else instruction
         self._broke: Exception | None = None
         self._steps = self._first_pruned()
 
@@ -103,8 +101,7 @@ class Subject:
 
     def flat(self, level: int) -> Images:
         """Images of one colour for every camera."""
-        side = getattr(self.policy, "image_size", _SIDE)
-        return {camera: np.full((side, side, 3), level, dtype=np.uint8) for camera in self.policy.cameras}
+        return {camera: np.full_like(image, level) for camera, image in self.example.images.items()}
 
     def noise(self, number: int) -> Images:
         """Images of pixels drawn at random, other ones for every number and camera."""
@@ -119,10 +116,8 @@ class Subject:
 
     def act(self, images: Images, step: int = 0) -> np.ndarray:
         """One control step: (chunk, dim) float64. The noise of a flow depends on the seed and on `step` alone."""
-        size, proprio = self.policy.proprio_size, None
-        if size is not None:
-            middle = getattr(getattr(self.policy, "config", None), "proprio_mean", None)
-            proprio = np.zeros(size) if middle is None else np.asarray(middle)
+        state = self.example.proprio
+        proprio = None if state is None else np.asarray(state, dtype=np.float64)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed * 1009 + step)
@@ -168,7 +163,7 @@ class Subject:
                     self.act(images, step)
                     if session.kept is not None:
                         return step + 1
-            except (UnsupportedModelError, BudgetError, ObservationError):
+            except (UnsupportedModelError, OptionError, ObservationError):
                 raise  # What was asked for does not fit; sizes and instructions show in the first step.
             except Exception as error:
                 self._broke = error
@@ -185,21 +180,21 @@ def check_request(method: object, instruction: str | None, seed: int) -> None:
     """Refuses what no policy can be audited with.
 
     Raises:
-        BudgetError: `method` is no `Method` or one that the checks do not cover, or `seed` no int in [0, 2**32).
+        OptionError: `method` is no `Method` or one that the checks do not cover, or `seed` no int in [0, 2**32).
         ObservationError: the instruction has no words.
     """
     if not isinstance(method, Method):
         given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
-        raise BudgetError(f"method is {given}; it must be a Method, such as vla_pruner.VLAPruner(keep=0.25).")
+        raise OptionError(f"method is {given}; it must be a Method, such as vla_pruner.VLAPruner(keep=0.25).")
     if len(method.stages()) > 1 or method.motion or method.fate.needs_last_step:
         what = "prunes by how far the arm moves" if method.motion else "prunes at several layers"
         what = "reuses what the last control step computed" if method.fate.needs_last_step else what
-        raise BudgetError(
+        raise OptionError(
             f"{type(method).__name__} as it was made {what}, which the audit does not cover; audit a method that "
             "drops or freezes at one layer, without a gate, on the same policy."
         )
     if not is_count(seed, 0) or seed >= _SEEDS:
-        raise BudgetError(f"seed={seed!r} was given; it is an int from 0 to {_SEEDS - 1}.")
+        raise OptionError(f"seed={seed!r} was given; it is an int from 0 to {_SEEDS - 1}.")
     if instruction is not None and not instruction.strip():
         raise ObservationError(
             "The instruction is empty; say what the policy is to do, or leave it out for one that it knows."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.caches import cache_name
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.feed import Feed, on_host
 from vla_pruner.plugins import object_at
 from vla_pruner.registry import ROWS, row_of
@@ -27,7 +27,7 @@ def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     """The inputs of this policy.
 
     Raises:
-        BudgetError: `--prompt-tokens` leaves no text, or does not apply.
+        OptionError: `--prompt-tokens` leaves no text, or does not apply.
         UnsupportedModelError: no inputs are known for this policy.
     """
     return feed_of(policy)(policy, settings, device)
@@ -56,7 +56,7 @@ def _other(settings: BenchSettings, visual: int, usual: int, least: int) -> int:
         return usual
     other = settings.prompt_tokens - visual
     if other < least:
-        raise BudgetError(
+        raise OptionError(
             f"--prompt-tokens is {settings.prompt_tokens}, of which {visual} are visual and {least - 1} or more others "
             f"are not text; give {visual + least} or more."
         )
@@ -171,14 +171,15 @@ def openvla_oft(policy: Any, settings: BenchSettings, device: torch.device) -> F
 def reference(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     """The autoregressive reference policy."""
     if settings.prompt_tokens is not None:
-        raise BudgetError("--prompt-tokens does not apply to the reference policy, whose prompt has one length.")
+        raise OptionError("--prompt-tokens does not apply to the reference policy, whose prompt has one length.")
     config = policy.config
     (images,) = _images(settings, 1, config.image_size)
-    state = np.tile(np.asarray(config.proprio_mean, dtype=np.float32), (settings.batch, 1))
+    example = policy.example()
+    state = np.tile(example.proprio, (settings.batch, 1))
     visual = config.num_visual_tokens
 
     def step() -> Any:
-        return policy.predict_action(images, policy.instructions[0], state)
+        return policy.predict_action(images, example.instruction, state)
 
     return Feed(step, visual, config.prompt_length - visual, decoded=config.action_dimensions - 1)
 
@@ -187,11 +188,12 @@ def chunk(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     """The two-camera reference policy."""
     config = policy.config
     images = np.stack(_images(settings, len(config.cameras), config.image_size), axis=1)
-    state = np.tile(np.asarray(config.proprio_mean, dtype=np.float32), (settings.batch, 1))
+    example = policy.example()
+    state = np.tile(example.proprio, (settings.batch, 1))
     visual = config.num_visual_tokens
 
     def step() -> Any:
-        return policy.predict_action(images, policy.instructions[0], state)
+        return policy.predict_action(images, example.instruction, state)
 
     # The action rows are part of the one pass.
     return Feed(step, visual, config.prompt_length + config.chunk - visual, uses_head=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vla_pruner.benching.settings import BenchSettings
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.models.drawn import draw_weights
 from vla_pruner.plugins import object_at
 from vla_pruner.policies.loading import load_policy
@@ -64,7 +64,7 @@ def openvla(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -
     from vla_pruner.models.openvla import random_openvla
 
     if settings.cameras is not None and settings.cameras > len(_CAMERA_NAMES):
-        raise BudgetError(f"--cameras is {settings.cameras}; OpenVLA has one to {len(_CAMERA_NAMES)}.")
+        raise OptionError(f"--cameras is {settings.cameras}; OpenVLA has one to {len(_CAMERA_NAMES)}.")
     text: dict[str, Any] = {} if settings.layers is None else {"num_hidden_layers": settings.layers}
     return random_openvla(
         settings.size,  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ from vla_pruner.benching.settings import NAMED, BenchSettings, flag
 from vla_pruner.benching.subject import Subject
 from vla_pruner.benching.verdict import Timed, why
 from vla_pruner.conditions import busy_cores, load_average
-from vla_pruner.errors import BudgetError, SessionError, UnsupportedModelError
+from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
 from vla_pruner.policies.options import usable_device
 from vla_pruner.statistics import median_interval, percentile
 from vla_pruner.wording import a_type
@@ -59,7 +59,7 @@ def bench(model: Any, *, progress: Progress | None = None, **options: Any) -> Be
             iters, ...
 
     Raises:
-        BudgetError: an option is unknown or out of its range, or does not apply to this model, or torch cannot use the
+        OptionError: an option is unknown or out of its range, or does not apply to this model, or torch cannot use the
             device.
         UnsupportedModelError: no such model, or it cannot be compiled.
         CheckpointError: the checkpoint cannot be read.
@@ -68,7 +68,7 @@ def bench(model: Any, *, progress: Progress | None = None, **options: Any) -> Be
     known = [field.name for field in dataclasses.fields(BenchSettings) if field.name not in ("model", "loaded")]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise BudgetError(f"bench was given {', '.join(unknown)}; it takes {', '.join(known)}.")
+        raise OptionError(f"bench was given {', '.join(unknown)}; it takes {', '.join(known)}.")
     if not isinstance(model, (str, Path)):
         return _bench_loaded(model, progress, options)
     settings = BenchSettings(model=str(model), **options)
@@ -88,7 +88,7 @@ def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any
         )
     for name in ("device", "dtype"):
         if name in options:
-            raise BudgetError(f"{flag(name)} does not apply to a policy that is loaded; move it, and leave this out.")
+            raise OptionError(f"{flag(name)} does not apply to a policy that is loaded; move it, and leave this out.")
     feed_of(policy)  # refused here if nobody knows what it is fed with
     weight = next(weight for weight in module.parameters() if weight.is_floating_point())
     dtype, device = str(weight.dtype).removeprefix("torch."), weight.device

@@ -10,7 +10,7 @@ from typing import Any
 
 from vla_pruner.attach.compiled import check_backend
 from vla_pruner.attach.stages import check_depth
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.method_names import LAYER, Named, methods_of
 from vla_pruner.methods import Method
 from vla_pruner.plugins import class_at
@@ -108,13 +108,13 @@ class BenchSettings:
         for name in counts:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise BudgetError(f"{flag(name)} is {value}; it is a whole number of 1 or more.")
+                raise OptionError(f"{flag(name)} is {value}; it is a whole number of 1 or more.")
         for name, known in (("size", SIZES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
-                raise BudgetError(f"{flag(name)} is {getattr(self, name)}; it is {' or '.join(known)}.")
+                raise OptionError(f"{flag(name)} is {getattr(self, name)}; it is {' or '.join(known)}.")
         for name in ("keep", "methods", "pruned", "layer"):
             if getattr(self, name) is not None and not getattr(self, name):
-                raise BudgetError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
+                raise OptionError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
         self._check_backend()
         self._check_model()
         methods, depth = self.chosen_methods(), self._depth
@@ -165,7 +165,7 @@ class BenchSettings:
         """The method of every pruned arm.
 
         Raises:
-            BudgetError: a name is no method's, the options do not fit it, it prunes at several layers, or nobody would
+            OptionError: a name is no method's, the options do not fit it, it prunes at several layers, or nobody would
                 tell it what it asks for.
         """
         found: list[Named] = []
@@ -177,18 +177,18 @@ class BenchSettings:
         given = [name for name in ("keep", "pruned", "refresh_every") if getattr(self, name) is not None]
         given += ["layer"] if self.layer != LAYER else []
         if given and not any(isinstance(method, str) for method in self.methods):
-            raise BudgetError(
+            raise OptionError(
                 f"{', '.join(map(flag, given))} is for methods that are given by name, and all of these are methods "
                 "already; give them their own options, and leave it out."
             )
         for made in found:
             if len(made.method.stages()) > 1:
-                raise BudgetError(
+                raise OptionError(
                     f"{made.title} prunes at several layers, and the formulas of a benchmark know one layer a method; "
                     "leave `then` out."
                 )
             if made.method.motion:
-                raise BudgetError(
+                raise OptionError(
                     f"{made.title} prunes by how far the arm moved, and in a benchmark no arm moves; leave its gate "
                     "out: a step that it prunes takes as long without."
                 )
@@ -243,14 +243,14 @@ class BenchSettings:
         for name, is_refused in refused.items():
             if is_refused:
                 what = "a checkpoint" if kind == "checkpoint" and not self.loaded else self.model
-                raise BudgetError(f"{flag(name)} does not apply to {what}; leave it out.")
+                raise OptionError(f"{flag(name)} does not apply to {what}; leave it out.")
 
 
 def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[Any, ...] | None:
     """A setting that may have several values as a tuple of them.
 
     Raises:
-        BudgetError: it is of another kind.
+        OptionError: it is of another kind.
     """
     if value is None and name in ("keep", "pruned"):
         return None
@@ -258,7 +258,7 @@ def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[
     for each in several:
         if isinstance(each, bool) or not isinstance(each, kinds):
             given = f"the class {each.__name__}" if isinstance(each, type) else repr(each)
-            raise BudgetError(f"{flag(name)} is {given}; it is {what}, or several of them in a tuple.")
+            raise OptionError(f"{flag(name)} is {given}; it is {what}, or several of them in a tuple.")
     return several
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vla_pruner.bootstrap import FEWEST_PAIRS, Estimate, rank_correlation, ranked_groups
 from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.result import ArmCalibration, Calibration
-from vla_pruner.errors import BudgetError, PluginError
+from vla_pruner.errors import OptionError, PluginError
 from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import EVAL_INFO
@@ -247,7 +247,7 @@ def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
     try:
         name, keep, fate, layer, *options = arm["title"].split(" ")
         (made,) = method_arms([":".join([name, *options])], [budget(keep)], [int(layer.removeprefix("K="))], [fate])
-    except (ValueError, TypeError, BudgetError, EvaluationError, PluginError) as error:
+    except (ValueError, TypeError, OptionError, EvaluationError, PluginError) as error:
         raise _unknown(arm["title"], folder) from error
     if made.key != arm["key"]:
         raise _unknown(arm["title"], folder)

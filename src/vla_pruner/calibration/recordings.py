@@ -15,6 +15,7 @@ from vla_pruner.evaluation.arms import BASELINE
 from vla_pruner.evaluation.manifest import MANIFEST, Manifest
 from vla_pruner.evaluation.traces import Trace, read_numbers, read_trace, traces_of
 from vla_pruner.evaluation.units import Unit
+from vla_pruner.observations import Observation
 
 EPISODES = 12
 """Episodes that are replayed unless somebody says otherwise."""
@@ -52,10 +53,10 @@ class Recording:
         """Control steps."""
         return len(self.instructions)
 
-    def observation(self, step: int) -> tuple[dict[str, np.ndarray], str, np.ndarray | None]:
-        """What `act` is given: images, instruction and state."""
+    def observation(self, step: int) -> Observation:
+        """What `act` is given in a control step."""
         images = {name: images[step] for name, images in self.images.items()}
-        return images, self.instructions[step], None if self.proprio is None else self.proprio[step]
+        return Observation(images, self.instructions[step], None if self.proprio is None else self.proprio[step])
 
 
 @dataclass(frozen=True)

@@ -132,13 +132,12 @@ def _play(policy: Any, arm: Arm, recording: Recording, steps: int | None = None)
         if session is not None:
             session.reset()
         for step in range(len(recording) if steps is None else steps):
-            images, instruction, proprio = recording.observation(step)
-            if arm.is_blank:
-                images = {name: np.zeros_like(image) for name, image in images.items()}
+            seen = recording.observation(step)
+            images = {name: np.zeros_like(one) if arm.is_blank else one for name, one in seen.images.items()}
             torch.manual_seed(recording.unit.noise_seed(int(recording.steps[step]), arm.noise_stream))
             start = perf_counter()
             try:
-                chunk = policy.act(images, instruction, proprio)
+                chunk = policy.act(images, seen.instruction, seen.proprio)
             except ObservationError as error:
                 raise CalibrationError(
                     f"What was recorded ({recording.name}) does not fit this policy: {error}"

@@ -13,17 +13,6 @@ from vla_pruner.demo.arms import Arm
 from vla_pruner.timing import StageTimer, StepTime
 
 
-class Observation(Protocol):
-    """What an environment hands to the policy."""
-
-    @property
-    def images(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def proprio(self) -> np.ndarray | None: ...
-    @property
-    def instruction(self) -> str: ...
-
-
 class Environment(Protocol):
     """One task: `vla_pruner.demo.scenes.Scene`, or a fake in tests."""
 

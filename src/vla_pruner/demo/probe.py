@@ -10,9 +10,9 @@ import torch
 
 from vla_pruner.cost import DecoderShape, Flops, StepShape, count_flops, decoder_flops
 from vla_pruner.demo.arms import Arm
-from vla_pruner.demo.episodes import Observation
 from vla_pruner.families import family_of
 from vla_pruner.fate import Fate
+from vla_pruner.observations import Observation
 from vla_pruner.statistics import percentile
 from vla_pruner.timing import StageTimer
 

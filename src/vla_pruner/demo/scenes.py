@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from vla_pruner.observations import Observation
 from vla_pruner.simulators.base import Convention
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the policy sees at one control step."""
-
-    images: Mapping[str, np.ndarray]
-    """(H, W, 3) uint8, by the policy's names of its cameras."""
-    proprio: np.ndarray | None
-    """(P,) float32."""
-    instruction: str
 
 
 class Scene:
@@ -35,12 +24,12 @@ class Scene:
         self._task, self._open, self._convention = task, open_environment, convention
         self._environment: Any = open_environment(task)
 
-    def reset(self, seed: int) -> Look:
+    def reset(self, seed: int) -> Observation:
         """Begins the episode of `seed`."""
         self._environment = self._open(self._task)
         return self._look(self._environment.begin(seed))
 
-    def step(self, chunk: np.ndarray) -> tuple[Look | None, bool, bool]:
+    def step(self, chunk: np.ndarray) -> tuple[Observation | None, bool, bool]:
         """Carries out what the convention says of a chunk (n, action_size).
 
         Returns:
@@ -62,8 +51,8 @@ class Scene:
         """Frees what it holds."""
         self._environment.close()
 
-    def _look(self, seen: Any) -> Look:
-        return Look(*self._convention.observe(seen), seen.instruction)
+    def _look(self, seen: Any) -> Observation:
+        return self._convention.observe(seen)
 
 
 class _Opened:

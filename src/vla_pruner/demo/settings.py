@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vla_pruner.errors import BudgetError, VLAPrunerError
+from vla_pruner.errors import OptionError, VLAPrunerError
 from vla_pruner.json_file import check_folder
 
 DEFAULT_EPISODES = 6
@@ -113,7 +113,7 @@ class DemoSettings:
             raise DemoError("--tasks names no task; give task names separated by commas, or leave the flag out.")
         try:
             check_folder(self.out)
-        except BudgetError as error:
+        except OptionError as error:
             raise DemoError(str(error)) from error
 
 

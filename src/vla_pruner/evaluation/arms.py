@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.fate import WITHIN_A_STEP, Fate
@@ -146,5 +146,5 @@ def check_layers(arms: Sequence[Arm], policy: Any) -> None:
         try:
             with arm.method.attach(policy):
                 pass
-        except BudgetError as error:
+        except OptionError as error:
             raise EvaluationError(f"The arm {arm.title!r} does not fit this policy: {error}") from error

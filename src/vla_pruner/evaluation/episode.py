@@ -6,6 +6,7 @@ import socket
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
@@ -66,16 +67,16 @@ class Course:
         with self._of_environment():
             self._observation, _ = self._environment.reset(initial_state=self.unit.initial_state)
 
-    def see(self) -> tuple[dict[str, np.ndarray], str, np.ndarray | None]:
-        """What the policy is shown: images, instruction and state."""
+    def see(self) -> Observation:
+        """What the policy is shown."""
         assert self._observation is not None
         with self._of_environment():  # images are drawn here
-            images, proprio = self._convention.observe(self._observation)
-            if proprio is not None and not np.isfinite(proprio).all():
+            seen = self._convention.observe(self._observation)
+            if seen.proprio is not None and not np.isfinite(seen.proprio).all():
                 raise OutcomeError("The environment's state holds numbers that are not finite (NaN or infinity).")
         if self.arm.is_blank:
-            images = {name: np.zeros_like(image) for name, image in images.items()}
-        return images, self._observation.instruction, proprio
+            return replace(seen, images={name: np.zeros_like(image) for name, image in seen.images.items()})
+        return seen
 
     def note(self, session: Any, latency: float | None) -> None:
         """A control step was run.
@@ -243,15 +244,15 @@ def _step(
     tracer: Tracer | None,
     record_latency: bool,
 ) -> None:
-    images, instruction, proprio = course.see()
+    seen = course.see()
     seed = course.unit.noise_seed(course.control_steps, course.arm.noise_stream)
     torch.manual_seed(seed)
     start = perf_counter()
-    chunk = policy.act(images, instruction, proprio)
+    chunk = policy.act(seen.images, seen.instruction, seen.proprio)
     milliseconds = 1e3 * (perf_counter() - start)
     course.note(session, milliseconds if record_latency else None)
     if tracer is not None:
-        tracer.note(images, instruction, proprio, chunk, seed=seed, steps=course.steps, session=session)
+        tracer.note(seen, chunk, seed=seed, steps=course.steps, session=session)
     actions = convention.plan(chunk)
     if session is not None and session.method.motion:
         session.moved(convention.path(actions))

@@ -16,6 +16,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.methods import RandomKeep
+from vla_pruner.observations import Observation
 from vla_pruner.policies.base import BatchPolicy, generator_states
 from vla_pruner.simulators.base import Convention, Environment
 
@@ -147,11 +148,11 @@ def _going_on(session: Any, live: list[Course]) -> list[Course]:
     return [live[row] for row in rows]
 
 
-def _act(policy: BatchPolicy, seen: Sequence[tuple[Mapping[str, np.ndarray], str, np.ndarray | None]]) -> np.ndarray:
+def _act(policy: BatchPolicy, seen: Sequence[Observation]) -> np.ndarray:
     devices = generator_devices(policy)
     undrawn = generator_states(devices)
-    states = [proprio for _, _, proprio in seen if proprio is not None]
-    chunks = policy.act_batch([images for images, _, _ in seen], [text for _, text, _ in seen], states or None)
+    states = [one.proprio for one in seen if one.proprio is not None]
+    chunks = policy.act_batch([one.images for one in seen], [one.instruction for one in seen], states or None)
     if not all(map(torch.equal, undrawn, generator_states(devices))):
         raise EvaluationError(
             f"{type(policy).__name__}.act_batch draws from torch's generator, so an episode's noise would depend on "

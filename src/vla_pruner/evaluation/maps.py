@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla_pruner.errors import BudgetError, UnsupportedModelError
+from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.evaluation.episode import generator_devices
 from vla_pruner.evaluation.traces import Trace, by_camera
 from vla_pruner.families import family_of
@@ -31,7 +31,7 @@ def with_score_maps(policy: Any, trace: Trace) -> Trace:
         return trace
     try:
         attached = VLAPruner(keep=1.0, layer=min(LAYER, family_of(policy).depth - 1)).attach(policy)
-    except (UnsupportedModelError, BudgetError):
+    except (UnsupportedModelError, OptionError):
         return trace
     scores: dict[str, list[np.ndarray]] = {"semantic": [], "action": []}
     counts: tuple[int, ...] = ()
@@ -39,7 +39,8 @@ def with_score_maps(policy: Any, trace: Trace) -> Trace:
         policy.reset()
         for step in range(len(trace)):
             torch.manual_seed(int(trace.noise_seeds[step]))
-            policy.act(*trace.observation(step))
+            seen = trace.observation(step)
+            policy.act(seen.images, seen.instruction, seen.proprio)
             for name, score in session.scores.items():
                 scores[name].append(score[0].float().cpu().numpy().copy())
             counts = () if session.step is None else session.step.layout.cameras

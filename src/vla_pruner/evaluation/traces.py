@@ -27,6 +27,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.records import Record, write_bytes
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.json_file import load_json, typed
+from vla_pruner.observations import Observation
 from vla_pruner.wording import said_by
 
 TRACES = "traces"
@@ -131,10 +132,10 @@ class Trace:
         """Control steps."""
         return len(self.actions)
 
-    def observation(self, step: int) -> tuple[dict[str, np.ndarray], str, np.ndarray | None]:
-        """What `act` was given in a control step: images, instruction and state."""
+    def observation(self, step: int) -> Observation:
+        """What `act` was given in a control step."""
         images = {name: images[step] for name, images in self.images.items()}
-        return images, self.instructions[step], None if self.proprio is None else self.proprio[step]
+        return Observation(images, self.instructions[step], None if self.proprio is None else self.proprio[step])
 
     @property
     def grids(self) -> dict[str, Grid]:
@@ -174,9 +175,7 @@ class Tracer:
 
     def note(
         self,
-        images: Mapping[str, np.ndarray],
-        instruction: str,
-        proprio: np.ndarray | None,
+        seen: Observation,
         chunk: np.ndarray,
         *,
         seed: int,
@@ -186,15 +185,15 @@ class Tracer:
         """A control step is over.
 
         Args:
-            images, instruction, proprio: what `act` was given.
+            seen: what `act` was given.
             chunk: what it returned.
             seed: of torch's generator before it.
             steps: actions carried out before it.
             session: what is attached, or None.
         """
-        self._images.append({name: np.array(image, np.uint8) for name, image in images.items()})
-        self._proprio.append(None if proprio is None else np.array(proprio, np.float32))
-        self._instructions.append(instruction)
+        self._images.append({name: np.array(image, np.uint8) for name, image in seen.images.items()})
+        self._proprio.append(None if seen.proprio is None else np.array(seen.proprio, np.float32))
+        self._instructions.append(seen.instruction)
         self._actions.append(np.atleast_2d(np.array(chunk, np.float32)))
         self._seeds.append(seed)
         self._steps.append(steps)

@@ -15,7 +15,7 @@ from torch import nn
 
 from vla_pruner import plugins
 from vla_pruner.attach.family import Family
-from vla_pruner.errors import BudgetError, PluginError, UnsupportedModelError
+from vla_pruner.errors import OptionError, PluginError, UnsupportedModelError
 from vla_pruner.families.wrappers import is_compiled, unwrapped
 from vla_pruner.registry import ROWS
 
@@ -29,7 +29,7 @@ def family_of(model: Any, *, family: type[Family] | None = None, **options: Any)
     Raises:
         UnsupportedModelError: no family knows this model, or this version or attention backend of it; or `family` is
             none or does not know it; or families of two distributions both know it.
-        BudgetError: the options are not those of the family.
+        OptionError: the options are not those of the family.
     """
     named: Any = None
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
@@ -39,7 +39,7 @@ def family_of(model: Any, *, family: type[Family] | None = None, **options: Any)
     known = list(inspect.signature(found.__init__).parameters)[2:]
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise BudgetError(
+        raise OptionError(
             f"attach was given {', '.join(unknown)}; for {type(model).__name__} it takes "
             f"{', '.join(known) or 'no options'}."
         )

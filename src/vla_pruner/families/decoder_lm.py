@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
 from vla_pruner.families.wrappers import unwrapped
 
@@ -36,7 +36,7 @@ class DecoderLM(TransformersFamily):
             Needed only where position 0 is masked: it could be left padding, or an absent camera.
 
     Raises:
-        BudgetError: `visual` is missing, empty, open-ended or overlapping.
+        OptionError: `visual` is missing, empty, open-ended or overlapping.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class DecoderLM(TransformersFamily):
         self.decoder = check_decoder(_decoder_of(model), model)
         self._model: Any = model
         if padding_side not in (None, *PADDING_SIDES):
-            raise BudgetError(f"padding_side={padding_side!r} was given; it is 'right' or 'left'.")
+            raise OptionError(f"padding_side={padding_side!r} was given; it is 'right' or 'left'.")
         self._padding_side = padding_side
         spans = _check_visual(visual, model, getattr(self.decoder.config, "max_position_embeddings", None))
         self.cameras = tuple(spans)
@@ -55,7 +55,7 @@ class DecoderLM(TransformersFamily):
         self._unmasked: tuple[tuple[Any, ...], Layout] | None = None
         self._on_device: dict[torch.device, Tensor] = {}
         if len(set(self._positions)) != len(self._positions):
-            raise BudgetError(f"visual={visual!r} was given; the cameras' slices must not overlap.")
+            raise OptionError(f"visual={visual!r} was given; the cameras' slices must not overlap.")
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -135,25 +135,25 @@ def _decoder_of(model: nn.Module) -> nn.Module:
 
 def _check_visual(visual: Any, model: nn.Module, longest: int | None) -> dict[str, slice]:
     if visual is None:
-        raise BudgetError(
+        raise OptionError(
             f"{type(model).__name__} is a plain language model: say where its visual tokens are, for instance "
             "attach(model, visual=slice(1, 257))."
         )
     cameras = dict(visual) if isinstance(visual, Mapping) else {"image": visual}
     if not cameras:
-        raise BudgetError("visual={} was given; name at least one camera.")
+        raise OptionError("visual={} was given; name at least one camera.")
     return {_check_name(name, visual): _check_span(span, visual, longest) for name, span in cameras.items()}
 
 
 def _check_name(name: Any, visual: Any) -> str:
     if not isinstance(name, str):
-        raise BudgetError(f"visual={visual!r} was given; a mapping has the cameras' names, which are strings.")
+        raise OptionError(f"visual={visual!r} was given; a mapping has the cameras' names, which are strings.")
     return name
 
 
 def _check_span(span: Any, visual: Any, longest: int | None) -> slice:
     if not isinstance(span, slice) or span.step not in (None, 1):
-        raise BudgetError(
+        raise OptionError(
             f"visual={visual!r} was given; it is a slice without a step, or a mapping of names to slices."
         )
     try:
@@ -161,11 +161,11 @@ def _check_span(span: Any, visual: Any, longest: int | None) -> slice:
     except TypeError:
         start = stop = -1
     if isinstance(span.start, bool) or isinstance(span.stop, bool) or not 0 <= start < stop:
-        raise BudgetError(
+        raise OptionError(
             f"visual={visual!r} was given; a slice needs a start and a larger stop, both whole numbers from position 0."
         )
     if longest is not None and stop > longest:
-        raise BudgetError(
+        raise OptionError(
             f"visual={visual!r} was given, but this model's sequences have at most {longest} positions "
             "(max_position_embeddings); name the positions of the visual tokens alone."
         )

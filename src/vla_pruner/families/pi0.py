@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
 from vla_pruner.replacements import Replacements
 
@@ -127,5 +127,5 @@ FEW_TOKENS = "A row has fewer image and padding tokens than the cameras need; pa
 def _check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
     names = tuple(cameras)
     if isinstance(cameras, str) or not names or len(set(names)) != len(names):
-        raise BudgetError(f"cameras={cameras!r} was given; it is a sequence of distinct names, one a camera.")
+        raise OptionError(f"cameras={cameras!r} was given; it is a sequence of distinct names, one a camera.")
     return names

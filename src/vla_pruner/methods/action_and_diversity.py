@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vla_pruner.checks import check_choice
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.max_min_diversity import METRICS
 from vla_pruner.methods.selection import distances, marked_ids, max_min_order, present_or_enough, top_mask
@@ -38,7 +38,7 @@ class ActionAndDiversity(Smoothed):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.share, (int, float)) or isinstance(self.share, bool) or not 0 <= self.share <= 1:
-            raise BudgetError(f"share={self.share!r} was given; the share of action attention is in [0, 1].")
+            raise OptionError(f"share={self.share!r} was given; the share of action attention is in [0, 1].")
         check_choice("metric", self.metric, METRICS)
 
     @property

@@ -316,6 +316,7 @@ class Method:
         Raises:
             UnsupportedModelError: the model, its version or its attention backend is not supported.
             BudgetError: `keep` or `layer` does not fit this model.
+            OptionError: an option is not one of the model's family.
             SessionError: a session is attached to this model already.
         """
         # A method is what users hold in their hands, so attaching starts here, though it stands above.

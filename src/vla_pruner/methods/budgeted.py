@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vla_pruner.checks import is_count
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.methods.base import Keep, Method, check_keep, resolve_keep
 from vla_pruner.methods.schedule import Schedule
 
@@ -30,7 +30,7 @@ class Budgeted(Method):
         super().__post_init__()
         check_keep(self.keep)
         if not is_count(self.warmup_steps, 0):
-            raise BudgetError(
+            raise OptionError(
                 f"warmup_steps={self.warmup_steps!r} was given; it is the number of unpruned control steps at the "
                 "start of an episode: an int of 0 or more."
             )

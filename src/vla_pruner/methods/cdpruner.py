@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.determinant import determinant_order
@@ -50,7 +50,7 @@ class CDPruner(Budgeted):
         theta = self.theta
         is_number = isinstance(theta, (int, float)) and not isinstance(theta, bool) and 0 <= theta < 1
         if theta is not None and not is_number:
-            raise BudgetError(f"theta={theta!r} was given; it is None or a number in [0, 1), the weight of relevance.")
+            raise OptionError(f"theta={theta!r} was given; it is None or a number in [0, 1), the weight of relevance.")
 
     @property
     def needs(self) -> frozenset[str]:

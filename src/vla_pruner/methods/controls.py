@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import BudgetError, OptionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.scored import Scored
@@ -38,7 +38,7 @@ class RandomKeep(Scored):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise BudgetError(f"seed={self.seed!r} was given; the seed of the draws is an int.")
+            raise OptionError(f"seed={self.seed!r} was given; the seed of the draws is an int.")
         _ = self.schedule  # refuses what is out of range
 
     @property

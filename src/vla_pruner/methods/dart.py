@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.checks import is_count
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.methods.base import Evidence, rows_at
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.selection import marked_ids, order_by_score, present_or_enough, top_mask
@@ -42,7 +42,7 @@ class DART(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_count(self.pivots, 1):
-            raise BudgetError(f"pivots={self.pivots!r} was given; it is an int of 1 or more (the paper's is 8).")
+            raise OptionError(f"pivots={self.pivots!r} was given; it is an int of 1 or more (the paper's is 8).")
 
     @property
     def needs(self) -> frozenset[str]:

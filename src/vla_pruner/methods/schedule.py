@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from vla_pruner.checks import is_count
-from vla_pruner.errors import BudgetError, SessionError
+from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.methods.memory import Memory
 
 GATED_FROM = 2
@@ -26,7 +26,7 @@ class Schedule:
             tau; None: whatever the arm does.
 
     Raises:
-        BudgetError: `refresh_every` or `gate` is out of its range.
+        OptionError: `refresh_every` or `gate` is out of its range.
     """
 
     warm_up: int | None = 0
@@ -35,9 +35,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.refresh_every is not None and not is_count(self.refresh_every, 2):
-            raise BudgetError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
+            raise OptionError(f"refresh_every={self.refresh_every!r} was given; it is None or an int of 2 or more.")
         if self.gate is not None and not is_count(self.gate, 2):
-            raise BudgetError(
+            raise OptionError(
                 f"gate={self.gate!r} was given; it is None, or the number of control steps whose paths are compared: "
                 "an int of 2 or more."
             )

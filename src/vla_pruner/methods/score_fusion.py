@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.checks import check_choice
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.scored import Scored
 from vla_pruner.methods.smoothed import Smoothed
@@ -43,7 +43,7 @@ class ScoreFusion(Scored, Smoothed):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.weight, (int, float)) or isinstance(self.weight, bool) or not 0 <= self.weight <= 1:
-            raise BudgetError(f"weight={self.weight!r} was given; the semantic score's weight is in [0, 1].")
+            raise OptionError(f"weight={self.weight!r} was given; the semantic score's weight is in [0, 1].")
         check_choice("semantic_queries", self.semantic_queries, ("all", "text", "last"))
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 from vla_pruner.fate import Fate
 from vla_pruner.methods.base import Evidence, Keep, check_stages
 from vla_pruner.methods.schedule import Schedule
@@ -58,7 +58,7 @@ class VLACache(Scored):
         for name, lowest in (("threshold", -1.0), ("relevance", 0.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest < value <= 1:
-                raise BudgetError(f"{name}={value!r} was given; it is a number above {lowest:g} and at most 1.")
+                raise OptionError(f"{name}={value!r} was given; it is a number above {lowest:g} and at most 1.")
         _ = self.schedule  # refuses what is out of range
         check_stages(self.then)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.checks import check_choice, is_count
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import BudgetError, OptionError
 from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
 from vla_pruner.methods.presets import PAPER, PRESETS, Published, Rules
 from vla_pruner.methods.schedule import Schedule
@@ -56,7 +56,7 @@ class VLAPruner(Method):
             again, and begin the history anew there; None never does. In a batch one row's turn is every row's.
 
     Raises:
-        BudgetError: an option is out of its range.
+        OptionError: an option is out of its range; a `BudgetError` if it is `keep` or `layer`.
     """
 
     keep: Keep = 0.25
@@ -77,11 +77,11 @@ class VLAPruner(Method):
         super().__post_init__()
         check_keep(self.keep)
         if not is_count(self.window, 1):
-            raise BudgetError(
+            raise OptionError(
                 f"window={self.window!r} was given; the window is an int of 1 or more (the paper's is 3)."
             )
         if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
-            raise BudgetError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
+            raise OptionError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         _ = self.schedule  # refuses what is out of range
         if self.layer == 0 and self.refresh_every is None:
             raise BudgetError(
@@ -92,7 +92,7 @@ class VLAPruner(Method):
         check_choice("semantic_queries", self.semantic_queries, ("all", "text", "last"))
         check_choice("unseen", self.unseen, ("zero", "carry"))
         if not isinstance(self.per_camera, bool):
-            raise BudgetError(f"per_camera={self.per_camera!r} was given; it is True or False.")
+            raise OptionError(f"per_camera={self.per_camera!r} was given; it is True or False.")
 
     @property
     def rules(self) -> Rules:

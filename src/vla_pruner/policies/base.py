@@ -9,6 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.observations import Observation
+
+INSTRUCTION = "pick up the red block and put it into the bowl"
+_SIDE = 224
+
 
 @runtime_checkable
 class Policy(Protocol):
@@ -70,6 +75,31 @@ class BatchPolicy(Policy, Protocol):
             ObservationError: something does not fit the policy, of any of them.
         """
         ...
+
+
+@runtime_checkable
+class ShowsExample(Protocol):
+    """A policy that says what it was trained on, for what must act without a robot: audits, a server's warm-up."""
+
+    def example(self) -> Observation:
+        """An observation as it was trained on: grey images of the right size, an instruction that it knows, a state in
+        the middle of those that it saw.
+        """
+        ...
+
+
+def example_of(policy: Any) -> Observation:
+    """An observation that a policy can act on: its own example if it has one, else grey images of 224 pixels, a usual
+    instruction, and a state of zeros.
+
+    Args:
+        policy: as `Policy` describes it.
+    """
+    if isinstance(policy, ShowsExample):
+        return policy.example()
+    images = {camera: np.full((_SIDE, _SIDE, 3), 128, np.uint8) for camera in policy.cameras}
+    size = policy.proprio_size
+    return Observation(images, INSTRUCTION, None if size is None else np.zeros(size, np.float32))
 
 
 def module_of(policy: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from vla_pruner.anatomy import Anatomy
 from vla_pruner.checkpoints.files import checkpoint_folder, described_by, listed, read_json, reason, shown
 from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
-from vla_pruner.errors import BudgetError, CheckpointError, ObservationError, UnsupportedModelError
+from vla_pruner.errors import CheckpointError, ObservationError, OptionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
 from vla_pruner.observations import check_images, check_instruction, state_of
 from vla_pruner.plugins import class_at
@@ -174,10 +174,10 @@ def load_lerobot(
         UnsupportedModelError: lerobot is missing, of an untested version, or the policy is of another type.
         CheckpointError: weights are missing, unexpected, unreadable or not finite; it lists them. The processors name a
             step that is not LeRobot's, or have no statistics for what the policy gives or reads; it names both.
-        BudgetError: there is no dataset `unnorm_key`, or `trust_processors` is not True or False.
+        OptionError: there is no dataset `unnorm_key`, or `trust_processors` is not True or False.
     """
     if trust_processors not in (True, False):
-        raise BudgetError(
+        raise OptionError(
             f"trust_processors={trust_processors!r} was given; it is True or False (on the command line 1 or 0)."
         )
     folder = checkpoint_folder(path)

@@ -22,7 +22,7 @@ from vla_pruner.checkpoints.files import (
     read_json,
     shown,
 )
-from vla_pruner.errors import BudgetError, CheckpointError
+from vla_pruner.errors import CheckpointError, OptionError
 
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 _OWN = ("lerobot.processor.", "lerobot.policies.pi0.", "lerobot.policies.pi05.", "lerobot.policies.smolvla.")
@@ -50,11 +50,11 @@ def read_processors(
 
     Raises:
         CheckpointError: a file is damaged, names a step that is not LeRobot's own, or lacks statistics.
-        BudgetError: `unnorm_key` was given, and no statistics are by dataset, or not that one's.
+        OptionError: `unnorm_key` was given, and no statistics are by dataset, or not that one's.
     """
     if not all(is_file(folder / name) for name in FILES):
         if unnorm_key is not None:
-            raise BudgetError(f"unnorm_key={unnorm_key!r} was given, but {folder} has no {' and '.join(FILES)}.")
+            raise OptionError(f"unnorm_key={unnorm_key!r} was given, but {folder} has no {' and '.join(FILES)}.")
         return None, None
     check_steps(folder, trust)
     make = importlib.import_module("lerobot.policies.factory").make_pre_post_processors
@@ -170,7 +170,7 @@ def _settle_statistics(folder: Path, both: tuple[Any, Any], unnorm_key: str | No
     datasets = {_dataset(key, feature) for _, step in steps for feature in _scaled(step) for key in step._tensor_stats}
     known = sorted(dataset for dataset in datasets if dataset)
     if unnorm_key is not None and unnorm_key not in known:
-        raise BudgetError(
+        raise OptionError(
             f"unnorm_key={unnorm_key!r} was given; the statistics in {folder} are by the datasets {listed(known)}."
         )
     any_statistics = any(step._tensor_stats for _, step in steps)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vla_pruner.checkpoints.files import checkpoint_folder, read_json, shown
-from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
 from vla_pruner.plugins import object_at
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.options import as_dtype, usable_device
@@ -41,7 +41,7 @@ def load_policy(
         UnsupportedModelError: the folder holds another model, or what its family needs is not installed, or not in a
             version that was tested.
         CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
-        BudgetError: an option is not one of the family's, there is no such device, or no such dtype.
+        OptionError: an option is not one of the family's, there is no such device, or no such dtype.
     """
     check_transformers()
     usable_device(device)
@@ -99,7 +99,7 @@ def _load(
     known = [option for option in inspect.signature(loader).parameters if option not in ("device", "dtype")][1:]
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise BudgetError(
+        raise OptionError(
             f"load_policy was given {', '.join(unknown)}; for {name} it takes {', '.join(known) or 'no options'}."
         )
     return loader(folder, device=device, dtype=dtype, **options)

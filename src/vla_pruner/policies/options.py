@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import OptionError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -17,7 +17,7 @@ def usable_device(device: str | torch.device, flag: str | None = None) -> torch.
         flag: of the command line that named it.
 
     Raises:
-        BudgetError: it is none, or this torch cannot use it; the message says why.
+        OptionError: it is none, or this torch cannot use it; the message says why.
     """
     try:
         found = torch.device(device)
@@ -30,7 +30,7 @@ def usable_device(device: str | torch.device, flag: str | None = None) -> torch.
         if torch.backends.mps.is_available():
             there.append("'mps'")
         given = f"device={str(device)!r} was given" if flag is None else f"{flag} is {device}"
-        raise BudgetError(f"{given}, which torch cannot use here ({reason}); there is {', '.join(there)}.") from error
+        raise OptionError(f"{given}, which torch cannot use here ({reason}); there is {', '.join(there)}.") from error
     return found
 
 
@@ -41,13 +41,13 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         dtype: a floating point dtype of torch, or its name.
 
     Raises:
-        BudgetError: it is none of "float32", "bfloat16", "float16" and "float64".
+        OptionError: it is none of "float32", "bfloat16", "float16" and "float64".
     """
     if dtype is None:
         return None
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise BudgetError(
+        raise OptionError(
             f"dtype={dtype!r} was given; weights are one of {', '.join(map(repr, _DTYPES))}, as that name or as "
             "torch's dtype."
         )

@@ -28,7 +28,7 @@ from vla_pruner.checkpoints.files import (
 from vla_pruner.checkpoints.numbers import check_counts, finite_action, finite_row
 from vla_pruner.checkpoints.weights import check_depth, check_finite, check_fit, misfit, read_headers, read_weights
 from vla_pruner.checks import check_attention
-from vla_pruner.errors import BudgetError, CheckpointError, ObservationError
+from vla_pruner.errors import CheckpointError, ObservationError, OptionError
 from vla_pruner.families.pi0 import anatomy_of
 from vla_pruner.observations import check_images, check_instruction, state_of
 from vla_pruner.policies.options import as_dtype
@@ -251,7 +251,7 @@ def _config(path: Path) -> tuple[Any, torch.dtype]:
     name = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     try:
         dtype = as_dtype(name if isinstance(name, str) else "")
-    except BudgetError:
+    except OptionError:
         dtype = None
     if dtype is None:
         raise CheckpointError(f"{path} has dtype {shown(repr(name))}, which is none of weights.")

@@ -34,7 +34,7 @@ def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console:
 
     Raises:
         EvaluationError: the folder holds no evaluation.
-        BudgetError: the file cannot be written.
+        OptionError: the file cannot be written.
         ImagesUnavailable: there are traces, and Pillow is not installed.
     """
     target = folder / REPORT if out is None else out

@@ -231,10 +231,10 @@ def _policy(options: argparse.Namespace) -> Any:
     import torch
 
     if options.threads is not None:
-        from vla_pruner.errors import BudgetError
+        from vla_pruner.errors import OptionError
 
         if options.threads < 1:
-            raise BudgetError(f"--threads is {options.threads}; it is 1 or more.")
+            raise OptionError(f"--threads is {options.threads}; it is 1 or more.")
         torch.set_num_threads(options.threads)
     if options.random_weights:
         from vla_pruner.policies.options import as_dtype, usable_device

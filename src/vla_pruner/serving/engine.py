@@ -15,7 +15,7 @@ from vla_pruner.attach.session import Session
 from vla_pruner.checkpoints.weights import not_finite
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.methods import Memory, Method, Unpruned
-from vla_pruner.policies.base import BatchPolicy, Policy, generator_states, module_of
+from vla_pruner.policies.base import BatchPolicy, Policy, example_of, generator_states, module_of
 from vla_pruner.replacements import undo
 from vla_pruner.serving.errors import ServingError, SharedNoiseError
 from vla_pruner.serving.logs import log, traceback_of
@@ -24,8 +24,6 @@ from vla_pruner.serving.settings import ServerSettings
 from vla_pruner.serving.stages import StepTimer
 
 _LONGEST_WARM_UP = 256
-_SIDE = 224
-_INSTRUCTION = "pick up the object"
 
 
 @dataclass
@@ -263,17 +261,18 @@ class Engine:
         """Runs every kind of step: unpruned and pruned, in every size of batch where that matters."""
         assert self._session is not None
         method = self._session.method
-        known = getattr(self.policy, "instructions", ())
-        prompts = self.settings.prompts or (known[0] if known else _INSTRUCTION,)
+        example = example_of(self.policy)
+        prompts = self.settings.prompts or (example.instruction,)
         sizes = [1]
         if isinstance(self.policy, BatchPolicy):
             sizes = sorted(self.settings.batch_sizes if self.settings.compile else {1, self.settings.max_batch})
         for prompt in prompts:
+            seen = Seen(example.images, prompt, example.proprio)
             for size in sizes:
                 robots = [Robot(number) for number in range(size)]
                 for _ in range(_LONGEST_WARM_UP):
                     pruned = self.prunes(robots[0])
-                    for answer in self.run([Job(robot, self._blank(prompt)) for robot in robots]):
+                    for answer in self.run([Job(robot, seen) for robot in robots]):
                         if isinstance(answer, Exception):
                             raise ServingError(f"The policy's first control step failed: {answer}") from answer
                         self.actions_shape = answer.actions.shape
@@ -284,15 +283,6 @@ class Engine:
                         f"{type(method).__name__} as it was made pruned none of the first {_LONGEST_WARM_UP} control "
                         "steps, and no port opens before a pruned step has run; shorten its warm-up."
                     )
-
-    def _blank(self, prompt: str) -> Seen:
-        side, size = getattr(self.policy, "image_size", _SIDE), self.policy.proprio_size
-        middle = getattr(getattr(self.policy, "config", None), "proprio_mean", None)
-        state = None if size is None else np.zeros(size, np.float32)
-        if state is not None and middle is not None:
-            state = np.asarray(middle, np.float32)
-        grey = {camera: np.full((side, side, 3), 128, np.uint8) for camera in self.policy.cameras}
-        return Seen(grey, prompt, state, reset=False)
 
 
 def check_method(method: Method | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_pruner.errors import ObservationError
+from vla_pruner.observations import Observation
 from vla_pruner.serving.errors import ServingError
 from vla_pruner.strangers import Unread, shown
 
@@ -76,20 +77,14 @@ LAYOUTS: dict[str, ObservationLayout] = {
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One observation, checked.
+class Seen(Observation):
+    """An observation that a client sent, checked.
 
     Attributes:
-        images: (H, W, 3) uint8 by the policy's cameras.
-        instruction: what to do.
-        proprio: (d,) float32; None where the policy takes none.
         reset: whether the client says that an episode begins.
     """
 
-    images: dict[str, np.ndarray]
-    instruction: str
-    proprio: np.ndarray | None
-    reset: bool
+    reset: bool = False
 
 
 def _as_it_is(array: np.ndarray) -> np.ndarray:

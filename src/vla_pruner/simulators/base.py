@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vla_pruner.errors import SessionError, VLAPrunerError
+from vla_pruner.observations import Observation
 from vla_pruner.plugins import object_at
 from vla_pruner.registry import row_of
 
@@ -112,17 +113,6 @@ class Images(Mapping[str, Image]):
 
     def __contains__(self, camera: object) -> bool:  # Mapping's own would draw
         return camera in self._cameras
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a policy may know at one control step."""
-
-    images: Mapping[str, Image]
-    """By the simulator's names of its cameras; drawn when looked at, so look before the next step."""
-    proprio: np.ndarray
-    """(d,) float32: the robot's state."""
-    instruction: str
 
 
 @dataclass(frozen=True)
@@ -237,10 +227,12 @@ class Convention:
     horizon: int | None = None
     repeat: int = 1
 
-    def observe(self, observation: Observation) -> tuple[dict[str, Image], np.ndarray | None]:
-        """Images by the policy's camera names, and the state or None: `policy.act(images, instruction, proprio)`."""
+    def observe(self, observation: Observation) -> Observation:
+        """What the policy is given of what the simulator shows: images by its own names of the cameras, and the state
+        if it takes one.
+        """
         images = {name: self.image(observation.images[camera]) for name, camera in self.cameras.items()}
-        return images, observation.proprio if self.proprio else None
+        return Observation(images, observation.instruction, observation.proprio if self.proprio else None)
 
     def plan(self, chunk: np.ndarray) -> np.ndarray:
         """What of a chunk is carried out before the policy is asked again: (horizon * repeat, action_size)."""

@@ -183,7 +183,7 @@ class LiberoEnvironment:
         proprio = np.concatenate(
             [seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"]), seen["robot0_gripper_qpos"]]
         )
-        return Observation(images, proprio.astype(np.float32), self.task.instruction)
+        return Observation(images, self.task.instruction, proprio.astype(np.float32))
 
     def _draw_moment(self, camera: str, moment: Mapping[str, np.ndarray]) -> Image:
         """What a camera saw at a moment: the scene is put back there and returns."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vla_pruner.observations import Observation
 from vla_pruner.simulators.base import SimulatorUnavailable, solved
 from vla_pruner.wording import install
 
@@ -59,17 +59,6 @@ _GL_HELP = (
     "  (or set MUJOCO_GL to a backend that this machine has)"
 )
 _PIP_HELP = install("metaworld")
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the policy sees at one control step."""
-
-    image: np.ndarray
-    """(H, W, 3) uint8."""
-    proprio: np.ndarray
-    """(4,) float32: hand x, y, z in metres and the gripper's opening in [0, 1]."""
-    instruction: str
 
 
 def _import_simulator() -> tuple[Any, Any]:
@@ -215,9 +204,12 @@ class MetaWorldEnv:
         return large.mean(axis=(1, 3)).round().astype(np.uint8)
 
     def _observation(self) -> Observation:
+        """The image of `CORNER` as "image", and (4,) float32: the hand's x, y and z in metres, and the opening of the
+        gripper in [0, 1].
+        """
         size = self.image_size
         image = self.image() if self._render_images else np.zeros((size, size, 3), np.uint8)
-        return Observation(image, self._state[:PROPRIO_SIZE].astype(np.float32), self.instruction)
+        return Observation({"image": image}, self.instruction, self._state[:PROPRIO_SIZE].astype(np.float32))
 
     def close(self) -> None:
         """Frees the renderers; the environment cannot be used afterwards."""

@@ -197,7 +197,7 @@ class MetaWorldEnvironment:
         self._moment += 1
         moment = self._moment
         images = Images(self._draw, tuple(self._views), lambda: self._moment == moment)
-        return Observation(images, seen.proprio, seen.instruction)
+        return Observation(images, seen.instruction, seen.proprio)
 
     def _draw(self, camera: str) -> Image:
         self.images_drawn += 1

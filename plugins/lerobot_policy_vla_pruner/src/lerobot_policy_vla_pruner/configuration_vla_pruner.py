@@ -8,7 +8,7 @@ from typing import Any
 
 from lerobot.configs.policies import PreTrainedConfig
 
-from vla_pruner.errors import BudgetError, UnsupportedModelError, VLAPrunerError
+from vla_pruner.errors import OptionError, UnsupportedModelError, VLAPrunerError
 
 UNPRUNED = "unpruned"
 """What no budget goes with: the checkpoint's policy with a session that keeps everything."""
@@ -60,7 +60,7 @@ class VLAPrunerConfig(PreTrainedConfig):
         """The method of vla-pruner that these flags describe.
 
         Raises:
-            BudgetError: there is no such method or option, or one is out of its range; or it prunes by how far the arm
+            OptionError: there is no such method or option, or one is out of its range; or it prunes by how far the arm
                 moves, which nothing in LeRobot's loop would tell it.
             PluginError: a method from outside of vla-pruner cannot be imported.
         """
@@ -76,9 +76,9 @@ class VLAPrunerConfig(PreTrainedConfig):
         try:
             made = dataclasses.replace(made, **self.options)
         except TypeError as error:
-            raise BudgetError(f"options={self.options!r} were given; method {self.method!r}: {error}.") from error
+            raise OptionError(f"options={self.options!r} were given; method {self.method!r}: {error}.") from error
         if made.motion:
-            raise BudgetError(
+            raise OptionError(
                 f"method={self.method!r} with these options prunes by how far the arm moves, which nothing in "
                 "LeRobot's loop tells it; leave its gate out."
             )

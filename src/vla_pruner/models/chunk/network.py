@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vla_pruner.checkpoints.numbers import finite_action
-from vla_pruner.errors import ObservationError
 from vla_pruner.models.chunk.configuration import ChunkConfig
 from vla_pruner.models.reference.network import Landmarks, ProprioProjector, VisionBlock, grid_positions, stem
-from vla_pruner.models.reference.tokenizer import BOS, encode
-from vla_pruner.observations import check_images, check_instruction
+from vla_pruner.models.reference.tokenizer import BOS
+from vla_pruner.models.reference.trained import TrainedPolicy
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -73,7 +72,7 @@ class CameraEncoder(nn.Module):
         return self.finish(self.mix(self.patches(pixels)))
 
 
-class ChunkPolicy(nn.Module):
+class ChunkPolicy(TrainedPolicy):
     """A small vision-language-action policy of OpenVLA-OFT's shape: several cameras, one pass, a chunk of actions.
 
     The sequence is [BOS][camera 1][camera 2][instruction][proprio][action rows]. Nothing is decoded: what the decoder
@@ -81,15 +80,15 @@ class ChunkPolicy(nn.Module):
     Gemma of pi0, so that a frozen token costs little.
     """
 
+    config: ChunkConfig
     vision: CameraEncoder
     decoder: LlamaModel
     action_rows: nn.Parameter
 
     def __init__(self, config: ChunkConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         from transformers import LlamaConfig, LlamaModel  # heavy: only who builds a policy pays for it
 
-        self.config = config
         hidden = config.hidden_size
         self.vision = CameraEncoder(config)
         self.projector = nn.Sequential(
@@ -118,7 +117,6 @@ class ChunkPolicy(nn.Module):
         self.action_head = nn.Sequential(
             nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, config.action_dimensions)
         )
-        self._instruction_ids: dict[str, list[int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -135,40 +133,17 @@ class ChunkPolicy(nn.Module):
 
     @property
     def vision_towers(self) -> tuple[nn.Module, ...]:
-        """What turns pixels into patch features."""
         return (self.vision,)
 
     @property
-    def proprio_size(self) -> int:
-        """How many numbers of proprioception `act` takes."""
-        return len(self.config.proprio_mean)
-
-    @property
-    def action_size(self) -> int:
-        """Numbers in an action."""
-        return self.config.action_dimensions
-
-    @property
-    def image_size(self) -> int:
-        """Side of the only images that it takes."""
-        return self.config.image_size
+    def frame_shape(self) -> tuple[int, ...]:
+        """(C, H, W, 3)."""
+        return len(self.cameras), self.image_size, self.image_size, 3
 
     @property
     def chunk(self) -> int:
         """Actions in a chunk."""
         return self.config.chunk
-
-    @property
-    def instructions(self) -> tuple[str, ...]:
-        """What it was trained on."""
-        return tuple(instruction for _, instruction in self.config.tasks)
-
-    def reset(self) -> None:
-        """Begins a new episode. The policy itself remembers nothing."""
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """(B, C, H, W, 3) uint8 -> (B, C, 3, H, W), normalised."""
-        return (images.to(self.device).permute(0, 1, 4, 2, 3).to(self.dtype) - 127.5) / 64.0
 
     def project(self, tokens: Tensor) -> Tensor:
         """The encoder's tokens (B, C, M, width) -> (B, C M, hidden): what the decoder receives."""
@@ -177,16 +152,6 @@ class ChunkPolicy(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) -> (..., hidden)."""
         return self.decoder.embed_tokens(ids)
-
-    def encode_instructions(self, instructions: Sequence[str]) -> Tensor:
-        """Instructions -> (B, instruction_length) int64."""
-        if len(self._instruction_ids) > 1000:
-            self._instruction_ids.clear()  # a server's clients may send new ones forever
-        for instruction in instructions:
-            if instruction not in self._instruction_ids:
-                ids = encode(instruction, self.config.words, self.config.instruction_length)
-                self._instruction_ids[instruction] = ids
-        return torch.tensor([self._instruction_ids[text] for text in instructions], device=self.device)
 
     def embed_prompt(self, images: Tensor, ids: Tensor, proprio: Tensor) -> Tensor:
         """The whole sequence's embeddings, (B, prompt_length + chunk, hidden).
@@ -234,79 +199,7 @@ class ChunkPolicy(nn.Module):
             ObservationError: an argument does not fit; the message says which.
             CheckpointError: the network gives numbers that are not finite.
         """
-        frames, body = _tensor("The images", images), _tensor("proprio", proprio)
-        single = frames.ndim == 4
-        if single:
-            frames, body = frames[None], body.reshape(1, -1)
-        if isinstance(instruction, (str, bytes)) or not isinstance(instruction, Iterable):
-            instructions = [instruction] * (len(frames) if frames.ndim else 1)
-        else:
-            instructions = list(instruction)
-        for text in instructions:
-            check_instruction(text)
-        self._check_inputs(frames, instructions, body)
-        ids = self.encode_instructions(instructions)
-        # Copies of one kind, whatever was given: a compiled call would be compiled anew for another.
-        laid_out = {"copy": True, "memory_format": torch.contiguous_format}
-        frames, body = frames.to(self.device, **laid_out), body.to(self.device, self.dtype, **laid_out)
-        actions = finite_action(self.decode(self.embed_prompt(frames, ids, body)).float().cpu().numpy(), self)
+        frames, ids, states, single = self._prepared(images, instruction, proprio)
+        actions = finite_action(self.decode(self.embed_prompt(frames, ids, states)).float().cpu().numpy(), self)
         chunks = actions.clip(-1, 1)
         return chunks[0] if single else chunks
-
-    def act(
-        self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor | None = None
-    ) -> np.ndarray:
-        """One control step of one robot: one (H, W, 3) uint8 image by camera -> (chunk, action_dimensions) float32.
-        Errors as in `predict_action`.
-        """
-        if proprio is None:
-            raise ObservationError(f"The policy reads the robot's state; give proprio, ({self.proprio_size},) numbers.")
-        return self.predict_action(self._frames(images), instruction, proprio)
-
-    def act_batch(
-        self,
-        images: Sequence[Mapping[str, Any]],
-        instructions: Sequence[str],
-        proprio: Sequence[np.ndarray] | None = None,
-    ) -> np.ndarray:
-        """One control step of B robots: (B, chunk, action_dimensions) float32. Arguments as in `act`, one each; errors
-        as there.
-        """
-        if proprio is None:
-            raise ObservationError(
-                f"The policy reads robots' states; give proprio, ({self.proprio_size},) numbers each."
-            )
-        frames = np.stack([self._frames(one) for one in images])
-        return self.predict_action(frames, list(instructions), np.stack(proprio))
-
-    def _frames(self, images: Mapping[str, Any]) -> np.ndarray:
-        check_images(images, self.cameras)
-        if set(images) != set(self.cameras):
-            raise ObservationError(f"The policy has the cameras {list(self.cameras)}; it was given {list(images)}.")
-        shapes = {name: np.shape(images[name]) for name in self.cameras}
-        if len(set(shapes.values())) > 1:
-            raise ObservationError(f"The cameras' images differ in shape: {shapes}.")
-        return np.stack([np.asarray(images[name]) for name in self.cameras])
-
-    def _check_inputs(self, images: Tensor, instructions: list[str], proprio: Tensor) -> None:
-        shape = (len(self.cameras), self.image_size, self.image_size, 3)
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
-            raise ObservationError(
-                f"Images must be uint8 of shape (B, {', '.join(map(str, shape))}); got {images.dtype} "
-                f"{tuple(images.shape)}."
-            )
-        if tuple(proprio.shape) != (len(images), self.proprio_size):
-            raise ObservationError(
-                f"Proprio must have shape ({len(images)}, {self.proprio_size}); got {tuple(proprio.shape)}."
-            )
-        if not proprio.isfinite().all():
-            raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
-        if len(instructions) != len(images):
-            raise ObservationError(f"{len(images)} robots' images came with {len(instructions)} instructions.")
-
-
-def _tensor(what: str, value: Any) -> Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ObservationError(f"{what} must be an array of numbers; found {type(value).__name__}.") from error

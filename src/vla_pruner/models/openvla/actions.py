@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vla_pruner.errors import BudgetError, CheckpointError, ObservationError
+from vla_pruner.errors import CheckpointError, ObservationError, OptionError
 
 Bounds = Literal["q99", "minmax"]
 OFT_EPSILON = 1e-8
@@ -78,7 +78,7 @@ def unnormalize(
     Raises:
         CheckpointError: a statistic is absent or no number, or the statistics do not agree among themselves.
         ObservationError: they are of another number of dimensions than `normalized`.
-        BudgetError: `bounds` is neither of the two.
+        OptionError: `bounds` is neither of the two.
     """
     values = _floats(normalized)
     low, high, mask = _limits(stats, bounds, values, "an action")
@@ -100,7 +100,7 @@ def normalize_proprio(
 
     Raises:
         ObservationError: `proprio` is not finite, or of another number of dimensions than the statistics.
-        CheckpointError, BudgetError: as in `unnormalize`.
+        CheckpointError, OptionError: as in `unnormalize`.
     """
     values = _floats(proprio)
     if not np.isfinite(values).all():
@@ -131,7 +131,7 @@ def _limits(
     stats: Mapping[str, Any], bounds: Bounds, values: np.ndarray, what: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if bounds not in _KEYS:
-        raise BudgetError(f"bounds={bounds!r} is not supported; give one of {', '.join(map(repr, _KEYS))}.")
+        raise OptionError(f"bounds={bounds!r} is not supported; give one of {', '.join(map(repr, _KEYS))}.")
     names = _KEYS[bounds]
     absent = [name for name in names if name not in stats]
     if absent:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vla_pruner.checkpoints.files import described_by
-from vla_pruner.errors import BudgetError, CheckpointError
+from vla_pruner.errors import CheckpointError, OptionError
 from vla_pruner.models.openvla import heads
 from vla_pruner.models.openvla.oft import OpenVLAOFT
 from vla_pruner.models.openvla.robots import camera_names, find_platform
@@ -40,7 +40,7 @@ def equip(
     Raises:
         CheckpointError: a file is damaged, one lacks its counterpart or fits another language model, or the chunk's
             length is not known.
-        BudgetError: `denoising_steps` is out of range, or was given where nothing is denoised.
+        OptionError: `denoising_steps` is out of range, or was given where nothing is denoised.
     """
     makers: dict[str, Any] = {
         "action_head": heads.action_head_from_state,
@@ -51,7 +51,7 @@ def equip(
         with as_checkpoint_error(), described_by(file):
             setattr(policy, name, makers[name](heads.read_head(file)))
     if denoising_steps is not None and not policy.diffusion:
-        raise BudgetError(
+        raise OptionError(
             f"denoising_steps={denoising_steps} was given, but {folder} has no diffusion head: nothing is denoised. "
             "Leave it out."
         )

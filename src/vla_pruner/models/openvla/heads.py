@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.checkpoints.files import is_file, listed, reason
-from vla_pruner.errors import BudgetError, CheckpointError
+from vla_pruner.errors import CheckpointError, OptionError
 
 State = Mapping[str, Tensor]
 Built = TypeVar("Built", bound=nn.Module)
@@ -138,12 +138,12 @@ class DDIM:
         alphas_cumprod: (num_train_steps,) float32.
 
     Raises:
-        BudgetError: more steps than in training, or none.
+        OptionError: more steps than in training, or none.
     """
 
     def __init__(self, num_train_steps: int = 50, num_inference_steps: int = 10) -> None:
         if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_steps:
-            raise BudgetError(
+            raise OptionError(
                 f"DDIM takes from 1 to {num_train_steps} inference steps (the number it was trained with); "
                 f"found {num_inference_steps!r}."
             )

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from vla_pruner.checkpoints.files import checkpoint_folder, described_by, is_file, listed, read_json, reason, shown
 from vla_pruner.checkpoints.weights import Stored, check_depth, check_finite, misfit, read_headers
 from vla_pruner.checks import check_attention, is_count
-from vla_pruner.errors import BudgetError, CheckpointError, UnsupportedModelError
+from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
 from vla_pruner.models.openvla import heads
 from vla_pruner.models.openvla.configuration import OpenVLAConfig, config_of, tower_sizes
 from vla_pruner.models.openvla.equipment import as_checkpoint_error, equip
@@ -69,12 +69,12 @@ def load_openvla(
         CheckpointError: a file is missing or damaged, the weights are not the model's, or weights or statistics are not
             finite; the message lists them.
         UnsupportedModelError: it is another model, or a variant or a transformers that is not supported.
-        BudgetError: `denoising_steps` is not from 1 to 50, or nothing is denoised; `chunk` is no number of actions.
+        OptionError: `denoising_steps` is not from 1 to 50, or nothing is denoised; `chunk` is no number of actions.
     """
     check_transformers()
     check_attention(attn_implementation)
     if chunk is not None and not is_count(chunk, 1):
-        raise BudgetError(f"chunk={chunk!r} was given; it is how many actions are in a chunk, an int of 1 or more.")
+        raise OptionError(f"chunk={chunk!r} was given; it is how many actions are in a chunk, an int of 1 or more.")
     if device_map is not None and find_spec("accelerate") is None:
         raise UnsupportedModelError(f"device_map={device_map!r} needs accelerate. Run: {INSTALL['accelerate']}")
     folder = checkpoint_folder(path)
@@ -94,7 +94,7 @@ def load_openvla(
             "time. For OpenVLA-OFT with discrete actions give family='openvla_oft'; else leave out chunk and cameras."
         )
     if not oft and denoising_steps is not None:
-        raise BudgetError(f"denoising_steps={denoising_steps!r} was given, but OpenVLA denoises nothing; leave it out.")
+        raise OptionError(f"denoising_steps={denoising_steps!r} was given, but OpenVLA denoises nothing; leave it out.")
     if dtype is None:
         on_cuda = torch.device(device).type == "cuda" if device_map is None else torch.cuda.is_available()
         dtype = torch.bfloat16 if on_cuda else torch.float32

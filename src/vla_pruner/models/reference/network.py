@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from vla_pruner.caches import cache_name
 from vla_pruner.checkpoints.numbers import finite_action
-from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference.configuration import ReferenceConfig
-from vla_pruner.models.reference.tokenizer import BOS, encode
-from vla_pruner.observations import check_images, check_instruction
+from vla_pruner.models.reference.tokenizer import BOS
+from vla_pruner.models.reference.trained import TrainedPolicy
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -175,7 +174,7 @@ class ProprioProjector(nn.Module):
         return self.mlp(torch.cat([x, angles.sin(), angles.cos()], dim=-1))
 
 
-class ReferencePolicy(nn.Module):
+class ReferencePolicy(TrainedPolicy):
     """A small vision-language-action policy, shaped like OpenVLA.
 
     The prompt is [BOS][visual tokens][instruction][proprio] (`config.visual` is where the visual tokens are). The
@@ -183,6 +182,7 @@ class ReferencePolicy(nn.Module):
     one call of `language_model` a further dimension with the key-value cache.
     """
 
+    config: ReferenceConfig
     vision: VisionEncoder
     projector: nn.Sequential
     proprio_projector: ProprioProjector
@@ -190,10 +190,9 @@ class ReferencePolicy(nn.Module):
     bin_values: Tensor
 
     def __init__(self, config: ReferenceConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         from transformers import LlamaConfig, LlamaForCausalLM  # heavy: only who builds a policy pays for it
 
-        self.config = config
         self.vision = VisionEncoder(config)
         self.projector = nn.Sequential(
             nn.Linear(config.vision_width, 2 * config.hidden_size),
@@ -222,7 +221,6 @@ class ReferencePolicy(nn.Module):
         self._cache_name = cache_name(self.language_model)
         bins = torch.linspace(-1.0, 1.0, config.num_bins)
         self.register_buffer("bin_values", bins, persistent=False)
-        self._instruction_ids: dict[str, list[int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -239,53 +237,20 @@ class ReferencePolicy(nn.Module):
 
     @property
     def vision_towers(self) -> tuple[nn.Module, ...]:
-        """What turns pixels into patch features."""
         return (self.vision,)
 
     @property
-    def proprio_size(self) -> int:
-        """How many numbers of proprioception `act` takes."""
-        return len(self.config.proprio_mean)
-
-    @property
-    def action_size(self) -> int:
-        """Numbers in an action."""
-        return self.config.action_dimensions
-
-    @property
-    def image_size(self) -> int:
-        """Side of the only images that it takes."""
-        return self.config.image_size
-
-    @property
-    def instructions(self) -> tuple[str, ...]:
-        """What it was trained on."""
-        return tuple(instruction for _, instruction in self.config.tasks)
-
-    def reset(self) -> None:
-        """Begins a new episode. The policy itself remembers nothing."""
+    def frame_shape(self) -> tuple[int, ...]:
+        """(H, W, 3)."""
+        return self.image_size, self.image_size, 3
 
     def visual_tokens(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, M, hidden): what the language model receives."""
         return self.projector(self.vision(self.pixels(images))) + self.visual_position
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, 3, H, W), normalised."""
-        return (images.to(self.device).permute(0, 3, 1, 2).to(self.dtype) - 127.5) / 64.0
-
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) -> (..., hidden)."""
         return self.language_model.get_input_embeddings()(ids)
-
-    def encode_instructions(self, instructions: Sequence[str]) -> Tensor:
-        """Instructions -> (B, instruction_length) int64."""
-        if len(self._instruction_ids) > 1000:
-            self._instruction_ids.clear()  # a server's clients may send new ones forever
-        for instruction in instructions:
-            if instruction not in self._instruction_ids:
-                ids = encode(instruction, self.config.words, self.config.instruction_length)
-                self._instruction_ids[instruction] = ids
-        return torch.tensor([self._instruction_ids[text] for text in instructions], device=self.device)
 
     def prompt(self, images: Tensor, instructions: Sequence[str], proprio: Tensor) -> Tensor:
         """The prompt's embeddings, (B, config.prompt_length, hidden)."""
@@ -318,21 +283,8 @@ class ReferencePolicy(nn.Module):
             ObservationError: an argument does not fit; the message says which.
             CheckpointError: the network gives numbers that are not finite.
         """
-        frames, body = _tensor("The image", images), _tensor("proprio", proprio)
-        single = frames.ndim == 3
-        if single:
-            frames, body = frames[None], body.reshape(1, -1)
-        if isinstance(instruction, (str, bytes)) or not isinstance(instruction, Iterable):
-            instructions = [instruction] * (len(frames) if frames.ndim else 1)
-        else:
-            instructions = list(instruction)
-        for text in instructions:
-            check_instruction(text)
-        self._check_inputs(frames, instructions, body)
-        # Copies of one kind, whatever was given: a compiled call would be compiled anew for another.
-        laid_out = {"copy": True, "memory_format": torch.contiguous_format}
-        frames, body = frames.to(self.device, **laid_out), body.to(self.device, self.dtype, **laid_out)
-        actions = finite_action(self.decode(self.prompt(frames, instructions, body)).float().cpu().numpy(), self)
+        frames, ids, states, single = self._prepared(images, instruction, proprio)
+        actions = finite_action(self.decode(self.embed_prompt(frames, ids, states)).float().cpu().numpy(), self)
         return actions[0] if single else actions
 
     def decode(self, prompt: Tensor) -> Tensor:
@@ -365,49 +317,5 @@ class ReferencePolicy(nn.Module):
             positions = torch.full((1,), length + step, device=prompt.device)
         return self.bin_values[torch.stack(chosen, dim=1)].where(torch.stack(believed, dim=1), torch.nan)
 
-    def act(
-        self, images: Mapping[str, Any], instruction: str, proprio: np.ndarray | Tensor | None = None
-    ) -> np.ndarray:
-        """One control step of one robot as a chunk: `images={"image": (H, W, 3) uint8}` -> (1, 4) float32. Errors as in
-        `predict_action`.
-        """
-        check_images(images, self.cameras)
-        if set(images) != {"image"}:
-            raise ObservationError(f"The policy has one camera, 'image'; it was given {list(images)}.")
-        if proprio is None:
-            raise ObservationError(f"The policy reads the robot's state; give proprio, ({self.proprio_size},) numbers.")
-        return np.atleast_2d(self.predict_action(images["image"], instruction, proprio))
-
-    def act_batch(
-        self,
-        images: Sequence[Mapping[str, Any]],
-        instructions: Sequence[str],
-        proprio: Sequence[np.ndarray] | None = None,
-    ) -> np.ndarray:
-        """One control step of B robots: (B, 1, 4) float32. Arguments as in `act`, one each; errors as there."""
-        if proprio is None:
-            raise ObservationError(
-                f"The policy reads robots' states; give proprio, ({self.proprio_size},) numbers each."
-            )
-        frames = np.stack([one["image"] for one in images])
-        return self.predict_action(frames, list(instructions), np.stack(proprio))[:, None]
-
-    def _check_inputs(self, images: Tensor, instructions: list[str], proprio: Tensor) -> None:
-        size, body = self.config.image_size, len(self.config.proprio_mean)
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (size, size, 3):
-            raise ObservationError(
-                f"Images must be uint8 of shape (B, {size}, {size}, 3); got {images.dtype} {tuple(images.shape)}."
-            )
-        if tuple(proprio.shape) != (len(images), body):
-            raise ObservationError(f"Proprio must have shape ({len(images)}, {body}); got {tuple(proprio.shape)}.")
-        if not proprio.isfinite().all():
-            raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
-        if len(instructions) != len(images):
-            raise ObservationError(f"{len(images)} images came with {len(instructions)} instructions.")
-
-
-def _tensor(what: str, value: Any) -> Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ObservationError(f"{what} is an array of numbers; found {type(value).__name__}.") from error
+    def _as_chunks(self, actions: np.ndarray) -> np.ndarray:
+        return actions[..., None, :]
