@@ -58,6 +58,7 @@ help:
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
 	@echo "make test-triton  run the Triton kernels, interpreted, in $(TRITON_VENV) (700 MB)"
 	@echo "make test-openpi  drive the server with openpi's own client, which lives in $(OPENPI_VENV) (400 MB, no torch)"
+	@echo "make test-package build wheel and sdist, and try the wheel in an empty environment (2.5 GB)"
 	@echo "make docs         build the documentation in build/site, with $(DOCS_VENV); links are checked, nothing is fetched"
 
 install: $(VENV)/.installed
@@ -180,3 +181,17 @@ $(DOCS_VENV)/.installed: constraints/docs.txt
 docs: $(DOCS_VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict $(ARGS)
 	@echo "The site is in build/site; to read and search it: $(DOCS_VENV)/bin/python -m http.server --directory build/site"
+
+# The wheel and the sdist, and the wheel in an empty environment (2.5 GB with torch for CPUs), in build/package.
+PACKAGE_VENV ?= .venv-package
+.PHONY: test-package
+
+$(PACKAGE_VENV)/.installed: constraints/package.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(PACKAGE_VENV)/bin/python || { echo "==> Creating $(PACKAGE_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(PACKAGE_VENV); }
+	@echo "==> Installing build and twine into $(PACKAGE_VENV)"
+	@$(PACKAGE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/package.txt build twine
+	@touch $@
+
+test-package: $(PACKAGE_VENV)/.installed
+	sh .ci/package $(PACKAGE_VENV)/bin/python $(firstword $(shell grep -l '^pyright==' constraints.txt constraints/*.txt 2>/dev/null))

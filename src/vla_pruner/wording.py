@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-from pathlib import Path
 
 # Control characters of both blocks, what breaks lines or turns their direction around, and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -27,40 +25,15 @@ def a_type(value: object) -> str:
 
 
 def install(extra: str, *more: str) -> str:
-    """The command that installs what an extra of this package brings; the package itself is on no index.
+    """The command that installs what an extra of this package brings.
 
-    In a checkout it is pip's, with the extra. Elsewhere (a wheel, `pip install .` of a clone that is gone) there is no
-    such folder, and the command names the extra's packages.
+    pip finds the package installed, asks no index for it, and adds what the extra lacks; also in a checkout.
 
     Args:
         extra: its name in pyproject.toml.
         more: what to install besides, as arguments of pip.
     """
-    root = checkout()
-    own = " ".join(map(shlex.quote, _packages(extra))) if root is None else f"-e '.[{extra}]'"
-    commands = " && ".join(f"pip install {one}" for one in (own, *more))
-    return commands if root is None else f"{commands}  (in {root})"
-
-
-def checkout() -> Path | None:
-    """The folder of the repository that this package is imported from; None where it was installed without it."""
-    root = Path(__file__).resolve().parents[2]
-    return root if (root / "pyproject.toml").is_file() and (root / "src" / "vla_pruner").is_dir() else None
-
-
-def _packages(extra: str) -> list[str]:
-    """What an extra requires, as pip takes it, for this Python."""
-    from importlib.metadata import requires
-
-    from packaging.requirements import Requirement
-
-    found = []
-    for line in requires("vla-pruner") or ():
-        requirement = Requirement(line)
-        if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
-            requirement.marker = None
-            found.append(str(requirement))
-    return found
+    return " && ".join(f"pip install {one}" for one in (f"'vla-pruner[{extra}]'", *more))
 
 
 def readable(text: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.attach.tiny import VISUAL, decode, make_cache, prompt, tiny_lm
 from vla_pruner import methods
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import BudgetError, OptionError
 
 STEPS = 16
 
@@ -53,5 +53,5 @@ def test_before_the_decoder_memory_alone_is_refused(kind: Any) -> None:
     with pytest.raises(BudgetError, match="layer=0 was given without refresh_every"):
         kind(layer=0)
     kind(layer=0, refresh_every=4)
-    with pytest.raises(BudgetError, match="refresh_every=1 was given"):
+    with pytest.raises(OptionError, match="refresh_every=1 was given"):
         kind(refresh_every=1)

@@ -205,7 +205,9 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(statistics.importlib, "import_module", missing)
-    with pytest.raises(PackageMissing, match=r"need scipy, which is not installed; run: pip install .*\[eval\]"):
+    with pytest.raises(
+        PackageMissing, match=r"need scipy, which is not installed; run: pip install 'vla-pruner\[eval\]'"
+    ):
         wilson(1, 3)
     with pytest.raises(PackageMissing, match="need statsmodels"):
         holm([0.1, 0.2])

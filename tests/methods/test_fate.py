@@ -60,6 +60,6 @@ def test_what_code_asks():
 
 def test_another_word_is_refused():
     with pytest.raises(
-        vp.BudgetError, match=r"pruned='burn' was given; what becomes of tokens is one of 'drop', 'freeze', 'reuse'"
+        vp.OptionError, match=r"pruned='burn' was given; what becomes of tokens is one of 'drop', 'freeze', 'reuse'"
     ):
         Fate.of("burn")

@@ -307,7 +307,7 @@ def test_each_camera_on_its_own():
     assert [method.keep for method in given] == [4, 0.5]
     with pytest.raises(vp.BudgetError, match="does not name its cameras"):
         apart.for_cameras(())
-    with pytest.raises(vp.BudgetError, match="per_camera=1"):
+    with pytest.raises(vp.OptionError, match="per_camera=1"):
         vp.VLAPruner(per_camera=1)  # type: ignore[arg-type]
 
 

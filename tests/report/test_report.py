@@ -312,7 +312,7 @@ def test_without_pillow_it_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert cli.main(["report", str(traced), "--out", str(traced / "x.html")]) == 2
-    assert "pip install -e '.[eval]'" in capsys.readouterr().err
+    assert "pip install 'vla-pruner[eval]'" in capsys.readouterr().err
 
 
 def test_images_are_bounded(traced: Path, monkeypatch: pytest.MonkeyPatch) -> None:

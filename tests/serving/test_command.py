@@ -193,7 +193,7 @@ def test_without_the_extra_the_fix_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert cli.main(TINY) == 2
-    assert "prometheus_client, which is not installed; run: pip install -e '.[serve]'" in capsys.readouterr().err
+    assert "prometheus_client, which is not installed; run: pip install 'vla-pruner[serve]'" in capsys.readouterr().err
 
 
 def test_a_server_that_ends_by_itself_ends_the_command(

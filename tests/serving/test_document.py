@@ -22,7 +22,14 @@ def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     known = capsys.readouterr().out
-    flags = set(re.findall(r"--[a-z-]+[a-z]", TEXT)) - {"--no-deps", "--seconds", "--out", "--messages"}
+    flags = set(re.findall(r"--[a-z-]+[a-z]", TEXT)) - {
+        "--no-deps",
+        "--seconds",
+        "--out",
+        "--messages",
+        "--rm",
+        "--gpus",
+    }
     assert len(flags) > 10
     for flag in flags:
         assert flag in known, flag

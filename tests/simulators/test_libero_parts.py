@@ -49,7 +49,7 @@ def test_a_missing_package_is_one_line_with_the_fix(installed):
     del installed["hf-libero"]
     with pytest.raises(SimulatorUnavailable, match=r"hf-libero is missing\)\. To fix it, run: pip install") as error:
         find_suite("libero_object")
-    assert "pip install -e '.[libero]' && pip install --no-deps hf-libero" in error.value.fix
+    assert "pip install 'vla-pruner[libero]' && pip install --no-deps hf-libero" in error.value.fix
     assert "--no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1" in error.value.fix
 
 

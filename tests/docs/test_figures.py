@@ -1,0 +1,91 @@
+"""Figures of the documentation are those of committed files, and each page says the same as the page that it quotes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+import vla_pruner as vp
+from tests.docs.pages import ROOT, page
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_counted_flops_are_those_of_the_committed_file() -> None:
+    text = page("models.md")
+    assert (RESULTS / "family_flops.md").read_text(encoding="utf-8").strip() in text
+    from benchmarks.family_flops import FAMILIES, result, table
+
+    counted = json.loads((RESULTS / "family_flops.json").read_text(encoding="utf-8"))["families"]
+    assert counted == {name: result(family) for name, family in FAMILIES.items()}
+    assert table(counted) in text
+
+
+@pytest.mark.parametrize(
+    ("name", "families"),
+    [("start-openvla-oft.md", ["OpenVLA-OFT"]), ("start-lerobot.md", ["pi0", "pi0.5", "SmolVLA"])],
+)
+def test_what_to_expect_is_what_was_counted(name: str, families: list[str]) -> None:
+    counted = (RESULTS / "family_flops.md").read_text(encoding="utf-8").splitlines()
+    rows = {line.split("|")[1].strip(): line for line in counted}
+    expected = " ".join(page(name).split("## What to expect")[1].split())
+    for family in families:
+        left = rows[family].split("|")[3].split("/")[1].strip()
+        assert left in expected, (family, left)
+
+
+def test_the_demo_page_has_the_committed_run() -> None:
+    run = RESULTS / "demo"
+    if not (run / "results.json").is_file():
+        pytest.skip("no demo run is committed")
+    text = page("demo.md")
+    assert (run / "table.md").read_text(encoding="utf-8").strip() in text
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert not results["interrupted"]
+    assert not results["machine_was_busy"]
+    assert results["conditions"]["processor"] in text
+    assert f"{results['paired_episodes']} paired episodes" in text
+    for arm in results["arms"]:
+        assert arm["title"] in text
+        assert f"{arm['success']['successes']}/{arm['success']['total']}" in text
+
+
+def test_every_option_of_the_method_is_in_the_table() -> None:
+    table = page("how-it-works.md").split("## Options of `VLAPruner`")[1].split("##")[0]
+    for field in dataclasses.fields(vp.VLAPruner):
+        assert f"`{field.name}`" in table
+
+
+def test_advice_is_the_study_s() -> None:
+    study = page("study.md")
+    confirmed = [
+        line.split("|")[1:-1]
+        for line in page("choosing.md").splitlines()
+        if re.match(r"\| `\w+` [\d.]+ (drop|f)", line)
+    ]
+    assert len(confirmed) == 4
+    for arm, difference, verdict in confirmed:
+        method, keep, fate = arm.strip().replace("`", "").split()
+        key = {"VLAPruner": "vla-pruner", "ActionOnly": "action-only"}[method]
+        (row,) = [line for line in study.splitlines() if line.startswith(f"| {key} {keep} {fate} K=3")]
+        assert [cell.strip() for cell in row.split("|")[3:-1]] == [difference.strip(), verdict.strip()]
+    told = " ".join(study.split())
+    for name, sentence in (
+        ("choosing.md", r"correlation of (\.\d+) with the loss of success, and of (\.\d+) within one keep and fate"),
+        ("how-it-works.md", r"keep (16\.6) points more success .* \((11\.3 to 21\.6)"),
+    ):
+        found = re.search(sentence, " ".join(page(name).split()))
+        assert found is not None, name
+        for figure in found.groups():
+            assert figure in told
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "\n".join(page(f"api/{name}.md") for name in ("attaching", "methods", "policies", "measuring", "errors"))
+    errors = {name for name in vp.__all__ if name.endswith("Error")}
+    assert "::: vla_pruner.errors" in text
+    for name in set(vp.__all__) - errors:
+        assert re.search(rf"^::: vla_pruner\.[\w.]+\.{name}$", text, re.MULTILINE), name
