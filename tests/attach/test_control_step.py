@@ -182,8 +182,9 @@ def test_the_key_follows_everything_that_a_call_decides():
     keys = [step.graph_key]
     hidden = torch.randn(2, 6, 8)
     for change in (
-        lambda: step.see(embeddings=hidden[:, 2:5]),
-        lambda: step.see(raters=torch.ones(2, 6)),
+        lambda: step.see_embeddings(vp.DivPrune(), hidden),
+        lambda: step.see_embeddings(vp.SparseVLM(), hidden),
+        lambda: step.see_embeddings(vp.CDPruner(), hidden),
         lambda: step.begin_choice(1),
         lambda: step.shorten(1, torch.tensor([[0, 2]] * 2), readable=True),
         lambda: step.enter(step.shortening, hidden),  # type: ignore[arg-type]

@@ -189,5 +189,5 @@ def test_a_compiler_is_given_the_same_choice(method):
     ],
 )
 def test_options_out_of_range_are_refused(make, message):
-    with pytest.raises(vp.BudgetError, match=message):
+    with pytest.raises(vp.OptionError, match=message):
         make()

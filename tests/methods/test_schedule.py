@@ -45,7 +45,7 @@ def test_a_gate_asks_the_motion():
 
 @pytest.mark.parametrize("options", [{"refresh_every": 1}, {"refresh_every": True}, {"gate": 1}, {"gate": 2.0}])
 def test_what_is_out_of_range_is_refused(options):
-    with pytest.raises(vp.BudgetError, match=f"{next(iter(options))}="):
+    with pytest.raises(vp.OptionError, match=f"{next(iter(options))}="):
         Schedule(**options)
 
 
