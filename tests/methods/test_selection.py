@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from vla_pruner.method_names import Named
 from vla_pruner.methods.base import Evidence, resolve_keep
 from vla_pruner.methods.scores import attention_probabilities, mean_over_rows, temporal_estimate
 from vla_pruner.methods.selection import (
@@ -335,3 +336,11 @@ def test_the_estimate_is_rounded_as_the_preset_says():
         evidence = Evidence(torch.ones(1, 4, dtype=torch.bool), uneven, features=torch.zeros(1, 4, 2))
         found[preset] = vp.VLAPruner(preset=preset).action_estimate(evidence)[0, 0]
     assert found["official"] > found["official-2026-02"], "the newest step weighs most, or least"
+
+
+def test_a_table_names_the_layer_that_runs():
+    """Tables are titled before there is a model, so the layer that they name is the one that is used."""
+    named = Named.of(vp.VLAPruner(keep=0.25, preset="official"))
+    assert "K=3" in named.title
+    assert named.method.fitted(one_pass=True).layer == 3
+    assert Named.of(vp.VLAPruner(preset="official", layer=4)).method.fitted(one_pass=True).layer == 4
