@@ -9,7 +9,7 @@ from typing import Any
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
-from vla_pruner.flags import add_methods, add_weights, names, option
+from vla_pruner.flags import add_methods, add_output, add_weights, names, option
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
@@ -110,6 +110,7 @@ def add_eval(commands: Any) -> None:
         type=option,
         help="for the suites, such as assets=DIR; may be repeated (default: none)",
     )
+    add_output(command)
     command.set_defaults(run=run_command)
 
 
@@ -142,11 +143,10 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         VLAPrunerError: they ask for something that cannot be.
     """
-    from rich.console import Console
-
     from vla_pruner.evaluation.command import run_eval, run_merge
+    from vla_pruner.terminal import output
 
-    console = Console(highlight=False)
+    console = output(options.quiet, options.no_color)
     if options.merge:
         if options.policy or options.suites:
             raise EvaluationError("--merge runs nothing, so --policy and --suite do not go with it; leave them out.")
