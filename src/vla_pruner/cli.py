@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import budget, names, option
+from vla_pruner.flags import add_output, budget, names, option
 from vla_pruner.wording import readable
 
 WRONG_INPUT = 2
@@ -162,14 +162,14 @@ def _add_demo(commands: Any) -> None:
         help=f"{', '.join(NAMES)}, or a folder with model.safetensors and config.json\n(default: the suite's)",
     )
     command.add_argument("--quick", action="store_true", help="a first look in under 2 minutes (default: off)")
+    add_output(command)
     command.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from vla_pruner.demo import DemoSettings, run_demo
     from vla_pruner.simulators.metaworld import SimulatorUnavailable
+    from vla_pruner.terminal import output
 
     settings = DemoSettings(
         tasks=options.tasks,
@@ -182,7 +182,7 @@ def _demo(options: argparse.Namespace) -> int:
         suite=options.suite,
     )
     try:
-        return run_demo(settings, Console(highlight=False))
+        return run_demo(settings, output(options.quiet, options.no_color))
     except SimulatorUnavailable as error:
         sys.unraisablehook = lambda _: None  # MuJoCo's half-made renderers complain once more when they are freed
         return _refuse(str(error))

@@ -94,3 +94,13 @@ def add_weights(command: argparse.ArgumentParser) -> None:
         type=option,
         help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
     )
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """Flags of what a subcommand prints."""
+    command.add_argument(
+        "--quiet", action="store_true", help="print what came out and what went wrong, no progress (default: off)"
+    )
+    command.add_argument(
+        "--no-color", action="store_true", help="print without colours, as the variable NO_COLOR does (default: off)"
+    )

@@ -2,15 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from vla_pruner.wording import readable
+
+
+class Brief(Console):
+    """A console on which a command shows what came out and what went wrong, and nothing of how far it is."""
+
+
+def output(brief: bool = False, no_color: bool = False, stderr: bool = False) -> Console:
+    """The console of a subcommand.
+
+    Args:
+        brief: whether progress and greetings are left out.
+        no_color: whether nothing has a colour; otherwise the variable NO_COLOR says so, and what is no terminal.
+        stderr: whether it is standard error, where standard output is for something else.
+    """
+    kind = Brief if brief else Console
+    return kind(highlight=False, no_color=no_color or None, stderr=stderr)
+
+
+def remark(console: Console, text: str) -> None:
+    """A line on how far a command is, which a brief console leaves out."""
+    if not isinstance(console, Brief):
+        say(console, text)
+
+
+class LogLines:
+    """Progress where no bar can be drawn (a log file, a pipe): a line now and then, each of its own.
+
+    Args:
+        console: where they go; nothing is written to one that draws bars, nor to a brief one.
+        total: how many things there are.
+        noun: what they are, in the plural.
+        done: how many were there before.
+        every: seconds between two lines.
+        clock: seconds, as `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        noun: str,
+        done: int = 0,
+        every: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._total, self._noun, self._every, self._clock = console, total, noun, every, clock
+        self._first = done
+        self._began = self._said = clock()
+
+    def at(self, done: int) -> None:
+        """Says how many are done, and how long the others take at this pace, if it is time for a line."""
+        now = self._clock()
+        if self._console.is_interactive or now - self._said < self._every or done <= self._first:
+            return
+        self._said = now
+        passed = now - self._began
+        left = passed * (self._total - done) / (done - self._first)
+        remark(self._console, f"{done} of {self._total} {self._noun}, {lasting(passed)}; about {lasting(left)} left")
+
+
+def lasting(seconds: float) -> str:
+    """A time as people say it: "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def literal(text: str, style: str = "") -> Text:
@@ -40,8 +115,11 @@ def simple_table(title: str | None, padding: tuple[int, int, int, int] = (0, 1, 
 
 
 def add_column(table: Table, head: str, *, right: bool, no_wrap: bool = False, min_width: int | None = None) -> None:
-    """A column of a table; `right`: its cells end at the same place."""
-    table.add_column(literal(head), justify="right" if right else "left", no_wrap=no_wrap, min_width=min_width)
+    """A column of a table; `right`: its cells end at the same place. A word that is longer than a narrow column goes on
+    in the next line.
+    """
+    justify = "right" if right else "left"
+    table.add_column(literal(head), justify=justify, no_wrap=no_wrap, min_width=min_width, overflow="fold")
 
 
 def add_row(table: Table, cells: Sequence[str], style: str | None = None) -> None:
@@ -50,17 +128,20 @@ def add_row(table: Table, cells: Sequence[str], style: str | None = None) -> Non
 
 
 def progress(console: Console | None, note: bool = False) -> Progress:
-    """A bar that goes away when it is done; None: nothing is shown.
+    """A bar that goes away when it is done; nothing is shown for None, for a brief console, and where no bar can be
+    drawn: see `LogLines`.
 
     Args:
         note: whether its tasks have a field "note", a text behind the bar.
     """
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     ]
     if note:
         columns.append(TextColumn("{task.fields[note]}", markup=False))
-    return Progress(*columns, console=console, transient=True, disable=console is None)
+    disable = console is None or isinstance(console, Brief) or not console.is_interactive
+    return Progress(*columns, console=console, transient=True, disable=disable)

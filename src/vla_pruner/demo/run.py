@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vla_pruner.conditions import busy_cores
 from vla_pruner.demo import results
-from vla_pruner.demo.arms import BASELINE, Arm, default_arms
+from vla_pruner.demo.arms import Arm, default_arms
 from vla_pruner.demo.conditions import conditions
 from vla_pruner.demo.episodes import Environment, Runner, Unit, plan
 from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
@@ -23,7 +23,7 @@ from vla_pruner.demo.table import footnotes, to_markdown, to_rich
 from vla_pruner.demo.verdict import headline, verdict
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.families import family_of
-from vla_pruner.terminal import progress, say
+from vla_pruner.terminal import LogLines, progress, remark, say
 from vla_pruner.wording import counted
 
 FRAME_SIZE, PAIR_SIZE = 224, 160
@@ -31,6 +31,9 @@ FRAME_SIZE, PAIR_SIZE = 224, 160
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+_SAY_EVERY = 15.0
+"""Seconds between lines of progress where no bar can be drawn."""
 
 _BUSY = 0.15
 """Share of the cores, used by others, above which milliseconds are no longer to be trusted."""
@@ -77,7 +80,7 @@ def run_demo(
     units = plan(tasks, settings.episodes_a_task, first)
     try:
         threads = counted(facts["threads"], "thread")
-        say(console, f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
+        remark(console, f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
         observation = runner.environment(tasks[0]).reset(first)
         facts["rendering"] = os.environ.get("MUJOCO_GL")  # the simulator has chosen by now
         costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
@@ -133,18 +136,16 @@ def _warn_if_busy(facts: dict[str, Any], console: Console) -> bool:
 
 
 def _run(runner: Runner, units: Sequence[Unit], settings: DemoSettings, console: Console) -> None:
-    solved = {arm.key: 0 for arm in runner.arms}
     titles = {arm.key: arm.title for arm in runner.arms}
     total = len(units) * len(runner.arms)
+    lines = LogLines(console, total, "episodes", every=_SAY_EVERY)
     with progress(console, note=True) as shown:
         bar = shown.add_task("episodes", total=total, note="")
         for done, episode in enumerate(runner.run(units, settings.minutes), 1):
-            solved[episode.arm] += episode.success
             result = "solved" if episode.success else "not solved"
             note = f"{episode.unit.task}, {titles[episode.arm]}: {result} in {episode.steps} steps"
             shown.update(bar, advance=1, note=note)
-            if not console.is_terminal and done % (5 * len(runner.arms)) == 0:
-                say(console, f"{done} of {total} episodes; solved unpruned: {solved[BASELINE]}")
+            lines.at(done)
     if len(runner.finished) < len(units):
         say(
             console,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -36,15 +35,12 @@ from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
 from vla_pruner.statistics import wilson
-from vla_pruner.terminal import progress, say
+from vla_pruner.terminal import LogLines, progress, remark, say
 from vla_pruner.wording import counted, readable, span
 
 TABLE = "table.md"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-
-_SAY_EVERY = 30.0
-"""Seconds between lines of progress where the output is no terminal."""
 
 
 def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite] = find_suite) -> int:
@@ -139,7 +135,7 @@ def _greet(run: Run, file: RecordFile, console: Console) -> None:
     total = len(plan.units()) * len(arms)
     part = "" if plan.shard is None else f", shard {plan.shard[0]} of {plan.shard[1]}"
     margin = 100 * run.manifest.identity["margin"]
-    say(
+    remark(
         console,
         f"{counted(len(plan.tasks), 'task')}, {span('initial state', plan.first, plan.episodes)}, "
         f"{counted(len(arms), 'arm')}{part}: {counted(total, 'episode')}. Margin, declared now: {margin:g} points.",
@@ -150,7 +146,7 @@ def _greet(run: Run, file: RecordFile, console: Console) -> None:
     if run.records:
         crashed = len(run.records) - done
         again = f"; {crashed} crashed and are tried again" if crashed else ""
-        say(console, f"Going on: {done} of {counted(total, 'episode')} are done{again}.")
+        remark(console, f"Going on: {done} of {counted(total, 'episode')} are done{again}.")
 
 
 def _say_untraced(run: Run, settings: EvalSettings, console: Console) -> None:
@@ -169,7 +165,7 @@ def _follow(run: Run, records: Iterator[Record], console: Console) -> None:
     arms = run.manifest.identity["arms"]
     total = len(run.manifest.plan.units()) * len(arms)
     done = sum(not record.crashed for record in run.records.values())
-    said = time.monotonic()
+    lines = LogLines(console, total, "episodes", done)
     with progress(console, note=True) as shown:
         bar = shown.add_task("episodes", total=total, completed=done, note="")
         for record in records:
@@ -178,9 +174,7 @@ def _follow(run: Run, records: Iterator[Record], console: Console) -> None:
             if record.crashed:
                 error: Any = record.error
                 say(console, f"Crashed: {record.arm} on {record.unit}: {error['type']}: {error['message']}")
-            if not console.is_terminal and time.monotonic() - said > _SAY_EVERY:
-                said = time.monotonic()
-                say(console, f"{done} of {counted(total, 'episode')}")
+            lines.at(done)
 
 
 def _ended(record: Record) -> str:

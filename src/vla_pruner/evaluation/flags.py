@@ -11,7 +11,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.recipes import RECIPES
 from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings, flag
-from vla_pruner.flags import add_methods, add_weights, names, option
+from vla_pruner.flags import add_methods, add_output, add_weights, names, option
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
@@ -119,6 +119,7 @@ def add_eval(commands: Any) -> None:
         type=option,
         help="for the suites, such as assets=DIR; may be repeated (default: none)",
     )
+    add_output(command)
     command.set_defaults(run=run_command)
 
 
@@ -151,11 +152,10 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         VLAPrunerError: they ask for something that cannot be.
     """
-    from rich.console import Console
-
     from vla_pruner.evaluation.command import run_eval, run_merge
+    from vla_pruner.terminal import output
 
-    console = Console(highlight=False)
+    console = output(options.quiet, options.no_color)
     if options.merge:
         if options.policy or options.suites:
             raise EvaluationError("--merge runs nothing, so --policy and --suite do not go with it; leave them out.")
