@@ -58,7 +58,7 @@ def test_the_two_camera_policy(chunk_policy: Any, tmp_path: Path) -> None:
     settings = {"tasks": ("reach", "push"), "episodes": 1, "out": tmp_path, "seed": 0}
     code, text = _run(chunk_policy, PairEnvironment, default_arms(), **settings)
     assert code == 0
-    assert "The recommended setting (0.25 freeze, layer 2) takes" in " ".join(text.split())
+    assert "The recommended setting (0.25 freeze, layer 2, last row) takes" in " ".join(text.split())
     assert "no rule at this layer" in " ".join(text.split())
     results = json.loads((tmp_path / "results.json").read_text())
     assert [arm["arm"] for arm in results["arms"]] == ["unpruned", "recommended", "paper", "random"]

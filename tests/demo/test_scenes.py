@@ -31,7 +31,8 @@ class Stand:
     def begin(self, seed: int) -> Observation:
         assert not self.closed
         self.begun.append(seed)
-        return Observation({"front": np.zeros((8, 8, 3), np.uint8)}, np.zeros(3, np.float32), self.task)
+        images = {"front": np.zeros((8, 8, 3), np.uint8)}
+        return Observation(images=images, instruction=self.task, proprio=np.zeros(3, np.float32))
 
     def step(self, action: np.ndarray) -> tuple[Any, ...]:
         return self.begin(99), 0.0, False, bool(action[0] > 2), {"success": False}

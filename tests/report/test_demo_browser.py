@@ -72,7 +72,7 @@ def test_everything_drawn_has_a_name(opened: Browser) -> None:
     opened.run("const one = document.getElementById('step'); one.value = 4; one.dispatchEvent(new Event('input'))")
     assert opened.run("return document.getElementById('step').getAttribute('aria-valuetext')") == "step 4 of 5"
     label = opened.run("return document.querySelectorAll('.film canvas')[1].getAttribute('aria-label')")
-    assert label == "recommended (0.25 freeze, layer 2), step 4 of 5: 32 of 128 tokens live"
+    assert label == "recommended (0.25 freeze, layer 2, last row), step 4 of 5: 32 of 128 tokens live"
 
 
 def test_it_fits_a_telephone(browser: Browser, page: Path) -> None:
