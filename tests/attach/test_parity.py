@@ -9,22 +9,20 @@ import torch
 
 import vla_pruner as vp
 from tests.attach.tiny import LENGTH, TOKENS, TYPES, VISUAL, K, decode, make_cache, prompt, reference_hidden, tiny_lm
+from tests.pairwise import pairwise
 
 KEPT = (0, 3, 4, 9, 15, 22)
 STEPS = 4
 
 
-def backends(kind: str) -> tuple[str, ...]:
-    return ("eager",) if kind == "gemma2" else ("sdpa", "eager")
+def possible(kind: str, backend: str, *_: object) -> bool:
+    return (kind, backend) != ("gemma2", "sdpa")
 
 
-CASES = [
-    (kind, backend, cache, padding)
-    for kind in TYPES
-    for backend in backends(kind)
-    for cache in ("dynamic", "static")
-    for padding in (None, "right", "left")
-]
+FACTORS = TYPES, ("sdpa", "eager"), ("dynamic", "static"), (None, "right", "left")
+NOTHING_DROPPED = vp.VLAPruner(keep=1.0), vp.RandomKeep(keep=1.0), vp.Unpruned()
+ALL_KEPT = pairwise(*FACTORS, NOTHING_DROPPED, possible=possible)
+PRUNED = pairwise(*FACTORS, ("drop", "freeze"), possible=possible)
 
 
 def options(padding):
@@ -37,9 +35,10 @@ def run(model, padding, cache, seed=1):
     return (*decode(model, embeds, given, make_cache(cache, model), STEPS), embeds, mask)
 
 
-@pytest.mark.parametrize(("kind", "backend", "cache", "padding"), CASES)
 @pytest.mark.parametrize(
-    "method", [vp.VLAPruner(keep=1.0), vp.RandomKeep(keep=1.0), vp.Unpruned()], ids=lambda m: type(m).__name__
+    ("kind", "backend", "cache", "padding", "method"),
+    ALL_KEPT,
+    ids=lambda value: str(value) if isinstance(value, str | None) else type(value).__name__,
 )
 def test_keep_all_is_bit_identical(kind, backend, cache, padding, method):
     model = tiny_lm(kind, backend)
@@ -52,8 +51,7 @@ def test_keep_all_is_bit_identical(kind, backend, cache, padding, method):
             assert session.kept is None
 
 
-@pytest.mark.parametrize(("kind", "backend", "cache", "padding"), CASES)
-@pytest.mark.parametrize("pruned", ["drop", "freeze"])
+@pytest.mark.parametrize(("kind", "backend", "cache", "padding", "pruned"), PRUNED)
 def test_pruned_agrees_with_full_length_reference(kind, backend, cache, padding, pruned):
     model = tiny_lm(kind, backend)
     _, unpruned, *_ = run(model, padding, cache)
