@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from benchmarks.index import RESULTS, committed, index
-from vla_pruner import cli
 
 needs_git = pytest.mark.skipif(
     shutil.which("git") is None
@@ -29,9 +27,3 @@ def test_the_index_is_current() -> None:
 def test_a_result_that_nobody_described_is_refused() -> None:
     with pytest.raises(ValueError, match=r"does not say what benchmarks/results/new/x\.json is"):
         index(["new/x.json"])
-
-
-def test_the_command_of_the_index_makes_the_page(tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    assert cli.main(["report", str(RESULTS / "study" / "confirm"), "--out", str(page)]) == 0
-    assert "</html>" in page.read_text(encoding="utf-8")
