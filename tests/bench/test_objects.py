@@ -113,7 +113,7 @@ def test_a_policy_that_is_loaded_is_what_it_is(options: dict[str, Any]) -> None:
 
 
 def test_numbers_of_numpy_are_no_traceback() -> None:
-    with pytest.raises(vp.BudgetError, match="keep"):
+    with pytest.raises(vp.OptionError, match="keep"):
         vp.bench("reference", keep=np.float32(0.25))
 
 
