@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import figure, picture
+import pytest
+
+from benchmarks import figure, picture, publish_demo
 from tests.docs.pages import DOCS, ROOT
 
 
@@ -27,3 +29,16 @@ def test_the_picture_shows_the_times_of_the_committed_run() -> None:
     assert shown == {key: round(picture._pruned(arms[key])["p50"], 1) for key in picture.SHOWN}, (
         "the demo's run is newer than the picture: python -m benchmarks.picture"
     )
+
+
+def test_publishing_the_committed_run_again_changes_no_page() -> None:
+    table = (publish_demo.RUN / "table.md").read_text(encoding="utf-8")
+    other = table.replace("%", "percent")
+    for name, lines in (("README.md", publish_demo.HEAD), ("docs/demo.md", None)):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert publish_demo.with_table(text, table, lines) == text
+        changed = publish_demo.with_table(text, other, lines)
+        assert "\n".join(other.splitlines()[:lines]) in changed
+        assert publish_demo.with_table(changed, table, lines) == text
+    with pytest.raises(ValueError, match="0 tables"):
+        publish_demo.with_table("no table", table)
