@@ -92,10 +92,10 @@ NO_TEXT = (
 
 
 def in_each(function: Callable[[Tensor], Tensor], tensor: Tensor, dims: int) -> Tensor:
-    """`function` of a tensor of so many dimensions; of several stacked in front, as positions in time, height and width
-    are, of each.
+    """`function` of a tensor of up to so many dimensions; of several stacked in front, as positions in time, height and
+    width are, of each.
     """
-    return function(tensor) if tensor.dim() == dims else torch.stack([function(one) for one in tensor])
+    return function(tensor) if tensor.dim() <= dims else torch.stack([function(one) for one in tensor])
 
 
 def ensure(condition: Tensor, message: str) -> None:
