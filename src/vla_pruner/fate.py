@@ -26,11 +26,11 @@ class Fate(StrEnum):
         Raises:
             OptionError: there is none.
         """
-        if word not in list(cls):
-            raise OptionError(
-                f"pruned={word!r} was given; what becomes of tokens is one of {', '.join(map(repr, cls))}."
-            )
-        return cls(word)
+        found = _BY_WORD.get(word) if isinstance(word, str) else None
+        if found is None:
+            words = ", ".join(map(repr, _BY_WORD))
+            raise OptionError(f"pruned={word!r} was given; what becomes of tokens is one of {words}.")
+        return found
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -55,6 +55,8 @@ class Fate(StrEnum):
         """The word of texts, such as "dropping"."""
         return {Fate.DROP: "dropping", Fate.FREEZE: "freezing", Fate.REUSE: "reusing"}[self]
 
+
+_BY_WORD: dict[str, Fate] = {fate.value: fate for fate in Fate}  # which compilers can look into
 
 WITHIN_A_STEP = (Fate.DROP, Fate.FREEZE)
 """The fates that need nothing but the control step itself."""

@@ -82,6 +82,12 @@ def test_a_prompt_for_observations_without_one() -> None:
         reader_of(fake(("cam_high",), 14), "aloha").read(sent)
 
 
+def test_a_default_prompt_that_the_policy_cannot_read_opens_no_port(policy: Any) -> None:
+    server = PolicyServer(policy, None, ServerSettings(port=0, default_prompt="fly to the moon"))
+    with pytest.raises(ServingError, match="words it was never trained on: fly, moon"):
+        server.start()
+
+
 def test_actions_are_cut_to_what_the_client_wants(policy: Any, serve: Serve) -> None:
     server = serve(action_dim=2)
     with PolicyClient(server.url, timeout=WAIT) as client:
@@ -115,7 +121,17 @@ def test_the_flags(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixtu
     settings: ServerSettings = asked[0][2]
     assert (settings.episode_gap, settings.episode_jump, settings.default_prompt) == (2.0, 0.3, "go")
     assert (settings.metadata, settings.center_crop, settings.action_dim) == ({"reset_pose": [0.0, 1.5]}, False, 3)
-    for content, said in (("[1]", "holds no JSON object"), ("{", "cannot be read as JSON")):
+    for content, said in (
+        ("[1]", "holds no JSON object"),
+        ("{", "cannot be read as JSON"),
+        ('{"a": NaN}', "NaN is no number of JSON"),
+        (
+            '{"model": "y", "action_horizon": 9}',
+            "--metadata has 'action_horizon', 'model', which the server says itself",
+        ),
+        ('{"a": ' + 40 * "[" + 40 * "]" + "}", "--metadata cannot be sent: "),
+        ('{"a": 123456789012345678901234567890}', "--metadata cannot be sent: "),
+    ):
         file.write_text(content)
         assert cli.main([*common, "--metadata", str(file)]) == 2
         assert said in capsys.readouterr().err

@@ -181,3 +181,8 @@ def test_the_convention_of_the_reference_policy_and_the_refusal_of_others(suite,
 
     with pytest.raises(SuiteError, match="takes the cameras 'left', 'right' and a state of 14"):
         suite.convention(Bimanual())
+
+
+def test_options_of_another_simulator_are_refused() -> None:
+    with pytest.raises(SuiteError, match=r"metaworld:mt4 has no option 'assets' \(--suite-option\).* are image_size"):
+        find_suite("metaworld:mt4", assets="/nope")

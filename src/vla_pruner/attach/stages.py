@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vla_pruner.attach.contract import budget_of, check_needs, selected
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import BudgetError
@@ -45,10 +46,10 @@ class Stage:
         # A camera that the policy left out of the sequence has its budget, but no tokens here.
         known = known or counts
         if self.cameras is None:
-            full = [self.method.budget(sum(known))]
+            full = [budget_of(self.method, sum(known))]
             short = [self.method.budget_of_present(sum(known), sum(present))]
         else:
-            full = [method.budget(count) for method, count in zip(self.cameras, known, strict=True)]
+            full = [budget_of(method, count) for method, count in zip(self.cameras, known, strict=True)]
             short = [min(budget, count) for budget, count in zip(full, present, strict=True)]
         # Where all is kept nothing may change, so absent cameras that hold a place stay too.
         return list(counts) if sum(full) >= sum(known) else short
@@ -56,14 +57,14 @@ class Stage:
     def select(self, evidence: Evidence, counts: tuple[int, ...], budgets: list[int]) -> Tensor:
         """Which (B, k) int64, sorted, of the tokens that `evidence` is on stay; each camera has `counts` of them."""
         if self.cameras is None:
-            return self.method.select(evidence, budgets[0])
+            return selected(self.method, evidence, budgets[0])
         kept, start = [], 0
         for method, count, k in zip(self.cameras, counts, budgets, strict=True):
             ids = torch.arange(count, device=evidence.valid.device).expand(evidence.valid.shape[0], -1)
             if k == 0:
                 ids = ids[:, :0]
             elif k < count:
-                ids = method.select(evidence.span(start, start + count), k)
+                ids = selected(method, evidence.span(start, start + count), k)
             kept.append(ids + start)
             start += count
         return torch.cat(kept, dim=1)
@@ -74,7 +75,10 @@ def stages_of(method: Method, family: Family) -> dict[int, Stage]:
 
     Raises:
         BudgetError: the model lacks a layer, or its visual tokens are fewer than are to be kept.
+        OptionError: the method needs what no session has.
     """
+    for stage in method.stages():
+        check_needs(stage, method.fate.needs_last_step)
     stages = {stage.layer: Stage(stage, stage.for_cameras(family.cameras)) for stage in method.stages()}
     check_depth(method, family.depth, family.first_layer)
     if type(method).select is not Method.select:  # else it never prunes

@@ -117,7 +117,8 @@ def add_eval(commands: Any) -> None:
         action="append",
         default=[],
         type=option,
-        help="for the suites, such as assets=DIR; may be repeated (default: none)",
+        help="for the suites: image_size=N; of LIBERO also assets=DIR, seed=N and center_crop=false; may be repeated\n"
+        "(default: none)",
     )
     add_output(command)
     command.set_defaults(run=run_command)

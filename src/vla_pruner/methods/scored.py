@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from vla_pruner.errors import OptionError
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.budgeted import Budgeted
 from vla_pruner.methods.selection import top_ids
@@ -36,7 +38,12 @@ class Scored(Budgeted):
         raise NotImplementedError(f"{type(self).__name__} does not rank the tokens: define score(evidence).")
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
-        return top_ids(self.score(evidence), evidence.valid, k)
+        score: Any = self.score(evidence)
+        shape = tuple(evidence.valid.shape)
+        if not isinstance(score, Tensor) or tuple(score.shape) != shape or score.is_complex():
+            found = f"{tuple(score.shape)} of {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
+            raise OptionError(f"{type(self).__name__}.score returned {found}; it returns numbers of shape {shape}.")
+        return top_ids(score, evidence.valid, k)
 
 
 @dataclass(frozen=True)

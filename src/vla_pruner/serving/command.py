@@ -267,13 +267,17 @@ def _metadata(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ServingError(f"--metadata is {file}, which cannot be read as JSON ({reason}).") from error
     if not isinstance(found, dict):
         raise ServingError(f'--metadata is {file}, which holds no JSON object; write {{"name": value}} into it.')
     return found
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def _check_installed() -> None:

@@ -25,7 +25,7 @@ from vla_pruner.serving.errors import Overloaded, ServingError
 from vla_pruner.serving.logs import log, traceback_of
 from vla_pruner.serving.metrics import Metrics
 from vla_pruner.serving.observations import Seen, reader_of
-from vla_pruner.serving.settings import ServerSettings
+from vla_pruner.serving.settings import OWN_METADATA, ServerSettings
 from vla_pruner.wording import counted
 
 # What strangers send is theirs to know: the library would log a traceback for each failed handshake.
@@ -356,7 +356,7 @@ class PolicyServer:
 
         engine, policy = self._engine, self._engine.policy
         horizon, size = engine.actions_shape
-        return {
+        found = {
             "protocol": "openpi",
             "server": f"vla-pruner/{__version__}",
             "model": self.settings.name or type(policy).__name__,
@@ -368,8 +368,9 @@ class PolicyServer:
             "state_keys": list(self._reader.state),
             "state_size": policy.proprio_size,
             "max_message": self.settings.max_message,
-            **self.settings.metadata,
         }
+        assert set(found) == OWN_METADATA
+        return {**self.settings.metadata, **found}
 
 
 def _described(method: Method | None) -> dict[str, Any]:

@@ -13,6 +13,13 @@ from vla_pruner.serving.errors import ServingError
 MEBIBYTE = 2**20
 
 
+OWN_METADATA = frozenset({
+    "protocol", "server", "model", "pruner", "visual_tokens", "action_horizon", "action_dim", "image_keys",
+    "state_keys", "state_size", "max_message",
+})  # fmt: skip
+"""Keys of the metadata that the server says of itself."""
+
+
 @dataclass(frozen=True)
 class ServerSettings:
     """The flags of `vla-pruner serve` that are not about the policy. Errors name the flags, in the flags' units.
@@ -96,6 +103,7 @@ class ServerSettings:
                 raise ServingError(f"{name} is {value!r}; it is a finite number above 0.")
         if self.action_dim is not None and not _is_count(self.action_dim):
             raise ServingError(f"--action-dim is {self.action_dim!r}; it is a whole number of 1 or more.")
+        self._check_metadata()
         if self.default_prompt is not None and not self.default_prompt.strip():
             raise ServingError("--default-prompt is empty; give the instruction that your policy was trained on.")
         if not 0 <= self.batch_window <= 1:
@@ -108,6 +116,25 @@ class ServerSettings:
             raise ServingError("A certificate and its key go together: give both --tls-cert and --tls-key, or none.")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or " " in self.api_key):
             raise ServingError("The API key is empty, or has blanks or characters beyond ASCII; choose another.")
+
+    def _check_metadata(self) -> None:
+        """Refuse metadata that no client could read, or that would hide the server's own."""
+        if not isinstance(self.metadata, Mapping) or not all(isinstance(key, str) for key in self.metadata):
+            raise ServingError('--metadata is no map of names to values, such as {"reset_pose": [0.0, 1.5]}.')
+        taken = sorted(OWN_METADATA & set(self.metadata))
+        if taken:
+            raise ServingError(f"--metadata has {', '.join(map(repr, taken))}, which the server says itself.")
+        if not self.metadata:
+            return
+        try:
+            from vla_pruner.client.codec import pack, unpack
+            from vla_pruner.client.errors import CodecError
+        except ImportError:  # without the extra nothing is served, which is said elsewhere
+            return
+        try:
+            unpack(pack(dict(self.metadata)))
+        except CodecError as error:
+            raise ServingError(f"--metadata cannot be sent: {error}") from error
 
     @property
     def is_open(self) -> bool:

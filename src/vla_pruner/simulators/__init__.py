@@ -68,9 +68,14 @@ def find_suite(name: str, **options: Any) -> Suite:
         **options: of `LiberoSuite` (assets, image_size, seed) or `MetaWorldSuite` (image_size).
 
     Raises:
-        SuiteError: there is no such suite.
+        SuiteError: there is no such suite, or it has no such option.
         SimulatorUnavailable: what it needs is not installed, is of an untested version, or has no assets.
     """
     if name not in SUITES:
         raise SuiteError(f"There is no suite {name!r}; the suites are {', '.join(SUITES)}.")
+    known = ("image_size",) if SUITES[name] is _metaworld else ("assets", "image_size", "seed", "center_crop")
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        found = ", ".join(map(repr, unknown))
+        raise SuiteError(f"{name} has no option {found} (--suite-option); its options are {', '.join(known)}.")
     return SUITES[name](name, **options)
