@@ -24,7 +24,7 @@ class ArmRecipe:
 
 RECIPES = {
     "freeze-vs-drop": ArmRecipe(
-        "unpruned twice; keep .25 and .125, dropped and frozen, at layers 3 and 8:\n"
+        "unpruned twice; keep .25 and .125, dropped and frozen, at layers 3 and 8 (of 9 or more):\n"
         "at the same budget, does freezing save what dropping loses?",
         methods=("vla-pruner",),
         keep=(0.25, 0.125),

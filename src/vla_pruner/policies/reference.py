@@ -10,7 +10,7 @@ import torch
 from vla_pruner.checkpoints.files import read_json
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.models.saved import CONFIG
-from vla_pruner.policies.reference_names import DEFAULT, NAMES
+from vla_pruner.policies.reference_names import DEFAULT, NAMES, SHIPPED
 from vla_pruner.registry import row_for
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def policy_folder(name: str | Path | None = None) -> Path:
     if name in NAMES:  # a folder of that name is Path('metaworld') or './metaworld'
         folder = _chunk_weights() / str(name)
         if not folder.is_dir():
-            shipped = ", ".join(
-                repr(one) for one in NAMES if one == "autoregressive" or (_chunk_weights() / one).is_dir()
-            )
+            shipped = ", ".join(map(repr, SHIPPED))
             raise CheckpointError(
                 f"The weights of the reference policy {name!r} do not ship with this version of vla-pruner; what "
                 f"ships is {shipped}."
@@ -115,4 +113,4 @@ def _autoregressive_weights() -> Path:
     return SHIPPED_WEIGHTS
 
 
-_CHOICES = f"one of {', '.join(map(repr, NAMES))}, or a folder that save_chunk_policy or save_policy wrote"
+_CHOICES = f"one of {', '.join(map(repr, SHIPPED))}, or a folder that save_chunk_policy or save_policy wrote"

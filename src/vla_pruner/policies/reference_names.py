@@ -6,3 +6,6 @@ DEFAULT = "metaworld"
 """The policy that is meant where none is named."""
 
 NAMES = ("metaworld", "libero-object", "autoregressive")
+
+SHIPPED = ("metaworld", "autoregressive")
+"""Those whose weights are in this version of the package; what help texts and messages offer."""

@@ -218,6 +218,11 @@ def run_serve(options: argparse.Namespace) -> int:
 
 def _method(options: argparse.Namespace) -> Any:
     if options.method == "none":
+        given = [f"--{name}" for name in ("keep", "pruned") if getattr(options, name) is not None]
+        if given:
+            from vla_pruner.errors import OptionError
+
+            raise OptionError(f"--method is none, which prunes nothing; leave {' and '.join(given)} out.")
         return None
     from vla_pruner.method_names import methods_of
 

@@ -276,6 +276,7 @@ class PolicyServer:
                 return
             except (CodecError, ObservationError) as error:
                 self.metrics.failed("refused")
+                log.info("Robot %d sent what was refused: %s", robot.number, error)
                 await _end(connection, str(error), INTERNAL_ERROR)
                 return
             except Exception as error:
