@@ -71,3 +71,15 @@ def test_cameras_and_the_pixels_of_their_tokens() -> None:
     assert patches.shape == (2, TOKENS, 3 * 8 * 8)
     second = frames[1, 1, 8:16, :8].transpose(2, 0, 1).reshape(-1)
     torch.testing.assert_close(patches[1, 64 + 8], torch.as_tensor(second).float(), atol=1e-3, rtol=0)
+
+
+def test_detaching_within_a_step_is_a_sentence() -> None:
+    policy = vp.random_policy("reference-chunk")
+    example = policy.example()
+    untouched = policy.act(example.images, example.instruction, example.proprio)
+    session = vp.FastV(keep=0.25, layer=2).attach(policy)
+    hook = policy.decoder.layers[3].register_forward_pre_hook(lambda *_: session.detach())
+    with pytest.raises(vp.SessionError, match="was detached while a control step ran"):
+        policy.act(example.images, example.instruction, example.proprio)
+    hook.remove()
+    assert np.array_equal(policy.act(example.images, example.instruction, example.proprio), untouched)

@@ -29,6 +29,10 @@ class Chunk(DecoderLM):
         self._patches, self._rows = policy.config.patches, policy.config.chunk
 
     @property
+    def whole_steps(self) -> tuple[tuple[Any, str], ...]:
+        return ((self._policy, "predict_action"),)
+
+    @property
     def anatomy(self) -> Anatomy:
         return replace(super().anatomy, towers=self._policy.vision_towers, projectors=(self._policy.projector,))
 
