@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import add_output, budget, names, option
+from vla_pruner.flags import DTYPES, add_output, budget, names, option
 from vla_pruner.wording import readable
 
 WRONG_INPUT = 2
@@ -235,7 +235,7 @@ def _add_audit(commands: Any) -> None:
     command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     command.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the weights (default: the checkpoint's; float32 for random weights)",
     )
     command.add_argument("--seed", metavar="N", type=int, default=0, help="of all draws (default: %(default)s)")

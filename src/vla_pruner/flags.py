@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types of weights that commands take, by torch's names."""
+
 
 def budget(text: str) -> float | int:
     """Visual tokens kept: a fraction or a number of them."""
@@ -83,7 +86,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     """Adds what says, beside --policy, where a policy comes from."""
     add = command.add_argument
     add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the checkpoint's)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
     add("--size", choices=("tiny", "full"), default="tiny", help="of random weights (default: %(default)s)")
     add(

@@ -23,12 +23,10 @@ from vla_pruner.method_names import methods_of
 from vla_pruner.methods import Method
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.loading import load_policy
-from vla_pruner.policies.options import usable_device
+from vla_pruner.policies.options import as_dtype, usable_device
 from vla_pruner.policies.random import random_policy
 from vla_pruner.registry import random_names, row_named
 from vla_pruner.terminal import say
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class AuditSettings:
         method: its name, with options of its own after colons.
         keep, layer, pruned: as of the method; `pruned` None: what it does first.
         device: as torch names it.
-        dtype: one of `DTYPES`; None: the checkpoint's.
+        dtype: one of `flags.DTYPES`; None: the checkpoint's.
         seed: of all draws.
         instruction: what the policy is told; None: one that it knows.
         options: for `load_policy`.
@@ -96,7 +94,7 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
 
 
 def _policy(settings: AuditSettings, device: torch.device) -> Policy:
-    dtype = None if settings.dtype is None else DTYPES[settings.dtype]
+    dtype = as_dtype(settings.dtype)
     if settings.random_weights:
         if settings.options:
             raise OptionError(f"--option is for checkpoints; with --random-weights leave it out: {settings.options}.")

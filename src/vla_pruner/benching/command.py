@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from vla_pruner.benching.settings import DTYPES, NAMED, SIZES, BenchSettings
-from vla_pruner.flags import add_methods
+from vla_pruner.benching.settings import NAMED, SIZES, BenchSettings
+from vla_pruner.flags import DTYPES, add_methods
 from vla_pruner.json_file import check_file, check_folder, unwritable
 from vla_pruner.method_names import LAYER
 from vla_pruner.terminal import literal, say

@@ -11,6 +11,7 @@ from typing import Any
 from vla_pruner.attach.compiled import check_backend
 from vla_pruner.attach.stages import check_depth
 from vla_pruner.errors import OptionError, UnsupportedModelError
+from vla_pruner.flags import DTYPES
 from vla_pruner.method_names import LAYER, Named, methods_of
 from vla_pruner.methods import Method
 from vla_pruner.plugins import class_at
@@ -25,8 +26,6 @@ INDUCTOR = "inductor"
 """torch's own backend."""
 
 SIZES = ("full", "tiny")
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 _LISTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("keep", (int, float, Mapping), "a fraction such as 0.25 or a number such as 64"),
