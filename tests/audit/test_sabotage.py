@@ -151,7 +151,7 @@ def test_gathering_the_wrong_rows(dtype, monkeypatch):
 def test_positions_counted_anew(policy, monkeypatch):
     """The classic: kept tokens are given the positions of a shorter prompt."""
     monkeypatch.setattr(
-        short_layers, "_each", lambda function, tensors: tuple(x[:, : function(x).shape[1]] for x in tensors)
+        short_layers, "_angles", lambda function, tensors: tuple(x[:, : function(x).shape[1]] for x in tensors)
     )
     check = ask("reference drop", policy)
     assert check.passed is False

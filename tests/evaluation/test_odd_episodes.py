@@ -4,6 +4,7 @@ success that nobody claimed.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def saying(name: str, value: Any) -> Callable[[Step], Step]:
             fields["info"] = {"success": value}
         elif name == "proprio":
             seen = fields["observation"]
-            fields["observation"] = type(seen)(seen.images, seen.proprio * value, seen.instruction)
+            fields["observation"] = dataclasses.replace(seen, proprio=seen.proprio * value)
         else:
             fields[name] = value
         return tuple(fields.values())  # type: ignore[return-value]

@@ -10,7 +10,6 @@ from torch import Tensor
 from vla_pruner.attach.layout import ensure
 from vla_pruner.errors import BudgetError, OptionError
 from vla_pruner.methods.base import Evidence, Method
-from vla_pruner.plugins import source_of
 
 EVIDENCE = ("semantic", "action", "features", "embeddings", "similarity", "relevance")
 """The names that `Method.needs` may hold."""
@@ -59,15 +58,12 @@ def budget_of(method: Method, tokens: int) -> int:
 
 
 def selected(method: Method, evidence: Evidence, k: int) -> Tensor:
-    """`method.select(evidence, k)`: (B, k) int64, sorted ids, each once. Of this package's own methods nothing is
-    checked: their tests do.
+    """`method.select(evidence, k)`: (B, k) int64, sorted ids, each once.
 
     Raises:
-        OptionError: a method of a user's own returned something else.
+        OptionError: it returned something else.
         SessionError: its ids are out of range, not sorted or there twice.
     """
-    if source_of(type(method)) is None:
-        return method.select(evidence, k)
     given: Any = method.select(evidence, k)
     rows, tokens = evidence.valid.shape
     what = f"{type(method).__name__}.select"

@@ -13,6 +13,7 @@ from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.plugins import source_of
 from vla_pruner.wording import counted
 
 VISUAL_LAST = (
@@ -29,10 +30,12 @@ class Stage:
     Attributes:
         method: what chooses there.
         cameras: the same for each camera, where the method's `keep` is per camera; None: one budget for all.
+        foreign: whether the method is a user's own, so that what it returns is checked.
     """
 
     method: Method
     cameras: tuple[Method, ...] | None
+    foreign: bool = False
 
     def budgets(self, counts: tuple[int, ...], absent: frozenset[int], known: tuple[int, ...] | None) -> list[int]:
         """Tokens kept: one number for all cameras together, or one for each.
@@ -57,17 +60,20 @@ class Stage:
     def select(self, evidence: Evidence, counts: tuple[int, ...], budgets: list[int]) -> Tensor:
         """Which (B, k) int64, sorted, of the tokens that `evidence` is on stay; each camera has `counts` of them."""
         if self.cameras is None:
-            return selected(self.method, evidence, budgets[0])
+            return self._ask(self.method, evidence, budgets[0])
         kept, start = [], 0
         for method, count, k in zip(self.cameras, counts, budgets, strict=True):
             ids = torch.arange(count, device=evidence.valid.device).expand(evidence.valid.shape[0], -1)
             if k == 0:
                 ids = ids[:, :0]
             elif k < count:
-                ids = selected(method, evidence.span(start, start + count), k)
+                ids = self._ask(method, evidence.span(start, start + count), k)
             kept.append(ids + start)
             start += count
         return torch.cat(kept, dim=1)
+
+    def _ask(self, method: Method, evidence: Evidence, k: int) -> Tensor:
+        return selected(method, evidence, k) if self.foreign else method.select(evidence, k)
 
 
 def stages_of(method: Method, family: Family) -> dict[int, Stage]:
@@ -79,7 +85,10 @@ def stages_of(method: Method, family: Family) -> dict[int, Stage]:
     """
     for stage in method.stages():
         check_needs(stage, method.fate.needs_last_step)
-    stages = {stage.layer: Stage(stage, stage.for_cameras(family.cameras)) for stage in method.stages()}
+    stages = {
+        stage.layer: Stage(stage, stage.for_cameras(family.cameras), source_of(type(stage)) is not None)
+        for stage in method.stages()
+    }
     check_depth(method, family.depth, family.first_layer)
     if type(method).select is not Method.select:  # else it never prunes
         _check_order(list(stages.values()), [stage.layer for stage in method.stages()])
