@@ -79,6 +79,19 @@ class Questions:
         """B = len(rows) control steps with S = `suffixes` questions each; the first is the recorded one."""
         raise NotImplementedError
 
+    def batch_of(
+        self,
+        rows: np.ndarray,
+        questions: np.ndarray,
+        proprio: np.ndarray,
+        chunks: np.ndarray,
+        weight: np.ndarray,
+        imagined: np.ndarray,
+    ) -> Batch:
+        """A batch of arrays; `questions` (B, S) are numbers of tasks, the others as in `Batch`."""
+        arrays = (self.ids[questions], proprio, chunks, weight, imagined, self.corpus.marks[rows])
+        return Batch(rows, *map(torch.from_numpy, arrays))
+
     def images(self, rows: np.ndarray) -> Tensor:
         """(N, C, H, W, 3) uint8."""
         return torch.from_numpy(self.corpus.images(rows))
@@ -119,15 +132,7 @@ class MetaWorldQuestions(Questions):
             chunks[where, which], weight[where, which] = answer, trusted
             questions[where, which], proprio[where, which] = tasks, states[:, :4]
             imagined[where, which] = True
-        return Batch(
-            rows,
-            torch.from_numpy(self.ids[questions]),
-            torch.from_numpy(proprio),
-            torch.from_numpy(chunks),
-            torch.from_numpy(weight),
-            torch.from_numpy(imagined),
-            torch.from_numpy(corpus.marks[rows]),
-        )
+        return self.batch_of(rows, questions, proprio, chunks, weight, imagined)
 
 
 class LiberoQuestions(Questions):
@@ -155,15 +160,7 @@ class LiberoQuestions(Questions):
         imagined = states[:, recorded * size :][at, picked] > 0.5
         chunks = corpus.chunks[rows][at, picked]
         weight = np.repeat(asked[:, :, None].astype(np.float32), self.config.chunk, axis=2)
-        return Batch(
-            rows,
-            torch.from_numpy(self.ids[questions]),
-            torch.from_numpy(proprio),
-            torch.from_numpy(chunks),
-            torch.from_numpy(weight),
-            torch.from_numpy(imagined),
-            torch.from_numpy(corpus.marks[rows]),
-        )
+        return self.batch_of(rows, questions, proprio, chunks, weight, imagined)
 
 
 def imagined_chunks(tasks: np.ndarray, states: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -113,9 +113,10 @@ class Trainer:
         if start is None:
             return None
         if (Path(start) / "model.safetensors").is_file():
-            given, own = load_chunk_policy(start).state_dict(), self.policy.state_dict()
+            trained = load_chunk_policy(start)
+            given, own = trained.state_dict(), self.policy.state_dict()
             fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
-            if self.args.suite != load_chunk_policy(start).config.suite.replace("_", "-"):
+            if trained.config.suite != self.config.suite:
                 # Another suite's words and average scene have the same shapes and mean something else.
                 for name in ("decoder.embed_tokens.weight", "vision.centre", "vision.spread"):
                     fits.pop(name, None)

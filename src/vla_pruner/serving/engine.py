@@ -263,9 +263,9 @@ class Engine:
         method = self._session.method
         example = example_of(self.policy)
         default = self.settings.default_prompt
-        prompts = self.settings.prompts or (example.instruction if default is None else default,)
-        if default is not None and default not in prompts:
-            prompts = (*prompts, default)  # one that the policy cannot read is refused now, and not by every step
+        # A default prompt that the policy cannot read is refused now, and not by every step.
+        defaults = () if default is None else (default,)
+        prompts = dict.fromkeys((*self.settings.prompts, *defaults)) or (example.instruction,)
         sizes = [1]
         if isinstance(self.policy, BatchPolicy):
             sizes = sorted(self.settings.batch_sizes if self.settings.compile else {1, self.settings.max_batch})
