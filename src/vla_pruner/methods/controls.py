@@ -54,7 +54,7 @@ class RandomKeep(Scored):
 
     def score(self, evidence: Evidence) -> Tensor:
         tokens = evidence.valid.shape[1]
-        # For a compiler one opaque step: generators and numbers read from tensors cannot be traced.
+        # For a compiler this is one opaque step: generators and numbers read from tensors cannot be traced.
         draw = torch.ops.vla_pruner.random_scores if torch.compiler.is_compiling() else _random_scores
         scores = draw(evidence.memory.episode, evidence.memory.steps, self.seed % 2**63, tokens)
         return scores.to(evidence.valid.device, non_blocking=True)
