@@ -1,4 +1,4 @@
-"""VLA-Pruner: keep what the scene's reading and the action need, then filter redundancy (arXiv 2511.16449)."""
+"""VLA-Pruner: keep the tokens that reading and acting need, then filter redundancy (arXiv 2511.16449)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """OpenVLA-OFT: one bidirectional pass gives a whole chunk of actions.
 
 Facts from the official code (modeling_prismatic.py of openvla-oft and its fork of transformers), checked against golden
-outputs of it. What differs: batches; attention that is bidirectional with every backend and every padding, because
-the mask says so; and a denoising state in float32.
+outputs of it. Three things differ: batches; attention that is bidirectional with every backend and every padding,
+because the mask says so; and a denoising state in float32.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from vla_pruner.models.openvla.network import OpenVLAForActionPrediction, moved,
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
 
 PLACEHOLDER, STOP = 1, 2
-"""Token ids: what stands where an action will be (its embedding is zeroed), and what ends the sequence."""
+"""Token ids: the placeholder of an action (its embedding is zeroed), and the end of the sequence."""
 
 
 class OpenVLAOFT(OpenVLAForActionPrediction):
     """OpenVLA-OFT.
 
     The sequence is [BOS][visual tokens of each camera][state][diffusion timestep][rest of the prompt][placeholders]
-    [stop]; state and timestep only where the policy has a proprio projector and a diffusion head. There is one
-    placeholder for each number of the chunk, but what acts are the rows one to the left: from the last token of the
-    prompt to the last placeholder but one. With a diffusion head the language model runs once for each denoising
-    step, on the same visual tokens; the vision towers run once in any case.
+    [stop]; state and timestep only if the policy has a proprio projector and a diffusion head. There is one placeholder
+    for each number of the chunk, but the rows that act are one to the left: from the last token of the prompt to the
+    last placeholder but one. With a diffusion head the language model runs once for each denoising step, on the same
+    visual tokens; the vision towers run once in any case.
 
     Attributes:
         action_head: `L1ActionHead`, `DiffusionActionHead`, or None for discrete actions (tokens, all at once).
@@ -61,7 +61,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
 
     @property
     def proprio_size(self) -> int | None:
-        """How many numbers of the robot's state `act` takes; None: it takes none."""
+        """The number of values in the robot's state that `act` takes; None: it takes none."""
         return None if self.proprio_projector is None else self.proprio_projector.proprio_dim
 
     @property
@@ -81,11 +81,11 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
 
     @property
     def diffusion(self) -> bool:
-        """Whether actions are denoised."""
+        """True if actions are denoised."""
         return isinstance(self.action_head, DiffusionActionHead)
 
     def action_rows(self, attention_mask: Tensor) -> Tensor:
-        """Which rows act.
+        """Return the rows that act.
 
         Args:
             attention_mask: (B, T), nonzero for the real tokens of the text: the prompt with 29871 at its end.
@@ -98,7 +98,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return before + last + torch.arange(self.action_tokens, device=attention_mask.device)
 
     def rows_in_sequence(self, real: Tensor) -> Tensor:
-        """As `action_rows`, from (B, S): which positions of the language model's whole sequence are no padding."""
+        """Return `action_rows` from (B, S) `real`: False where the language model's whole sequence is padding."""
         last_prompt_token = real.sum(dim=1, keepdim=True) - self.action_tokens - 2
         return last_prompt_token + torch.arange(self.action_tokens, device=real.device)
 
@@ -125,10 +125,10 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         chunk or a batch of two would silently be taken apart.)
 
         Args:
-            input_ids: (B, T) token ids, padded on either side. Token 29871 is appended where it is not last.
+            input_ids: (B, T) token ids, padded on either side. Token 29871 is appended if it is not last.
             unnorm_key: dataset whose statistics scale the actions; None only if there is one, or the loader chose.
             proprio: (dim,) or (B, dim) the robot's state, normalised (`normalize_proprio`) as the original takes it;
-                needed exactly where the policy has a proprio projector. `act` takes it in its own units.
+                needed if and only if the policy has a proprio projector. `act` takes it in its own units.
             proprio_projector, action_head, noisy_action_projector: accepted for scripts that pass them; they can only
                 be the policy's own.
             use_film: only False.
@@ -183,11 +183,11 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return found[0] if len(found) == 1 else found
 
     def action_hidden_states(self, prompt: Prompt, inserted: list[Tensor], noisy: Tensor | None = None) -> Tensor:
-        """One pass of the language model.
+        """Run one pass of the language model.
 
         Args:
             prompt: ends in the empty token.
-            inserted: (B, n, D) each: what comes between BOS and the prompt.
+            inserted: (B, n, D) each: the embeddings between BOS and the prompt.
             noisy: (B, chunk * dim, D) in the placeholders' places, zeros if None.
 
         Returns:
@@ -215,7 +215,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return self.insert(text.scatter(1, slots, filling), full, inserted)
 
     def _bidirectional(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, 1, S, S): every row sees every real position, also the rows of padding, which nobody reads."""
+        """Return (B, 1, S, S): every row sees every real position; the results of padding rows are not read."""
         seen = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1).contiguous()
         if self.config.text_config._attn_implementation == "sdpa":
             return seen
@@ -223,7 +223,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
     def _state_token(self, proprio: Tensor | None, features: Tensor) -> list[Tensor]:
-        """A list of the (B, 1, D) token of the robot's state, empty where the policy does not read it."""
+        """Return a list of the (B, 1, D) token of the robot's state, empty if the policy does not read it."""
         projector = self.proprio_projector
         if projector is None:
             if proprio is not None:

@@ -1,7 +1,7 @@
-"""Llama's tokenizer, read from a checkpoint's own files: what they say is done, in every version of transformers.
+"""Llama's tokenizer, read from a checkpoint's own files as they are, with every version of transformers.
 
-transformers 5 builds Llama's tokenizer anew from the vocabulary when it is asked by name, and asks for trust in remote
-code where a published OpenVLA config.json lies beside it. Reading tokenizer.json as it is avoids both.
+transformers 5 builds Llama's tokenizer anew from the vocabulary if it is loaded by name, and requires trust in remote
+code if a published OpenVLA config.json lies beside it. Reading tokenizer.json as it is avoids both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NAMES = (*_DEFAULTS, "pad_token")
 
 
 class Tokenizer(Protocol):
-    """What of a transformers tokenizer is used."""
+    """The part of a transformers tokenizer's interface that is used."""
 
     @property
     def bos_token_id(self) -> Any:
@@ -30,8 +30,8 @@ class Tokenizer(Protocol):
 class StandInTokenizer:
     """One token for each byte of the text: for models with random weights that come without a tokenizer.
 
-    Never for a real checkpoint: it would read gibberish. Ids are those that Llama's vocabulary has for single bytes, 3
-    to 258, so they are deterministic and never action tokens.
+    It is never used for a real checkpoint, which would read gibberish. Ids are those that Llama's vocabulary has for
+    single bytes, 3 to 258, so they are deterministic and never action tokens.
 
     Args:
         vocab_size: of the model; at least 259.

@@ -22,7 +22,7 @@ def vocabulary(instructions: Iterable[str]) -> tuple[str, ...]:
 
 
 def encode(instruction: str, words: tuple[str, ...], length: int) -> list[int]:
-    """Token ids of an instruction, padded on the left to `length`; a clear error for what was never trained."""
+    """Return the token ids of an instruction, padded on the left to `length`; untrained words raise a clear error."""
     ids = {word: number for number, word in enumerate(words, _FIRST_WORD)}
     found = split_words(instruction)
     unknown = [word for word in found if word not in ids]
