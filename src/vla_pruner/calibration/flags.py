@@ -17,7 +17,7 @@ _FIELDS = (
 
 
 def add_calibrate(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "calibrate",
         help="how far pruning moves a policy's action on recorded observations, and the fastest setting in tolerance",
@@ -80,10 +80,10 @@ def add_calibrate(commands: Any) -> None:
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Runs what the flags ask for.
+    """Run the command that the flags describe.
 
     Raises:
-        VLAPrunerError: they ask for something that cannot be.
+        VLAPrunerError: they ask for something impossible.
     """
     from rich.console import Console
 
@@ -93,7 +93,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> CalibrateSettings:
-    """The flags as settings.
+    """Return the flags as settings.
 
     Raises:
         VLAPrunerError: they do not go together.
