@@ -1,4 +1,4 @@
-"""Watching a model while it acts: what goes into modules and what comes out. Each probe leaves no trace."""
+"""Watching a model while it acts: inputs and outputs of modules. Each probe leaves no trace."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class TowerProbe(Probe):
     """Counts the images that each vision tower sees.
 
     Attributes:
-        images: for each tower, every image (C, H, W) that is not of one colour: a camera that is absent is shown to
-            some policies as a blank image.
+        images: for each tower, every image (C, H, W) that is not of one colour: some policies get a blank image for an
+            absent camera.
         blank: for each tower, the number of the others.
     """
 
@@ -76,7 +76,7 @@ class TowerProbe(Probe):
 
 
 class LengthProbe(Probe):
-    """Sequence lengths that each layer of a decoder computes, in calls of more than one position.
+    """Records the sequence lengths that each layer of a decoder computes, in calls of more than one position.
 
     Attributes:
         lengths: a set for each layer.
@@ -98,7 +98,7 @@ class LengthProbe(Probe):
 
 
 class HiddenProbe(Probe):
-    """Final hidden states of the decoder and of the experts that read its cache, call by call.
+    """Records the final hidden states of the decoder and of the experts that read its cache, call by call.
 
     Attributes:
         calls: (B, Q, D) each, float32 on the CPU (a model may be spread over devices), with whether it is the

@@ -1,4 +1,4 @@
-"""Does the policy see: do its actions follow its images, and does each image go through each vision tower once."""
+"""Does the policy see: do its actions follow its images, and does each image go through each vision tower once?"""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def towers(subject: Subject) -> Check:
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """L1: the mean absolute difference."""
+    """Return the L1 distance: the mean absolute difference."""
     return float(np.abs(one - other).mean())
 
 
