@@ -1,4 +1,4 @@
-"""Which modules of a policy are what: the family says it once, and timers, benchmarks and compilers read it."""
+"""The parts of a policy's model, named by its family and read by timers, benchmarks and compilers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Anatomy:
         experts: decoders that read its cache, if there are any.
         cross_layers: layers of the experts that attend to the prompt alone, and not to their own rows.
         towers: vision encoders; each is given every camera's image once a control step.
-        projectors: what brings vision features to the decoder's width.
+        projectors: modules that bring vision features to the decoder's width.
         language_model: the module that calls the decoder and then `lm_head`, its head over the vocabulary; None: no
             tokens are decoded.
         loop: the module whose `forward` runs the layers of decoder and expert itself, so that theirs never run; None:

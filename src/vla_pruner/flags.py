@@ -1,4 +1,4 @@
-"""What several subcommands read from their flags: argparse types (text in, value out), and flags that they share."""
+"""Flags that several subcommands share, and argparse types for them (text in, value out)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def budget(text: str) -> float | int:
-    """Visual tokens kept: a fraction or a number of them."""
+    """Read a budget of visual tokens: a fraction or a number of them."""
     try:
         return int(text) if text.isdigit() else float(text)
     except ValueError as error:
@@ -21,12 +21,12 @@ def budget(text: str) -> float | int:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Words separated by commas."""
+    """Read words separated by commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Values separated by commas, each read by `kind`."""
+    """Return a type for values separated by commas, each read by `kind`."""
 
     def read(text: str) -> tuple[Any, ...]:
         try:
@@ -40,7 +40,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; a value with commas, and that of "cameras", is several words, and digits are a number."""
+    """Read NAME=VALUE; a value with commas, and that of "cameras", is several words, and digits are a number."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -51,10 +51,11 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
-    """Adds what prunes: an arm for every method, budget, layer and fate of the other tokens. All are None if not given.
+    """Add the flags for pruning: an arm for every method, budget, layer and fate of the other tokens. All are None if
+    not given.
 
     Args:
-        or_none: what the help says of a method "none", where there is such a thing.
+        or_none: the help's text on a method "none", if there is one.
     """
     add = command.add_argument
     add(
@@ -83,7 +84,7 @@ def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:
-    """Adds what says, beside --policy, where a policy comes from."""
+    """Add the flags that, beside --policy, name the source of a policy."""
     add = command.add_argument
     add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
@@ -100,7 +101,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    """Flags of what a subcommand prints."""
+    """Add the flags for a subcommand's output."""
     command.add_argument(
         "--quiet", action="store_true", help="print what came out and what went wrong, no progress (default: off)"
     )
