@@ -108,7 +108,7 @@ def evaluate_arm(task: str, arm: str, seeds: range, weights: Path | None) -> dic
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the conditions of the figures."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

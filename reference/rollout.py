@@ -10,7 +10,9 @@ import numpy as np
 from vla_pruner.simulators.metaworld import MetaWorldEnv, Observation
 
 Seen = Callable[[Observation, int], Observation]
-"""Maps the true observation at a control step to what the policy is shown: controls are made of these."""
+"""A function from the true observation at a control step to the one that the policy sees: controls are made of
+these.
+"""
 
 
 @dataclass

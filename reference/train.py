@@ -41,7 +41,7 @@ class Partner:
     """Two processes that train the same model on different batches and keep averaging their weights.
 
     On two cores this is faster than two threads in one process, whose small operations would wait for each other, and
-    neither process ever waits: each takes whatever the other last wrote.
+    neither process ever waits: each takes the weights that the other last wrote.
     """
 
     def __init__(self, path: Path, worker: int) -> None:
@@ -130,7 +130,7 @@ class Trainer:
         return done
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The stage's loss and what to print of it."""
+        """Return the stage's loss and the figures to print."""
         tokens, scene, finding, found = self._see(self.policy, batch)
         numbers = {"scene cm": 10 * scene.item() ** 0.5, "find": finding.item(), "found": found.item()}
         seeing = scene + self.args.find_weight * finding
@@ -154,7 +154,7 @@ class Trainer:
         return encoder.finish(tokens), scene, *self.heads.where(encoder.landmarks, patches, tokens, batch.pixels)
 
     def _visual(self, policy: ReferencePolicy, tokens: Tensor) -> Tensor:
-        """(B, M or M / 4, hidden): what the language model receives in this stage."""
+        """Return (B, M or M / 4, hidden): the language model's visual inputs in this stage."""
         if self.stage == "pooled":
             return policy.projector(pool_grid(tokens)) + pool_grid(policy.visual_position[None])
         return policy.projector(tokens) + policy.visual_position
@@ -204,7 +204,9 @@ class Trainer:
 
     @torch.no_grad()
     def _measure_centre(self) -> None:
-        """Fixes what `VisionEncoder` subtracts: the mean token of each place and the spread of each channel."""
+        """Fix the values that `VisionEncoder` subtracts: the mean token of each place and the spread of each
+        channel.
+        """
         for policy in (self.policy, self.average):
             encoder = policy.vision
             rows = np.random.default_rng(0).choice(self.data.train_rows, 1024)
@@ -253,7 +255,7 @@ class Trainer:
         torch.save(state, partial)
         os.replace(partial, self.path)
         if self.stage != "vision":
-            # Until the rate has come down the moving average acts better; in the end it lags behind what came last.
+            # Until the rate has come down the moving average acts better; in the end it lags behind the newest weights.
             save_policy(self.policy if final else self.average, self.folder / self.path.stem)
 
 

@@ -43,12 +43,12 @@ _DAGGER_SEED, _ROUND_SEEDS = 200_000, 20_000
 
 
 class Expert(LiberoObjectExpert):
-    """The scripted expert as nearly a function of the scene: it goes up again where it was pushed aside, and lifts as
-    soon as the fingers rest.
+    """The scripted expert as nearly a function of the scene: it goes up again if it was pushed aside, and lifts as soon
+    as the fingers rest.
     """
 
     ground = 0.0
-    """Height of what the objects stand on, in metres."""
+    """The height of the ground below the objects, in metres."""
 
     def aim(self, truth: Any, thing: str, basket: str, ground: float) -> None:
         """Acts by this truth, for this object."""
@@ -73,7 +73,7 @@ class Expert(LiberoObjectExpert):
         return super()._grasp(truth)
 
     def take_over(self) -> None:
-        """Guesses the phase from the scene, after somebody else has acted."""
+        """Guess the phase from the scene, after another actor."""
         truth = self._truth
         assert truth is not None
         self.reset()
@@ -82,7 +82,7 @@ class Expert(LiberoObjectExpert):
         near = np.linalg.norm((hand - centre)[:2]) < 0.03 and hand[2] < points[:, 2].max() + 0.02
         closing = np.linalg.norm(truth.fingers()) < 0.9 * _OPEN_WIDTH
         if near and closing:
-            # Where its middle would be if it stood on the ground.
+            # The height of its middle if it stood on the ground.
             self._height = self.ground + centre[2] - points[:, 2].min()
             self._enter(_Phase.CARRY if points[:, 2].min() > self.ground + 0.02 else _Phase.LIFT)
 
@@ -91,7 +91,7 @@ _OPEN_WIDTH = 0.078
 
 
 class Imagined:
-    """A scene whose hand is somewhere else and goes where it is sent, while nothing else moves."""
+    """A scene whose hand is in another place and goes where it is sent, while nothing else moves."""
 
     def __init__(self, truth: Any, points: Mapping[str, np.ndarray], hand: np.ndarray) -> None:
         self._truth, self._points = truth, points
@@ -116,7 +116,7 @@ class Imagined:
 
 
 def imagine(expert: Expert, points: Mapping[str, np.ndarray], thing: str, hand: np.ndarray) -> np.ndarray:
-    """(CHUNK, 7): what an expert like `expert` would do for another object or from another place."""
+    """Return (CHUNK, 7): the actions of an expert like `expert` for another object or from another place."""
     scene, other = Imagined(expert._truth, points, hand), Expert()
     other.aim(scene, thing, expert._basket, expert.ground)
     actions = []
