@@ -1,5 +1,5 @@
-"""docs/architecture.md names every part of the package, imports point down, and what is said to need no transformers
-needs none.
+"""docs/architecture.md names every part of the package, imports point down, and the parts that claim to need no
+transformers need none.
 """
 
 from __future__ import annotations

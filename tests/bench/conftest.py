@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def subject_of(settings: BenchSettings) -> Subject:
-    """What `bench` would time."""
+    """Return the subject that `bench` would time."""
     policy: Any = build(settings, CPU, torch.float32)
     return Subject(policy, feed(policy, settings, CPU), settings, CPU)
 

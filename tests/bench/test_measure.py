@@ -1,4 +1,4 @@
-"""Arms that take turns, what counts, and that nothing stays on the model."""
+"""Arms take turns, the right calls count, and nothing stays on the model."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_vla_cache_reuses_and_its_flops_are_the_formulas() -> None:
         "vla-cache 0.61 reuse K=3 relevance=0.9",
     ]
     assert turns.kept[turns.arms[1].name] == round(0.61 * subject.feed.visual)
-    timings = time_steps(turns, rounds=1)  # stops where a step is not pruned
+    timings = time_steps(turns, rounds=1)  # stops if a step is not pruned
     assert len(timings.steps[turns.arms[1].name]) == STEPS_A_TURN
     for arm in turns.arms:
         counted = count_stages(turns, arm)
@@ -212,7 +212,7 @@ def test_bench_is_part_of_the_library(quick: None) -> None:
 
 
 def test_what_is_saved_is_what_the_speed_says(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the medians say the opposite: 20 ms unpruned, 19 ms pruned."""
+    """This holds although the medians say the opposite: 20 ms unpruned, 19 ms pruned."""
 
     def timed(turns: Turns, *_: Any) -> measure.Timings:
         base, arm = (one.name for one in turns.arms)

@@ -20,7 +20,7 @@ from vla_pruner.simulators import find_suite
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[EvalSettings]:
-    """Replaces the run by one that only notes what it was asked to do."""
+    """Replace the run by one that only notes its settings."""
     seen: list[EvalSettings] = []
 
     def note(settings: EvalSettings, _: Any) -> int:

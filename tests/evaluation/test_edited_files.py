@@ -41,7 +41,7 @@ def edit(folder: Path, change: Callable[[Json], Any]) -> None:
 
 
 def report(folder: Path) -> tuple[str, str]:
-    """The page and what was printed, on a terminal that takes UTF-8 and nothing else."""
+    """Return the page and the output, on a terminal that takes UTF-8 and nothing else."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     run_report(folder, None, (), Console(file=out, width=300))
     out.flush()

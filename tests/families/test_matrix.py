@@ -1,4 +1,4 @@
-"""Every family with every method, dropping and freezing: see `matrix.py` for what must hold."""
+"""Every family with every method, dropping and freezing: see `matrix.py` for the properties."""
 
 from __future__ import annotations
 

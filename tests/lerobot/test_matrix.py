@@ -1,4 +1,4 @@
-"""LeRobot's families with every method, dropping and freezing: see `tests/families/matrix.py` for what must hold."""
+"""LeRobot's families with every method, dropping and freezing: see `tests/families/matrix.py` for the properties."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def case(kind):
     def step(policy, scene, rows):
         side = policy.module.config.image_features["observation.images." + policy.cameras[0]].shape[-1]
         images = random_batch(scene, 2, policy.cameras, side)
-        # Text and state stay what they are: what the scenes change is what is seen.
+        # Text and state stay as they are: the scenes change the images alone.
         batch = {**random_batch(0, 2, (), side), **{key: images[key] for key in images if "images" in key}}
         batch["observation.language.attention_mask"][1, -5:] = False
         noise = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(scene))

@@ -1,4 +1,4 @@
-"""load_policy finds out what a folder holds, and says what is wrong with what it cannot load."""
+"""load_policy finds out the kind of a folder, and names the fault of one that it cannot load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pi0 of transformers: stored actions, weights that must all fit, and what is around the model."""
+"""pi0 of transformers: stored actions, weights that must all fit, and the files around the model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_golden_actions(folder):
 
 
 def lerobots(weights):
-    """As LeRobot publishes it: a prefix, and the tied token embeddings under the head's name alone."""
+    """Return the weights as LeRobot publishes them: a prefix, and the tied token embeddings under the head's name
+    alone.
+    """
     embedding = "paligemma_with_expert.paligemma.model.language_model.model.embed_tokens.weight"
     weights = dict(weights)
     weights["paligemma_with_expert.paligemma.lm_head.weight"] = weights.pop(embedding)
@@ -56,7 +58,7 @@ def lerobots(weights):
 
 
 def own(weights):
-    """As the model itself names them."""
+    """Return the weights by the model's own names."""
     from vla_pruner.policies.pi0 import _renamed
 
     return _renamed(weights, nested=False)

@@ -1,4 +1,4 @@
-"""A headless Chromium that says what a page asked for, complained about and looks like."""
+"""A headless Chromium that reports a page's requests, errors and looks."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Browser:
         self.driver.get(page.resolve().as_uri())
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a script returns."""
+        """Return the result of a script."""
         return self.driver.execute_script(script, *arguments)
 
     def count(self, selector: str) -> int:
-        """How many elements there are."""
+        """Return the number of elements."""
         return self.run("return document.querySelectorAll(arguments[0]).length", selector)
 
     def complaints(self) -> list[str]:
@@ -52,7 +52,7 @@ class Browser:
         return [f"{one['level']}: {one['message']}" for one in self.driver.get_log("browser") if one["level"] != "INFO"]
 
     def requests(self) -> list[str]:
-        """Addresses asked for since the last call, images in the page itself left out."""
+        """Return the addresses requested since the last call, images in the page itself left out."""
         found = []
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
@@ -89,7 +89,7 @@ class Browser:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """A browser with an empty profile; skips the test where there is none."""
+    """Yield a browser with an empty profile; skip the test if there is none."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("Chromium and its driver are not installed: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver")

@@ -1,4 +1,4 @@
-"""The demo's page in a real browser: it moves, names what it shows, and fits a telephone."""
+"""The demo's page in a real browser: it moves, names its parts, and fits a telephone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of LIBERO's, DROID's and ALOHA's clients, and what is refused before it reaches a model."""
+"""Keys of LIBERO's, DROID's and ALOHA's clients, and refusals before a message reaches a model."""
 
 from __future__ import annotations
 

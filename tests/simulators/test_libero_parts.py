@@ -1,4 +1,4 @@
-"""What of LIBERO needs no simulator: refusals, each family's convention, and how the expert takes hold of things."""
+"""The parts of LIBERO that need no simulator: refusals, each family's convention, and the expert's grips."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_openvla_sees_the_golden_images_and_moves_the_gripper_as_libero_does(gol
     assert dict(convention.cameras) == {"image": "agentview"}
     assert not convention.proprio
     for camera in ("full", "wrist"):
-        upright = stages[f"{camera}_rot256"]  # what an environment gives is already turned
+        upright = stages[f"{camera}_rot256"]  # an environment's image is already turned
         assert np.abs(convention.image(upright).astype(int) - stages[f"{camera}_crop224"]).max() <= 1
     uncropped = libero_convention(random_policy("openvla"), center_crop=False).image(stages["full_rot256"])
     assert np.abs(uncropped.astype(int) - stages["full_lanczos224"]).max() <= 1
