@@ -47,8 +47,8 @@ def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite
     """Runs an evaluation, or goes on with the one in its folder, and writes its files.
 
     Args:
-        settings: what was asked for.
-        console: where progress and the table go.
+        settings: of the run.
+        console: for progress and the table.
         find: makes a suite of its name; a stand-in for tests.
 
     Returns:
@@ -57,7 +57,7 @@ def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite
     Raises:
         EvaluationError: it cannot run, go on or write; what was finished is kept.
     """
-    wilson(0, 1)  # refused now, and not after hours, where scipy is missing
+    wilson(0, 1)  # refused now, and not after hours, if scipy is missing
     try:
         run, interrupted = _run(settings, console, find)
     except SimulatorUnavailable as error:
@@ -84,7 +84,7 @@ def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
 
 
 def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -> tuple[Run, bool]:
-    """The run as far as it came, and whether it was interrupted."""
+    """Return the run as far as it came, and whether it was interrupted."""
     if (settings.out / MANIFEST).exists():
         Manifest.read(settings.out)  # refused now, before a file is made beside it and the policy is loaded
     stack, was_there = ExitStack(), settings.out.exists()
@@ -109,7 +109,7 @@ def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -
 
 
 def _leave_nothing(file: RecordFile) -> None:
-    """A run that could not begin takes the folder away that it made, unless something is in it."""
+    """Remove the folder that a run made which could not begin, unless something is in it."""
     if not file.path.stat().st_size:
         file.path.unlink()
         with suppress(OSError):

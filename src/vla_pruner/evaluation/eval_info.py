@@ -1,4 +1,4 @@
-"""`eval_info.json`: LeRobot's keys, so that its tools read it, beside everything that they leave out."""
+"""`eval_info.json`: LeRobot's keys, so that its tools read it, and everything that they leave out."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def add_eval(commands: Any) -> None:
 
 
 def add_arms(command: argparse.ArgumentParser) -> None:
-    """Adds what says which arms run: methods and their settings, and controls."""
+    """Add the flags of the arms that run: methods and their settings, and controls."""
     add_methods(command, ", or none")
     command.add_argument(
         "--controls",
@@ -136,7 +136,7 @@ def add_arms(command: argparse.ArgumentParser) -> None:
 
 
 def policy_source(options: argparse.Namespace) -> PolicySource:
-    """Where the policy comes from."""
+    """Return the source of the policy."""
     return PolicySource(
         options.policy,
         options.random_weights,
@@ -151,7 +151,7 @@ def run_command(options: argparse.Namespace) -> int:
     """Runs what the flags ask for.
 
     Raises:
-        VLAPrunerError: they ask for something that cannot be.
+        VLAPrunerError: they ask for something impossible.
     """
     from vla_pruner.evaluation.command import run_eval, run_merge
     from vla_pruner.terminal import output

@@ -22,10 +22,10 @@ from vla_pruner.simulators.base import Convention, Environment
 
 
 def shares(arm: Arm) -> bool:
-    """Whether episodes of an arm can share passes: what its method decides and remembers is each robot's own.
+    """Return True if episodes of an arm can share passes: its method's decisions and memory are each robot's own.
 
-    What draws at random has a seed for each unit; a motion gate opens for one robot and not for another; and keys and
-    values of the last control step are not kept for each robot.
+    A random method has a seed for each unit; a motion gate opens for one robot and not for another; and keys and values
+    of the last control step are not kept for each robot.
     """
     method = arm.method
     if method is None:
@@ -58,7 +58,7 @@ def run_together(
     max_steps: int | None = None,
     versions: Mapping[str, str | None] | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    """Runs B episodes of an arm to their ends. Who is done leaves the pass; the others go on.
+    """Runs B episodes of an arm to their ends. A finished episode leaves the pass; the others go on.
 
     A robot's row is computed as if it were alone, up to rounding. Latencies are in no record, since a pass is shared,
     and of its time each has an equal part. A crash of a simulator is its episode's own; one of the policy ends all that
@@ -100,7 +100,7 @@ def run_together(
             while live and not live[0].over:
                 with _shared(live):
                     live = _step(policy, convention, session, live)
-                yield from ended()  # outside of what is watched: who stops listening is no crash
+                yield from ended()  # outside of the guarded block: a caller that stops listening is no crash
         finally:
             with _shared(live):
                 stack.close()
@@ -109,7 +109,7 @@ def run_together(
 
 @contextmanager
 def _shared(live: Sequence[Course]) -> Iterator[None]:
-    """What crashes in here ends all these episodes, which shared the pass."""
+    """End all these episodes, which shared the pass, by a crash in the block."""
     try:
         yield
     except CRASHES as crash:

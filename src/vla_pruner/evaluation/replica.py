@@ -31,10 +31,10 @@ _OPEN = 8
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a replica is made from; small, so that it can be sent to workers.
+    """The parts that a replica is made from; small, so that it can be sent to workers.
 
     Attributes:
-        policy: where the policy comes from.
+        policy: its source.
         suites: names.
         suite_options: for `find_suite`.
         arms: every arm of the run.
@@ -88,8 +88,8 @@ class Replica:
         return self._policies[held]
 
     def describe(self) -> dict[str, Any]:
-        """What makes results comparable: the suites' tasks, a fingerprint of the weights, how the suites are seen, and
-        versions.
+        """Return the facts that make results comparable: the suites' tasks, a fingerprint of the weights, the
+        conventions of the suites, and versions.
         """
         policy = self._policy(self.recipe.suites[0])
         return {
@@ -100,7 +100,7 @@ class Replica:
         }
 
     def versions(self, suite: str) -> dict[str, str | None]:
-        """Of our packages and of the suite's."""
+        """Return the versions of our packages and of the suite's."""
         ours = {name: version(name) for name in _PACKAGES}
         return {**{name: found for name, found in ours.items() if found}, **self.suites[suite].versions()}
 
@@ -109,7 +109,7 @@ class Replica:
 
         Args:
             work: units, and for each (key, attempt) of its arms in the order in which they run. Episodes of one arm
-                share forward passes where several units are given and the arm allows it.
+                share forward passes if several units are given and the arm allows it.
             run: identity of the run.
 
         Raises:
@@ -122,8 +122,8 @@ class Replica:
                 yield from self._run_group(known[key], group, run)
 
     def _groups(self, arm: Arm, missing: Sequence[tuple[Unit, int]]) -> Iterator[list[tuple[Unit, int]]]:
-        """Those that run side by side: of one suite, and none that is traced, or has crashed, since a crash of the
-        policy ends all that share its pass.
+        """Yield groups that run side by side: of one suite, and none that is traced, or has crashed, since a crash of
+        the policy ends all that share its pass.
         """
         alike: dict[Any, list[tuple[Unit, int]]] = {}
         for number, (unit, attempt) in enumerate(missing):
@@ -152,13 +152,13 @@ class Replica:
         tracer = None
         if len(ready) == 1:
             tracer = Tracer(tuple(policy.cameras)) if units[0].initial_state in self.recipe.traced else None
-            # Of an arm whose other episodes shared passes, the milliseconds of a few would pass for its own.
+            # If an arm's other episodes shared passes, the milliseconds of a few would pass for its own.
             common |= {"attempt": attempts[0], "tracer": tracer, "record_latency": self.recipe.batch == 1}
             records = iter([(0, run_episode(policy, environments[0], convention, arm, units[0], **common))])
         else:
             records = run_together(policy, environments, convention, arm, units, attempts=attempts, **common)
         for place, record in records:
-            if record.crashed:  # what crashed may be in any state
+            if record.crashed:  # after a crash it may be in any state
                 self._close(environments[place])
             yield record, None if record.crashed else _trace(tracer, record, policy, arm.kind == "baseline")
 

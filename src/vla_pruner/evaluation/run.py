@@ -25,7 +25,7 @@ class Run:
 
     Attributes:
         manifest: its settings.
-        records: what counts: one for each unit and arm that is done or has crashed.
+        records: those that count: one for each unit and arm that is done or has crashed.
         torn: bytes of a last line that was cut off, and is gone.
         crashes: of this process.
     """
@@ -36,7 +36,7 @@ class Run:
     crashes: list[Record] = field(default_factory=list)
 
     def left(self) -> Work:
-        """What remains to be run; crashed episodes are tried again."""
+        """Return the work that remains; crashed episodes are tried again."""
         arms = [arm["key"] for arm in self.manifest.identity["arms"]]
         work: Work = []
         for index, unit in enumerate(self.manifest.plan.units()):
@@ -58,7 +58,7 @@ class Run:
 
 
 def recipe_of(settings: EvalSettings, find: Callable[..., Suite] = find_suite) -> Recipe:
-    """What every replica of a run is made from."""
+    """Return the parts that every replica of a run is made from."""
     return Recipe(
         policy=settings.policy,
         suites=settings.suite_names,
@@ -157,7 +157,7 @@ def run_here(run: Run, replica: Replica, file: RecordFile, max_errors: int) -> I
 
 
 def keep_record(run: Run, file: RecordFile, record: Record, trace: Trace | None, max_errors: int) -> None:
-    """Writes a record, and before it the trace of the episode, so that none is missing where a run stopped between the
+    """Writes a record, and before it the trace of the episode, so that none is missing if a run stopped between the
     two; errors as in `run_here`.
     """
     if trace is not None:
