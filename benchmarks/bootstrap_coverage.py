@@ -1,8 +1,8 @@
-"""How often the bootstrap interval of `vla-pruner calibrate` misses the truth, for few episodes.
+"""The rate at which the bootstrap interval of `vla-pruner calibrate` misses the truth, for few episodes.
 
     python -m benchmarks.bootstrap_coverage        writes benchmarks/results/bootstrap_coverage.json (2 minutes)
 
-Each run draws one figure an episode from a known distribution and looks on which side of the interval the true mean
+Each run draws one figure an episode from a known distribution and notes on which side of the interval the true mean
 lies.
 """
 

@@ -1,10 +1,10 @@
-"""What pruning can save in each family, counted: FLOPs and bytes of one control step at the published sizes.
+"""The largest saving of pruning in each family, counted: FLOPs and bytes of one control step at the published sizes.
 
     python -m benchmarks.family_flops      # prints a table, writes benchmarks/results/family_flops.{json,md}
 
-Nothing is run or timed here. FLOPs say what a compute-bound pass costs (a long prompt, a batch); bytes are the weights
-that every pass must read once, which is what a pass of few tokens costs at batch 1 (decoding, denoising). Sizes are
-those of the published configs: openvla/openvla-7b, moojink/openvla-7b-oft-finetuned-libero-*, lerobot/pi0_base,
+Nothing is run or timed here. FLOPs are the cost of a compute-bound pass (a long prompt, a batch); bytes are the weights
+that every pass must read once, the cost of a pass of few tokens at batch 1 (decoding, denoising). Sizes are those of
+the published configs: openvla/openvla-7b, moojink/openvla-7b-oft-finetuned-libero-*, lerobot/pi0_base,
 lerobot/pi05_base, lerobot/smolvla_base.
 """
 

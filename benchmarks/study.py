@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "study"
 WHOLE = ("run.json", "table.md")
 RECORDS = "episodes.jsonl"
 
-# Every method leaves the same first steps unpruned, so that they differ in what they choose alone.
+# Every method leaves the same first steps unpruned, so that they differ in the choice of tokens alone.
 _WAIT = ":warmup_steps=3"
 _METHODS = (
     "vla-pruner",
