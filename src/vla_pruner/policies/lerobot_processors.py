@@ -1,4 +1,4 @@
-"""LeRobot's saved processors: which steps they name, before LeRobot imports one, and which statistics they scale by."""
+"""LeRobot's saved processors: the steps that they name, before LeRobot imports one, and their statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vla_pruner.errors import CheckpointError, OptionError
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 _OWN = ("lerobot.processor.", "lerobot.policies.pi0.", "lerobot.policies.pi05.", "lerobot.policies.smolvla.")
 _NOT_OURS = ("lerobot.processor.hil_processor",)
-"""Of these, steps for training beside a robot; one loads a classifier that may be anything."""
+"""The modules with steps for training beside a robot; one loads a classifier that may be anything."""
 
 _NEEDS = {
     "MEAN_STD": ("mean", "std"),
@@ -40,12 +40,12 @@ _NEEDS = {
 def read_processors(
     folder: Path, config: Any, device: str | torch.device, unnorm_key: str | None = None, trust: bool = False
 ) -> tuple[Any, Any]:
-    """A folder's pre- and postprocessor; None and None where it has none.
+    """Return a folder's pre- and postprocessor; None and None if it has none.
 
     Args:
         folder: of the checkpoint.
         config: the policy's.
-        device: where the preprocessor puts what it makes.
+        device: of the preprocessor's outputs.
         unnorm_key, trust: `unnorm_key` and `trust_processors` of `load_lerobot`.
 
     Raises:
@@ -67,7 +67,7 @@ def read_processors(
 
 
 def check_steps(folder: Path, trust: bool = False, flag: str = "load_policy(..., trust_processors=True)") -> None:
-    """Look at the processors' files before LeRobot does, which imports and calls whatever they name.
+    """Look at the processors' files before LeRobot does, which imports and calls anything that they name.
 
     Args:
         folder: of the checkpoint.
@@ -131,7 +131,9 @@ def _step_class(step: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def no_remote_code() -> Iterator[None]:
-    """Here transformers refuses what has code of its own at once; at a terminal it would ask whether to run it."""
+    """Make transformers refuse code of a checkpoint's own at once in the block; at a terminal it would ask whether to
+    run it.
+    """
     dynamic: Any = importlib.import_module("transformers.dynamic_module_utils")
     known = dynamic.TIME_OUT_REMOTE_CODE
     dynamic.TIME_OUT_REMOTE_CODE = 0
@@ -142,7 +144,7 @@ def no_remote_code() -> Iterator[None]:
 
 
 def state_size(preprocessor: Any) -> int | None:
-    """Numbers in the states that a preprocessor scales; None where it scales none.
+    """Return the number of values in the states that a preprocessor scales; None if it scales none.
 
     Fine-tuning with LeRobot leaves in the config, and in the step's features, the size of the state that the policy
     was trained on before. The statistics are those of the data that it was fine-tuned on.
@@ -180,7 +182,7 @@ def _settle_statistics(folder: Path, both: tuple[Any, Any], unnorm_key: str | No
             chosen = {
                 key: feature for feature in needed for key in step._tensor_stats if _dataset(key, feature) == unnorm_key
             }
-            # What is of no dataset stays, but for what the chosen one has too.
+            # Statistics of no dataset stay, unless the chosen one has its own.
             statistics = dict(step._tensor_stats) | {chosen[key]: step._tensor_stats[key] for key in chosen}
             flat = {f"{key}.{name}": value for key, values in statistics.items() for name, value in values.items()}
             step.load_state_dict(flat)
@@ -189,7 +191,9 @@ def _settle_statistics(folder: Path, both: tuple[Any, Any], unnorm_key: str | No
 
 
 def _scaled(step: Any) -> dict[str, tuple[str, ...]]:
-    """The features that a step scales, and the statistics that it needs for each: actions where it un-normalises."""
+    """Return the features that a step scales, and the statistics that it needs for each: actions if it
+    un-normalises.
+    """
     found = {}
     un_normalises = "Unnormalizer" in type(step).__name__
     for feature, what in step.features.items():

@@ -1,4 +1,4 @@
-"""One call that loads any supported policy: what it is, its folder says."""
+"""One call that loads any supported policy, whose kind the folder decides."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def load_policy(
     Args:
         path_or_hub_id: the folder of a published checkpoint as it is, its name on the Hugging Face hub, "reference" for
             the policy that ships with this package, or "reference:NAME" for one of several (see `reference_policy`).
-        device: where it is put.
-        dtype: of its weights, as torch's or by its name ("bfloat16"); None: what its family takes for granted.
-        **options: of what loads it: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
+        device: of the policy.
+        dtype: of its weights, as torch's or by its name ("bfloat16"); None: the default of its family.
+        **options: of its loader: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
             attn_implementation), `load_lerobot` or `reference_policy`.
 
     Raises:
-        UnsupportedModelError: the folder holds another model, or what its family needs is not installed, or not in a
-            version that was tested.
+        UnsupportedModelError: the folder holds another model, or a package that its family needs is not installed, or
+            not in a version that was tested.
         CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
         OptionError: an option is not one of the family's, there is no such device, or no such dtype.
     """
@@ -61,7 +61,7 @@ def load_policy(
 
 
 def _row(folder: Path, config: dict[str, Any]) -> Row:
-    """The row of what the folder holds."""
+    """Return the row of the folder's policy."""
     row = row_for(config)
     if row is not None and row.load is not None:
         return row
@@ -76,7 +76,7 @@ def _row(folder: Path, config: dict[str, Any]) -> Row:
 
 
 def supported() -> str:
-    """What `load_policy` loads, for messages."""
+    """Return the checkpoints that `load_policy` loads, for messages."""
     kinds = []
     for row in ROWS:
         told = [f"{key} {value!r}" for key, value in (row.config or {}).items() if isinstance(value, str)]

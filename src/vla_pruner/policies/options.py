@@ -1,4 +1,4 @@
-"""Options that every loader takes: what cannot be carried out is refused before a checkpoint is read."""
+"""Options that every loader takes: impossible ones are refused before a checkpoint is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def usable_device(device: str | torch.device, flag: str | None = None) -> torch.
         flag: of the command line that named it.
 
     Raises:
-        OptionError: it is none, or this torch cannot use it; the message says why.
+        OptionError: there is no such device, or this torch cannot use it; the message says why.
     """
     try:
         found = torch.device(device)
@@ -35,7 +35,7 @@ def usable_device(device: str | torch.device, flag: str | None = None) -> torch.
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype of weights that is meant; None stays None.
+    """Return the dtype of weights that is meant; None stays None.
 
     Args:
         dtype: a floating point dtype of torch, or its name.

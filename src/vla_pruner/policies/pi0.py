@@ -1,7 +1,7 @@
 """pi0 as transformers ships it, loaded with every weight accounted for and called with images and a sentence.
 
-`PI0ForConditionalGeneration` is the module; what is around it is done here, because transformers' image processor needs
-torchvision, and because its `from_pretrained` misses the vision tower of published checkpoints before 5.23.
+`PI0ForConditionalGeneration` is the module; the steps around it are done here, because transformers' image processor
+needs torchvision, and because its `from_pretrained` misses the vision tower of published checkpoints before 5.23.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class TransformersPI0:
         cameras: names of the images, in the order in which the model was trained on them.
         tokenizer: of transformers, or any with its call and `bos_token_id`; None: `act` refuses.
         statistics: mean and standard deviation of state and actions (`state_mean`, `state_std`, `actions_mean`,
-            `actions_std`). What is absent is not scaled: `act` then takes a normalised state, or gives normalised
-            actions of all `max_action_dim` columns.
+            `actions_std`). Values without statistics are not scaled: `act` then takes a normalised state, or gives
+            normalised actions of all `max_action_dim` columns.
     """
 
     def __init__(
@@ -84,29 +84,29 @@ class TransformersPI0:
 
     @property
     def proprio_size(self) -> int:
-        """How many numbers the robot's state has; without statistics, the most that there may be."""
+        """The number of values in the robot's state; without statistics, the largest possible one."""
         mean = self._statistics.get("state_mean")
         return self.module.config.max_state_dim if mean is None else len(mean)
 
     @property
     def action_size(self) -> int:
-        """Numbers in an action; without statistics, all columns of the model."""
+        """The number of values in an action; without statistics, all columns of the model."""
         mean = self._statistics.get("actions_mean")
         if mean is None or "actions_std" not in self._statistics:
             return self.module.config.max_action_dim
         return len(mean)
 
     def reset(self) -> None:
-        """Begins a new episode. The policy itself remembers nothing."""
+        """Begin a new episode. The policy itself has no memory."""
 
     def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """One control step: the action chunk (chunk, dim) float32.
+        """Run one control step: return the action chunk (chunk, dim) float32.
 
         The noise that the flow starts from is drawn from torch's global generator; seed it for repeatable actions.
 
         Args:
             images: (H, W, 3) uint8 of each camera; they are resized to fit and padded on both sides with black.
-            instruction: what to do.
+            instruction: the task in words.
             proprio: (d,) the robot's state, d at most `proprio_size`.
 
         Raises:
@@ -177,7 +177,7 @@ class TransformersPI0:
 
 
 def prepare_image(image: np.ndarray, size: int) -> Tensor:
-    """An image (H, W, 3) uint8 as pi0 sees it: (3, size, size) float32 in [-1, 1].
+    """Return an image (H, W, 3) uint8 as pi0 sees it: (3, size, size) float32 in [-1, 1].
 
     It is scaled to fit (bilinear, antialiased, rounded to whole levels) and centred on black, as in training.
 
@@ -210,7 +210,7 @@ def load_pi0(
 
     Args:
         path_or_hub_id: with config.json and safetensors, in the published layout or in transformers' own; a tokenizer
-            and, in processor_config.json, statistics where they are there.
+            and, in processor_config.json, statistics if they are there.
         device: where it is built.
         dtype: of the weights; None: as config.json has it, else float32.
         cameras: names of the images, in the order in which the model was trained on them.
@@ -242,7 +242,7 @@ def load_pi0(
 
 
 def _config(path: Path) -> tuple[Any, torch.dtype]:
-    """What config.json describes, and the dtype that it names."""
+    """Return the configuration that config.json describes, and the dtype that it names."""
     from transformers import PI0Config
 
     settings = read_json(path)
@@ -260,7 +260,7 @@ def _config(path: Path) -> tuple[Any, torch.dtype]:
 
 
 def _check_depths(path: Path, config: Any, names: Mapping[str, Any]) -> None:
-    """No part of the model has more layers than there are weights of."""
+    """Refuse a config with more layers in a part of the model than there are weights of."""
     with described_by(path):
         vlm = config.vlm_config
         depths = {
@@ -281,7 +281,7 @@ def build(config: Any, device: str | torch.device, dtype: torch.dtype, attn_impl
         module: Any = PI0ForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
-    # Nobody reads the expert's token embeddings, and some checkpoints lack them.
+    # The expert's token embeddings are never read, and some checkpoints lack them.
     nn.init.zeros_(module.model.dit.embed_tokens.weight)
     return module.eval()
 

@@ -1,4 +1,4 @@
-"""Policies with random weights, tiny or at their published size, where there is no checkpoint."""
+"""Policies with random weights, tiny or at their published size, for use without a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def random_policy(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Policy:
-    """A policy that sees and attends but knows nothing, made directly on its device.
+    """Make an untrained policy that sees and attends, directly on its device.
 
     Args:
         name: of a row of `vla_pruner.registry` with random weights, or of a family of another distribution.
         size: "tiny" (seconds on a CPU), or "full": the published size.
-        device: where it is made.
+        device: of the policy.
         dtype: of its weights.
         seed: of its weights, which depend on the device too.
 
     Raises:
-        UnsupportedModelError: another name or size, or what the family needs is not installed, or not in a version
-            that was tested.
+        UnsupportedModelError: another name or size, or a package that the family needs is not installed, or not in a
+            version that was tested.
         PluginError: the family of another distribution cannot be used.
     """
     check_transformers()
@@ -135,7 +135,7 @@ def random_pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -
 
 
 def tiny_pi0() -> dict[str, Any]:
-    """Sizes of a pi0 that runs in seconds on a CPU."""
+    """Return the sizes of a pi0 that runs in seconds on a CPU."""
     gemma = {
         "model_type": "gemma",
         "num_hidden_layers": 6,
