@@ -20,9 +20,9 @@ class Arm:
     """One way to run the policy.
 
     Attributes:
-        name: what reports call it; unique.
+        name: its name in reports; unique.
         kind: the method's name, or "unpruned".
-        method: what is attached; None runs the untouched model.
+        method: the method that is attached; None runs the untouched model.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Arm:
 
     @property
     def pruned(self) -> str:
-        """What becomes of the tokens that are not kept."""
+        """The fate of the tokens that are not kept."""
         return Fate.DROP if self.method is None else self.method.pruned
 
     @property
     def refresh_every(self) -> int | None:
-        """Every so many steps one runs unpruned; None: none does."""
+        """The number of steps of which one runs unpruned; None: none does."""
         return None if self.method is None else self.method.schedule.refresh_every
 
 
@@ -51,14 +51,14 @@ def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:
     for made in settings.chosen_methods():
         if any(made.method == arm.method for arm in arms):
             continue
-        # Methods of somebody else's may differ in what no title shows.
+        # Third-party methods may differ in options that no title shows.
         same = sum(arm.name.partition(" #")[0] == made.title for arm in arms)
         arms.append(Arm(f"{made.title} #{same + 1}" if same else made.title, made.name, made.method))
     return tuple(arms)
 
 
 def turn(arms: Sequence[Arm], round_number: int) -> list[Arm]:
-    """The order of the arms in this round: another one begins each time."""
+    """Return the order of the arms in this round: another one begins each time."""
     first = round_number % len(arms)
     return [*arms[first:], *arms[:first]]
 
@@ -79,11 +79,11 @@ class Turns:
             self._begin(arm)
 
     def subject_of(self, arm: Arm) -> Subject:
-        """What the arm runs on."""
+        """Return the subject that the arm runs on."""
         return self.subject
 
     def _begin(self, arm: Arm) -> None:
-        """An episode's first steps, which some methods do not prune."""
+        """Run an episode's first steps, which some methods do not prune."""
         self.kept[arm.name] = None
         with self.subject.attach(arm.method) as session:
             if session is None:
@@ -94,7 +94,7 @@ class Turns:
 
     @contextmanager
     def open(self, arm: Arm) -> Iterator[Any]:
-        """The arm's turn: gives its session (None for the untouched model), after one step that nobody measures.
+        """Open the arm's turn: yield its session (None for the untouched model), after one step that is not measured.
 
         This is the one place where an arm gets ready.
         """
@@ -110,14 +110,14 @@ class Turns:
             self.subject_of(arm).step()
 
     def make_fresh(self, arm: Arm, session: Any) -> None:
-        """Has the next step be one that its method leaves unpruned, by counting the steps before it as more."""
+        """Make the next step one that its method leaves unpruned, by counting the steps before it as more."""
         memory = self._memories[arm.name]
         while arm.method.prunes(memory):
             memory = replace(memory, steps=memory.steps + 1)
         session.memory = memory
 
     def check(self, arm: Arm, session: Any) -> None:
-        """The step that was just measured is what its arm says.
+        """Check that the step that was just measured is one of its arm.
 
         Raises:
             SessionError: it was not pruned, or not to as many tokens as before.

@@ -33,13 +33,13 @@ class CompiledTurns(Turns):
     manager; compiled code goes when it closes.
 
     Args:
-        subject: what is compiled, once an arm; it stays as it is itself.
+        subject: compiled in one copy an arm; it stays as it is itself.
         arms: as of `Turns`.
         backend: as in `torch.compile`.
-        tell: told of each arm before it is compiled.
+        tell: called with each arm before it is compiled.
 
     Attributes:
-        compiling: how many graphs each arm has, and the seconds that they took.
+        compiling: each arm's number of graphs, and the seconds that they took.
 
     Raises:
         UnsupportedModelError: the policy cannot be compiled, or not be copied without its weights.
@@ -67,7 +67,7 @@ class CompiledTurns(Turns):
         self._open.close()
 
     def subject_of(self, arm: Arm) -> Subject:
-        """The arm's own copy."""
+        """Return the arm's own copy."""
         return self._subjects[arm.name]
 
     def _begin(self, arm: Arm) -> None:
@@ -98,10 +98,10 @@ class CompiledTurns(Turns):
 
     @contextmanager
     def open(self, arm: Arm) -> Iterator[Any]:
-        """The arm's turn, as of `Turns`.
+        """Open the arm's turn, as `Turns` does.
 
         Raises:
-            SessionError: something was compiled in it, so what was measured is not what a robot would wait for.
+            SessionError: something was compiled in it, so the measured time is not that of a robot.
         """
         session, before = self._sessions[arm.name], graphs()
         if session is not None:
@@ -121,27 +121,27 @@ class CompiledTurns(Turns):
 
 
 def graphs() -> int:
-    """How many graphs torch compiled in this process so far."""
+    """Return the number of graphs that torch compiled in this process so far."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def twin(subject: Subject) -> Subject:
-    """The same policy and inputs once more, without the memory of its weights."""
+    """Return the same policy and inputs once more, without the memory of its weights."""
     policy = sharing_copy(subject.policy)
     return Subject(policy, feed(policy, subject.settings, subject.device), subject.settings, subject.device)
 
 
 def sharing_copy(policy: Any) -> Any:
-    """A copy of a policy whose parameters and buffers are the original's own.
+    """Return a copy of a policy whose parameters and buffers are the original's own.
 
     Raises:
         UnsupportedModelError: some of them are made anew when the policy is copied.
     """
     module: nn.Module = module_of(policy)
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
-    copied = copy.deepcopy(module, dict(shared))  # what is in the memo is not copied
+    copied = copy.deepcopy(module, dict(shared))  # objects in the memo are not copied
     held = chain(copied.named_parameters(), copied.named_buffers())
     own = [name for name, tensor in held if id(tensor) not in shared]
     if own:
@@ -164,7 +164,7 @@ class _Spent:
 
 @contextmanager
 def _noting(subject: Subject) -> Iterator[_Spent]:
-    """Adds up the steps in which something was compiled."""
+    """Add up the steps in which something was compiled."""
     step, spent = subject.step, _Spent()
 
     def noted() -> Any:

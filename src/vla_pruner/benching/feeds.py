@@ -24,7 +24,7 @@ _SIDE = 224
 
 
 def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """The inputs of this policy.
+    """Return the inputs of this policy.
 
     Raises:
         OptionError: `--prompt-tokens` leaves no text, or does not apply.
@@ -34,10 +34,10 @@ def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
 
 
 def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
-    """What makes the inputs of this policy.
+    """Return the function that makes the inputs of this policy.
 
     Raises:
-        UnsupportedModelError: nothing does.
+        UnsupportedModelError: there is none.
     """
     row = row_of(policy)
     if row is None or row.bench is None:
@@ -51,7 +51,7 @@ def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
 
 
 def _other(settings: BenchSettings, visual: int, usual: int, least: int) -> int:
-    """Positions of the prompt that are not visual tokens."""
+    """Return the number of positions of the prompt that are not visual tokens."""
     if settings.prompt_tokens is None:
         return usual
     other = settings.prompt_tokens - visual

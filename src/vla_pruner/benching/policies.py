@@ -20,7 +20,7 @@ def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> 
     """The policy, or the bare language model, that the settings name.
 
     Raises:
-        UnsupportedModelError: the family does not offer what is asked, or is not installed.
+        UnsupportedModelError: the family does not offer the settings, or is not installed.
         CheckpointError: a checkpoint that cannot be read.
     """
     row = settings.row

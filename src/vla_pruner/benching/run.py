@@ -45,7 +45,7 @@ from vla_pruner.wording import a_type
 _BUSY_CORES = 0.25
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many rounds of how many are."""
+"""A function that is called with the work in progress, and the number of finished rounds and of all."""
 
 
 def bench(model: Any, *, progress: Progress | None = None, **options: Any) -> BenchReport:
@@ -54,7 +54,7 @@ def bench(model: Any, *, progress: Progress | None = None, **options: Any) -> Be
     Args:
         model: a name, "llama:HIDDEN,LAYERS" or a checkpoint's folder (see `BenchSettings`); or a policy that is loaded,
             with no session attached, which is timed where it is and left as it was.
-        progress: told what is being done.
+        progress: called with the work in progress.
         **options: fields of `BenchSettings`: keep, methods (names or methods), pruned, layer, batch, dtype, device,
             iters, ...
 
@@ -89,7 +89,7 @@ def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any
     for name in ("device", "dtype"):
         if name in options:
             raise OptionError(f"{flag(name)} does not apply to a policy that is loaded; move it, and leave this out.")
-    feed_of(policy)  # refused here if nobody knows what it is fed with
+    feed_of(policy)  # refused here if no inputs are known for it
     weight = next(weight for weight in module.parameters() if weight.is_floating_point())
     dtype, device = str(weight.dtype).removeprefix("torch."), weight.device
     settings = BenchSettings(type(policy).__name__, loaded=True, dtype=dtype, device=str(device), **options)
@@ -98,7 +98,7 @@ def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any
 
 
 def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchReport:
-    """The benchmark of a policy that is there already; the policy is left as it was."""
+    """Benchmark a policy that exists already; it is left as it was."""
     settings, tell = subject.settings, progress or (lambda *_: None)
     conditions = conditions_of(subject)
     tell("probing the device", 0, 1)
@@ -135,7 +135,7 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
 
 @contextmanager
 def _turns(plain: Turns, backend: str | None, tell: Progress) -> Iterator[Turns]:
-    """What is timed: the arms as they are, or compiled."""
+    """Yield the turns that are timed: the arms as they are, or compiled."""
     if backend is None:
         yield plain
         return
@@ -159,7 +159,7 @@ def _shares(plain: Turns, base: dict[str, float], peaks: Peaks) -> dict[int, flo
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was timed, by arm; `shares` by pruning layer. `compiling` is empty where nothing is compiled."""
+    """All timings by arm; `shares` by pruning layer. `compiling` is empty if nothing is compiled."""
 
     timings: Timings
     stages: dict[str, dict[str, float]]
@@ -181,7 +181,7 @@ def _results(turns: Turns, measured: Measured, peaks: Peaks) -> tuple[ArmResult,
     base_p50 = percentile(timings.steps[base_name], 50)
 
     def timed(name: str) -> Timed:
-        # What is saved is what the speed says, which compares steps of the same round; two medians may disagree.
+        # The speed gives the saving, since it compares steps of the same round; two medians may disagree.
         return Timed(base_p50 / _speed(timings.rounds[base_name], timings.rounds[name]).value, stages[name], work[name])
 
     def result(arm: Arm) -> ArmResult:

@@ -1,4 +1,4 @@
-"""What a benchmark is asked to do, checked before anything is built."""
+"""The settings of a benchmark, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vla_pruner.registry import ROWS, Benchmark, Row, row_named
 NAMED = tuple(row.name for row in ROWS if row.bench is not None and row.random is not None)
 """Policies with random weights, at their published size or tiny; aliases are understood, too."""
 SHIPPED = "reference:"
-"""What a policy of `reference_policy` begins with, to benchmark its weights."""
+"""The prefix of a `reference_policy`, to benchmark its weights."""
 LLAMA = "llama:"
 INDUCTOR = "inductor"
 """torch's own backend."""
@@ -123,7 +123,7 @@ class BenchSettings:
 
     @property
     def row(self) -> Row | None:
-        """What is known of the model that is built; None of a checkpoint, and of a policy that is loaded already."""
+        """The row of the model that is built; None for a checkpoint, and for a policy that is loaded already."""
         if self.loaded or self.model.startswith(SHIPPED):
             return None
         row = row_named("llama" if self.model.startswith(LLAMA) else self.model)
@@ -136,7 +136,7 @@ class BenchSettings:
 
     @property
     def backend(self) -> str | None:
-        """What every arm is compiled with; None: they run as they are."""
+        """The backend that every arm is compiled with; None: they run as they are."""
         return self.compile if isinstance(self.compile, str) else INDUCTOR if self.compile else None
 
     def llama(self) -> LlamaSize:
@@ -164,8 +164,8 @@ class BenchSettings:
         """The method of every pruned arm.
 
         Raises:
-            OptionError: a name is no method's, the options do not fit it, it prunes at several layers, or nobody would
-                tell it what it asks for.
+            OptionError: a name is no method's, the options do not fit it, it prunes at several layers, or it needs
+                reports that a benchmark does not make.
         """
         found: list[Named] = []
         for method in self.methods:
@@ -200,7 +200,7 @@ class BenchSettings:
 
     @property
     def _depth(self) -> int | None:
-        """Layers of the decoder, where they are known before it is built."""
+        """Layers of the decoder, if they are known before it is built."""
         if self.layers is not None:
             return self.layers
         if self.kind == "llama":
@@ -262,5 +262,5 @@ def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[
 
 
 def flag(name: str) -> str:
-    """How the command line calls a setting."""
+    """Return the flag of a setting."""
     return "--" + {"methods": "method"}.get(name, name).replace("_", "-")
