@@ -1,4 +1,4 @@
-"""A robot's end of the connection: one observation out, one result back, and a new connection where one broke."""
+"""A robot's end of the connection: one observation out, one result back, and a new connection after a broken one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vla_pruner.client.errors import ClientError, CodecError, ConnectionLost, Se
 from vla_pruner.strangers import shown
 
 TOO_BIG, TRY_AGAIN_LATER = 1009, 1013
-"""Close codes of a server that does not read a message of that length, and of one that has no room at the moment."""
+"""Close codes of a server that does not read a message of that length, and of one without room at the moment."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 _FINAL = (400, 401, 403, 404)
@@ -34,8 +34,8 @@ _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 class PolicyClient:
     """One robot's connection to a policy server. A context manager; it connects when it is made.
 
-    Where the connection breaks, or the server is full or restarts, `infer` connects anew with growing pauses and sends
-    the same observation again. The server then knows nothing of the steps before, so pruning by action history warms up
+    If the connection breaks, or the server is full or restarts, `infer` connects anew with growing pauses and sends the
+    same observation again. The server then has no memory of the steps before, so pruning by action history warms up
     again; `reconnects` counts how often.
 
     Several threads may use one client: their calls take turns, and each gets the answer to its own observation. They
@@ -51,14 +51,14 @@ class PolicyClient:
             environment names for the web.
 
     Attributes:
-        metadata: what the server said of itself when it was connected to last.
+        metadata: the server's description of itself at the last connection.
         reconnects: connections made after the first.
 
     Raises:
-        ClientError: an argument does not do.
+        ClientError: an argument is invalid.
         ConnectionLost: the server cannot be reached within `patience`.
         ServerError: it refuses this client: no or a wrong key, or no such path.
-        CodecError: what listens there is no policy server.
+        CodecError: the listener there is no policy server.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class PolicyClient:
         self.close()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """One control step.
+        """Run one control step.
 
         Args:
             observation: images, state and prompt by the server's keys.
@@ -141,7 +141,7 @@ class PolicyClient:
             except (ConnectionClosed, OSError, _NoRoom) as error:
                 self._drop()
                 if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == TOO_BIG:
-                    raise self._too_big(message) from error  # it would be no shorter the next time
+                    raise self._too_big(message) from error  # a second try would be no shorter
                 if isinstance(error, ConnectionLost) or time.monotonic() >= deadline:
                     raise ConnectionLost(f"{self._url} gave no answer ({_reason(error)}).") from error
                 pause = _wait(pause, deadline)
@@ -223,8 +223,8 @@ class PolicyClient:
 
     def _drop(self) -> None:
         if self._socket is not None:
-            # Nobody is there to say goodbye to: only what this side holds is let go of. The library's threads read and
-            # write on until the socket is shut down; closing alone does not wake them.
+            # The other end is gone: only this side's resources are released. The library's threads read and write on
+            # until the socket is shut down; closing alone does not wake them.
             with suppress(OSError):
                 self._socket.socket.shutdown(socket.SHUT_RDWR)
             self._socket.close_socket()
@@ -236,7 +236,7 @@ class _NoRoom(Exception):
 
 
 def _wait(pause: float, deadline: float) -> float:
-    """Sleep up to `pause` seconds, half of it drawn, so that robots do not come back as one; returns the next pause."""
+    """Sleep up to `pause` seconds, half of it drawn, so that robots do not come back at once; return the next pause."""
     time.sleep(min(pause * random.uniform(0.5, 1.0), max(0.0, deadline - time.monotonic())))
     return min(2 * pause, _LONGEST_WAIT)
 
@@ -255,7 +255,7 @@ def _address(url: str) -> str:
     try:
         parts = urlsplit(whole)
         known = scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, or brackets that do not close
+    except ValueError:  # an impossible port, or brackets that do not close
         known = False
     if not known or not whole.isascii() or not whole.isprintable() or " " in whole:
         raise ClientError(
@@ -282,9 +282,7 @@ def _check_proxy(proxy: str) -> None:
 
 
 def _way(url: str, proxy: str | None) -> str:
-    """What a reader should know of the way that was taken, where it may be the wrong one. A proxy's password is not
-    shown.
-    """
+    """Return a note on the way that was taken, if it may be the wrong one. A proxy's password is not shown."""
     if proxy is not None:
         return f" It was asked through the proxy {_place(proxy)}."
     named = getproxies()

@@ -1,4 +1,4 @@
-"""One file per model family: where things are. Nothing here knows a method.
+"""One file per model family, with the places of its parts and tokens. Nothing here knows a method.
 
 A family is found by looking at the model; no library is imported for a family of ours that is not in use. Families of
 other distributions (entry points of the group `vla_pruner.families`) are asked first.
@@ -21,10 +21,10 @@ from vla_pruner.registry import ROWS
 
 
 def family_of(model: Any, *, family: type[Family] | None = None, **options: Any) -> Family:
-    """The family adapter for `model`: a module, or a policy whose `module` is one; wrappers around it are looked into.
+    """Return the family adapter for `model`: a module, or a policy whose `module` is one, also inside wrappers.
 
     Args:
-        family: the adapter to use, where it is not to be found; it must match the model.
+        family: the adapter to use instead of a search; it must match the model.
 
     Raises:
         UnsupportedModelError: no family knows this model, or this version or attention backend of it; or `family` is
@@ -87,7 +87,7 @@ def _found(model: Any) -> type[Family]:
 
 
 def _foreign(model: Any) -> tuple[type[Family] | None, list[str]]:
-    """The family of another distribution that knows a model, and what is said of those that could not be asked."""
+    """Return the family of another distribution that matches a model, and sentences on those that failed."""
     found: dict[type[Family], plugins.Plugin] = {}
     broken: list[str] = []
     for plugin in plugins.plugins(plugins.FAMILIES):
@@ -95,7 +95,7 @@ def _foreign(model: Any) -> tuple[type[Family] | None, list[str]]:
             family = _loaded(plugin)
             if family.matches(model):
                 found.setdefault(family, plugin)
-        except Exception as error:  # it is a stranger's, and the models of all others must work on
+        except Exception as error:  # third-party code, and the models of all other families must work on
             told = str(error) if isinstance(error, PluginError) else f"{plugin} fails: {type(error).__name__}: {error}."
             warnings.warn(f"{told} The other model families are used without it.", RuntimeWarning, stacklevel=4)
             broken.append(told)

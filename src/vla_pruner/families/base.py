@@ -36,12 +36,12 @@ class TransformersFamily(Family):
         return self.rotated(attention, key.transpose(1, 2), position_embeddings), value
 
     def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states (B, F, D) as the projections of a layer are given them."""
+        """Return hidden states (B, F, D) as the projections of a layer get them."""
         norm: Any = layer.input_layernorm
         return norm(hidden)
 
     def rotated(self, attention: nn.Module, key: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
-        """Keys (B, G, F, d) with their positions."""
+        """Return keys (B, G, F, d) with their positions."""
         here = sys.modules[type(attention).__module__]
         if hasattr(here, "apply_multimodal_rotary_pos_emb"):  # Qwen2-VL and Qwen2.5-VL before transformers 5.6 or so
             config: Any = attention.config

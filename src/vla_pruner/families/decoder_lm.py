@@ -23,7 +23,7 @@ from vla_pruner.families.wrappers import unwrapped
 
 PADDING_SIDES = ("right", "left")
 SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-"""Options of `generate` that try several tokens in one call."""
+"""The options of `generate` that try several tokens in one call."""
 
 
 class DecoderLM(TransformersFamily):
@@ -31,9 +31,10 @@ class DecoderLM(TransformersFamily):
 
     Args:
         model: the language model.
-        visual: where the visual tokens are in the prompt: a slice, or for several cameras a mapping of names to slices.
+        visual: the place of the visual tokens in the prompt: a slice, or for several cameras a mapping of names to
+            slices.
         padding_side: "right" (slices count from position 0), or "left" (they count from each row's first real token).
-            Needed only where position 0 is masked: it could be left padding, or an absent camera.
+            Needed only if position 0 is masked: it could be left padding, or an absent camera.
 
     Raises:
         OptionError: `visual` is missing, empty, open-ended or overlapping.
@@ -95,7 +96,7 @@ class DecoderLM(TransformersFamily):
     def layout(self, call: Call) -> Layout:
         if call.attention_mask is not None:
             return self._layout(call)
-        # Where all is real, nothing moves from step to step.
+        # If all is real, nothing moves from step to step.
         key = (call.rows, call.length, call.device, torch.is_inference_mode_enabled())
         if self._unmasked is None or self._unmasked[0] != key:
             self._unmasked = key, self._layout(call)
@@ -109,7 +110,7 @@ class DecoderLM(TransformersFamily):
             visual = visual + torch.where(prompt, positions, call.length).amin(dim=1, keepdim=True)
             ensure((visual < call.length).all(), OVERRUN)
         elif self._padding_side is None and call.attention_mask is not None:
-            # Left padding would shift the image away from where the slices say it is, without any error.
+            # Left padding would shift the image away from the slices, without any error.
             ensure(prompt[:, 0].all(), LEFT_PADDED)
         return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt, cameras=self._camera_tokens)
 

@@ -1,5 +1,5 @@
-"""What the families of LeRobot share: which versions, which cameras a batch has, and what is put on a policy's
-instances while a session is attached.
+"""The common parts of LeRobot's families: versions, a batch's cameras, and the methods replaced on a policy's instances
+while a session is attached.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LeRobotFamily(TransformersFamily):
     """Modules and names of the policies' classes."""
 
     prepare = ""
-    """Name of the policy's method that turns a batch into images."""
+    """The name of the policy's method that turns a batch into images."""
 
     def __init__(self, model: nn.Module) -> None:
         check_version()
@@ -108,11 +108,11 @@ class LeRobotFamily(TransformersFamily):
         return None
 
     def block_lengths(self, images: list[Tensor]) -> list[int]:
-        """Number of visual tokens that each image (B, 3, H, W) becomes."""
+        """Return the number of visual tokens that each image (B, 3, H, W) becomes."""
         raise NotImplementedError
 
     def around_block(self) -> tuple[int, int]:
-        """Number of other tokens before and behind each image's."""
+        """Return the number of other tokens before and behind each image's."""
         return 0, 0
 
     def layout(self, call: Call) -> Layout:
@@ -145,7 +145,7 @@ class LeRobotFamily(TransformersFamily):
         self._shown = self._blocks = self._prompt = None
 
     def _prepare_images(self, original: Callable[..., Any], batch: Any) -> Any:
-        """Notes which cameras the batch has: the host knows, without reading a mask."""
+        """Note the batch's cameras: the host has them, without reading a mask."""
         self._check_config()
         keys = list(self._policy.config.image_features)
         self._shown = tuple(camera for camera, key in enumerate(keys) if key in batch)

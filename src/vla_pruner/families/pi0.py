@@ -26,7 +26,7 @@ class PI0(TransformersFamily):
 
     Args:
         model: the policy.
-        cameras: names of the cameras, in the order of `pixel_values`. Needed only where `keep` is given per camera.
+        cameras: names of the cameras, in the order of `pixel_values`. Needed only if `keep` is given per camera.
     """
 
     def __init__(self, model: nn.Module, cameras: Sequence[str] | None = None) -> None:
@@ -93,7 +93,7 @@ class PI0(TransformersFamily):
         return torch.arange(1, length, device=device).expand(rows, -1)
 
     def install(self) -> None:
-        # The decoder only ever sees embeddings; which of them are visual is known here.
+        # The decoder only ever gets embeddings; the visual ones among them are known here.
         self._replaced.put(self._pi0, "embed_prefix", self._embed_prefix)
 
     def remove(self) -> None:

@@ -90,7 +90,7 @@ class SmolVLA(LeRobotFamily):
         For references that are computed without pruning; call it after the session's wiring is installed.
 
         Returns:
-            What takes it away again.
+            A function that undoes it.
         """
 
         def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -112,8 +112,8 @@ class SmolVLAWiring:
     """Maps the methods that SmolVLA calls for each layer onto `ShortLayers`, and their attention onto the host.
 
     Args:
-        host: told of every call.
-        family: whose model this is.
+        host: called with every event.
+        family: of the model.
     """
 
     def __init__(self, host: Host, family: SmolVLA) -> None:
