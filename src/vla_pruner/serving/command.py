@@ -1,4 +1,4 @@
-"""`vla-pruner serve`: its flags, and a server that runs until it is told to stop."""
+"""`vla-pruner serve`: its flags, and a server that runs until it is stopped."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def _policy(options: argparse.Namespace) -> Any:
 
 
 def _api_key(file: Path | None) -> str | None:
-    """From a file or the environment, never from the command line, which everybody on the machine can read."""
+    """Read it from a file or the environment, never from the command line, which all users of the machine can read."""
     from vla_pruner.serving.errors import ServingError
 
     if file is None:

@@ -1,4 +1,4 @@
-"""What clients send, turned into what policies take: declared layouts of keys, and checks of every array."""
+"""Messages of clients, turned into inputs of policies: declared layouts of keys, and checks of every array."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vla_pruner.observations import Observation
 from vla_pruner.serving.errors import ServingError
 from vla_pruner.strangers import Unread, shown
 
-if TYPE_CHECKING:  # the command line knows the layouts without torch
+if TYPE_CHECKING:  # the command line uses the layouts without torch
     from vla_pruner.policies.base import Policy
 
 LONGEST_SIDE = 4096
@@ -28,7 +28,7 @@ BY_CAMERA = "cameras"
 
 @dataclass(frozen=True)
 class ObservationLayout:
-    """Which keys observations have. "a/b" is a key of that name, or the key "b" in a map under "a".
+    """The keys of observations. "a/b" is a key of that name, or the key "b" in a map under "a".
 
     Attributes:
         images: the key of an image by the policy's name of that camera. Several names of one camera may stand for the
@@ -97,10 +97,10 @@ class ObservationReader:
 
     Attributes:
         keys: the key of each of the policy's cameras, in its order.
-        state: keys of the state; empty where the policy takes none.
+        state: keys of the state; empty if the policy takes none.
         channels_first: as of the layout.
-        image: what an image goes through, (H, W, 3) uint8 -> the same; done where the model runs.
-        actions: what a chunk goes through, (chunk, dim) -> (chunk, dim).
+        image: prepares an image, (H, W, 3) uint8 -> the same; called in the model's thread.
+        actions: converts a chunk, (chunk, dim) -> (chunk, dim).
         default_prompt: the instruction of observations that have none; None: they are refused.
     """
 
@@ -112,10 +112,10 @@ class ObservationReader:
     default_prompt: str | None = None
 
     def read(self, observation: Any) -> Seen:
-        """A message's observation.
+        """Return a message's observation.
 
         Raises:
-            ObservationError: something is missing or not as it should be; the message says what, and what is.
+            ObservationError: a part is missing or invalid; the message names it and the valid form.
         """
         if not isinstance(observation, dict):
             raise ObservationError(f"An observation is a map of keys to values; found {_what(observation)}.")
@@ -142,7 +142,7 @@ class ObservationReader:
             raise ObservationError(
                 f"{key!r} is an image of shape {shape} with sides of 1 to {LONGEST_SIDE}; found {_what(image)}."
             )
-        return np.array(upright, order="C")  # messages are read-only, and torch wants memory that it may write
+        return np.array(upright, order="C")  # messages are read-only, and torch needs writable memory
 
     def _state(self, observation: dict[str, Any]) -> np.ndarray:
         parts = []
@@ -151,7 +151,7 @@ class ObservationReader:
             if not _is_state(value):
                 raise ObservationError(f"{key!r} is a list of up to {LONGEST_STATE} numbers; found {_what(value)}.")
             part = np.atleast_1d(np.asarray(value))
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
+            with np.errstate(over="ignore"):  # numbers out of range become infinite, and are refused below
                 parts.append(part.astype(np.float32))
         state = np.concatenate(parts)
         if not np.isfinite(state).all():
@@ -184,13 +184,13 @@ def reader_of(
     action_dim: int | None = None,
     center_crop: bool = True,
 ) -> ObservationReader:
-    """What reads `layout` for `policy`.
+    """Return the reader of `layout` for `policy`.
 
-    LIBERO's images and actions go through what the policy's family was evaluated with there (OpenVLA: its image chain,
-    and the gripper's sign).
+    LIBERO's images and actions are converted as in the evaluation of the policy's family there (OpenVLA: its image
+    chain, and the gripper's sign).
 
     Args:
-        policy: whose cameras and state are wanted.
+        policy: the one whose cameras and state are read.
         layout: a name of `LAYOUTS`.
         camera_keys: keys of single cameras, in place of the layout's.
         default_prompt, action_dim, center_crop: as of `ServerSettings`.
@@ -198,7 +198,7 @@ def reader_of(
     Raises:
         ServingError: there is no such layout, it has no key for one of the policy's cameras, or the policy's actions
             have fewer numbers than `action_dim`.
-        SuiteError: how the policy's family sees LIBERO is not known.
+        SuiteError: the policy's family has no convention for LIBERO.
     """
     if layout not in LAYOUTS:
         raise ServingError(f"--observations is {layout!r}; it is one of {', '.join(LAYOUTS)}.")
@@ -251,7 +251,7 @@ def _flag(value: Any) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether numpy makes up to `LONGEST_STATE` real numbers of it. A list is looked through first: of texts, numpy
+    """Return True if numpy makes up to `LONGEST_STATE` real numbers of it. A list is searched first: from texts, numpy
     would make an array in which each is as long as the longest.
     """
     if isinstance(value, list):
@@ -266,7 +266,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _what(value: Any) -> str:
-    """What was found in place of what is wanted, in few words whatever its size."""
+    """Return a description of an invalid value, in few words whatever its size."""
     if isinstance(value, np.ndarray):
         return f"shape {value.shape} of {value.dtype}"
     if isinstance(value, Unread):

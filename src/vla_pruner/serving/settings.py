@@ -1,4 +1,4 @@
-"""How a policy is served, checked before anything slow begins."""
+"""The settings of a server, checked before anything slow begins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN_METADATA = frozenset({
     "protocol", "server", "model", "pruner", "visual_tokens", "action_horizon", "action_dim", "image_keys",
     "state_keys", "state_size", "max_message",
 })  # fmt: skip
-"""Keys of the metadata that the server says of itself."""
+"""The keys of the metadata that the server itself sets."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class ServerSettings:
         try:
             from vla_pruner.client.codec import pack, unpack
             from vla_pruner.client.errors import CodecError
-        except ImportError:  # without the extra nothing is served, which is said elsewhere
+        except ImportError:  # without the extra nothing is served, and another check refuses it
             return
         try:
             unpack(pack(dict(self.metadata)))
@@ -138,7 +138,7 @@ class ServerSettings:
 
     @property
     def is_open(self) -> bool:
-        """Whether other machines can reach the port and nobody asks them for a key."""
+        """True if other machines can reach the port and no key is required."""
         return self.api_key is None and not is_loopback(self.host)
 
     @property
@@ -156,7 +156,7 @@ def _is_count(value: object) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Return True if only this machine can reach an address."""
     if host == "localhost":
         return True
     try:
