@@ -28,7 +28,7 @@ _numbers = count()
 COPIED = "A compiled policy was copied or pickled; take that away first (remove(), or detach the session)."
 
 _compiled: WeakKeyDictionary[nn.Module, ref[Compiled]] = WeakKeyDictionary()
-"""By the decoder, what compiled a policy."""
+"""The compiled calls of a policy, by its decoder."""
 
 
 class Compiled:
@@ -104,12 +104,12 @@ class Compiled:
         self._replaced.remove()
 
     def run(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
-        """Run what a session does around a call as a program, too.
+        """Run the work of a session around a call as a program, too.
 
         Args:
             name: of the program.
-            function: what runs; it reads nothing that changes but its arguments and the step's state.
-            given: what the call runs on.
+            function: it reads nothing that changes but its arguments and the step's state.
+            given: the tensor that the call runs on.
             *args: for the function; a dict is arguments of the decoder's call.
         """
         kinds = tuple(cache_key(cache_in(value)) for value in args if isinstance(value, dict))
@@ -117,11 +117,11 @@ class Compiled:
 
     @staticmethod
     def begin_step() -> None:
-        """A control step begins. Graphs write where their last run wrote: one step is one run of them all."""
+        """Begin a control step. Graphs write to the memory of their last run: one step is one run of them all."""
         torch.compiler.cudagraph_mark_step_begin()
 
     def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # What another graph made, the next step may overwrite from its beginning on.
+        # The next step may overwrite another graph's outputs from its beginning on.
         args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
         given, runner = _first_tensor(args, kwargs), self._runner
         if runner is None:
@@ -172,7 +172,7 @@ class Compiled:
         varies: bool = False,
     ) -> Any:
         decoder = self._family.decoder
-        weight = decoder.norm.weight  # the model may be moved, and what it is given need not show it
+        weight = decoder.norm.weight  # the model may be moved, and its inputs need not show it
         placed = (given.dtype, given.device, weight.dtype, weight.device)
         autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
         key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast)
@@ -201,7 +201,7 @@ class Compiled:
 
 
 def compiled_on(decoder: nn.Module) -> Compiled | None:
-    """The compiled calls of the policy that has this decoder."""
+    """Return the compiled calls of the policy that has this decoder."""
     found = _compiled.get(decoder)
     return None if found is None else found()
 
@@ -216,7 +216,7 @@ def check_backend(backend: object) -> None:
 
 
 def check_not_compiled(model: Any, family: Family) -> None:
-    """Raise UnsupportedModelError where calls of a policy are compiled: no hook inside would ever run."""
+    """Raise UnsupportedModelError if calls of a policy are compiled: no hook inside would ever run."""
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
         compiled = getattr(part, "_compiled_call_impl", None) is not None
@@ -232,7 +232,7 @@ def check_not_compiled(model: Any, family: Family) -> None:
 
 
 def _guards_of_arguments(guards: Any) -> list[bool]:
-    """True for each guard that is checked at every call: those of the arguments, and of the tensors in a cache.
+    """Return True for each guard that is checked at every call: those of the arguments, and of the tensors in a cache.
 
     Those of the model, its hooks and the session would be thousands, a millisecond a call. What may change there is in
     a program's key.
@@ -245,13 +245,13 @@ def _guards_of_arguments(guards: Any) -> list[bool]:
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a call runs on: embeddings, ids or pixels."""
+    """Return the tensor that a call runs on: embeddings, ids or pixels."""
     named = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("pixel_values"))
     return next(value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def _own(value: Any) -> Any:
-    """A copy of a tensor that a CUDA graph may have made."""
+    """Return a copy of a tensor that a CUDA graph may have made."""
     return value.clone() if isinstance(value, Tensor) and value.device.type != "cpu" else value
 
 

@@ -128,7 +128,7 @@ class ControlStep:
     # Transitions.
 
     def repeat_prompt(self, length: int) -> None:
-        """A call begins that runs the whole prompt again: ACTING -> PROMPT.
+        """Begin a call that runs the whole prompt again: ACTING -> PROMPT.
 
         Args:
             length: its positions.
@@ -146,7 +146,7 @@ class ControlStep:
         self.call = CallReads()
 
     def enter_call(self, length: int = 1) -> None:
-        """A call of the decoder or of an expert begins after the prompt: ACTING -> ACTING.
+        """Begin a call of the decoder or of an expert after the prompt: ACTING -> ACTING.
 
         Args:
             length: its positions.
@@ -159,7 +159,7 @@ class ControlStep:
 
     @own_arithmetic
     def leave_call(self) -> None:
-        """The call came back, and its reads count: PROMPT -> ACTING, ACTING -> ACTING.
+        """End the call, whose reads count: PROMPT -> ACTING, ACTING -> ACTING.
 
         Raises:
             SessionError: no call is running, or the step was closed meanwhile.
@@ -185,7 +185,7 @@ class ControlStep:
             self.phase, self.frozen_hidden = Phase.ACTING, None
 
     def finish(self, remembered: dict[str, Tensor]) -> None:
-        """The last call of a step that is one graph came back.
+        """End the last call of a step that is one graph.
 
         Args:
             remembered: the memory's scores after the step, which are part of the graph.
@@ -201,7 +201,7 @@ class ControlStep:
         self.phase = Phase.CLOSED
 
     def in_prompt(self) -> bool:
-        """True if a layer that runs now belongs to the prompt.
+        """Return True if a layer that runs now belongs to the prompt.
 
         Raises:
             SessionError: the step was closed while the layer's call ran.
@@ -379,7 +379,7 @@ class ControlStep:
         assert self.call is not None
         stage = self.stage_at(layer)
         one = decoding and (attention.query.shape[2] if rows is None else rows.shape[1]) == 1
-        # A static cache's empty slots are hidden by the kernel's causal rule alone where there is no mask.
+        # If there is no mask, the kernel's causal rule alone hides a static cache's empty slots.
         hides = attention.causal and attention.key.shape[2] > attention.query.shape[2]
         # In a graph, reading at once costs nothing to speak of.
         if one and not hides and attention.weights is None and not torch.compiler.is_compiling():
@@ -408,7 +408,7 @@ class ControlStep:
 
     @own_arithmetic
     def settle(self) -> None:
-        """Compute what was put off, and release the cache that it needs."""
+        """Compute the reads that were put off, and release the cache that they need."""
         _ = self.action
         for stage in range(len(self.shortenings) + 1):
             columns = self._deferred_columns(stage)

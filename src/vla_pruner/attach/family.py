@@ -1,4 +1,4 @@
-"""The questions that the attachment asks of a model family. Each family answers them in one file."""
+"""The interface of a model family to the attachment. Each family implements it in one file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Call:
         if mask is None:
             return torch.ones(self.rows, self.length, dtype=torch.bool, device=self.device)
         if mask.dim() == 4:
-            # What is real is what the query that sees most can see. The last query may be padding itself.
+            # A position is real if the query that sees most can see it. The last query may be padding itself.
             visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
             widest = visible.sum(dim=-1).argmax(dim=-1)
             mask = visible[torch.arange(len(visible), device=visible.device), widest]
@@ -79,7 +79,7 @@ class Family:
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Whether this family is the one for `model`."""
+        """Return True if this family is the one for `model`."""
         raise NotImplementedError
 
     @property
@@ -98,10 +98,10 @@ class Family:
         return ()
 
     def check_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at what one of `whole_steps` was called with.
+        """Check the arguments of one of `whole_steps`.
 
         Raises:
-            SessionError: it asks for what a session cannot do.
+            SessionError: it asks for something that a session cannot do.
         """
 
     @property
@@ -111,7 +111,7 @@ class Family:
 
     @property
     def camera_tokens(self) -> tuple[int, ...] | None:
-        """Visual tokens of each camera where the model alone decides it, else None."""
+        """The number of visual tokens of each camera if the model alone decides it, else None."""
         return None
 
     @property
@@ -122,11 +122,11 @@ class Family:
         return 1 if self.readers else 0
 
     def wiring(self, host: Host) -> Wiring | None:
-        """A wiring of this model's own; None: hooks on the decoder and its layers."""
+        """Return a wiring of this model's own; None: hooks on the decoder and its layers."""
         return None
 
     def opens_step(self, call: Call) -> bool:
-        """Whether a call of the decoder is a prefill, which opens a control step."""
+        """Return True if a call of the decoder is a prefill, which opens a control step."""
         raise NotImplementedError
 
     def repeats_prompt(self, call: Call) -> bool:
@@ -158,7 +158,7 @@ class Family:
         return torch.arange(length, device=device).expand(rows, -1)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """The pixels (B, M, P) that each visual token covers, 0 being black, of what `eye` was given."""
+        """Return the pixels (B, M, P) that each visual token covers, 0 being black, from the input of `eye`."""
         raise NotImplementedError
 
     def keys_values(

@@ -25,7 +25,7 @@ class HookWiring:
     """Maps the calls of a family's decoders onto `ShortLayers`, and what their attention modules do onto the host.
 
     Args:
-        host: told of every call.
+        host: called with every event.
         family: whose decoders are hooked.
     """
 
@@ -69,7 +69,7 @@ class HookWiring:
         self._deepstack.install()
 
     def remove(self) -> None:
-        """Take all of it away."""
+        """Remove all of it."""
         undo(self._deepstack.remove, self._unhook, self._recorder.remove)
 
     def __deepcopy__(self, memo: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The interface between a model's calls and a control step: what a wiring tells its host, and what it may ask."""
+"""The interface between a model's calls and a control step: a wiring's reports to its host, and its questions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Host(Protocol):
         ...
 
     def open_step(self) -> ControlStep:
-        """The control step that is running.
+        """Return the control step that is running.
 
         Raises:
             SessionError: there is none.
@@ -63,7 +63,7 @@ class Host(Protocol):
         ...
 
     def timed(self) -> AbstractContextManager[Any]:
-        """A context for work that pruning adds."""
+        """Return a context for work that pruning adds."""
         ...
 
     def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
@@ -71,7 +71,7 @@ class Host(Protocol):
         ...
 
     def enter_decoder(self, call: Call) -> bool:
-        """A call of the decoder begins; returns whether it runs the prompt.
+        """Begin a call of the decoder; return whether it runs the prompt.
 
         Raises:
             SessionError: see `Runner.open_call`; or another thread is within a control step.
@@ -79,7 +79,7 @@ class Host(Protocol):
         ...
 
     def enter_reader(self) -> None:
-        """A call of an expert begins.
+        """Begin a call of an expert.
 
         Raises:
             SessionError: no prompt came back before; or another thread is within a control step.
@@ -87,11 +87,11 @@ class Host(Protocol):
         ...
 
     def leave_call(self) -> None:
-        """The call came back."""
+        """End the call."""
         ...
 
     def end_turn(self) -> None:
-        """The call is over, whether it came back or failed: other threads may begin one."""
+        """End the turn of a call that came back or failed: other threads may begin one."""
         ...
 
     def see_embeddings(self, hidden: Tensor) -> None:
@@ -99,7 +99,7 @@ class Host(Protocol):
         ...
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
-        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
+        """Decide, at a pruning layer, the sequence from there on; None: nothing changes.
 
         Args:
             hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
@@ -108,15 +108,15 @@ class Host(Protocol):
         ...
 
     def record_semantic(self, layer: int, attention: Attention) -> None:
-        """The layer before the pruning layer `layer` attended."""
+        """Record the attention of the layer before the pruning layer `layer`."""
         ...
 
     def record_decoder(self, layer: int, attention: Attention) -> None:
-        """A layer of the decoder whose rows act attended."""
+        """Record the attention of a layer of the decoder whose rows act."""
         ...
 
     def record_reader(self, layer: int, attention: Attention) -> None:
-        """A layer of an expert attended to what the decoder's layer of this index cached."""
+        """Record an expert's attention to the cache of the decoder's layer of this index."""
         ...
 
 

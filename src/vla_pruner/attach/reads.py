@@ -13,7 +13,7 @@ from vla_pruner.methods.scores import attention_probabilities
 
 @dataclass(frozen=True)
 class Note:
-    """One query row that asked one layer's cache.
+    """One query row that read one layer's cache.
 
     Attributes:
         layer: index of the layer.
@@ -81,7 +81,7 @@ class CallReads:
 
 @dataclass
 class LayerReads:
-    """The rows that asked one layer's cache.
+    """The rows that read one layer's cache.
 
     Attributes:
         queries: (B, H, 1, d) each, oldest first; the oldest belongs to the prompt.
@@ -147,7 +147,7 @@ def _columns(layers: list[LayerReads], prompt: int) -> Tensor:
         visible = visible[..., :length]
         if visible.dtype != torch.bool:
             visible = visible > torch.finfo(visible.dtype).min / 2
-        # The newest row's mask says of the prompt what the older ones' said.
+        # The newest row's mask hides the same of the prompt as the older ones' did.
         visible = torch.nn.functional.pad(visible[..., :prompt], (0, length - prompt), value=True)
         mask = (mask & visible).expand(batch, -1, -1, -1).repeat(len(layers), 1, 1, 1)
     probabilities = attention_probabilities(query, key, mask, calls[0].scaling, calls[0].softcap)

@@ -1,4 +1,4 @@
-"""Keys and values that cross control steps: what a prompt left in the caches, and how alike the images are."""
+"""Keys and values that cross control steps: those that a prompt left in the caches, and the likeness of the images."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Reuse:
     They belong to the rows as they are: to reset rows or exchange their memory is to `forget`.
 
     Args:
-        family: of the model; it must know what its visual tokens cover.
+        family: of the model; it must have `patches` of its visual tokens.
 
     Attributes:
-        similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the
-            last control step; None where there is none.
+        similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the last
+            control step; None if there is none.
 
     Raises:
-        UnsupportedModelError: the family does not know.
+        UnsupportedModelError: the family has none.
     """
 
     def __init__(self, family: Family) -> None:
@@ -83,15 +83,15 @@ class Reuse:
 
     @own_arithmetic
     def begin(self, layout: Layout, stage: Stage) -> bool:
-        """A control step begins, whose images were seen; returns whether there is one before it, of which the method
-        finds enough in this one.
+        """Begin a control step, whose images were seen; return whether there is one before it that the method can reuse
+        enough of.
 
         Args:
             layout: of the step.
             stage: the last one, which reuses most.
 
         Raises:
-            SessionError: no images were.
+            SessionError: no images were seen.
         """
         pixels, self._pixels = self._pixels, None
         if pixels is None:

@@ -70,7 +70,7 @@ class Runner:
         return self._step
 
     def open_step(self) -> ControlStep:
-        """The control step that is running.
+        """Return the control step that is running.
 
         Raises:
             SessionError: there is none.
@@ -105,7 +105,7 @@ class Runner:
     # Calls of the model.
 
     def enter_decoder(self, call: Call) -> bool:
-        """A call of the decoder begins; returns whether it runs the prompt.
+        """Begin a call of the decoder; return whether it runs the prompt.
 
         Raises:
             SessionError: see `open_call`; or another thread is within a control step.
@@ -121,7 +121,7 @@ class Runner:
             return self.open_call(call)
 
     def enter_reader(self) -> None:
-        """A call of an expert begins.
+        """Begin a call of an expert.
 
         Raises:
             SessionError: no prompt came back before; or another thread is within a control step.
@@ -132,13 +132,13 @@ class Runner:
             self._step.enter_call()
 
     def leave_call(self) -> None:
-        """The call came back."""
+        """End the call."""
         if self._step is not None:
             with self.timed():
                 self._step.leave_call()
 
     def end_turn(self) -> None:
-        """The call is over, whether it came back or failed."""
+        """End the turn of a call that came back or failed."""
         if not self.whole:
             self.turn.end_call()
 
@@ -199,7 +199,7 @@ class Runner:
                     step.see_embeddings(stage.method, hidden)
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
-        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
+        """Decide, at a pruning layer, the sequence from there on; None: nothing changes.
 
         Args:
             hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
@@ -237,7 +237,7 @@ class Runner:
 
     @own_arithmetic
     def record_decoder(self, layer: int, attention: Attention) -> None:
-        """A layer of the decoder whose rows act attended."""
+        """Record the attention of a layer of the decoder whose rows act."""
         step = self._step
         if step is None or not step.reads:
             return
@@ -247,7 +247,7 @@ class Runner:
 
     @own_arithmetic
     def record_reader(self, layer: int, attention: Attention) -> None:
-        """A layer of an expert attended to what the decoder's layer of this index cached."""
+        """Record an expert's attention to the cache of the decoder's layer of this index."""
         step = self._step
         if step is None or not step.reads:
             return
@@ -282,7 +282,7 @@ class Runner:
             self._step.close()
 
     def forget(self) -> None:
-        """A new episode begins for all rows."""
+        """Begin a new episode for all rows."""
         memory = self.memory
         if memory is not None:
             self._episode = memory.episode + 1
@@ -298,7 +298,7 @@ class Runner:
         step.finish(self._scores_after(step))
 
     def settle(self) -> None:
-        """Compute what the last control step put off, and release the cache that it needs."""
+        """Compute the reads that the last control step put off, and release the cache that they need."""
         if self._step is not None:
             self._step.settle()
 

@@ -22,14 +22,15 @@ from vla_pruner.replacements import Replacements, undo
 
 
 class Session:
-    """Made by `method.attach(model)`. A context manager; `detach()` leaves the model as it was, also after an
-    exception. If the policy has a `reset()` of its own, calling that is calling `session.reset()` too.
+    """A method attached to a model, made by `method.attach(model)`. A context manager; `detach()` leaves the model as
+    it was, also after an exception. If the policy has a `reset()` of its own, calling that is calling `session.reset()`
+    too.
 
-    What it does in a control step is `attach.runner.Runner`'s, and attach/README.md tells how.
+    Each control step is `attach.runner.Runner`'s work; attach/README.md describes it.
 
     Attributes:
         method: the method that chooses the tokens.
-        family: what knows the model's architecture.
+        family: the adapter for the model's architecture.
     """
 
     def __init__(self, method: Method, model: Any, family: Family) -> None:
@@ -115,7 +116,7 @@ class Session:
             undo(self._remove, self._runner.settle)
 
     def reset(self, rows: list[int] | None = None) -> None:
-        """Begin a new episode: forget what was seen, for all rows or for the named rows of a batch.
+        """Begin a new episode: forget the memory, for all rows or for the named rows of a batch.
 
         Raises:
             SessionError: rows are named before the first control step, a row is not there, or another thread is within
@@ -137,12 +138,13 @@ class Session:
         self.memory = memory.reset(rows)
 
     def moved(self, distance: float | Tensor) -> None:
-        """Say how far the arm moved in the last control step, for methods that prune by it (`Method.motion`). Call it
-        once after each step, before the next one: whoever commands the robot knows, and the model does not.
+        """Report how far the arm moved in the last control step, for methods that prune by it (`Method.motion`). Call
+        it once after each step, before the next one: the code that commands the robot has the distance, and the model
+        does not.
 
         Args:
-            distance: (B,), or one number where there is one row: the length of the path of the whole action chunk, the
-                sum of |p_{t+1} - p_t| over the arm's positions, in whatever unit.
+            distance: (B,), or one number if there is one row: the length of the path of the whole action chunk, the sum
+                of |p_{t+1} - p_t| over the arm's positions, in any unit.
 
         Raises:
             SessionError: the method reads no motion, there was no step, this is the second call after it, or
@@ -184,8 +186,8 @@ class Session:
         history.
 
         Raises:
-            SessionError: what is set is no memory, or one of a method with another window; or another thread is within
-                a control step.
+            SessionError: the value is no memory, or one of a method with another window; or another thread is within a
+                control step.
         """
         return self._runner.memory
 
@@ -216,7 +218,7 @@ class Session:
 
 
 def _options(method: Method) -> str:
-    """A method with what it keeps and the options that are not its defaults."""
+    """Return a method with its `keep` and the options that are not its defaults."""
     told = ((field, getattr(method, field.name)) for field in fields(method))
     options = [f"{field.name}={value!r}" for field, value in told if field.name == "keep" or value != field.default]
     return f"{type(method).__name__}({', '.join(options)})"

@@ -20,13 +20,13 @@ def short_prompt(
     Args:
         given: the call's arguments by name.
         embeds: (B, N, D) input embeddings of the whole prompt.
-        shortening: what becomes of it.
-        decoder: whose call it is.
+        shortening: its sequence after pruning.
+        decoder: of the call.
         additive: whether masks are added to the scores (eager), instead of saying what is visible (sdpa).
 
     Returns:
         new arguments. Positions are the original ones and the mask is always explicit: with positions that are not
-        consecutive and no mask, transformers would take the pieces for packed sequences.
+            consecutive and no mask, transformers would take the pieces for packed sequences.
     """
     rows, length, _ = embeds.shape
     short = _without(given, "input_ids", "cache_position", "inputs_embeds")

@@ -49,7 +49,7 @@ class ShortLayers:
     """Makes the input of layers short from the pruning layer on, in prompts and in calls that read their cache.
 
     Args:
-        host: says which tokens stay.
+        host: decides which tokens stay.
         family: of the model; makes keys and values of frozen tokens.
 
     Attributes:
