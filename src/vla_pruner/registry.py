@@ -16,7 +16,7 @@ from vla_pruner.errors import PluginError
 from vla_pruner.plugins import FAMILIES, Plugin, plugins
 
 ATTACH = "vla_pruner.front:attach"
-"""What `Method.attach` calls: a function of (method, model, compile, family options...) that returns the session."""
+"""The target of `Method.attach`: a function of (method, model, compile, family options...) that returns the session."""
 
 PRESENT = ...
 """In `Row.config`: the key is there, whatever its value."""
@@ -24,7 +24,7 @@ PRESENT = ...
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How `vla-pruner bench` runs a policy.
+    """The settings with which `vla-pruner bench` runs a policy.
 
     Attributes:
         feed: a function of (policy, `BenchSettings`, device) that returns a `vla_pruner.feed.Feed`.
@@ -75,7 +75,7 @@ class Row:
     conventions: Mapping[str, str] = field(default_factory=dict)
 
     def fits(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is of this kind of policy."""
+        """Return True if a config.json is of this kind of policy."""
         return self.config is not None and all(
             key in config if wanted is PRESENT else config.get(key) == wanted for key, wanted in self.config.items()
         )
@@ -213,8 +213,8 @@ def random_names() -> tuple[str, ...]:
 
 
 def row_named(name: str) -> Row | None:
-    """The row of this name or alias, or None. Of other distributions only the one whose entry point has the name is
-    imported.
+    """Return the row of this name or alias, or None. Of other distributions only the one whose entry point has the name
+    is imported.
 
     Raises:
         PluginError: that one cannot be used.
@@ -227,7 +227,7 @@ def row_named(name: str) -> Row | None:
 
 
 def row_of(policy: Any) -> Row | None:
-    """The row of a policy, by its class and those that this one extends, or None."""
+    """Return the row of a policy, by its class and those that this one extends, or None."""
     foreign: list[Row] | None = None
     for name in _classes(policy):
         found = [row for row in ROWS if row.policy == name]
@@ -241,7 +241,7 @@ def row_of(policy: Any) -> Row | None:
 
 
 def row_for(config: Mapping[str, Any]) -> Row | None:
-    """The row of the policy that a config.json describes, or None."""
+    """Return the row of the policy that a config.json describes, or None."""
     found = next((row for row in ROWS if row.fits(config)), None)
     return found or next((row for row in _foreign_rows() if row.fits(config)), None)
 
