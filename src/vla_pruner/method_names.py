@@ -76,8 +76,8 @@ def methods_of(
     """Return one method for each name, layer, fate of the other tokens, and keep.
 
     Args:
-        texts: names, or modules and classes, each with options of its own where wanted, after colons; what it says of
-            keep, layer and pruned itself stands in place of the arguments.
+        texts: names, or modules and classes, each with options of its own if wanted, after colons; its own keep, layer
+            and pruned replace the arguments.
         keep: budgets; None: .25, or what a method that reuses tokens was published with.
         layers: pruning layers.
         pruned: the fates of the other tokens, of which each method takes those that it supports; None: "drop", or the

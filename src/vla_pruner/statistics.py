@@ -24,7 +24,8 @@ _MOST_PAIRS = 1_000_000
 
 _PSEUDO_PAIRS = 4.0
 """Discordant pairs, half of them gained, that smooth the variances of strata: about z * z, as Agresti and Coull add to
-a single rate. Without them a task where every pair was lost would look free of chance."""
+a single rate. Without them a task in which every pair was lost would look free of chance.
+"""
 
 
 class PackageMissing(VLAPrunerError, ImportError):
@@ -51,9 +52,9 @@ class PairedDifference:
     low: float
     high: float
     gained: int
-    """Pairs where only the arm succeeded."""
+    """Pairs in which only the arm succeeded."""
     lost: int
-    """Pairs where only the baseline succeeded."""
+    """Pairs in which only the baseline succeeded."""
     pairs: int
     p_value: float
     """Two-sided exact McNemar test of "gained and lost are equally likely"."""

@@ -36,9 +36,8 @@ class Compiled:
     A context manager.
 
     Every kind of call is a program of its own, compiled when it is first made: the prompt by its length, unpruned and
-    pruned; decoding, where only the cache's length varies and stays a variable; an expert's call. Where the family has
-    a method that runs all calls of a control step, that is one program instead. On CUDA each is captured as a CUDA
-    graph.
+    pruned; decoding, where only the cache's length varies and stays a variable; an expert's call. If the family has a
+    method that runs all calls of a control step, that is one program instead. On CUDA each is captured as a CUDA graph.
 
     Args:
         family: of the policy.

@@ -23,7 +23,7 @@ class Call:
         length: number of query positions Q.
         attention_mask: (B, N) of ones for real tokens, (B, 1, Q, W) as the layers see it, a dict of such, or None.
         rows: number of rows B.
-        device: where it runs.
+        device: of the call.
     """
 
     length: int
@@ -53,15 +53,15 @@ class Family:
         decoder: the transformers decoder (`.layers`, `.config`) whose sequence is shortened.
         readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching
             expert).
-        eye: the module that is given the pixels of all cameras, once before each prompt; None where nobody knows which
-            pixels a visual token covers, or where these tokens move in the prompt or run more than once in a step.
-        cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
+        eye: the module that is given the pixels of all cameras, once before each prompt; None if it is not known which
+            pixels a visual token covers, or if these tokens move in the prompt or run more than once in a step.
+        cameras: the cameras' names; visual token ids run through them in this order. Empty if they were not named.
         one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
         called: whether calling the model itself (its `forward`) is part of a control step, as with language models.
             Else control steps are calls of its methods.
         compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
         seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
-            projector in it; compiled whole, in place of the encoders. None where there is no such method.
+            projector in it; compiled whole, in place of the encoders. None if there is no such method.
         acting: owner and name of a method that is given the prompt's embeddings (B, N, D), all of them real, and runs
             every call of the decoder in a control step; compiled whole, in place of the decoder's calls. Prompt and
             decoding are then one graph, as deep as all calls together, so it is for small models. None: call by call.
@@ -116,8 +116,8 @@ class Family:
 
     @property
     def first_layer(self) -> int:
-        """The lowest pruning layer: 0 where the call of the decoder itself can be made short, 1 where something else
-        reads its first layer's cache.
+        """The lowest pruning layer: 0 if the call of the decoder itself can be made short, 1 if something else reads
+        its first layer's cache.
         """
         return 1 if self.readers else 0
 
@@ -130,14 +130,14 @@ class Family:
         raise NotImplementedError
 
     def repeats_prompt(self, call: Call) -> bool:
-        """Whether a call that opens no step runs the whole prompt again in the same control step (a denoising loop
-        around the decoder): the kept tokens stay, and its action rows count as well.
+        """Return True if a call that opens no step runs the whole prompt again in the same control step (a denoising
+        loop around the decoder): the kept tokens stay, and its action rows count as well.
         """
         return False
 
     def layout(self, call: Call) -> Layout:
-        """Where things are in the sequence of this prefill. The very object that was returned before means that
-        `action_rows` and what is kept have not changed either.
+        """Return the layout of this prefill. If it is the very object that was returned before, `action_rows` and the
+        kept tokens have not changed either.
         """
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ class Family:
 
     def placeholder_rows(self, layout: Layout) -> Tensor | None:
         """(B, R) prompt positions in the places of actions, for methods that read these (`Method.reads_placeholders`);
-        None if there are none. Where actions are emitted by other rows, these are not `action_rows`.
+        None if there are none. If other rows emit the actions, these are not `action_rows`.
         """
         return self.action_rows(layout)
 

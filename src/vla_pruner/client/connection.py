@@ -146,7 +146,7 @@ class PolicyClient:
                     raise ConnectionLost(f"{self._url} gave no answer ({_reason(error)}).") from error
                 pause = _wait(pause, deadline)
             except BaseException:
-                # Also where a signal interrupts the wait: the answer would be taken for that to the next observation.
+                # Also if a signal interrupts the wait: the answer would be taken for that to the next observation.
                 self._drop()
                 raise
 

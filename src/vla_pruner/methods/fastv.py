@@ -20,7 +20,7 @@ class FastV(SemanticallyScored):
 
     Paper's defaults: K = 2, R = 50 %. Here K = 3, keep .25, as in the comparison in VLA-Pruner's paper. Reference
     numbers (OpenVLA on LIBERO, success relative to unpruned; VLA-Pruner's paper, K = 3): 97.43 % at keep .5, 87.62 % at
-    .25, 63.08 % at .125. VLA-Cache's paper (arXiv 2502.02175) has a mean success of 73.3 % where OpenVLA has 75.0 %,
+    .25, 63.08 % at .125. VLA-Cache's paper (arXiv 2502.02175) has a mean success of 73.3 % against OpenVLA's 75.0 %,
     and no gain in time. On LLaVA-1.5-13B the paper saves 45 % of the FLOPs without loss. Deviations: the defaults named
     above. Kept tokens keep their position ids.
 

@@ -1,4 +1,4 @@
-"""The greedy max-min filter in two Triton kernels, however many the picks. Imported only where Triton is installed.
+"""The greedy max-min filter in two Triton kernels, however many the picks. Imported only if Triton is installed.
 
 The first kernel finds how far each candidate's nearest other candidate is, which takes the whole distance matrix and so
 the whole device. The second makes all k picks of a row in one program: each token's distance to its nearest pick stays

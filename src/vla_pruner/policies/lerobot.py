@@ -166,7 +166,7 @@ def load_lerobot(
 
     Args:
         path: a folder with config.json and model.safetensors, or an id on the hub.
-        device: where it runs.
+        device: of the policy.
         dtype: of the decoder; None: as the config and LeRobot have it.
         unnorm_key: the dataset whose statistics are used, if the processors hold them by dataset.
         trust_processors: let the processors' files name steps that are not LeRobot's own, which runs their code.

@@ -144,7 +144,7 @@ def random_lerobot(
     Args:
         kind: "pi0", "pi05" or "smolvla".
         size: "tiny", or "full" for the published size.
-        device: where it is built.
+        device: of the policy.
         dtype: torch.float32 or torch.bfloat16, in the places where LeRobot uses it.
         seed: of the weights.
         layers: depth of the decoder and of the expert; None: that of the size.

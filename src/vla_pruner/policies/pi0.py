@@ -211,7 +211,7 @@ def load_pi0(
     Args:
         path_or_hub_id: with config.json and safetensors, in the published layout or in transformers' own; a tokenizer
             and, in processor_config.json, statistics if they are there.
-        device: where it is built.
+        device: of the policy.
         dtype: of the weights; None: as config.json has it, else float32.
         cameras: names of the images, in the order in which the model was trained on them.
         attn_implementation: "sdpa" or "eager".

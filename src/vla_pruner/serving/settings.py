@@ -27,9 +27,9 @@ class ServerSettings:
     Attributes:
         host: address that is listened on.
         port: 0 takes a free one.
-        api_key: what clients must send as `Authorization: Api-Key ...`; None: nothing.
+        api_key: the key that clients must send as `Authorization: Api-Key ...`; None: none.
         tls_cert, tls_key: PEM files; both or none.
-        observations: which keys observations have: a name of `observations.LAYOUTS`.
+        observations: the layout of observations: a name of `observations.LAYOUTS`.
         camera_keys: a policy's camera -> the key of its image, in place of the layout's.
         max_robots: connections at a time; a further one is refused with 503.
         max_waiting: control steps that may wait for the model; a further one is refused, and its connection closed.
@@ -40,11 +40,11 @@ class ServerSettings:
         ping_timeout: seconds until a client counts as gone that answers none, or does not read what it is sent; its
             connection is cut then.
         grace: seconds that a shutdown waits for answers that are under way.
-        seed: of what policies draw; the noise of a control step depends on it, on the robot's episode and step alone.
+        seed: of the policies' draws; the noise of a control step depends on it, on the robot's episode and step alone.
         prompts: instructions that are run before the port opens; none: one that the policy knows.
         compile: whether the policy is compiled before the port opens.
-        name: what metadata calls the model.
-        metadata: more that clients are told when they connect, such as {"reset_pose": [...]}.
+        name: of the model in the metadata.
+        metadata: more entries for clients that connect, such as {"reset_pose": [...]}.
         default_prompt: the instruction of observations that have none; None: they are refused.
         episode_gap: seconds without an observation after which a robot's next one begins an episode; None: silence
             does not.

@@ -32,7 +32,7 @@ class LanguageModel(LlamaForCausalLM):
     """
 
     def forward(self, *args: Any, headless: bool = False, **kwargs: Any) -> Any:
-        """As LlamaForCausalLM; with `headless` the output of the decoder alone."""
+        """Run LlamaForCausalLM; with `headless` return the output of the decoder alone."""
         return self.model(*args, **kwargs) if headless else super().forward(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
