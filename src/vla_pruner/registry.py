@@ -247,7 +247,7 @@ def row_for(config: Mapping[str, Any]) -> Row | None:
 
 
 def foreign_row(plugin: Plugin) -> Row | None:
-    """The row of a family of another distribution; None: it has none.
+    """Return the row of a family of another distribution; None: it has none.
 
     Raises:
         PluginError: it cannot be imported, or what it gives is no row, or one of another name.

@@ -29,7 +29,7 @@ def own_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _accelerator() -> str:
-    """The type of accelerator that torch was built for."""
+    """Return the type of accelerator that torch was built for."""
     found = torch.accelerator.current_accelerator(check_available=False)
     return "cuda" if found is None else found.type
 

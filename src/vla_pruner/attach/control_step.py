@@ -299,21 +299,21 @@ class ControlStep:
         return self._shortening(len(self.shortenings)) if self.shortenings else None
 
     def shortening_at(self, layer: int) -> Shortening | None:
-        """The sequence at a layer; None if it is whole."""
+        """Return the sequence at a layer; None if it is whole."""
         stage = self.stage_at(layer)
         return self._shortening(stage) if stage else None
 
     def stage_at(self, layer: int) -> int:
-        """The number of stages up to a layer that shortened the sequence."""
+        """Return the number of stages up to a layer that shortened the sequence."""
         return len([first for first in self.shortenings if first <= layer])
 
     def action_rows_at(self, layer: int) -> Tensor | None:
-        """(B, R) places of the action rows in the prompt's sequence at a layer; None if there are none."""
+        """Return (B, R) places of the action rows in the prompt's sequence at a layer; None if there are none."""
         stage = self.stage_at(layer)
         return self._short_action_rows[stage] if stage and self.action_rows is not None else self.action_rows
 
     def visual_rows(self, hidden: Tensor) -> Tensor:
-        """The visual tokens (B, m, D) of hidden states (B, n, D), of those that are live so far."""
+        """Return the visual tokens (B, m, D) of hidden states (B, n, D), of those that are live so far."""
         places, short = self.layout.visual, self.shortening
         if short is not None and self.kept is not None:
             places = short.row_index(places.gather(1, self.kept))

@@ -32,7 +32,7 @@ class Call:
     device: torch.device
 
     def prompt(self) -> Tensor:
-        """(B, N) bool: which prompt positions hold real tokens, as far as the mask tells."""
+        """Return (B, N) bool: the prompt positions that hold real tokens, as far as the mask shows."""
         mask = self.attention_mask
         if isinstance(mask, dict):
             mask = next(iter(mask.values()))
@@ -154,7 +154,7 @@ class Family:
         return self.action_rows(layout)
 
     def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
-        """(B, R) query rows of a reader's call of `length` positions that act."""
+        """Return (B, R) query rows of a reader's call of `length` positions that act."""
         return torch.arange(length, device=device).expand(rows, -1)
 
     def patches(self, pixels: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Family:
         raise NotImplementedError
 
     def angles(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) with which a layer of the decoder rotates.
+        """Return (cos, sin) with which a layer of the decoder rotates.
 
         Args:
             index: of the layer.

@@ -19,7 +19,7 @@ _REASON = "not in the graph key"
 
 
 def not_in_key(reason: str) -> dict[str, str]:
-    """The metadata of a field that no program depends on.
+    """Return the metadata of a field that no program depends on.
 
     Args:
         reason: why no program does.
@@ -28,7 +28,7 @@ def not_in_key(reason: str) -> dict[str, str]:
 
 
 def graph_key(instance: Any) -> tuple[Hashable, ...]:
-    """The part of a program's key that a dataclass makes: every field that does not opt out by `not_in_key`.
+    """Return the part of a program's key that a dataclass makes: every field that does not opt out by `not_in_key`.
 
     Raises:
         TypeError: a field holds something of which it is not known what a program depends on.
@@ -73,7 +73,7 @@ def _itself(value: Hashable) -> Hashable:
 
 @cache
 def _values_of(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    """The function that reads the fields of a dataclass that are part of its key."""
+    """Return the function that reads the fields of a dataclass that are part of its key."""
     names = [field.name for field in fields(kind) if _REASON not in field.metadata]
     read = attrgetter(*names)
     return read if len(names) > 1 else lambda instance: (read(instance),)

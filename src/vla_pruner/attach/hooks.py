@@ -213,7 +213,7 @@ class HookWiring:
         return self._with(given, args, kwargs) if self._short.shorten(given) else None
 
     def _with(self, given: LayerInput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """The layer's arguments, with what was made short put in their places."""
+        """Return the layer's arguments, with the shortened ones in their places."""
         short = {**kwargs, "position_embeddings": given.angles, "attention_mask": given.mask}
         if given.positions is not None:
             short["position_ids"] = given.positions

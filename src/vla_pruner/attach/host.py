@@ -67,7 +67,7 @@ class Host(Protocol):
         ...
 
     def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
-        """`function(*args)`, as a compiled program if the session is compiled; see `Compiled.run`."""
+        """Return `function(*args)`, as a compiled program if the session is compiled; see `Compiled.run`."""
         ...
 
     def enter_decoder(self, call: Call) -> bool:

@@ -73,7 +73,7 @@ class Layout:
         return torch.where(self.reading, positions, -1).amax(dim=1, keepdim=True)
 
     def text(self) -> Tensor:
-        """(B, N) bool: the reading, non-visual tokens after the image. Those before it cannot see it.
+        """Return (B, N) bool: the reading, non-visual tokens after the image. Those before it cannot see it.
 
         Raises:
             SessionError: a row has no such token.

@@ -30,7 +30,7 @@ class Note:
     call: Attention
 
     def columns(self) -> Tensor:
-        """(B, S) float32: what the row attends to, the mean over heads."""
+        """Return (B, S) float32: the row's attention, the mean over heads."""
         visible = None if self.visible is None else self.visible[..., : self.call.key.shape[2]]
         found = attention_probabilities(self.query, self.call.key, visible, self.call.scaling, self.call.softcap)
         return found.mean(dim=(1, 2))
@@ -110,7 +110,7 @@ class DeferredReads:
         self.count += 1
 
     def rows(self, layer: int, stage: int) -> int:
-        """Rows of one layer noted so far."""
+        """Return the number of rows of one layer noted so far."""
         reads = self._layers.get((layer, stage))
         return 0 if reads is None else len(reads.queries)
 
@@ -133,7 +133,7 @@ class DeferredReads:
 
 
 def _columns(layers: list[LayerReads], prompt: int) -> Tensor:
-    """`DeferredReads.columns` of layers that are alike."""
+    """Return `DeferredReads.columns` of layers that are alike."""
     calls = [reads.newest for reads in layers if reads.newest is not None]
     batch, _, length, _ = calls[0].key.shape
     heads, rows = calls[0].query.shape[1], len(layers[0].queries)

@@ -117,7 +117,7 @@ def _record(
 
 
 def known_rows(attention: Attention, rows: Tensor | None) -> Tensor:
-    """The same as `rows_of`, taken from the kernel if it computed the probabilities itself."""
+    """Return the same as `rows_of`, taken from the kernel if it computed the probabilities itself."""
     weights = attention.weights
     if weights is None:
         return rows_of(attention, rows)

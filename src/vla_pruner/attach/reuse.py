@@ -109,7 +109,7 @@ class Reuse:
         return stage.method.reuses(self.similarity, layout.tokens - computed)
 
     def keys_values(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, F, d) of the prompt positions (B, F) at a layer in the last control step."""
+        """Return keys and values (B, G, F, d) of the prompt positions (B, F) at a layer in the last control step."""
         assert self._last is not None
         key, value = self._last.keys[layer], self._last.values[layer]
         columns = self._last.places[layer].gather(1, positions).to(key.device)[:, None, :, None]

@@ -83,12 +83,12 @@ class Runner:
         return self._step
 
     def timed(self) -> AbstractContextManager[Any]:
-        """The clock's context for work that pruning adds."""
+        """Return the clock's context for work that pruning adds."""
         no_clock = self.clock is None or torch.compiler.is_compiling()
         return nullcontext() if no_clock else self.clock("pruning")  # type: ignore[misc]
 
     def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
-        """`function(*args)`, as a program if the session is compiled; see `Compiled.run`."""
+        """Return `function(*args)`, as a program if the session is compiled; see `Compiled.run`."""
         if self.compiled is None or self.whole:
             return function(*args)
         return self.compiled.run(name, function, given, *args)
@@ -216,7 +216,7 @@ class Runner:
         return stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
 
     def _evidence(self, step: ControlStep, method: Method, hidden: Tensor) -> Evidence:
-        """The evidence that `method` reads, on the visual tokens that are live so far."""
+        """Return the evidence that `method` reads, on the visual tokens that are live so far."""
         similarity = None if self.reuse is None else self.reuse.similarity
         evidence = Evidence(
             step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps, step.relevance
@@ -303,7 +303,7 @@ class Runner:
             self._step.settle()
 
     def own(self, tensor: Tensor) -> Tensor:
-        """A tensor that the next control step does not overwrite, as CUDA graphs do their results."""
+        """Return a tensor that the next control step does not overwrite, as CUDA graphs do their results."""
         return tensor if self.compiled is None or tensor.device.type == "cpu" else tensor.clone()
 
     @own_arithmetic
@@ -312,7 +312,7 @@ class Runner:
         return step.memory.scores_after(step.action, step.seen, semantic)
 
     def _memory_for(self, layout: Layout, device: torch.device) -> Memory:
-        """The memory with which a control step of this layout opens.
+        """Return the memory with which a control step of this layout opens.
 
         Raises:
             SessionError: the memory is of other rows or of other visual tokens.

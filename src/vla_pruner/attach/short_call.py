@@ -15,7 +15,7 @@ from vla_pruner.caches import buffer_width, cache_in
 def short_prompt(
     given: dict[str, Any], embeds: Tensor, shortening: Shortening, decoder: Any, additive: bool
 ) -> dict[str, Any]:
-    """Arguments of a decoder's call that runs a prompt, for the kept positions alone.
+    """Return the arguments of a decoder's call that runs a prompt, for the kept positions alone.
 
     Args:
         given: the call's arguments by name.
@@ -42,7 +42,7 @@ def short_prompt(
 
 
 def short_token(given: dict[str, Any], shortening: Shortening, past: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of a call that decodes one token after a prompt that was made short.
+    """Return the arguments of a call that decodes one token after a prompt that was made short.
 
     Args:
         given: the call's arguments by name.

@@ -119,7 +119,7 @@ class ShortLayers:
             return True
 
     def read(self, index: int, mask: Tensor | None, cache: Any) -> Tensor | None:
-        """The mask (B, H or 1, Q, W) of a layer that reads a cache which may be short; None if nothing changes.
+        """Return the mask (B, H or 1, Q, W) of a layer that reads a cache which may be short; None if nothing changes.
 
         Args:
             index: of the layer.
@@ -187,7 +187,7 @@ class ShortLayers:
             return short_prompt(given, embeds, short, decoder, self._family.backend != "sdpa")
 
     def short_token(self, given: dict[str, Any], past: int, device: torch.device) -> dict[str, Any] | None:
-        """Arguments of a call that decodes a token after a prompt that was made short; None if it was not.
+        """Return the arguments of a call that decodes a token after a prompt that was made short; None if it was not.
 
         Args:
             given: the call's arguments by name.
@@ -231,5 +231,5 @@ class ShortLayers:
 
 
 def _angles(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """`function` of the rotations of keys; see `LayerInput.angles`."""
+    """Return `function` of the rotations of keys; see `LayerInput.angles`."""
     return tuple(in_each(function, tensor, 3) for tensor in tensors)

@@ -63,21 +63,21 @@ class Shortening:
         return live, None if self.frozen is None else _gather_rows(held, place.gather(1, self.frozen))
 
     def columns(self) -> Tensor:
-        """(B, N) int64: the column of `prefix` that each prompt position is in; 0 where it is in none."""
+        """Return (B, N) int64: the column of `prefix` that each prompt position is in; 0 where it is in none."""
         columns = torch.arange(self.prefix.shape[1], device=self.prefix.device).expand(len(self.prefix), -1)
         return columns.new_zeros(len(columns), self.length).scatter(1, self.prefix, columns)
 
     def live_rows(self, tensor: Tensor) -> Tensor:
-        """The kept rows (B, n, ...) of a tensor (B or 1, N, ...)."""
+        """Return the kept rows (B, n, ...) of a tensor (B or 1, N, ...)."""
         return _gather_rows(tensor, self.kept)
 
     def frozen_rows(self, tensor: Tensor) -> Tensor:
-        """The frozen rows (B, N - n, ...) of a tensor (B or 1, N, ...)."""
+        """Return the frozen rows (B, N - n, ...) of a tensor (B or 1, N, ...)."""
         assert self.frozen is not None
         return _gather_rows(tensor, self.frozen)
 
     def row_index(self, positions: Tensor) -> Tensor:
-        """The places (B, R) of prompt positions (B, R), all of them live, among the kept rows."""
+        """Return the places (B, R) of prompt positions (B, R), all of them live, among the kept rows."""
         return torch.searchsorted(self.kept, positions)
 
     def restore(self, hidden: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Shortening:
         return full.scatter(1, self.kept.to(hidden.device)[..., None].expand_as(hidden), hidden)
 
     def prefill_mask(self, mask: Tensor | None, causal: bool, buffer: int | None) -> Tensor | None:
-        """The prefill's mask for the shortened layers.
+        """Return the prefill's mask for the shortened layers.
 
         Args:
             mask: (B or 1, H or 1, N, W) bool or additive float made for the full sequence, or None (the kernel's own
@@ -109,7 +109,7 @@ class Shortening:
         return None if mask is None else self._columns(mask, buffer)
 
     def to_grid(self, columns: Tensor) -> Tensor:
-        """Values (B, n or N) by column of `prefix`, put back by prompt position: (B, N), zero where dropped."""
+        """Return values (B, n or N) by column of `prefix`, put back by prompt position: (B, N), zero where dropped."""
         return columns.new_zeros(columns.shape[0], self.length).scatter(1, self.prefix, columns)
 
     def _columns(self, mask: Tensor, buffer: int | None) -> Tensor:
@@ -120,7 +120,7 @@ class Shortening:
 
 
 def restored(output: Any, shortenings: Iterable[Shortening]) -> Any:
-    """A decoder's output with every short sequence of hidden states in it put back to the prompt's length.
+    """Return a decoder's output with every short sequence of hidden states in it put back to the prompt's length.
 
     Callers index the output by position, so it keeps its length; no caller reads the rows of tokens that are gone.
     """

@@ -77,7 +77,7 @@ class Stage:
 
 
 def stages_of(method: Method, family: Family) -> dict[int, Stage]:
-    """The stages of `method` in this model by their layer, in order.
+    """Return the stages of `method` in this model by their layer, in order.
 
     Raises:
         BudgetError: the model lacks a layer, or its visual tokens are fewer than are to be kept.

@@ -46,7 +46,7 @@ class Arm:
 
 
 def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:
-    """The untouched model first, then every method that the settings name."""
+    """Return the untouched model first, then every method that the settings name."""
     arms = [Arm(BASELINE, BASELINE, None)]
     for made in settings.chosen_methods():
         if any(made.method == arm.method for arm in arms):
@@ -105,7 +105,7 @@ class Turns:
             yield session
 
     def ready(self, arm: Arm, session: Any) -> None:
-        """Runs the steps that the method leaves unpruned, so that the next one is pruned."""
+        """Run the steps that the method leaves unpruned, so that the next one is pruned."""
         while session is not None and not arm.method.prunes(session.memory):
             self.subject_of(arm).step()
 

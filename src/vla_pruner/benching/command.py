@@ -24,7 +24,7 @@ _FIELDS = (
 
 
 def add_bench(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "bench",
         help="how fast is a policy, unpruned and pruned, and why not faster",
@@ -49,7 +49,7 @@ def add_bench(commands: Any) -> None:
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    """Adds every setting of a benchmark but the batch."""
+    """Add every setting of a benchmark but the batch."""
     add = command.add_argument
     add(
         "--model",
@@ -89,7 +89,7 @@ def settings_of(options: argparse.Namespace, **given: Any) -> BenchSettings:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """Runs the benchmark, prints the table and writes the files.
+    """Run the benchmark, print the table and write the files.
 
     Raises:
         VLAPrunerError: the flags do not allow a benchmark.

@@ -68,13 +68,13 @@ def _draw(settings: BenchSettings) -> torch.Generator:
 
 
 def _images(settings: BenchSettings, count: int, side: int) -> list[np.ndarray]:
-    """(B, side, side, 3) uint8 of each camera."""
+    """Return (B, side, side, 3) uint8 of each camera."""
     draw = np.random.default_rng(settings.seed)
     return [draw.integers(0, 256, (settings.batch, side, side, 3), dtype=np.uint8) for _ in range(count)]
 
 
 def llama(model: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """A bare Llama, whose visual tokens are embeddings from position 1 on."""
+    """Return the feed of a bare Llama, whose visual tokens are embeddings from position 1 on."""
     from transformers import DynamicCache
 
     rows, visual = settings.batch, LLAMA_CAMERA * (settings.cameras or 1)
@@ -169,7 +169,7 @@ def openvla_oft(policy: Any, settings: BenchSettings, device: torch.device) -> F
 
 
 def reference(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """The autoregressive reference policy."""
+    """Return the feed of the autoregressive reference policy."""
     if settings.prompt_tokens is not None:
         raise OptionError("--prompt-tokens does not apply to the reference policy, whose prompt has one length.")
     config = policy.config
@@ -185,7 +185,7 @@ def reference(policy: Any, settings: BenchSettings, device: torch.device) -> Fee
 
 
 def chunk(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """The two-camera reference policy."""
+    """Return the feed of the two-camera reference policy."""
     config = policy.config
     images = np.stack(_images(settings, len(config.cameras), config.image_size), axis=1)
     example = policy.example()

@@ -17,7 +17,7 @@ _CAMERA_NAMES = ("image", "wrist_image", "side_image")
 
 
 def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """The policy, or the bare language model, that the settings name.
+    """Return the policy, or the bare language model, that the settings name.
 
     Raises:
         UnsupportedModelError: the family does not offer the settings, or is not installed.
@@ -32,14 +32,14 @@ def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> 
 
 
 def reference(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """The autoregressive reference policy: the weights that ship, or tiny ones that are drawn."""
+    """Return the autoregressive reference policy: the weights that ship, or tiny ones that are drawn."""
     if settings.size == "tiny":
         return random_policy("reference", "tiny", device, dtype, settings.seed)
     return load_policy("reference:autoregressive", device, dtype)
 
 
 def llama(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Llama of the sizes that are named."""
+    """Return a Llama of the sizes that are named."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 

@@ -178,7 +178,7 @@ class BenchReport:
         return self.arms[0]
 
     def __getitem__(self, name: str) -> ArmResult:
-        """The arm of this name; KeyError if there is none."""
+        """Return the arm of this name; KeyError if there is none."""
         for arm in self.arms:
             if arm.name == name:
                 return arm

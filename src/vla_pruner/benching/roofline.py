@@ -47,7 +47,7 @@ class Peaks:
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """Runs a short product and a short copy on the device, and takes the best of several."""
+    """Run a short product and a short copy on the device, and take the best of several."""
     on_gpu = device.type == "cuda"
     side, size, repeats = (8192, 1 << 30, 10) if on_gpu else (1024, 1 << 27, 5)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
@@ -65,7 +65,7 @@ def data_sheet(name: str) -> tuple[float, float] | None:
 
 
 def _best(call: Any, device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of several calls."""
+    """Return the seconds of the fastest of several calls."""
     call()
     taken = []
     for _ in range(repeats):
@@ -88,7 +88,7 @@ class Work:
     bytes: dict[str, float]
 
     def milliseconds(self, peaks: Peaks) -> dict[str, float]:
-        """The least time of each stage: computing or reading, whichever takes longer."""
+        """Return the least time of each stage: computing or reading, whichever takes longer."""
         return {
             stage: 1e3 * max(flops / peaks.flops, self.bytes.get(stage, 0.0) / peaks.bandwidth)
             for stage, flops in self.flops.items()

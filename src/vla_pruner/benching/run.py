@@ -49,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def bench(model: Any, *, progress: Progress | None = None, **options: Any) -> BenchReport:
-    """Times a policy unpruned and pruned, and says what pruning saves and why not more.
+    """Time a policy unpruned and pruned, and say what pruning saves and why not more.
 
     Args:
         model: a name, "llama:HIDDEN,LAYERS" or a checkpoint's folder (see `BenchSettings`); or a policy that is loaded,

@@ -140,7 +140,7 @@ class BenchSettings:
         return self.compile if isinstance(self.compile, str) else INDUCTOR if self.compile else None
 
     def llama(self) -> LlamaSize:
-        """The sizes that "llama:..." names; those left out are Llama's usual ones for this width.
+        """Return the sizes that "llama:..." names; those left out are Llama's usual ones for this width.
 
         Raises:
             UnsupportedModelError: it cannot be read, or the width is no multiple of the heads.
@@ -161,7 +161,7 @@ class BenchSettings:
         return LlamaSize(hidden, self.layers or layers, heads, intermediate, vocabulary)
 
     def chosen_methods(self) -> tuple[Named, ...]:
-        """The method of every pruned arm.
+        """Return the method of every pruned arm.
 
         Raises:
             OptionError: a name is no method's, the options do not fit it, it prunes at several layers, or it needs
@@ -246,7 +246,7 @@ class BenchSettings:
 
 
 def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[Any, ...] | None:
-    """A setting that may have several values as a tuple of them.
+    """Return a setting that may have several values as a tuple of them.
 
     Raises:
         OptionError: it is of another kind.

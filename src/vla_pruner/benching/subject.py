@@ -63,7 +63,7 @@ class Subject:
         return self.settings.backend is not None and self.family.acting is not None
 
     def attach(self, method: Method | None) -> Any:
-        """A context manager that gives a session of `method`, or None for the untouched model."""
+        """Return a context manager that gives a session of `method`, or None for the untouched model."""
         return nullcontext(None) if method is None else method.attach(self.policy, **self.feed.attach)
 
     def watched(self) -> Watched:
@@ -109,7 +109,7 @@ class Subject:
 
 
 def warm(subject: Subject, session: Session) -> Any:
-    """Runs control steps until one is pruned; returns the memory before the next.
+    """Run control steps until one is pruned; return the memory before the next.
 
     Raises:
         BudgetError: the method prunes none of the first steps.

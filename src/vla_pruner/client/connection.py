@@ -249,7 +249,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _address(url: str) -> str:
-    """The address as a websocket's."""
+    """Return the address as a websocket's."""
     whole = url if "://" in url else f"ws://{url}"
     scheme = whole.partition("://")[0].lower()
     try:

@@ -33,7 +33,7 @@ class Worker:
         self._replica: Replica | None = None
 
     def start(self) -> tuple[str, Any]:
-        """Loads the policy: ("described", ...) or ("refused", why)."""
+        """Load the policy: ("described", ...) or ("refused", why)."""
         try:
             self._replica = Replica(self._recipe)
             return "described", self._replica.describe()
@@ -41,7 +41,7 @@ class Worker:
             return "refused", str(error)
 
     def run_units(self, work: Work, run: str) -> tuple[str, Any]:
-        """Runs units: ("records", pairs of a record and its trace or None) or ("refused", why)."""
+        """Run units: ("records", pairs of a record and its trace or None) or ("refused", why)."""
         assert self._replica is not None
         try:
             return "records", list(self._replica.run_units(work, run))
@@ -174,7 +174,7 @@ class Cluster:
             self._workers.remove(actor)
 
     def run(self, run: Run, file: RecordFile, max_errors: int) -> Iterator[Record]:
-        """Runs what is left, giving each record once it is on the disk; units in the order in which they end.
+        """Run the remaining work, yielding each record once it is on the disk; units in the order in which they end.
 
         Raises:
             EvaluationError: as `run_here`, or a worker refused.
@@ -215,7 +215,7 @@ class Cluster:
                 yield record
 
     def close(self) -> None:
-        """Ends the workers, and the cluster if it was started here."""
+        """End the workers, and the cluster if it was started here."""
         for actor in (*self._workers, *self._starting.values()):
             self._discard(actor)
         self._starting.clear()

@@ -44,7 +44,7 @@ INTERRUPTED = 130
 
 
 def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite] = find_suite) -> int:
-    """Runs an evaluation, or goes on with the one in its folder, and writes its files.
+    """Run an evaluation, or go on with the one in its folder, and write its files.
 
     Args:
         settings: of the run.
@@ -72,7 +72,7 @@ def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite
 
 
 def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
-    """Merges the folders of one evaluation and shows the whole; returns as `run_eval`.
+    """Merge the folders of one evaluation and show the whole; the result is that of `run_eval`.
 
     Raises:
         EvaluationError: they do not belong together.

@@ -198,7 +198,7 @@ def run_episode(
     tracer: Tracer | None = None,
     record_latency: bool = True,
 ) -> Record:
-    """Runs one episode to its end; a crash of policy or simulator ends it and is recorded as what it is.
+    """Run one episode to its end; a crash of policy or simulator ends it and is recorded as what it is.
 
     The noise that a flow policy starts from depends on the unit and the control step alone, so it is the same in every
     arm. torch's global generator is as before afterwards.

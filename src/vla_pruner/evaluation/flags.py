@@ -20,7 +20,7 @@ _ASKED = (
 
 
 def add_eval(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "eval",
         help="success rates on LIBERO or Meta-World: paired, resumable, with verdicts",
@@ -148,7 +148,7 @@ def policy_source(options: argparse.Namespace) -> PolicySource:
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Runs what the flags ask for.
+    """Run the command that the flags describe.
 
     Raises:
         VLAPrunerError: they ask for something impossible.
@@ -165,7 +165,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> EvalSettings:
-    """The flags as settings.
+    """Return the flags as settings.
 
     Raises:
         VLAPrunerError: they do not go together.

@@ -34,7 +34,7 @@ def shares(arm: Arm) -> bool:
 
 
 def check_batch(policy: Any, batch: int) -> None:
-    """Refuses to run `batch` episodes side by side with a policy that acts for one robot at a time.
+    """Refuse to run `batch` episodes side by side with a policy that acts for one robot at a time.
 
     Raises:
         EvaluationError: it does.
@@ -58,7 +58,7 @@ def run_together(
     max_steps: int | None = None,
     versions: Mapping[str, str | None] | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    """Runs B episodes of an arm to their ends. A finished episode leaves the pass; the others go on.
+    """Run B episodes of an arm to their ends. A finished episode leaves the pass; the others go on.
 
     A robot's row is computed as if it were alone, up to rounding. Latencies are in no record, since a pass is shared,
     and of its time each has an equal part. A crash of a simulator is its episode's own; one of the policy ends all that
@@ -141,7 +141,7 @@ def _step(policy: BatchPolicy, convention: Convention, session: Any, live: list[
 
 
 def _going_on(session: Any, live: list[Course]) -> list[Course]:
-    """The episodes that are not over; the session forgets the others."""
+    """Return the episodes that are not over; the session forgets the others."""
     rows = [row for row, course in enumerate(live) if not course.over]
     if session is not None and session.memory is not None and 0 < len(rows) < len(live):
         session.memory = session.memory.take(rows)

@@ -52,7 +52,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, content: Any) -> Plan:
-        """Reads `to_json`.
+        """Read `to_json`.
 
         Raises:
             ValueError: it is no selection of episodes; the message says why.
@@ -218,7 +218,7 @@ def check_identity(content: Any) -> None:
 
 
 def check_arms(content: Any) -> list[dict[str, Any]]:
-    """The arms of a file's settings, each with a key, a title and a kind, and the weights that they ran.
+    """Return the arms of a file's settings, each with a key, a title and a kind, and the weights that they ran.
 
     Raises:
         ValueError: it names the missing or odd entry.

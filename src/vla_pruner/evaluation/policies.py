@@ -39,7 +39,7 @@ class DoNothing(nn.Module):
         """Do nothing: it has no memory."""
 
     def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """(1, action_size) zeros."""
+        """Return (1, action_size) zeros."""
         return np.zeros((1, self.action_size), np.float32)
 
 
@@ -68,7 +68,7 @@ class PolicySource:
         return self.name in SCRIPTED and not self.random_weights
 
     def load(self, suite: Suite | None = None) -> Any:
-        """The policy for a suite; only scripted ones differ from suite to suite, and need one.
+        """Return the policy for a suite; only scripted ones differ from suite to suite, and need one.
 
         Raises:
             VLAPrunerError: it cannot be loaded, or the suite has no expert.

@@ -88,7 +88,7 @@ class Record:
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:
-        """Reads `to_line`, of this version, of an earlier one, or of a later one that only has more fields.
+        """Read `to_line`, of this version, of an earlier one, or of a later one that only has more fields.
 
         Raises:
             ValueError: it is no record, or of a later format; the message says why.
@@ -189,7 +189,7 @@ class RecordFile:
             ) from error
 
     def append(self, record: Record) -> None:
-        """Adds a record, wholly or not at all.
+        """Add a record, wholly or not at all.
 
         Raises:
             EvaluationError: it could not be written; the file is as before.
@@ -251,7 +251,7 @@ def packed(path: Path) -> Path:
 
 
 def read_lines(path: Path, content: bytes) -> list[Record]:
-    """Reads whole lines; see `read_records`."""
+    """Read whole lines; see `read_records`."""
     records = []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
@@ -265,7 +265,7 @@ def read_lines(path: Path, content: bytes) -> list[Record]:
 
 
 def latest(records: Iterable[Record], where: str) -> dict[tuple[Unit, str], Record]:
-    """The record that counts for every unit and arm: the finished one, or else the last crash.
+    """Return the record that counts for every unit and arm: the finished one, or else the last crash.
 
     Args:
         where: the records' source, for the message.

@@ -105,7 +105,7 @@ class Replica:
         return {**{name: found for name, found in ours.items() if found}, **self.suites[suite].versions()}
 
     def run_units(self, work: Work, run: str) -> Iterator[tuple[Record, Trace | None]]:
-        """Runs units with some arms, one record each, with the trace of an episode that is traced and came to its end.
+        """Run units with some arms, one record each, with the trace of an episode that is traced and came to its end.
 
         Args:
             work: units, and for each (key, attempt) of its arms in the order in which they run. Episodes of one arm
@@ -163,7 +163,7 @@ class Replica:
             yield record, None if record.crashed else _trace(tracer, record, policy, arm.kind == "baseline")
 
     def _environment(self, unit: Unit, taken: Sequence[Environment]) -> Environment:
-        """An environment of the unit's task that is not taken."""
+        """Return an environment of the unit's task that is not taken."""
         slot = sum(environment.task.index == unit.task_id for environment in taken)
         key = unit.suite, unit.task_id, slot
         if key not in self._open:
@@ -182,13 +182,13 @@ class Replica:
             return
 
     def close(self) -> None:
-        """Closes the environments."""
+        """Close the environments."""
         for environment in list(self._open.values()):
             self._close(environment)
 
 
 def _trace(tracer: Tracer | None, record: Record, policy: Any, whole_maps: bool) -> Trace | None:
-    """The trace of a finished episode, if one is wanted and can be made: its record counts either way."""
+    """Return the trace of a finished episode, if one is wanted and can be made: its record counts either way."""
     if tracer is None:
         return None
     try:
@@ -200,7 +200,7 @@ def _trace(tracer: Tracer | None, record: Record, policy: Any, whole_maps: bool)
 
 
 def lost(unit: Unit, arm: str, run: str, attempt: int, error: dict[str, str]) -> Record:
-    """The record of an episode that crashed before its first step."""
+    """Return the record of an episode that crashed before its first step."""
     return Record(
         run=run,
         arm=arm,

@@ -52,7 +52,7 @@ class Run:
         return work
 
     def parts(self, batch: int) -> list[Work]:
-        """`left`, `batch` units at a time."""
+        """Return `left`, `batch` units at a time."""
         work = self.left()
         return [work[first : first + batch] for first in range(0, len(work), batch)]
 
@@ -73,7 +73,7 @@ def recipe_of(settings: EvalSettings, find: Callable[..., Suite] = find_suite) -
 
 
 def tasks_of(offered: Mapping[str, tuple[Task, ...]], settings: EvalSettings) -> tuple[Task, ...]:
-    """The tasks that run, suite by suite.
+    """Return the tasks that run, suite by suite.
 
     Args:
         offered: all tasks of each suite, by its name.
@@ -93,7 +93,7 @@ def tasks_of(offered: Mapping[str, tuple[Task, ...]], settings: EvalSettings) ->
 
 
 def begin(settings: EvalSettings, described: Mapping[str, Any], file: RecordFile) -> Run:
-    """Begins a run in its folder, or goes on with the one that is there.
+    """Begin a run in its folder, or go on with the one that is there.
 
     Args:
         described: of a `Replica`.
@@ -145,7 +145,7 @@ def begin(settings: EvalSettings, described: Mapping[str, Any], file: RecordFile
 
 
 def run_here(run: Run, replica: Replica, file: RecordFile, max_errors: int) -> Iterator[Record]:
-    """Runs what is left in this process, giving each record once it is on the disk.
+    """Run the remaining work in this process, yielding each record once it is on the disk.
 
     Raises:
         EvaluationError: more than `max_errors` episodes crashed, or a record could not be written.
@@ -177,7 +177,7 @@ def keep_record(run: Run, file: RecordFile, record: Record, trace: Trace | None,
 
 
 def open_records(folder: Path) -> RecordFile:
-    """The records of a run's folder, made if it is absent.
+    """Return the records of a run's folder, made if it is absent.
 
     Raises:
         EvaluationError: it cannot be written to, is in use, or holds a damaged record.

@@ -149,7 +149,7 @@ class EvalSettings:
         return self.episodes_a_task >= CLAIM_EPISODES and self.step_limit is None
 
     def arms(self) -> tuple[Arm, ...]:
-        """The baseline first.
+        """Return the arms, the baseline first.
 
         Raises:
             VLAPrunerError: a method, an option or a control is unknown.

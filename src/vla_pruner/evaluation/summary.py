@@ -122,7 +122,7 @@ class Summary:
         return self.arms[0]
 
     def of(self, kind: str) -> list[ArmSummary]:
-        """The arms of a kind."""
+        """Return the arms of a kind."""
         return [arm for arm in self.arms if arm.kind == kind]
 
     @property
@@ -154,7 +154,7 @@ class _Outcomes:
         return [bool(self.done[unit].success) for unit in units]
 
     def steps(self, units: Sequence[Unit]) -> list[float]:
-        """Actions to success; a failure counts as the longest episode of its task."""
+        """Return the actions to success; a failure counts as the longest episode of its task."""
         return [
             float(record.steps if record.success else self.longest[record.unit.suite, record.unit.task_id])
             for record in (self.done[unit] for unit in units)
@@ -278,7 +278,7 @@ def _by_task(base: _Outcomes, mine: _Outcomes) -> dict[str, PairedDifference]:
 
 
 def _random_of(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str | None:
-    """The random control of a method's arm."""
+    """Return the random control of a method's arm."""
     if arm["kind"] != "method":
         return None
     control = arm.get("random")
@@ -286,7 +286,7 @@ def _random_of(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str
 
 
 def _dropped(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str | None:
-    """The arm that drops the tokens that this one freezes, and is otherwise the same."""
+    """Return the arm that drops the tokens that this one freezes, and is otherwise the same."""
     if arm["kind"] != "method" or "pruned='freeze'" not in arm["method"]:
         return None
     twin = arm["method"].replace("pruned='freeze'", "pruned='drop'")

@@ -94,7 +94,7 @@ def to_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def to_markdown(summary: Summary, sentences: Sequence[str]) -> str:
-    """The tables, the notes and the sentences."""
+    """Return the tables, the notes and the sentences."""
     parts = [_markdown(OUTCOMES, outcome_rows(summary)), _markdown(COSTS, cost_rows(summary)), *NOTES]
     heads, rows = suite_table(summary)
     if rows:

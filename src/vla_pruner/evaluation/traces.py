@@ -286,7 +286,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_trace(folder: Path, trace: Trace) -> Path:
-    """Writes a trace, wholly or not at all, in place of an earlier one of the same episode; returns its file.
+    """Write a trace, wholly or not at all, in place of an earlier one of the same episode; return its file.
 
     Args:
         folder: of the evaluation.
@@ -322,7 +322,7 @@ def write_trace(folder: Path, trace: Trace) -> Path:
 
 
 def read_trace(path: Path, key: tuple[Unit, str] | None = None, run: str | None = None) -> Trace:
-    """Reads `write_trace`'s file.
+    """Read `write_trace`'s file.
 
     Args:
         key, run: of the record that it must belong to; None: of any.
@@ -355,7 +355,7 @@ def read_trace(path: Path, key: tuple[Unit, str] | None = None, run: str | None 
 
 
 def read_numbers(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Actions (T, chunk, dim) and state (T, d) or None of a trace, without its images.
+    """Return actions (T, chunk, dim) and state (T, d) or None of a trace, without its images.
 
     Raises:
         EvaluationError: there is no trace, or it is damaged.

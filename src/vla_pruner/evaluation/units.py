@@ -56,7 +56,7 @@ class Unit:
 
 
 def plan(tasks: Sequence[Task], episodes: int, first: int, policy_seed: int) -> list[Unit]:
-    """All units, tasks taking turns, so that a run that ends early has seen every task about equally often.
+    """Return all units, tasks taking turns, so that a run that ends early has seen every task about equally often.
 
     Args:
         tasks: of all suites.
@@ -87,7 +87,7 @@ def plan(tasks: Sequence[Task], episodes: int, first: int, policy_seed: int) -> 
 
 
 def shard(units: Sequence[Unit], number: int, count: int) -> list[Unit]:
-    """The units of shard `number` (from 1) of `count`: every `count`-th of each task."""
+    """Return the units of shard `number` (from 1) of `count`: every `count`-th of each task."""
     seen: dict[tuple[str, int], int] = {}
     chosen = []
     for unit in units:

@@ -15,7 +15,7 @@ def sentences(summary: Summary) -> list[str]:
 
 
 def points(value: float) -> str:
-    """A difference of rates in percentage points: "+1.5", "-2", "0"."""
+    """Return a difference of rates in percentage points: "+1.5", "-2", "0"."""
     text = f"{100 * value:+.1f}".removesuffix(".0")
     return "0" if text in ("+0", "-0") else text
 

@@ -67,7 +67,7 @@ def tiles(images: Tensor, tokens: int) -> Tensor:
 
 
 def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:
-    """The decoder itself, if its type, its attention backend and the installed transformers are supported.
+    """Return the decoder itself, if its type, its attention backend and the installed transformers are supported.
 
     Raises:
         UnsupportedModelError: saying what was found, what is supported and what to do.

@@ -115,7 +115,7 @@ class DecoderLM(TransformersFamily):
         return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt, cameras=self._camera_tokens)
 
     def _positions_on(self, device: torch.device) -> Tensor:
-        """(M,) int64; copied to a device once, since a copy makes the host wait."""
+        """Return (M,) int64; copied to a device once, since a copy makes the host wait."""
         if device not in self._on_device:
             self._on_device[device] = torch.tensor(self._positions, device=device)
         return self._on_device[device]

@@ -25,7 +25,7 @@ IMAGES = "observation.images."
 
 
 def check_version() -> str:
-    """The installed lerobot's version.
+    """Return the installed lerobot's version.
 
     Raises:
         UnsupportedModelError: none is installed, or one that was not tested.
@@ -41,7 +41,7 @@ def check_version() -> str:
 
 
 def camera_names(config: Any) -> tuple[str, ...]:
-    """A LeRobot policy's cameras in its own order, without "observation.images."."""
+    """Return a LeRobot policy's cameras in its own order, without "observation.images."."""
     return tuple(key.removeprefix(IMAGES).removeprefix("observation.") for key in config.image_features)
 
 
@@ -81,7 +81,7 @@ class LeRobotFamily(TransformersFamily):
 
     @staticmethod
     def anatomy_of(model: Any) -> Anatomy:
-        """The parts of a policy of this family, which need not be one that a method can be attached to."""
+        """Return the parts of a policy of this family, which need not be one that a method can be attached to."""
         raise NotImplementedError
 
     @property

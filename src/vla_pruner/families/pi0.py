@@ -111,7 +111,7 @@ class PI0(TransformersFamily):
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """The parts of a `PI0ForConditionalGeneration`."""
+    """Return the parts of a `PI0ForConditionalGeneration`."""
     vlm = model.model.vlm
     return Anatomy(
         decoder=vlm.language_model,

@@ -168,7 +168,7 @@ class SmolVLAWiring:
             self._host.end_turn()
 
     def _run_expert(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """A denoising step."""
+        """Run a denoising step."""
         if self._host.step is not None:
             message = "A denoising step was given another cache than the prefix; steps cannot be interleaved."
             self._prompt_cache.check_same(cache_in(given), message)
@@ -178,7 +178,7 @@ class SmolVLAWiring:
         return result
 
     def _run_prompt(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """The prefix."""
+        """Run the prefix."""
         prefix, suffix = given["inputs_embeds"]
         if suffix is not None or cache_in(given) is not None:
             raise SessionError(
@@ -253,6 +253,6 @@ class SmolVLAWiring:
 
 
 def _flat(mask: Tensor | None) -> Tensor:
-    """A mask (B, 1, Q, S) as LeRobot has it: (B, Q, S)."""
+    """Return a mask (B, 1, Q, S) as LeRobot has it: (B, Q, S)."""
     assert mask is not None
     return mask[:, 0]

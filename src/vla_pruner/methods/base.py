@@ -54,7 +54,7 @@ class Evidence:
             object.__setattr__(self, "steps", self.memory.steps.to(self.valid.device, non_blocking=True))
 
     def span(self, start: int, stop: int) -> Evidence:
-        """The evidence on the visual tokens of ids `start` to `stop` alone."""
+        """Return the evidence on the visual tokens of ids `start` to `stop` alone."""
         held = self.memory
         memory = replace(
             held,
@@ -73,7 +73,7 @@ class Evidence:
         )
 
     def of(self, ids: Tensor) -> Evidence:
-        """The evidence on the visual tokens `ids` (B, m) alone."""
+        """Return the evidence on the visual tokens `ids` (B, m) alone."""
         held = self.memory
         steps = ids[:, None].expand(-1, held.window, -1)
         memory = replace(

@@ -62,7 +62,7 @@ class CDPruner(Budgeted):
         return (torch.nn.functional.normalize(visual.float(), dim=-1) @ mean[..., None])[..., 0]
 
     def pick_order(self, evidence: Evidence, k: int) -> Tensor:
-        """The ids (B, k) int64 of the kept tokens in the order in which they are picked."""
+        """Return the ids (B, k) int64 of the kept tokens in the order in which they are picked."""
         assert evidence.features is not None
         assert evidence.relevance is not None
         present = present_or_enough(evidence.valid, k)

@@ -110,7 +110,7 @@ class Unpruned(Method):
 
 
 def _random_scores(episode: Tensor, steps: Tensor, seed: int, tokens: int) -> Tensor:
-    """(B, M) float32 on the CPU, drawn for each row from (seed, episode, step)."""
+    """Return (B, M) float32 on the CPU, drawn for each row from (seed, episode, step)."""
     draws = []
     for row, step in zip(episode.tolist(), steps.tolist(), strict=True):
         generator = torch.Generator().manual_seed(((seed * 1_000_003 + row) * 1_000_003 + step) % 2**63)

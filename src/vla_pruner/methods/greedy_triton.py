@@ -69,7 +69,7 @@ def shape_of(tokens: int) -> tuple[int, int, int]:
 
 
 def max_min_order_in_triton(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """`max_min_order` in two launches, without a wait for the host and capturable in a CUDA graph.
+    """Return `max_min_order` in two launches, without a wait for the host and capturable in a CUDA graph.
 
     NaNs in `distance` count as 0.
 

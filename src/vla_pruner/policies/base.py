@@ -103,7 +103,7 @@ def example_of(policy: Any) -> Observation:
 
 
 def module_of(policy: Any) -> nn.Module:
-    """The module behind a policy; a module is its own."""
+    """Return the module behind a policy; a module is its own."""
     return policy if isinstance(policy, nn.Module) else policy.module
 
 

@@ -159,7 +159,7 @@ def load_lerobot(
     unnorm_key: str | None = None,
     trust_processors: bool = False,
 ) -> LeRobotPolicy:
-    """A published or saved LeRobot policy, by LeRobot's own `from_pretrained`, with every weight accounted for.
+    """Load a published or saved LeRobot policy, by LeRobot's own `from_pretrained`, with every weight accounted for.
 
     LeRobot prints and goes on with random weights if pi0's and pi0.5's cannot be read or do not fit. If the processors
     hold no statistics at all, nothing is scaled: `act` then gives normalised actions, as LeRobot does.
@@ -189,7 +189,7 @@ def load_lerobot(
 
 
 def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
-    """A checkpoint's config, `flags` ("--n_action_steps=5") in place of its own values.
+    """Read a checkpoint's config, with `flags` ("--n_action_steps=5") in place of its own values.
 
     Raises:
         CheckpointError: there is none, or LeRobot cannot read it.
@@ -213,7 +213,7 @@ def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
 def load_module(
     path: str | Path, config: Any, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The policy alone, for a config that was read already; see `load_lerobot`."""
+    """Load the policy alone, for a config that was read already; see `load_lerobot`."""
     kind = config.type
     if kind not in KINDS:
         raise UnsupportedModelError(f"{path} is a policy of type {kind!r}; supported are {', '.join(KINDS)}.")
@@ -251,7 +251,7 @@ def _check_headers(policy_type: Any, folder: Path, config: Any, headers: Mapping
 
 
 def _described(policy_type: Any, folder: Path, config: Any) -> Any:
-    """The policy that the config describes, without memory for its weights."""
+    """Build the policy that the config describes, without memory for its weights."""
     there = copy.copy(config)
     there.device = "meta"
     if hasattr(there, "load_vlm_weights"):
@@ -272,7 +272,7 @@ def _described(policy_type: Any, folder: Path, config: Any) -> Any:
 
 
 def _named_as(policy: Any, headers: Mapping[str, Stored], config: Any) -> dict[str, Stored]:
-    """The headers by the names that LeRobot's `from_pretrained` gives the weights."""
+    """Return the headers by the names that LeRobot's `from_pretrained` gives the weights."""
     if not hasattr(policy, "_fix_pytorch_state_dict_keys"):
         return dict(headers)
     state = {

@@ -109,7 +109,7 @@ def _check_step(file: Path, step: Mapping[str, Any], flag: str) -> None:
 
 
 def _step_class(step: Mapping[str, Any]) -> Any:
-    """The class of a step, if it is one of LeRobot's own; nothing but LeRobot's own modules is imported."""
+    """Return the class of a step, if it is one of LeRobot's own; nothing but LeRobot's own modules is imported."""
     pipeline = importlib.import_module("lerobot.processor.pipeline")
     for module in ("lerobot.processor", *(f"{own}processor_{own.split('.')[-2]}" for own in _OWN[1:])):
         importlib.import_module(module)  # They fill the registry.
@@ -206,7 +206,9 @@ def _scaled(step: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _dataset(key: str, feature: str) -> str | None:
-    """The dataset of "so100.buffer.observation.state" for observation.state, also with underscores; None: not of it."""
+    """Return the dataset of "so100.buffer.observation.state" for observation.state, also with underscores; None: not of
+    it.
+    """
     same = re.fullmatch(rf"(.+?)[._](buffer[._])?{re.escape(feature).replace(chr(92) + '.', '[._]')}", key)
     return same[1] if same else None
 

@@ -136,7 +136,7 @@ def random_lerobot(
     cameras: tuple[str, ...] | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
-    """A LeRobot policy with random weights that fill the numbers' range, so that its actions depend on its images.
+    """Make a LeRobot policy with random weights that fill the numbers' range, so that its actions depend on its images.
 
     Its processors are LeRobot's own without statistics, so nothing is normalised, and their tokenizer is a stand-in:
     the bytes of the text. Both need no download.
@@ -209,7 +209,7 @@ def _random(kind: str, size: str, device: torch.device, dtype: torch.dtype, seed
 
 
 def _of_depth(size: PiSize | SmolVLASize, layers: int) -> PiSize | SmolVLASize:
-    """The same size with so many layers in the decoder and in the expert."""
+    """Return the same size with so many layers in the decoder and in the expert."""
     if isinstance(size, SmolVLASize):
         return replace(size, text={**size.text, "num_hidden_layers": layers}, layers=layers)
     vlm, expert = size.vlm or _GEMMA_2B, size.expert or _GEMMA_300M

@@ -27,7 +27,7 @@ def load_policy(
     dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> Policy:
-    """A policy with everything that `act` needs, in eval mode.
+    """Load a policy with everything that `act` needs, in eval mode.
 
     Args:
         path_or_hub_id: the folder of a published checkpoint as it is, its name on the Hugging Face hub, "reference" for

@@ -10,7 +10,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def usable_device(device: str | torch.device, flag: str | None = None) -> torch.device:
-    """The device of this name.
+    """Return the device of this name.
 
     Args:
         device: as torch names it.

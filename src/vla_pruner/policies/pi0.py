@@ -136,7 +136,7 @@ class TransformersPI0:
         return finite_action(self._scaled(actions[0].float().cpu().numpy()), self.module)
 
     def _tokens(self, instruction: str) -> Tensor:
-        """(1, N) int64: image tokens of all cameras, BOS, the instruction and a new line."""
+        """Return (1, N) int64: image tokens of all cameras, BOS, the instruction and a new line."""
         if self.tokenizer is None:
             raise CheckpointError(
                 "This policy has no tokenizer. Put tokenizer.json and tokenizer_config.json of PaliGemma into the "
@@ -152,7 +152,7 @@ class TransformersPI0:
         return torch.tensor([[*images, self.tokenizer.bos_token_id, *text]])
 
     def _state(self, proprio: np.ndarray | None) -> Tensor:
-        """(1, max_state_dim) float32, normalised, zeros after the robot's own numbers."""
+        """Return (1, max_state_dim) float32, normalised, zeros after the robot's own numbers."""
         if proprio is None:
             raise ObservationError("pi0 reads the robot's state; give proprio.")
         state = state_of(proprio)
@@ -273,7 +273,7 @@ def _check_depths(path: Path, config: Any, names: Mapping[str, Any]) -> None:
 
 
 def build(config: Any, device: str | torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa") -> nn.Module:
-    """A `PI0ForConditionalGeneration` whose weights are not set yet, made directly on the device."""
+    """Build a `PI0ForConditionalGeneration` whose weights are not set yet, directly on the device."""
     from transformers import PI0ForConditionalGeneration
     from transformers.initialization import no_init_weights
 

@@ -48,7 +48,7 @@ def random_policy(
 
 
 def random_reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """The autoregressive reference policy; arguments as of `random_policy`."""
+    """Make the autoregressive reference policy; arguments as of `random_policy`."""
     from vla_pruner.checkpoints.files import read_json
     from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
     from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
@@ -77,7 +77,7 @@ def random_reference(size: str, device: torch.device, dtype: torch.dtype, seed: 
 
 
 def random_chunk(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """The two-camera reference policy; arguments as of `random_policy`."""
+    """Make the two-camera reference policy; arguments as of `random_policy`."""
     from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy
     from vla_pruner.models.reference.tokenizer import vocabulary
     from vla_pruner.simulators.metaworld import TASKS

@@ -57,7 +57,7 @@ def load_reference(
 
 
 def policy_folder(name: str | Path | None = None) -> Path:
-    """The folder of a reference policy's weights. Arguments as in `reference_policy`.
+    """Return the folder of a reference policy's weights. Arguments as in `reference_policy`.
 
     Raises:
         CheckpointError: there is none.

@@ -21,7 +21,7 @@ KEY_VARIABLE = "VLA_PRUNER_API_KEY"
 
 
 def add_serve(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "serve",
         help="a policy server that openpi's clients use unchanged, with a memory for each robot",
@@ -139,7 +139,7 @@ def add_serve(commands: Any) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM; returns the exit code.
+    """Serve until SIGINT or SIGTERM; return the exit code.
 
     Raises:
         VLAPrunerError: the flags do not go together, or the extra "serve" is not installed.

@@ -290,7 +290,7 @@ class Engine:
 
 
 def check_method(method: Method | None) -> None:
-    """Refuses methods whose steps need more than a memory for each robot.
+    """Refuse methods whose steps need more than a memory for each robot.
 
     Raises:
         ServingError: it is no method, or such a one.

@@ -235,7 +235,7 @@ def reader_of(
 def _first_of(
     policy: Policy, action_dim: int | None, actions: Callable[[np.ndarray], np.ndarray]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """`actions`, of which the first `action_dim` numbers are sent."""
+    """Return `actions`, of which the first `action_dim` numbers are sent."""
     if action_dim is None:
         return actions
     size = getattr(policy, "action_size", None)

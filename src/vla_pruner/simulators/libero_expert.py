@@ -89,7 +89,7 @@ class LiberoObjectExpert(nn.Module):
         self._tries = 0
 
     def act(self, images: Mapping[str, Image], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """(1, 7) float64: the next action, whatever the images and the instruction.
+        """Return (1, 7) float64: the next action, whatever the images and the instruction.
 
         Raises:
             SessionError: it was not given an environment to watch.

@@ -79,7 +79,7 @@ class ChunkConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ChunkConfig:
-        """The inverse of `to_dict`, after a trip through JSON.
+        """Make a configuration from the result of `to_dict`, after a trip through JSON.
 
         Raises:
             ValueError: a setting is unknown, or one that no policy can have.

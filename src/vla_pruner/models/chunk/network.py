@@ -154,7 +154,7 @@ class ChunkPolicy(TrainedPolicy):
         return self.decoder.embed_tokens(ids)
 
     def embed_prompt(self, images: Tensor, ids: Tensor, proprio: Tensor) -> Tensor:
-        """The whole sequence's embeddings, (B, prompt_length + chunk, hidden).
+        """Return the whole sequence's embeddings, (B, prompt_length + chunk, hidden).
 
         Args:
             images: (B, C, H, W, 3) uint8.

@@ -24,7 +24,7 @@ _KEYS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 
 
 def bin_index(ids: np.ndarray | torch.Tensor | Sequence, vocab_size: int = 32000, n_bins: int = 256) -> np.ndarray:
-    """The bin of each action token: the last token of the vocabulary is bin 0, and so on downwards.
+    """Return the bin of each action token: the last token of the vocabulary is bin 0, and so on downwards.
 
     `n_bins` edges enclose `n_bins - 1` bins, so the lowest two action tokens share the last bin. As in the official
     code an id outside the action tokens goes to the nearest bin.
@@ -47,7 +47,7 @@ def bin_index(ids: np.ndarray | torch.Tensor | Sequence, vocab_size: int = 32000
 
 
 def decode_bins(ids: np.ndarray | torch.Tensor | Sequence, vocab_size: int = 32000, n_bins: int = 256) -> np.ndarray:
-    """The normalised value of each action token: its bin's centre in [-1, 1]. Arguments as in `bin_index`.
+    """Return the normalised value of each action token: its bin's centre in [-1, 1]. Arguments as in `bin_index`.
 
     Returns:
         float64 of the same shape.
@@ -90,7 +90,7 @@ def unnormalize(
 def normalize_proprio(
     proprio: np.ndarray | torch.Tensor | Sequence, stats: Mapping[str, Any], bounds: Bounds = "q99"
 ) -> np.ndarray:
-    """The robot's state as OFT's network reads it: scaled to [-1, 1] by the dataset's statistics, and clipped.
+    """Return the robot's state as OFT's network reads it: scaled to [-1, 1] by the dataset's statistics, and clipped.
 
     Args:
         proprio: (..., dim) in the units of the training data.
@@ -113,7 +113,7 @@ def normalize_proprio(
 
 
 def libero_gripper(actions: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
-    """Actions with the gripper as LIBERO takes it: -1 opens, +1 closes.
+    """Return actions with the gripper as LIBERO takes it: -1 opens, +1 closes.
 
     The policies are trained with 0 for closed and 1 for open, so values above one half become -1 and values below
     become +1. Exactly one half becomes 0, as in the official evaluation.

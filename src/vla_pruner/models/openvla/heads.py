@@ -72,7 +72,9 @@ class L1ActionHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or misshapen."""
+        """Return the head that a file's weights describe; CheckpointError lists what is missing, unexpected or
+        misshapen.
+        """
         return _filled(state, cls, *_resnet_sizes(state, "model."))
 
     def forward(self, action_hidden: Tensor) -> Tensor:
@@ -103,11 +105,13 @@ class DiffusionActionHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or misshapen."""
+        """Return the head that a file's weights describe; CheckpointError lists what is missing, unexpected or
+        misshapen.
+        """
         return _filled(state, cls, *_resnet_sizes(state, "noise_predictor.mlp_resnet."))
 
     def predict_noise(self, action_hidden: Tensor) -> Tensor:
-        """The noise in the actions: (B, chunk * action_dim, D) -> (B, chunk, action_dim)."""
+        """Return the noise in the actions: (B, chunk * action_dim, D) -> (B, chunk, action_dim)."""
         return self.noise_predictor.mlp_resnet(_by_action(action_hidden, self.action_dim, self.input_dim))
 
     def time_encoding(self, timestep: Tensor | int) -> Tensor:
@@ -193,7 +197,7 @@ class ProprioProjector(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The projector that a file's weights describe; errors as for the heads."""
+        """Return the projector that a file's weights describe; errors as for the heads."""
         llm_dim, proprio_dim = _matrix(state, "fc1.weight")
         return _filled(state, cls, proprio_dim, llm_dim)
 
@@ -212,7 +216,7 @@ class NoisyActionProjector(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The projector that a file's weights describe; errors as for the heads."""
+        """Return the projector that a file's weights describe; errors as for the heads."""
         return _filled(state, cls, _matrix(state, "fc1.weight")[0])
 
     def forward(self, noisy_actions: Tensor) -> Tensor:
@@ -236,7 +240,7 @@ def action_head_from_state(state: State) -> L1ActionHead | DiffusionActionHead:
 
 
 def find_heads(folder: str | Path) -> dict[str, Path]:
-    """The head files of an OFT checkpoint folder: NAME--STEP_checkpoint.pt for each NAME of `HEAD_FILES`.
+    """Return the head files of an OFT checkpoint folder: NAME--STEP_checkpoint.pt for each NAME of `HEAD_FILES`.
 
     Returns:
         name to path, for those that are there.
@@ -348,7 +352,7 @@ def _matrix(state: State, name: str) -> tuple[int, int]:
 
 
 def _filled(state: State, build: type[Built], *sizes: int) -> Built:
-    """A module of these sizes that holds exactly these weights, in their own type."""
+    """Return a module of these sizes that holds exactly these weights, in their own type."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         module = build(*sizes)
     expected = module.state_dict()

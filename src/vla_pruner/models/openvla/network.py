@@ -149,7 +149,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's output for images and prompt.
+        """Return the language model's output for images and prompt.
 
         Args:
             input_ids: (B, T) token ids, padded on either side; nothing is appended.
@@ -177,7 +177,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         do_sample: bool = False,
         past_key_values: Any = None,
     ) -> np.ndarray:
-        """The action, in the units of the dataset: one token for each of its dimensions.
+        """Return the action, in the units of the dataset: one token for each of its dimensions.
 
         An end-of-sequence token among them does not end it, although the original's `generate` would stop early:
         decoding goes on, and such a token counts as the last bin, as every id below the action tokens.
@@ -210,7 +210,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def decode_tokens(
         self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None, count: int, cache: Any = None
     ) -> Tensor:
-        """(B, count) int64 on the CPU: the most likely tokens after the prompt. Arguments and errors as in
+        """Return (B, count) int64 on the CPU: the most likely tokens after the prompt. Arguments and errors as in
         `predict_action`.
         """
         prompt = read_prompt(input_ids, attention_mask, self.config)
@@ -251,7 +251,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         proprio: np.ndarray | None = None,
         unnorm_key: str | None = None,
     ) -> np.ndarray:
-        """Actions for one observation of one robot.
+        """Return actions for one observation of one robot.
 
         Args:
             images: (H, W, 3) uint8, RGB, upright, by the names of `cameras`.
@@ -314,11 +314,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return self.projector(self.vision_backbone(moved(pixel_values, weight.device, weight.dtype)))
 
     def _embed(self, prompt: Prompt, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, D) embeddings and (B, S) mask of [BOS][visual tokens][rest of the prompt]."""
+        """Return (B, S, D) embeddings and (B, S) mask of [BOS][visual tokens][rest of the prompt]."""
         return self.insert(self.embed_text(prompt), prompt, [features])
 
     def insert(self, text: Tensor, prompt: Prompt, inserted: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The sequence with (B, n, D) `inserted` between BOS and the rest: (B, S, D) embeddings and (B, S) mask.
+        """Return the sequence with (B, n, D) `inserted` between BOS and the rest: (B, S, D) embeddings and (B, S) mask.
 
         Args:
             text: (B, T, D) embeddings of the prompt.
@@ -332,7 +332,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return sequence, torch.cat([mask[:, :1], seen, mask[:, 1:]], dim=1)
 
     def embed_text(self, prompt: Prompt) -> Tensor:
-        """(B, T, D) embeddings of the prompt's tokens."""
+        """Return (B, T, D) embeddings of the prompt's tokens."""
         embedding: Any = self.get_input_embeddings()
         return embedding(moved(prompt.ids, embedding.weight.device))
 
@@ -357,7 +357,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return cast(dict[str, Any], found)
 
     def dataset(self, unnorm_key: str | None) -> str:
-        """The dataset that `unnorm_key` means. Errors as in `predict_action`."""
+        """Return the dataset that `unnorm_key` means. Errors as in `predict_action`."""
         key = self.unnorm_key if unnorm_key is None else unnorm_key
         known = listed(self.norm_stats)
         if key is None:
@@ -374,7 +374,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
 
 def real_positions(mask: Tensor) -> Tensor:
-    """(B, S) positions that count real tokens only, so that padding shifts nothing."""
+    """Return (B, S) positions that count real tokens only, so that padding shifts nothing."""
     return (mask.cumsum(dim=1) - 1).clamp_min(0)
 
 

@@ -118,7 +118,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         do_sample: bool = False,
         noise: Tensor | None = None,
     ) -> np.ndarray:
-        """A chunk of actions, in the units of the dataset.
+        """Return a chunk of actions, in the units of the dataset.
 
         The original returns a pair, and official scripts write `actions, _ = vla.predict_action(...)`; here it is the
         array alone, so write `actions = vla.predict_action(...)`. (Unpacked, a chunk of eight raises ValueError, but a
@@ -206,7 +206,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _sequence(self, prompt: Prompt, inserted: list[Tensor], noisy: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, S, D) embeddings and (B, S) mask of the whole sequence."""
+        """Return (B, S, D) embeddings and (B, S) mask of the whole sequence."""
         full = prompt.followed_by([PLACEHOLDER] * self.action_tokens + [STOP], pad=self.config.pad_token_id)
         text = self.embed_text(full)
         slots = prompt.lengths[:, None] + torch.arange(self.action_tokens)
@@ -240,7 +240,9 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return [projector(value)[:, None]]
 
     def _read_out(self, hidden: Tensor) -> Tensor:
-        """(B, chunk, dim) of hidden states (B, chunk * dim, D): normalised actions, or tokens if there is no head."""
+        """Return (B, chunk, dim) of hidden states (B, chunk * dim, D): normalised actions, or tokens if there is no
+        head.
+        """
         if self.action_head is not None:
             return self.action_head(_for_head(hidden, self.action_head)).float()
         _, tokens = most_likely(self.language_model.lm_head(hidden))

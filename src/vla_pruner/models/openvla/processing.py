@@ -86,7 +86,7 @@ class OpenVLAProcessor:
         pad_token_id: int = PUBLISHED_PAD,
         vocab_size: int | None = None,
     ) -> OpenVLAProcessor:
-        """The processor of a checkpoint folder.
+        """Return the processor of a checkpoint folder.
 
         Args:
             folder: with preprocessor_config.json, and tokenizer.json or tokenizer.model.
@@ -167,7 +167,7 @@ class OpenVLAProcessor:
 
     @staticmethod
     def prompt(instruction: str) -> str:
-        """The text that the model was trained to complete; the instruction goes in as lower case.
+        """Return the text that the model was trained to complete; the instruction goes in as lower case.
 
         Raises:
             ObservationError: the instruction is no string.
@@ -208,7 +208,7 @@ class OpenVLAProcessor:
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
 
     def _camera(self, image: Image) -> Tensor:
-        """(B, 3 * towers, height, width) of one camera."""
+        """Return (B, 3 * towers, height, width) of one camera."""
         resized = np.stack([bicubic_resize(row, self.size) for row in _rows(image)])
         colours = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
         towers = [(colours - mean) / std for mean, std in zip(self._mean, self._std, strict=True)]
@@ -243,7 +243,7 @@ def _rows(image: Image) -> np.ndarray:
 
 
 def _size(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) of the one treatment that is supported."""
+    """Return (height, width) of the one treatment that is supported."""
     supported = "Supported is the published checkpoints' 'resize-naive': bicubic with antialiasing to one square size."
     strategy = config.get("image_resize_strategy", "resize-naive")
     if strategy != "resize-naive" or config.get("tvf_do_letterbox"):
@@ -303,5 +303,5 @@ def _entry(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
-    """(height, width); a single number stays alone, since it means the shorter side."""
+    """Return (height, width); a single number stays alone, since it means the shorter side."""
     return (size,) if isinstance(size, int) else tuple(size)

@@ -38,7 +38,7 @@ class Prompt:
         return bool((self.lengths == self.ids.shape[1]).all())
 
     def followed_by(self, tokens: list[int], pad: int) -> Prompt:
-        """Each row with `tokens` after its last real token."""
+        """Return each row with `tokens` after its last real token."""
         tail = torch.tensor(tokens)
         rows = [torch.cat([row[:length], tail]) for row, length in zip(self.ids, self.lengths, strict=True)]
         return Prompt(pad_sequence(rows, batch_first=True, padding_value=pad), self.lengths + len(tokens))
@@ -47,7 +47,7 @@ class Prompt:
 def read_prompt(
     input_ids: Tensor, attention_mask: Tensor | None, config: OpenVLAConfig, ends_empty: bool = True
 ) -> Prompt:
-    """The prompt of `input_ids` (B, T), padded on either side.
+    """Return the prompt of `input_ids` (B, T), padded on either side.
 
     Args:
         input_ids: (B, T) token ids, the first real one BOS.

@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
         """Id of the token that begins every sequence."""
 
     def __call__(self, text: Any, *, add_special_tokens: bool) -> Any:
-        """A mapping with `input_ids`, without special tokens if they are not to be added."""
+        """Return a mapping with `input_ids`, without special tokens if they are not to be added."""
 
 
 class StandInTokenizer:
@@ -45,7 +45,7 @@ class StandInTokenizer:
         self.vocab_size = vocab_size
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """`input_ids` of one text."""
+        """Return `input_ids` of one text."""
         ids = [3 + byte for byte in text.encode()]
         return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
 
@@ -70,12 +70,12 @@ class SentencePieceTokenizer:
         self.bos_token_id = self._pieces.bos_id()
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """`input_ids` of one text."""
+        """Return `input_ids` of one text."""
         return {"input_ids": self._pieces.Encode(text, add_bos=add_special_tokens)}
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder: tokenizer.json if it is there, else tokenizer.model.
+    """Return the tokenizer of a checkpoint folder: tokenizer.json if it is there, else tokenizer.model.
 
     Returns:
         a `PreTrainedTokenizerFast` of transformers, or a `SentencePieceTokenizer`.

@@ -139,7 +139,7 @@ class Projector(nn.Module):
 
 
 def unused_weights(dino: TowerSize, siglip: TowerSize) -> list[str]:
-    """Patterns of the weights that published checkpoints hold and the policy does not use."""
+    """Return patterns of the weights that published checkpoints hold and the policy does not use."""
     towers = {"featurizer": dino, "fused_featurizer": siglip}
     last = [rf"^vision_backbone\.{name}\.blocks\.{size.depth - 1}\." for name, size in towers.items()]
     return [*last, r"^vision_backbone\.(fused_)?featurizer\.norm\.", r"^vision_backbone\.fused_featurizer\.attn_pool\."]

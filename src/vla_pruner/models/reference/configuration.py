@@ -72,7 +72,7 @@ class ReferenceConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ReferenceConfig:
-        """The inverse of `to_dict`, after a trip through JSON."""
+        """Make a configuration from the result of `to_dict`, after a trip through JSON."""
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}")

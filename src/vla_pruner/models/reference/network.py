@@ -48,7 +48,7 @@ class VisionBlock(nn.Module):
 
 
 def stem(width: int) -> nn.Sequential:
-    """The convolutional stem of the reference policies: (B, 3, H, W) -> (B, width, H / 8, W / 8)."""
+    """Return the convolutional stem of the reference policies: (B, 3, H, W) -> (B, width, H / 8, W / 8)."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 5, stride=2, padding=2),
         nn.GroupNorm(4, 32),
@@ -140,7 +140,7 @@ class Landmarks(nn.Module):
 
 
 def grid_positions(side: int, width: int) -> Tensor:
-    """(side * side, width) sines and cosines of row and column: a start that already distinguishes positions."""
+    """Return (side * side, width) sines and cosines of row and column: a start that already distinguishes positions."""
     frequencies = math.pi * 2.0 ** torch.linspace(-1, 3, width // 4)
     line = torch.linspace(-1, 1, side)[:, None] * frequencies
     waves = torch.cat([line.sin(), line.cos()], dim=1)
@@ -253,11 +253,11 @@ class ReferencePolicy(TrainedPolicy):
         return self.language_model.get_input_embeddings()(ids)
 
     def prompt(self, images: Tensor, instructions: Sequence[str], proprio: Tensor) -> Tensor:
-        """The prompt's embeddings, (B, config.prompt_length, hidden)."""
+        """Return the prompt's embeddings, (B, config.prompt_length, hidden)."""
         return self.embed_prompt(images, self.encode_instructions(instructions), proprio)
 
     def embed_prompt(self, images: Tensor, ids: Tensor, proprio: Tensor) -> Tensor:
-        """`prompt` of instructions that are token ids (B, config.instruction_length) already."""
+        """Return `prompt` of instructions that are token ids (B, config.instruction_length) already."""
         visual = self.visual_tokens(images)
         batch = visual.shape[0]
         bos = self.embed(torch.full((batch, 1), BOS, device=self.device))

@@ -17,7 +17,7 @@ def split_words(instruction: str) -> list[str]:
 
 
 def vocabulary(instructions: Iterable[str]) -> tuple[str, ...]:
-    """All words of the instructions, sorted."""
+    """Return all words of the instructions, sorted."""
     return tuple(sorted({word for instruction in instructions for word in split_words(instruction)}))
 
 
