@@ -1,4 +1,4 @@
-"""FLOPs of a control step: formulas for any decoder, and a counter of what a call really computes.
+"""FLOPs of a control step: formulas for any decoder, and a counter of a call's real ones.
 
 Every table of the project takes its FLOPs from here. Conventions: a multiply-add is 2 FLOPs; attention between q
 queries and n keys costs the full rectangle 4 q n d_q (scores and weighted sum), masked or not, because that is what
@@ -112,8 +112,8 @@ def decoder_flops(
         then: if pruning is progressive, the later pruning layers and the visual tokens kept from each on.
 
     Raises:
-        ValueError: if `kept`, `layer` or `then` is outside of what the shapes allow.
-        BudgetError: if `pruned` is no fate.
+        ValueError: `kept`, `layer` or `then` is outside of the range that the shapes allow.
+        BudgetError: `pruned` is no fate.
     """
     flops, fate = Flops(), Fate.of(pruned)
     for visual in visual_tokens_at(decoder.layers, step.visual, kept, layer, then):
@@ -131,7 +131,7 @@ def visual_tokens_at(
     """Return the number of visual tokens that pass through each layer. Arguments as in `decoder_flops`.
 
     Raises:
-        ValueError: if a number is outside of what the shapes allow.
+        ValueError: a number is outside of the range that the shapes allow.
     """
     found, first = [visual] * layers, 0
     for start, count in ((layer, visual if kept is None else kept), *then):

@@ -78,7 +78,7 @@ def methods_of(
     Args:
         texts: names, or modules and classes, each with options of its own if wanted, after colons; its own keep, layer
             and pruned replace the arguments.
-        keep: budgets; None: .25, or what a method that reuses tokens was published with.
+        keep: budgets; None: .25, or the published one of a method that reuses tokens.
         layers: pruning layers.
         pruned: the fates of the other tokens, of which each method takes those that it supports; None: "drop", or the
             only fate that it supports.

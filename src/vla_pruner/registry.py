@@ -1,7 +1,7 @@
 """One row for each kind of policy: all that the package knows of it outside of its own files.
 
-A row names classes and functions as "module:name". They are imported when they are used, so the table costs nothing
-and may name what lies above it. A family of another distribution gives its own row as the attribute `row` of its class.
+A row names classes and functions as "module:name". They are imported when they are used, so the table costs nothing and
+may name modules above it. A family of another distribution gives its own row as the attribute `row` of its class.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Row:
         name: as on the command line, with --random-weights and in benchmarks.
         title: as messages name it.
         family: the adapter's class, which extends `vla_pruner.attach.family.Family`.
-        policy: class of what `load` and `random` return.
+        policy: class of the results of `load` and `random`.
         module: class of the module that it drives, if several rows have one `policy`.
         aliases: other names.
-        config: what tells its config.json from others': keys with their values, `PRESENT` or None (absent). None: no
-            folder holds it. Of several rows that fit, the first one loads the folder.
+        config: the marks of its config.json: keys with their values, `PRESENT` or None (absent). None: no folder holds
+            it. Of several rows that fit, the first one loads the folder.
         load: a function of (folder, device, dtype, options...) that returns the policy.
         random: a function of (size, device, dtype, seed) that returns one with random weights, size "tiny" or "full".
         bench: how it is benchmarked; None: it is not.
@@ -250,7 +250,7 @@ def foreign_row(plugin: Plugin) -> Row | None:
     """Return the row of a family of another distribution; None: it has none.
 
     Raises:
-        PluginError: it cannot be imported, or what it gives is no row, or one of another name.
+        PluginError: it cannot be imported, or its `row` is no row, or one of another name.
     """
     row = getattr(plugin.load(), "row", None)
     if row is not None and not isinstance(row, Row):

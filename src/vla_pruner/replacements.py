@@ -1,4 +1,4 @@
-"""Methods replaced on single instances, for what no hook reaches, and put back without a trace."""
+"""Methods replaced on single instances, for changes that no hook can make, and put back without a trace."""
 
 from __future__ import annotations
 

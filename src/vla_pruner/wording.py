@@ -28,7 +28,8 @@ def a_type(value: object) -> str:
 def install(extra: str, *more: str) -> str:
     """Return the command that installs the packages of an extra of this package.
 
-    pip finds the package installed, asks no index for it, and adds what the extra lacks; also in a checkout.
+    pip finds the package installed, asks no index for it, and adds the missing packages of the extra; also in a
+    checkout.
 
     Args:
         extra: its name in pyproject.toml.

@@ -1,7 +1,7 @@
 """Decoders, experts and vision encoders compiled in place: whole calls as static graphs.
 
-Hooks and taps inside of a call are traced with it, so scoring, choosing and gathering are part of its graph. What a
-session does around a call (opening a control step, adding what was read to the memory) stays outside.
+Hooks and taps inside of a call are traced with it, so scoring, choosing and gathering are part of its graph. The
+session's work around a call (opening a control step, adding the scores to the memory) stays outside.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _compiled: WeakKeyDictionary[nn.Module, ref[Compiled]] = WeakKeyDictionary()
 
 
 class Compiled:
-    """Puts compiled calls in the places of a policy's own; `remove` takes them away, and with them what was compiled.
-    A context manager.
+    """Puts compiled calls in the places of a policy's own; `remove` takes them away, and with them the compiled code. A
+    context manager.
 
     Every kind of call is a program of its own, compiled when it is first made: the prompt by its length, unpruned and
     pruned; decoding, where only the cache's length varies and stays a variable; an expert's call. If the family has a
@@ -233,8 +233,8 @@ def check_not_compiled(model: Any, family: Family) -> None:
 def _guards_of_arguments(guards: Any) -> list[bool]:
     """Return True for each guard that is checked at every call: those of the arguments, and of the tensors in a cache.
 
-    Those of the model, its hooks and the session would be thousands, a millisecond a call. What may change there is in
-    a program's key.
+    Those of the model, its hooks and the session would be thousands, a millisecond a call. Whatever may change there is
+    in a program's key.
     """
     kept = []
     for guard in guards:

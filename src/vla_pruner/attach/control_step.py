@@ -61,7 +61,7 @@ class ControlStep:
 
     Attributes:
         layout: the places of visual tokens and text in the sequence.
-        memory: what the rows remembered when the step opened.
+        memory: the rows' memory when the step opened.
         steps: (B,) int64, how many control steps that was, beside the scores: copied once, before any graph runs.
         prunes: whether the method prunes this step.
         budgets: how many tokens each stage keeps, of each camera or of all together, by its layer.
@@ -77,7 +77,7 @@ class ControlStep:
         semantic: (B, M) float32 semantic score read last, if the method asks for it.
         frozen_hidden: (B, N - n, D) hidden states of the readable tokens as they entered the layer from which on they
             are not updated; None without any, and outside of the prompt.
-        chosen: pruning layers at which it is decided what becomes of the sequence.
+        chosen: pruning layers at which the choice is made already.
         remembered: the memory's scores after a step that is one graph; None until they are computed.
         thread: the thread that opened the step.
     """
@@ -237,7 +237,7 @@ class ControlStep:
     # Decisions, while the prompt runs.
 
     def see_embeddings(self, method: Method, hidden: Tensor) -> None:
-        """Note what `method` reads of the first layer's input (B, N, D) of a prompt; what is known already stays."""
+        """Note the part of the first layer's input (B, N, D) of a prompt that `method` reads; known parts stay."""
         layout, visual = self.layout, self.visual_rows(hidden)
         if self.embeddings is None and "embeddings" in method.needs:
             self.embeddings = visual
@@ -247,7 +247,7 @@ class ControlStep:
             self.relevance = method.text_relevance(visual, hidden, layout.text())
 
     def begin_choice(self, layer: int) -> bool:
-        """A pruning layer is reached; returns whether tokens are to be chosen there.
+        """Return whether tokens are to be chosen at a pruning layer that is reached.
 
         That is so once in a control step, if it is pruned and fewer tokens stay than are left.
 
@@ -350,7 +350,7 @@ class ControlStep:
         else:
             weights = layout.text()
         if short is not None:
-            # Pruned before the decoder: only what is left has a score.
+            # Pruned before the decoder: only the remaining rows have a score.
             weights = short.live_rows(weights)
         device = attention.query.device
         if logits:

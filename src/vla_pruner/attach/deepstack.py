@@ -12,7 +12,7 @@ from vla_pruner.replacements import Replacements
 
 
 class DeepStack:
-    """Has a decoder that adds to its visual tokens between layers do so for those that are live; nothing for others.
+    """Makes a decoder that adds to its visual tokens between layers do so for the live ones, and nothing for others.
 
     Args:
         host: has the sequence.

@@ -59,7 +59,7 @@ class Family:
         one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
         called: whether calling the model itself (its `forward`) is part of a control step, as with language models.
             Else control steps are calls of its methods.
-        compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
+        compilable: whether the calls of decoder and readers can run as graphs, with the work of pruning in them.
         seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
             projector in it; compiled whole, in place of the encoders. None if there is no such method.
         acting: owner and name of a method that is given the prompt's embeddings (B, N, D), all of them real, and runs
@@ -185,7 +185,7 @@ class Family:
         return self.decoder.rotary_emb(hidden, positions)
 
     def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
-        """Have what the decoder or a reader computes, after hooks on it ran, go through `around(original, ...)`."""
+        """Make the computation of the decoder or a reader, after hooks on it, go through `around(original, ...)`."""
         replaced.put(module, "forward", around)
 
     def install(self) -> None:

@@ -22,7 +22,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class HookWiring:
-    """Maps the calls of a family's decoders onto `ShortLayers`, and what their attention modules do onto the host.
+    """Maps the calls of a family's decoders onto `ShortLayers`, and the reads of their attention modules onto the host.
 
     Args:
         host: called with every event.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Host(Protocol):
-    """Runs the control steps of a session. A wiring tells it of the model's calls, in this order:
+    """Runs the control steps of a session. A wiring reports the model's calls to it, in this order:
 
     - `enter_decoder` or `enter_reader`: a call begins.
     - `see_embeddings`, `record_...`, `choose`: a layer of the call shows its input or its attention, or asks which

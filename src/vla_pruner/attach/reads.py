@@ -17,7 +17,7 @@ class Note:
 
     Attributes:
         layer: index of the layer.
-        stage: how many stages of pruning made its cache what it is.
+        stage: the number of pruning stages before its cache.
         query: (B, H, 1, d), rotated.
         visible: (B or 1, 1 or H, 1, S or more) mask, bool or additive; None: it sees all.
         call: the kernel call.
@@ -41,9 +41,9 @@ def note(layer: int, stage: int, attention: Attention, row: Tensor | None) -> No
 
     Args:
         layer: index of the layer.
-        stage: how many stages of pruning made its cache what it is.
+        stage: the number of pruning stages before its cache.
         attention: the kernel call.
-        row: (B, 1) which of its query rows acts, the last real one of the prompt; None: there is but one.
+        row: (B, 1) the query row that acts, the last real one of the prompt; None: there is but one.
     """
     query, visible = attention.query, attention.mask
     if row is not None:
@@ -62,9 +62,9 @@ class CallReads:
     A call that runs as a graph then starts from the same state each time, and nothing in it counts calls.
 
     Attributes:
-        columns: (B, P) float32 by the number of stages that made the layer's cache what it is: attention to the
-            prompt's columns, the mean over heads and rows, summed over layers.
-        count: how many layers are summed there.
+        columns: (B, P) float32 by the number of pruning stages before the layer's cache: attention to the prompt's
+            columns, the mean over heads and rows, summed over layers.
+        count: the number of layers summed there.
         notes: single rows, for later.
     """
 
@@ -73,7 +73,7 @@ class CallReads:
     notes: list[Note] = field(default_factory=list)
 
     def add(self, columns: Tensor, stage: int) -> None:
-        """Add one layer's."""
+        """Add the attention of one layer."""
         known = self.columns.get(stage)
         self.columns[stage] = columns if known is None else known + columns
         self.count += 1
@@ -116,10 +116,11 @@ class DeferredReads:
 
     @torch.no_grad()
     def columns(self, stage: int, prompt: int) -> Tensor | None:
-        """(B, prompt) float32: attention to the prompt's columns, the mean over heads, summed over rows and layers.
+        """Return (B, prompt) float32: attention to the prompt's columns, the mean over heads, summed over rows and
+        layers.
 
         Args:
-            stage: of which layers.
+            stage: of the layers.
             prompt: columns that the prompt has in their caches.
         """
         groups: dict[tuple[object, ...], list[LayerReads]] = {}
@@ -139,7 +140,7 @@ def _columns(layers: list[LayerReads], prompt: int) -> Tensor:
     heads, rows = calls[0].query.shape[1], len(layers[0].queries)
     query = torch.stack([torch.cat(reads.queries, dim=2) for reads in layers]).flatten(0, 1)
     key = torch.stack([call.key for call in calls]).flatten(0, 1)
-    # Row i came when i tokens had been decoded, and its own is in the cache when it asks.
+    # Row i came after i decoded tokens, and its own token is in the cache when it reads it.
     positions = torch.arange(length, device=key.device)
     mask = (positions < prompt + torch.arange(rows, device=key.device)[:, None])[None, None]
     visible = layers[0].visible

@@ -78,7 +78,7 @@ class Reuse:
         self.forget()
 
     def forget(self) -> None:
-        """The next control step has none before it."""
+        """Forget the last control step: the next one has none before it."""
         self._last = self._now = self.similarity = None
 
     @own_arithmetic
@@ -117,7 +117,7 @@ class Reuse:
         return key, value
 
     def keep(self, cache: Any, step: ControlStep, first: int) -> None:
-        """The prompt went through the layers from `first` on: what `cache` holds of it is the next step's."""
+        """Keep the cache's content for the next step: the prompt went through the layers from `first` on."""
         assert self._now is not None
         whole = torch.arange(step.layout.length, device=step.layout.visual.device).expand(step.layout.rows, -1)
         places = {0: whole}
@@ -134,7 +134,7 @@ class Reuse:
 
 
 def pixel_similarity(pixels: Tensor, before: Tensor) -> Tensor:
-    """Cosine similarity (B, M) of the pixels (B, M, P) of each token in two images; 1 where they are equal."""
+    """Return the cosine similarity (B, M) of each token's pixels (B, M, P) in two images; 1 where they are equal."""
     equal = (pixels == before).all(dim=-1)
     # Black pixels have no direction.
     return torch.where(equal, 1.0, torch.nn.functional.cosine_similarity(pixels, before, dim=-1))

@@ -83,7 +83,7 @@ class Session:
         return attached.session_on(self._decoder) is self
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the decoder, experts and vision encoders as static graphs, what pruning adds included; of the
+        """Compile the decoder, experts and vision encoders as static graphs, with the work of pruning; for the
         reference policy the whole control step.
 
         Each kind of call is compiled when it is first made, so the first steps of the first episode take long:
@@ -95,7 +95,7 @@ class Session:
 
         Raises:
             SessionError: it is detached, or compiled already.
-            UnsupportedModelError: the family's calls, or what the method does in them, cannot be compiled.
+            UnsupportedModelError: the family's calls, or the method's work in them, cannot be compiled.
         """
         if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
@@ -106,8 +106,8 @@ class Session:
         self._runner.compiled = compiled
 
     def detach(self) -> None:
-        """Leave the model as it was before. What the last control step left can still be read. Detaching twice does
-        nothing.
+        """Leave the model as it was before. The results of the last control step can still be read. Detaching twice
+        does nothing.
 
         Everything is taken away even if a part fails; then the first error is raised.
         """

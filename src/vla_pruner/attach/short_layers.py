@@ -65,7 +65,7 @@ class ShortLayers:
         self._frozen_positions: Any = None
 
     def forget(self) -> None:
-        """A call of a decoder begins, or all is removed: its layers share nothing with those of the call before."""
+        """Forget the shared inputs: a call of a decoder begins, or all is removed."""
         self._shared.clear()
         self._scratch = None
 
@@ -97,7 +97,7 @@ class ShortLayers:
             if short is None:
                 if host.reuse is None:
                     return False
-                # A prompt that runs without a cache gets one: the next control step may reuse what is in it.
+                # A prompt that runs without a cache gets one: the next control step may reuse its content.
                 given.cache = self._cache(given.cache)
                 return True
             angles, positions, mask = given.angles, given.positions, given.mask

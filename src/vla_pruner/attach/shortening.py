@@ -52,8 +52,8 @@ class Shortening:
         """Hidden states as they go on: live (B, n, D), and frozen (B, N - n, D; None if dropped).
 
         Args:
-            hidden: (B, N, D) as they enter the layer, or, after an earlier stage, (B, n, D) of what that kept.
-            frozen: (B, N - n, D) of what earlier stages froze.
+            hidden: (B, N, D) as they enter the layer, or, after an earlier stage, (B, n, D) of the rows that it kept.
+            frozen: (B, N - n, D) of the rows that earlier stages froze.
         """
         if self.before is None:
             return self.live_rows(hidden), None if self.frozen is None else self.frozen_rows(hidden)
@@ -148,7 +148,7 @@ def _gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def pad_columns(mask: Tensor, width: int | None) -> Tensor:
-    """A static cache always offers its whole buffer: the slots that pruning leaves empty at its end are masked."""
+    """Pad a mask to a static cache's whole buffer: the slots that pruning leaves empty at its end are masked."""
     if width is None or width <= mask.shape[-1]:
         return mask
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

@@ -208,7 +208,7 @@ def check_policy(policy: Any) -> Policy:
     """Return the policy itself if it has all attributes of `Policy`.
 
     Raises:
-        UnsupportedModelError: saying what is missing and how to get it.
+        UnsupportedModelError: it lacks one; the message says which and how to get it.
     """
     if "transformers_modules" in type(policy).__module__:
         raise UnsupportedModelError(

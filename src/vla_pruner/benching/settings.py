@@ -55,11 +55,11 @@ class BenchSettings:
             checkpoint's folder; the class of a policy that is loaded already.
         size: "full" (published) or "tiny", of models with random weights.
         layers: depth of the decoder, and of an expert beside it; None: as published.
-        keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and what VLA-Cache was
-            published with. It, `pruned`, `layer` and `refresh_every` are those of methods that are given by name.
+        keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and VLA-Cache's published
+            one. It, `pruned`, `layer` and `refresh_every` are those of methods that are given by name.
         methods: names of methods, with options of their own after colons, or methods; one arm each.
-        pruned: what becomes of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: what each method
-            does first.
+        pruned: the fate of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: the first of each
+            method's fates.
         layer: pruning layers; one arm each.
         batch: robots in one call.
         cameras: number of images; None: as published.
@@ -194,7 +194,7 @@ class BenchSettings:
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dump`: what can be asked for, methods as Python shows them."""
+        """Return the settings for `json.dump`, methods as Python shows them."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "loaded"}
         return found | {"methods": [each if isinstance(each, str) else repr(each) for each in self.methods]}
 

@@ -34,7 +34,7 @@ class Recording:
         proprio: (T, d) float32, or None for a policy that takes none.
         steps: (T,) int, the control steps' numbers in the episode as it was recorded.
         actions: (N, dim) float32, all actions that were recorded: their spread is the scale of each dimension.
-        chunks: (T, chunk, dim), what the policy of a trace returned; None of a dataset.
+        chunks: (T, chunk, dim), the results of a trace's policy; None of a dataset.
         paths: (T,) the path that the arm was commanded to go until the next of these control steps, by the first three
             numbers of the actions that were carried out, as in an evaluation; None of a dataset.
     """

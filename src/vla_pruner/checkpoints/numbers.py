@@ -50,7 +50,7 @@ def finite_row(path: Path, what: str, values: Any) -> np.ndarray:
 
     Args:
         path: the file, for the message.
-        what: what they are, for the message.
+        what: their name, for the message.
         values: the value in the file.
 
     Raises:

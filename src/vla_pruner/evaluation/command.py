@@ -55,7 +55,7 @@ def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite
         0: every planned episode is there; 1: an episode crashed; 130: interrupted.
 
     Raises:
-        EvaluationError: it cannot run, go on or write; what was finished is kept.
+        EvaluationError: it cannot run, go on or write; finished episodes are kept.
     """
     wilson(0, 1)  # refused now, and not after hours, if scipy is missing
     try:

@@ -48,7 +48,7 @@ class PolicySource:
     """The source of a policy; small, so that it can be sent to workers.
 
     Attributes:
-        name: "expert", "nothing", or what `load_policy` takes; with `random_weights` what `random_policy` takes.
+        name: "expert", "nothing", or a name for `load_policy`; with `random_weights` one for `random_policy`.
         random_weights: whether weights are drawn.
         size: of random weights, "tiny" or "full".
         device, dtype: as of `load_policy`.

@@ -151,7 +151,7 @@ class RecordFile:
         path: the file; made if absent.
 
     Attributes:
-        records: what it held when it was opened, in order, and what was appended since.
+        records: those that it held when it was opened, in order, and those appended since.
         torn: bytes of a last line that was cut off, and is gone; its episode runs again.
 
     Raises:

@@ -4,8 +4,8 @@ The prefix [image blocks][text][state] runs once per action chunk, the expert on
 layers attend to the prefix and itself, the others to the prefix alone, whose cached keys and values they project.
 Action attention is that of the expert's rows in both kinds of layers, averaged over the denoising steps.
 
-LeRobot computes the layers itself, out of their parts, so no hook on a layer ever runs. What it does call for every
-layer are methods of one module; these are replaced on that instance.
+LeRobot computes the layers itself, out of their parts, so no hook on a layer ever runs. For every layer it calls
+methods of one module; these are replaced on that instance.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class SmolVLAWiring:
             cache=cache_in(given),
         )
         if self._short.shorten(layer):
-            # The loop over the layers goes on with what is in this list.
+            # The loop over the layers goes on with the contents of this list.
             given["inputs_embeds"][0] = layer.hidden
             (given["position_ids"],) = layer.angles
             given["attention_mask"] = _flat(layer.mask)

@@ -100,10 +100,10 @@ class Method:
 
     Attributes:
         layer: decoder layers before this one (0-based) run on every token.
-        pruned: what becomes, from `layer` on, of the visual tokens that are not kept. "drop" takes them away, as
-            published. "freeze" stops updating them but leaves them readable: their keys and values at every later
-            layer are those of the hidden state with which they entered `layer`. "reuse", for methods made for it,
-            leaves them readable too, with the keys and values that they had in the last control step.
+        pruned: the fate, from `layer` on, of the visual tokens that are not kept. "drop" takes them away, as published.
+            "freeze" stops updating them but leaves them readable: their keys and values at every later layer are those
+            of the hidden state with which they entered `layer`. "reuse", for methods made for it, leaves them readable
+            too, with the keys and values that they had in the last control step.
     """
 
     layer: int = field(default=3, kw_only=True)

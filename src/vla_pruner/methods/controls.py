@@ -1,4 +1,4 @@
-"""Controls: what any method must beat (a random set), a set given from outside, and no pruning at all."""
+"""Controls: a random set that any method must beat, a set given from outside, and no pruning at all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class RandomKeep(Scored):
     """Keep a random set, drawn anew in every control step from (seed, episode, step): the control that any method must
     beat.
 
-    Rows that are in the same step of the same episode draw the same set, so a batch gives each row what it would get
-    alone.
+    Rows that are in the same step of the same episode draw the same set, so a batch gives each row the set that it
+    would get alone.
 
     Attributes:
         keep, warmup_steps: see `Budgeted`.
@@ -39,7 +39,7 @@ class RandomKeep(Scored):
         super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise OptionError(f"seed={self.seed!r} was given; the seed of the draws is an int.")
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
 
     @property
     def schedule(self) -> Schedule:

@@ -24,8 +24,8 @@ class ScoreFusion(Scored, Smoothed):
     Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 65 % at keep .25 and 52 % at .125;
     VLA-Pruner has about 75 % and 68 %, and the semantic score alone 67 % and 55 %. Deviations: the paper gives neither
     weight nor normalisation. Here the weight is .5, and each score is divided by its sum over the row's present tokens,
-    so that both are shares of what the image received. With `pruned="drop"` a dropped token has no action score any
-    more, so kept sets hardly change within an episode; `refresh_every` is a way out.
+    so that both are shares of the image's total. With `pruned="drop"` a dropped token has no action score any more, so
+    kept sets hardly change within an episode; `refresh_every` is a way out.
 
     Attributes:
         keep: visual tokens kept; see `Budgeted`.

@@ -43,7 +43,7 @@ class Smoothed(Budgeted):
         if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
             raise OptionError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         check_choice("unseen", self.unseen, ("zero", "carry"))
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
         if self.layer == 0 and self.refresh_every is None:
             raise BudgetError(
                 "layer=0 was given without refresh_every: action attention comes from memory alone, and what is pruned "

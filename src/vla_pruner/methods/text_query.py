@@ -39,7 +39,7 @@ class TextQuery(SemanticallyScored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
 
     @property
     def schedule(self) -> Schedule:

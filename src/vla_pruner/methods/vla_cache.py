@@ -1,4 +1,4 @@
-"""VLA-Cache: keep computing what moved and what the text looks at; reuse the rest from the last step (2502.02175)."""
+"""VLA-Cache: compute tokens that moved or that the text attends to; reuse the rest from the last step (2502.02175)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class VLACache(Scored):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest < value <= 1:
                 raise OptionError(f"{name}={value!r} was given; it is a number above {lowest:g} and at most 1.")
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
         check_stages(self.then)
 
     @property

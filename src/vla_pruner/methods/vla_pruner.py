@@ -24,7 +24,7 @@ class VLAPruner(Method):
     Paper: "Bridging the Semantic-Action Gap in Visual Token Pruning for Efficient VLA Inference" (v5, May 2026; first
     "VLA-Pruner: Temporal-Aware Dual-Level Visual Token Pruning for Efficient Vision-Language-Action Inference"), arXiv
     2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 % at keep .5,
-    98.48 % at .25, 88.90 % at .125; docs/methods.md has what others measured. Deviations: none with the defaults
+    98.48 % at .25, 88.90 % at .125; docs/methods.md has the measurements of others. Deviations: none with the defaults
     ("freeze" and the options below are additions).
 
     Attributes:
@@ -82,7 +82,7 @@ class VLAPruner(Method):
             )
         if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
             raise OptionError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
         if self.layer == 0 and self.refresh_every is None:
             raise BudgetError(
                 "layer=0 was given without refresh_every: tokens are then chosen by memory alone, and what is pruned "

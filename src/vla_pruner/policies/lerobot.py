@@ -174,7 +174,7 @@ def load_lerobot(
     Raises:
         UnsupportedModelError: lerobot is missing, of an untested version, or the policy is of another type.
         CheckpointError: weights are missing, unexpected, unreadable or not finite; it lists them. The processors name a
-            step that is not LeRobot's, or have no statistics for what the policy gives or reads; it names both.
+            step that is not LeRobot's, or have no statistics for the policy's inputs or outputs; it names both.
         OptionError: there is no dataset `unnorm_key`, or `trust_processors` is not True or False.
     """
     if trust_processors not in (True, False):
@@ -234,7 +234,7 @@ def load_module(
 
 
 def _check_headers(policy_type: Any, folder: Path, config: Any, headers: Mapping[str, Stored]) -> None:
-    """Compare what the config describes with the files' headers, before gigabytes are built."""
+    """Compare the config's description with the files' headers, before gigabytes are built."""
     if {stored.file.name for stored in headers.values()} != {"model.safetensors"}:
         raise CheckpointError(f"{folder} has its weights in several files; LeRobot reads model.safetensors alone.")
     policy = _described(policy_type, folder, config)

@@ -1,4 +1,4 @@
-"""The overlap of what the policy reads and what it acts on: figure 2 of arXiv 2511.16449, for any traced policy.
+"""The overlap of the policy's reading and acting maps: figure 2 of arXiv 2511.16449, for any traced policy.
 
 Overlap is the share of the k highest tokens of one map that are among the k highest of another. It is 1 for two maps
 alike, and k / M for two unrelated ones.

@@ -138,8 +138,8 @@ class PolicyServer:
             raise self._failure
 
     def stop(self) -> None:
-        """Refuse new connections, answer what is under way, close the others, and leave the policy as it was. Stopping
-        twice does nothing.
+        """Refuse new connections, answer the steps under way, close the others, and leave the policy as it was.
+        Stopping twice does nothing.
         """
         if self._thread is None:
             return

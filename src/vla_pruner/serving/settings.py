@@ -37,7 +37,7 @@ class ServerSettings:
         max_batch: robots in one forward pass.
         batch_window: seconds that a control step waits for others to share its pass, while there are others.
         ping_interval: seconds between keep-alives.
-        ping_timeout: seconds until a client counts as gone that answers none, or does not read what it is sent; its
+        ping_timeout: seconds until a client counts as gone that answers none, or does not read its messages; its
             connection is cut then.
         grace: seconds that a shutdown waits for answers that are under way.
         seed: of the policies' draws; the noise of a control step depends on it, on the robot's episode and step alone.
@@ -48,8 +48,8 @@ class ServerSettings:
         default_prompt: the instruction of observations that have none; None: they are refused.
         episode_gap: seconds without an observation after which a robot's next one begins an episode; None: silence
             does not.
-        episode_jump: how far one number of the robot's state may be from the observation before; what goes further
-            begins an episode; None: no state does.
+        episode_jump: how far one number of the robot's state may be from the observation before; a larger jump begins
+            an episode; None: no state does.
         action_dim: numbers of an action that clients are sent, the first ones; None: all.
         center_crop: for OpenVLA and OFT with the layout "libero": whether the checkpoint was trained with image
             augmentation, as published ones.

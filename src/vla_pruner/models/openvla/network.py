@@ -255,7 +255,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         Args:
             images: (H, W, 3) uint8, RGB, upright, by the names of `cameras`.
-            instruction: what to do, in words.
+            instruction: the task in words.
             proprio: the robot's state in its own units, if the policy reads it.
             unnorm_key: as in `predict_action`.
 
@@ -380,5 +380,5 @@ def real_positions(mask: Tensor) -> Tensor:
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return `tensor` on the device and in the dtype that the weights on `device` need."""
-    # Weights on "meta" are offloaded; their module's own hook moves what it is called with.
+    # Weights on "meta" are offloaded; their module's own hook moves its inputs.
     return tensor.to(device=None if device.type == "meta" else device, dtype=dtype)
