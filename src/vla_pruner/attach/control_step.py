@@ -62,7 +62,8 @@ class ControlStep:
     Attributes:
         layout: the places of visual tokens and text in the sequence.
         memory: the rows' memory when the step opened.
-        steps: (B,) int64, how many control steps that was, beside the scores: copied once, before any graph runs.
+        steps: (B,) int64, the control steps of each row before this one, on the device of the scores: copied once,
+            before any graph runs.
         prunes: whether the method prunes this step.
         budgets: how many tokens each stage keeps, of each camera or of all together, by its layer.
         action_rows: (B, R) prompt positions whose attention is action attention; None if there are none.
