@@ -58,7 +58,30 @@ _CONFIRMED = tuple(
     for keep, fate in ((0.25, "drop"), (0.125, "freeze"))
     for name in ("vla-pruner", f"action-only{_WAIT}")
 )
+_CHUNK_METHODS = (
+    "vla-pruner",
+    "vla-pruner:semantic_queries=last",
+    *(
+        f"{name}{_WAIT}"
+        for name in (
+            "action-only",
+            "action-and-diversity",
+            "fastv",
+            "divprune",
+            "max-min-diversity",
+            "dart",
+            "cdpruner",
+        )
+    ),
+)
+_CHUNK_LAYERS = tuple(
+    f"{name}:layer={layer}:keep={keep}:pruned={fate}"
+    for layer in (1, 3, 5)
+    for keep, fate in ((0.25, "drop"), (0.25, "freeze"), (0.125, "freeze"))
+    for name in ("vla-pruner:semantic_queries=last", f"action-only{_WAIT}")
+)
 _COMMON = ("--policy", "reference:autoregressive", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
+_CHUNK = ("--policy", "reference:metaworld", "--suite", "metaworld:mt8", "--margin", "5", "--batch", "8")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
         *_COMMON,
@@ -73,6 +96,15 @@ PHASES: dict[str, tuple[str, ...]] = {
     "confirm": (
         *_COMMON,
         *("--first", "50", "--episodes", "150", "--method", ",".join(_CONFIRMED), "--layer", "3", "--controls", "none"),
+    ),
+    "chunk-grid": (
+        *_CHUNK,
+        *("--episodes", "10", "--method", ",".join(_CHUNK_METHODS)),
+        *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
+    ),
+    "chunk-layers": (
+        *_CHUNK,
+        *("--episodes", "10", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
     ),
 }
 

@@ -6,8 +6,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from vla_pruner.errors import OptionError
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Types of weights that commands take, by torch's names."""
+_FLAGS = {"methods": "method", "suites": "suite", "source": "from", "cameras": "camera"}
 
 
 def budget(text: str) -> float | int:
@@ -89,7 +92,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
-    add("--size", choices=("tiny", "full"), default="tiny", help="of random weights (default: %(default)s)")
+    add("--size", choices=("tiny", "full"), help="of random weights (default: tiny)")
     add(
         "--option",
         metavar="NAME=VALUE",
@@ -98,6 +101,41 @@ def add_weights(command: argparse.ArgumentParser) -> None:
         type=option,
         help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
     )
+
+
+def check_weights(options: argparse.Namespace) -> None:
+    """Refuses flags of `add_weights` that do not go together.
+
+    Raises:
+        OptionError: --size was given for a checkpoint, or --option for random weights.
+    """
+    if options.random_weights and options.option:
+        raise OptionError("--option is for checkpoints; with --random-weights leave it out.")
+    if not options.random_weights and options.size is not None:
+        raise OptionError("--size is for --random-weights; a checkpoint has its own size. Leave it out.")
+
+
+def refuse_unused(options: argparse.Namespace, mode: str, read: frozenset[str]) -> None:
+    """Refuses flags that are given but not read, since a user would think that they count.
+
+    Args:
+        options: parsed by a subcommand that set `parser` among its defaults.
+        mode: the flag that makes the others pointless, such as "--merge".
+        read: destinations of the flags that `mode` reads, its own included.
+
+    Raises:
+        OptionError: others were given.
+    """
+    parser: argparse.ArgumentParser = options.parser
+    unread = [name for name in vars(options) if name not in read | {"run", "parser", "command", "version"}]
+    given = [flag(name) for name in unread if getattr(options, name) != parser.get_default(name)]
+    if given:
+        raise OptionError(f"{mode} does not read {', '.join(given)}; leave {', '.join(given)} out.")
+
+
+def flag(name: str) -> str:
+    """The flag whose value argparse stores under `name`."""
+    return "--" + _FLAGS.get(name, name).replace("_", "-")
 
 
 def add_output(command: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+"""The folder in which a test run leaves what it looked at, for people; not in git."""
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -77,14 +81,41 @@ class Browser:
 
         self.driver.find_element(By.CSS_SELECTOR, selector).send_keys(key)
 
-    def screenshot(self, path: Path) -> bytes:
-        """The whole page as a PNG."""
+    def screenshot(self, name: str) -> bytes:
+        """The whole page as a PNG, also written to `SCREENSHOTS` under this name."""
         size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         asked = {"format": "png", "captureBeyondViewport": True, "clip": clip}
         content = base64.b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", asked)["data"])
-        path.write_bytes(content)
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        (SCREENSHOTS / f"{name}.png").write_bytes(content)
         return content
+
+
+LOOKS = {
+    "wide": (1280, False, False),
+    "wide-dark": (1280, True, False),
+    "telephone": (390, False, False),
+    "telephone-dark": (390, True, False),
+    "print": (800, True, True),
+}
+"""The width in pixels, whether the colours are dark, and whether the page is printed, of everything a page must fit."""
+
+
+def check_look(browser: Browser, page: str, look: str, least_height: int) -> None:
+    """Takes a screenshot of the open page as `look` of `LOOKS` has it, and checks its size and its colours."""
+    from PIL import Image
+
+    width, dark, paper = LOOKS[look]
+    browser.screen(width, dark=dark, print_media=paper)
+    content = browser.screenshot(f"{page}-{look}")
+    image = np.asarray(Image.open(io.BytesIO(content)).convert("L"), dtype=float)
+    assert image.shape[1] == width, "nothing sticks out to the right"
+    assert image.shape[0] > least_height
+    is_dark = dark and not paper
+    assert (np.median(image) < 60) == is_dark
+    assert (np.median(image) > 200) == (not is_dark)
+    assert image.std() > 15
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from typing import Any
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.recipes import RECIPES
-from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings, flag
-from vla_pruner.flags import add_methods, add_output, add_weights, names, option
+from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
+from vla_pruner.flags import add_methods, add_output, add_weights, check_weights, flag, names, option, refuse_unused
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
     "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace", "batch",
 )  # fmt: skip
+_MERGING = frozenset({"merge", "out", "quiet", "no_color"})
 
 
 def add_eval(commands: Any) -> None:
@@ -121,7 +122,7 @@ def add_eval(commands: Any) -> None:
         "(default: none)",
     )
     add_output(command)
-    command.set_defaults(run=run_command)
+    command.set_defaults(run=run_command, parser=command)
 
 
 def add_arms(command: argparse.ArgumentParser) -> None:
@@ -136,11 +137,16 @@ def add_arms(command: argparse.ArgumentParser) -> None:
 
 
 def policy_source(options: argparse.Namespace) -> PolicySource:
-    """Return the source of the policy."""
+    """Return the source of the policy.
+
+    Raises:
+        OptionError: the flags about its weights do not go together.
+    """
+    check_weights(options)
     return PolicySource(
         options.policy,
         options.random_weights,
-        options.size,
+        options.size or "tiny",
         options.device,
         options.dtype,
         dict(options.option),
@@ -158,8 +164,7 @@ def run_command(options: argparse.Namespace) -> int:
 
     console = output(options.quiet, options.no_color)
     if options.merge:
-        if options.policy or options.suites:
-            raise EvaluationError("--merge runs nothing, so --policy and --suite do not go with it; leave them out.")
+        refuse_unused(options, "--merge", _MERGING)
         return run_merge(options.merge, options.out, console)
     return run_eval(settings_of(options), console)
 

@@ -10,6 +10,7 @@ from typing import Any
 from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
+from vla_pruner.flags import flag
 from vla_pruner.method_names import KEEP, LAYER
 
 DEFAULT_METHODS = ("vla-pruner",)
@@ -163,8 +164,3 @@ class EvalSettings:
     def with_out(self, out: Path) -> EvalSettings:
         """Return the same settings with another folder."""
         return replace(self, out=out)
-
-
-def flag(name: str) -> str:
-    """Return the flag of a setting."""
-    return "--" + {"methods": "method", "suites": "suite"}.get(name, name).replace("_", "-")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import add_weights, budget
+from vla_pruner.flags import add_weights, budget, check_weights
 from vla_pruner.serving.observations import BY_CAMERA, LAYOUTS
 
 KEY_VARIABLE = "VLA_PRUNER_API_KEY"
@@ -241,13 +241,14 @@ def _policy(options: argparse.Namespace) -> Any:
         if options.threads < 1:
             raise OptionError(f"--threads is {options.threads}; it is 1 or more.")
         torch.set_num_threads(options.threads)
+    check_weights(options)
     if options.random_weights:
         from vla_pruner.policies.options import as_dtype, usable_device
         from vla_pruner.policies.random import random_policy
 
         usable_device(options.device)
         dtype = as_dtype(options.dtype) or torch.float32
-        return random_policy(options.policy, options.size, options.device, dtype, options.seed)
+        return random_policy(options.policy, options.size or "tiny", options.device, dtype, options.seed)
     from vla_pruner.policies.loading import load_policy
 
     return load_policy(options.policy, options.device, options.dtype, **dict(options.option))
