@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(settings: BenchSettings, sizes: Sequence[int], out: Path) -> None:
-    """Benchmarks these settings for each batch, and writes both files after each.
+    """Benchmark these settings for each batch, and write both files after each.
 
     Raises:
         VLAPrunerError: the settings do not allow a benchmark, or `out` is a file.

@@ -27,7 +27,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray],
 
 
 def main() -> None:
-    """Simulates and writes the result."""
+    """Simulate and write the result."""
     generator, rows = np.random.default_rng(0), []
     for name, (draw, mean) in DISTRIBUTIONS.items():
         for episodes in EPISODES:

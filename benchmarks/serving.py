@@ -57,7 +57,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs every arm with every number of robots; the exit code is 0."""
+    """Run every arm with every number of robots; the exit code is 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--robots", metavar="N,M", default="1,2,4,8,16,32", help="numbers of robots (default: %(default)s)")

@@ -110,14 +110,14 @@ PHASES: dict[str, tuple[str, ...]] = {
 
 
 def run(phase: str, out: Path, part: str | None) -> int:
-    """Runs or continues one part of a phase; its exit code is that of `vla-pruner eval`."""
+    """Run or continue one part of a phase; its exit code is that of `vla-pruner eval`."""
     number = "1" if part is None else part.partition("/")[0]
     arguments = ["eval", *PHASES[phase], "--out", str(out / f"{phase}-{number}")]
     return cli.main(arguments if part is None else [*arguments, "--shard", part])
 
 
 def publish(phase: str, out: Path) -> int:
-    """Merges the parts of a phase and puts what a reader needs into the repository, the records compressed."""
+    """Merge the parts of a phase and put what a reader needs into the repository, the records compressed."""
     parts = sorted(folder for folder in out.glob(f"{phase}-*") if folder.is_dir())
     if not parts:
         print(f"{out} has no folder {phase}-...; run it first.", file=sys.stderr)
@@ -144,7 +144,7 @@ def publish(phase: str, out: Path) -> int:
 
 
 def resume(phase: str, out: Path) -> int:
-    """Makes a part of what was published of a phase; `run` without a shard goes on with it, by the same code."""
+    """Make a part of what was published of a phase; `run` without a shard goes on with it, by the same code."""
     source, part = RESULTS / phase, out / f"{phase}-1"
     if part.exists() or not source.exists():
         print(f"{part} is there already." if part.exists() else f"{source} holds nothing to resume.", file=sys.stderr)

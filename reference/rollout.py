@@ -26,7 +26,7 @@ class Episode:
 def run_episode(
     act: Callable[[Observation], np.ndarray], env: MetaWorldEnv, seed: int, seen: Seen | None = None
 ) -> Episode:
-    """Runs one episode; `act` maps an observation to an action (4,)."""
+    """Run one episode; `act` maps an observation to an action (4,)."""
     observation, success, done = env.reset(seed), False, False
     images, states = [], []
     while not done:

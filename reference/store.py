@@ -31,7 +31,7 @@ class Frames:
 
 
 def save_shard(path: Path, images: np.ndarray, states: np.ndarray, episodes: np.ndarray, success: np.ndarray) -> None:
-    """Writes one shard under its final name only once it is complete."""
+    """Write one shard under its final name only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:

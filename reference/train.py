@@ -49,7 +49,7 @@ class Partner:
         self.shared: np.memmap | None = None
 
     def exchange(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Publishes these weights and moves half way to the other's, if it has written lately."""
+        """Publish these weights and move half way to the other's, if it has written lately."""
         flat = torch.nn.utils.parameters_to_vector(parameters).detach()
         if self.shared is None:
             size = 2 * (flat.numel() + 1)
@@ -88,7 +88,7 @@ class Trainer:
         self.layout = suffix_layout(self.config, args.suffixes, self.stage == "pooled")
 
     def _load(self) -> dict | None:
-        """Continues this stage if it is unfinished, else starts from the stage before."""
+        """Continue this stage if it is unfinished, else start from the stage before."""
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True)
             if saved["elapsed"] < 60 * self.args.minutes:
@@ -160,7 +160,7 @@ class Trainer:
         return policy.projector(tokens) + policy.visual_position
 
     def run(self) -> None:
-        """Trains until the budget is used."""
+        """Train until the budget is used."""
         if self.stage == "pooled" and self.step == 0:
             self._measure_centre()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -240,7 +240,7 @@ class Trainer:
         return result
 
     def save(self, final: bool = False) -> None:
-        """Writes the checkpoint, for going on, and the policy, for use."""
+        """Write the checkpoint, for going on, and the policy, for use."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "stage": self.stage,

@@ -39,7 +39,7 @@ class Recorder:
         return len(self.rows["tasks"])
 
     def save(self, folder: Path) -> None:
-        """Writes the shard under its final name only once it is complete."""
+        """Write the shard under its final name only once it is complete."""
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

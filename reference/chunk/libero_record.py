@@ -52,7 +52,7 @@ class Expert(LiberoObjectExpert):
     """The height of the ground below the objects, in metres."""
 
     def aim(self, truth: Any, thing: str, basket: str, ground: float) -> None:
-        """Acts by this truth, for this object."""
+        """Act by this truth, for this object."""
         self._truth, self._object, self._basket, self.ground = truth, thing, basket, ground
         self.reset()
 
@@ -262,7 +262,7 @@ class Look:
         self.actions: list[np.ndarray] = []
 
     def record(self, recorder: Recorder) -> None:
-        """Writes it down if its whole chunk was seen."""
+        """Write it down if its whole chunk was seen."""
         if len(self.actions) == CHUNK:
             self.chunks[0] = self.actions
             recorder.add(**self.row, chunks=self.chunks, questions=self.things)

@@ -98,7 +98,7 @@ class Trainer:
         return self.stage == "pooled"
 
     def _load(self) -> dict | None:
-        """Continues this stage if it is unfinished, else starts from the stage before."""
+        """Continue this stage if it is unfinished, else start from the stage before."""
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True)
             if saved["stage"] == self.stage and saved["elapsed"] < 60 * self.args.minutes:
@@ -176,7 +176,7 @@ class Trainer:
         return acting + self.args.place_weight * placing + self.args.find_weight * finding, numbers
 
     def run(self) -> None:
-        """Trains until the budget is used."""
+        """Train until the budget is used."""
         if self.pooled and self.step == 0 and self.args.start is None:
             self._measure_centre()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -243,7 +243,7 @@ class Trainer:
         return result
 
     def save(self, final: bool = False) -> None:
-        """Writes the checkpoint, for going on, and the policy, for use."""
+        """Write the checkpoint, for going on, and the policy, for use."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "stage": self.stage,

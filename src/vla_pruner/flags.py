@@ -104,7 +104,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
 
 
 def check_weights(options: argparse.Namespace) -> None:
-    """Refuses flags of `add_weights` that do not go together.
+    """Refuse flags of `add_weights` that do not go together.
 
     Raises:
         OptionError: --size was given for a checkpoint, or --option for random weights.
@@ -116,7 +116,7 @@ def check_weights(options: argparse.Namespace) -> None:
 
 
 def refuse_unused(options: argparse.Namespace, mode: str, read: frozenset[str]) -> None:
-    """Refuses flags that are given but not read, since a user would think that they count.
+    """Refuse flags that are given but not read, since a user would think that they count.
 
     Args:
         options: parsed by a subcommand that set `parser` among its defaults.
@@ -134,7 +134,7 @@ def refuse_unused(options: argparse.Namespace, mode: str, read: frozenset[str]) 
 
 
 def flag(name: str) -> str:
-    """The flag whose value argparse stores under `name`."""
+    """Return the flag whose value argparse stores under `name`."""
     return "--" + _FLAGS.get(name, name).replace("_", "-")
 
 

@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 
 
 def edit(path: Path, change: Callable[[Rows], Any]) -> None:
-    """Changes the rows of a parquet file."""
+    """Change the rows of a parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -16,7 +16,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Runs a block of a page; dataclasses look for the module of their class."""
+    """Run a block of a page; dataclasses look for the module of their class."""
     names.setdefault("__name__", __name__)
     exec(compile(code, "a page of docs/", "exec", dont_inherit=True), names)
     return names

@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[Json], Any]) -> None:
-    """Edits run.json, and makes its hash and the records fit again."""
+    """Edit run.json, and make its hash and the records fit again."""
     content = json.loads((folder / MANIFEST).read_text())
     change(content)
     content["run"] = sha256(json.dumps(content["identity"], sort_keys=True).encode()).hexdigest()[:12]

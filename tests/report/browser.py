@@ -16,7 +16,7 @@ import pytest
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-"""The folder in which a test run leaves what it looked at, for people; not in git."""
+"""The folder in which a test run leaves its screenshots, for people; not in git."""
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -38,7 +38,7 @@ class Browser:
         self.driver = driver
 
     def open(self, page: Path) -> None:
-        """Loads a file."""
+        """Load a file."""
         self.complaints()
         self.requests()
         self.driver.get(page.resolve().as_uri())
@@ -68,7 +68,7 @@ class Browser:
         return found
 
     def screen(self, width: int, *, dark: bool = False, print_media: bool = False) -> None:
-        """Sets the width in pixels, the colours and the medium."""
+        """Set the width in pixels, the colours and the medium."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         media = {"features": features, "media": "print" if print_media else ""}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
@@ -103,7 +103,7 @@ LOOKS = {
 
 
 def check_look(browser: Browser, page: str, look: str, least_height: int) -> None:
-    """Takes a screenshot of the open page as `look` of `LOOKS` has it, and checks its size and its colours."""
+    """Take a screenshot of the open page as `look` of `LOOKS` has it, and checks its size and its colours."""
     from PIL import Image
 
     width, dark, paper = LOOKS[look]

@@ -58,7 +58,7 @@ def write_run(
     traced: int = 0,
     shard: tuple[int, int] | None = None,
 ) -> EvalSettings:
-    """Writes run.json, episodes.jsonl and the traces of the first `traced` starts.
+    """Write run.json, episodes.jsonl and the traces of the first `traced` starts.
 
     Args:
         outcome: how an episode ends; None crashes.

@@ -26,7 +26,7 @@ def policy() -> Any:
 
 @pytest.fixture
 def serve(policy: Any) -> Iterator[Callable[..., PolicyServer]]:
-    """Starts servers, which are stopped after the test: `serve(policy=..., pruner=..., **settings)`."""
+    """Start servers, which are stopped after the test: `serve(policy=..., pruner=..., **settings)`."""
     running: list[PolicyServer] = []
     gates: list[Gated] = []
 

@@ -157,8 +157,8 @@ def run_here(run: Run, replica: Replica, file: RecordFile, max_errors: int) -> I
 
 
 def keep_record(run: Run, file: RecordFile, record: Record, trace: Trace | None, max_errors: int) -> None:
-    """Writes a record, and before it the trace of the episode, so that none is missing if a run stopped between the
-    two; errors as in `run_here`.
+    """Write a record, and before it the trace of the episode, so that none is missing if a run stopped between the two;
+    errors as in `run_here`.
     """
     if trace is not None:
         write_trace(file.path.parent, trace)

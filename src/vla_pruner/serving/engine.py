@@ -312,7 +312,7 @@ def check_method(method: Method | None) -> None:
 
 
 def check_weights(policy: Policy) -> None:
-    """Refuses weights that are not finite: of their outputs, the most likely token may be a valid one, so that actions
+    """Refuse weights that are not finite: of their outputs, the most likely token may be a valid one, so that actions
     do not show it. Quantized weights are not checked.
 
     Raises:
