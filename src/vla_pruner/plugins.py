@@ -115,7 +115,7 @@ def object_at(path: str, what: str = "object") -> Any:
         fix = (
             "install it, or put its folder on PYTHONPATH (PYTHONPATH=. for the present one)"
             if missing
-            else "try `import` of it in Python, and mend what it says"
+            else "try `import` of it in Python, and fix the error"
         )
         raise PluginError(f"the module {module} cannot be imported ({told}); {fix}.") from error
     for part in name.split("."):

@@ -172,7 +172,7 @@ def keep_record(run: Run, file: RecordFile, record: Record, trace: Trace | None,
         raise EvaluationError(
             f"{len(run.crashes)} episodes crashed, more than --max-errors {max_errors}; the last was {record.arm} on "
             f"{record.unit}: {error.get('type')}: {error.get('message')} ({error.get('where')}). Crashes are no "
-            "failures: mend their cause and give the same command again, which runs them anew."
+            "failures: fix their cause and give the same command again, which runs them anew."
         )
 
 

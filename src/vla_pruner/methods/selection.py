@@ -147,7 +147,7 @@ def fused_form(device: torch.device) -> Callable[[Tensor, Tensor, int], Tensor] 
     except Exception as error:
         warnings.warn(
             f"Triton is installed but does not run on {device} ({type(error).__name__}: {error}), so the greedy filter "
-            "picks the same tokens in some three launches for each; mend Triton or uninstall it.",
+            "picks the same tokens in some three launches for each; repair Triton or uninstall it.",
             stacklevel=2,
         )
         return None

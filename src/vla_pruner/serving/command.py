@@ -197,8 +197,8 @@ def run_serve(options: argparse.Namespace) -> int:
         server.start()
         if settings.is_open:
             _say(
-                f"Warning: {settings.host} can be reached by other machines, and no key is asked of them: whoever "
-                f"reaches the port can use the policy. Give --api-key-file (or {KEY_VARIABLE}), and --tls-cert beyond "
+                f"Warning: {settings.host} can be reached by other machines, and no key is asked of them: anyone "
+                f"who reaches the port can use the policy. Give --api-key-file (or {KEY_VARIABLE}), and --tls-cert beyond "
                 "a network that you trust."
             )
         what = "unpruned" if method is None else f"{type(method).__name__}, keep {method.keep!r}"

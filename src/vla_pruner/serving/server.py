@@ -213,7 +213,7 @@ class PolicyServer:
             server.close(close_connections=False)
         answered = await _closed(server, settings.grace)
         if not answered:
-            log.warning("Answers took longer than %g seconds of grace; their robots are told so.", settings.grace)
+            log.warning("Answers took longer than %g seconds of grace; their robots get an error.", settings.grace)
         await self._batcher.close()
         if not answered and not await _closed(server, _LAST_WORDS):
             self._connections.abort()
