@@ -239,7 +239,9 @@ def _add_audit(commands: Any) -> None:
         help="of the weights (default: the checkpoint's; float32 for random weights)",
     )
     command.add_argument("--seed", metavar="N", type=int, default=0, help="of all draws (default: %(default)s)")
-    command.add_argument("--instruction", metavar="TEXT", help="instruction for the policy (default: one that it knows)")
+    command.add_argument(
+        "--instruction", metavar="TEXT", help="instruction for the policy (default: one that it knows)"
+    )
     command.add_argument(
         "--option",
         metavar="NAME=VALUE",

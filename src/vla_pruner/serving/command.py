@@ -198,8 +198,8 @@ def run_serve(options: argparse.Namespace) -> int:
         if settings.is_open:
             _say(
                 f"Warning: {settings.host} can be reached by other machines, and no key is asked of them: anyone "
-                f"who reaches the port can use the policy. Give --api-key-file (or {KEY_VARIABLE}), and --tls-cert beyond "
-                "a network that you trust."
+                f"who reaches the port can use the policy. Give --api-key-file (or {KEY_VARIABLE}), and --tls-cert "
+                "beyond a network that you trust."
             )
         what = "unpruned" if method is None else f"{type(method).__name__}, keep {method.keep!r}"
         _say(f"Serving {options.policy} ({what}) at {server.url}; Ctrl-C stops.")
