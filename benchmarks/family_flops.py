@@ -3,15 +3,17 @@
     python -m benchmarks.family_flops      # prints a table, writes benchmarks/results/family_flops.{json,md}
 
 Nothing is run or timed here. FLOPs are the cost of a compute-bound pass (a long prompt, a batch); bytes are the weights
-that every pass must read once, the cost of a pass of few tokens at batch 1 (decoding, denoising). Sizes are those of
-the published configs: openvla/openvla-7b, moojink/openvla-7b-oft-finetuned-libero-*, lerobot/pi0_base,
-lerobot/pi05_base, lerobot/smolvla_base.
+that every pass must read once, the cost of a pass of few tokens at batch 1 (decoding, denoising). Sizes are
+those of the published configs: openvla/openvla-7b, moojink/openvla-7b-oft-finetuned-libero-*, lerobot/pi0_base,
+lerobot/pi05_base, lerobot/smolvla_base; of vision-language models with an action head of one's own, whose cost is not
+counted, llava-hf/llava-1.5-7b-hf, google/paligemma-3b-pt-224, Qwen/Qwen3-VL-2B-Instruct and
+HuggingFaceTB/SmolVLM2-500M-Video-Instruct, with two images (of 448 x 448 pixels for Qwen) and 24 words.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,11 @@ GEMMA = DecoderShape(layers=18, hidden=2048, heads=8, kv_heads=1, head_dim=256, 
 GEMMA_EXPERT = DecoderShape(layers=18, hidden=1024, heads=8, kv_heads=1, head_dim=256, feed_forward=4096)
 SMOL_VISION = DecoderShape(layers=12, hidden=768, heads=12, kv_heads=12, head_dim=64, feed_forward=3072, matrices=2)
 SMOL = DecoderShape(layers=16, hidden=960, heads=15, kv_heads=5, head_dim=64, feed_forward=2560)
+CLIP = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
+QWEN3 = DecoderShape(layers=28, hidden=2048, heads=16, kv_heads=8, head_dim=128, feed_forward=6144)
+QWEN3_VISION = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
+QWEN3_MERGER = 2.0 * (4096 * 4096 + 4096 * 2048)
+"""Of one token; three more bring DeepStack's features."""
 SMOL_EXPERT = DecoderShape(layers=16, hidden=720, heads=15, kv_heads=5, head_dim=64, feed_forward=2048)
 
 
@@ -82,6 +89,45 @@ FAMILIES = {
             expert=Expert(SMOL_EXPERT, 50, 10),
         ),
         remark="the vision tower is most of it, and it is behind that tower that tokens are dropped: nothing to gain",
+    ),
+    "LLaVA-1.5-7B, own head": Family(
+        ControlStep(
+            replace(LLAMA, vocabulary=0),
+            visual=2 * 576,
+            other=25,
+            towers=(Tower(CLIP, 577, 24),),
+            cameras=2,
+            projector=2.0 * (1024 * 4096 + 4096 * 4096),
+        ),
+        remark="one pass, nearly all of it visual tokens: as OpenVLA-OFT",
+    ),
+    "PaliGemma-3B-224, own head": Family(
+        ControlStep(
+            GEMMA, visual=512, other=25, towers=(Tower(SIGLIP, 256, 27),), cameras=2, projector=2.0 * 1152 * 2048
+        ),
+        remark="one pass; the vision tower remains",
+    ),
+    "Qwen3-VL-2B, own head": Family(
+        ControlStep(
+            QWEN3,
+            visual=2 * 196,
+            other=29,
+            towers=(Tower(QWEN3_VISION, 784, 24),),
+            cameras=2,
+            projector=4 * QWEN3_MERGER,
+        ),
+        remark="four patches make one token, so that the vision tower is as much as the prompt",
+    ),
+    "SmolVLM2-500M, own head": Family(
+        ControlStep(
+            replace(SMOL, layers=32),
+            visual=2 * 64,
+            other=29,
+            towers=(Tower(SMOL_VISION, 1024, 12),),
+            cameras=2,
+            projector=2.0 * 16 * 768 * 960,
+        ),
+        remark="as SmolVLA: the vision tower is most of it",
     ),
 }
 

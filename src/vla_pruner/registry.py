@@ -192,6 +192,30 @@ ROWS = (
             ("smolvla", ("smolvla",), "vla_pruner.families.smolvla:SmolVLA", "SmolVLAPolicy", 16),
         )
     ),
+    *(
+        Row(
+            name=name,
+            aliases=(published.lower(),),
+            title=f"{published} of transformers",
+            family="vla_pruner.families.vlm:VLM",
+            policy="vla_pruner.policies.vlm:RandomVLM",
+            module=f"transformers.models.{kind}.modeling_{kind}:{classes}ForConditionalGeneration",
+            random=f"vla_pruner.policies.vlm:random_{kind}",
+            bench=Benchmark(
+                feed="vla_pruner.benching.feeds:vlm",
+                build="vla_pruner.benching.policies:vlm",
+                layers=layers,
+                options=("layers", "cameras", "prompt_tokens", "decode_tokens"),
+            ),
+        )
+        for name, published, kind, classes, layers in (
+            ("llava", "LLaVA-1.5-7B", "llava", "Llava", 32),
+            ("paligemma", "PaliGemma-3B-224", "paligemma", "PaliGemma", 18),
+            ("smolvlm", "SmolVLM2-500M", "smolvlm", "SmolVLM", 32),
+            ("qwen2.5-vl", "Qwen2.5-VL-3B", "qwen2_5_vl", "Qwen2_5_VL", 36),
+            ("qwen3-vl", "Qwen3-VL-2B", "qwen3_vl", "Qwen3VL", 28),
+        )
+    ),
     Row(
         name="llama",
         title="a decoder-only language model of transformers",

@@ -19,6 +19,8 @@ MODELS = {
     "openvla": BenchSettings("openvla-7b", size="tiny", pruned=("freeze",), decode_tokens=3),
     "oft": BenchSettings("openvla-oft", size="tiny", cameras=1),
     "pi0": BenchSettings("pi0", size="tiny", pruned=("freeze",), batch=2, denoise_steps=2),
+    "llava": BenchSettings("llava", size="tiny", pruned=("freeze",), cameras=1, decode_tokens=3),
+    "smolvlm": BenchSettings("smolvlm", size="tiny", batch=2, decode_tokens=2),
     "reference": BenchSettings("reference", size="tiny", batch=2),
     "reference-chunk": BenchSettings("reference-chunk", size="tiny", pruned=("freeze",), batch=2),
 }

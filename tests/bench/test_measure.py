@@ -36,6 +36,20 @@ def test_counted_flops_are_those_of_the_formula(subject: Any) -> None:
             assert counted["vision"] == pytest.approx(formula["vision"], rel=0.01)
 
 
+@pytest.mark.parametrize("model", ["paligemma", "qwen2.5-vl", "qwen3-vl"])
+def test_counted_flops_of_a_vision_language_model(model: str) -> None:
+    """Qwen's encoder has windows, or mergers for DeepStack, and no formula."""
+    subject = subject_of(BenchSettings(model, size="tiny", cameras=1, decode_tokens=2))
+    assert subject.vision_by_formula == (model == "paligemma")
+    turns = turns_of(subject)
+    for arm in turns.arms:
+        formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned).flops
+        counted = count_stages(turns, arm)
+        for stage in ("prefill", "decode"):
+            assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
+        assert counted["vision"] > 0
+
+
 def test_every_arm_keeps_what_it_says(subject: Any) -> None:
     turns = turns_of(subject)
     visual = subject.feed.visual

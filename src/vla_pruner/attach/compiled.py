@@ -91,7 +91,7 @@ class Compiled:
         if family.seeing is not None:
             self._replaced.put(*family.seeing, partial(self._see, "prompt"))
         else:
-            for index, encoder in enumerate(family.anatomy.towers):
+            for index, encoder in enumerate(family.static_towers):
                 self._replaced.put(encoder, "forward", partial(self._see, index))
         _compiled[family.decoder] = ref(self)
 
@@ -138,6 +138,8 @@ class Compiled:
             return self._run(("step", *given.shape[:2], self._step_key()), given, whole, args, kwargs)
 
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._runner is not None and self._runner.aside:
+            return original(*args, **kwargs)
         given, step = _first_tensor(args, kwargs), None if self._runner is None else self._runner.step
         prompt = given.shape[1] > 1 if step is None else step.in_prompt()
         if prompt:

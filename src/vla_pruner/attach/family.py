@@ -88,6 +88,11 @@ class Family:
         return Anatomy(self.decoder, self.readers)
 
     @property
+    def static_towers(self) -> tuple[nn.Module, ...]:
+        """The vision encoders whose calls can be static graphs; the others run as they are in a compiled policy."""
+        return self.anatomy.towers
+
+    @property
     def depth(self) -> int:
         """Number of layers of the decoder."""
         return len(self.decoder.layers)
@@ -125,9 +130,22 @@ class Family:
         """Return a wiring of this model's own; None: hooks on the decoder and its layers."""
         return None
 
+    def shows_nothing(self, call: Call) -> bool:
+        """Whether the model was called without an image. A sequence that begins so is no control step and runs
+        untouched.
+        """
+        return False
+
     def opens_step(self, call: Call) -> bool:
         """Return True if a call of the decoder is a prefill, which opens a control step."""
         raise NotImplementedError
+
+    def check_short_token(self) -> None:
+        """Look at a call that decodes a token over a cache of which every layer is short.
+
+        Raises:
+            SessionError: the model took the token's position from the cache's length.
+        """
 
     def repeats_prompt(self, call: Call) -> bool:
         """Return True if a call that opens no step runs the whole prompt again in the same control step (a denoising

@@ -27,6 +27,8 @@ class Host(Protocol):
       tokens stay.
     - `leave_call`: the call came back.
     - `end_turn`: the call is over, whether it came back or failed.
+
+    A call that is no part of a control step is `enter_aside` and `end_turn`, with nothing in between.
     """
 
     @property
@@ -54,6 +56,11 @@ class Host(Protocol):
         """True while a control step that is one graph runs, or is traced; it was opened before."""
         ...
 
+    @property
+    def aside(self) -> bool:
+        """True while a call runs that is no part of a control step."""
+        ...
+
     def open_step(self) -> ControlStep:
         """Return the control step that is running.
 
@@ -75,6 +82,14 @@ class Host(Protocol):
 
         Raises:
             SessionError: see `Runner.open_call`; or another thread is within a control step.
+        """
+        ...
+
+    def enter_aside(self) -> None:
+        """A call of the decoder begins that is no part of a control step.
+
+        Raises:
+            SessionError: another thread is within a control step.
         """
         ...
 

@@ -44,6 +44,7 @@ class Runner:
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering.
         compiled: the compiled calls of the model; None if they are not compiled.
         whole: True while a control step that is one graph runs, or is traced; it was opened before.
+        aside: True while a call runs that is no part of a control step.
 
     Raises:
         BudgetError: the method does not fit the model.
@@ -59,6 +60,7 @@ class Runner:
         self.clock: Clock | None = None
         self.compiled: Compiled | None = None
         self.whole = False
+        self.aside = False
         self._planner = Planner(family, self.stages)
         self._episode: Tensor | None = None
         self._memory: Memory | None = None
@@ -120,6 +122,17 @@ class Runner:
         with self.timed():
             return self.open_call(call)
 
+    def enter_aside(self) -> None:
+        """A call of the decoder begins that is no part of a control step.
+
+        Raises:
+            SessionError: another thread is within a control step.
+        """
+        self.turn.begin_call()
+        if self._step is not None and self._step.running:
+            self._step.close()  # its own call failed, and what is read now is not its
+        self.aside = True
+
     def enter_reader(self) -> None:
         """Begin a call of an expert.
 
@@ -139,8 +152,8 @@ class Runner:
 
     def end_turn(self) -> None:
         """End the turn of a call that came back or failed."""
-        if not self.whole:
-            self.turn.end_call()
+        if not self.whole and self.turn.end_call():
+            self.aside = False
 
     def open_call(self, call: Call) -> bool:
         """Begin a call of the decoder; returns whether it runs the prompt. A prefill closes the last control step and

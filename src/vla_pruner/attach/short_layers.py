@@ -197,6 +197,7 @@ class ShortLayers:
         short = self._host.open_step().shortening
         if short is None:
             return None
+        self._family.check_short_token()
         with self._host.timed():
             return short_token(given, short, past, device)
 

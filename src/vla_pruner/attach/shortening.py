@@ -32,6 +32,7 @@ class Shortening:
     """
 
     def __init__(self, layout: Layout, kept_ids: Tensor, readable: bool, before: Shortening | None = None) -> None:
+        self._prompt = layout.prompt
         self.length = layout.length
         self.before = before
         live = torch.ones_like(layout.prompt).scatter(1, layout.visual, False)
@@ -107,6 +108,22 @@ class Shortening:
     def reader_mask(self, mask: Tensor | None, buffer: int | None) -> Tensor | None:
         """The same for query rows that come after the prompt (decoded tokens, an expert): only columns change."""
         return None if mask is None else self._columns(mask, buffer)
+
+    def token_mask(self, like: Tensor, decoded: int, buffer: int | None) -> Tensor:
+        """The mask (B, 1, 1, W) of a token that is decoded over a cache of which every layer is short: it sees all that
+        is real.
+
+        Args:
+            like: a mask, bool or additive.
+            decoded: tokens behind the prompt, this one included.
+            buffer: width of a static cache's key buffer, or None.
+        """
+        prompt = self._prompt.gather(1, self.prefix)
+        visible = torch.cat([prompt, prompt.new_ones(len(prompt), decoded)], dim=1)
+        visible = pad_columns(visible[:, None, None].to(like.device), buffer)
+        if like.dtype == torch.bool:
+            return visible
+        return like.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(like.dtype).min)
 
     def to_grid(self, columns: Tensor) -> Tensor:
         """Return values (B, n or N) by column of `prefix`, put back by prompt position: (B, N), zero where dropped."""

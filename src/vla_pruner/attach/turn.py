@@ -57,11 +57,13 @@ class Turn:
         """
         self._take(0, True)
 
-    def end_call(self) -> None:
-        """End the call, which came back or failed."""
+    def end_call(self) -> bool:
+        """End the call, which came back or failed; returns whether it had the turn."""
         with self._lock:
-            if self._thread is threading.current_thread():
+            own = self._thread is threading.current_thread()
+            if own:
                 self._calling = False
+            return own
 
     def _take(self, deeper: int, calling: bool) -> None:
         with self._lock:

@@ -65,10 +65,15 @@ class TowerProbe(Probe):
 
     def install(self) -> None:
         for index, tower in enumerate(self._towers):
-            self.before(tower, lambda pixels, index=index: self._see(index, pixels))
 
-    def _see(self, index: int, pixels: Tensor) -> None:
-        for image in pixels.detach().reshape(-1, *pixels.shape[-3:]):
+            def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                pixels, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                self._see(index, _images(pixels.detach(), others))
+
+            self._handles.append(tower.register_forward_pre_hook(call, with_kwargs=True))
+
+    def _see(self, index: int, images: Iterable[Tensor]) -> None:
+        for image in images:
             if bool((image != image[:, :1, :1]).any()):
                 self.images[index].append(image.clone())
             else:
@@ -117,6 +122,17 @@ class HiddenProbe(Probe):
 
     def _keep(self, is_decoder: bool, hidden: Tensor) -> None:
         self.calls.append((is_decoder, hidden.detach().to("cpu", torch.float32, copy=True)))
+
+
+def _images(pixels: Tensor, others: list[Tensor]) -> Iterable[Tensor]:
+    """The images (C, H, W) of a vision tower's call; or (C, 1, n), where it is given the patches (N, C x time x area)
+    of all images, and with them each image's (time, height, width) in patches.
+    """
+    if pixels.dim() > 2:
+        return pixels.reshape(-1, *pixels.shape[-3:])
+    grids = next(tensor for tensor in others if tensor.dim() == 2 and tensor.shape[1] == 3)
+    each = pixels.split(grids.prod(dim=1).tolist())
+    return [patches.reshape(len(patches), 3, -1).transpose(0, 1).reshape(3, 1, -1) for patches in each]
 
 
 def _first_tensor(values: Iterable[Any]) -> Tensor:

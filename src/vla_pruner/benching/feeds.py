@@ -20,6 +20,7 @@ INSTRUCTION = "pick up the red block and put it into the bowl"
 LLAMA_TEXT, LLAMA_CAMERA, LLAMA_DECODED = 24, 256, 7
 PI0_TEXT, PI05_TEXT, SMOLVLA_TEXT = 48, 200, 48
 OPENVLA_TEXT = 25
+VLM_TEXT = 24
 _SIDE = 224
 
 
@@ -235,6 +236,25 @@ def pi0(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
         return [prepare_image(image, vision.image_size) for camera in images for image in camera]
 
     return Feed(step, visual, other, denoised=(config.chunk_size + 1, steps), uses_head=False, prepare=prepare)
+
+
+def vlm(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """A vision-language model of transformers."""
+    from vla_pruner.policies.vlm import ACTION_TOKENS
+
+    rows, cameras, side = settings.batch, len(policy.cameras), policy.side
+    visual = cameras * policy.tokens_per_image
+    draw = _draw(settings)
+    pixels = torch.randn(rows, cameras, 3, side, side, generator=draw)
+    beside = policy.inputs(pixels, torch.zeros(rows, 0, dtype=torch.int64))["input_ids"].shape[1] - visual
+    other = _other(settings, visual, VLM_TEXT + beside, beside + 1)
+    text = torch.randint(3, 250, (rows, other - beside), generator=draw)
+    tokens = settings.decode_tokens or ACTION_TOKENS
+
+    def step() -> Tensor:
+        return policy.decode(policy.inputs(pixels, text), tokens).cpu()
+
+    return Feed(step, visual, other, decoded=tokens - 1)
 
 
 def lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:

@@ -99,6 +99,14 @@ def pi0(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> An
     return TransformersPI0(module, _cameras(settings.cameras or 3), tokenizer)
 
 
+def vlm(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """A vision-language model of transformers."""
+    from vla_pruner.policies.vlm import CAMERAS, random_vlm
+
+    cameras = CAMERAS if settings.cameras is None else _cameras(settings.cameras)
+    return random_vlm(settings.kind, settings.size, device, dtype, settings.seed, settings.layers, cameras)
+
+
 def lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
     """One of LeRobot's policies."""
     from vla_pruner.families.lerobot_common import check_version

@@ -137,9 +137,12 @@ def _tower(module: Any) -> Tower | None:
     if size is not None and hasattr(size, "mlp_width"):
         width, heads, layers, feed_forward = size.width, size.heads, size.depth - 1, size.mlp_width
         patch, patches, prefix = size.patch, size.patches, size.prefix
-    elif config is not None and hasattr(config, "patch_size") and hasattr(config, "intermediate_size"):
+    elif config is not None and all(
+        hasattr(config, name) for name in ("patch_size", "image_size", "intermediate_size", "num_attention_heads")
+    ):
         width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-        feed_forward, patch, prefix = config.intermediate_size, config.patch_size, 0
+        feed_forward, patch = config.intermediate_size, config.patch_size
+        prefix = 1 if config.model_type == "clip_vision_model" else 0
         patches = (config.image_size // patch) ** 2
     else:
         return None

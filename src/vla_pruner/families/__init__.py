@@ -33,7 +33,9 @@ def family_of(model: Any, *, family: type[Family] | None = None, **options: Any)
     """
     named: Any = None
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
-        model, named = model.module, getattr(model, "cameras", None)
+        named, tokens = getattr(model, "cameras", None), getattr(model, "camera_tokens", None)
+        named = dict(zip(named, tokens, strict=True)) if named is not None and tokens is not None else named
+        model = model.module
     given, model = model, unwrapped(model)
     found: Any = _found(model) if family is None else _given(family, model)
     known = list(inspect.signature(found.__init__).parameters)[2:]
@@ -78,8 +80,9 @@ def _found(model: Any) -> type[Family]:
     raise UnsupportedModelError(
         f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
         "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
-        "PI05Policy and SmolVLAPolicy, vla_pruner.reference_policy(), and transformers' decoder-only language models "
-        "(of a vision-language model the text decoder: model.language_model). "
+        "PI05Policy and SmolVLAPolicy, vla_pruner.reference_policy(), transformers' vision-language models that are "
+        "called with input_ids and pixel_values (LLaVA, PaliGemma, SmolVLM, InternVL, Gemma 3, Qwen-VL), and its "
+        "decoder-only language models. "
         "Adapters of PEFT, DistributedDataParallel and FullyShardedDataParallel are looked into; a policy inside of "
         "another wrapper, such as DataParallel, is attached to itself (its .module). "
         "See CONTRIBUTING.md on how a family is added." + "".join(f" {told}" for told in broken)

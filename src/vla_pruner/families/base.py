@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
-from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.versions import check_transformers
 
 BACKENDS = ("sdpa", "eager")
@@ -64,6 +65,18 @@ def tiles(images: Tensor, tokens: int) -> Tensor:
     """Square images (B, 3, S, S) cut into as many square tiles as there are tokens, in raster order: (B, tokens, P)."""
     size = images.shape[-1] // math.isqrt(tokens)
     return nn.functional.unfold(images.float(), kernel_size=size, stride=size).transpose(1, 2)
+
+
+def check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
+    """The cameras' names.
+
+    Raises:
+        OptionError: they are no sequence of distinct names.
+    """
+    names = () if isinstance(cameras, str) or not isinstance(cameras, Sequence) else tuple(cameras)
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise OptionError(f"cameras={cameras!r} was given; it is a sequence of distinct names, one a camera.")
+    return names
 
 
 def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:

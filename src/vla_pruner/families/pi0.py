@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.errors import OptionError, SessionError
-from vla_pruner.families.base import TransformersFamily, check_decoder
+from vla_pruner.errors import SessionError
+from vla_pruner.families.base import TransformersFamily, check_cameras, check_decoder
 from vla_pruner.replacements import Replacements
 
 
@@ -42,7 +42,7 @@ class PI0(TransformersFamily):
         self._shown: Tensor | None = None
         self._absent: frozenset[int] = frozenset()
         self._replaced = Replacements()
-        self.cameras = () if cameras is None else _check_cameras(cameras)
+        self.cameras = () if cameras is None else check_cameras(cameras)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -122,10 +122,3 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 FEW_TOKENS = "A row has fewer image and padding tokens than the cameras need; pad all rows alike."
-
-
-def _check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(cameras)
-    if isinstance(cameras, str) or not names or len(set(names)) != len(names):
-        raise OptionError(f"cameras={cameras!r} was given; it is a sequence of distinct names, one a camera.")
-    return names
