@@ -51,6 +51,14 @@ def test_your_own_decoder_and_vision_language_model(capsys: Capture) -> None:
     assert "4 of 16 visual tokens kept" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_export_prints_what_the_page_says(capsys: Capture) -> None:
+    names: dict[str, Any] = {}
+    for code, printed in zip(blocks(page("export.md")), blocks(page("export.md"), ""), strict=True):
+        run(code, names)
+        assert capsys.readouterr().out == printed
+
+
 def test_a_family_of_your_own(capsys: Capture) -> None:
     (block,) = blocks(page("adding-a-family.md"))
     names = run(block, {})
