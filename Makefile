@@ -66,7 +66,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints/default.txt
 	$(call create,$(VENV))
 	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints/default.txt; a few minutes the first time)"
-	@$(call pip,$(VENV)) -c constraints/default.txt -e '.[metaworld,libero-images,eval,serve,ray,dataset,dev]'
+	@$(call pip,$(VENV)) -c constraints/default.txt -e '.[metaworld,libero-images,eval,serve,ray,dataset,export,dev]'
 	@sh .ci/rendering $(PY) $(GL_PACKAGES)
 	@sh .ci/browser $(BROWSER_PACKAGES)
 	@touch $@

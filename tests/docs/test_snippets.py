@@ -75,6 +75,14 @@ def test_what_vlm_policies_gain_is_what_was_counted() -> None:
         assert shown.format(left) in told
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_export_prints_what_the_page_says(capsys: Capture) -> None:
+    names: dict[str, Any] = {}
+    for code, printed in zip(blocks(page("export.md")), blocks(page("export.md"), ""), strict=True):
+        run(code, names)
+        assert capsys.readouterr().out == printed
+
+
 def test_a_family_of_your_own(capsys: Capture) -> None:
     (block,) = blocks(page("adding-a-family.md"))
     names = run(block, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.layout import Layout
+from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.replacements import Replacements
 
 
@@ -44,6 +45,24 @@ class Call:
             widest = visible.sum(dim=-1).argmax(dim=-1)
             mask = visible[torch.arange(len(visible), device=visible.device), widest]
         return mask[:, : self.length].bool().expand(self.rows, -1)
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """A control step as a function of tensors, for `Session.export`.
+
+    Attributes:
+        run: what it computes; its arguments are `inputs`, by name. It makes one prompt, and all of its calls of the
+            decoder are of this control step.
+        inputs: an example of each argument.
+        output: the name of what it returns.
+        call: the prompt, as the decoder is called with it.
+    """
+
+    run: Callable[..., Tensor]
+    inputs: dict[str, Tensor]
+    output: str
+    call: Call
 
 
 class Family:
@@ -178,6 +197,21 @@ class Family:
     def patches(self, pixels: Tensor) -> Tensor:
         """Return the pixels (B, M, P) that each visual token covers, 0 being black, from the input of `eye`."""
         raise NotImplementedError
+
+    def exported(self, example: Mapping[str, Any]) -> StepFunction:
+        """A control step like this example as a function of tensors.
+
+        Args:
+            example: arguments of the policy's own call, by name; without padding.
+
+        Raises:
+            UnsupportedModelError: this family has none.
+            OptionError: an argument is missing, or is not one of these.
+        """
+        raise UnsupportedModelError(
+            f"A control step of {type(self).__name__} cannot be exported; those of language models, of OpenVLA-OFT "
+            "with an L1 head and of the reference policies can. Use session.compile() here."
+        )
 
     def keys_values(
         self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, ...]

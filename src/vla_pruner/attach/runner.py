@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -189,14 +189,43 @@ class Runner:
         if self.reuse is not None:
             prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         if self.compiled is not None:
-            methods = [stage.method for stage in self.stages.values()]
-            if any(method.queries in ("text", "raters") or "relevance" in method.needs for method in methods):
-                layout.text()  # raises here what a graph cannot
+            self._check_text(layout)
             self.compiled.begin_step()
         steps = memory.steps.to(layout.valid.device, non_blocking=True)
         if self._step is not None:
             self._step.close()
         self._step = ControlStep(layout, memory, steps, prunes, budgets, rows)
+
+    def _check_text(self, layout: Layout) -> None:
+        """Raise SessionError where the method reads text and there is none, which a graph could not say."""
+        methods = [stage.method for stage in self.stages.values()]
+        if any(method.queries in ("text", "raters") or "relevance" in method.needs for method in methods):
+            layout.text()
+
+    @contextmanager
+    def opened_for_export(self, call: Call, prunes: bool) -> Iterator[Opened]:
+        """Within it, control steps of this call are opened by hand, to be traced; afterwards all is as it was."""
+        before = self._step, self._memory, self.whole
+        layout, rows, budgets = self._planner.plan(call)
+        self._check_text(layout)
+        # Copies, since what the family keeps may have been made in inference mode, which no program can hold.
+        held = {field.name: getattr(layout, field.name) for field in fields(layout)}
+        layout = Layout(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()})
+        rows = None if rows is None else rows.clone()
+        empty = self._empty_memory(layout, call.device)
+
+        def begin(memory: Memory, steps: Tensor) -> None:
+            self._step = ControlStep(layout, memory, steps, prunes, budgets, rows)
+
+        def finish() -> tuple[Tensor | None, dict[str, Tensor]]:
+            step = self.open_step()
+            return step.kept, self._scores_after(step)
+
+        try:
+            with self.as_one_graph():
+                yield Opened(empty, begin, finish)
+        finally:
+            self._step, self._memory, self.whole = before
 
     # Evidence and choice.
 
@@ -330,16 +359,9 @@ class Runner:
         Raises:
             SessionError: the memory is of other rows or of other visual tokens.
         """
-        memory, method = self.memory, self.method
+        memory = self.memory
         if memory is None:
-            memory = Memory.empty(
-                layout.rows,
-                method.history,
-                layout.tokens,
-                device,
-                semantic=method.remembers_semantic,
-                motion=method.motion,
-            )
+            memory = self._empty_memory(layout, device)
             if self._episode is not None and len(self._episode) == layout.rows:
                 memory = replace(memory, episode=self._episode)
         if (memory.rows, memory.tokens) != (layout.rows, layout.tokens):
@@ -355,6 +377,32 @@ class Runner:
                 "blank images in the places of absent cameras (LeRobot's SmolVLA: config.empty_cameras)."
             )
         return memory.to(device)
+
+    def _empty_memory(self, layout: Layout, device: torch.device) -> Memory:
+        method = self.method
+        return Memory.empty(
+            layout.rows,
+            method.history,
+            layout.tokens,
+            device,
+            semantic=method.remembers_semantic,
+            motion=method.motion,
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """How a control step that is traced begins and ends.
+
+    Attributes:
+        memory: of an episode that begins.
+        begin: opens the step with a memory and its steps (B,) int64 on the device.
+        finish: gives the tokens (B, k) that were kept (None: the step is not pruned), and what is remembered after it.
+    """
+
+    memory: Memory
+    begin: Callable[[Memory, Tensor], None]
+    finish: Callable[[], tuple[Tensor | None, dict[str, Tensor]]]
 
 
 def check_memory(memory: Any, method: Method) -> None:

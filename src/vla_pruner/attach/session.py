@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_pruner.attach import attached
 from vla_pruner.attach.compiled import Compiled, check_not_compiled
 from vla_pruner.attach.control_step import ControlStep
 from vla_pruner.attach.entries import follow_resets, watch_steps
+from vla_pruner.attach.exported import ExportedStep, export_step
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.runner import Clock, Runner
@@ -104,6 +106,32 @@ class Session:
         compiled = Compiled(self.family, backend, self._runner)
         compiled.install()
         self._runner.compiled = compiled
+
+    def export(self, example: Mapping[str, Any], pruned: bool = True) -> ExportedStep:
+        """One control step as a program of tensors (torch.export), scoring, choosing and gathering in it, for runtimes
+        that know no Python. What crosses control steps is an input and an output; the session is left as it was.
+
+        Which steps of an episode run unpruned is for who runs the program to say: `Method.schedule` is Python. Such a
+        step is a program of its own (`pruned=False`) that takes and gives the same history.
+
+        Args:
+            example: a step's inputs, by name, which fix all shapes. Of the reference policies "images", "instruction"
+                and "proprio", of OpenVLA-OFT "input_ids", "pixel_values" and "proprio", as `predict_action` takes them;
+                of a language model "inputs_embeds" (B, N, D), and "tokens", how many it decodes (1).
+            pruned: whether it is a pruned step.
+
+        Raises:
+            SessionError: the session is detached or compiled.
+            UnsupportedModelError: the model or the method cannot be exported.
+            OptionError, ObservationError: the example is none of this model.
+        """
+        if not self.attached:
+            raise SessionError("This session is detached; attach the method anew.")
+        if self._runner.compiled is not None:
+            raise SessionError("This session is compiled; export a step of one that is not.")
+        with self._runner.turn.step():
+            module = self._policy if isinstance(self._policy, nn.Module) else self._policy.module
+            return export_step(self._runner, self.family, module, example, pruned)
 
     def detach(self) -> None:
         """Leave the model as it was before. The results of the last control step can still be read. Detaching twice

@@ -68,13 +68,14 @@ class Turns:
 
     Attributes:
         kept: visual tokens kept of each row, by arm; None of the untouched model.
+        memories: what is remembered before a step that is pruned, by pruned arm.
     """
 
     def __init__(self, subject: Subject, arms: Sequence[Arm]) -> None:
         self.subject = subject
         self.arms = tuple(arms)
         self.kept: dict[str, int | None] = {}
-        self._memories: dict[str, Any] = {}
+        self.memories: dict[str, Any] = {}
         for arm in self.arms:
             self._begin(arm)
 
@@ -89,7 +90,7 @@ class Turns:
             if session is None:
                 self.subject.step()
                 return
-            self._memories[arm.name] = warm(self.subject, session)
+            self.memories[arm.name] = warm(self.subject, session)
             self.kept[arm.name] = int(session.kept.shape[1])
 
     @contextmanager
@@ -100,7 +101,7 @@ class Turns:
         """
         with self.subject.attach(arm.method) as session:
             if session is not None:
-                session.memory = self._memories[arm.name]
+                session.memory = self.memories[arm.name]
             self.subject.step()
             yield session
 
@@ -111,7 +112,7 @@ class Turns:
 
     def make_fresh(self, arm: Arm, session: Any) -> None:
         """Make the next step one that its method leaves unpruned, by counting the steps before it as more."""
-        memory = self._memories[arm.name]
+        memory = self.memories[arm.name]
         while arm.method.prunes(memory):
             memory = replace(memory, steps=memory.steps + 1)
         session.memory = memory

@@ -6,7 +6,7 @@ Compiled code lives as long as its session, so arms that take turns cannot share
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -37,6 +37,8 @@ class CompiledTurns(Turns):
         arms: as of `Turns`.
         backend: as in `torch.compile`.
         tell: called with each arm before it is compiled.
+        memories: by arm, what an episode of its own would leave before its first pruned step, from arms that are not
+            compiled; the programs of the steps before are not compiled then. None: each arm begins an episode.
 
     Attributes:
         compiling: each arm's number of graphs, and the seconds that they took.
@@ -46,11 +48,17 @@ class CompiledTurns(Turns):
     """
 
     def __init__(
-        self, subject: Subject, arms: Sequence[Arm], backend: str, tell: Callable[[Arm], None] = lambda _: None
+        self,
+        subject: Subject,
+        arms: Sequence[Arm],
+        backend: str,
+        tell: Callable[[Arm], None] = lambda _: None,
+        memories: Mapping[str, Any] | None = None,
     ) -> None:
         self.compiling: dict[str, Compiling] = {}
         self._backend = backend
         self._tell = tell
+        self._given = memories
         self._subjects: dict[str, Subject] = {}
         self._sessions: dict[str, Any] = {}
         self._open = ExitStack()
@@ -77,7 +85,7 @@ class CompiledTurns(Turns):
         session = self._sessions[arm.name] = self._compile(arm, subject)
         with _noting(subject) as spent:
             if session is not None:
-                self._memories[arm.name] = warm(subject, session)
+                self.memories[arm.name] = self._memory_before(arm, subject, session)
                 self.kept[arm.name] = int(session.kept.shape[1])
             for _ in range(SETTLED):
                 self.ready(arm, session)
@@ -87,6 +95,16 @@ class CompiledTurns(Turns):
                     self.make_fresh(arm, session)
                     subject.step()
         self.compiling[arm.name] = Compiling(spent.graphs, spent.seconds)
+
+    def _memory_before(self, arm: Arm, subject: Subject, session: Any) -> Any:
+        """Runs the arm up to a pruned step; returns the memory before it."""
+        if self._given is None:
+            return warm(subject, session)
+        session.memory = memory = self._given[arm.name]
+        subject.step()
+        if session.kept is None:
+            raise SessionError(f"A step of {arm.name} was not pruned, with a memory that has its unpruned steps in it.")
+        return memory
 
     def _compile(self, arm: Arm, subject: Subject) -> Any:
         if arm.method is None:
@@ -105,7 +123,7 @@ class CompiledTurns(Turns):
         """
         session, before = self._sessions[arm.name], graphs()
         if session is not None:
-            session.memory = self._memories[arm.name]
+            session.memory = self.memories[arm.name]
         try:
             self.subject_of(arm).step()
             yield session

@@ -97,8 +97,15 @@ def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any
         return bench_subject(Subject(policy, feed(policy, settings, device), settings, device), progress)
 
 
-def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchReport:
-    """Benchmark a policy that exists already; it is left as it was."""
+def bench_subject(subject: Subject, progress: Progress | None = None, whole_episodes: bool = True) -> BenchReport:
+    """Benchmark a policy that exists already; it is left as it was.
+
+    Args:
+        subject: the policy and what it is fed.
+        progress: as of `bench`.
+        whole_episodes: whether compiled arms begin with an episode of their own. If not, they begin with the memory of
+            the uncompiled ones: of the unpruned steps before nothing is compiled, and "compiling" has the rest alone.
+    """
     settings, tell = subject.settings, progress or (lambda *_: None)
     conditions = conditions_of(subject)
     tell("probing the device", 0, 1)
@@ -106,7 +113,7 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
     plain = Turns(subject, arms_of(settings))
     rounds = max(1, -(-settings.iters // STEPS_A_TURN))
     done = iter(range(1, WARM_UP_ROUNDS + rounds + 1))
-    with _turns(plain, settings.backend, tell) as turns:
+    with turns_of(plain, tell, whole_episodes) as turns:
         timings = time_steps(turns, rounds, lambda: tell("timing steps", next(done), WARM_UP_ROUNDS + rounds))
         tell("timing stages", 0, 1)
         stages = time_stages(turns, max(2, rounds // 4))
@@ -134,15 +141,19 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
 
 
 @contextmanager
-def _turns(plain: Turns, backend: str | None, tell: Progress) -> Iterator[Turns]:
-    """Yield the turns that are timed: the arms as they are, or compiled."""
+def turns_of(plain: Turns, tell: Progress, whole_episodes: bool = True) -> Iterator[Turns]:
+    """Yield the turns that are timed: the arms as they are, or compiled; arguments as of `bench_subject`."""
+    backend = plain.subject.settings.backend
     if backend is None:
         yield plain
         return
     count = iter(range(1, len(plain.arms) + 1))
-    with CompiledTurns(
-        plain.subject, plain.arms, backend, lambda arm: tell(f"compiling {arm.name}", next(count), len(plain.arms))
-    ) as turns:
+
+    def told(arm: Arm) -> None:
+        tell(f"compiling {arm.name}", next(count), len(plain.arms))
+
+    memories = None if whole_episodes else plain.memories
+    with CompiledTurns(plain.subject, plain.arms, backend, told, memories) as turns:
         if turns.kept != plain.kept:
             raise SessionError(f"Compiled arms keep {turns.kept} visual tokens, and uncompiled ones {plain.kept}.")
         yield turns

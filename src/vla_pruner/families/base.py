@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vla_pruner.attach.family import Family
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.versions import check_transformers
+from vla_pruner.wording import a_type
 
 BACKENDS = ("sdpa", "eager")
 MROPE_TYPES = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
@@ -100,3 +101,25 @@ def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:
             "Load the model with attn_implementation='sdpa'."
         )
     return decoder
+
+
+def check_example(example: Mapping[str, Any], names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """An example of a policy's call, by the names of its arguments.
+
+    Raises:
+        OptionError: one is missing, or is not among them.
+    """
+    if not isinstance(example, Mapping):
+        raise OptionError(f"The example is {a_type(example)}; give a mapping with {', '.join(names)}.")
+    known = (*names, *optional)
+    unknown = [str(name) for name in example if name not in known]
+    missing = [name for name in names if name not in example]
+    if unknown or missing:
+        told = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(unknown)}"] * bool(unknown)
+        raise OptionError(f"The example {' and '.join(told)}; it has {', '.join(known)}.")
+    return dict(example)
+
+
+def shape_of(value: Any) -> str:
+    """A value as a message names it: a tensor by its shape."""
+    return f"of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_type(value)

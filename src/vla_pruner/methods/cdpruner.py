@@ -74,7 +74,8 @@ class CDPruner(Budgeted):
             weight = torch.exp(weight * (self.theta / (2 * (1 - self.theta))))
         similarity = 1 - distances(evidence.features)
         # Tokens are exactly like themselves, so that equals are equal to the bit; one without a direction is like none.
-        itself = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
+        tokens = torch.arange(similarity.shape[-1], device=similarity.device)
+        itself = tokens[:, None] == tokens
         similarity = torch.where(itself & (similarity > 0.5), 1.0, similarity)
         return determinant_order(weight[:, :, None] * similarity * weight[:, None], present, k)
 

@@ -50,7 +50,7 @@ def _determinant_order(kernel: Tensor, candidates: Tensor, k: int) -> Tensor:
         known = (factor[rows, :, picked][:, None] @ factor)[:, 0]
         column = (kernel[rows, picked] - known) / gained.clamp_min(1e-30).sqrt()[:, None]
         column = torch.where(grows[:, None], column, 0.0)
-        factor[:, number] = column
+        factor = factor.slice_scatter(column[:, None], 1, number, number + 1)
         adds = adds - column.square()
         free = free.scatter(1, picked[:, None], False)
         order.append(picked)
@@ -62,5 +62,8 @@ def _shape_of_order(kernel: Tensor, candidates: Tensor, k: int) -> Tensor:
 
 
 define_op(
-    "determinant_order(Tensor kernel, Tensor candidates, SymInt k) -> Tensor", _determinant_order, _shape_of_order
+    "determinant_order(Tensor kernel, Tensor candidates, SymInt k) -> Tensor",
+    _determinant_order,
+    _shape_of_order,
+    _determinant_order,
 )

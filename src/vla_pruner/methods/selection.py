@@ -94,9 +94,11 @@ def _max_min_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
 
 def max_min_order_in_tensors(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
     """Run `max_min_order` with static shapes and no wait for the host, in some three launches for each pick."""
-    tokens, rows = distance.shape[-1], torch.arange(distance.shape[0], device=distance.device)
+    tokens = torch.arange(distance.shape[-1], device=distance.device)
+    rows = torch.arange(distance.shape[0], device=distance.device)
     outside = ~candidates
-    itself = torch.eye(tokens, dtype=torch.bool, device=distance.device)
+    # Of torch.eye torch.export makes numbers of 16 bits, with which torch itself computes nothing.
+    itself = tokens[:, None] == tokens
     nearest = distance.masked_fill(outside[:, None, :] | itself, torch.inf).amin(dim=-1)
     # `argmax` returns the first of equals, which is the smallest id. A token at distance -inf from itself is never
     # picked twice, without any bookkeeping in the loop.
@@ -160,14 +162,23 @@ def _shape_of_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
 
 _library = torch.library.Library("vla_pruner", "FRAGMENT")
 
+PLAIN_FORMS: dict[str, Callable[..., Tensor]] = {}
+"""By the name of an operator, the same of torch's own operators alone, for programs that leave Python."""
 
-def define_op(schema: str, function: Callable[..., Tensor], shape: Callable[..., Tensor]) -> None:
+
+def define_op(
+    schema: str,
+    function: Callable[..., Tensor],
+    shape: Callable[..., Tensor],
+    plain: Callable[..., Tensor] | None = None,
+) -> None:
     """Make `function` an operator of torch.ops.vla_pruner, which compilers call without tracing into it.
 
     Args:
         schema: as torch writes operators.
         function: a pure function.
         shape: a function that makes an empty tensor of the result's shape, dtype and device.
+        plain: the same function in torch's own operators, which may be traced; None: there is none.
     """
     # Registered by hand: torch.library.custom_op does the same, but each call costs several times as much. Operators of
     # our own may be part of CUDA graphs unless their tags say otherwise; these neither wait for the host nor have
@@ -175,6 +186,13 @@ def define_op(schema: str, function: Callable[..., Tensor], shape: Callable[...,
     name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vla_pruner::{name}", shape, lib=_library)
+    if plain is not None:
+        PLAIN_FORMS[name] = plain
 
 
-define_op("max_min_order(Tensor distance, Tensor candidates, SymInt k) -> Tensor", _max_min_order, _shape_of_order)
+define_op(
+    "max_min_order(Tensor distance, Tensor candidates, SymInt k) -> Tensor",
+    _max_min_order,
+    _shape_of_order,
+    max_min_order_in_tensors,
+)

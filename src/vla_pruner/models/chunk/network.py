@@ -199,7 +199,7 @@ class ChunkPolicy(TrainedPolicy):
             ObservationError: an argument does not fit; the message says which.
             CheckpointError: the network gives numbers that are not finite.
         """
-        frames, ids, states, single = self._prepared(images, instruction, proprio)
+        frames, ids, states, single = self.prepared(images, instruction, proprio)
         actions = finite_action(self.decode(self.embed_prompt(frames, ids, states)).float().cpu().numpy(), self)
         chunks = actions.clip(-1, 1)
         return chunks[0] if single else chunks

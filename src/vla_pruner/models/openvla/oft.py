@@ -205,6 +205,59 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         rows = self.action_rows(prompt.mask).to(hidden.device)
         return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
 
+    def prepared(
+        self, input_ids: Tensor, pixel_values: Tensor, proprio: Any = None, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor] | None:
+        """Arguments of `predict_action` as those of `chunk_of`; None where the prompts are of unequal length. Errors as
+        there.
+        """
+        prompt = read_prompt(input_ids, attention_mask, self.config)
+        if not prompt.even:
+            return None
+        features = self.visual_tokens(pixel_values, len(input_ids))
+        weight = self.projector.fc1.weight
+        inputs = {
+            "input_ids": moved(prompt.ids, weight.device),
+            "pixel_values": moved(pixel_values, weight.device, weight.dtype),
+        }
+        state = _as_tensor(proprio)
+        check_inputs(proprio=state)
+        self._state_token(state, features)  # raises what does not fit
+        if state is not None:
+            inputs["proprio"] = moved(state[None] if state.dim() == 1 else state, weight.device, weight.dtype)
+        return inputs
+
+    def length_of(self, input_ids: Tensor) -> int:
+        """Positions of the sequence of `chunk_of`."""
+        visual = self.visual_slice.stop - self.visual_slice.start
+        return visual + (self.proprio_projector is not None) + input_ids.shape[1] + self.action_tokens + 1
+
+    def chunk_of(self, input_ids: Tensor, pixel_values: Tensor, proprio: Tensor | None = None) -> Tensor:
+        """The normalised actions (B, chunk, dim) float32 of a policy with an L1 head, by tensors alone.
+
+        Args:
+            input_ids: (B, T) prompts of one length that end in the empty token.
+            pixel_values: (B, 6 * cameras, 224, 224).
+            proprio: (B, dim) the robot's state, normalised, where the policy reads it.
+        """
+        features = self.projector(self.vision_backbone(pixel_values))
+        embedding: Any = self.get_input_embeddings()
+        text, stop = embedding(input_ids), embedding(torch.full_like(input_ids[:, :1], STOP))
+        slots = text.new_zeros(len(text), self.action_tokens, text.shape[2])
+        between = [tokens.to(text.dtype) for tokens in (features, *self._state_token(proprio, features))]
+        embeds = torch.cat([text[:, :1], *between, text[:, 1:], slots, stop], dim=1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        output = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=self._bidirectional(mask, embeds.dtype),
+            position_ids=real_positions(mask),
+            use_cache=False,
+            headless=True,
+        )
+        # What acts are the rows one to the left of the placeholders.
+        end = embeds.shape[1] - 2
+        return self._read_out(output.last_hidden_state[:, end - self.action_tokens : end])
+
     def _sequence(self, prompt: Prompt, inserted: list[Tensor], noisy: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return (B, S, D) embeddings and (B, S) mask of the whole sequence."""
         full = prompt.followed_by([PLACEHOLDER] * self.action_tokens + [STOP], pad=self.config.pad_token_id)

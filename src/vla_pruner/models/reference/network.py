@@ -283,7 +283,7 @@ class ReferencePolicy(TrainedPolicy):
             ObservationError: an argument does not fit; the message says which.
             CheckpointError: the network gives numbers that are not finite.
         """
-        frames, ids, states, single = self._prepared(images, instruction, proprio)
+        frames, ids, states, single = self.prepared(images, instruction, proprio)
         actions = finite_action(self.decode(self.embed_prompt(frames, ids, states)).float().cpu().numpy(), self)
         return actions[0] if single else actions
 

@@ -145,7 +145,7 @@ class TrainedPolicy(nn.Module):
             raise ObservationError(f"The cameras' images differ in shape: {shapes}.")
         return np.stack([np.asarray(images[name]) for name in self.cameras])
 
-    def _prepared(self, images: Any, instruction: Any, proprio: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
+    def prepared(self, images: Any, instruction: Any, proprio: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Check the arguments of `predict_action`.
 
         Returns:
