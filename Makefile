@@ -140,7 +140,7 @@ $(LIBERO_VENV)/.installed: pyproject.toml constraints/libero.txt
 	@touch $@
 
 test-libero: $(LIBERO_VENV)/.installed
-	$(LIBERO_VENV)/bin/python -m pytest tests/simulators $(ARGS)
+	$(LIBERO_VENV)/bin/python -m pytest tests/simulators tests/official $(ARGS)
 
 # Triton is 700 MB, and torch for the CPU comes without it. All else is borrowed from $(VENV).
 $(TRITON_VENV)/.installed: $(VENV)/.installed constraints/triton.txt
