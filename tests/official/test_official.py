@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from tests.docs.pages import page
 from tests.official.scene import TWO_LINES, checkpoint, script, write_libero
 from vla_pruner import official
 from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
@@ -100,6 +101,10 @@ def test_the_actions_are_those_of_act(name, folders, libero, tmp_path):
     state = np.concatenate([seen["robot0_eef_pos"], turned, seen["robot0_gripper_qpos"]])
     expected = policy.act(images, "Pick up the soup", state if name == "oft" else None)
     np.testing.assert_allclose(steps[2 : 2 + len(expected)], libero_gripper(expected), rtol=0, atol=1e-6)
+
+
+def test_the_page_shows_the_lines_that_are_tested():
+    assert f"```\n{TWO_LINES}```" in page("openvla.md")
 
 
 def test_each_episode_warms_up_anew(folders, libero, tmp_path):
