@@ -27,7 +27,7 @@ Serve = Callable[..., PolicyServer]
 POLICY_TIMING = {
     "infer_ms", "preprocess_ms", "vision_ms", "prune_ms", "prefill_ms", "action_ms", "kept_tokens", "total_tokens",
 }  # fmt: skip
-SERVER_TIMING = {"infer_ms", "queue_ms", "batch_robots", "prev_total_ms"}
+SERVER_TIMING = {"infer_ms", "queue_ms", "batch_robots", "prev_total_ms", "episode_step"}
 
 
 def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from vla_pruner.client.codec import pack, unpack
 from vla_pruner.client.errors import ClientError, CodecError, ConnectionLost, ServerError
 from vla_pruner.strangers import shown
 
+log = logging.getLogger("vla_pruner.client")
+
 TOO_BIG, TRY_AGAIN_LATER = 1009, 1013
 """Close codes of a server that does not read a message of that length, and of one without room at the moment."""
 
@@ -34,9 +37,10 @@ _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 class PolicyClient:
     """One robot's connection to a policy server. A context manager; it connects when it is made.
 
-    If the connection breaks, or the server is full or restarts, `infer` connects anew with growing pauses and sends the
-    same observation again. The server then has no memory of the steps before, so pruning by action history warms up
-    again; `reconnects` counts how often.
+    Where the connection breaks, or the server is full or restarts, `infer` connects anew with growing pauses and sends
+    the same observation again. The server then knows nothing of the steps before, so pruning by action history warms up
+    again: an episode begins. `reconnects` counts how often, the logger "vla_pruner.client" warns, `on_reconnect` is
+    called, and `result["server_timing"]["episode_step"]` is 0.
 
     Several threads may use one client: their calls take turns, and each gets the answer to its own observation. They
     are one robot, with one memory.
@@ -49,6 +53,8 @@ class PolicyClient:
         patience: seconds of trying to (re)connect before giving up; 0: one try.
         proxy: address of a proxy that leads to the server; None: the server is asked directly, whatever proxies the
             environment names for the web.
+        on_reconnect: called with this client after each connection but the first, before the observation is sent again.
+            What it raises ends the call of `infer`, for robots that should rather stop.
 
     Attributes:
         metadata: the server's description of itself at the last connection.
@@ -69,8 +75,9 @@ class PolicyClient:
         timeout: float = 60.0,
         patience: float = 60.0,
         proxy: str | None = None,
+        on_reconnect: Callable[[PolicyClient], object] | None = None,
     ) -> None:
-        self._url, self._proxy = _address(url), proxy
+        self._url, self._proxy, self._on_reconnect = _address(url), proxy, on_reconnect
         self._headers = {"Authorization": f"Api-Key {_key(api_key)}"} if api_key else None
         self._options = _tls(self._url, ca_file)
         if proxy is not None:
@@ -203,7 +210,7 @@ class PolicyClient:
                     raise CodecError(f"{self._url} greets with no map of metadata; it is no policy server.")
                 self.metadata = metadata
                 self.reconnects += 1
-                return
+                break
             except InvalidStatus as error:
                 status, body = error.response.status_code, (error.response.body or b"").decode("utf-8", "replace")
                 if status in _FINAL:
@@ -220,6 +227,10 @@ class PolicyClient:
                     f"{self._url} cannot be reached ({_reason(last)}).{_way(self._url, self._proxy)}"
                 ) from last
             pause = _wait(pause, deadline)
+        if self.reconnects:
+            log.warning("Connected anew to %s, which knows nothing of the steps before: an episode begins.", self._url)
+            if self._on_reconnect is not None:
+                self._on_reconnect(self)
 
     def _drop(self) -> None:
         if self._socket is not None:

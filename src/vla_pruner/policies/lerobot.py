@@ -41,9 +41,12 @@ class LeRobotPolicy:
     """A LeRobot policy with the processors around it.
 
     Attributes:
-        module: the policy as LeRobot's users hold it; a method attaches to this.
-        preprocessor, postprocessor: LeRobot's pipelines; None if the checkpoint has none.
+        takes_absent_cameras: that `act` may be given fewer images than there are cameras.
+        module: the policy as LeRobot's users hold it; this is what a method attaches to.
+        preprocessor, postprocessor: LeRobot's pipelines; None where the checkpoint has none.
     """
+
+    takes_absent_cameras = True
 
     def __init__(self, module: nn.Module, preprocessor: Any = None, postprocessor: Any = None) -> None:
         self.module: Any = module

@@ -56,6 +56,9 @@ _Weight = TypeVar("_Weight")
 class TransformersPI0:
     """transformers' pi0 with its preparation of images, text and state.
 
+    Attributes:
+        takes_absent_cameras: that `act` may be given fewer images than there are cameras.
+
     Args:
         module: a `PI0ForConditionalGeneration`.
         cameras: names of the images, in the order in which the model was trained on them.
@@ -64,6 +67,8 @@ class TransformersPI0:
             `actions_std`). Values without statistics are not scaled: `act` then takes a normalised state, or gives
             normalised actions of all `max_action_dim` columns.
     """
+
+    takes_absent_cameras = True
 
     def __init__(
         self,
@@ -105,8 +110,9 @@ class TransformersPI0:
         The noise that the flow starts from is drawn from torch's global generator; seed it for repeatable actions.
 
         Args:
-            images: (H, W, 3) uint8 of each camera; they are resized to fit and padded on both sides with black.
-            instruction: the task in words.
+            images: (H, W, 3) uint8 by camera; they are resized to fit and padded on both sides with black. Cameras may
+                be left out, but not all of them: they are masked, as openpi does it.
+            instruction: what to do.
             proprio: (d,) the robot's state, d at most `proprio_size`.
 
         Raises:
@@ -115,28 +121,31 @@ class TransformersPI0:
         """
         check_images(images, self.cameras)
         check_instruction(instruction)
-        if set(images) != set(self.cameras):
+        if not images or not set(images) <= set(self.cameras):
             raise ObservationError(
-                f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes exactly "
+                f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes one or more of "
                 f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_policy(cameras=...)."
             )
         weight = self.module.action_out_proj.weight
         size = self.module.config.vlm_config.vision_config.image_size
-        pixels = torch.stack([prepare_image(images[camera], size) for camera in self.cameras])[None]
-        ids = self._tokens(instruction)
-        shown = torch.ones(1, len(self.cameras), dtype=torch.bool, device=weight.device)
+        here = [camera in images for camera in self.cameras]
+        black = torch.full((3, size, size), -1.0)
+        pixels = [prepare_image(images[camera], size) if camera in images else black for camera in self.cameras]
+        ids, mask = self._tokens(instruction, sum(here))
         actions: Tensor = self.module.sample_actions(
             state=self._state(proprio).to(weight.device, weight.dtype),
             input_ids=ids.to(weight.device),
-            pixel_values=pixels.to(weight.device, weight.dtype),
+            pixel_values=torch.stack(pixels)[None].to(weight.device, weight.dtype),
             # Without a mask transformers counts positions from 1, which the model was not trained with.
-            attention_mask=torch.ones_like(ids, device=weight.device),
-            pixel_attention_mask=shown,
+            attention_mask=mask.to(weight.device),
+            pixel_attention_mask=torch.tensor([here], device=weight.device),
         )
         return finite_action(self._scaled(actions[0].float().cpu().numpy()), self.module)
 
-    def _tokens(self, instruction: str) -> Tensor:
-        """Return (1, N) int64: image tokens of all cameras, BOS, the instruction and a new line."""
+    def _tokens(self, instruction: str, present: int) -> tuple[Tensor, Tensor]:
+        """(1, N) int64 each: image tokens of the `present` cameras, BOS, the instruction, a new line and, for each
+        absent camera, as much padding as it has tokens; and their mask.
+        """
         if self.tokenizer is None:
             raise CheckpointError(
                 "This policy has no tokenizer. Put tokenizer.json and tokenizer_config.json of PaliGemma into the "
@@ -148,8 +157,9 @@ class TransformersPI0:
         from vla_pruner.models.openvla.tokenizer import check_ids
 
         check_ids([self.tokenizer.bos_token_id, *text], vlm.text_config.vocab_size)
-        images = [vlm.image_token_id] * each * len(self.cameras)
-        return torch.tensor([[*images, self.tokenizer.bos_token_id, *text]])
+        ids = [*([vlm.image_token_id] * each * present), self.tokenizer.bos_token_id, *text]
+        padding = [0] * each * (len(self.cameras) - present)
+        return torch.tensor([ids + padding]), torch.tensor([[1] * len(ids) + padding])
 
     def _state(self, proprio: np.ndarray | None) -> Tensor:
         """Return (1, max_state_dim) float32, normalised, zeros after the robot's own numbers."""

@@ -120,7 +120,13 @@ def add_serve(commands: Any) -> None:
         type=float,
         help="change of one number of a robot's state that begins an episode (default: none does)",
     )
-    add("--action-dim", metavar="N", type=int, help="send the first N numbers of an action (default: all)")
+    add(
+        "--action-dim",
+        metavar="N",
+        type=int,
+        help="send the first N numbers of an action (default: libero 7, droid 8, aloha 14, cameras all)",
+    )
+    add("--action-horizon", metavar="N", type=int, help="send the first N actions of a chunk (default: all)")
     add(
         "--no-center-crop",
         action="store_true",
@@ -173,6 +179,7 @@ def run_serve(options: argparse.Namespace) -> int:
         episode_gap=options.episode_gap,
         episode_jump=options.episode_jump,
         action_dim=options.action_dim,
+        action_horizon=options.action_horizon,
         center_crop=not options.no_center_crop,
     )
     method = _method(options)

@@ -172,11 +172,11 @@ class Engine:
         return self._session.method.prunes(memory)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterable[list[Job]]:
-        """Yield groups of jobs that one pass can take: all pruned or none, images and states of one shape each."""
+        """Jobs that one pass can take: all pruned or none, the same cameras, images and states of one shape each."""
         alike: dict[Any, list[Job]] = {}
         for number, job in enumerate(jobs):
             seen = job.seen
-            shapes = tuple(image.shape for image in seen.images.values())
+            shapes = tuple((camera, image.shape) for camera, image in seen.images.items())
             state = None if seen.proprio is None else seen.proprio.shape
             alone = None if isinstance(self.policy, BatchPolicy) else number
             alike.setdefault((self.prunes(job.robot), shapes, state, alone), []).append(job)
@@ -235,8 +235,9 @@ class Engine:
         done, step = session.memory, session.step
         if done is None or step is None or done.rows != len(group):
             raise ServingError("The policy acted without a control step of its decoder, so nothing is known of it.")
-        kept = step.layout.tokens if session.kept is None else session.kept.shape[1]
-        timing = {**timer.timing(), "kept_tokens": float(kept), "total_tokens": float(step.layout.tokens)}
+        there = step.layout.present_tokens if step.layout.cameras else step.layout.tokens
+        kept = there if session.kept is None else session.kept.shape[1]
+        timing = {**timer.timing(), "kept_tokens": float(kept), "total_tokens": float(there)}
         after = [done.take([row]) for row in range(len(group))]
         # Nothing fails from here on: the step is done for all of the group or, above, for none.
         self.tokens = step.layout.tokens
@@ -263,6 +264,7 @@ class Engine:
         assert self._session is not None
         method = self._session.method
         example = example_of(self.policy)
+        images = {camera: example.images[camera] for camera in self.reader.keys}
         default = self.settings.default_prompt
         # A default prompt that the policy cannot read is refused now, and not by every step.
         defaults = () if default is None else (default,)
@@ -271,7 +273,7 @@ class Engine:
         if isinstance(self.policy, BatchPolicy):
             sizes = sorted(self.settings.batch_sizes if self.settings.compile else {1, self.settings.max_batch})
         for prompt in prompts:
-            seen = Seen(example.images, prompt, example.proprio)
+            seen = Seen(images, prompt, example.proprio)
             for size in sizes:
                 robots = [Robot(number) for number in range(size)]
                 for _ in range(_LONGEST_WARM_UP):

@@ -69,6 +69,7 @@ class PolicyServer:
             asked.default_prompt,
             asked.action_dim,
             asked.center_crop,
+            asked.action_horizon,
         )
         self._engine = Engine(policy, pruner, reader, self.settings)
         self._reader = reader
@@ -298,6 +299,7 @@ class PolicyServer:
                     "queue_ms": 1e3 * waited,
                     "batch_robots": float(answer.batch),
                     "prev_total_ms": 1e3 * before,
+                    "episode_step": float(robot.step - 1),
                 },
             }
             await connection.send(pack(reply))
@@ -345,6 +347,9 @@ class PolicyServer:
                 log.info("Robot %d: an episode of %s is over (%s).", robot.number, steps, why)
                 robot.begin_episode()
             self.metrics.episode_began()
+            absent = [key for camera, key in self._reader.keys.items() if camera not in seen.images]
+            if absent:
+                log.info("Robot %d sends no %s; the policy takes it as absent.", robot.number, " and no ".join(absent))
         found = await self._batcher.submit(Job(robot, seen))
         robot.heard, robot.state = perf_counter(), seen.proprio
         return found

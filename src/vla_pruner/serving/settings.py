@@ -48,9 +48,11 @@ class ServerSettings:
         default_prompt: the instruction of observations that have none; None: they are refused.
         episode_gap: seconds without an observation after which a robot's next one begins an episode; None: silence
             does not.
-        episode_jump: how far one number of the robot's state may be from the observation before; a larger jump begins
-            an episode; None: no state does.
-        action_dim: numbers of an action that clients are sent, the first ones; None: all.
+        episode_jump: how far one number of the robot's state may be from the observation before; what goes further
+            begins an episode; None: no state does.
+        action_dim: numbers of an action that clients are sent, the first ones; None: those that the layout's robot
+            takes (libero 7, droid 8, aloha 14), or all.
+        action_horizon: actions of a chunk that clients are sent, the first ones; None: all.
         center_crop: for OpenVLA and OFT with the layout "libero": whether the checkpoint was trained with image
             augmentation, as published ones.
     """
@@ -79,6 +81,7 @@ class ServerSettings:
     episode_gap: float | None = None
     episode_jump: float | None = None
     action_dim: int | None = None
+    action_horizon: int | None = None
     center_crop: bool = True
 
     def __post_init__(self) -> None:
@@ -101,8 +104,9 @@ class ServerSettings:
         for name, value in {"--episode-gap": self.episode_gap, "--episode-jump": self.episode_jump}.items():
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ServingError(f"{name} is {value!r}; it is a finite number above 0.")
-        if self.action_dim is not None and not _is_count(self.action_dim):
-            raise ServingError(f"--action-dim is {self.action_dim!r}; it is a whole number of 1 or more.")
+        for name, value in {"--action-dim": self.action_dim, "--action-horizon": self.action_horizon}.items():
+            if value is not None and not _is_count(value):
+                raise ServingError(f"{name} is {value!r}; it is a whole number of 1 or more.")
         self._check_metadata()
         if self.default_prompt is not None and not self.default_prompt.strip():
             raise ServingError("--default-prompt is empty; give the instruction that your policy was trained on.")

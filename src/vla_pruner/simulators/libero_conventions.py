@@ -32,6 +32,9 @@ POLICY_CAMERAS = {
 rest.
 """
 
+ABSENT = "right_wrist_0_rgb"
+"""openpi's third camera, on a hand that LIBERO's robot has not: policies that take absent cameras mask it there."""
+
 
 def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
     """Return the convention by which a policy's family is evaluated on LIBERO.
@@ -105,13 +108,15 @@ def openvla(policy: Any, center_crop: bool) -> Convention:
 
 
 def _cameras(policy: Any) -> dict[str, str]:
-    unknown = [name for name in policy.cameras if name not in POLICY_CAMERAS]
+    may_lack = getattr(policy, "takes_absent_cameras", False)
+    cameras = [name for name in policy.cameras if not (may_lack and name == ABSENT)]
+    unknown = [name for name in cameras if name not in POLICY_CAMERAS]
     if unknown:
         raise SuiteError(
             f"LIBERO has a camera in front of the robot and one on its hand; this policy's camera {unknown[0]!r} is "
             f"neither. Known names are {', '.join(POLICY_CAMERAS)}; for OpenVLA and pi0 give load_policy(cameras=...)."
         )
-    return {name: POLICY_CAMERAS[name] for name in policy.cameras}
+    return {name: POLICY_CAMERAS[name] for name in cameras}
 
 
 def _proprio(policy: Any) -> bool:
