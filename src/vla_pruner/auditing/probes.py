@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import layers_of, norm_of
+
 
 class Probe:
     """Base of the probes: a context manager around hooks."""
@@ -51,15 +53,20 @@ class Probe:
 class TowerProbe(Probe):
     """Counts the images that each vision tower sees.
 
+    Args:
+        towers: the vision towers.
+        patched: as of `Anatomy`.
+
     Attributes:
         images: for each tower, every image (C, H, W) that is not of one colour: a camera that is absent is shown to
             some policies as a blank image.
         blank: for each tower, the number of the others.
     """
 
-    def __init__(self, towers: Iterable[nn.Module]) -> None:
+    def __init__(self, towers: Iterable[nn.Module], patched: bool = False) -> None:
         super().__init__()
         self._towers = list(towers)
+        self._patched = patched
         self.images: list[list[Tensor]] = [[] for _ in self._towers]
         self.blank = [0 for _ in self._towers]
 
@@ -68,7 +75,8 @@ class TowerProbe(Probe):
             self.before(tower, lambda pixels, index=index: self._see(index, pixels))
 
     def _see(self, index: int, pixels: Tensor) -> None:
-        for image in pixels.detach().reshape(-1, *pixels.shape[-3:]):
+        shape = (1, *pixels.shape[-2:]) if self._patched else pixels.shape[-3:]
+        for image in pixels.detach().reshape(-1, *shape):
             if bool((image != image[:, :1, :1]).any()):
                 self.images[index].append(image.clone())
             else:
@@ -84,7 +92,7 @@ class LengthProbe(Probe):
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
-        self._layers = list(decoder.layers)
+        self._layers = list(layers_of(decoder))
         self.lengths: list[set[int]] = [set() for _ in self._layers]
 
     def install(self) -> None:
@@ -111,9 +119,9 @@ class HiddenProbe(Probe):
         self.calls: list[tuple[bool, Tensor]] = []
 
     def install(self) -> None:
-        self.after(self._family.decoder.norm, lambda hidden: self._keep(True, hidden))
+        self.after(norm_of(self._family.decoder), lambda hidden: self._keep(True, hidden))
         for reader in self._family.readers:
-            self.after(reader.norm, lambda hidden: self._keep(False, hidden))
+            self.after(norm_of(reader), lambda hidden: self._keep(False, hidden))
 
     def _keep(self, is_decoder: bool, hidden: Tensor) -> None:
         self.calls.append((is_decoder, hidden.detach().to("cpu", torch.float32, copy=True)))

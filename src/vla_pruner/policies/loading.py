@@ -11,6 +11,7 @@ import torch
 
 from vla_pruner.checkpoints.files import checkpoint_folder, read_json, shown
 from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
+from vla_pruner.families.refused import TYPES
 from vla_pruner.plugins import object_at
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.options import as_dtype, usable_device
@@ -66,6 +67,8 @@ def _row(folder: Path, config: dict[str, Any]) -> Row:
     if row is not None and row.load is not None:
         return row
     model_type, kind = config.get("model_type"), config.get("type")
+    if model_type is None and isinstance(kind, str) and kind in TYPES:
+        raise UnsupportedModelError(f"{folder / 'config.json'}: {TYPES[kind]}")
     if model_type is not None:
         found = f"is of a model of type {shown(repr(model_type))}"
     elif kind is not None:
