@@ -5,7 +5,8 @@
 Nothing is run or timed here. FLOPs are the cost of a compute-bound pass (a long prompt, a batch); bytes are the weights
 that every pass must read once, the cost of a pass of few tokens at batch 1 (decoding, denoising). Sizes are
 those of the published configs: openvla/openvla-7b, moojink/openvla-7b-oft-finetuned-libero-*, lerobot/pi0_base,
-lerobot/pi05_base, lerobot/smolvla_base; of vision-language models with an action head of one's own, whose cost is not
+lerobot/pi05_base, lerobot/pi0_fast_base, lerobot/smolvla_base; of MolmoAct2 two views, LeRobot's defaults, and Qwen3-4B
+for the text, as third parties have it; of vision-language models with an action head of one's own, whose cost is not
 counted, llava-hf/llava-1.5-7b-hf, google/paligemma-3b-pt-224, Qwen/Qwen3-VL-2B-Instruct and
 HuggingFaceTB/SmolVLM2-500M-Video-Instruct, with two images (of 448 x 448 pixels for Qwen) and 24 words.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.cost import ControlStep, DecoderShape, Expert, Tower
+from vla_pruner.cost import ContextExpert, ControlStep, DecoderShape, Expert, Tower
 
 OUT = Path(__file__).parent / "results" / "family_flops.json"
 LAYER = 3
@@ -28,7 +29,13 @@ DINO = DecoderShape(layers=23, hidden=1024, heads=16, kv_heads=16, head_dim=64, 
 SIGLIP = DecoderShape(layers=27, hidden=1152, heads=16, kv_heads=16, head_dim=72, feed_forward=4304, matrices=2)
 LLAMA = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, feed_forward=11008, vocabulary=32064)
 GEMMA = DecoderShape(layers=18, hidden=2048, heads=8, kv_heads=1, head_dim=256, feed_forward=16384)
+GEMMA_HEADED = replace(GEMMA, vocabulary=257152)
+PI0_FAST_TOKENS = 60  # of a chunk: how many there are depends on the motion
 GEMMA_EXPERT = DecoderShape(layers=18, hidden=1024, heads=8, kv_heads=1, head_dim=256, feed_forward=4096)
+QWEN3_4B = DecoderShape(layers=36, hidden=2560, heads=32, kv_heads=8, head_dim=128, feed_forward=9728)
+MOLMO_EXPERT = DecoderShape(layers=36, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=2816)
+# Of a token: it asks its 2 x 2 patches, whose features of two layers are 2304 wide, and goes through a gated MLP.
+MOLMO_PROJECTOR = 2.0 * (2304 * 1152 + 4 * 2 * 2304 * 1152 + 1152 * 1152 + 2 * 1152 * 9728 + 9728 * 2560)
 SMOL_VISION = DecoderShape(layers=12, hidden=768, heads=12, kv_heads=12, head_dim=64, feed_forward=3072, matrices=2)
 SMOL = DecoderShape(layers=16, hidden=960, heads=15, kv_heads=5, head_dim=64, feed_forward=2560)
 CLIP = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
@@ -78,6 +85,29 @@ FAMILIES = {
             expert=Expert(GEMMA_EXPERT, 50, 10),
         ),
         remark="as pi0; its long text remains too",
+    ),
+    "pi0-FAST": Family(
+        ControlStep(
+            GEMMA_HEADED,
+            visual=768,
+            other=201,
+            towers=(Tower(SIGLIP, 256, 27),),
+            cameras=3,
+            decoded=PI0_FAST_TOKENS - 1,
+        ),
+        remark="each decoded token reads all weights again, pruned or not: expect a few percent for one robot",
+    ),
+    "MolmoAct2": Family(
+        ControlStep(
+            QWEN3_4B,
+            visual=2 * 196,
+            other=1 + 2 * 16 + 100,
+            towers=(Tower(SIGLIP, 729, 25),),
+            cameras=2,
+            projector=MOLMO_PROJECTOR,
+            expert=ContextExpert(MOLMO_EXPERT, 30, 10, context=8 * 128),
+        ),
+        remark="a prompt of a 4B model, most of it visual tokens; the vision tower, whose images are larger, remains",
     ),
     "SmolVLA": Family(
         ControlStep(
@@ -148,7 +178,8 @@ def bytes_read(step: ControlStep) -> dict[str, float]:
     head = BYTES * shape.hidden * shape.vocabulary
     after = step.decoded * (weights(shape, shape.layers) + head)
     if step.expert is not None:
-        after += step.expert.passes * weights(step.expert.shape, step.expert.shape.layers)
+        one_token = replace(step.expert, tokens=1).layer(0, 0).linear
+        after += step.expert.passes * BYTES * step.expert.shape.layers * one_token / 2
     return {
         "vision": sum(weights(tower.shape, tower.layers) for tower in step.towers),
         "prompt": weights(shape, shape.layers) + head,

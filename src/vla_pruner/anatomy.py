@@ -14,13 +14,16 @@ class Anatomy:
     """The parts of a policy.
 
     Attributes:
-        decoder: the decoder (`.layers`, `.norm`, `.config`) that reads the prompt.
+        decoder: the decoder (`layers_of`, `norm_of`, `.config`) that reads the prompt.
         experts: decoders that read its cache, if there are any.
         cross_layers: layers of the experts that attend to the prompt alone, and not to their own rows.
         towers: vision encoders; each is given every camera's image once a control step.
         projectors: modules that bring vision features to the decoder's width.
         language_model: the module that calls the decoder and then `lm_head`, its head over the vocabulary; None: no
             tokens are decoded.
+        expert_calls: owners and names of the methods that hold all that the experts compute; empty: their own calls do.
+        patched: whether the towers are given images that are cut into patches already, (B, images, patches, values) in
+            place of (..., C, H, W).
         loop: the module whose `forward` runs the layers of decoder and expert itself, so that theirs never run; None:
             they are called as modules.
     """
@@ -31,9 +34,36 @@ class Anatomy:
     towers: tuple[nn.Module, ...] = ()
     projectors: tuple[nn.Module, ...] = ()
     language_model: Any = None
+    expert_calls: tuple[tuple[Any, str], ...] = ()
+    patched: bool = False
     loop: Any = None
 
     @property
     def head(self) -> nn.Module | None:
         """The head over the vocabulary."""
         return None if self.language_model is None else self.language_model.lm_head
+
+
+def layers_of(decoder: Any) -> Any:
+    """The layers of a decoder or an expert: `layers`, as in transformers, or Molmo's `blocks`."""
+    return decoder.layers if hasattr(decoder, "layers") else decoder.blocks
+
+
+def norm_of(decoder: Any) -> Any:
+    """The norm behind the last layer of a decoder."""
+    return decoder.norm if hasattr(decoder, "norm") else decoder.ln_f
+
+
+def entry_of(layer: Any) -> Any:
+    """The module whose input a layer makes queries, keys and values of: its first norm, or its attention where it
+    norms what comes out of that.
+    """
+    if hasattr(layer, "input_layernorm"):
+        return layer.input_layernorm
+    return layer.self_attn if layer.config.norm_after else layer.attn_norm
+
+
+def projection_of(layer: Any) -> Any:
+    """The projection that makes the queries of a layer, alone or together with keys and values."""
+    attention = layer.self_attn
+    return attention.q_proj if hasattr(attention, "q_proj") else attention.att_proj

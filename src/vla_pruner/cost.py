@@ -189,6 +189,30 @@ class Expert:
         whole = self.shape.layer(self.tokens, prompt)
         return Flops(whole.linear - own.linear + 2 * 2 * prompt * width * width, whole.quadratic)
 
+    def once(self, prompt: int) -> Flops:
+        """What one layer computes of a cache of `prompt` tokens once a control step, before all passes."""
+        return Flops()
+
+
+@dataclass(frozen=True)
+class ContextExpert(Expert):
+    """An expert whose layers attend to their own rows and then, in a second attention, to the prompt: each projects the
+    keys and values that the decoder cached once a control step.
+
+    Attributes:
+        context: width of the cached keys, and of the cached values.
+    """
+
+    context: int = 0
+
+    def layer(self, index: int, prompt: int) -> Flops:
+        width = self.shape.heads * self.shape.head_dim
+        second = Flops(2 * 2 * self.tokens * self.shape.hidden * width, 4 * self.tokens * prompt * width)
+        return self.shape.layer(self.tokens, self.tokens) + second
+
+    def once(self, prompt: int) -> Flops:
+        return Flops(2 * 2 * prompt * self.context * self.shape.heads * self.shape.head_dim)
+
 
 @dataclass(frozen=True)
 class ControlStep:
@@ -236,7 +260,7 @@ class ControlStep:
             for position in range(1, self.decoded + 1):
                 after += shape.layer(1, seen + position)
             if self.expert is not None:
-                after += self.expert.passes * self.expert.layer(index, seen)
+                after += self.expert.passes * self.expert.layer(index, seen) + self.expert.once(seen)
         return {
             "vision": vision.total,
             "prompt, layers before": (self.prompt_passes * before).total,

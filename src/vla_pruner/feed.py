@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vla_pruner.cost import Expert
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,6 +22,7 @@ class Feed:
         other: other tokens of the prompt.
         decoded: passes that decode a token after the prompt.
         denoised: rows of one pass of the expert, and passes; None without an expert.
+        expert: the expert's sizes; None: its config has them by transformers' names.
         uses_head: whether the language model's head over the vocabulary runs.
         prepare: prepares images and words for `step`; None if `step` does that too.
         attach: options for `Method.attach`.
@@ -30,6 +33,7 @@ class Feed:
     other: int
     decoded: int = 0
     denoised: tuple[int, int] | None = None
+    expert: Expert | None = None
     uses_head: bool = True
     prepare: Callable[[], Any] | None = None
     attach: dict[str, Any] = field(default_factory=dict)

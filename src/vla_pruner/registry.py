@@ -82,6 +82,7 @@ class Row:
 
 
 _EXPERT_OPTIONS = ("layers", "cameras", "prompt_tokens", "denoise_steps")
+_DECODING_OPTIONS = ("layers", "cameras", "prompt_tokens", "decode_tokens")
 
 ROWS = (
     Row(
@@ -129,7 +130,7 @@ ROWS = (
             feed="vla_pruner.benching.feeds:openvla",
             build="vla_pruner.benching.policies:openvla",
             layers=32,
-            options=("layers", "cameras", "prompt_tokens", "decode_tokens"),
+            options=_DECODING_OPTIONS,
         ),
         conventions={"libero": "vla_pruner.simulators.libero_conventions:openvla"},
     ),
@@ -168,10 +169,10 @@ ROWS = (
     ),
     *(
         Row(
-            name=f"lerobot-{kind}",
+            name=f"lerobot-{kind.replace('_', '-')}",
             aliases=aliases,
             title=f"LeRobot's {kind}",
-            family=family,
+            family=f"vla_pruner.families.{family}",
             policy="vla_pruner.policies.lerobot:LeRobotPolicy",
             module=f"lerobot.policies.{kind}.modeling_{kind}:{module}",
             config={"type": kind, "model_type": None},
@@ -181,15 +182,16 @@ ROWS = (
                 feed="vla_pruner.benching.feeds:lerobot",
                 build="vla_pruner.benching.policies:lerobot",
                 layers=layers,
-                options=_EXPERT_OPTIONS,
-                first_layer=1,
+                options=options,
+                first_layer=first_layer,
             ),
             conventions={"libero": "vla_pruner.simulators.libero_conventions:lerobot"},
         )
-        for kind, aliases, family, module, layers in (
-            ("pi0", (), "vla_pruner.families.lerobot_pi:LeRobotPi", "PI0Policy", 18),
-            ("pi05", ("pi05",), "vla_pruner.families.lerobot_pi:LeRobotPi", "PI05Policy", 18),
-            ("smolvla", ("smolvla",), "vla_pruner.families.smolvla:SmolVLA", "SmolVLAPolicy", 16),
+        for kind, aliases, family, module, layers, options, first_layer in (
+            ("pi0", (), "lerobot_pi:LeRobotPi", "PI0Policy", 18, _EXPERT_OPTIONS, 1),
+            ("pi05", ("pi05",), "lerobot_pi:LeRobotPi", "PI05Policy", 18, _EXPERT_OPTIONS, 1),
+            ("pi0_fast", ("pi0-fast",), "lerobot_pi0_fast:LeRobotPi0Fast", "PI0FastPolicy", 18, _DECODING_OPTIONS, 0),
+            ("smolvla", ("smolvla",), "smolvla:SmolVLA", "SmolVLAPolicy", 16, _EXPERT_OPTIONS, 1),
         )
     ),
     *(
@@ -217,6 +219,25 @@ ROWS = (
         )
     ),
     Row(
+        name="lerobot-molmoact2",
+        aliases=("molmoact2",),
+        title="LeRobot's MolmoAct2",
+        family="vla_pruner.families.molmoact2:MolmoAct2",
+        policy="vla_pruner.policies.lerobot:LeRobotPolicy",
+        module="lerobot.policies.molmoact2.modeling_molmoact2:MolmoAct2Policy",
+        config={"type": "molmoact2", "model_type": None},
+        load="vla_pruner.policies.lerobot:load_lerobot",
+        random="vla_pruner.policies.molmoact2_random:random_molmoact2",
+        bench=Benchmark(
+            feed="vla_pruner.benching.feeds:molmoact2",
+            build="vla_pruner.benching.policies:molmoact2",
+            layers=36,
+            options=_EXPERT_OPTIONS,
+            first_layer=1,
+        ),
+        conventions={"libero": "vla_pruner.simulators.libero_conventions:lerobot"},
+    ),
+    Row(
         name="llama",
         title="a decoder-only language model of transformers",
         family="vla_pruner.families.decoder_lm:DecoderLM",
@@ -224,7 +245,7 @@ ROWS = (
         bench=Benchmark(
             feed="vla_pruner.benching.feeds:llama",
             build="vla_pruner.benching.policies:llama",
-            options=("layers", "cameras", "prompt_tokens", "decode_tokens"),
+            options=_DECODING_OPTIONS,
         ),
     ),
 )

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from vla_pruner.anatomy import Anatomy
+from vla_pruner.anatomy import Anatomy, entry_of, layers_of
 from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.replacements import Replacements
 
@@ -197,7 +197,8 @@ def watched_of(family: Family) -> Watched:
         if method is not None and method[1] in vars(method[0]):
             seen.append((*method, always(stage)))
     owner = anatomy.decoder if anatomy.language_model is None else anatomy.language_model
-    experts = [(expert, "forward", always("decode")) for expert in anatomy.experts]
+    acting = anatomy.expert_calls or [(expert, "forward") for expert in anatomy.experts]
+    experts = [(*call, always("decode")) for call in acting]
     return [*seen, (owner, "forward", prefill_or_decode), *experts]
 
 
@@ -233,7 +234,8 @@ class Span:
     """
 
     def __init__(self, decoder: Any, layer: int, device: torch.device) -> None:
-        self._first, self._last = decoder.layers[layer].input_layernorm, decoder.layers[-1].mlp
+        layers = layers_of(decoder)
+        self._first, self._last = entry_of(layers[layer]), layers[-1].mlp
         self._device = device
         self._handles: list[Any] = []
         self._start: float | None = None

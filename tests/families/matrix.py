@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import vla_pruner as vp
 from tests.state import whole_state
+from vla_pruner.anatomy import entry_of, layers_of
 from vla_pruner.auditing.reference import FullLength
 from vla_pruner.families import family_of
 
@@ -102,7 +103,7 @@ def check_layout(case: Case) -> None:
     model = case.build()
     seen: list[Tensor] = []
     with vp.Unpruned().attach(model, **case.options) as session:
-        first = family_of(model, **case.options).decoder.layers[0].input_layernorm
+        first = entry_of(layers_of(family_of(model, **case.options).decoder)[0])
         handle = first.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
@@ -208,7 +209,7 @@ def check_no_trace(case: Case, pruned: str) -> None:
 
         with pytest.raises(RuntimeError, match="fell over"), method.attach(model, **case.options):
             case.step(model, 0, BOTH)
-            handle = family_of(model, **case.options).decoder.layers[-1].mlp.register_forward_pre_hook(fail)
+            handle = layers_of(family_of(model, **case.options).decoder)[-1].mlp.register_forward_pre_hook(fail)
             try:
                 case.step(model, 1, BOTH)
             finally:
@@ -348,7 +349,7 @@ def attached(model: Any) -> nn.Module:
 
 def prompt_lengths(model: Any, case: Case, scene: int) -> tuple[list[int], Tensor]:
     """Return the positions that each decoder layer computed in a control step's first prompt, and the step's result."""
-    layers = family_of(model, **case.options).decoder.layers
+    layers = layers_of(family_of(model, **case.options).decoder)
     lengths: list[list[int]] = [[] for _ in layers]
     handles = [
         layer.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[-2]))

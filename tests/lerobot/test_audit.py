@@ -12,7 +12,7 @@ from vla_pruner.auditing import share
 from vla_pruner.auditing.run import CHECKS
 from vla_pruner.auditing.subject import Subject
 
-QUEUES = {"._queues", "._action_queue"}
+QUEUES = {"._queues", "._action_queue", "._rollout_action_generator"}
 """LeRobot's reset() makes new ones."""
 
 METHOD = vp.VLAPruner(keep=0.25, window=1)
@@ -24,7 +24,11 @@ def few_repeats(monkeypatch):
     monkeypatch.setattr(share, "MOST", 3)
 
 
-@pytest.mark.parametrize("name", ["lerobot-pi0", "lerobot-pi05", "lerobot-smolvla"])
+NAMES = ("lerobot-pi0", "lerobot-pi05", "lerobot-pi0-fast", "lerobot-smolvla", "lerobot-molmoact2")
+TWO_CAMERAS = "lerobot-molmoact2"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_passes(name):
     policy = vp.random_policy(name)
     Subject(policy, METHOD)  # LeRobot sets the attention backend in the first call
@@ -32,9 +36,10 @@ def test_passes(name):
     report = vp.audit(policy, METHOD)
     assert report.passed, report.failures
     assert all(check.passed for check in report.checks)
-    assert report["vision towers"].figure == "1 x 3 images a step"
-    assert "48 of 192 visual tokens kept" in report["lengths"].figure
-    assert "slower than sdpa" in report["environment"].detail
+    assert report["vision towers"].figure == f"1 x {2 if name == TWO_CAMERAS else 3} images a step"
+    assert f"{'32 of 128' if name == TWO_CAMERAS else '48 of 192'} visual tokens kept" in report["lengths"].figure
+    eager = name not in ("lerobot-pi0-fast", "lerobot-molmoact2")
+    assert ("slower than sdpa" in report["environment"].detail) == eager
     assert report.settings["lerobot"].startswith("0.6")
     after = whole_state(policy.module)  # type: ignore[attr-defined]
     assert {place for place in before if before[place] != after.get(place)} <= QUEUES

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -10,8 +12,18 @@ pytest.importorskip("lerobot", reason="lerobot is not installed; make test-lerob
 from tests.families import matrix, text_decoders
 from tests.lerobot.tiny import KINDS, random_batch
 from vla_pruner.policies.lerobot import random_lerobot
+from vla_pruner.policies.molmoact2_random import random_molmoact2_policy
 
 STEPS = {"pi0": "num_inference_steps", "pi05": "num_inference_steps", "smolvla": "num_steps"}
+
+
+def scene_of(policy, scene):
+    """A batch of two robots, whose texts and states stay what they are: what the scenes change is what is seen."""
+    side = policy.module.config.image_features["observation.images." + policy.cameras[0]].shape[-1]
+    images = random_batch(scene, 2, policy.cameras, side)
+    batch = {**random_batch(0, 2, (), side), **{key: images[key] for key in images if "images" in key}}
+    batch["observation.language.attention_mask"][1, -5:] = False
+    return batch
 
 
 def case(kind):
@@ -19,19 +31,69 @@ def case(kind):
         return random_lerobot(kind, **{STEPS[kind]: 3})
 
     def step(policy, scene, rows):
-        side = policy.module.config.image_features["observation.images." + policy.cameras[0]].shape[-1]
-        images = random_batch(scene, 2, policy.cameras, side)
-        # Text and state stay as they are: the scenes change the images alone.
-        batch = {**random_batch(0, 2, (), side), **{key: images[key] for key in images if "images" in key}}
-        batch["observation.language.attention_mask"][1, -5:] = False
+        batch = scene_of(policy, scene)
         noise = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(scene))
         return policy.module.predict_action_chunk({key: value[rows] for key, value in batch.items()}, noise=noise[rows])
 
     return matrix.Case(f"lerobot-{kind}", build, step)
 
 
+def pi0_fast():
+    """What is compared are the logits of every token that is decoded."""
+
+    def step(policy, scene, rows):
+        batch, head = scene_of(policy, scene), policy.module.model.paligemma_with_expert.paligemma.lm_head
+        found = []
+        handle = head.register_forward_hook(lambda _, __, logits: found.append(logits))
+        try:
+            policy.module.predict_action_chunk({key: value[rows] for key, value in batch.items()})
+        finally:
+            handle.remove()
+        return torch.cat(found, dim=1)
+
+    return matrix.Case("lerobot-pi0-fast", lambda: random_lerobot("pi0_fast"), step)
+
+
+def molmoact2(**options):
+    """Two robots, whose prompts differ in length."""
+
+    def step(policy, scene, rows):
+        generator = torch.Generator().manual_seed(scene)
+        pictures = [list(torch.rand(len(policy.cameras), 3, 80, 100, generator=generator)) for _ in range(2)]
+        texts = [list(b"put the bowl on the plate"), list(b"open it")]
+        batch = policy.preprocessor.batch(pictures, texts)
+        noise = torch.Generator().manual_seed(3)
+        drawn = torch.randn(2, 10, 32, generator=noise)
+        with drawn_as(drawn[rows]):
+            images = {"pixel_values", "image_token_pooling", "image_grids", "image_num_crops"}
+            given = {key: by_image(policy, value, rows, key in images) for key, value in batch.items()}
+            return policy.module.predict_action_chunk(given)
+
+    def build():
+        return random_molmoact2_policy(**options)
+
+    name = "-".join(["lerobot-molmoact2", *options])
+    return matrix.Case(name, build, step)
+
+
+def by_image(policy, value, rows, of_images):
+    """The part of a tensor, by row or by image, that belongs to some rows of two."""
+    return value.unflatten(0, (2, -1))[rows].flatten(0, 1) if of_images else value[rows]
+
+
+@contextmanager
+def drawn_as(noise):
+    """Here torch.randn draws this: MolmoAct2 draws the noise of all rows from one generator."""
+    original = torch.randn
+    torch.randn = lambda *_, **__: noise
+    try:
+        yield
+    finally:
+        torch.randn = original
+
+
 # LeRobot's transformers gives the layers of two of Qwen's decoders angles of another shape than newer versions do.
-CASES = [*map(case, KINDS), *map(text_decoders.text_decoder, text_decoders.KINDS)]
+CASES = [*map(case, KINDS), pi0_fast(), molmoact2(), *map(text_decoders.text_decoder, text_decoders.KINDS)]
 each_family = pytest.mark.parametrize("case", CASES, ids=str)
 each_pruned = pytest.mark.parametrize("pruned", matrix.POLICIES)
 

@@ -127,7 +127,9 @@ def test_another_type_of_policy(folder):
     target, load = folder("pi0")
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({"type": "act"}))
-    with pytest.raises(vp.UnsupportedModelError, match="of type 'act'; supported are pi0, pi05, smolvla"):
+    with pytest.raises(
+        vp.UnsupportedModelError, match="of type 'act'; supported are pi0, pi05, pi0_fast, smolvla, molmoact2"
+    ):
         load()
     for strange in ({**config, "type": "pi99"}, {**config, "colour": "red"}):
         (target / "config.json").write_text(json.dumps(strange))

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import norm_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.caches import allocate, cache_in, cache_key, cache_of, filled_columns, lay_out, vary_length
 from vla_pruner.errors import OptionError, UnsupportedModelError
@@ -173,7 +174,7 @@ class Compiled:
         varies: bool = False,
     ) -> Any:
         decoder = self._family.decoder
-        weight = decoder.norm.weight  # the model may be moved, and its inputs need not show it
+        weight = norm_of(decoder).weight  # the model may be moved, and its inputs need not show it
         placed = (given.dtype, given.device, weight.dtype, weight.device)
         autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
         key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast)

@@ -113,6 +113,7 @@ class ControlStep:
         default_factory=DeferredReads, metadata=not_in_key("rows are added between programs, and never within one")
     )
     _rows_read: int = field(default=0, metadata=not_in_key("calls are counted between programs"))
+    _idle: Tensor | None = field(default=None, metadata=not_in_key("calls are counted between programs"))
     _known: tuple[int, Tensor] | None = field(
         default=None, metadata=not_in_key("the score so far, which is asked for between programs or of one that ends")
     )
@@ -146,17 +147,18 @@ class ControlStep:
         self.phase = Phase.PROMPT
         self.call = CallReads()
 
-    def enter_call(self, length: int = 1) -> None:
+    def enter_call(self, length: int = 1, still_acting: Tensor | None = None) -> None:
         """Begin a call of the decoder or of an expert after the prompt: ACTING -> ACTING.
 
         Args:
             length: its positions.
+            still_acting: (B,) bool, the rows whose attention counts; None: all do.
 
         Raises:
             SessionError: the step is in another phase.
         """
         self._check_acting(length)
-        self.call = CallReads()
+        self.call = CallReads(still_acting)
 
     @own_arithmetic
     def leave_call(self) -> None:
@@ -172,15 +174,19 @@ class ControlStep:
             raise SessionError("A call of the decoder came back that never began; run the whole policy.")
         self.call = None
         for stage, columns in call.columns.items():
-            self._add_columns(columns, stage)
+            self._add_columns(call.counted(columns), stage)
         self._rows_read += call.count
+        if call.still_acting is not None:
+            idle = (call.count + len(call.notes)) * (~call.still_acting).to(self.layout.visual.device).float()
+            self._idle = idle if self._idle is None else self._idle + idle
         for row in call.notes:
             prompt = self._prompt_columns(row.stage)
             if row.call.key.shape[2] == prompt + self._deferred.rows(row.layer, row.stage):
-                self._deferred.add(row)
+                self._deferred.add(row, call.still_acting)
             else:
                 # A static cache has room for more, and may be emptied before the score is asked for.
-                self._add_columns(row.columns()[:, :prompt].to(self.layout.visual.device), row.stage)
+                columns = row.columns()[:, :prompt].to(self.layout.visual.device)
+                self._add_columns(call.counted(columns), row.stage)
                 self._rows_read += 1
         if self.phase is Phase.PROMPT:
             self.phase, self.frozen_hidden = Phase.ACTING, None
@@ -403,7 +409,8 @@ class ControlStep:
                 for columns in (self._columns.get(stage), self._deferred_columns(stage)):
                     if columns is not None:
                         grids.append(self._shortening(stage).to_grid(columns) if stage else columns)
-            score = sum(grids[1:], grids[0]).gather(1, self.layout.visual) / count
+            counted = count if self._idle is None else count - self._idle[:, None]
+            score = sum(grids[1:], grids[0]).gather(1, self.layout.visual) / counted
             self._known = (count, score)
         return self._known[1]
 

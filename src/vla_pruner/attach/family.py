@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.anatomy import Anatomy
+from vla_pruner.anatomy import Anatomy, layers_of
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import UnsupportedModelError
@@ -69,7 +69,7 @@ class Family:
     """A model family. A subclass knows one architecture; it knows nothing of methods.
 
     Attributes:
-        decoder: the transformers decoder (`.layers`, `.config`) whose sequence is shortened.
+        decoder: the decoder (`anatomy.layers_of`, `.config`) whose sequence is shortened.
         readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching
             expert).
         eye: the module that is given the pixels of all cameras, once before each prompt; None if it is not known which
@@ -78,6 +78,8 @@ class Family:
         one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
         called: whether calling the model itself (its `forward`) is part of a control step, as with language models.
             Else control steps are calls of its methods.
+        kernel: the function that the decoder's attention modules compute if they do not ask transformers for an
+            attention function, called as those are; None: they do.
         compilable: whether the calls of decoder and readers can run as graphs, with the work of pruning in them.
         seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
             projector in it; compiled whole, in place of the encoders. None if there is no such method.
@@ -92,6 +94,7 @@ class Family:
     cameras: tuple[str, ...] = ("image",)
     one_pass: bool = False
     called: bool = False
+    kernel: Callable[..., Any] | None = None
     compilable: bool = True
     seeing: tuple[Any, str] | None = None
     acting: tuple[Any, str] | None = None
@@ -114,7 +117,7 @@ class Family:
     @property
     def depth(self) -> int:
         """Number of layers of the decoder."""
-        return len(self.decoder.layers)
+        return len(layers_of(self.decoder))
 
     @property
     def whole_steps(self) -> tuple[tuple[Any, str], ...]:
@@ -171,6 +174,12 @@ class Family:
         loop around the decoder): the kept tokens stay, and its action rows count as well.
         """
         return False
+
+    def still_acting(self) -> Tensor | None:
+        """(B,) bool: the rows of a batch whose attention counts in the call after the prompt that begins now; None:
+        all do. Those that have emitted their last token, and are decoded on because others have not, do not.
+        """
+        return None
 
     def layout(self, call: Call) -> Layout:
         """Return the layout of this prefill. If it is the very object that was returned before, `action_rows` and the

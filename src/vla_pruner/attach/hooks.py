@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import layers_of
 from vla_pruner.attach.aside import Aside
 from vla_pruner.attach.deepstack import DeepStack
 from vla_pruner.attach.family import Call, Family
@@ -38,7 +39,7 @@ class HookWiring:
         self._deepstack = DeepStack(host, family.decoder)
         self._signature = inspect.signature(family.decoder.forward)
         self._backend = family.backend
-        self._cache_name = cache_name(family.decoder.layers[0])
+        self._cache_name = cache_name(layers_of(family.decoder)[0])
         self._handles: list[Any] = []
         self._length = 0
         self._prompt_cache = PromptCache()
@@ -61,7 +62,7 @@ class HookWiring:
         self._handles.append(decoder.register_forward_hook(self._leave_decoder))
         self._handles.append(decoder.register_forward_hook(self._end_turn, always_call=True))
         if layer:
-            self._handles.append(decoder.layers[0].register_forward_pre_hook(self._enter_first, with_kwargs=True))
+            self._handles.append(layers_of(decoder)[0].register_forward_pre_hook(self._enter_first, with_kwargs=True))
         self._hook_layers(decoder, self._enter_layer)
         for reader in self._family.readers:
             self._handles.append(reader.register_forward_pre_hook(self._enter_reader, with_kwargs=True))
@@ -83,21 +84,27 @@ class HookWiring:
 
     def _tap(self) -> None:
         host, family = self._host, self._family
-        layers = family.decoder.layers
+        layers = layers_of(family.decoder)
         for layer, stage in host.stages.items():
             if "semantic" in stage.method.needs:
                 attention = layers[stage.method.semantic_layer].self_attn
-                self._recorder.watch(attention, family.backend, partial(host.record_semantic, layer))
+                callback = partial(host.record_semantic, layer)
+                self._recorder.watch(attention, family.backend, callback, family.kernel)
         if "action" in host.method.needs:
-            record = host.record_reader if family.readers else host.record_decoder
-            for actor in family.readers or (family.decoder,):
-                for index in host.method.action_layers(len(actor.layers)):
-                    callback = partial(record, index)
-                    self._recorder.watch(actor.layers[index].self_attn, family.backend, callback)
+            self._tap_action()
+
+    def _tap_action(self) -> None:
+        host, family = self._host, self._family
+        record = host.record_reader if family.readers else host.record_decoder
+        for actor in family.readers or (family.decoder,):
+            layers = layers_of(actor)
+            for index in host.method.action_layers(len(layers)):
+                self._recorder.watch(layers[index].self_attn, family.backend, partial(record, index))
 
     def _hook_layers(self, decoder: Any, hook: Callable[..., Any]) -> None:
-        for index in range(self._short.layer, len(decoder.layers)):
-            handle = decoder.layers[index].register_forward_pre_hook(partial(hook, index), with_kwargs=True)
+        layers = layers_of(decoder)
+        for index in range(self._short.layer, len(layers)):
+            handle = layers[index].register_forward_pre_hook(partial(hook, index), with_kwargs=True)
             self._handles.append(handle)
 
     def _unhook(self) -> None:

@@ -62,12 +62,14 @@ class CallReads:
     A call that runs as a graph then starts from the same state each time, and nothing in it counts calls.
 
     Attributes:
+        still_acting: (B,) bool, the rows of the batch whose attention counts; None: all do.
         columns: (B, P) float32 by the number of pruning stages before the layer's cache: attention to the prompt's
             columns, the mean over heads and rows, summed over layers.
         count: the number of layers summed there.
         notes: single rows, for later.
     """
 
+    still_acting: Tensor | None = None
     columns: dict[int, Tensor] = field(default_factory=dict)
     count: int = 0
     notes: list[Note] = field(default_factory=list)
@@ -78,6 +80,12 @@ class CallReads:
         self.columns[stage] = columns if known is None else known + columns
         self.count += 1
 
+    def counted(self, columns: Tensor) -> Tensor:
+        """(B, P): columns of the call, zero in the rows that do not count."""
+        if self.still_acting is None:
+            return columns
+        return columns * self.still_acting.to(columns.device)[:, None]
+
 
 @dataclass
 class LayerReads:
@@ -85,11 +93,13 @@ class LayerReads:
 
     Attributes:
         queries: (B, H, 1, d) each, oldest first; the oldest belongs to the prompt.
+        counted: (B,) bool for each of these, the rows of the batch that count; None: all do.
         visible: (B or 1, 1 or H, 1, P or more) mask of the newest row, bool or additive; None: it sees all.
         newest: the newest kernel call, whose keys hold those of all older ones.
     """
 
     queries: list[Tensor] = field(default_factory=list)
+    counted: list[Tensor | None] = field(default_factory=list)
     visible: Tensor | None = None
     newest: Attention | None = None
 
@@ -102,10 +112,16 @@ class DeferredReads:
         self.count = 0
         """Rows noted so far, in all layers together."""
 
-    def add(self, row: Note) -> None:
-        """Keep a row for later."""
+    def add(self, row: Note, counted: Tensor | None = None) -> None:
+        """Keep a row for later.
+
+        Args:
+            row: one query row of every row of the batch.
+            counted: (B,) bool, the rows of the batch that count; None: all do.
+        """
         reads = self._layers.setdefault((row.layer, row.stage), LayerReads())
         reads.queries.append(row.query)
+        reads.counted.append(counted)
         reads.visible, reads.newest = row.visible, row.call
         self.count += 1
 
@@ -127,7 +143,8 @@ class DeferredReads:
         for (_, made), reads in self._layers.items():
             if made == stage:
                 assert reads.newest is not None
-                alike = (id(reads.visible), len(reads.queries), reads.newest.key.shape, reads.newest.key.device)
+                counted = tuple(map(id, reads.counted))
+                alike = (id(reads.visible), counted, reads.newest.key.shape, reads.newest.key.device)
                 groups.setdefault(alike, []).append(reads)
         found = [_columns(layers, prompt) for layers in groups.values()]
         return sum(found[1:], found[0]) if found else None
@@ -152,4 +169,9 @@ def _columns(layers: list[LayerReads], prompt: int) -> Tensor:
         visible = torch.nn.functional.pad(visible[..., :prompt], (0, length - prompt), value=True)
         mask = (mask & visible).expand(batch, -1, -1, -1).repeat(len(layers), 1, 1, 1)
     probabilities = attention_probabilities(query, key, mask, calls[0].scaling, calls[0].softcap)
+    counted = layers[0].counted
+    if any(one is not None for one in counted):
+        ones = torch.ones(batch, dtype=torch.bool, device=key.device)
+        each = torch.stack([ones if one is None else one.to(key.device) for one in counted], dim=1)
+        probabilities = probabilities * each.repeat(len(layers), 1)[:, None, :, None]
     return probabilities.sum(dim=(1, 2)).view(len(layers), batch, length).sum(dim=0)[:, :prompt] / heads

@@ -57,8 +57,21 @@ class Recorder:
     def __init__(self) -> None:
         self._configs: list[tuple[nn.Module, Any]] = []
 
-    def watch(self, module: nn.Module, backend: str, callback: Callable[[Attention], None]) -> None:
-        """Call `callback` after each kernel call of a transformers attention module that runs `backend`."""
+    def watch(
+        self,
+        module: nn.Module,
+        backend: str,
+        callback: Callable[[Attention], None],
+        kernel: Callable[..., Any] | None = None,
+    ) -> None:
+        """Call `callback` after each kernel call of a transformers attention module that runs `backend`.
+
+        Args:
+            module: with a config that names the attention function that it runs.
+            backend: this function.
+            callback: told of each call.
+            kernel: what the module computes where it does not ask transformers for a function of this name.
+        """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         global _users
@@ -71,7 +84,7 @@ class Recorder:
             _users += 1
             ALL_ATTENTION_FUNCTIONS[NAME] = _record
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
+        kernel = kernel or ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
         tapped = copy.copy(config)
         # The property's setter would also reach into configs that the copy shares with the original.
         tapped._attn_implementation_internal = NAME

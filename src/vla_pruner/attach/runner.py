@@ -178,7 +178,7 @@ class Runner:
                 f"The decoder was called with {call.length} positions after the prompt; it decodes one at a time. A "
                 "prompt in several pieces and speculative decoding are not supported."
             )
-        step.enter_call(call.length)
+        step.enter_call(call.length, self.family.still_acting())
         return False
 
     def _open(self, call: Call) -> None:

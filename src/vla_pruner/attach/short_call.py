@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_pruner.anatomy import layers_of
 from vla_pruner.attach.layout import in_each
 from vla_pruner.attach.shortening import Shortening, pad_columns
 from vla_pruner.caches import buffer_width, cache_in
@@ -35,7 +36,7 @@ def short_prompt(
         positions = torch.arange(length, device=embeds.device)[None]
     short["inputs_embeds"] = shortening.live_rows(embeds)
     short["position_ids"] = in_each(lambda one: shortening.live_rows(one.expand(rows, -1)), positions, 2)
-    causal = bool(getattr(decoder.layers[0].self_attn, "is_causal", True))
+    causal = bool(getattr(layers_of(decoder)[0].self_attn, "is_causal", True))
     width = buffer_width(cache_in(given))
     short["attention_mask"] = _mask(given.get("attention_mask"), shortening, causal, width, embeds.dtype, additive)
     return short

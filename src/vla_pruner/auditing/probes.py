@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import layers_of, norm_of
+
 
 class Probe:
     """Base of the probes: a context manager around hooks."""
@@ -51,15 +53,20 @@ class Probe:
 class TowerProbe(Probe):
     """Counts the images that each vision tower sees.
 
+    Args:
+        towers: the vision towers.
+        patched: as of `Anatomy`.
+
     Attributes:
         images: for each tower, every image (C, H, W) that is not of one colour: some policies get a blank image for an
             absent camera.
         blank: for each tower, the number of the others.
     """
 
-    def __init__(self, towers: Iterable[nn.Module]) -> None:
+    def __init__(self, towers: Iterable[nn.Module], patched: bool = False) -> None:
         super().__init__()
         self._towers = list(towers)
+        self._patched = patched
         self.images: list[list[Tensor]] = [[] for _ in self._towers]
         self.blank = [0 for _ in self._towers]
 
@@ -68,9 +75,12 @@ class TowerProbe(Probe):
 
             def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
                 pixels, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                self._see(index, _images(pixels.detach(), others))
+                self._see(index, self._images(pixels.detach(), others))
 
             self._handles.append(tower.register_forward_pre_hook(call, with_kwargs=True))
+
+    def _images(self, pixels: Tensor, others: list[Tensor]) -> Iterable[Tensor]:
+        return pixels.reshape(-1, 1, *pixels.shape[-2:]) if self._patched else _images(pixels, others)
 
     def _see(self, index: int, images: Iterable[Tensor]) -> None:
         for image in images:
@@ -89,7 +99,7 @@ class LengthProbe(Probe):
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
-        self._layers = list(decoder.layers)
+        self._layers = list(layers_of(decoder))
         self.lengths: list[set[int]] = [set() for _ in self._layers]
 
     def install(self) -> None:
@@ -116,9 +126,9 @@ class HiddenProbe(Probe):
         self.calls: list[tuple[bool, Tensor]] = []
 
     def install(self) -> None:
-        self.after(self._family.decoder.norm, lambda hidden: self._keep(True, hidden))
+        self.after(norm_of(self._family.decoder), lambda hidden: self._keep(True, hidden))
         for reader in self._family.readers:
-            self.after(reader.norm, lambda hidden: self._keep(False, hidden))
+            self.after(norm_of(reader), lambda hidden: self._keep(False, hidden))
 
     def _keep(self, is_decoder: bool, hidden: Tensor) -> None:
         self.calls.append((is_decoder, hidden.detach().to("cpu", torch.float32, copy=True)))

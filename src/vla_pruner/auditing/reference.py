@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import entry_of, layers_of
 from vla_pruner.attach.layout import Layout
 from vla_pruner.caches import cache_in
 from vla_pruner.checks import check_choice
@@ -65,16 +66,18 @@ class FullLength:
     def __enter__(self) -> FullLength:
         family = self._family
         if self._fate.readable:
-            for index in range(self._layer, len(family.decoder.layers)):
-                self._register(family.decoder.layers[index].input_layernorm, partial(self._overwrite, index))
+            for index in range(self._layer, len(layers_of(family.decoder))):
+                self._register(entry_of(layers_of(family.decoder)[index]), partial(self._overwrite, index))
         elif family.anatomy.loop is not None:
             # A model that does not call its layers as modules hands over the masks it makes.
             for first, gone in self._gone.items():
                 self._undo.append(family.edit_masks(first, partial(self._hide, gone)))
         else:
+            for first, gone in self._gone.items() if hasattr(family, "edit_expert_masks") else ():
+                self._undo.append(family.edit_expert_masks(first, partial(self._mask_out, gone)))
             for stack in (family.decoder, *family.readers):
-                for index in range(self._layer, len(stack.layers)):
-                    self._register(stack.layers[index], partial(self._mask, index))
+                for index in range(self._layer, len(layers_of(stack))):
+                    self._register(layers_of(stack)[index], partial(self._mask, index))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,6 +96,10 @@ class FullLength:
         """Return (B or 1, Q, W) bool: the same without the columns that are gone."""
         return visible & ~self._columns(gone, visible)[:, None]
 
+    def _mask_out(self, gone: Tensor, mask: Tensor) -> Tensor:
+        """(B or 1, H or 1, Q, W) additive: the same without the columns that are gone."""
+        return torch.where(self._columns(gone, mask)[:, None, None], torch.finfo(mask.dtype).min, mask)
+
     def _gone_at(self, index: int) -> Tensor | None:
         """Return (B, N) bool: the tokens that are gone at a layer; None before the first pruning layer."""
         return next((gone for first, gone in reversed(self._gone.items()) if first <= index), None)
@@ -110,8 +117,7 @@ class FullLength:
             mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
         gone = self._gone_at(index)
         assert gone is not None
-        mask = torch.where(self._columns(gone, mask)[:, None, None], torch.finfo(mask.dtype).min, mask)
-        return args, {**kwargs, "attention_mask": mask}
+        return args, {**kwargs, "attention_mask": self._mask_out(gone, mask)}
 
     def _overwrite(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Restore the frozen rows before the norm that a layer makes its queries, keys and values from."""

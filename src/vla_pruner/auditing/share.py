@@ -7,6 +7,7 @@ from time import perf_counter
 
 import torch
 
+from vla_pruner.anatomy import layers_of
 from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.subject import Subject
 from vla_pruner.timing import Span, now
@@ -49,7 +50,7 @@ def share(subject: Subject) -> Check:
         f"{part:.0%} of {1e3 * total:.1f} ms; at most {1 / (1 - part * gone):.2f}x faster at this keep, "
         f"{1 / (1 - part):.2f}x if these layers were free"
     )
-    depth = len(subject.family.decoder.layers)
+    depth = len(layers_of(subject.family.decoder))
     detail = (
         f"The prompt in decoder layers {layer}-{depth - 1}, unpruned, medians of {len(totals)} steps on "
         f"{describe_device(subject.device)}. Pruning takes {gone:.0%} of the prompt's positions out of these layers. "

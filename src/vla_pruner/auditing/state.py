@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import layers_of
 from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.subject import Subject, identical
 
@@ -132,7 +133,7 @@ def _fail_inside(subject: Subject) -> None:
     def interrupt(*_: Any) -> None:
         raise _Interrupted
 
-    last: nn.Module = subject.family.decoder.layers[-1].mlp
+    last: nn.Module = layers_of(subject.family.decoder)[-1].mlp
     try:
         with subject.attach():
             subject.begin()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import layers_of, norm_of, projection_of
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.session import Session
 from vla_pruner.auditing.probes import HiddenProbe
@@ -85,19 +86,19 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """The device of the first of the decoder's layers from the pruning layer on."""
-        layers = self.family.decoder.layers
+        layers = layers_of(self.family.decoder)
         return next(layers[min(self.method.layer, len(layers) - 1)].parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the decoder computes."""
-        weight = self.family.decoder.layers[0].self_attn.q_proj.weight
-        return weight.dtype if weight.is_floating_point() else self.family.decoder.norm.weight.dtype
+        weight = projection_of(layers_of(self.family.decoder)[0]).weight
+        return weight.dtype if weight.is_floating_point() else norm_of(self.family.decoder).weight.dtype
 
     @property
     def exact(self) -> bool:
         """True if the decoder computes in full precision, with weights that are not quantised."""
-        weight = self.family.decoder.layers[0].self_attn.q_proj.weight
+        weight = projection_of(layers_of(self.family.decoder)[0]).weight
         return weight.is_floating_point() and self.dtype in (torch.float32, torch.float64)
 
     def flat(self, level: int) -> Images:

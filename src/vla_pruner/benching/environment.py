@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vla_pruner.anatomy import norm_of
 from vla_pruner.benching.measure import STEPS_A_TURN, WARM_UP_ROUNDS
 from vla_pruner.benching.subject import Subject
 from vla_pruner.conditions import machine_conditions
@@ -17,7 +18,7 @@ _PACKAGES = ("vla-pruner", "torch", "transformers", "numpy", "lerobot", "triton"
 def conditions_of(subject: Subject) -> dict[str, Any]:
     """Machine, device, driver, versions, dtype and attention backend; plain JSON values."""
     device, found = subject.device, machine_conditions(_PACKAGES)
-    weight = subject.family.decoder.norm.weight
+    weight = norm_of(subject.family.decoder).weight
     found |= {
         "device": str(device),
         "device_name": found["processor"],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.caches import cache_name
+from vla_pruner.cost import ContextExpert, DecoderShape
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.feed import Feed, on_host
 from vla_pruner.plugins import object_at
@@ -18,7 +19,8 @@ from vla_pruner.registry import ROWS, row_of
 
 INSTRUCTION = "pick up the red block and put it into the bowl"
 LLAMA_TEXT, LLAMA_CAMERA, LLAMA_DECODED = 24, 256, 7
-PI0_TEXT, PI05_TEXT, SMOLVLA_TEXT = 48, 200, 48
+PI0_TEXT, PI05_TEXT, SMOLVLA_TEXT, PI0_FAST_TEXT = 48, 200, 48, 200
+MOLMO_TEXT = 100
 OPENVLA_TEXT = 25
 VLM_TEXT = 24
 _SIDE = 224
@@ -266,9 +268,11 @@ def lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     smol = kind == "smolvla"
     each, around = _lerobot_tokens(module, smol)
     visual = each * len(keys)
-    # The prompt of SmolVLA ends in the state.
-    beside = around * len(keys) + smol
-    usual = {"pi0": PI0_TEXT, "pi05": PI05_TEXT, "smolvla": SMOLVLA_TEXT}[kind] + beside
+    decodes = kind == "pi0_fast"
+    # The prompt of SmolVLA ends in the state, that of pi0-FAST in BOS.
+    beside = around * len(keys) + (smol or decodes)
+    texts = {"pi0": PI0_TEXT, "pi05": PI05_TEXT, "smolvla": SMOLVLA_TEXT, "pi0_fast": PI0_FAST_TEXT}
+    usual = texts[kind] + beside
     other = _other(settings, visual, usual, beside + 1)
     draw = _draw(settings)
     batch: dict[str, Tensor] = {
@@ -278,15 +282,52 @@ def lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     batch["observation.language.tokens"] = torch.randint(3, 250, (rows, other - beside), generator=draw)
     batch["observation.language.attention_mask"] = torch.ones(rows, other - beside, dtype=torch.bool)
     noise = torch.randn(rows, config.chunk_size, config.max_action_dim, generator=draw).to(device)
+    noises = {} if decodes else {"noise": noise}
 
     @torch.no_grad()
     def step() -> Tensor:
         moved = {key: value.to(device) for key, value in batch.items()}
-        return on_host(module.predict_action_chunk(moved, noise=noise))
+        return on_host(module.predict_action_chunk(moved, **noises))
 
+    if decodes:
+        # The head over the vocabulary runs outside of any module's call that is timed.
+        return Feed(step, visual, other, decoded=config.max_decoding_steps - 1, uses_head=False)
     passes = config.num_steps if smol else config.num_inference_steps
     suffix = config.chunk_size + (kind == "pi0")
     return Feed(step, visual, other, denoised=(suffix, passes), uses_head=False)
+
+
+def molmoact2(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """LeRobot's MolmoAct2."""
+    from vla_pruner.policies.molmoact2_random import PromptMaker
+
+    module, rows, cameras = policy.module, settings.batch, len(policy.cameras)
+    model = module._backbone()
+    config = model.config
+    maker, draw = PromptMaker(module, "cpu"), _draw(settings)
+    side = config.vit_config.image_default_input_size[0]
+    images = [list(torch.rand(cameras, 3, side, side, generator=draw)) for _ in range(rows)]
+    visual = int((maker.batch(images[:1], [[]])["input_ids"] == config.image_patch_id).sum())
+    beside = maker.batch(images[:1], [[]])["input_ids"].shape[1] - visual
+    other = _other(settings, visual, MOLMO_TEXT + beside, beside + 1)
+    texts = torch.randint(0, 250, (rows, other - beside), generator=draw).tolist()
+    batch = maker.batch(images, texts)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        moved = {key: value.to(device) for key, value in batch.items()}
+        generator = torch.Generator(device).manual_seed(settings.seed)
+        return on_host(module.predict_action_chunk(moved, generator=generator))
+
+    passes = module.config.num_inference_steps or config.flow_matching_num_steps
+    expert, text = config.action_expert_config, config.text_config
+    width, up = expert.hidden_size // expert.num_heads, model.action_expert.blocks[0].mlp.up_proj
+    shape = DecoderShape(
+        expert.num_layers, expert.hidden_size, expert.num_heads, expert.num_heads, width, up.out_features
+    )
+    tokens, context = module.config.chunk_size, text.num_key_value_heads * text.head_dim
+    reader = ContextExpert(shape, tokens, passes, context=context)
+    return Feed(step, visual, other, denoised=(tokens, passes), expert=reader, uses_head=False)
 
 
 def _lerobot_tokens(module: Any, smol: bool) -> tuple[int, int]:

@@ -116,12 +116,25 @@ def lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -
 
     if dtype == torch.float16:
         raise UnsupportedModelError("--dtype is float16; LeRobot has its policies in float32 and bfloat16.")
-    kind = settings.kind.removeprefix("lerobot-")
+    kind = settings.kind.removeprefix("lerobot-").replace("-", "_")
     fields: dict[str, Any] = {}
+    if settings.decode_tokens is not None:
+        fields["max_decoding_steps"] = settings.decode_tokens
     if settings.denoise_steps is not None:
         fields["num_steps" if kind == "smolvla" else "num_inference_steps"] = settings.denoise_steps
     cameras = None if settings.cameras is None else _cameras(settings.cameras)
     return random_lerobot(kind, settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields)
+
+
+def molmoact2(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """LeRobot's MolmoAct2."""
+    from vla_pruner.policies.molmoact2_random import random_molmoact2_policy
+
+    cameras = None if settings.cameras is None else _cameras(settings.cameras)
+    fields: dict[str, Any] = {}
+    if settings.denoise_steps is not None:
+        fields["num_inference_steps"] = settings.denoise_steps
+    return random_molmoact2_policy(settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields)
 
 
 def _cameras(count: int) -> tuple[str, ...]:

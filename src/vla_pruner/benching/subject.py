@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vla_pruner.anatomy import Anatomy
+from vla_pruner.anatomy import Anatomy, layers_of, norm_of
 from vla_pruner.attach.session import Session
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.cost import ControlStep, DecoderShape, Expert, Tower
@@ -72,23 +72,31 @@ class Subject:
 
     def weight_bytes(self) -> dict[str, float]:
         """Bytes of weights that one control step reads, stage by stage: every pass reads its own once."""
-        decoder = _bytes(self.family.decoder.layers) + (0 if self.head is None else _bytes(self.head))
+        decoder = _bytes(layers_of(self.family.decoder)) + (0 if self.head is None else _bytes(self.head))
         after = self.feed.decoded * decoder
         if self.feed.denoised is not None:
-            after += self.feed.denoised[1] * sum(_bytes(expert.layers) for expert in self.anatomy.experts)
+            after += self.feed.denoised[1] * self._expert_bytes()
         vision = sum(_bytes(module) for module in (*self.anatomy.towers, *self.anatomy.projectors))
         return {"vision": vision, "prefill": decoder * self.control_step.prompt_passes, "decode": after}
+
+    def _expert_bytes(self) -> float:
+        """Bytes of weights that one denoising pass reads."""
+        expert = self.feed.expert
+        if expert is None:
+            return sum(_bytes(layers_of(expert)) for expert in self.anatomy.experts)
+        # Its layers also hold what makes modulations, which are kept from step to step.
+        return self.element_bytes * expert.shape.layers * replace(expert, tokens=1).layer(0, 0).linear / 2
 
     @property
     def element_bytes(self) -> int:
         """Bytes of a number in the key-value cache."""
-        return self.family.decoder.norm.weight.element_size()
+        return norm_of(self.family.decoder).weight.element_size()
 
     def _control_step(self) -> ControlStep:
         feed = self.feed
         decoder = _shape(self.family.decoder, self.head is not None)
-        expert = None
-        if feed.denoised is not None:
+        expert = feed.expert
+        if feed.denoised is not None and expert is None:
             expert = Expert(_shape(self.anatomy.experts[0], False), *feed.denoised, self.anatomy.cross_layers)
         towers = tuple(tower for tower in map(_tower, self.anatomy.towers) if tower is not None)
         return ControlStep(
@@ -127,7 +135,7 @@ def warm(subject: Subject, session: Session) -> Any:
 
 def _shape(decoder: Any, with_head: bool) -> DecoderShape:
     shape = DecoderShape.of(decoder.config)
-    layers = len(decoder.layers)
+    layers = len(layers_of(decoder))
     return replace(shape, layers=layers, vocabulary=shape.vocabulary if with_head else 0)
 
 

@@ -58,6 +58,9 @@ class LeRobotFamily(TransformersFamily):
     prepare = ""
     """The name of the policy's method that turns a batch into images."""
 
+    embed = "embed_prefix"
+    """Name of the model's method that makes the prefix of them: embeddings first, then what in it is real."""
+
     def __init__(self, model: nn.Module) -> None:
         check_version()
         self._policy: Any = model
@@ -69,11 +72,7 @@ class LeRobotFamily(TransformersFamily):
         self._in_order: tuple[tuple[int, ...], frozenset[int]] = ((), frozenset())
         self._prompt: Tensor | None = None
         self._check_config()
-        if self._policy.config.compile_model or "sample_actions" in vars(self._inner):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} was built with compile_model=True, so what is attached would never run; "
-                "build it with compile_model=False."
-            )
+        self._check_compiled()
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -137,7 +136,7 @@ class LeRobotFamily(TransformersFamily):
 
     def install(self) -> None:
         self._replaced.put(self._policy, self.prepare, self._prepare_images)
-        self._replaced.put(self._inner, "embed_prefix", self._embed_prefix)
+        self._replaced.put(self._inner, self.embed, self._embed_prefix)
         self._replaced.put(self._inner, "forward", _refuse_training)
 
     def remove(self) -> None:
@@ -153,7 +152,7 @@ class LeRobotFamily(TransformersFamily):
 
     def _embed_prefix(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = list(inspect.signature(original).bind(*args, **kwargs).arguments.values())
-        embeddings, prompt, blocks = original(*args, **kwargs)
+        found = original(*args, **kwargs)
         images: list[Tensor] = given[0]
         cameras = range(len(self.cameras))
         # Without a batch (a direct call of sample_actions) the images are taken to be those of the config.
@@ -171,8 +170,15 @@ class LeRobotFamily(TransformersFamily):
         for count in self.block_lengths(images):
             self._blocks.append((end + before, count))
             end += before + count + behind
-        self._in_order, self._prompt = (order, frozenset(missing)), prompt
-        return embeddings, prompt, blocks
+        self._in_order, self._prompt = (order, frozenset(missing)), found[1]
+        return found
+
+    def _check_compiled(self) -> None:
+        if self._policy.config.compile_model or "sample_actions" in vars(self._inner):
+            raise UnsupportedModelError(
+                f"{type(self._policy).__name__} was built with compile_model=True, so what is attached would never "
+                "run; build it with compile_model=False."
+            )
 
     def _check_config(self) -> None:
         rtc = self._policy.config.rtc_config

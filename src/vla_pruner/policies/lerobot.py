@@ -1,4 +1,4 @@
-"""LeRobot's pi0, pi0.5 and SmolVLA: loaded with every weight accounted for, and called with images and a sentence."""
+"""LeRobot's policies: loaded with every weight accounted for, and called with images and a sentence."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vla_pruner.anatomy import Anatomy
+from vla_pruner.anatomy import Anatomy, layers_of, projection_of
 from vla_pruner.checkpoints.files import checkpoint_folder, described_by, listed, read_json, reason, shown
 from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
 from vla_pruner.errors import CheckpointError, ObservationError, OptionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
+from vla_pruner.families.refused import TYPES
 from vla_pruner.observations import check_images, check_instruction, state_of
 from vla_pruner.plugins import class_at
 from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors, state_size
@@ -33,8 +34,8 @@ __all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
 _MOST = 10_000
 """The largest accepted chunk, number of denoising steps and text; those of published policies are smaller."""
 
-KINDS = {"pi0": "PI0", "pi05": "PI05", "smolvla": "SmolVLA"}
-"""LeRobot's names of the supported policies, and the beginnings of their classes' names."""
+KINDS = {"pi0": "PI0", "pi05": "PI05", "pi0_fast": "PI0Fast", "smolvla": "SmolVLA", "molmoact2": "MolmoAct2"}
+"""LeRobot's names of the supported policies, and how their classes begin."""
 
 
 class LeRobotPolicy:
@@ -72,7 +73,7 @@ class LeRobotPolicy:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which its decoder computes."""
-        return self._anatomy.decoder.layers[0].self_attn.q_proj.weight.dtype
+        return projection_of(layers_of(self._anatomy.decoder)[0]).weight.dtype
 
     @property
     def _anatomy(self) -> Anatomy:
@@ -187,7 +188,7 @@ def load_lerobot(
     folder = checkpoint_folder(path)
     check_steps(folder, trust_processors)
     config = read_config(folder)
-    policy = load_module(folder, config, device, dtype)
+    policy = load_module(folder, config, device, dtype, trust_processors)
     return LeRobotPolicy(policy, *read_processors(folder, config, device, unnorm_key, trust_processors))
 
 
@@ -214,20 +215,38 @@ def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
 
 
 def load_module(
-    path: str | Path, config: Any, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    config: Any,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust: bool = False,
+    flag: str = "load_policy(..., trust_processors=True)",
 ) -> nn.Module:
-    """Load the policy alone, for a config that was read already; see `load_lerobot`."""
+    """Load the policy alone, for a config that was read already; see `load_lerobot`, and `check_steps` for the last
+    two.
+    """
     kind = config.type
+    if kind in TYPES:
+        raise UnsupportedModelError(f"{path}: {TYPES[kind]}")
     if kind not in KINDS:
         raise UnsupportedModelError(f"{path} is a policy of type {kind!r}; supported are {', '.join(KINDS)}.")
+    if kind == "pi0_fast" and not trust:
+        names = {shown(repr(name)) for name in (config.action_tokenizer_name, config.text_tokenizer_name)}
+        raise CheckpointError(
+            f"{path} is a pi0-FAST, for which LeRobot loads the tokenizers {' and '.join(sorted(names))} and runs the "
+            f"code that comes with them, so it is refused. If you trust where these come from, give {flag}."
+        )
     config.device = str(device)
     if dtype is not None and kind != "smolvla":
         if dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedModelError(f"dtype={dtype} was given; LeRobot has {kind} in float32 and bfloat16.")
-        config.dtype = str(dtype).removeprefix("torch.")
+        setattr(config, "model_dtype" if kind == "molmoact2" else "dtype", str(dtype).removeprefix("torch."))
     folder = checkpoint_folder(path)
     headers = read_headers(folder)
-    _check_headers(policy_class(kind), folder, config, headers)
+    if kind == "molmoact2":
+        _check_molmoact2(folder, config)
+    else:
+        _check_headers(policy_class(kind), folder, config, headers)
     policy = _checked(policy_class(kind), folder, config)
     if dtype is not None and kind == "smolvla":
         policy.model.vlm_with_expert.to(dtype)
@@ -253,6 +272,24 @@ def _check_headers(policy_type: Any, folder: Path, config: Any, headers: Mapping
         raise CheckpointError(f"{error} (They were compared with {policy_type.__name__}.)") from None
 
 
+def _check_molmoact2(folder: Path, config: Any) -> None:
+    """Find the checkpoint of transformers that LeRobot builds a MolmoAct2 from, and have it give continuous actions,
+    the only ones that a session knows, where its config leaves open which.
+    """
+    if config.inference_action_mode is None and config.action_mode != "discrete":
+        config.inference_action_mode = "continuous"
+    resolve = _lerobot("policies.molmoact2.modeling_molmoact2")._resolve_checkpoint_location
+    try:
+        base = Path(resolve(config.checkpoint_path, revision=config.checkpoint_revision))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} needs files that are not in it: LeRobot builds the policy from those of "
+            f"{shown(repr(config.checkpoint_path))}, and they could not be fetched ({reason(error)}). Run once with a "
+            "connection, or name a folder of them as checkpoint_path in config.json."
+        ) from error
+    read_headers(base)
+
+
 def _described(policy_type: Any, folder: Path, config: Any) -> Any:
     """Build the policy that the config describes, without memory for its weights."""
     there = copy.copy(config)
@@ -262,7 +299,17 @@ def _described(policy_type: Any, folder: Path, config: Any) -> Any:
     try:
         with torch.device("meta"), no_remote_code(), contextlib.redirect_stdout(io.StringIO()):
             return policy_type(there)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
+            with described_by(folder / "config.json"):
+                raise
+        if hasattr(config, "action_tokenizer_name"):
+            raise CheckpointError(
+                f"{folder} needs tokenizers that are not in it, {shown(repr(config.action_tokenizer_name))} and "
+                f"{shown(repr(config.text_tokenizer_name))}, and they could not be fetched "
+                f"({reason(error.__cause__ or error)}). Run once with a connection, or name their folders in "
+                "config.json (action_tokenizer_name, text_tokenizer_name)."
+            ) from error
         backbone = getattr(config, "vlm_model_name", None)
         raise CheckpointError(
             f"{folder} needs files that are not in it: LeRobot builds the policy from those of {shown(backbone)}, and "

@@ -25,7 +25,10 @@ from vla_pruner.checkpoints.files import (
 from vla_pruner.errors import CheckpointError, OptionError
 
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
-_OWN = ("lerobot.processor.", "lerobot.policies.pi0.", "lerobot.policies.pi05.", "lerobot.policies.smolvla.")
+_OWN = (
+    "lerobot.processor.",
+    *(f"lerobot.policies.{kind}." for kind in ("pi0", "pi05", "pi0_fast", "smolvla", "molmoact2")),
+)
 _NOT_OURS = ("lerobot.processor.hil_processor",)
 """The modules with steps for training beside a robot; one loads a classifier that may be anything."""
 
@@ -97,7 +100,7 @@ def _check_step(file: Path, step: Mapping[str, Any], flag: str) -> None:
     name = step["registry_name"] if "registry_name" in step else step.get("class")
     found = _step_class(step) if isinstance(name, str) else None
     if found is None:
-        what = "has a step that is none of LeRobot's own for pi0, pi0.5 and SmolVLA"
+        what = "has a step that is none of LeRobot's own for the policies that are supported"
     elif "trust_remote_code" in inspect.signature(found).parameters:
         what = "has a step that can run code from another repository"
     else:

@@ -1,4 +1,4 @@
-"""LeRobot's pi0, pi0.5 and SmolVLA with random weights, tiny or at their published sizes, without any download.
+"""LeRobot's pi0, pi0.5, pi0-FAST and SmolVLA with random weights, tiny or as published, without any download.
 
 LeRobot takes its sizes from constants in its own modules and from the hub. While such a policy is built, these names in
 its modules answer with the sizes given here; nothing of it stays behind.
@@ -25,14 +25,14 @@ from vla_pruner.models.drawn import draw_weights
 if TYPE_CHECKING:
     from vla_pruner.policies.lerobot import LeRobotPolicy
 
-CAMERAS = {"pi0": ("base", "left_wrist", "right_wrist"), "pi05": ("base", "left_wrist", "right_wrist")}
+CAMERAS: dict[str, tuple[str, ...]] = dict.fromkeys(("pi0", "pi05", "pi0_fast"), ("base", "left_wrist", "right_wrist"))
 SMOLVLA_CAMERAS = ("camera1", "camera2", "camera3")
 STATE, ACTION = 8, 7
 
 
 @dataclass(frozen=True)
 class PiSize:
-    """Sizes of a pi0 or pi0.5.
+    """Sizes of a pi0, pi0.5 or pi0-FAST.
 
     Attributes:
         vlm, expert: width, depth, mlp_dim, num_heads, num_kv_heads, head_dim; None: as published.
@@ -74,6 +74,7 @@ class SmolVLASize:
 _TINY_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 _GEMMA_2B = {"width": 2048, "depth": 18, "mlp_dim": 16384, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
 _GEMMA_300M = {**_GEMMA_2B, "width": 1024, "mlp_dim": 4096}
+_PALIGEMMA_WORDS = 257152
 _TINY_GEMMA = {"depth": 6, "num_heads": 8, "num_kv_heads": 1, "head_dim": 16}
 SIZES: dict[tuple[str, str], PiSize | SmolVLASize] = {
     ("pi", "full"): PiSize(),
@@ -142,7 +143,7 @@ def random_lerobot(
     the bytes of the text. Both need no download.
 
     Args:
-        kind: "pi0", "pi05" or "smolvla".
+        kind: "pi0", "pi05", "pi0_fast" or "smolvla".
         size: "tiny", or "full" for the published size.
         device: of the policy.
         dtype: torch.float32 or torch.bfloat16, in the places where LeRobot uses it.
@@ -156,6 +157,10 @@ def random_lerobot(
     """
     from vla_pruner.policies.lerobot import KINDS, LeRobotPolicy, lerobot_config, policy_class
 
+    if kind == "molmoact2":
+        raise UnsupportedModelError(
+            "MolmoAct2 is made by vla_pruner.policies.molmoact2_random.random_molmoact2_policy."
+        )
     if kind not in KINDS or size not in ("tiny", "full") or dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModelError(
             f"random_lerobot({kind!r}, {size!r}, dtype={dtype}) was called; kind is one of "
@@ -174,6 +179,9 @@ def random_lerobot(
     else:
         cameras = cameras or CAMERAS[kind]
         defaults |= {"image_resolution": (sizes.image, sizes.image), "dtype": str(dtype).removeprefix("torch.")}
+    if kind == "pi0_fast":
+        # Nothing that random weights decode begins as actions do, or ends.
+        defaults |= {"validate_action_token_prefix": False, "max_decoding_steps": 8 if is_tiny else 60}
     given = lerobot_config(kind, cameras, sizes.image, STATE, ACTION, **defaults | config)
     # LeRobot prints what it builds.
     with built_with(kind, sizes), torch.device(device), contextlib.redirect_stdout(io.StringIO()):
@@ -196,6 +204,11 @@ def random_pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -
 def random_pi05(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
     """LeRobot's pi0.5; arguments as of `random_policy`."""
     return _random("pi05", size, device, dtype, seed)
+
+
+def random_pi0_fast(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    """LeRobot's pi0-FAST; arguments as of `random_policy`."""
+    return _random("pi0_fast", size, device, dtype, seed)
 
 
 def random_smolvla(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
@@ -269,13 +282,54 @@ class ByteTokenizer:
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
+class WordTokenizer:
+    """Stands in for pi0-FAST's text tokenizer, which names the tokens that were decoded: each is its number.
+
+    Args:
+        vocabulary: number of ids that the model knows.
+        marker: the id that ends a chunk; None: one that the model cannot emit.
+    """
+
+    bos_token_id = 2
+
+    def __init__(self, vocabulary: int, marker: int | None = None) -> None:
+        self.vocab_size = vocabulary
+        self.marker = vocabulary if marker is None else marker
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of the text's bytes."""
+        return [2 + byte % (self.vocab_size - 2) for byte in text.encode()]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """Ids as words."""
+        return ["|" if number == self.marker else f"<{number}>" for number in ids]
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+        """Words as ids."""
+        if isinstance(tokens, str):
+            return self.marker if tokens == "|" else int(tokens[1:-1])
+        return [self.marker if token == "|" else int(token[1:-1]) for token in tokens]
+
+
+class CoefficientTokenizer:
+    """Stands in for the FAST tokenizer, which pi0-FAST's actions are decoded with: one coefficient a token."""
+
+    min_token, scale = -50, 10.0
+
+    @property
+    def bpe_tokenizer(self) -> CoefficientTokenizer:
+        """What has `decode`."""
+        return self
+
+    def decode(self, ids: Tensor) -> str:
+        """Ids as characters, whose numbers are coefficients less `min_token`."""
+        return "".join(chr(number % 101) for number in ids.tolist())
+
+
 def _pi_names(kind: str, size: PiSize) -> list[tuple[Any, str, Any]]:
     module: Any = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
-    known, paligemma, gemma = (
-        module.get_gemma_config,
-        module.PaliGemmaForConditionalGenerationWithPiGemma,
-        module.PiGemmaForCausalLM,
-    )
+    known, paligemma = module.get_gemma_config, module.PaliGemmaForConditionalGenerationWithPiGemma
+    gemma: Any = getattr(module, "PiGemmaForCausalLM", None)
 
     def get_gemma_config(variant: str) -> Any:
         given = size.vlm if variant == "gemma_2b" else size.expert
@@ -284,6 +338,7 @@ def _pi_names(kind: str, size: PiSize) -> list[tuple[Any, str, Any]]:
     def build_paligemma(config: Any) -> nn.Module:
         for name, value in (size.vision or {}).items():
             setattr(config.vision_config, name, value)
+        config.vision_config.image_size = size.image
         if size.vlm is not None:
             config.vision_config.projection_dim = size.vlm["width"]
         if size.vocabulary is not None:
@@ -295,10 +350,18 @@ def _pi_names(kind: str, size: PiSize) -> list[tuple[Any, str, Any]]:
             config.vocab_size = size.vocabulary
         return gemma(config=config)
 
-    return [
+    names = [
         (module, "get_gemma_config", get_gemma_config),
         (module, "PaliGemmaForConditionalGenerationWithPiGemma", build_paligemma),
-        (module, "PiGemmaForCausalLM", build_gemma),
+    ]
+    if kind != "pi0_fast":
+        return [*names, (module, "PiGemmaForCausalLM", build_gemma)]
+    # It has no expert, and asks the hub for two tokenizers.
+    text, actions = WordTokenizer(size.vocabulary or _PALIGEMMA_WORDS), CoefficientTokenizer()
+    return [
+        *names,
+        (module, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda *_, **__: text)),
+        (module, "AutoProcessor", SimpleNamespace(from_pretrained=lambda *_, **__: actions)),
     ]
 
 
@@ -336,12 +399,18 @@ def _processors(kind: str, config: Any, vocabulary: int) -> tuple[Any, Any]:
     """LeRobot's own processors for this kind, with the stand-in tokenizer."""
     module: Any = importlib.import_module(f"lerobot.policies.{kind}.processor_{kind}")
     known = module.TokenizerProcessorStep
+    actions = getattr(module, "ActionTokenizerProcessorStep", None)
 
     def step(tokenizer_name: str, **options: Any) -> Any:
         return known(tokenizer=ByteTokenizer(vocabulary), **options)
 
     module.TokenizerProcessorStep = step
+    if actions is not None:  # it makes tokens of the actions that a policy is trained on, with a tokenizer of the hub
+        identity = importlib.import_module("lerobot.processor").IdentityProcessorStep
+        module.ActionTokenizerProcessorStep = lambda **_: identity()
     try:
         return getattr(module, f"make_{kind}_pre_post_processors")(config)
     finally:
         module.TokenizerProcessorStep = known
+        if actions is not None:
+            module.ActionTokenizerProcessorStep = actions

@@ -57,8 +57,7 @@ def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
         return convention
     raise SuiteError(
         f"How a {type(policy).__name__} sees LIBERO is not known; OpenVLA, OpenVLA-OFT, pi0 of transformers, LeRobot's "
-        "pi0, pi0.5 and SmolVLA, and reference policies trained in LIBERO are, and policies that see the simulator's "
-        "state."
+        "policies, and reference policies trained in LIBERO are, and policies that see the simulator's state."
     )
 
 

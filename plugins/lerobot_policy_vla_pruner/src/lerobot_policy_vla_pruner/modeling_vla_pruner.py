@@ -54,11 +54,12 @@ class VLAPrunerPolicy(PreTrainedPolicy):
             )
         folder = checkpoint_folder(pretrained_name_or_path)
         # LeRobot's tools load the policy before its processors, and would run what those name.
-        check_steps(folder, config.trust_processors, flag="--policy.trust_processors=true")
+        flag = "--policy.trust_processors=true"
+        check_steps(folder, config.trust_processors, flag=flag)
         own = read_config(folder, config.inner_flags())
         if config.output_features:
             own.output_features = config.output_features
-        inner = load_module(folder, own, config.device or "cpu")
+        inner = load_module(folder, own, config.device or "cpu", trust=config.trust_processors, flag=flag)
         config.input_features, config.output_features = own.input_features, own.output_features
         return cls(config, inner)
 

@@ -1,0 +1,40 @@
+"""Policies that are known, and not pruned for a reason: what a user is told instead of a list of others.
+
+They are told by the names of their classes, so nothing that they need has to be installed.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vla_pruner.errors import UnsupportedModelError
+
+XVLA = (
+    "LeRobot's X-VLA is not supported: its transformer adds a learned position to every token by its place in the "
+    "sequence, so dropping tokens would shift all those behind them to places that they were not trained for, and give "
+    "wrong actions without an error. Little would be gained: a view is 50 tokens, and most of the cost is the vision "
+    "encoder before them. Run it without a session."
+)
+WALL_X = (
+    "LeRobot's WALL-X is not supported: it runs its whole prompt again in each of its ten denoising passes, although "
+    "nothing before the actions depends on the noise. An exact cache of the keys and values of that prefix makes a "
+    "control step about 4 times cheaper in FLOPs and changes no action, where dropping three quarters of its visual "
+    "tokens would make it about 1.7 times cheaper. Cache the prefix instead, and run it without a session."
+)
+REASONS = {
+    ("lerobot.policies.xvla.modeling_xvla", "XVLAPolicy"): XVLA,
+    ("lerobot.policies.xvla.modeling_xvla", "XVLAModel"): XVLA,
+    ("lerobot.policies.wall_x.modeling_wall_x", "WallXPolicy"): WALL_X,
+    ("lerobot.policies.wall_x.modeling_wall_x", "Qwen2_5_VLMoEForAction"): WALL_X,
+}
+"""By module and name of the class."""
+TYPES = {"xvla": XVLA, "wall_x": WALL_X}
+"""By the type in a LeRobot checkpoint's config.json."""
+
+
+def check_not_refused(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, with the reason, if a model is one of those that are not pruned."""
+    for kind in type(model).__mro__:
+        reason = REASONS.get((kind.__module__, kind.__name__))
+        if reason is not None:
+            raise UnsupportedModelError(reason)
