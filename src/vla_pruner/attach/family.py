@@ -88,6 +88,11 @@ class Family:
         return Anatomy(self.decoder, self.readers)
 
     @property
+    def encoders(self) -> tuple[nn.Module, ...]:
+        """The vision encoders, or those parts of them, whose calls can run as graphs."""
+        return self.anatomy.towers
+
+    @property
     def depth(self) -> int:
         """Number of layers of the decoder."""
         return len(self.decoder.layers)
@@ -185,7 +190,9 @@ class Family:
         return self.decoder.rotary_emb(hidden, positions)
 
     def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
-        """Have what the decoder or a reader computes, after hooks on it ran, go through `around(original, ...)`."""
+        """Have what the decoder or an expert computes, after hooks on it ran, go through `around(original, ...)`, with
+        its embeddings first or by name.
+        """
         replaced.put(module, "forward", around)
 
     def install(self) -> None:

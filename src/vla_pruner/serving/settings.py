@@ -43,6 +43,8 @@ class ServerSettings:
         seed: of what policies draw; the noise of a control step depends on it, on the robot's episode and step alone.
         prompts: instructions that are run before the port opens; none: one that the policy knows.
         compile: whether the policy is compiled before the port opens.
+        only_if_faster: whether control steps are timed before the port opens, and the policy is served unpruned where
+            pruned ones are not the faster ones.
         name: what metadata calls the model.
         metadata: more that clients are told when they connect, such as {"reset_pose": [...]}.
         default_prompt: the instruction of observations that have none; None: they are refused.
@@ -73,6 +75,7 @@ class ServerSettings:
     seed: int = 0
     prompts: tuple[str, ...] = ()
     compile: bool = False
+    only_if_faster: bool = False
     name: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
     default_prompt: str | None = None
