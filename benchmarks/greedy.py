@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_pruner.accelerators import now
 from vla_pruner.auditing.share import describe_device
 from vla_pruner.conditions import machine_conditions
 from vla_pruner.json_file import check_file
@@ -28,7 +29,6 @@ from vla_pruner.methods.selection import (
     max_min_order_in_tensors,
 )
 from vla_pruner.statistics import median_interval
-from vla_pruner.timing import now
 
 SIZES = ((256, 64), (512, 128), (768, 192))  # M, k: one, two and three cameras at keep .25
 BASE = "tensors"

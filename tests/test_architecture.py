@@ -17,9 +17,9 @@ PACKAGE = ROOT / "src" / "vla_pruner"
 
 FLOORS = (
     (
-        "anatomy", "bootstrap", "caches", "checks", "conditions", "cost", "errors", "fate", "feed", "flags",
-        "installation", "json_file", "observations", "plugins", "registry", "replacements", "statistics", "strangers",
-        "terminal", "timing", "versions", "wording",
+        "accelerators", "anatomy", "bootstrap", "caches", "checks", "conditions", "cost", "errors", "fate", "feed",
+        "flags", "installation", "json_file", "observations", "plugins", "registry", "replacements", "statistics",
+        "strangers", "terminal", "timing", "versions", "wording",
     ),
     ("checkpoints", "client", "methods", "preprocessing"),
     ("attach", "method_names", "models", "simulators"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
     from vla_pruner.auditing import audit
     from vla_pruner.benching import bench
+    from vla_pruner.benching.explain import explain
     from vla_pruner.front import compiled
     from vla_pruner.methods import (
         DART,
@@ -91,6 +92,7 @@ __all__ = [
     "bench",
     "compiled",
     "detach",
+    "explain",
     "load_policy",
     "random_policy",
     "reference_policy",
@@ -129,6 +131,7 @@ _LAZY = {
     "bench": "vla_pruner.benching",
     "compiled": "vla_pruner.front",
     "detach": "vla_pruner.attach.attached",
+    "explain": "vla_pruner.benching.explain",
     "load_policy": "vla_pruner.policies.loading",
     "random_policy": "vla_pruner.policies.random",
     "reference_policy": "vla_pruner.policies.reference",

@@ -15,21 +15,27 @@ from vla_pruner.families.wrappers import unwrapped
 from vla_pruner.methods import Method
 
 
-def attach(method: Method, model: Any, compile: bool = False, **family_options: Any) -> Session:
+def attach(
+    method: Method, model: Any, compile: bool = False, only_if_faster: bool = False, **family_options: Any
+) -> Session:
     """Attach a method to `model` in place; arguments, result and errors as of `Method.attach`."""
     if not isinstance(compile, bool):
         raise OptionError(
             f"compile={compile!r} was given; it is True or False. For another backend than torch's own attach "
             'first and call session.compile("...").'
         )
+    if not isinstance(only_if_faster, bool):
+        raise OptionError(f"only_if_faster={only_if_faster!r} was given; it is True or False.")
     family = family_of(model, **family_options)
     session = Session(method.fitted(family.one_pass), unwrapped(model), family)
-    if compile:
-        try:
+    try:
+        if compile:
             session.compile()
-        except BaseException:
-            session.detach()
-            raise
+        if only_if_faster:
+            session.detach_unless_faster()
+    except BaseException:
+        session.detach()
+        raise
     return session
 
 
@@ -54,5 +60,5 @@ def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Co
     model = unwrapped(model)
     check_not_compiled(model, family)
     made = Compiled(family, backend)
-    made.install()
+    made.install(model)
     return made

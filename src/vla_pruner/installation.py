@@ -95,6 +95,8 @@ def _devices() -> dict[str, Any]:
     """Return the accelerators, and how attention is computed on them."""
     try:
         import torch
+
+        from vla_pruner.accelerators import available, described
     except Exception as error:  # a broken installation is the purpose of this command
         return {"devices": None, "attention": None, "torch_problem": f"{type(error).__name__}: {error}"}
     cuda = torch.backends.cuda
@@ -106,16 +108,9 @@ def _devices() -> dict[str, Any]:
     }
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     try:
-        for index in range(torch.cuda.device_count()):
-            about = torch.cuda.get_device_properties(index)
-            devices.append(
-                f"cuda:{index} {about.name}, {about.total_memory / 2**30:.0f} GiB, "
-                f"compute capability {about.major}.{about.minor}"
-            )
-        if torch.backends.mps.is_available():
-            devices.append("mps")
+        devices += map(described, available())
     except RuntimeError as error:
-        devices.append(f"CUDA cannot be used: {error}")
+        devices.append(f"the accelerator cannot be used: {error}")
     return {
         "devices": devices,
         "cuda_of_torch": torch.version.cuda,

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from vla_pruner.accelerators import accelerators_of, now
 from vla_pruner.anatomy import Anatomy, entry_of, layers_of
 from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.replacements import Replacements
@@ -151,9 +152,9 @@ class StageTimer(StageMeter):
     def __init__(self, policy: Any, watched: Watched | None = None) -> None:
         watched = _parts(policy) if watched is None else watched
         self.steps: list[StepTime] = []
-        # Work on a GPU is queued; a stage has ended only when the queue is empty.
-        on_gpu = any(parameter.is_cuda for owner, _, _ in watched for parameter in owner.parameters())
-        super().__init__(watched, _seconds_on_gpu if on_gpu else perf_counter)
+        # Work on an accelerator is queued; a stage has ended only when the queues are empty.
+        devices = accelerators_of(parameter for owner, _, _ in watched for parameter in owner.parameters())
+        super().__init__(watched, lambda: max((now(device) for device in devices), default=perf_counter()))
 
     def _ended(self, total: float, stages: dict[str, float]) -> None:
         super()._ended(total, stages)
@@ -220,11 +221,6 @@ def _parts(policy: Any) -> Watched:
     return [*seen, (getattr(policy, language), "forward", prefill_or_decode)]
 
 
-def _seconds_on_gpu() -> float:
-    torch.cuda.synchronize()
-    return perf_counter()
-
-
 class Span:
     """Time between the norm that layer `layer` begins with and the end of the last layer's feed-forward part, in calls
     of more than one position: the prompt's. A context manager around hooks.
@@ -259,10 +255,3 @@ class Span:
         if self._start is not None:
             self.seconds += now(self._device) - self._start
             self._start = None
-
-
-def now(device: torch.device) -> float:
-    """Return the seconds after the device has finished its queue."""
-    if device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
-    return perf_counter()

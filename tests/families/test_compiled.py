@@ -180,6 +180,18 @@ def test_parts_of_a_compiled_policy_are_compiled_already():
     vp.FastV(keep=0.25, layer=1).attach(model.language_model, visual=model.config.visual).detach()
 
 
+def test_a_layer_that_nobody_named_is_pruned_at():
+    """The published layer is an int of a type of its own, which a compiler finds in no dict of layers."""
+    for case in (small(), cases.pi0("sdpa"), cases.chunk()):
+        model = case.build()
+        with vp.VLAPruner(keep=0.25, window=1).attach(model) as session:
+            session.compile("eager")
+            for scene in range(2):
+                case.step(model, scene, matrix.BOTH)
+            assert session.kept is not None, case
+            assert type(session.method.layer) is int
+
+
 def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
     case = small()
     model = case.build()

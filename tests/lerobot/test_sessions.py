@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -296,14 +295,6 @@ def test_training_and_copies_are_refused(kind):
 @each_kind
 def test_what_is_not_supported_is_refused(kind, monkeypatch):
     module = build(kind).module
-    module.config.rtc_config = SimpleNamespace(enabled=True)
-    with pytest.raises(vp.UnsupportedModelError, match="rtc_config"):
-        vp.VLAPruner().attach(module)
-    module.config.rtc_config = None
-    module.config.compile_model = True
-    with pytest.raises(vp.UnsupportedModelError, match="compile_model"):
-        vp.VLAPruner().attach(module)
-    module.config.compile_model = False
     monkeypatch.setattr(lerobot_common.metadata, "version", lambda _: "0.7.0")
     with pytest.raises(vp.UnsupportedModelError, match=r"lerobot 0\.7\.0 is installed; 0\.6"):
         vp.VLAPruner().attach(module)
@@ -323,14 +314,6 @@ def test_smolvla_needs_its_cache():
     module.config.use_cache = False
     with pytest.raises(vp.UnsupportedModelError, match="use_cache"):
         vp.VLAPruner().attach(module)
-
-
-def test_real_time_chunking_may_not_be_enabled_later():
-    policy = build("pi0")
-    with vp.VLAPruner().attach(policy.module):
-        policy.module.config.rtc_config = SimpleNamespace(enabled=True)
-        with pytest.raises(vp.UnsupportedModelError, match="rtc_config"):
-            policy.module.predict_action_chunk(scene(policy))
 
 
 @each_kind

@@ -19,7 +19,8 @@ from vla_pruner.anatomy import norm_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.caches import allocate, cache_in, cache_key, cache_of, filled_columns, lay_out, vary_length
 from vla_pruner.errors import OptionError, UnsupportedModelError
-from vla_pruner.replacements import Replacements
+from vla_pruner.methods.base import Method
+from vla_pruner.replacements import WRITTEN, Replacements
 
 if TYPE_CHECKING:
     from vla_pruner.attach.runner import Runner
@@ -44,11 +45,14 @@ class Compiled:
         family: of the policy.
         backend: as in `torch.compile`.
         runner: of the session that is attached; None compiles the model as it is.
+
+    Attributes:
+        backend: as given.
     """
 
     def __init__(self, family: Family, backend: str = "inductor", runner: Runner | None = None) -> None:
         self._family = family
-        self._backend = backend
+        self.backend = backend
         self._runner = runner
         self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._replaced = Replacements(COPIED)
@@ -64,35 +68,32 @@ class Compiled:
         """The number of kinds of calls that were compiled so far."""
         return len(self._programs)
 
-    def install(self) -> None:
+    def install(self, model: Any = None) -> None:
         """Put the compiled calls in place.
+
+        Args:
+            model: the policy, where no session is attached, which would have set others' compiled calls aside.
 
         Raises:
             OptionError: torch has no such backend.
             UnsupportedModelError: the family's calls are none of modules, or the method keeps what a graph overwrites.
         """
         family = self._family
-        check_backend(self._backend)
-        if not family.compilable:
-            raise UnsupportedModelError(
-                f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
-                "cannot be compiled with what pruning does in them; leave compile out."
-            )
-        if self._runner is not None and self._runner.reuse is not None:
-            raise UnsupportedModelError(
-                f"{type(self._runner.method).__name__} reuses keys and values of the last control step, which a "
-                "static graph would overwrite; run it without compile()."
-            )
+        check_backend(self.backend)
+        refusal = why_not_compiled(family, None if self._runner is None else self._runner.method)
+        if refusal is not None:
+            raise UnsupportedModelError(refusal)
+        set_aside(model, family, self._replaced)
         if family.acting is not None:
             self._replaced.put(*family.acting, self._act)
         else:
             family.put_around(family.decoder, self._decode, self._replaced)
-        for index, reader in enumerate(family.readers):
-            family.put_around(reader, partial(self._read, index), self._replaced)
+        for index, expert in enumerate(family.anatomy.experts):
+            family.put_around(expert, partial(self._read, index), self._replaced)
         if family.seeing is not None:
             self._replaced.put(*family.seeing, partial(self._see, "prompt"))
         else:
-            for index, encoder in enumerate(family.static_towers):
+            for index, encoder in enumerate(family.encoders):
                 self._replaced.put(encoder, "forward", partial(self._see, index))
         _compiled[family.decoder] = ref(self)
 
@@ -196,10 +197,25 @@ class Compiled:
         # varied, for all models of the process.
         call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
         options: dict[str, Any] = {"guard_filter_fn": _guards_of_arguments}
-        if self._backend == "inductor":
+        if self.backend == "inductor":
             # Calls of small policies are short: on the CPU Python between the kernels would take a third of them.
             options["triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"] = True
-        return torch.compile(call, backend=self._backend, options=options, fullgraph=True, dynamic=False)
+        return torch.compile(call, backend=self.backend, options=options, fullgraph=True, dynamic=False)
+
+
+def why_not_compiled(family: Family, method: Method | None) -> str | None:
+    """Why a policy, with a method attached or without, cannot be compiled, and what to do; None if it can."""
+    if not family.compilable:
+        return (
+            f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
+            "cannot be compiled with what pruning does in them; leave compile out."
+        )
+    if method is not None and method.fate.needs_last_step:
+        return (
+            f"{type(method).__name__} reuses keys and values of the last control step, which a static graph would "
+            "overwrite; run it without compile()."
+        )
+    return None
 
 
 def compiled_on(decoder: nn.Module) -> Compiled | None:
@@ -231,6 +247,29 @@ def check_not_compiled(model: Any, family: Family) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is compiled already; take that away first: remove(), or vla_pruner.detach(model)."
         )
+
+
+def set_aside(model: Any, family: Family, replaced: Replacements) -> None:
+    """Have methods that somebody compiled on single instances, and that run the decoder, run as they were written.
+
+    LeRobot does that (`compile_model=True`, `--use_torch_compile`), and so do users: `model.forward =
+    torch.compile(model.forward)`. What was traced before hooks came would pass them by.
+
+    Args:
+        model: the policy.
+        family: of the policy.
+        replaced: puts the compiled methods back.
+    """
+    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    for part in module.modules() if isinstance(module, nn.Module) else ():
+        names = [name for name, value in vars(part).items() if callable(value) and hasattr(value, WRITTEN)]
+        if names and any(inner is family.decoder for inner in part.modules()):
+            for name in names:
+                replaced.put(part, name, _as_written)
+
+
+def _as_written(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return getattr(original, WRITTEN)(*args, **kwargs)
 
 
 def _guards_of_arguments(guards: Any) -> list[bool]:

@@ -29,13 +29,15 @@ def watch_steps(session: Session, family: Family, turn: Turn, replaced: Replacem
             return original(*args, **kwargs)  # a replacement put on top meanwhile still calls this one
         family.check_step(args, kwargs)
         try:
-            with turn.step():
-                result = original(*args, **kwargs)
+            with turn.step() as outermost:
+                with session.timed_step(outermost):
+                    result = original(*args, **kwargs)
+                gave_up = outermost and session.heed_trial()
         except Exception as error:
             if session.attached:
                 raise
             raise SessionError(_DETACHED) from error
-        if not session.attached:
+        if not session.attached and not gave_up:
             raise SessionError(_DETACHED)
         return result
 

@@ -110,8 +110,8 @@ class Family:
         return Anatomy(self.decoder, self.readers)
 
     @property
-    def static_towers(self) -> tuple[nn.Module, ...]:
-        """The vision encoders whose calls can be static graphs; the others run as they are in a compiled policy."""
+    def encoders(self) -> tuple[nn.Module, ...]:
+        """The vision encoders, or those parts of them, whose calls can run as graphs."""
         return self.anatomy.towers
 
     @property
@@ -246,7 +246,9 @@ class Family:
         return self.decoder.rotary_emb(hidden, positions)
 
     def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
-        """Make the computation of the decoder or a reader, after hooks on it, go through `around(original, ...)`."""
+        """Make the computation of the decoder or a reader, after hooks on it, go through `around(original, ...)`, with
+        its embeddings first or by name.
+        """
         replaced.put(module, "forward", around)
 
     def install(self) -> None:

@@ -26,6 +26,7 @@ from vla_pruner.wording import a_type
 
 if TYPE_CHECKING:
     from vla_pruner.attach.compiled import Compiled
+    from vla_pruner.attach.trial import Trial
 
 Clock = Callable[[str], AbstractContextManager[Any]]
 
@@ -43,6 +44,7 @@ class Runner:
         turn: lets one thread at a time into a control step.
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering.
         compiled: the compiled calls of the model; None if they are not compiled.
+        trial: times unpruned and pruned control steps in turns; None if nobody asked.
         whole: True while a control step that is one graph runs, or is traced; it was opened before.
         aside: True while a call runs that is no part of a control step.
 
@@ -59,6 +61,7 @@ class Runner:
         self.turn = Turn()
         self.clock: Clock | None = None
         self.compiled: Compiled | None = None
+        self.trial: Trial | None = None
         self.whole = False
         self.aside = False
         self._planner = Planner(family, self.stages)
@@ -188,6 +191,8 @@ class Runner:
         prunes = self.method.prunes(memory)
         if self.reuse is not None:
             prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
+        if self.trial is not None:
+            prunes = self.trial.prunes(layout.rows, prunes)
         if self.compiled is not None:
             self._check_text(layout)
             self.compiled.begin_step()

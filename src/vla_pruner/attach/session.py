@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from vla_pruner.accelerators import now
 from vla_pruner.attach import attached
-from vla_pruner.attach.compiled import Compiled, check_not_compiled
+from vla_pruner.attach.compiled import Compiled, check_not_compiled, set_aside
 from vla_pruner.attach.control_step import ControlStep
 from vla_pruner.attach.entries import follow_resets, watch_steps
 from vla_pruner.attach.exported import ExportedStep, export_step
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.runner import Clock, Runner
-from vla_pruner.errors import SessionError
+from vla_pruner.attach.trial import Trial, Verdict, log
+from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.methods.base import Method
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.numbers import plain
@@ -35,6 +39,8 @@ class Session:
         family: the adapter for the model's architecture.
     """
 
+    _left: Compiled | None = None
+
     def __init__(self, method: Method, model: Any, family: Family) -> None:
         self.method = method
         self.family = family
@@ -46,6 +52,7 @@ class Session:
         self._wiring = family.wiring(self._runner) or HookWiring(self._runner, family)
         self._replaced = Replacements()
         try:
+            set_aside(model, family, self._replaced)
             family.install()
             if self._runner.reuse is not None:
                 self._runner.reuse.install()
@@ -69,7 +76,9 @@ class Session:
             amount = f"all {tokens}" if kept is None else f"{kept.shape[1]} of {tokens}"
             done = f"{number}, {amount} visual tokens kept"
         ended = "" if self.attached else ", detached"
-        return f"<Session of {_options(self.method)} on {type(self.family).__name__}: {done}{ended}>"
+        if self.verdict is not None:
+            ended += f"; {self.verdict}"
+        return f"<Session of {described(self.method)} on {type(self.family).__name__}: {done}{ended}>"
 
     def __enter__(self) -> Session:
         if not self.attached:
@@ -133,12 +142,65 @@ class Session:
             module = self._policy if isinstance(self._policy, nn.Module) else self._policy.module
             return export_step(self._runner, self.family, module, example, pruned)
 
+    def detach_unless_faster(self) -> None:
+        """Time the control steps that come, unpruned and pruned in turns, and detach where pruning does not win.
+
+        Timed are calls of the policy that are one control step each, behind the warm-up of each episode; half of the
+        steps that would be pruned are not, until ten of each kind were timed. The host waits for the device at both
+        ends of a step that long. What came of it is `verdict`, and is logged ("vla_pruner"). A compiled policy
+        stays compiled, as it is without pruning, until `detach` is called.
+
+        Raises:
+            SessionError: the session is detached.
+            UnsupportedModelError: no call of the model is a whole control step.
+        """
+        if not self.attached:
+            raise SessionError("This session is detached; attach the method anew.")
+        if not self.family.whole_steps:
+            raise UnsupportedModelError(
+                f"{type(self._policy).__name__} has no call that is a whole control step, so there is nothing to time; "
+                "attach to the policy around it, or to a language model with generate(...)."
+            )
+        device = self._decoder.norm.weight.device
+        self._runner.trial = Trial(partial(now, device))
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What `detach_unless_faster` found; None as long as it is not known."""
+        return None if self._runner.trial is None else self._runner.trial.verdict
+
+    def timed_step(self, outermost: bool) -> AbstractContextManager[None]:
+        """Around a policy's own call, whose time counts if it is the outermost one."""
+        trial = self._runner.trial
+        return nullcontext() if trial is None or not outermost else trial.step()
+
+    def heed_trial(self) -> bool:
+        """A control step is over: detach if it is known by now that pruning is not faster; returns whether it did."""
+        trial = self._runner.trial
+        if trial is None or trial.verdict is None or trial.told or not self.attached:
+            return False
+        trial.told = True
+        method = type(self.method).__name__
+        if trial.verdict.faster:
+            log.info("%s prunes on: %s.", method, trial.verdict)
+            return False
+        compiled = self._runner.compiled
+        self.detach()
+        if compiled is not None:
+            self._left = Compiled(self.family, compiled.backend)
+            self._left.install(self._policy)
+        log.warning("%s is detached, since pruning is not faster here: %s.", method, trial.verdict)
+        return True
+
     def detach(self) -> None:
         """Leave the model as it was before. The results of the last control step can still be read. Detaching twice
         does nothing.
 
         Everything is taken away even if a part fails; then the first error is raised.
         """
+        left, self._left = self._left, None
+        if left is not None:
+            left.remove()
         if self.attached:
             attached.leave(self._decoder)
             undo(self._remove, self._runner.settle)
@@ -224,6 +286,11 @@ class Session:
         self._runner.memory = memory
 
     @property
+    def policy(self) -> Any:
+        """What the method was attached to, without what others put around it."""
+        return self._policy
+
+    @property
     def step(self) -> ControlStep | None:
         """The control step that is running, or the last one, to read: its layout, and what was kept at each layer."""
         return self._runner.step
@@ -245,7 +312,7 @@ class Session:
         undo(*(part.remove for part in parts if part is not None))
 
 
-def _options(method: Method) -> str:
+def described(method: Method) -> str:
     """Return a method with its `keep` and the options that are not its defaults."""
     told = ((field, getattr(method, field.name)) for field in fields(method))
     options = [f"{field.name}={value!r}" for field, value in told if field.name == "keep" or value != field.default]

@@ -59,7 +59,7 @@ class ShortLayers:
     def __init__(self, host: Host, family: Family) -> None:
         self._host = host
         self._family = family
-        self.layer = host.method.layer
+        self.layer = int(host.method.layer)
         self._shared: dict[Hashable, list[tuple[Any, Any]]] = {}
         self._scratch: Any = None
         self._frozen_positions: Any = None

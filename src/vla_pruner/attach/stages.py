@@ -86,7 +86,7 @@ def stages_of(method: Method, family: Family) -> dict[int, Stage]:
     for stage in method.stages():
         check_needs(stage, method.fate.needs_last_step)
     stages = {
-        stage.layer: Stage(stage, stage.for_cameras(family.cameras), source_of(type(stage)) is not None)
+        int(stage.layer): Stage(stage, stage.for_cameras(family.cameras), source_of(type(stage)) is not None)
         for stage in method.stages()
     }
     check_depth(method, family.depth, family.first_layer)

@@ -34,15 +34,15 @@ class Turn:
             self._check()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Hold the turn within a policy's own call.
+    def step(self) -> Iterator[bool]:
+        """Hold the turn within a policy's own call; yields whether it is the outermost one.
 
         Raises:
             SessionError: another thread is within a control step.
         """
         self._take(1, False)
         try:
-            yield
+            yield self._depth == 1
         finally:
             with self._lock:
                 self._depth -= 1

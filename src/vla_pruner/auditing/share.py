@@ -7,10 +7,11 @@ from time import perf_counter
 
 import torch
 
+from vla_pruner.accelerators import name_of, now
 from vla_pruner.anatomy import layers_of
 from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.subject import Subject
-from vla_pruner.timing import Span, now
+from vla_pruner.timing import Span
 from vla_pruner.wording import counted
 
 WARM_UP, LEAST, MOST, SECONDS = 2, 3, 9, 10.0
@@ -62,6 +63,6 @@ def share(subject: Subject) -> Check:
 
 def describe_device(device: torch.device) -> str:
     """Return the device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({counted(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)
+    if device.type == "cpu":
+        return f"cpu ({counted(torch.get_num_threads(), 'thread')})"
+    return name_of(device) or str(device)

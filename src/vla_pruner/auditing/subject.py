@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.accelerators import accelerators_of, generators_put_back
 from vla_pruner.anatomy import layers_of, norm_of, projection_of
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.session import Session
@@ -120,8 +121,7 @@ class Subject:
         """Run one control step: (chunk, dim) float64. The noise of a flow depends on the seed and on `step` alone."""
         state = self.example.proprio
         proprio = None if state is None else np.asarray(state, dtype=np.float64)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with generators_put_back(accelerators_of(module_of(self.policy).parameters())):
             torch.manual_seed(self.seed * 1009 + step)
             return np.asarray(self.policy.act(images, self.instruction, proprio), dtype=np.float64)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from vla_pruner.accelerators import now
 from vla_pruner.benching.arms import Arm, Turns
 from vla_pruner.benching.feeds import feed
 from vla_pruner.benching.report import Compiling
@@ -21,7 +22,6 @@ from vla_pruner.benching.subject import Subject, warm
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.front import compiled
 from vla_pruner.policies.base import module_of
-from vla_pruner.timing import now
 from vla_pruner.wording import a_type
 
 SETTLED = 3

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from vla_pruner.accelerators import forget_peak_memory, is_accelerator, now
+from vla_pruner.accelerators import peak_memory as peak_memory_of
 from vla_pruner.benching.arms import Arm, Turns, turn
 from vla_pruner.benching.subject import Subject
 from vla_pruner.cost import flop_reading
 from vla_pruner.errors import SessionError
-from vla_pruner.timing import STAGES, Span, StageMeter, StageTimer, now
+from vla_pruner.timing import STAGES, Span, StageMeter, StageTimer
 
 STEPS_A_TURN = 2
 """Control steps that are timed each time an arm has its turn."""
@@ -81,7 +83,9 @@ def _fresh_step(turns: Turns, arm: Arm, session: Any) -> float | None:
 
 
 def step_milliseconds(step: Callable[[], Any], device: torch.device) -> float:
-    """Return the milliseconds of one control step; on a GPU by its own clock, from an empty queue to an empty queue."""
+    """Return the milliseconds of one control step, from an empty queue to an empty queue; on CUDA by the GPU's own
+    clock.
+    """
     if device.type != "cuda":
         start = now(device)
         step()
@@ -139,11 +143,10 @@ def peak_memory(turns: Turns, arm: Arm) -> dict[str, Any]:
     device = subject.device
     with turns.open(arm) as session:
         turns.ready(arm, session)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        forget_peak_memory(device)
         subject.step()
-        if device.type == "cuda":
-            return {"kind": "peak allocated by torch", "bytes": torch.cuda.max_memory_allocated(device)}
+        if is_accelerator(device):
+            return {"kind": "peak allocated by torch", "bytes": peak_memory_of(device)}
         return {"kind": "resident size of the process, everything in it", "bytes": resident_bytes()}
 
 

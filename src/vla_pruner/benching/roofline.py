@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from vla_pruner.accelerators import is_accelerator, name_of, now
 from vla_pruner.benching.subject import Subject
 from vla_pruner.fate import Fate
-from vla_pruner.timing import now
 
 DATA_SHEETS: dict[str, tuple[float, float]] = {
     "H200": (989e12, 4.8e12),
@@ -48,14 +48,14 @@ class Peaks:
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     """Run a short product and a short copy on the device, and take the best of several."""
-    on_gpu = device.type == "cuda"
+    on_gpu = is_accelerator(device)
     side, size, repeats = (8192, 1 << 30, 10) if on_gpu else (1024, 1 << 27, 5)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     seconds = _best(lambda: torch.mm(matrix, matrix), device, repeats)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = _best(lambda: target.copy_(source), device, repeats)
-    sheet = data_sheet(torch.cuda.get_device_name(device)) if on_gpu else None
+    sheet = data_sheet(name_of(device) or "") if on_gpu else None
     return Peaks(2 * side**3 / seconds, 2 * size / copied, sheet)
 
 

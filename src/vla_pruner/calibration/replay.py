@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_pruner.accelerators import generators_put_back
 from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.recordings import TRACES, Recording, Recordings
 from vla_pruner.errors import ObservationError
@@ -94,7 +95,7 @@ def replay(policy: Any, arms: Sequence[Arm], recordings: Recordings, progress: P
     baseline = Course(Arm(BASELINE, "unpruned", "baseline"))
     courses = [Course(arm) for arm in others]
     names, actions, distances = [], [], []
-    with torch.random.fork_rng(generator_devices(policy)):
+    with generators_put_back(generator_devices(policy)):
         for place, load in enumerate(recordings.loaders):
             recording = load()
             if not place:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_pruner.accelerators import accelerators_of, generators_put_back
 from vla_pruner.errors import ObservationError, VLAPrunerError
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.policies import sees_images
@@ -216,7 +217,7 @@ def run_episode(
         VLAPrunerError, SimulatorUnavailable: it cannot run at all, as it would not the next time.
     """
     course = Course(environment, convention, arm, unit, max_steps)
-    with course.guarded(), course.timed(), torch.random.fork_rng(generator_devices(policy)):
+    with course.guarded(), course.timed(), generators_put_back(generator_devices(policy)):
         course.begin()
         if not sees_images(policy):
             policy.watch(environment)
@@ -274,9 +275,6 @@ def describe(crash: BaseException) -> dict[str, str]:
     return {"type": type(crash).__name__, "message": said_by(crash)[:2000], "where": readable(where)}
 
 
-def generator_devices(policy: Any) -> list[int]:
-    """CUDA devices whose generators are put back: the policy's."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return []
-    parameters = getattr(getattr(policy, "module", policy), "parameters", list)()
-    return sorted({one.device.index for one in parameters if one.is_cuda and one.device.index is not None})
+def generator_devices(policy: Any) -> list[torch.device]:
+    """Accelerators whose generators are put back: the policy's."""
+    return accelerators_of(getattr(getattr(policy, "module", policy), "parameters", list)())

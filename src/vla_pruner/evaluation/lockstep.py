@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_pruner.accelerators import generator_states, generators_put_back
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.episode import CRASHES, Course, attached, generator_devices, is_crash
 from vla_pruner.evaluation.errors import EvaluationError
@@ -17,7 +18,7 @@ from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.methods import RandomKeep
 from vla_pruner.observations import Observation
-from vla_pruner.policies.base import BatchPolicy, generator_states
+from vla_pruner.policies.base import BatchPolicy
 from vla_pruner.simulators.base import Convention, Environment
 
 
@@ -88,7 +89,7 @@ def run_together(
                 told.add(place)
                 yield place, course.record(run, attempts[place], versions)
 
-    with torch.random.fork_rng(generator_devices(policy)):
+    with generators_put_back(generator_devices(policy)):
         for course in courses:
             with course.guarded(), course.timed():
                 course.begin()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_pruner.accelerators import generators_put_back
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.evaluation.episode import generator_devices
 from vla_pruner.evaluation.traces import Trace, by_camera
@@ -35,7 +36,7 @@ def with_score_maps(policy: Any, trace: Trace) -> Trace:
         return trace
     scores: dict[str, list[np.ndarray]] = {"semantic": [], "action": []}
     counts: tuple[int, ...] = ()
-    with torch.random.fork_rng(generator_devices(policy)), attached as session:
+    with generators_put_back(generator_devices(policy)), attached as session:
         policy.reset()
         for step in range(len(trace)):
             torch.manual_seed(int(trace.noise_seeds[step]))

@@ -71,8 +71,6 @@ class LeRobotFamily(TransformersFamily):
         self._blocks: list[tuple[int, int]] | None = None
         self._in_order: tuple[tuple[int, ...], frozenset[int]] = ((), frozenset())
         self._prompt: Tensor | None = None
-        self._check_config()
-        self._check_compiled()
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -145,7 +143,6 @@ class LeRobotFamily(TransformersFamily):
 
     def _prepare_images(self, original: Callable[..., Any], batch: Any) -> Any:
         """Note the batch's cameras: the host has them, without reading a mask."""
-        self._check_config()
         keys = list(self._policy.config.image_features)
         self._shown = tuple(camera for camera, key in enumerate(keys) if key in batch)
         return original(batch)
@@ -172,21 +169,6 @@ class LeRobotFamily(TransformersFamily):
             end += before + count + behind
         self._in_order, self._prompt = (order, frozenset(missing)), found[1]
         return found
-
-    def _check_compiled(self) -> None:
-        if self._policy.config.compile_model or "sample_actions" in vars(self._inner):
-            raise UnsupportedModelError(
-                f"{type(self._policy).__name__} was built with compile_model=True, so what is attached would never "
-                "run; build it with compile_model=False."
-            )
-
-    def _check_config(self) -> None:
-        rtc = self._policy.config.rtc_config
-        if rtc is not None and rtc.enabled:
-            raise UnsupportedModelError(
-                "Real-time chunking is enabled (config.rtc_config), which steers every denoising step by gradients; "
-                "it is not supported together with pruning. Set rtc_config=None."
-            )
 
 
 def _refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -89,12 +89,6 @@ class LeRobotPi0Fast(LeRobotPi):
         if not self._policy.config.use_kv_cache:
             raise UnsupportedModelError(_NO_CACHE)
 
-    def _check_config(self) -> None:
-        """Nothing: its rtc_config steers no decoding, and what compile_model compiles runs without the cache alone."""
-
-    def _check_compiled(self) -> None:
-        """Nothing, as above."""
-
 
 def _refuse_without_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     raise SessionError(_NO_CACHE)

@@ -109,7 +109,7 @@ class VLM(DecoderLM):
         )
 
     @property
-    def static_towers(self) -> tuple[nn.Module, ...]:
+    def encoders(self) -> tuple[nn.Module, ...]:
         return ()  # The calls of some depend on what is in the images, or on their sizes.
 
     @property

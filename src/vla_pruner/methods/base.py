@@ -309,12 +309,14 @@ class Method:
             f"{type(self).__name__} does not say which tokens it keeps: define select(evidence, k)."
         )
 
-    def attach(self, model: Any, compile: bool = False, **family_options: Any) -> Session:
+    def attach(self, model: Any, compile: bool = False, only_if_faster: bool = False, **family_options: Any) -> Session:
         """Attach to `model` in place and return the session, which is also a context manager.
 
         Args:
             model: a supported policy or language model (a module), or a policy that `load_policy` made.
             compile: call `session.compile()` at once.
+            only_if_faster: call `session.detach_unless_faster()` at once: control steps are timed, and the session
+                detaches itself if pruned ones are not faster.
             **family_options: options of the model's family, for instance `visual=slice(1, 257)` for a language model;
                 and `family=MyFamily` for a family of the caller's own that no installed distribution names.
 
@@ -325,7 +327,7 @@ class Method:
             SessionError: a session is attached to this model already.
         """
         # Users hold a method, so attaching starts here although `attach` is a layer above.
-        return object_at(ATTACH)(self, model, compile, **family_options)
+        return object_at(ATTACH)(self, model, compile, only_if_faster, **family_options)
 
 
 def rows_at(rows: Tensor, ids: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ class KeepFixed(Method):
         return self.budget(tokens)
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
-        ids = torch.tensor(self.ids, device=evidence.valid.device)
+        # A copy from a list would make the host wait.
+        ids = torch.tensor(self.ids).to(evidence.valid.device, non_blocking=True)
         return ids.expand(evidence.valid.shape[0], k)
 
 

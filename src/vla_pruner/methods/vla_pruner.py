@@ -100,7 +100,9 @@ class VLAPruner(Method):
         return PRESETS[self.preset]
 
     def fitted(self, one_pass: bool) -> Method:
-        return replace(self, preset="official-chunk") if one_pass and self.preset == "official" else self
+        found = replace(self, preset="official-chunk") if one_pass and self.preset == "official" else self
+        # What carries it out compares layers, and a compiler takes a number of another type for another number.
+        return replace(found, layer=int(found.layer))
 
     def for_cameras(self, names: tuple[str, ...]) -> tuple[VLAPruner, ...] | None:
         if isinstance(self.keep, Mapping) or not (self.per_camera or self.rules.per_camera):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vla_pruner.observations import Observation
 
@@ -105,8 +104,3 @@ def example_of(policy: Any) -> Observation:
 def module_of(policy: Any) -> nn.Module:
     """Return the module behind a policy; a module is its own."""
     return policy if isinstance(policy, nn.Module) else policy.module
-
-
-def generator_states(devices: Iterable[int] = ()) -> list[Tensor]:
-    """Return the states of torch's generators, of the CPU and of CUDA devices: a random draw changes them."""
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]

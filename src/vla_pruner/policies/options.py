@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vla_pruner.accelerators import available
 from vla_pruner.errors import OptionError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -24,11 +25,7 @@ def usable_device(device: str | torch.device, flag: str | None = None) -> torch.
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        there = ["'cpu'"]
-        if torch.cuda.is_available():
-            there += [f"'cuda:{index}'" for index in range(torch.cuda.device_count())]
-        if torch.backends.mps.is_available():
-            there.append("'mps'")
+        there = ["'cpu'", *(f"'{one}'" for one in available())]
         given = f"device={str(device)!r} was given" if flag is None else f"{flag} is {device}"
         raise OptionError(f"{given}, which torch cannot use here ({reason}); there is {', '.join(there)}.") from error
     return found

@@ -96,6 +96,12 @@ def add_serve(commands: Any) -> None:
     add("--grace", metavar="S", type=float, default=30.0, help="for answers under way at the end (default: 30 s)")
     add("--compile", action="store_true", help="compile the policy before the port opens (default: off)")
     add(
+        "--only-if-faster",
+        action="store_true",
+        help="time control steps of one robot before the port opens, unpruned and pruned in turns, and serve the\n"
+        "policy unpruned where pruning is not faster (default: off)",
+    )
+    add(
         "--prompt",
         metavar="TEXT",
         action="append",
@@ -173,6 +179,7 @@ def run_serve(options: argparse.Namespace) -> int:
         seed=options.seed,
         prompts=tuple(options.prompt),
         compile=options.compile,
+        only_if_faster=options.only_if_faster,
         name=options.policy,
         metadata=_metadata(options.metadata),
         default_prompt=options.default_prompt,

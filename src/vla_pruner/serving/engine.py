@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_pruner.accelerators import accelerators_of, generator_states, generators_put_back
 from vla_pruner.attach.session import Session
 from vla_pruner.checkpoints.weights import not_finite
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.methods import Memory, Method, Unpruned
-from vla_pruner.policies.base import BatchPolicy, Policy, example_of, generator_states, module_of
+from vla_pruner.policies.base import BatchPolicy, Policy, example_of, module_of
 from vla_pruner.replacements import undo
 from vla_pruner.serving.errors import ServingError, SharedNoiseError
 from vla_pruner.serving.logs import log, traceback_of
@@ -106,7 +107,7 @@ class Engine:
 
     Attributes:
         policy: the one that acts.
-        method: the one that prunes; None: none does.
+        method: the one that prunes; None: none does, or pruning turned out not to be faster.
         reader: of the observations; its image and action transforms are applied here.
         settings: of the server.
         actions_shape: (chunk, dim) of the policy's actions; known after the warm-up.
@@ -121,7 +122,7 @@ class Engine:
     tokens: int = 0
     _session: Session | None = None
     _timer: StepTimer | None = None
-    _devices: list[int] = field(default_factory=list)
+    _devices: list[torch.device] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_method(self.method)
@@ -136,13 +137,17 @@ class Engine:
         method = Unpruned() if self.method is None else self.method
         check_weights(self.policy)
         parameters = module_of(self.policy).parameters()
-        self._devices = sorted({one.device.index or 0 for one in parameters if one.is_cuda})
+        self._devices = accelerators_of(parameters)
         self._session = method.attach(self.policy, compile=self.settings.compile)
         try:
             timer = StepTimer(self.policy, self._session.family)
             self._timer = timer.__enter__()
             self._session.clock = timer.stage
             self._warm_up()
+            if self.settings.only_if_faster and self.method is not None and not self._pays():
+                self.close()
+                self.method = None
+                self.open()
         except BaseException:
             self.close()
             raise
@@ -205,7 +210,7 @@ class Engine:
         robots = [job.robot for job in group]
         memories = [self._fresh(robot) if robot.memory is None else robot.memory for robot in robots]
         session.memory = joined(memories) if self.tokens else None
-        with torch.random.fork_rng(self._devices):
+        with generators_put_back(self._devices):
             # A robot's noise does not depend on the draws of others. Several robots in a pass draw nothing.
             torch.manual_seed(_noise_seed(self.settings.seed, robots[0]))
             with timer.step():
@@ -265,14 +270,10 @@ class Engine:
         method = self._session.method
         example = example_of(self.policy)
         images = {camera: example.images[camera] for camera in self.reader.keys}
-        default = self.settings.default_prompt
-        # A default prompt that the policy cannot read is refused now, and not by every step.
-        defaults = () if default is None else (default,)
-        prompts = dict.fromkeys((*self.settings.prompts, *defaults)) or (example.instruction,)
         sizes = [1]
         if isinstance(self.policy, BatchPolicy):
             sizes = sorted(self.settings.batch_sizes if self.settings.compile else {1, self.settings.max_batch})
-        for prompt in prompts:
+        for prompt in self._prompts(example.instruction):
             seen = Seen(images, prompt, example.proprio)
             for size in sizes:
                 robots = [Robot(number) for number in range(size)]
@@ -289,6 +290,27 @@ class Engine:
                         f"{type(method).__name__} as it was made pruned none of the first {_LONGEST_WARM_UP} control "
                         "steps, and no port opens before a pruned step has run; shorten its warm-up."
                     )
+
+    def _pays(self) -> bool:
+        """Whether pruned control steps of one robot are faster than unpruned ones."""
+        assert self._session is not None
+        self._session.detach_unless_faster()
+        example = example_of(self.policy)
+        images = {camera: example.images[camera] for camera in self.reader.keys}
+        seen = Seen(images, next(iter(self._prompts(example.instruction))), example.proprio)
+        robot = Robot(0)
+        while self._session.verdict is None:
+            for answer in self.run([Job(robot, seen)]):
+                if isinstance(answer, Exception):
+                    raise ServingError(f"A control step that was timed failed: {answer}") from answer
+        return self._session.verdict.faster
+
+    def _prompts(self, usual: str) -> Iterable[str]:
+        """The instructions that are run before the port opens, each once."""
+        default = self.settings.default_prompt
+        # A default prompt that the policy cannot read is refused now, and not by every step.
+        defaults = () if default is None else (default,)
+        return dict.fromkeys((*self.settings.prompts, *defaults)) or (usual,)
 
 
 def check_method(method: Method | None) -> None:

@@ -43,6 +43,8 @@ class ServerSettings:
         seed: of the policies' draws; the noise of a control step depends on it, on the robot's episode and step alone.
         prompts: instructions that are run before the port opens; none: one that the policy knows.
         compile: whether the policy is compiled before the port opens.
+        only_if_faster: whether control steps are timed before the port opens, and the policy is served unpruned if
+            pruned ones are not faster.
         name: of the model in the metadata.
         metadata: more entries for clients that connect, such as {"reset_pose": [...]}.
         default_prompt: the instruction of observations that have none; None: they are refused.
@@ -75,6 +77,7 @@ class ServerSettings:
     seed: int = 0
     prompts: tuple[str, ...] = ()
     compile: bool = False
+    only_if_faster: bool = False
     name: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
     default_prompt: str | None = None

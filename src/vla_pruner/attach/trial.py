@@ -1,0 +1,102 @@
+"""Whether pruning pays here: a user's own control steps timed unpruned and pruned, in turns."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+log = logging.getLogger("vla_pruner")
+
+STEPS = 10
+"""Control steps of each kind that are timed."""
+PASSED_OVER = 3
+"""Of each kind, the first ones: what is compiled, captured and allocated then is not what a step takes."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of it.
+
+    Attributes:
+        unpruned_ms, pruned_ms: medians of whole control steps.
+        steps: of each kind that were timed.
+        rows: robots in each of them.
+    """
+
+    unpruned_ms: float
+    pruned_ms: float
+    steps: int
+    rows: int
+
+    @property
+    def faster(self) -> bool:
+        """Whether pruned control steps are the faster ones."""
+        return self.pruned_ms < self.unpruned_ms
+
+    def __str__(self) -> str:
+        robots = "" if self.rows == 1 else f" of {self.rows} robots"
+        return (
+            f"a pruned control step{robots} took {self.pruned_ms:.1f} ms and an unpruned one {self.unpruned_ms:.1f} ms "
+            f"(medians of {self.steps} each, in turns)"
+        )
+
+
+@dataclass
+class Trial:
+    """Has every other control step that the method would prune run unpruned, until enough of both were timed.
+
+    Warm-up steps and others that the method leaves unpruned itself are not timed. To what is remembered, an unpruned
+    step is what a refresh is. Batches of different sizes are timed apart; the first that has enough decides.
+
+    Attributes:
+        clock: seconds, once the device has done what it was given. Timing waits for it at both ends of a step.
+        verdict: None until it is known.
+        told: whether somebody heeded it.
+    """
+
+    clock: Callable[[], float]
+    verdict: Verdict | None = None
+    told: bool = False
+    _taken: dict[int, dict[bool, list[float]]] = field(default_factory=dict)
+    _opened: list[tuple[int, bool]] = field(default_factory=list)
+
+    def prunes(self, rows: int, prunes: bool) -> bool:
+        """A control step opens; returns whether it is pruned.
+
+        Args:
+            rows: robots in it.
+            prunes: whether the method prunes it.
+        """
+        if not prunes or self.verdict is not None:
+            self._opened.append((0, prunes))
+            return prunes
+        taken = self._taken.setdefault(rows, {True: [], False: []})
+        pruned = len(taken[True]) <= len(taken[False])
+        self._opened.append((rows, pruned))
+        return pruned
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a policy's own call. One that fails, or that is no control step or several, counts for nothing."""
+        if self.verdict is not None:
+            yield
+            return
+        self._opened.clear()
+        start = self.clock()
+        yield
+        seconds = self.clock() - start
+        if len(self._opened) != 1:
+            return
+        ((rows, pruned),) = self._opened
+        if rows:
+            self._taken[rows][pruned].append(seconds)
+            self._decide(rows)
+
+    def _decide(self, rows: int) -> None:
+        counted = {kind: taken[PASSED_OVER:] for kind, taken in self._taken[rows].items()}
+        if min(map(len, counted.values())) >= STEPS:
+            pruned, unpruned = (1e3 * statistics.median(counted[kind][:STEPS]) for kind in (True, False))
+            self.verdict = Verdict(unpruned, pruned, STEPS, rows)

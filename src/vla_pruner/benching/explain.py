@@ -1,0 +1,195 @@
+"""What a session prunes, what it leaves, and which share of a control step it can touch (`vp.explain`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vla_pruner.attach.compiled import why_not_compiled
+from vla_pruner.attach.session import Session, described
+from vla_pruner.attach.stages import budgets_of, stages_of
+from vla_pruner.benching.feeds import feed
+from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.benching.subject import Subject
+from vla_pruner.cost import DecoderShape, StepShape, decoder_flops
+from vla_pruner.errors import OptionError, UnsupportedModelError
+from vla_pruner.wording import a_type
+
+FATES = {
+    "drop": "gone from there on",
+    "freeze": "readable from there on, but no longer computed",
+    "reuse": "readable with what they were in the last control step",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `print` it, or read the fields.
+
+    Attributes:
+        method: as it is carried out on this model.
+        model: its class and its family.
+        pruned: where, to how much, and what becomes of the others.
+        steps: which control steps are pruned.
+        untouched: parts that no method gains on here.
+        refused: what is not possible on this model, with the reason.
+        share: of a control step's FLOPs, unpruned, in the layers that are pruned; of the prompt's where the rest of a
+            control step is not known (`whole_step`). None before it is known how long a prompt is.
+        ceiling: unpruned FLOPs over pruned ones, without what choosing costs.
+        whole_step: whether `share` and `ceiling` are of a whole control step.
+        verdict: what `only_if_faster` found, in words; None without it.
+    """
+
+    method: str
+    model: str
+    pruned: tuple[str, ...]
+    steps: str
+    untouched: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+    share: float | None
+    ceiling: float | None
+    whole_step: bool
+    verdict: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For `json.dump`."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.method} on {self.model}", *(f"  pruned     {line}" for line in self.pruned)]
+        lines.append(f"  steps      {self.steps}")
+        lines += [f"  untouched  {line}" for line in self.untouched]
+        if self.share is None or self.ceiling is None:
+            lines.append("  share      not known before a control step has run")
+        else:
+            of = "a control step" if self.whole_step else "the prompt's decoder layers (the rest is not known here)"
+            lines.append(f"  share      {self.share:.0%} of the FLOPs of {of}; at most {self.ceiling:.2f}x in FLOPs")
+        lines += [f"  refused    {what}: {why}" for what, why in self.refused]
+        if self.verdict is not None:
+            lines.append(f"  timed      {self.verdict}")
+        return "\n".join(lines)
+
+
+def explain(session: Session) -> Explanation:
+    """What a session prunes where, what is refused on its model and why, and what share of a control step it touches.
+
+    FLOPs are those of the formulas in `vla_pruner.cost`, for one robot; they are no milliseconds. No control step is
+    run. Where no benchmark knows the policy's inputs (a language model, a bare module of LeRobot), they are those of
+    the last control step's prompt in the decoder alone.
+
+    Raises:
+        OptionError: `session` is none.
+    """
+    if not isinstance(session, Session):
+        raise OptionError(f"explain was given {a_type(session)}; give what method.attach(model) returned.")
+    family, method = session.family, session.method
+    stages, tokens = stages_of(method, family), _tokens(session)
+    layers, kept = list(stages), None
+    if tokens is not None:
+        absent = frozenset() if session.step is None else session.step.layout.absent
+        kept = [sum(budget) for budget in budgets_of(stages, tokens, absent, family.camera_tokens).values()]
+    share, ceiling, whole = _share(session, layers, kept, tokens)
+    anatomy = family.anatomy
+    untouched = []
+    if anatomy.towers:
+        untouched.append("the vision encoder, which sees every patch")
+    if layers[0]:
+        untouched.append(f"decoder layers 0 to {layers[0] - 1}, which run on every token")
+    if anatomy.experts:
+        untouched.append("the expert's own rows in every denoising step; its attention to the prompt gets shorter")
+    elif not family.one_pass:
+        untouched.append("decoding, which reads all weights for each token; its attention to the prompt gets shorter")
+    return Explanation(
+        method=described(method),
+        model=f"{type(session.policy).__name__} ({type(family).__name__})",
+        pruned=tuple(_pruned(layers, kept, tokens, family, method)),
+        steps=_steps(method),
+        untouched=tuple(untouched),
+        refused=tuple(_refused(session)),
+        share=share,
+        ceiling=ceiling,
+        whole_step=whole,
+        verdict=None if session.verdict is None else str(session.verdict),
+    )
+
+
+def _tokens(session: Session) -> tuple[int, ...] | None:
+    """Visual tokens of each camera; None where they are not known yet."""
+    return session.family.camera_tokens if session.step is None else session.step.layout.cameras
+
+
+def _pruned(layers: list[int], kept: list[int] | None, tokens: Any, family: Any, method: Any) -> list[str]:
+    if method.schedule.warm_up is None:
+        return ["nothing"]
+    found = []
+    for number, layer in enumerate(layers):
+        amount = "fewer" if kept is None or tokens is None else f"{kept[number]} of {sum(tokens)}"
+        found.append(
+            f"from decoder layer {layer} of {family.depth} on {amount} visual tokens stay; the others are "
+            f"{FATES[method.pruned]}"
+        )
+    return found
+
+
+def _steps(method: Any) -> str:
+    schedule = method.schedule
+    if schedule.warm_up is None:
+        return "none is pruned"
+    words = []
+    if schedule.warm_up:
+        words.append(f"the first {schedule.warm_up} of an episode are not pruned")
+    if schedule.refresh_every is not None:
+        words.append(f"every {schedule.refresh_every}th of an episode, from the first on, is not pruned")
+    if schedule.gate is not None:
+        words.append("those after a short path of the arm are not pruned (session.moved)")
+    return "; ".join(words) or "all are pruned"
+
+
+def _refused(session: Session) -> list[tuple[str, str]]:
+    family, found = session.family, []
+    if family.first_layer:
+        found.append((f"layers below {family.first_layer}", "an expert reads the first layer's cache whole"))
+    if family.eye is None:
+        found.append(("reuse (VLA-Cache)", "it is not known which pixels a visual token covers here"))
+    reason = why_not_compiled(family, session.method)
+    if reason is not None:
+        found.append(("compile", reason))
+    if not family.cameras:
+        found.append(("keep per camera", "this model does not name its cameras; attach(model, cameras=(...))"))
+    return found
+
+
+def _share(
+    session: Session, layers: list[int], kept: list[int] | None, tokens: tuple[int, ...] | None
+) -> tuple[float | None, float | None, bool]:
+    if tokens is None or kept is None or session.method.schedule.warm_up is None:
+        return None, None, False
+    first, *then = zip(layers, kept, strict=True)
+    budget: dict[str, Any] = {"kept": first[1], "layer": first[0], "pruned": session.method.pruned, "then": then}
+    subject = _subject(session)
+    if subject is not None and subject.control_step.visual == sum(tokens):
+        whole = subject.control_step.flops(None, first[0])
+        total = sum(whole.values())
+        return whole["prompt, layers pruned"] / total, total / sum(subject.control_step.flops(**budget).values()), True
+    if session.step is None:
+        return None, None, False
+    decoder = session.family.decoder
+    shape = dataclasses.replace(DecoderShape.of(decoder.config), layers=len(decoder.layers), vocabulary=0)
+    step = StepShape(sum(tokens), session.step.layout.length - sum(tokens), 1)
+    share = 1 - first[0] / shape.layers
+    return share, decoder_flops(shape, step).total / decoder_flops(shape, step, **budget).total, False
+
+
+def _subject(session: Session) -> Subject | None:
+    """What the policy's control step consists of; None where no benchmark knows it."""
+    policy: Any = session.policy
+    weight = session.family.decoder.norm.weight
+    settings = BenchSettings(type(policy).__name__, loaded=True, dtype=str(weight.dtype).removeprefix("torch."))
+    try:
+        with torch.no_grad():
+            return Subject(policy, feed(policy, settings, weight.device), settings, weight.device)
+    except (UnsupportedModelError, OptionError):
+        return None

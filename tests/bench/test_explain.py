@@ -1,0 +1,76 @@
+"""`explain`: what a session prunes and what share of a control step it can touch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import vla_pruner as vp
+from tests.attach.tiny import VISUAL, prompt, tiny_lm
+from vla_pruner.benching.explain import Explanation
+from vla_pruner.benching.feeds import feed
+from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.benching.subject import Subject
+
+
+def test_a_policy_whose_control_step_is_known():
+    policy = vp.reference_policy("metaworld")
+    tokens = 512
+    with vp.VLAPruner(keep=0.25, layer=2, window=1).attach(policy) as session:
+        found = vp.explain(session)
+    settings, device = BenchSettings("reference-chunk"), torch.device("cpu")
+    step = Subject(policy, feed(policy, settings, device), settings, device).control_step
+    whole, pruned = step.flops(None, 2), step.flops(128, 2)
+    assert found.whole_step
+    assert found.share == pytest.approx(whole["prompt, layers pruned"] / sum(whole.values()))
+    assert found.ceiling == pytest.approx(sum(whole.values()) / sum(pruned.values()))
+    assert found.pruned == (
+        f"from decoder layer 2 of {step.decoder.layers} on 128 of {tokens} visual tokens stay; the others are gone "
+        "from there on",
+    )
+    assert found.steps == "the first 1 of an episode are not pruned"
+    assert any("layers 0 to 1" in part for part in found.untouched)
+    assert not any("decoding" in part for part in found.untouched)
+    assert found.refused == ()
+    assert f"{found.share:.0%} of the FLOPs of a control step" in str(found)
+    assert json.loads(json.dumps(found.to_json()))["share"] == found.share
+
+
+def test_a_language_model_of_which_only_the_prompt_is_known():
+    model = tiny_lm()
+    with vp.FastV(keep=6, layer=3, pruned="freeze").attach(model, visual=VISUAL) as session:
+        assert vp.explain(session).share is None or not vp.explain(session).whole_step
+        with torch.inference_mode():
+            model(inputs_embeds=prompt(1)[0])
+        found = vp.explain(session)
+    assert not found.whole_step
+    assert found.share == pytest.approx(0.5)
+    assert 1 < found.ceiling < 2
+    assert "reuse (VLA-Cache)" in dict(found.refused)
+    assert "6 of 24" in found.pruned[0]
+    assert "readable from there on, but no longer computed" in found.pruned[0]
+    assert "the rest is not known here" in str(found)
+
+
+def test_several_layers_a_schedule_and_a_verdict():
+    policy = vp.random_policy("reference", "tiny")
+    method = vp.SparseVLM(keep=0.75, layer=1, then=((2, 0.5), (3, 0.125)))
+    with method.attach(policy) as session:
+        found = vp.explain(session)
+        assert [line.split(" on ")[0] for line in found.pruned] == [f"from decoder layer {n} of 6" for n in (1, 2, 3)]
+        assert any("decoding" in part for part in found.untouched)
+    with vp.TextQuery(keep=0.25, layer=1, gate=3).attach(policy) as session:
+        assert "session.moved" in vp.explain(session).steps
+    with vp.VLACache().attach(policy) as session:
+        assert "static graph" in dict(vp.explain(session).refused)["compile"]
+    with vp.Unpruned().attach(policy) as session:
+        found = vp.explain(session)
+        assert (found.pruned, found.share) == (("nothing",), None)
+
+
+def test_what_is_no_session_is_refused():
+    with pytest.raises(vp.OptionError, match="explain was given"):
+        vp.explain("session")  # type: ignore[arg-type]
+    assert isinstance(Explanation("m", "n", (), "", (), (), None, None, False, "fast"), Explanation)
