@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vla_pruner.accelerators import now
+from vla_pruner.anatomy import norm_of
 from vla_pruner.attach import attached
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, set_aside
 from vla_pruner.attach.control_step import ControlStep
@@ -161,7 +162,7 @@ class Session:
                 f"{type(self._policy).__name__} has no call that is a whole control step, so there is nothing to time; "
                 "attach to the policy around it, or to a language model with generate(...)."
             )
-        device = self._decoder.norm.weight.device
+        device = norm_of(self._decoder).weight.device
         self._runner.trial = Trial(partial(now, device))
 
     @property
