@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Anatomy:
         language_model: the module that calls the decoder and then `lm_head`, its head over the vocabulary; None: no
             tokens are decoded.
         expert_calls: owners and names of the methods that hold all that the experts compute; empty: their own calls do.
-        patched: whether the towers are given images that are cut into patches already, (B, images, patches, values) in
-            place of (..., C, H, W).
+        acting_rows: rows of a call of the decoder itself after the prompt's.
+        images: the images (n, C, H, W) in what a tower is given for one robot; None: these are its last dimensions.
         loop: the module whose `forward` runs the layers of decoder and expert itself, so that theirs never run; None:
             they are called as modules.
     """
@@ -35,7 +36,8 @@ class Anatomy:
     projectors: tuple[nn.Module, ...] = ()
     language_model: Any = None
     expert_calls: tuple[tuple[Any, str], ...] = ()
-    patched: bool = False
+    acting_rows: int = 1
+    images: Callable[[Tensor], Tensor] | None = None
     loop: Any = None
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class TowerProbe(Probe):
 
     Args:
         towers: the vision towers.
-        patched: as of `Anatomy`.
+        images_of: `images` of the policy's `Anatomy`.
 
     Attributes:
         images: for each tower, every image (C, H, W) that is not of one colour: a camera that is absent is shown to
@@ -63,10 +63,10 @@ class TowerProbe(Probe):
         blank: for each tower, the number of the others.
     """
 
-    def __init__(self, towers: Iterable[nn.Module], patched: bool = False) -> None:
+    def __init__(self, towers: Iterable[nn.Module], images_of: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self._towers = list(towers)
-        self._patched = patched
+        self._images_of = images_of
         self.images: list[list[Tensor]] = [[] for _ in self._towers]
         self.blank = [0 for _ in self._towers]
 
@@ -75,8 +75,9 @@ class TowerProbe(Probe):
             self.before(tower, lambda pixels, index=index: self._see(index, pixels))
 
     def _see(self, index: int, pixels: Tensor) -> None:
-        shape = (1, *pixels.shape[-2:]) if self._patched else pixels.shape[-3:]
-        for image in pixels.detach().reshape(-1, *shape):
+        pixels = pixels.detach()
+        images = pixels.reshape(-1, *pixels.shape[-3:]) if self._images_of is None else self._images_of(pixels)
+        for image in images:
             if bool((image != image[:, :1, :1]).any()):
                 self.images[index].append(image.clone())
             else:
@@ -84,14 +85,19 @@ class TowerProbe(Probe):
 
 
 class LengthProbe(Probe):
-    """Sequence lengths that each layer of a decoder computes, in calls of more than one position.
+    """Sequence lengths that each layer of a decoder computes.
+
+    Args:
+        decoder: what is watched.
+        acting_rows: as of `Anatomy`.
 
     Attributes:
         lengths: a set for each layer.
     """
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, acting_rows: int = 1) -> None:
         super().__init__()
+        self._acting = acting_rows
         self._layers = list(layers_of(decoder))
         self.lengths: list[set[int]] = [set() for _ in self._layers]
 
@@ -101,8 +107,8 @@ class LengthProbe(Probe):
 
     @property
     def prompts(self) -> list[set[int]]:
-        """`lengths` without decoded tokens."""
-        return [{length for length in seen if length > 1} for seen in self.lengths]
+        """`lengths` without those of calls after the prompt's."""
+        return [{length for length in seen if length > self._acting} for seen in self.lengths]
 
 
 class HiddenProbe(Probe):

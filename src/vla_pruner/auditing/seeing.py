@@ -94,7 +94,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 def _watch(subject: Subject, pruned: bool) -> TowerProbe:
     shown: Images = subject.noise(0)
-    probe = TowerProbe(subject.policy.vision_towers, subject.family.anatomy.patched)
+    probe = TowerProbe(subject.policy.vision_towers, subject.family.anatomy.images)
     if not pruned:
         with probe:
             subject.act(shown)

@@ -51,16 +51,22 @@ def detach(subject: Subject) -> Check:
     subject.begin()
     untouched = subject.watch(subject.scene(0))
     before = snapshot(subject)
+    subject.act(subject.scene(1))
+    subject.begin()
+    # What the policy keeps of its last prompt itself (Qwen-VL's positions) is no trace of a session.
+    own = _differences(before, snapshot(subject))
     with subject.attach():
         subject.begin()
         for step in range((subject.steps or 1) + 1):
             subject.act(subject.scene(step), step)
     subject.begin()
-    problems = _differences(before, snapshot(subject))
+    problems = [place for place in _differences(before, snapshot(subject)) if place not in own]
     _fail_inside(subject)
     subject.begin()
     problems += [
-        f"{place} (after an exception)" for place in _differences(before, snapshot(subject)) if place not in problems
+        f"{place} (after an exception)"
+        for place in _differences(before, snapshot(subject))
+        if place not in (*problems, *own)
     ]
     moved = not identical(untouched, subject.watch(subject.scene(0)))
     detail = "Attributes, hooks, weights and configs of every module; action and final hidden states bit by bit."

@@ -80,9 +80,9 @@ def _found(model: Any) -> type[Family]:
     raise UnsupportedModelError(
         f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
         "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
-        "PI05Policy, PI0FastPolicy, SmolVLAPolicy and MolmoAct2Policy, vla_pruner.reference_policy(), and "
-        "transformers' decoder-only language models (of a vision-language model the text decoder: "
-        "model.language_model). "
+        "PI05Policy, PI0FastPolicy, SmolVLAPolicy, MolmoAct2Policy, GrootPolicy, EO1Policy and VLAJEPAPolicy, "
+        "vla_pruner.reference_policy(), and transformers' decoder-only language models (of a vision-language model the "
+        "text decoder: model.language_model). "
         "Adapters of PEFT, DistributedDataParallel and FullyShardedDataParallel are looked into; a policy inside of "
         "another wrapper, such as DataParallel, is attached to itself (its .module). "
         "See CONTRIBUTING.md on how a family is added." + "".join(f" {told}" for told in broken)
