@@ -1,4 +1,5 @@
-# make install | demo | test | check | test-oldest | test-newest | test-quantization | test-lerobot | test-libero | test-triton | test-openpi.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-newest | test-quantization | test-lerobot | test-libero | test-triton | test-openpi |
+# test-peers.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 NEWEST_VENV ?= .venv-newest
@@ -11,6 +12,7 @@ TRITON_VENV ?= .venv-triton
 OPENPI_VENV ?= .venv-openpi
 # What GR00T needs, without the rest of LeRobot's extra for it (a simulator, flash attention).
 LEROBOT_NO_DEPENDENCIES := diffusers==0.39.0 dm-tree==0.1.10
+PEERS_VENV ?= .venv-peers
 LIBERO_NO_DEPENDENCIES := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 ARGS ?=
 # Tests run in two processes of one thread each; make test WORKERS= runs them in one.
@@ -33,7 +35,7 @@ LEROBOT_PYTHON ?= $(shell for p in $(LEROBOT_VENV)/bin/python python3.12 python3
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 
 export HF_HUB_OFFLINE = 1
-test test-oldest test-newest test-quantization test-lerobot test-libero test-triton: export OMP_NUM_THREADS = 1
+test test-oldest test-newest test-quantization test-lerobot test-libero test-triton test-peers: export OMP_NUM_THREADS = 1
 export MUJOCO_GL ?= egl
 
 # A virtual environment, unless it is there: $(call create,FOLDER).
@@ -46,7 +48,7 @@ endef
 # What is installed into one, and from which pins: $(call pip,FOLDER) -c constraints/NAME.txt PACKAGES.
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo test check format test-oldest test-newest test-quantization test-lerobot test-libero test-triton test-openpi
+.PHONY: help install demo test check format test-oldest test-newest test-quantization test-lerobot test-libero test-triton test-openpi test-peers
 help:
 	@echo "make install      create $(VENV) and install everything, pinned by constraints/default.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
@@ -60,6 +62,7 @@ help:
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
 	@echo "make test-triton  run the Triton kernels, interpreted, in $(TRITON_VENV) (700 MB)"
 	@echo "make test-openpi  drive the server with openpi's own client, which lives in $(OPENPI_VENV) (400 MB, no torch)"
+	@echo "make test-peers   read records with robostats and fieldtrial, and serve vla-eval, in $(PEERS_VENV) (250 MB)"
 	@echo "make test-package build wheel and sdist, and try the wheel in an empty environment (2.5 GB)"
 	@echo "make docs         build the documentation in build/site, with $(DOCS_VENV); links are checked, nothing is fetched"
 
@@ -68,7 +71,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints/default.txt
 	$(call create,$(VENV))
 	@echo "==> Installing vla-pruner and what it needs into $(VENV) (pinned by constraints/default.txt; a few minutes the first time)"
-	@$(call pip,$(VENV)) -c constraints/default.txt -e '.[metaworld,libero-images,eval,serve,ray,dataset,dev]'
+	@$(call pip,$(VENV)) -c constraints/default.txt -e '.[metaworld,libero-images,eval,serve,ray,dataset,export,dev]'
 	@sh .ci/rendering $(PY) $(GL_PACKAGES)
 	@sh .ci/browser $(BROWSER_PACKAGES)
 	@touch $@
@@ -120,7 +123,7 @@ $(LEROBOT_VENV)/.installed: pyproject.toml constraints/lerobot.txt plugins/lerob
 	@test -x $(LEROBOT_VENV)/bin/python || { echo "==> Creating $(LEROBOT_VENV) with $(LEROBOT_PYTHON)"; $(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV); }
 	@echo "==> Installing LeRobot into $(LEROBOT_VENV) (7 GB with torch for CUDA, which runs on the CPU too; minutes the first time)"
 	@$(call pip,$(LEROBOT_VENV)) -c constraints/lerobot.txt \
-		'lerobot[pi,smolvla,dataset]==0.6.1' pytest -e . -e plugins/lerobot_policy_vla_pruner
+		'lerobot[pi,smolvla,dataset]==0.6.1' grpcio protobuf pytest -e . -e plugins/lerobot_policy_vla_pruner
 	@$(call pip,$(LEROBOT_VENV)) --no-deps $(LEROBOT_NO_DEPENDENCIES)
 	@touch $@
 
@@ -143,7 +146,7 @@ $(LIBERO_VENV)/.installed: pyproject.toml constraints/libero.txt
 	@touch $@
 
 test-libero: $(LIBERO_VENV)/.installed
-	$(LIBERO_VENV)/bin/python -m pytest tests/simulators $(ARGS)
+	$(LIBERO_VENV)/bin/python -m pytest tests/simulators tests/official $(ARGS)
 
 # Triton is 700 MB, and torch for the CPU comes without it. All else is borrowed from $(VENV).
 $(TRITON_VENV)/.installed: $(VENV)/.installed constraints/triton.txt
@@ -169,6 +172,19 @@ $(OPENPI_VENV)/.installed: constraints/openpi.txt
 
 test-openpi: $(VENV)/.installed $(OPENPI_VENV)/.installed
 	OPENPI_PYTHON=$(abspath $(OPENPI_VENV))/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/serving/test_openpi.py $(ARGS)
+
+# Statistics and an evaluation framework that others wrote. What they share with $(VENV) is borrowed from it.
+$(PEERS_VENV)/.installed: $(VENV)/.installed constraints/peers.txt
+	@test -x $(PEERS_VENV)/bin/python || { echo "==> Creating $(PEERS_VENV)"; $(PY) -m venv --without-pip $(PEERS_VENV); }
+	@echo "==> Installing robostats, fieldtrial and vla-eval into $(PEERS_VENV) (250 MB)"
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; echo "import site; site.addsitedir('$$($(PY) -c "$$packages")')" \
+		> "$$($(PEERS_VENV)/bin/python -c "$$packages")/borrowed.pth"
+	@$(PY) -m pip --python $(PEERS_VENV)/bin/python install --quiet --disable-pip-version-check -c constraints/default.txt -c constraints/peers.txt \
+		robostats fieldtrial vla-eval
+	@touch $@
+
+test-peers: $(PEERS_VENV)/.installed
+	$(PEERS_VENV)/bin/python -m pytest tests/peers $(ARGS)
 
 # The documentation's site, in build/site. Its venv holds no torch: the API pages are read from the source.
 DOCS_VENV ?= .venv-docs

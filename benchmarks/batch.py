@@ -58,7 +58,7 @@ def batches(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the batches one after another; the exit code is 0, or 2 where the flags make no sense."""
+    """Run the batches one after another; return 0, or 2 if the flags do not fit together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--batch", metavar="B,C", type=batches, default=(1, 2, 4, 8), help="robots in one call")
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(settings: BenchSettings, sizes: Sequence[int], out: Path) -> None:
-    """Benchmarks these settings for each batch, and writes both files after each.
+    """Benchmark these settings for each batch, and write both files after each.
 
     Raises:
         VLAPrunerError: the settings do not allow a benchmark, or `out` is a file.

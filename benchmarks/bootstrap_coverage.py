@@ -1,8 +1,8 @@
-"""How often the bootstrap interval of `vla-pruner calibrate` misses the truth, for few episodes.
+"""The rate at which the bootstrap interval of `vla-pruner calibrate` misses the truth, for few episodes.
 
     python -m benchmarks.bootstrap_coverage        writes benchmarks/results/bootstrap_coverage.json (2 minutes)
 
-Each run draws one figure an episode from a known distribution and looks on which side of the interval the true mean
+Each run draws one figure an episode from a known distribution and notes on which side of the interval the true mean
 lies.
 """
 
@@ -27,7 +27,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray],
 
 
 def main() -> None:
-    """Simulates and writes the result."""
+    """Simulate and write the result."""
     generator, rows = np.random.default_rng(0), []
     for name, (draw, mean) in DISTRIBUTIONS.items():
         for episodes in EPISODES:

@@ -1,12 +1,15 @@
-"""What pruning can save in each family, counted: FLOPs and bytes of one control step at the published sizes.
+"""The largest saving of pruning in each family, counted: FLOPs and bytes of one control step at the published sizes.
 
     python -m benchmarks.family_flops      # prints a table, writes benchmarks/results/family_flops.{json,md}
 
-Nothing is run or timed here. FLOPs say what a compute-bound pass costs (a long prompt, a batch); bytes are the weights
-that every pass must read once, which is what a pass of few tokens costs at batch 1 (decoding, denoising). Sizes are
+Nothing is run or timed here. FLOPs are the cost of a compute-bound pass (a long prompt, a batch); bytes are the weights
+that every pass must read once, the cost of a pass of few tokens at batch 1 (decoding, denoising). Sizes are
 those of the published configs: openvla/openvla-7b, moojink/openvla-7b-oft-finetuned-libero-*, lerobot/pi0_base,
 lerobot/pi05_base, lerobot/pi0_fast_base, lerobot/smolvla_base; of MolmoAct2, EO-1, GR00T and VLA-JEPA two views and
-LeRobot's defaults, with Qwen3-4B for MolmoAct2's text, as third parties have it, Qwen2.5-VL-3B, and Qwen3-VL-2B.
+LeRobot's defaults, with Qwen3-4B for MolmoAct2's text, as third parties have it, Qwen2.5-VL-3B, and Qwen3-VL-2B; of
+vision-language models with an action head of one's own, whose cost is not counted, llava-hf/llava-1.5-7b-hf,
+google/paligemma-3b-pt-224, Qwen/Qwen3-VL-2B-Instruct and HuggingFaceTB/SmolVLM2-500M-Video-Instruct, with two images
+(of 448 x 448 pixels for Qwen) and 24 words.
 """
 
 from __future__ import annotations
@@ -36,12 +39,15 @@ MOLMO_EXPERT = DecoderShape(layers=36, hidden=1024, heads=16, kv_heads=16, head_
 MOLMO_PROJECTOR = 2.0 * (2304 * 1152 + 4 * 2 * 2304 * 1152 + 1152 * 1152 + 2 * 1152 * 9728 + 9728 * 2560)
 QWEN_VISION = DecoderShape(layers=32, hidden=1280, heads=16, kv_heads=16, head_dim=80, feed_forward=3420)
 QWEN25_3B = DecoderShape(layers=36, hidden=2048, heads=16, kv_heads=2, head_dim=128, feed_forward=11008)
-QWEN3_VISION = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
-QWEN3_2B = DecoderShape(layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, feed_forward=6144)
 GROOT_SELF = DecoderShape(layers=4, hidden=2048, heads=32, kv_heads=32, head_dim=64, feed_forward=8192, matrices=2)
 GROOT_DIT = DecoderShape(layers=32, hidden=1536, heads=32, kv_heads=32, head_dim=48, feed_forward=6144, matrices=2)
 SMOL_VISION = DecoderShape(layers=12, hidden=768, heads=12, kv_heads=12, head_dim=64, feed_forward=3072, matrices=2)
 SMOL = DecoderShape(layers=16, hidden=960, heads=15, kv_heads=5, head_dim=64, feed_forward=2560)
+CLIP = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
+QWEN3 = DecoderShape(layers=28, hidden=2048, heads=16, kv_heads=8, head_dim=128, feed_forward=6144)
+QWEN3_VISION = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
+QWEN3_MERGER = 2.0 * (4096 * 4096 + 4096 * 2048)
+"""Of one token; three more bring DeepStack's features."""
 SMOL_EXPERT = DecoderShape(layers=16, hidden=720, heads=15, kv_heads=5, head_dim=64, feed_forward=2048)
 
 
@@ -123,24 +129,24 @@ FAMILIES = {
     ),
     "GR00T N1.7": Family(
         ControlStep(
-            QWEN3_2B,
+            replace(QWEN3, layers=16),
             visual=2 * 64,
             other=2 * 2 + 28,
             towers=(Tower(QWEN3_VISION, 256, 24),),
             cameras=2,
-            projector=4 * 2.0 * (4096 * 4096 + 4096 * 2048),  # three levels of DeepStack have one of their own
+            projector=4 * QWEN3_MERGER,
             expert=FeatureExpert(GROOT_DIT, 41, 4, last=15, context=2048, before=GROOT_SELF),
         ),
         remark="64 tokens a view: passes as small as these wait for launches rather than FLOPs; expect little",
     ),
     "VLA-JEPA": Family(
         ControlStep(
-            replace(QWEN3_2B, layers=28),
+            QWEN3,
             visual=2 * 64,
             other=2 * 2 + 120,
             towers=(Tower(QWEN3_VISION, 256, 24),),
             cameras=2,
-            projector=4 * 2.0 * (4096 * 4096 + 4096 * 2048),
+            projector=4 * QWEN3_MERGER,
         ),
         remark="as GR00T; its action head, which reads 32 rows, is left out here",
     ),
@@ -154,6 +160,45 @@ FAMILIES = {
             expert=Expert(SMOL_EXPERT, 50, 10),
         ),
         remark="the vision tower is most of it, and it is behind that tower that tokens are dropped: nothing to gain",
+    ),
+    "LLaVA-1.5-7B, own head": Family(
+        ControlStep(
+            replace(LLAMA, vocabulary=0),
+            visual=2 * 576,
+            other=25,
+            towers=(Tower(CLIP, 577, 24),),
+            cameras=2,
+            projector=2.0 * (1024 * 4096 + 4096 * 4096),
+        ),
+        remark="one pass, nearly all of it visual tokens: as OpenVLA-OFT",
+    ),
+    "PaliGemma-3B-224, own head": Family(
+        ControlStep(
+            GEMMA, visual=512, other=25, towers=(Tower(SIGLIP, 256, 27),), cameras=2, projector=2.0 * 1152 * 2048
+        ),
+        remark="one pass; the vision tower remains",
+    ),
+    "Qwen3-VL-2B, own head": Family(
+        ControlStep(
+            QWEN3,
+            visual=2 * 196,
+            other=29,
+            towers=(Tower(QWEN3_VISION, 784, 24),),
+            cameras=2,
+            projector=4 * QWEN3_MERGER,
+        ),
+        remark="four patches make one token, so that the vision tower is as much as the prompt",
+    ),
+    "SmolVLM2-500M, own head": Family(
+        ControlStep(
+            replace(SMOL, layers=32),
+            visual=2 * 64,
+            other=29,
+            towers=(Tower(SMOL_VISION, 1024, 12),),
+            cameras=2,
+            projector=2.0 * 16 * 768 * 960,
+        ),
+        remark="as SmolVLA: the vision tower is most of it",
     ),
 }
 

@@ -61,7 +61,7 @@ def replayed(form: Form, distance: Tensor, candidates: Tensor, k: int) -> Callab
 
 
 def forms_on(distance: Tensor, candidates: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
-    """What there is on the tensors' device, by name, each called once and found to pick the same."""
+    """Return the forms on the tensors' device, by name, each called once and found to pick the same."""
     given, fused = (distance, candidates, k), fused_form(distance.device)
     forms: dict[str, Callable[[], Tensor]] = {BASE: lambda: max_min_order_in_tensors(*given)}
     if distance.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The index of benchmarks/results: what each result is, what measured it, and where.
+"""The index of benchmarks/results: each result, what measured it, and where.
 
 python -m benchmarks.index      # writes benchmarks/results/README.md
 """
@@ -90,7 +90,7 @@ def _conditions(file: str) -> dict[str, Any]:
 
 
 def committed() -> list[str]:
-    """Files of benchmarks/results that git knows."""
+    """Return the files of benchmarks/results that git tracks."""
     listed = subprocess.run(
         ["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -35,7 +35,7 @@ EPISODES = (3, 6, 10, 20, 50, 150)
 
 
 def simulate(cells: list[Cell], episodes: int, runs: int, seed: int) -> dict[str, float]:
-    """How often the truth is below or above the 95 % interval, and the width of it with and without strata."""
+    """Return how often the truth is below or above the 95 % interval, and the width of it with and without strata."""
     generator = np.random.default_rng(seed)
     drawn = np.stack([generator.multinomial(episodes, cell, runs) for cell in cells], axis=1)
     truth = sum(cell[1] - cell[2] for cell in cells) / len(cells)

@@ -59,7 +59,7 @@ return [film.querySelector("canvas").toDataURL("image/png"), film.querySelector(
 
 
 def write_picture(report: Path, results: Path, out: Path, task: str | None = None, step: int = 5) -> None:
-    """Draws the picture.
+    """Draw the picture.
 
     Args:
         report: what `vla-pruner demo` wrote, with its player.

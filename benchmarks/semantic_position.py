@@ -31,7 +31,7 @@ ROWS = 4
 
 
 def observations(policy: Any, task: str) -> list[Observation]:
-    """What the unpruned policy sees in its first control steps."""
+    """Return the observations of the unpruned policy's first control steps."""
     suite = find_suite("metaworld:mt8")
     convention, environment, found = suite.convention(policy), suite.make(task), []
     for state in STATES:

@@ -57,7 +57,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs every arm with every number of robots; the exit code is 0."""
+    """Run every arm with every number of robots; the exit code is 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--robots", metavar="N,M", default="1,2,4,8,16,32", help="numbers of robots (default: %(default)s)")
@@ -124,7 +124,7 @@ def measure(name: str, policy: Any, method: Any, robots: int, max_batch: int, se
 
 
 def _observation(policy: Any) -> dict[str, Any]:
-    """The size is what costs; what is on the image is of no account."""
+    """Return an observation. Its size decides the cost; the images' content does not matter."""
     side = policy.image_size
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     state = np.asarray(policy.config.proprio_mean, np.float32)

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "study"
 WHOLE = ("run.json", "table.md")
 RECORDS = "episodes.jsonl"
 
-# Every method leaves the same first steps unpruned, so that they differ in what they choose alone.
+# Every method leaves the same first steps unpruned, so that they differ in the choice of tokens alone.
 _WAIT = ":warmup_steps=3"
 _METHODS = (
     "vla-pruner",
@@ -58,7 +58,30 @@ _CONFIRMED = tuple(
     for keep, fate in ((0.25, "drop"), (0.125, "freeze"))
     for name in ("vla-pruner", f"action-only{_WAIT}")
 )
+_CHUNK_METHODS = (
+    "vla-pruner",
+    "vla-pruner:semantic_queries=last",
+    *(
+        f"{name}{_WAIT}"
+        for name in (
+            "action-only",
+            "action-and-diversity",
+            "fastv",
+            "divprune",
+            "max-min-diversity",
+            "dart",
+            "cdpruner",
+        )
+    ),
+)
+_CHUNK_LAYERS = tuple(
+    f"{name}:layer={layer}:keep={keep}:pruned={fate}"
+    for layer in (1, 3, 5)
+    for keep, fate in ((0.25, "drop"), (0.25, "freeze"), (0.125, "freeze"))
+    for name in ("vla-pruner:semantic_queries=last", f"action-only{_WAIT}")
+)
 _COMMON = ("--policy", "reference:autoregressive", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
+_CHUNK = ("--policy", "reference:metaworld", "--suite", "metaworld:mt8", "--margin", "5", "--batch", "8")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
         *_COMMON,
@@ -74,18 +97,27 @@ PHASES: dict[str, tuple[str, ...]] = {
         *_COMMON,
         *("--first", "50", "--episodes", "150", "--method", ",".join(_CONFIRMED), "--layer", "3", "--controls", "none"),
     ),
+    "chunk-grid": (
+        *_CHUNK,
+        *("--episodes", "10", "--method", ",".join(_CHUNK_METHODS)),
+        *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
+    ),
+    "chunk-layers": (
+        *_CHUNK,
+        *("--episodes", "10", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
+    ),
 }
 
 
 def run(phase: str, out: Path, part: str | None) -> int:
-    """Runs or continues one part of a phase; its exit code is that of `vla-pruner eval`."""
+    """Run or continue one part of a phase; its exit code is that of `vla-pruner eval`."""
     number = "1" if part is None else part.partition("/")[0]
     arguments = ["eval", *PHASES[phase], "--out", str(out / f"{phase}-{number}")]
     return cli.main(arguments if part is None else [*arguments, "--shard", part])
 
 
 def publish(phase: str, out: Path) -> int:
-    """Merges the parts of a phase and puts what a reader needs into the repository, the records compressed."""
+    """Merge the parts of a phase and put what a reader needs into the repository, the records compressed."""
     parts = sorted(folder for folder in out.glob(f"{phase}-*") if folder.is_dir())
     if not parts:
         print(f"{out} has no folder {phase}-...; run it first.", file=sys.stderr)
@@ -112,7 +144,7 @@ def publish(phase: str, out: Path) -> int:
 
 
 def resume(phase: str, out: Path) -> int:
-    """Makes a part of what was published of a phase; `run` without a shard goes on with it, by the same code."""
+    """Make a part of what was published of a phase; `run` without a shard goes on with it, by the same code."""
     source, part = RESULTS / phase, out / f"{phase}-1"
     if part.exists() or not source.exists():
         print(f"{part} is there already." if part.exists() else f"{source} holds nothing to resume.", file=sys.stderr)

@@ -61,7 +61,7 @@ CONTRASTS = (
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, dict[Unit, bool]]]:
-    """Which episodes each method solved, of a published phase; crashed ones are left out."""
+    """Return the episodes that each method solved, of a published phase; crashed ones are left out."""
     arms = json.loads((folder / "summary.json").read_text())["summary"]["arms"]
     of_arm = {arm["key"]: named(arm["title"]) for arm in arms if arm["kind"] in ("method", "random")}
     found: dict[str, dict[str, dict[Unit, bool]]] = {}
@@ -76,7 +76,7 @@ def outcomes(folder: Path) -> dict[str, dict[str, dict[Unit, bool]]]:
 
 
 def difference(one: Contrast, found: Outcomes, confidence: float, keep: str = "") -> MeanDifference | None:
-    """Share of episodes that `arm` solved minus that of `base`; None where nothing pairs.
+    """Return the share of episodes that `arm` solved minus that of `base`; None if nothing pairs.
 
     Args:
         keep: only settings of this budget; "": of all.

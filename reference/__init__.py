@@ -1,1 +1,1 @@
-"""How the reference policy was made: demonstrations, training, closed-loop evaluation (see README.md)."""
+"""The making of the reference policy: demonstrations, training, closed-loop evaluation (see README.md)."""

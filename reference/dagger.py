@@ -22,7 +22,7 @@ _ROUND_SEEDS = 2_000
 
 
 def record_shard(task: str, seeds: range, path: Path, weights: Path, help_rate: float) -> tuple[str, int, float]:
-    """Records one episode per seed; returns the shard's name, its frames and the success rate."""
+    """Record one episode per seed; return the shard's name, its frames and the success rate."""
     import torch
 
     from vla_pruner.models.reference.loading import load_autoregressive_policy

@@ -19,7 +19,7 @@ SHARED_SCENE = ("reach", "push", "pick-place")
 """Tasks with the same objects on the table: only the instruction tells them apart."""
 
 SHARES = {"push": 1.5, "pick-place": 2.0, "plate-slide": 2.5, "window-open": 1.5}
-"""How often frames of a task are seen, 1 if not named: more where closed-loop checks showed need."""
+"""The weight of a task's frames in drawing, 1 if not named: more if closed-loop checks showed need."""
 
 _TASK_NAMES = list(TASKS)
 _ANCHORS = np.array([getattr(EXPERTS[task], "anchor", (0.0, 0.0, 0.0)) for task in TASKS])
@@ -30,7 +30,7 @@ _GRASPS = [
 ]
 _THINGS = np.array([[4, 5, 6], [36, 37, 38]])
 FRESH_SHARE = 2.0
-"""How much more often frames are seen that were recorded while the policy acted."""
+"""The weight of frames that were recorded while the policy acted, in drawing."""
 
 _CONTACT = 0.07  # metres: nearer than this the object may be held or moving, and the hand is where the image shows it
 _LOW, _HIGH = np.array([-0.35, 0.4, 0.05]), np.array([0.35, 0.95, 0.4])
@@ -46,10 +46,10 @@ def expert_actions(tasks: np.ndarray, states: np.ndarray) -> np.ndarray:
 
 
 def moved_hands(rng: np.random.Generator, tasks: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """States (N, 39) with the hand somewhere else, where that is possible without the scene looking different.
+    """Return states (N, 39) with the hand in another place, if that is possible without the scene looking different.
 
     The experts depend on the hand only through its position, which proprioception tells exactly; so a frame can teach
-    what to do from many places. A hand that may hold something is moved by millimetres only.
+    the actions from many places. A hand that may hold something is moved by millimetres only.
     """
     states, count = states.copy(), len(states)
     hand, thing, goal = states[:, HAND], states[:, OBJECT], states[:, GOAL]
@@ -114,7 +114,9 @@ class Dataset:
         return self.rng.choice(self.train_rows, size, p=self.weights)
 
     def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
-        """The first suffix of each frame is what was recorded; the others move the hand or change the task."""
+        """Return a batch. The first suffix of each frame is the recorded one; the others move the hand or change the
+        task.
+        """
         states = np.repeat(self.frames.states[rows], suffixes, axis=0).astype(np.float64)
         tasks = np.repeat(self.frames.tasks[rows], suffixes).astype(np.int64)
         extra = np.arange(len(states)) % suffixes > 0

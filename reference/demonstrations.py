@@ -46,7 +46,7 @@ class NoisyExpert:
 def record_shard(
     task: str, seeds: range, path: Path, behaviour: Callable[[np.random.Generator], Callable] = NoisyExpert
 ) -> tuple[str, int, float]:
-    """Records one episode per seed; returns the shard's name, its frames and the success rate."""
+    """Record one episode per seed; return the shard's name, its frames and the success rate."""
     images, states, episodes, success = [], [], [], []
     expert = scripted_expert(task)
     with MetaWorldEnv(task) as env:

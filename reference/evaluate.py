@@ -54,7 +54,7 @@ def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, floa
 
 
 def evaluate_arm(task: str, arm: str, seeds: range, weights: Path | None) -> dict[str, Any]:
-    """Runs one arm of one task; returns its figures."""
+    """Run one arm of one task; return its figures."""
     import torch
 
     from vla_pruner.models.reference.loading import load_autoregressive_policy
@@ -108,7 +108,7 @@ def evaluate_arm(task: str, arm: str, seeds: range, weights: Path | None) -> dic
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the conditions of the figures."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

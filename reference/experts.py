@@ -3,7 +3,7 @@
 All of them are one pattern with other numbers: move above an anchor on the object, come down, then act (carry, push,
 slide or pull). They follow Meta-World's scripted policies, with one change for tasks that need a grasp or a push:
 hysteresis. Once the hand is down beside the object a larger horizontal error is tolerated before it goes up again, so
-that a policy that sees the object with a centimetre of error is not told to start over at every step.
+that a policy that sees the object with a centimetre of error does not start over at every step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from vla_pruner.simulators.metaworld import TASKS
 
 HAND, GRIP, OBJECT, GOAL = slice(0, 3), 3, slice(4, 7), slice(36, 39)
-"""Where things are in Meta-World's state of 39 numbers."""
+"""The slices of Meta-World's state of 39 numbers."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Expert:
     height: float = 0.04
     """Vertical error above which the hand comes down."""
     act: tuple[float | None, float | None, float | None] | None = None
-    """Where to act, from the anchor; None acts at the goal."""
+    """The place to act, from the anchor; None acts at the goal."""
     act_at: tuple[float | None, float | None, float | None] = (None, None, None)
     """Fixed coordinates that replace the target's while acting."""
     gain: float = 10.0

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=SHIPPED_WEIGHTS)
     args = parser.parse_args()
     policy = load_autoregressive_policy(args.checkpoints / args.name)
-    policy.config = replace(policy.config, tasks=tuple(TASKS.items()))  # only what is shipped, not all that was tried
+    policy.config = replace(policy.config, tasks=tuple(TASKS.items()))  # the shipped tasks, not all that were tried
     save_policy(policy, args.out)
     print(f"{args.out}: {(args.out / 'model.safetensors').stat().st_size / 1e6:.1f} MB, tasks {', '.join(TASKS)}")
 

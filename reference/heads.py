@@ -1,7 +1,7 @@
-"""Training-only heads: what the encoder and the language model are asked besides the action.
+"""Training-only heads: questions to the encoder and the language model besides the action.
 
-Small objects are the hard part. Regressing positions from all tokens at once finds them late, because no token is told
-that it is the one; asking "which patch holds the object" gives that token its own gradient.
+Small objects are the hard part. Regressing positions from all tokens at once finds them late, because no token is
+marked as the right one; asking "which patch holds the object" gives that token its own gradient.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ import numpy as np
 from vla_pruner.simulators.metaworld import MetaWorldEnv, Observation
 
 Seen = Callable[[Observation, int], Observation]
-"""Maps the true observation at a control step to what the policy is shown: controls are made of these."""
+"""A function from the true observation at a control step to the one that the policy sees: controls are made of
+these.
+"""
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Episode:
 def run_episode(
     act: Callable[[Observation], np.ndarray], env: MetaWorldEnv, seed: int, seen: Seen | None = None
 ) -> Episode:
-    """Runs one episode; `act` maps an observation to an action (4,)."""
+    """Run one episode; `act` maps an observation to an action (4,)."""
     observation, success, done = env.reset(seed), False, False
     images, states = [], []
     while not done:

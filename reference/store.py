@@ -11,7 +11,7 @@ import numpy as np
 from vla_pruner.simulators.metaworld import TASKS
 
 DATA_ROOT = Path(os.environ.get("VLA_PRUNER_REFERENCE_DATA", Path.home() / ".cache" / "vla-pruner-reference"))
-"""Where recordings and checkpoints live: gigabytes, so outside the repository."""
+"""The folder of recordings and checkpoints: gigabytes, so outside the repository."""
 
 
 @dataclass
@@ -27,11 +27,11 @@ class Frames:
     episodes: np.ndarray
     """(N,) running number of the episode."""
     fresh: np.ndarray
-    """(N,) bool: not from the first folder, that is, seen while the policy acted."""
+    """(N,) bool: not from the first folder, that is, recorded while the policy acted."""
 
 
 def save_shard(path: Path, images: np.ndarray, states: np.ndarray, episodes: np.ndarray, success: np.ndarray) -> None:
-    """Writes one shard under its final name only once it is complete."""
+    """Write one shard under its final name only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:

@@ -41,7 +41,7 @@ class Partner:
     """Two processes that train the same model on different batches and keep averaging their weights.
 
     On two cores this is faster than two threads in one process, whose small operations would wait for each other, and
-    neither process ever waits: each takes whatever the other last wrote.
+    neither process ever waits: each takes the weights that the other last wrote.
     """
 
     def __init__(self, path: Path, worker: int) -> None:
@@ -49,7 +49,7 @@ class Partner:
         self.shared: np.memmap | None = None
 
     def exchange(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Publishes these weights and moves half way to the other's, if it has written lately."""
+        """Publish these weights and move half way to the other's, if it has written lately."""
         flat = torch.nn.utils.parameters_to_vector(parameters).detach()
         if self.shared is None:
             size = 2 * (flat.numel() + 1)
@@ -88,7 +88,7 @@ class Trainer:
         self.layout = suffix_layout(self.config, args.suffixes, self.stage == "pooled")
 
     def _load(self) -> dict | None:
-        """Continues this stage if it is unfinished, else starts from the stage before."""
+        """Continue this stage if it is unfinished, else start from the stage before."""
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True)
             if saved["elapsed"] < 60 * self.args.minutes:
@@ -130,7 +130,7 @@ class Trainer:
         return done
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The stage's loss and what to print of it."""
+        """Return the stage's loss and the figures to print."""
         tokens, scene, finding, found = self._see(self.policy, batch)
         numbers = {"scene cm": 10 * scene.item() ** 0.5, "find": finding.item(), "found": found.item()}
         seeing = scene + self.args.find_weight * finding
@@ -154,13 +154,13 @@ class Trainer:
         return encoder.finish(tokens), scene, *self.heads.where(encoder.landmarks, patches, tokens, batch.pixels)
 
     def _visual(self, policy: ReferencePolicy, tokens: Tensor) -> Tensor:
-        """(B, M or M / 4, hidden): what the language model receives in this stage."""
+        """Return (B, M or M / 4, hidden): the language model's visual inputs in this stage."""
         if self.stage == "pooled":
             return policy.projector(pool_grid(tokens)) + pool_grid(policy.visual_position[None])
         return policy.projector(tokens) + policy.visual_position
 
     def run(self) -> None:
-        """Trains until the budget is used."""
+        """Train until the budget is used."""
         if self.stage == "pooled" and self.step == 0:
             self._measure_centre()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -204,7 +204,9 @@ class Trainer:
 
     @torch.no_grad()
     def _measure_centre(self) -> None:
-        """Fixes what `VisionEncoder` subtracts: the mean token of each place and the spread of each channel."""
+        """Fix the values that `VisionEncoder` subtracts: the mean token of each place and the spread of each
+        channel.
+        """
         for policy in (self.policy, self.average):
             encoder = policy.vision
             rows = np.random.default_rng(0).choice(self.data.train_rows, 1024)
@@ -238,7 +240,7 @@ class Trainer:
         return result
 
     def save(self, final: bool = False) -> None:
-        """Writes the checkpoint, for going on, and the policy, for use."""
+        """Write the checkpoint, for going on, and the policy, for use."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "stage": self.stage,
@@ -253,7 +255,7 @@ class Trainer:
         torch.save(state, partial)
         os.replace(partial, self.path)
         if self.stage != "vision":
-            # Until the rate has come down the moving average acts better; in the end it lags behind what came last.
+            # Until the rate has come down the moving average acts better; in the end it lags behind the newest weights.
             save_policy(self.policy if final else self.average, self.folder / self.path.stem)
 
 

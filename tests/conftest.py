@@ -14,7 +14,7 @@ GOLDEN = Path(os.environ.get("VLA_PRUNER_GOLDEN", Path(__file__).parents[2] / "s
 
 @pytest.fixture
 def golden():
-    """Folder of the golden vectors; the test is skipped where it is absent."""
+    """The folder of the golden vectors; the test is skipped if it is absent."""
     if not GOLDEN.is_dir():
         pytest.skip(f"no golden vectors at {GOLDEN}; set VLA_PRUNER_GOLDEN to their folder")
     return GOLDEN

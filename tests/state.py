@@ -8,7 +8,9 @@ from torch import nn
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """Attributes, hooks, configs and registries of every module; two are equal where nothing was left behind."""
+    """Return attributes, hooks, configs and registries of every module; two results are equal if nothing was left
+    behind.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     state: dict[str, Any] = {"attention functions": sorted(ALL_ATTENTION_FUNCTIONS)}

@@ -1,5 +1,5 @@
-"""docs/architecture.md names every part of the package, imports point down, and what is said to need no transformers
-needs none.
+"""docs/architecture.md names every part of the package, imports point down, and the parts that claim to need no
+transformers need none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOORS = (
     ("attach", "method_names", "models", "simulators"),
     ("families",),
     ("front", "policies"),
-    ("auditing", "benching", "calibration", "demo", "evaluation", "report", "serving"),
+    ("auditing", "benching", "calibration", "demo", "evaluation", "official", "report", "serving"),
     ("cli",),
 )  # fmt: skip
 """Folders and modules of the package, the lowest floor first. A part imports what lies below it, and on its own floor

@@ -24,7 +24,7 @@ from vla_pruner.simulators.metaworld import SimulatorUnavailable
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[DemoSettings]:
-    """Replaces the demo by one that only notes what it was asked to do."""
+    """Replace the demo by one that only notes its settings."""
     seen: list[DemoSettings] = []
 
     def note(settings: DemoSettings, _: Any) -> int:
@@ -199,9 +199,7 @@ AUDIT = ["audit", "reference", "--random-weights"]
 
 @pytest.fixture
 def audited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    """Replaces the audit by one that notes what it was asked to look at, and finds a failure where 9 tokens are
-    kept.
-    """
+    """Replace the audit by one that notes its arguments, and finds a failure if 9 tokens are kept."""
     seen: list[tuple[Any, Any]] = []
 
     def note(policy: Any, method: Any, *, instruction: Any, seed: int, progress: Any) -> AuditReport:
@@ -308,7 +306,7 @@ def test_the_report_can_be_written_or_nothing_runs(
     real = Path.open
 
     def open_as_a_user(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        if path.name == "unwritable.json" and mode != "r":  # root may write what is read-only
+        if path.name == "unwritable.json" and mode != "r":  # root may write files that are read-only
             raise PermissionError(13, "Permission denied")
         return real(path, mode, *rest, **options)
 

@@ -1,4 +1,4 @@
-"""The formulas against figures worked out by hand, against the paper's, and against what torch counts."""
+"""The formulas against figures worked out by hand, against the paper's, and against torch's counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vla-pruner env`: it runs wherever the package is imported, and tells what is broken in place of breaking."""
+"""`vla-pruner env` runs wherever the package is imported, and reports broken parts instead of breaking."""
 
 from __future__ import annotations
 

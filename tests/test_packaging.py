@@ -1,4 +1,4 @@
-"""What a package index and a code host show: metadata, README, and the files that they look for."""
+"""The package's face on an index and a code host: metadata, README, and the files that they look for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No pair of conditions is lost where cases stand for all products."""
+"""No pair of conditions is lost when cases stand for all products."""
 
 from __future__ import annotations
 

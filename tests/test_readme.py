@@ -48,6 +48,8 @@ def test_flops_left_are_the_counted_ones() -> None:
     counted = json.loads((RESULTS / "family_flops.json").read_text(encoding="utf-8"))["families"]
     table = _table(README, "| model |")
     for name in counted:
+        if name.endswith("own head"):
+            continue  # no policy, but what one of the reader's own would cost
         (row,) = [cells for cells in table if cells[0] == name]
         assert row[2] == f"{_left(name)} %"
 

@@ -1,4 +1,4 @@
-"""benchmarks/results/README.md is what its script makes, and leads to every result that is committed."""
+"""benchmarks/results/README.md is the output of its script, and leads to every result that is committed."""
 
 from __future__ import annotations
 

@@ -147,8 +147,8 @@ def test_tables_fit_80_columns() -> None:
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_no_other_module_gives_rich_a_text(path: Path) -> None:
-    """Whoever prints goes through `terminal`: elsewhere a console is given what is no text, and tables, columns and
-    bars are not made.
+    """All output goes through `terminal`: elsewhere a console gets no text, and tables, columns and bars are not
+    made.
     """
     if path.name == "terminal.py":
         return

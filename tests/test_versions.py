@@ -1,4 +1,4 @@
-"""One range of transformers: what the package accepts, what it says, and what pip installs are the same."""
+"""One range of transformers: the package's check, its messages, and pip's requirement agree."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_newer_one_is_said_to_be_untested() -> None:
 
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_either_name_of_the_cache_reaches_the_pruner_and_nothing_of_ours_warns(pruned: str) -> None:
-    """A caller may use the old name where transformers still takes it; what is pruned must be the same."""
+    """A caller may use the old name if transformers still takes it; the pruned tokens must be the same."""
     model: Any = tiny_lm()
     own = cache_name(model)
     taken = NAMES if own == NAMES[0] else (own,)

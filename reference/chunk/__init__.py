@@ -1,1 +1,1 @@
-"""How the two-camera policies were made: recordings, training and DAgger; see reference/README.md."""
+"""The making of the two-camera policies: recordings, training and DAgger; see reference/README.md."""

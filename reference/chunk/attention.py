@@ -33,12 +33,12 @@ class _Attend(torch.autograd.Function):
 
 
 def _dtype(query: Tensor) -> torch.dtype:
-    """What matrices are multiplied in: autocast's type, or that of the queries."""
+    """Return the dtype of the matrix products: autocast's, or that of the queries."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `scaled_dot_product_attention` of (B, H, N, d) without a mask."""
+    """Compute `scaled_dot_product_attention` of (B, H, N, d) without a mask."""
     dtype = _dtype(q)
     q, k, v = (part.to(dtype) for part in (q * q.shape[-1] ** -0.5, k, v))
     out = _Attend.apply(q.flatten(0, 1).contiguous(), k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous(), None)

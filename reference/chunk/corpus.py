@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 DATA_ROOT = Path(os.environ.get("VLA_PRUNER_REFERENCE_DATA", Path.home() / ".cache" / "vla-pruner-reference")) / "chunk"
-"""Where recordings and checkpoints live: gigabytes, so outside the repository."""
+"""The folder of recordings and checkpoints: gigabytes, so outside the repository."""
 
 COLUMNS = ("images", "proprio", "states", "chunks", "questions", "marks", "tasks", "episodes")
 
@@ -23,7 +23,7 @@ class Recorder:
         images: (C, H, W, 3) uint8, one image a camera.
         proprio: (P,) float32. states: (S,) float32, the simulator's state, for labels of other questions.
         chunks: (Q, T, A) float32, the expert's next T actions for each question. questions: (Q,) int16, the number of
-            each question's instruction, -1 where there are fewer.
+            each question's instruction, -1 if there are fewer.
         marks: (C, K, 2) float32, column and row in pixels of each landmark; NaN where it is out of view.
         tasks: int16. episodes: int64, unique within the shard.
     """
@@ -39,7 +39,7 @@ class Recorder:
         return len(self.rows["tasks"])
 
     def save(self, folder: Path) -> None:
-        """Writes the shard under its final name only once it is complete."""
+        """Write the shard under its final name only once it is complete."""
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -49,7 +49,7 @@ class Recorder:
 
 
 class Corpus:
-    """Every shard under some folders as one table; images stay on disk until they are asked for."""
+    """Every shard under some folders as one table; images stay on disk until they are read."""
 
     def __init__(self, folders: list[Path]) -> None:
         shards = [

@@ -1,7 +1,7 @@
-"""Training-only heads: what the encoder and the decoder are asked besides the actions.
+"""Training-only heads: questions to the encoder and the decoder besides the actions.
 
-Small objects are the hard part. Regressing positions from all tokens at once finds them late, because no token is told
-that it is the one; asking "which patch holds the object" gives that token its own gradient.
+Small objects are the hard part. Regressing positions from all tokens at once finds them late, because no token is
+marked as the right one; asking "which patch holds the object" gives that token its own gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vla_pruner.models.chunk.network import CameraEncoder
 
 
 class TrainingHeads(nn.Module):
-    """Marks in the images, from patches and from tokens, and where things are, from the decoder."""
+    """Finds marks in the images, from patches and from tokens, and the places of things, from the decoder."""
 
     def __init__(self, config: ChunkConfig) -> None:
         super().__init__()
@@ -27,7 +27,8 @@ class TrainingHeads(nn.Module):
         nn.init.constant_(self.local_cells.bias, -4.0)
 
     def where(self, encoder: CameraEncoder, patches: Tensor, tokens: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of finding things in the images, and the share of things in view that are found to within a patch.
+        """Return the loss of finding things in the images, and the share of things in view that are found to within a
+        patch.
 
         Args:
             encoder: its heat maps are trained by this loss.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -43,15 +44,15 @@ _DAGGER_SEED, _ROUND_SEEDS = 200_000, 20_000
 
 
 class Expert(LiberoObjectExpert):
-    """The scripted expert as nearly a function of the scene: it goes up again where it was pushed aside, and lifts as
-    soon as the fingers rest.
+    """The scripted expert as nearly a function of the scene: it goes up again if it was pushed aside, and lifts as soon
+    as the fingers rest.
     """
 
     ground = 0.0
-    """Height of what the objects stand on, in metres."""
+    """The height of the ground below the objects, in metres."""
 
     def aim(self, truth: Any, thing: str, basket: str, ground: float) -> None:
-        """Acts by this truth, for this object."""
+        """Act by this truth, for this object."""
         self._truth, self._object, self._basket, self.ground = truth, thing, basket, ground
         self.reset()
 
@@ -73,7 +74,7 @@ class Expert(LiberoObjectExpert):
         return super()._grasp(truth)
 
     def take_over(self) -> None:
-        """Guesses the phase from the scene, after somebody else has acted."""
+        """Guess the phase from the scene, after another actor."""
         truth = self._truth
         assert truth is not None
         self.reset()
@@ -82,7 +83,7 @@ class Expert(LiberoObjectExpert):
         near = np.linalg.norm((hand - centre)[:2]) < 0.03 and hand[2] < points[:, 2].max() + 0.02
         closing = np.linalg.norm(truth.fingers()) < 0.9 * _OPEN_WIDTH
         if near and closing:
-            # Where its middle would be if it stood on the ground.
+            # The height of its middle if it stood on the ground.
             self._height = self.ground + centre[2] - points[:, 2].min()
             self._enter(_Phase.CARRY if points[:, 2].min() > self.ground + 0.02 else _Phase.LIFT)
 
@@ -91,7 +92,7 @@ _OPEN_WIDTH = 0.078
 
 
 class Imagined:
-    """A scene whose hand is somewhere else and goes where it is sent, while nothing else moves."""
+    """A scene whose hand is in another place and goes where it is sent, while nothing else moves."""
 
     def __init__(self, truth: Any, points: Mapping[str, np.ndarray], hand: np.ndarray) -> None:
         self._truth, self._points = truth, points
@@ -116,7 +117,7 @@ class Imagined:
 
 
 def imagine(expert: Expert, points: Mapping[str, np.ndarray], thing: str, hand: np.ndarray) -> np.ndarray:
-    """(CHUNK, 7): what an expert like `expert` would do for another object or from another place."""
+    """Return (CHUNK, 7): the actions of an expert like `expert` for another object or from another place."""
     scene, other = Imagined(expert._truth, points, hand), Expert()
     other.aim(scene, thing, expert._basket, expert.ground)
     actions = []
@@ -127,16 +128,38 @@ def imagine(expert: Expert, points: Mapping[str, np.ndarray], thing: str, hand: 
     return np.stack(actions)
 
 
+def _without_smoothing(xml: str) -> str:
+    """A scene's XML with one sample a pixel."""
+    root = ElementTree.fromstring(xml)
+    visual = root.find("visual")
+    if visual is None:
+        visual = ElementTree.SubElement(root, "visual")
+    quality = visual.find("quality")
+    if quality is None:
+        quality = ElementTree.SubElement(visual, "quality")
+    quality.set("offsamples", "0")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
 def kind(name: str) -> str:
     """milk_1 -> milk."""
     return name.rpartition("_")[0]
 
 
 class Scene:
-    """One LIBERO environment with scenes from the generator."""
+    """One LIBERO environment with scenes from the generator.
 
-    def __init__(self, suite: Any, task: int) -> None:
+    Args:
+        suite: the LIBERO suite.
+        task: number of the task.
+        smoothed: whether OpenGL smooths edges, as in evaluations. Without it a look takes half the time; `images`
+            averages four pixels into one in either case.
+    """
+
+    def __init__(self, suite: Any, task: int, smoothed: bool = True) -> None:
         self.env = suite.make(task)
+        if not smoothed:
+            self.env._open().env.set_xml_processor(_without_smoothing)
         self.task = task
         self.expert = Expert()
 
@@ -239,7 +262,7 @@ class Look:
         self.actions: list[np.ndarray] = []
 
     def record(self, recorder: Recorder) -> None:
-        """Writes it down if its whole chunk was seen."""
+        """Write it down if its whole chunk was seen."""
         if len(self.actions) == CHUNK:
             self.chunks[0] = self.actions
             recorder.add(**self.row, chunks=self.chunks, questions=self.things)
@@ -307,7 +330,7 @@ def record_shard(task: int, seeds: range, folder: Path, weights: Path | None) ->
 
         torch.set_num_threads(1)
         policy = load_chunk_policy(weights)
-    scene = Scene(LiberoSuite("libero_object", image_size=IMAGE * SCALE), task)
+    scene = Scene(LiberoSuite("libero_object", image_size=IMAGE * SCALE), task, smoothed=policy is not None)
     recorder, solved = Recorder(), []
     for number, seed in enumerate(seeds):
         solved.append(record_episode(scene, seed, number, policy, recorder))

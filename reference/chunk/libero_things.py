@@ -6,13 +6,13 @@ THINGS = (
     "alphabet_soup", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup", "milk", "orange_juice",
     "salad_dressing", "tomato_sauce", "basket",
 )  # fmt: skip
-"""What the encoder marks; all but the basket are what a task may be about."""
+"""The things that the encoder marks; a task may be about any of them but the basket."""
 
 TASKS = (
     "alphabet_soup", "cream_cheese", "salad_dressing", "bbq_sauce", "ketchup", "tomato_sauce", "butter", "milk",
     "chocolate_pudding", "orange_juice",
 )  # fmt: skip
-"""What each of LIBERO-Object's ten tasks is about, in its order."""
+"""The thing of each of LIBERO-Object's ten tasks, in its order."""
 
 
 def instruction(thing: str) -> str:

@@ -31,7 +31,7 @@ CONTROLS = ("policy", "blank", "blank_wrist", "wrong_scene", "wrong_instruction"
 
 
 def evaluate_arm(task: str, arm: str, seeds: range, weights: Path) -> dict[str, Any]:
-    """Runs one arm of one task; returns its figures."""
+    """Run one arm of one task; return its figures."""
     import torch
 
     from vla_pruner.method_names import methods_of

@@ -71,7 +71,9 @@ class Branch:
 
 
 def expert_chunk(env: MetaWorldEnv, task: str) -> np.ndarray:
-    """(CHUNK, 4): what the expert of `task` would do next, from the present state; the simulator is not moved."""
+    """Return (CHUNK, 4): the next actions of the expert of `task`, from the present state; the simulator is not
+    moved.
+    """
     actions, state = [], env.state
     with Branch(env):
         for _ in range(CHUNK):
@@ -139,7 +141,7 @@ def record_episode(env: MetaWorldEnv, seed: int, number: int, behave: Behaviour,
 
 
 def noisy(seed: int, task: str) -> Behaviour:
-    """The expert with noise that is the same for the actions of one look."""
+    """Return the expert with noise that is the same for the actions of one look."""
     noise = NoisyExpert(np.random.default_rng([seed, len(task), 1]))
     noise.scale *= 0.7  # it lasts for four actions
 

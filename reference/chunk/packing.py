@@ -15,7 +15,7 @@ from vla_pruner.models.reference.tokenizer import BOS
 
 
 def positions(config: ChunkConfig, suffixes: int, pooled: bool) -> Tensor:
-    """(1, N) positions of a prefix and `suffixes` packed suffixes.
+    """Return (1, N) positions of a prefix and `suffixes` packed suffixes.
 
     With `pooled`, 2 x 2 visual tokens of a camera are one: the pooled tokens take positions spread over the range that
     the full grid takes, so that what is learned on them carries over.
@@ -33,8 +33,8 @@ def positions(config: ChunkConfig, suffixes: int, pooled: bool) -> Tensor:
 
 
 def mask(config: ChunkConfig, imagined: Tensor, pooled: bool) -> Tensor:
-    """(B, heads, N, N) bfloat16, 0 for who sees whom and very low elsewhere; `imagined` (B, S) says which suffixes do
-    not see the cameras after the first.
+    """Return (B, heads, N, N) bfloat16: 0 where a row sees a column and very low elsewhere; `imagined` (B, S) marks the
+    suffixes that do not see the cameras after the first.
     """
     batch, suffixes = imagined.shape
     each = config.patches // 4 if pooled else config.patches

@@ -19,16 +19,16 @@ from vla_pruner.models.reference.tokenizer import encode
 from vla_pruner.simulators.metaworld import TASKS
 
 FRESH_SHARE = 2.0
-"""How much more often control steps are seen that were recorded while the policy acted."""
+"""The weight of control steps that were recorded while the policy acted, in drawing."""
 SHARES = {"push": 1.5, "pick-place": 2.0, "coffee-push": 1.5, "plate-slide": 3.0}
-"""How often steps of a task are seen, 1 if not named."""
+"""The weight of a task's steps in drawing, 1 if not named."""
 
 _NAMES = list(TASKS)
 _SHARED = np.array([_NAMES.index(task) for task in SHARED_SCENE])
-_CONTACT = 0.06  # metres: nearer than this the object may move, and only the simulator knows how
+_CONTACT = 0.06  # metres: nearer than this the object may move, and only the simulator can compute how
 _FOLLOWS, _LEADS = 0.3, 0.1
-"""How much of its distance to where it was sent the hand covers in one action, and how much of the newest command
-(0.01 m at full deflection); read off a few recorded movements.
+"""The share of its distance to the target that the hand covers in one action, and the share of the newest command (0.01
+m at full deflection); read off a few recorded movements.
 """
 
 
@@ -44,7 +44,7 @@ class Batch:
     chunks: Tensor
     """(B, S, T, A) float32."""
     weight: Tensor
-    """(B, S, T) float32, zero where nobody knows the answer."""
+    """(B, S, T) float32, zero if the answer is not known."""
     imagined: Tensor
     """(B, S) bool: the hand is not where the images show it, so the wrist camera must not be read."""
     marks: Tensor
@@ -55,7 +55,7 @@ class Questions:
     """Rows split by episode into training and held-out ones, and a sampler of batches."""
 
     shares: Mapping[str, float] = {}
-    """How often steps of a task are seen, 1 if not named."""
+    """The weight of a task's steps in drawing, 1 if not named."""
 
     def __init__(self, corpus: Corpus, config: ChunkConfig, seed: int) -> None:
         self.corpus, self.config = corpus, config
@@ -119,7 +119,7 @@ class MetaWorldQuestions(Questions):
             others = (own + self.rng.integers(1, known.shape[1], count)) % known.shape[1]
             others = np.where(several, others, own)
             chunks[:, 1], questions[:, 1] = corpus.chunks[rows][pick, others], known[pick, others]
-            # Where a scene has one task, the second question is a moved hand like the rest.
+            # If a scene has one task, the second question is a moved hand like the rest.
             first = np.where(several, 2, 1)
             place = np.arange(suffixes)[None] >= first[:, None]
             where, which = np.nonzero(place)
@@ -147,7 +147,7 @@ class LiberoQuestions(Questions):
     def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
         corpus, size = self.corpus, len(self.config.proprio_mean)
         recorded = corpus.questions.shape[1]
-        # The recorded question stays in front; which of the others are asked is drawn.
+        # The recorded question stays in front; the others are drawn.
         picked = np.zeros((len(rows), min(suffixes, recorded)), np.int64)
         for row in picked:
             row[1:] = 1 + self.rng.permutation(recorded - 1)[: len(row) - 1]

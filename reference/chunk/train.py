@@ -98,7 +98,7 @@ class Trainer:
         return self.stage == "pooled"
 
     def _load(self) -> dict | None:
-        """Continues this stage if it is unfinished, else starts from the stage before."""
+        """Continue this stage if it is unfinished, else start from the stage before."""
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True)
             if saved["stage"] == self.stage and saved["elapsed"] < 60 * self.args.minutes:
@@ -146,7 +146,7 @@ class Trainer:
         return done
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The stage's loss and what to print of it."""
+        """Return the stage's loss and the figures to print."""
         encoder = self.policy.vision
         with torch.autocast("cpu", torch.bfloat16):
             patches = encoder.patches(self.policy.pixels(self.data.images(batch.rows)))
@@ -176,7 +176,7 @@ class Trainer:
         return acting + self.args.place_weight * placing + self.args.find_weight * finding, numbers
 
     def run(self) -> None:
-        """Trains until the budget is used."""
+        """Train until the budget is used."""
         if self.pooled and self.step == 0 and self.args.start is None:
             self._measure_centre()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -213,7 +213,9 @@ class Trainer:
 
     @torch.no_grad()
     def _measure_centre(self) -> None:
-        """Fixes what `CameraEncoder` subtracts: the mean token of each place and the spread of each channel."""
+        """Fix the values that `CameraEncoder` subtracts: the mean token of each place and the spread of each
+        channel.
+        """
         encoder = self.policy.vision
         rows = np.random.default_rng(0).choice(self.data.train_rows, 1024)
         with torch.autocast("cpu", torch.bfloat16):
@@ -228,7 +230,9 @@ class Trainer:
 
     @torch.no_grad()
     def check(self, count: int = 256) -> dict[str, str]:
-        """Held-out figures a task: what is found, and the mean absolute error of the first four actions."""
+        """Return held-out figures of each task: the things found, and the mean absolute error of the first four
+        actions.
+        """
         result = {}
         rng = np.random.default_rng(0)
         for number, (task, _) in enumerate(self.config.tasks):
@@ -239,7 +243,7 @@ class Trainer:
         return result
 
     def save(self, final: bool = False) -> None:
-        """Writes the checkpoint, for going on, and the policy, for use."""
+        """Write the checkpoint, for going on, and the policy, for use."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "stage": self.stage,

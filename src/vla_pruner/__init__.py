@@ -96,8 +96,8 @@ __all__ = [
     "reference_policy",
 ]
 
-# They are imported when asked for: torch is not needed by those who only use `vla_pruner.client`, nor a simulator or a
-# checkpoint's libraries by those who only attach.
+# The names are imported when they are asked for: users of `vla_pruner.client` alone need no torch, and those who only
+# attach need no simulator and no checkpoint's libraries.
 _LAZY = {
     **dict.fromkeys(
         (

@@ -1,13 +1,12 @@
-"""Which modules of a policy are what: the family says it once, and timers, benchmarks and compilers read it."""
+"""The parts of a policy's model, named by its family and read by timers, benchmarks and compilers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -19,12 +18,13 @@ class Anatomy:
         experts: decoders that read its cache, if there are any.
         cross_layers: layers of the experts that attend to the prompt alone, and not to their own rows.
         towers: vision encoders; each is given every camera's image once a control step.
-        projectors: what brings vision features to the decoder's width.
+        projectors: modules that bring vision features to the decoder's width.
         language_model: the module that calls the decoder and then `lm_head`, its head over the vocabulary; None: no
             tokens are decoded.
         expert_calls: owners and names of the methods that hold all that the experts compute; empty: their own calls do.
         acting_rows: rows of a call of the decoder itself after the prompt's.
-        images: the images (n, C, H, W) in what a tower is given for one robot; None: these are its last dimensions.
+        patched: whether the towers are given images that are cut into patches already, (B, images, patches, values) in
+            place of (..., C, H, W).
         loop: the module whose `forward` runs the layers of decoder and expert itself, so that theirs never run; None:
             they are called as modules.
     """
@@ -37,7 +37,7 @@ class Anatomy:
     language_model: Any = None
     expert_calls: tuple[tuple[Any, str], ...] = ()
     acting_rows: int = 1
-    images: Callable[[Tensor], Tensor] | None = None
+    patched: bool = False
     loop: Any = None
 
     @property

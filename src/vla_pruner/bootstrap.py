@@ -14,17 +14,19 @@ from vla_pruner.wording import install
 
 RESAMPLES = 9999
 FEWEST_EPISODES = 8
-"""Below, a bound of their mean says nothing."""
+"""The number of episodes below which a bound of their mean says nothing."""
 FEWEST_PAIRS = 4
-"""Below, a rank correlation says nothing."""
+"""The number of pairs below which a rank correlation says nothing."""
 
 FEWEST_CLUSTERS = 8
-"""Below, a rank correlation has no interval: of few pairs in the same order every resample is in that order too."""
+"""The number of clusters below which a rank correlation has no interval: of few pairs in the same order every resample
+is in that order too.
+"""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval; the interval is None where there are too few values for one."""
+    """A figure with its 95 % interval; the interval is None if there are too few values for one."""
 
     value: float
     low: float | None
@@ -32,10 +34,10 @@ class Estimate:
 
 
 def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
-    """The mean of independent values, with the bias-corrected and accelerated bootstrap interval (Efron 1987).
+    """Return the mean of independent values, with the bias-corrected and accelerated bootstrap interval (Efron 1987).
 
-    Few values make it too narrow: of 12 draws from a lognormal distribution it misses the mean in more than 5 % of all
-    cases.
+    Few values make the interval too narrow: of 12 draws from a lognormal distribution it misses the mean in more than 5
+    % of all cases.
 
     Args:
         values: one for each episode; two at least for an interval.
@@ -46,7 +48,7 @@ def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     value = float(np.mean(values))
     if len(values) < 2:
         return Estimate(value, None, None)
-    if np.ptp(values) <= 1e-9 * abs(value):  # equal but for rounding, of which scipy would make nan
+    if np.ptp(values) <= 1e-9 * abs(value):  # equal but for rounding, for which scipy would return nan
         return Estimate(value, value, value)
     found = _stats().bootstrap(
         (np.asarray(values, float),),
@@ -59,15 +61,16 @@ def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def mean_upper_bound(values: Sequence[float], comparisons: int) -> float | None:
-    """A bound above the mean of independent values that holds for all of several such means together with a chance of
-    97.5 % or more: Student's t, by Bonferroni. The bootstrap's bound is too low where the best of many is picked.
+    """Return a bound above the mean of independent values that holds for all of several such means together with a
+    chance of 97.5 % or more: Student's t, by Bonferroni. The bootstrap's bound is too low if the best of many is
+    picked.
 
     Args:
         values: one for each episode.
         comparisons: means among which one is chosen.
 
     Returns:
-        None of fewer than `FEWEST_EPISODES` values.
+        the bound; None for fewer than `FEWEST_EPISODES` values.
 
     Raises:
         PackageMissing: scipy is not installed.
@@ -85,17 +88,17 @@ def rank_correlation(
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> Estimate:
-    """Spearman's rank correlation of pairs, with the percentile bootstrap interval over clusters of pairs.
+    """Return Spearman's rank correlation of pairs, with the percentile bootstrap interval over clusters of pairs.
 
     There is an interval from `FEWEST_CLUSTERS` clusters on. A resample in which one side is all the same counts as no
     correlation.
 
     Args:
         one, other: the two sides of each pair.
-        clusters: which cluster each pair is of; pairs of one cluster are alike, so they are resampled together. None:
-            each pair stands alone.
-        groups: which group each pair is of: the correlation is then the mean over groups of `FEWEST_PAIRS` pairs or
-            more in which neither side is all the same. None: all pairs are one group.
+        clusters: the cluster of each pair; pairs of one cluster are alike, so they are resampled together. None: each
+            pair stands alone.
+        groups: the group of each pair: the correlation is then the mean over groups of `FEWEST_PAIRS` pairs or more in
+            which neither side is all the same. None: all pairs are one group.
 
     Raises:
         ValueError: no group has `FEWEST_PAIRS` pairs, or one side is all the same.
@@ -137,7 +140,7 @@ def rank_correlation(
 
 
 def ranked_groups(one: Sequence[float], other: Sequence[float], groups: Sequence[Hashable]) -> list[Hashable]:
-    """The groups of `FEWEST_PAIRS` pairs or more in which neither side is all the same."""
+    """Return the groups of `FEWEST_PAIRS` pairs or more in which neither side is all the same."""
     found = []
     for group in dict.fromkeys(groups):
         places = [place for place, mine in enumerate(groups) if mine == group]
@@ -148,7 +151,7 @@ def ranked_groups(one: Sequence[float], other: Sequence[float], groups: Sequence
 
 
 def _numbered(names: Iterable[Hashable]) -> np.ndarray:
-    """(pairs,) equal names as equal numbers, from 0 on."""
+    """Return (pairs,): equal names as equal numbers, from 0 on."""
     known: dict[Hashable, int] = {}
     return np.array([known.setdefault(name, len(known)) for name in names])
 

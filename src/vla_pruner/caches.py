@@ -1,8 +1,8 @@
-"""Everything that the package knows of transformers' key-value caches: the names of their argument, the layout of their
-layers, and the caches that a session refuses.
+"""The package's only access to transformers' key-value caches: the names of their argument, the layout of their layers,
+and the caches that a session refuses.
 
-The argument is "past_key_values" up to transformers 5.23, and "cache" from 5.24 on, where the old name warns. A growing
-cache (DynamicCache) holds as many columns as positions were seen; a static one holds a buffer of fixed width.
+The argument is "past_key_values" up to transformers 5.23, and "cache" from 5.24 on, which warns of the old name. A
+growing cache (DynamicCache) holds as many columns as positions were seen; a static one holds a buffer of fixed width.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.wording import a_type
 
 NAMES = ("cache", "past_key_values")
-"""As an argument and as an attribute of what is returned, the newest first."""
+"""The names of the cache, as an argument and as an attribute of the output, the newest first."""
 
 
 def cache_name(module: nn.Module) -> str:
-    """The name by which `module`, or a layer of a decoder, takes its cache.
+    """Return the name by which `module`, or a layer of a decoder, takes its cache.
 
     Raises:
         UnsupportedModelError: its `forward` takes none by a known name.
     """
     for kind in type(module).__mro__:
-        # What accelerate or a session puts on the instance need not show the arguments.
+        # The wrappers of accelerate or of a session on the instance need not show the arguments.
         known = inspect.signature(vars(kind)["forward"]).parameters if "forward" in vars(kind) else ()
         for name in NAMES:
             if name in known:
@@ -41,7 +41,7 @@ def cache_name(module: nn.Module) -> str:
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, by whichever name the caller used; None if there is none."""
+    """Return the cache among the arguments of a call, by whichever name the caller used; None if there is none."""
     for name in NAMES:
         if arguments.get(name) is not None:
             return arguments[name]
@@ -49,34 +49,36 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that a decoder's call returned; None if it returned none."""
+    """Return the cache that a decoder's call returned; None if it returned none."""
     for name in NAMES:
-        # The first name that is there: asked for the old one, an output that has the new one warns.
+        # The first name that is there: an output that has the new name warns if the old one is read.
         if hasattr(output, name):
             return getattr(output, name)
     return None
 
 
 def new_cache() -> Any:
-    """An empty growing cache."""
+    """Return an empty growing cache."""
     from transformers import DynamicCache
 
     return DynamicCache()
 
 
 def layers_of(cache: Any) -> list[Any]:
-    """The layers of a cache; empty if there is no cache, or if a growing one holds nothing yet."""
+    """Return the layers of a cache; empty if there is no cache, or if a growing one holds nothing yet."""
     return getattr(cache, "layers", [])
 
 
 def buffer_width(cache: Any, index: int = 0) -> int | None:
-    """Width of the key buffer that a static cache has for a layer; None for a cache that grows."""
+    """Return the width of a static cache's key buffer for a layer; None for a cache that grows."""
     layers = layers_of(cache)
     return getattr(layers[index], "max_cache_len", None) if index < len(layers) else None
 
 
 def columns_of(cache: Any, index: int, length: int) -> tuple[Tensor, Tensor]:
-    """The first `length` columns of a layer: keys and values (B, G, length, d) that later writes do not change."""
+    """Return the first `length` columns of a layer: keys and values (B, G, length, d) that later writes do not
+    change.
+    """
     layer = layers_of(cache)[index]
     key, value = (part[..., :length, :] for part in (layer.keys, layer.values))
     # A static cache writes into the same buffers again.
@@ -94,7 +96,9 @@ def cut_back(cache: Any, index: int, length: int) -> None:
 
 
 def held(cache: Any) -> int | None:
-    """The number of positions that a cache holds; None without one, and if the host would have to wait to know."""
+    """Return the number of positions that a cache holds; None without one, and if the host would have to wait to
+    know.
+    """
     count = None if cache is None else cache.get_seq_length()
     if count is None or (isinstance(count, Tensor) and count.device.type != "cpu"):
         return None
@@ -102,22 +106,22 @@ def held(cache: Any) -> int | None:
 
 
 class PromptCache:
-    """The cache that the prompt of a control step filled, and how many positions it must hold by now."""
+    """The cache that the prompt of a control step filled, and the number of positions that it must hold by now."""
 
     def __init__(self) -> None:
         self._cache: Any = None
         self._held: int | None = None
 
     def remember(self, cache: Any) -> None:
-        """The prompt fills this cache (None: one that is not known yet)."""
+        """Remember the cache that the prompt fills (None: one that is not known yet)."""
         self._cache = None if cache is None else weakref.ref(cache)
 
     def get(self) -> Any:
-        """The cache, as long as something else holds it; else None."""
+        """Return the cache, as long as something else holds it; else None."""
         return None if self._cache is None else self._cache()
 
     def is_known(self) -> bool:
-        """True if one was remembered since the prompt began."""
+        """Return True if one was remembered since the prompt began."""
         return self._cache is not None
 
     def check_same(self, cache: Any, message: str) -> None:
@@ -126,7 +130,7 @@ class PromptCache:
             raise SessionError(message)
 
     def note_held(self) -> None:
-        """A call of the decoder came back: what the cache holds now, the next call must find."""
+        """Note the number of positions after a call of the decoder; the next call must find the same."""
         self._held = held(self.get())
 
     def check_held(self, cache: Any) -> None:
@@ -164,7 +168,7 @@ def check_prompt_cache(cache: Any) -> None:
 
 
 def cache_key(cache: Any) -> tuple[Hashable, ...]:
-    """The part of a compiled call's key that its cache makes: its type, and whether it is filled.
+    """Return the cache's part of a compiled call's key: its type, and whether it is filled.
 
     Layers with a sliding window count their positions as numbers, which are constants of a graph.
     """
@@ -179,7 +183,7 @@ def cache_key(cache: Any) -> tuple[Hashable, ...]:
 
 
 def filled_columns(cache: Any) -> int | None:
-    """The number of columns of the first layer of a cache; None if it has none yet."""
+    """Return the number of columns of the first layer of a cache; None if it has none yet."""
     layers = layers_of(cache)
     return layers[0].keys.shape[2] if layers and layers[0].is_initialized else None
 

@@ -8,7 +8,7 @@ ATTENTION = ("sdpa", "eager")
 
 
 def is_count(value: object, least: int) -> bool:
-    """Whether `value` is an int, and no bool, of at least `least`."""
+    """Return True if `value` is an int, and no bool, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

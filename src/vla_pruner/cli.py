@@ -1,4 +1,4 @@
-"""The command line: `vla-pruner <subcommand>`. One function a subcommand; what is heavy is imported inside of it."""
+"""The command line: `vla-pruner <subcommand>`. One function a subcommand, which imports heavy modules itself."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WRONG_INPUT = 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong flags get one line, not the whole usage."""
+    """A parser that answers wrong flags in one line, without the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 1 a check failed, 2 wrong input, 130 interrupted)."""
+    """Run the command line; return the exit code (0 done, 1 a check failed, 2 wrong input, 130 interrupted)."""
     parser = _Parser(
         prog="vla-pruner",
         description="Prune the visual tokens of vision-language-action policies.",
@@ -51,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG_INPUT
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        if run is _env:  # it has to run where transformers cannot be imported
+        if run is _env:  # it has to run even if transformers cannot be imported
             return run(options)
         with _no_loading_bars():
             return run(options)
     except VLAPrunerError as error:
         return _refuse(str(error))
     except BrokenPipeError:
-        # Who read the output has gone (`| head`). Python would complain once more when it closes standard output.
+        # The reader of the output has gone (`| head`). Python would complain once more when it closes standard output.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -86,18 +86,18 @@ def _print_versions() -> None:
 
 @contextmanager
 def _no_loading_bars() -> Iterator[None]:
-    """transformers counts the weights that it loads on stderr, before any output of ours. Downloads keep their bars:
-    they take minutes.
+    """Hide the bars in which transformers counts the weights that it loads, on stderr, before any output of ours.
+    Downloads keep their bars: they take minutes.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or not logging.is_progress_bar_enabled():
-        yield  # the environment has the last word
+        yield  # the environment variable takes precedence
         return
     logging.disable_progress_bar()
-    enable_progress_bars()  # those of downloads, which went with the others
+    enable_progress_bars()  # those of downloads, which were turned off with the others
     try:
         yield
     finally:
@@ -239,7 +239,9 @@ def _add_audit(commands: Any) -> None:
         help="of the weights (default: the checkpoint's; float32 for random weights)",
     )
     command.add_argument("--seed", metavar="N", type=int, default=0, help="of all draws (default: %(default)s)")
-    command.add_argument("--instruction", metavar="TEXT", help="what the policy is told (default: one it knows)")
+    command.add_argument(
+        "--instruction", metavar="TEXT", help="instruction for the policy (default: one that it knows)"
+    )
     command.add_argument(
         "--option",
         metavar="NAME=VALUE",

@@ -1,4 +1,4 @@
-"""On what a figure was measured: versions, machine, load, source tree. Demo and benchmark record the same."""
+"""The conditions of a measurement: versions, machine, load, source tree. Demo and benchmark record the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def machine_conditions(packages: Sequence[str]) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run on this machine; plain JSON values.
+    """Return the facts that a reader needs to judge or repeat a run on this machine; plain JSON values.
 
     Args:
         packages: distributions whose versions count.
@@ -36,7 +36,9 @@ def machine_conditions(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def busy_cores(seconds: float = 0.5) -> float | None:
-    """How many cores other programs use right now, watched for `seconds`; None where the system does not say."""
+    """Return the number of cores that other programs use now, watched for `seconds`; None if the system does not
+    say.
+    """
     before = _cpu_ticks()
     time.sleep(seconds)
     after = _cpu_ticks()
@@ -47,7 +49,7 @@ def busy_cores(seconds: float = 0.5) -> float | None:
 
 
 def _cpu_ticks() -> tuple[int, int] | None:
-    """(idle, all) ticks of all cores since the system started."""
+    """Return (idle, all) ticks of all cores since the system started."""
     try:
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     except (OSError, ValueError, IndexError):
@@ -56,7 +58,7 @@ def _cpu_ticks() -> tuple[int, int] | None:
 
 
 def load_average() -> float | None:
-    """Programs that wanted a core during the last minute; None where the system does not say."""
+    """Return the number of programs that wanted a core during the last minute; None if the system does not say."""
     try:
         return round(os.getloadavg()[0], 2)
     except OSError:
@@ -64,7 +66,7 @@ def load_average() -> float | None:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the CPU's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -75,7 +77,7 @@ def processor() -> str:
 
 
 def version(package: str) -> str | None:
-    """Of an installed distribution; None where there is none."""
+    """Return the version of an installed distribution; None if there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -83,12 +85,12 @@ def version(package: str) -> str | None:
 
 
 def sha256(path: Path) -> str | None:
-    """Of a file; None where there is none."""
+    """Return the SHA-256 of a file; None if there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree, "+" appended if tracked files differ from it; None outside of a clone."""
+    """Return the commit of the source tree, "+" appended if tracked files differ from it; None outside of a clone."""
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")

@@ -1,4 +1,4 @@
-"""FLOPs of a control step: formulas for any decoder, and a counter of what a call really computes.
+"""FLOPs of a control step: formulas for any decoder, and a counter of a call's real ones.
 
 Every table of the project takes its FLOPs from here. Conventions: a multiply-add is 2 FLOPs; attention between q
 queries and n keys costs the full rectangle 4 q n d_q (scores and weighted sum), masked or not, because that is what
@@ -19,7 +19,7 @@ from vla_pruner.fate import Fate
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs, split into what grows linearly with the sequence and what grows with its square."""
+    """FLOPs, split into a part that grows linearly with the sequence and one that grows with its square."""
 
     linear: float = 0.0
     quadratic: float = 0.0
@@ -39,7 +39,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a decoder-only transformer that decide what it costs."""
+    """The sizes of a decoder-only transformer that decide its cost."""
 
     layers: int
     hidden: int
@@ -54,7 +54,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
-        """The shape of a transformers configuration of the Llama kind (Llama, Mistral, Gemma, Qwen2, Qwen3)."""
+        """Return the shape of a transformers configuration of the Llama kind (Llama, Mistral, Gemma, Qwen2, Qwen3)."""
         heads = config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
@@ -67,7 +67,7 @@ class DecoderShape:
         )
 
     def layer(self, live: int, keys: int, frozen: int = 0) -> Flops:
-        """One layer.
+        """Return the FLOPs of one layer.
 
         Args:
             live: tokens that pass through the whole layer (they query, and have an MLP).
@@ -84,7 +84,7 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one control step of an autoregressive policy feeds its decoder."""
+    """The inputs of the decoder in one control step of an autoregressive policy."""
 
     visual: int
     """M, visual tokens."""
@@ -102,18 +102,18 @@ def decoder_flops(
     pruned: Literal["drop", "freeze", "reuse"] | Fate = Fate.DROP,
     then: Sequence[tuple[int, int]] = (),
 ) -> Flops:
-    """FLOPs of the decoder in one control step, prefill and decode: the floor, without choosing what to keep.
+    """Return the FLOPs of the decoder in one control step, prefill and decode: the floor, without choosing the tokens.
 
     Args:
         kept: k, visual tokens kept; None does not prune.
         layer: K, layers 0..K-1 run on every token.
-        pruned: what becomes of the others (dropped, or frozen: they still offer keys and values, or reused: those of
-            the last control step, which cost nothing).
-        then: where pruning is progressive, the later pruning layers and the visual tokens kept from each on.
+        pruned: the fate of the others (dropped; frozen: their keys and values are still computed; or reused: they have
+            those of the last control step, which cost nothing).
+        then: if pruning is progressive, the later pruning layers and the visual tokens kept from each on.
 
     Raises:
-        ValueError: if `kept`, `layer` or `then` is outside of what the shapes allow.
-        BudgetError: if `pruned` is no fate.
+        ValueError: `kept`, `layer` or `then` is outside of the range that the shapes allow.
+        BudgetError: `pruned` is no fate.
     """
     flops, fate = Flops(), Fate.of(pruned)
     for visual in visual_tokens_at(decoder.layers, step.visual, kept, layer, then):
@@ -128,10 +128,10 @@ def decoder_flops(
 def visual_tokens_at(
     layers: int, visual: int, kept: int | None, layer: int, then: Sequence[tuple[int, int]] = ()
 ) -> list[int]:
-    """Visual tokens that pass through each layer. Arguments as in `decoder_flops`.
+    """Return the number of visual tokens that pass through each layer. Arguments as in `decoder_flops`.
 
     Raises:
-        ValueError: if a number is outside of what the shapes allow.
+        ValueError: a number is outside of the range that the shapes allow.
     """
     found, first = [visual] * layers, 0
     for start, count in ((layer, visual if kept is None else kept), *then):
@@ -148,7 +148,9 @@ def visual_tokens_at(
 def prefill_ratio(
     decoder: DecoderShape, step: StepShape, kept: int, layer: int, pruned: Literal["drop", "freeze"] = "drop"
 ) -> float:
-    """FLOPs of a pruned prefill's layers over those of an unpruned one: [K C(N+M) + (L-K) C'] / [L C(N+M)]."""
+    """Return the FLOPs of a pruned prefill's layers over those of an unpruned one: [K C(N+M) + (L-K) C'] / [L
+    C(N+M)].
+    """
     headless = DecoderShape(**{**decoder.__dict__, "vocabulary": 0})
     one = StepShape(step.visual, step.other, 1)
     return decoder_flops(headless, one, kept, layer, pruned).total / decoder_flops(headless, one).total
@@ -156,8 +158,8 @@ def prefill_ratio(
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision encoder: its sizes, the tokens of one image, how many of its layers run, the FLOPs of cutting one image
-    into patches, and how many tokens each attends to where that is not all of them.
+    """A vision encoder: its sizes, the tokens of one image, the number of its layers that run, the FLOPs of cutting one
+    image into patches, and the number of tokens that each attends to; None: all of them.
     """
 
     shape: DecoderShape
@@ -180,7 +182,7 @@ class Expert:
     cross: frozenset[int] = frozenset()
 
     def layer(self, index: int, prompt: int) -> Flops:
-        """One layer of one pass over a cache of `prompt` tokens."""
+        """Return the FLOPs of one layer in one pass over a cache of `prompt` tokens."""
         if index not in self.cross:
             return self.shape.layer(self.tokens, prompt + self.tokens)
         width = self.shape.kv_heads * self.shape.head_dim
@@ -256,10 +258,10 @@ class FeatureExpert(Expert):
 
 @dataclass(frozen=True)
 class ControlStep:
-    """All that one control step of a policy runs, for any of the three ways to act.
+    """The parts of a policy that run in one control step, for any of the three ways to act.
 
     Attributes:
-        decoder: whose layers are shortened.
+        decoder: the decoder whose layers are shortened.
         visual: visual tokens of all cameras.
         other: other tokens of the prompt.
         towers: vision encoders; each sees the image of every camera.
@@ -283,7 +285,7 @@ class ControlStep:
     def flops(
         self, kept: int | None = None, layer: int = 0, pruned: str = "drop", then: Sequence[tuple[int, int]] = ()
     ) -> dict[str, float]:
-        """FLOPs of its parts. Arguments and errors as in `decoder_flops`."""
+        """Return the FLOPs of the parts by name. Arguments and errors as in `decoder_flops`."""
         shape, fate = self.decoder, Fate.of(pruned)
         vision = Flops(self.projector * self.visual)
         for tower in self.towers:
@@ -312,7 +314,9 @@ class ControlStep:
     def cache_elements(
         self, kept: int | None = None, layer: int = 0, pruned: str = "drop", then: Sequence[tuple[int, int]] = ()
     ) -> dict[str, int]:
-        """Numbers in the key-value cache that the prompt writes, and that all passes after it read together."""
+        """Return the numbers of elements in the key-value cache that the prompt writes, and that all passes after it
+        read together.
+        """
         shape = self.decoder
         cached = sum(seen for _, seen in self._lengths(kept, layer, pruned, then))
         width = 2 * shape.kv_heads * shape.head_dim
@@ -323,7 +327,7 @@ class ControlStep:
     def _lengths(
         self, kept: int | None, layer: int, pruned: str, then: Sequence[tuple[int, int]]
     ) -> list[tuple[int, int]]:
-        """Of each layer, tokens that pass through it and tokens that can be attended to there."""
+        """Return for each layer the tokens that pass through it and those that can be attended to there."""
         found, fate = [], Fate.of(pruned)
         for visual in visual_tokens_at(self.decoder.layers, self.visual, kept, layer, then):
             live = visual + self.other
@@ -332,7 +336,7 @@ class ControlStep:
 
 
 def count_flops(call: Callable[[], Any]) -> float:
-    """FLOPs that `call` really computes (matrix products, convolutions, attention), counted by torch's dispatcher.
+    """Return the FLOPs that `call` really computes (matrix products, convolutions, attention), by torch's dispatcher.
 
     Unlike the formulas this sees everything: the vision encoder, scoring and selecting, and waste.
     """
@@ -343,7 +347,7 @@ def count_flops(call: Callable[[], Any]) -> float:
 
 @contextmanager
 def flop_reading() -> Iterator[Callable[[], float]]:
-    """Gives a function that says how many FLOPs were computed since the context was entered; see `count_flops`."""
+    """Yield a function that returns the FLOPs computed since the context was entered; see `count_flops`."""
     from torch.utils.flop_counter import FlopCounterMode
 
     aten = torch.ops.aten
@@ -354,7 +358,9 @@ def flop_reading() -> Iterator[Callable[[], float]]:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of the CPU's fused attention, which torch's counter does not know; arguments are shapes (B, heads, tokens, D)."""
+    """Return the FLOPs of the CPU's fused attention, which torch's counter does not know; shapes are (B, heads, tokens,
+    D).
+    """
     B, heads, queries, width = query
     keys, value_width = key[-2], value[-1]
     return 2 * B * heads * queries * keys * (width + value_width)

@@ -16,7 +16,7 @@ class OptionError(VLAPrunerError, ValueError):
 
 
 class BudgetError(OptionError):
-    """`keep`, `layer` or what else says how many tokens stay does not fit, by itself or for this model."""
+    """`keep`, `layer` or another option that decides how many tokens stay does not fit, by itself or for this model."""
 
 
 class SessionError(VLAPrunerError, RuntimeError):
@@ -34,4 +34,4 @@ class ObservationError(VLAPrunerError, ValueError):
 
 
 class PluginError(VLAPrunerError, ImportError):
-    """A method or a family from outside of this package cannot be imported, or is none."""
+    """A method or a family from outside of this package cannot be imported, or is no method or family."""

@@ -8,7 +8,7 @@ from vla_pruner.errors import OptionError
 
 
 class Fate(StrEnum):
-    """Options and records hold a fate by its word, such as `pruned="freeze"`; code that acts on it asks the fate.
+    """Options and records hold a fate by its word, such as `pruned="freeze"`; code reads the fate's properties.
 
     DROP: the tokens are gone.
     FREEZE: they stay readable, with keys and values of the hidden state with which they entered the pruning layer.
@@ -21,10 +21,10 @@ class Fate(StrEnum):
 
     @classmethod
     def of(cls, word: str) -> Fate:
-        """The fate of this word.
+        """Return the fate of this word.
 
         Raises:
-            OptionError: there is none.
+            OptionError: there is no such fate.
         """
         found = _BY_WORD.get(word) if isinstance(word, str) else None
         if found is None:
@@ -52,11 +52,11 @@ class Fate(StrEnum):
 
     @property
     def gerund(self) -> str:
-        """The word of texts, such as "dropping"."""
+        """The word in texts, such as "dropping"."""
         return {Fate.DROP: "dropping", Fate.FREEZE: "freezing", Fate.REUSE: "reusing"}[self]
 
 
-_BY_WORD: dict[str, Fate] = {fate.value: fate for fate in Fate}  # which compilers can look into
+_BY_WORD: dict[str, Fate] = {fate.value: fate for fate in Fate}  # a plain dict, which compilers can trace
 
 WITHIN_A_STEP = (Fate.DROP, Fate.FREEZE)
 """The fates that need nothing but the control step itself."""

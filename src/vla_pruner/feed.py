@@ -1,4 +1,4 @@
-"""What a benchmark feeds a policy with: its control step as a function without arguments, and what that consists of."""
+"""The feed of a benchmark: a policy's control step as a function without arguments, and its sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Feed:
-    """What a kind of policy is fed with, and what follows from it.
+    """The inputs of a kind of policy for a benchmark, and the sizes that follow from them.
 
     Attributes:
         step: one control step, from prepared inputs on the host to actions on the host.
@@ -24,7 +24,7 @@ class Feed:
         denoised: rows of one pass of the expert, and passes; None without an expert.
         expert: the expert's sizes; None: its config has them by transformers' names.
         uses_head: whether the language model's head over the vocabulary runs.
-        prepare: from images and words to what `step` takes; None where `step` does that too.
+        prepare: prepares images and words for `step`; None if `step` does that too.
         attach: options for `Method.attach`.
     """
 
@@ -40,5 +40,5 @@ class Feed:
 
 
 def on_host(actions: Tensor) -> Tensor:
-    """Actions as a robot needs them: on the CPU, which also waits for the device."""
+    """Return actions as a robot needs them: on the CPU, which also waits for the device."""
     return actions.detach().float().cpu()

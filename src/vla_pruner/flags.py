@@ -1,4 +1,4 @@
-"""What several subcommands read from their flags: argparse types (text in, value out), and flags that they share."""
+"""Flags that several subcommands share, and argparse types for them (text in, value out)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from vla_pruner.errors import OptionError
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Types of weights that commands take, by torch's names."""
+_FLAGS = {"methods": "method", "suites": "suite", "source": "from", "cameras": "camera"}
 
 
 def budget(text: str) -> float | int:
-    """Visual tokens kept: a fraction or a number of them."""
+    """Read a budget of visual tokens: a fraction or a number of them."""
     try:
         return int(text) if text.isdigit() else float(text)
     except ValueError as error:
@@ -21,12 +24,12 @@ def budget(text: str) -> float | int:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Words separated by commas."""
+    """Read words separated by commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Values separated by commas, each read by `kind`."""
+    """Return a type for values separated by commas, each read by `kind`."""
 
     def read(text: str) -> tuple[Any, ...]:
         try:
@@ -40,7 +43,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; a value with commas, and that of "cameras", is several words, and digits are a number."""
+    """Read NAME=VALUE; a value with commas, and that of "cameras", is several words, and digits are a number."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -51,10 +54,11 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
-    """Adds what prunes: an arm for every method, budget, layer and fate of the other tokens. All are None if not given.
+    """Add the flags for pruning: an arm for every method, budget, layer and fate of the other tokens. All are None if
+    not given.
 
     Args:
-        or_none: what the help says of a method "none", where there is such a thing.
+        or_none: the help's text on a method "none", if there is one.
     """
     add = command.add_argument
     add(
@@ -83,12 +87,12 @@ def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:
-    """Adds what says, beside --policy, where a policy comes from."""
+    """Add the flags that, beside --policy, name the source of a policy."""
     add = command.add_argument
     add("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
-    add("--size", choices=("tiny", "full"), default="tiny", help="of random weights (default: %(default)s)")
+    add("--size", choices=("tiny", "full"), help="of random weights (default: tiny)")
     add(
         "--option",
         metavar="NAME=VALUE",
@@ -99,8 +103,43 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     )
 
 
+def check_weights(options: argparse.Namespace) -> None:
+    """Refuse flags of `add_weights` that do not go together.
+
+    Raises:
+        OptionError: --size was given for a checkpoint, or --option for random weights.
+    """
+    if options.random_weights and options.option:
+        raise OptionError("--option is for checkpoints; with --random-weights leave it out.")
+    if not options.random_weights and options.size is not None:
+        raise OptionError("--size is for --random-weights; a checkpoint has its own size. Leave it out.")
+
+
+def refuse_unused(options: argparse.Namespace, mode: str, read: frozenset[str]) -> None:
+    """Refuse flags that are given but not read, since a user would think that they count.
+
+    Args:
+        options: parsed by a subcommand that set `parser` among its defaults.
+        mode: the flag that makes the others pointless, such as "--merge".
+        read: destinations of the flags that `mode` reads, its own included.
+
+    Raises:
+        OptionError: others were given.
+    """
+    parser: argparse.ArgumentParser = options.parser
+    unread = [name for name in vars(options) if name not in read | {"run", "parser", "command", "version"}]
+    given = [flag(name) for name in unread if getattr(options, name) != parser.get_default(name)]
+    if given:
+        raise OptionError(f"{mode} does not read {', '.join(given)}; leave {', '.join(given)} out.")
+
+
+def flag(name: str) -> str:
+    """Return the flag whose value argparse stores under `name`."""
+    return "--" + _FLAGS.get(name, name).replace("_", "-")
+
+
 def add_output(command: argparse.ArgumentParser) -> None:
-    """Flags of what a subcommand prints."""
+    """Add the flags for a subcommand's output."""
     command.add_argument(
         "--quiet", action="store_true", help="print what came out and what went wrong, no progress (default: off)"
     )

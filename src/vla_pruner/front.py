@@ -1,4 +1,6 @@
-"""What puts a session or compiled calls on a model: the one place that knows methods' sessions and families alike."""
+"""The functions that put a session or compiled calls on a model: the only place that uses methods' sessions and
+families alike.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def compiled(model: Any, backend: str = "inductor", **family_options: Any) -> Co
         **family_options: as in `Method.attach`.
 
     Returns:
-        what takes it away again: a context manager with `remove()`.
+        a context manager with `remove()`, which restores the policy.
 
     Raises:
         UnsupportedModelError: the model is not supported, or compiled already.

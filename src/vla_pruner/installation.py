@@ -1,4 +1,4 @@
-"""What is installed here and what it runs on: what a report of a fault needs (`vla-pruner env`)."""
+"""The installed packages and the machine, as a bug report needs them (`vla-pruner env`)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ PACKAGES = (
     "lerobot",
     "flash-attn",
 )
-"""Distributions whose versions matter where something does not work."""
+"""The distributions whose versions matter if something does not work."""
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MUJOCO_GL", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF")
-"""What in the environment changes how things run; nothing else of it is shown."""
+"""The environment variables that change how things run; no others are shown."""
 
 _SECONDS = 60
 _NAMED = 3
@@ -40,9 +40,9 @@ _DRAW = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/
 
 
 def installation() -> dict[str, Any]:
-    """Versions, device, extras, attention backends and rendering, as plain JSON values.
+    """Return versions, device, extras, attention backends and rendering, as plain JSON values.
 
-    Nothing raises: what cannot be found out is None, or a text that says why.
+    Nothing raises: a value that cannot be found out is None, or a text that says why.
     """
     found = version("transformers")
     return {
@@ -64,7 +64,7 @@ def installation() -> dict[str, Any]:
 
 
 def extras() -> dict[str, list[str] | None]:
-    """What each extra of this package lacks here; an empty list: it is installed; None: it is not for this Python."""
+    """Return the missing packages of each extra; an empty list: it is installed; None: it is not for this Python."""
     try:
         declared = metadata.metadata("vla-pruner").get_all("Provides-Extra") or []
         lines = [Requirement(line) for line in metadata.requires("vla-pruner") or ()]
@@ -92,10 +92,10 @@ def _without_marker(line: Requirement) -> str:
 
 
 def _devices() -> dict[str, Any]:
-    """Accelerators, and how attention is computed on them."""
+    """Return the accelerators, and how attention is computed on them."""
     try:
         import torch
-    except Exception as error:  # a broken installation is what this command is for
+    except Exception as error:  # a broken installation is the purpose of this command
         return {"devices": None, "attention": None, "torch_problem": f"{type(error).__name__}: {error}"}
     cuda = torch.backends.cuda
     kernels = {
@@ -124,7 +124,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _rendering() -> str:
-    """Whether MuJoCo draws, tried in another process, since a broken driver may end it."""
+    """Return a sentence on whether MuJoCo draws, tried in another process, since a broken driver may end it."""
     if version("mujoco") is None:
         return "MuJoCo is not installed"
     chosen = os.environ.get("MUJOCO_GL", "egl")
@@ -146,7 +146,7 @@ def _rendering() -> str:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """An installation as lines that fit a terminal of 80 columns where their content does."""
+    """Return an installation as lines that fit a terminal of 80 columns if their content does."""
     git = f" ({found['git']})" if found["git"] else ""
     rows: list[tuple[str, str]] = [
         ("vla-pruner", found["vla_pruner"] + git),
@@ -186,5 +186,5 @@ def _told(missing: list[str] | None) -> str:
 
 
 def as_json(found: dict[str, Any]) -> str:
-    """An installation as JSON text."""
+    """Return an installation as JSON text."""
     return json.dumps(found, indent=2)

@@ -1,4 +1,4 @@
-"""JSON files of a format of ours, read back; and files and folders that flags name, checked before anything slow."""
+"""JSON files of our formats, read back; and files and folders that flags name, checked before anything slow."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MOST = 2**63
 
 
 class ForeignFile(ValueError):
-    """JSON, but not of the format that was asked for. The message goes into brackets."""
+    """JSON, but not of the expected format. The message goes into brackets."""
 
 
 def read_format(path: Path, format: str, make: Callable[[dict[str, Any]], _Found]) -> _Found:
-    """What `make` makes of a file whose "format" is this one.
+    """Return the result of `make` on a file whose "format" is this one.
 
     Raises:
         OSError: it cannot be read.
@@ -47,7 +47,7 @@ def read_format(path: Path, format: str, make: Callable[[dict[str, Any]], _Found
 
 
 def load_json(content: str | bytes) -> Any:
-    """The plain values of a JSON text.
+    """Return the plain values of a JSON text.
 
     Raises:
         ValueError: it is no JSON, is nested too deeply, or holds NaN or Infinity, which are no numbers of JSON.
@@ -63,7 +63,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def typed(hint: Any, value: Any, name: str) -> Any:
-    """A plain JSON value, checked against a type and made into it: objects become dataclasses, and lists tuples.
+    """Return a plain JSON value, checked against a type and made into it: objects become dataclasses, and lists tuples.
 
     Of a dataclass, a later version may have written fields that this one does not know, which are passed over, and an
     earlier one may lack those that have a default.
@@ -71,7 +71,7 @@ def typed(hint: Any, value: Any, name: str) -> Any:
     Args:
         hint: a type of JSON, a dataclass, or lists, tuples, mappings and options of these; `Any` checks nothing.
         value: as `load_json` gives it.
-        name: what the value is, for the message.
+        name: of the value, for the message.
 
     Raises:
         ValueError: a value is of another type, a number is not finite or too large, or a text holds a lone surrogate.
@@ -109,10 +109,10 @@ def typed(hint: Any, value: Any, name: str) -> Any:
 
 
 def field_of(content: Any, name: str, hint: Any, of: str = "it") -> Any:
-    """A field of an object that may hold others, as `typed`.
+    """Return a field of an object that may hold others, as `typed`.
 
     Args:
-        of: what the object is, for the message.
+        of: the object's name, for the message.
 
     Raises:
         ValueError: the content is no object, or the field is missing or of another type.
@@ -135,7 +135,7 @@ def _dataclass(hint: Any, value: Any, name: str) -> Any:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names from outside, shortened so that they fit into a sentence."""
+    """Return names from outside, shortened so that they fit into a sentence."""
     told = ", ".join(one if len(one) <= 40 else f"{one[:40]}..." for one in names[:8])
     return told if len(names) <= 8 else f"{told} and {len(names) - 8} more"
 
@@ -148,7 +148,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 @lru_cache
 def required(cls: type) -> frozenset[str]:
-    """Fields without a default: those that every version has written."""
+    """Return the fields without a default: those that every version has written."""
     absent = dataclasses.MISSING
     fields = dataclasses.fields(cls)
     return frozenset(one.name for one in fields if one.default is absent and one.default_factory is absent)
@@ -179,10 +179,10 @@ def _not(value: Any, name: str, wanted: str) -> ValueError:
 
 
 def check_file(name: str, flag: str = "--json") -> None:
-    """Proves that a file which a flag names can be written, before anything slow begins, and leaves no new file behind.
+    """Prove that a file which a flag names can be written, before anything slow begins, and leave no new file behind.
 
     Raises:
-        OptionError: saying why not.
+        OptionError: it cannot be written; the message says why.
     """
     try:
         if not Path(name).resolve().parent.is_dir():
@@ -190,7 +190,7 @@ def check_file(name: str, flag: str = "--json") -> None:
         if Path(name).is_dir():
             raise OptionError(f"{flag} is {name or 'empty'}, which is a folder; give a file in it.")
         if Path(name).exists() and not Path(name).is_file():
-            return  # a pipe or a device: who reads it would take opening and closing for the whole report
+            return  # a pipe or a device: its reader would take opening and closing for the whole report
         file = Path(name).resolve()
         is_new = not file.exists()
         with file.open("ab"):
@@ -202,10 +202,10 @@ def check_file(name: str, flag: str = "--json") -> None:
 
 
 def check_folder(folder: Path, flag: str = "--out") -> None:
-    """Makes a folder which a flag names, and proves that a file can be written there, before anything slow begins.
+    """Make a folder which a flag names, and prove that a file can be written there, before anything slow begins.
 
     Raises:
-        OptionError: saying why not.
+        OptionError: no file can be written there; the message says why.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,5 +218,5 @@ def check_folder(folder: Path, flag: str = "--out") -> None:
 
 
 def unwritable(name: str, error: OSError, flag: str = "--json") -> OptionError:
-    """The error of a file that could not be written."""
+    """Return the error of a file that could not be written."""
     return OptionError(f"{flag} is {name}, which cannot be written ({error.strerror or error}); give another file.")

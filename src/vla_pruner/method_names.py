@@ -1,9 +1,9 @@
-"""Methods as the command line names them: "vla-pruner", "vla-pruner:unseen=carry:window=5", or a method of the user's
-own as "my_module:MyMethod:window=5".
+"""Methods by their names on the command line: "vla-pruner", "vla-pruner:unseen=carry:window=5", or a method of the
+user's own as "my_module:MyMethod:window=5".
 
 The first word is a name, of this package or of another distribution's entry point in the group `vla_pruner.methods`. If
-what follows its colon has no "=", both together are a module and a class in it. Names of this package always mean
-its own methods.
+the text after its colon has no "=", both together are a module and a class in it. Names of this package always mean its
+own methods.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vla_pruner.methods import Method, RandomKeep, Scored
 from vla_pruner.methods.presets import Published
 
 FRESH = 8
-"""At layer 0 a token that is gone is seen by nothing: this often all of them are looked at again."""
+"""The default of `refresh_every` at layer 0, where a dropped token is never seen again without a refresh."""
 
 KEEP: tuple[float | int, ...] = (0.25,)
 LAYER = (3,)
@@ -36,7 +36,7 @@ class Named:
 
     Attributes:
         name: with dashes; of a method that is named by its module and class, these: "my_module:MyMethod".
-        options: of its own, as they were written, without keep, layer and pruned.
+        options: its own ones as written, without keep, layer and pruned.
         method: the method.
     """
 
@@ -46,9 +46,9 @@ class Named:
 
     @classmethod
     def of(cls, method: Method) -> Named:
-        """A method that is there already, one of this package or of somebody else."""
+        """Return the `Named` of a method that exists already, of this package or of another."""
         if isinstance(method.layer, Published):
-            # Tables name the layer before there is a model to leave it to.
+            # Tables name the layer before there is a model that could choose it.
             method = dataclasses.replace(method, layer=int(method.layer))
         kind = type(method)
         known = kind in known_methods().values()
@@ -59,7 +59,7 @@ class Named:
 
     @property
     def title(self) -> str:
-        """What tables call it; unique among methods that differ."""
+        """The name in tables; unique among methods that differ."""
         method = self.method
         # As it was written: 1 is one token, 1.0 all of them.
         budget = [repr(method.keep)] if hasattr(method, "keep") else []
@@ -73,15 +73,15 @@ def methods_of(
     pruned: Sequence[str] | None = None,
     refresh_every: int | None = None,
 ) -> tuple[Named, ...]:
-    """One method for each name, layer, fate of the other tokens, and keep.
+    """Return one method for each name, layer, fate of the other tokens, and keep.
 
     Args:
-        texts: names, or modules and classes, each with options of its own where wanted, after colons; what it says of
-            keep, layer and pruned itself stands in place of the arguments.
-        keep: budgets; None: .25, or what a method that reuses tokens was published with.
+        texts: names, or modules and classes, each with options of its own if wanted, after colons; its own keep, layer
+            and pruned replace the arguments.
+        keep: budgets; None: .25, or the published one of a method that reuses tokens.
         layers: pruning layers.
-        pruned: what becomes of the other tokens, of which each method takes what it can do; None: "drop", or the only
-            fate that it knows.
+        pruned: the fates of the other tokens, of which each method takes those that it supports; None: "drop", or the
+            only fate that it supports.
         refresh_every: of methods that have it; None: as their options say, and at layer 0 every 8th step.
 
     Raises:
@@ -122,7 +122,7 @@ def _made(shown: str, kind: type[Method], options: dict[str, Any]) -> Method:
 
 
 def _read(text: str) -> tuple[str, type[Method], list[str]]:
-    """The name that tables show, the method, and its options as they were written."""
+    """Return the name for tables, the method, and its options as they were written."""
     name, *options = (word.strip() for word in text.split(":"))
     if not options or "=" in options[0]:
         shown, kind = _by_name(name)
@@ -162,7 +162,7 @@ def _by_name(name: str) -> tuple[str, type[Method]]:
 
 
 def _checked(what: str, kind: Any) -> type[Method]:
-    """A class from outside, if it is a method that a name and options can make.
+    """Return a class from outside if it is a method that a name and options can make.
 
     Raises:
         PluginError: it is not.
@@ -233,7 +233,7 @@ def _option(shown: str, kind: type[Method], text: str) -> tuple[str, Any]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of this name, written as its class or with dashes, or with its module before it.
+    """Return the method of this name, written as its class or with dashes, or with its module before it.
 
     Raises:
         OptionError: there is none, or it has no `keep`.
@@ -246,7 +246,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def _own(name: str) -> type[Method] | None:
-    """The method of this package that has this name."""
+    """Return the method of this package that has this name."""
     for word, kind in known_methods().items():
         if _plain(name) in (_plain(word), kind.__name__.lower()):
             return kind
@@ -258,13 +258,13 @@ def _plain(name: str) -> str:
 
 
 def _names() -> list[str]:
-    """Those of this package and of other distributions."""
+    """Return the names of the methods of this package and of other distributions."""
     others = [one.name.replace("_", "-") for one in plugins.plugins(plugins.METHODS) if _own(one.name) is None]
     return list(dict.fromkeys([*known_methods(), *others]))
 
 
 def known_methods() -> dict[str, type[Method]]:
-    """Every method of this package that has a budget, by its name with dashes; `Scored` is a base of methods."""
+    """Return every method of this package that has a budget, by its name with dashes; `Scored` is a base of methods."""
     found: dict[str, type[Method]] = {}
     for name in methods.__all__:
         kind: Any = getattr(methods, name)
@@ -274,12 +274,12 @@ def known_methods() -> dict[str, type[Method]]:
 
 
 def method_name(kind: type) -> str:
-    """A method as the command line calls it: by the file that defines it."""
+    """Return a method's name on the command line: that of the file that defines it."""
     return "random" if kind is RandomKeep else kind.__module__.rpartition(".")[2].replace("_", "-")
 
 
 def attached(method: Method | None, policy: Any, seed: int) -> AbstractContextManager[Any]:
-    """A context manager that gives a session, or None for the untouched model.
+    """Return a context manager that gives a session, or None for the untouched model.
 
     A method that draws at random gets `seed` on top of its own, so that no draw repeats from episode to episode.
     """

@@ -1,4 +1,4 @@
-"""What a policy is given at a control step, and checks of it before the policy makes anything of it."""
+"""The inputs of a policy at a control step, and their checks before the policy uses them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vla_pruner.wording import a_type
 
 @dataclass(frozen=True)
 class Observation:
-    """What a policy may know at one control step; the arguments of `act`, in their order.
+    """The inputs of a policy at one control step: the arguments of `act`, in their order.
 
     Attributes:
         images: (H, W, 3) uint8, RGB, upright, by camera. A simulator's are by its own names of its cameras, and drawn
             when they are looked at, so look before the next step.
-        instruction: what to do.
-        proprio: (d,) the robot's state; None where the policy takes none.
+        instruction: the task in words.
+        proprio: (d,) the robot's state; None if the policy takes none.
     """
 
     images: Mapping[str, np.ndarray]
@@ -32,7 +32,7 @@ def check_images(images: Any, cameras: tuple[str, ...]) -> None:
     """Refuse images that are not given by camera name.
 
     Args:
-        images: what was given.
+        images: the argument of `act`.
         cameras: the policy's, for the message.
 
     Raises:
@@ -56,7 +56,7 @@ def check_instruction(instruction: Any) -> None:
 
 
 def state_of(proprio: Any) -> np.ndarray:
-    """The robot's state as float32, of any shape.
+    """Return the robot's state as float32, of any shape.
 
     Raises:
         ObservationError: it is no array of numbers, or one of them is not finite.

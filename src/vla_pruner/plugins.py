@@ -1,7 +1,7 @@
 """Methods and families from outside of this package: entry points of other distributions, and modules of the user's
 own.
 
-Nothing is imported until it is asked for, and a distribution that is broken costs the names of no other.
+Nothing is imported until it is needed, and a broken distribution does not hide the names of others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vla_pruner.wording import one_line
 
 METHODS = "vla_pruner.methods"
 FAMILIES = "vla_pruner.families"
-"""Groups of entry points: a name, and the module and class that it stands for."""
+"""The groups of entry points: each has a name, and the module and class that it stands for."""
 
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -32,7 +32,7 @@ class Plugin:
     Attributes:
         name: of the entry point.
         path: module and class, such as "my_module:MyMethod".
-        distribution, version: who brings it.
+        distribution, version: of the distribution that brings it.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Plugin:
         return f"{self.name} ({self.path}) of the distribution {self.distribution} {self.version}"
 
     def load(self) -> type:
-        """The class.
+        """Return the class.
 
         Raises:
             PluginError: it cannot be imported, or is no class.
@@ -56,7 +56,7 @@ class Plugin:
 
 
 def plugins(group: str) -> tuple[Plugin, ...]:
-    """The entry points of a group, in the order of their names; those of one path are looked up once."""
+    """Return the entry points of a group, in the order of their names; those of one path are looked up once."""
     return _plugins(group, tuple(sys.path))
 
 
@@ -68,7 +68,7 @@ def _plugins(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
         try:
             entries = [(one.name, one.value.strip()) for one in distribution.entry_points if one.group == group]
             name, version = (distribution.metadata["Name"], distribution.version) if entries else ("", "")
-        except Exception:  # a damaged record of any distribution would take the names of all others with it
+        except Exception:  # a damaged record of any distribution would hide the names of all others
             continue
         # As in imports, the first of two copies on the path counts.
         plain = re.sub(r"[-_.]+", "-", str(name)).lower()
@@ -81,7 +81,7 @@ def _plugins(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
 
 
 def class_at(path: str) -> type:
-    """The class that a path such as "my_module:MyMethod" names; its module is imported, which runs it.
+    """Return the class that a path such as "my_module:MyMethod" names; its module is imported, which runs it.
 
     Raises:
         PluginError: it is no such path, the module cannot be imported, or there is no such class in it.
@@ -95,11 +95,11 @@ def class_at(path: str) -> type:
 
 
 def object_at(path: str, what: str = "object") -> Any:
-    """What a path such as "my_module:my_function" names; its module is imported, which runs it.
+    """Return the object that a path such as "my_module:my_function" names; its module is imported, which runs it.
 
     Args:
         path: module and name.
-        what: it is, for messages.
+        what: the object's kind, for messages.
 
     Raises:
         PluginError: it is no such path, the module cannot be imported, or nothing in it has the name.
@@ -109,13 +109,13 @@ def object_at(path: str, what: str = "object") -> Any:
     module, _, name = path.partition(":")
     try:
         found: Any = import_module(module)
-    except (Exception, SystemExit) as error:  # a stranger's module may do anything when it is imported
+    except (Exception, SystemExit) as error:  # a third-party module may do anything when it is imported
         told = f"{type(error).__name__}: {one_line(str(error))}"
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         fix = (
             "install it, or put its folder on PYTHONPATH (PYTHONPATH=. for the present one)"
             if missing
-            else "try `import` of it in Python, and mend what it says"
+            else "try `import` of it in Python, and fix the error"
         )
         raise PluginError(f"the module {module} cannot be imported ({told}); {fix}.") from error
     for part in name.split("."):
@@ -127,7 +127,7 @@ def object_at(path: str, what: str = "object") -> Any:
 
 
 def source_of(kind: type) -> dict[str, str] | None:
-    """Where a class came from, as plain JSON values; None for those of this package.
+    """Return the origin of a class, as plain JSON values; None for those of this package.
 
     Returns:
         "class" (its module and name), and "distribution" and "version" if an installed distribution brings it, else
@@ -163,6 +163,8 @@ def _source(kind: type) -> tuple[tuple[str, str], ...]:
 
 
 def _holds(distribution: metadata.Distribution, file: Path) -> bool:
-    """Whether a module's file is of a distribution, and not of another folder that comes before it on the path."""
+    """Return True if a module's file is of a distribution, and not of another folder that comes before it on the
+    path.
+    """
     editable = '"editable": true' in (distribution.read_text("direct_url.json") or "")
     return editable or file.resolve().is_relative_to(Path(str(distribution.locate_file(""))).resolve())

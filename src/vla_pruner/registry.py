@@ -1,7 +1,7 @@
 """One row for each kind of policy: all that the package knows of it outside of its own files.
 
-A row names classes and functions as "module:name". They are imported when they are used, so the table costs nothing
-and may name what lies above it. A family of another distribution gives its own row as the attribute `row` of its class.
+A row names classes and functions as "module:name". They are imported when they are used, so the table costs nothing and
+may name modules above it. A family of another distribution gives its own row as the attribute `row` of its class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vla_pruner.errors import PluginError
 from vla_pruner.plugins import FAMILIES, Plugin, plugins
 
 ATTACH = "vla_pruner.front:attach"
-"""What `Method.attach` calls: a function of (method, model, compile, family options...) that returns the session."""
+"""The target of `Method.attach`: a function of (method, model, compile, family options...) that returns the session."""
 
 PRESENT = ...
 """In `Row.config`: the key is there, whatever its value."""
@@ -24,7 +24,7 @@ PRESENT = ...
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How `vla-pruner bench` runs a policy.
+    """The settings with which `vla-pruner bench` runs a policy.
 
     Attributes:
         feed: a function of (policy, `BenchSettings`, device) that returns a `vla_pruner.feed.Feed`.
@@ -49,11 +49,11 @@ class Row:
         name: as on the command line, with --random-weights and in benchmarks.
         title: as messages name it.
         family: the adapter's class, which extends `vla_pruner.attach.family.Family`.
-        policy: class of what `load` and `random` return.
+        policy: class of the results of `load` and `random`.
         module: class of the module that it drives, if several rows have one `policy`.
         aliases: other names.
-        config: what tells its config.json from others': keys with their values, `PRESENT` or None (absent). None: no
-            folder holds it. Of several rows that fit, the first one loads the folder.
+        config: the marks of its config.json: keys with their values, `PRESENT` or None (absent). None: no folder holds
+            it. Of several rows that fit, the first one loads the folder.
         load: a function of (folder, device, dtype, options...) that returns the policy.
         random: a function of (size, device, dtype, seed) that returns one with random weights, size "tiny" or "full".
         bench: how it is benchmarked; None: it is not.
@@ -75,7 +75,7 @@ class Row:
     conventions: Mapping[str, str] = field(default_factory=dict)
 
     def fits(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is of this kind of policy."""
+        """Return True if a config.json is of this kind of policy."""
         return self.config is not None and all(
             key in config if wanted is PRESENT else config.get(key) == wanted for key, wanted in self.config.items()
         )
@@ -194,6 +194,30 @@ ROWS = (
             ("smolvla", ("smolvla",), "smolvla:SmolVLA", "SmolVLAPolicy", 16, _EXPERT_OPTIONS, 1),
         )
     ),
+    *(
+        Row(
+            name=name,
+            aliases=(published.lower(),),
+            title=f"{published} of transformers",
+            family="vla_pruner.families.vlm:VLM",
+            policy="vla_pruner.policies.vlm:RandomVLM",
+            module=f"transformers.models.{kind}.modeling_{kind}:{classes}ForConditionalGeneration",
+            random=f"vla_pruner.policies.vlm:random_{kind}",
+            bench=Benchmark(
+                feed="vla_pruner.benching.feeds:vlm",
+                build="vla_pruner.benching.policies:vlm",
+                layers=layers,
+                options=("layers", "cameras", "prompt_tokens", "decode_tokens"),
+            ),
+        )
+        for name, published, kind, classes, layers in (
+            ("llava", "LLaVA-1.5-7B", "llava", "Llava", 32),
+            ("paligemma", "PaliGemma-3B-224", "paligemma", "PaliGemma", 18),
+            ("smolvlm", "SmolVLM2-500M", "smolvlm", "SmolVLM", 32),
+            ("qwen2.5-vl", "Qwen2.5-VL-3B", "qwen2_5_vl", "Qwen2_5_VL", 36),
+            ("qwen3-vl", "Qwen3-VL-2B", "qwen3_vl", "Qwen3VL", 28),
+        )
+    ),
     Row(
         name="lerobot-molmoact2",
         aliases=("molmoact2",),
@@ -250,8 +274,8 @@ def random_names() -> tuple[str, ...]:
 
 
 def row_named(name: str) -> Row | None:
-    """The row of this name or alias, or None. Of other distributions only the one whose entry point has the name is
-    imported.
+    """Return the row of this name or alias, or None. Of other distributions only the one whose entry point has the name
+    is imported.
 
     Raises:
         PluginError: that one cannot be used.
@@ -264,7 +288,7 @@ def row_named(name: str) -> Row | None:
 
 
 def row_of(policy: Any) -> Row | None:
-    """The row of a policy, by its class and those that this one extends, or None."""
+    """Return the row of a policy, by its class and those that this one extends, or None."""
     foreign: list[Row] | None = None
     for name in _classes(policy):
         found = [row for row in ROWS if row.policy == name]
@@ -278,16 +302,16 @@ def row_of(policy: Any) -> Row | None:
 
 
 def row_for(config: Mapping[str, Any]) -> Row | None:
-    """The row of the policy that a config.json describes, or None."""
+    """Return the row of the policy that a config.json describes, or None."""
     found = next((row for row in ROWS if row.fits(config)), None)
     return found or next((row for row in _foreign_rows() if row.fits(config)), None)
 
 
 def foreign_row(plugin: Plugin) -> Row | None:
-    """The row of a family of another distribution; None: it has none.
+    """Return the row of a family of another distribution; None: it has none.
 
     Raises:
-        PluginError: it cannot be imported, or what it gives is no row, or one of another name.
+        PluginError: it cannot be imported, or its `row` is no row, or one of another name.
     """
     row = getattr(plugin.load(), "row", None)
     if row is not None and not isinstance(row, Row):

@@ -1,4 +1,4 @@
-"""Methods replaced on single instances, for what no hook reaches, and put back without a trace."""
+"""Methods replaced on single instances, for changes that no hook can make, and put back without a trace."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Replaced:
     into the model that it was copied from.
 
     Args:
-        around: what is called instead, with the original before the arguments.
-        owner, name: whose method.
-        refusal: what is said where somebody copies it.
+        around: the function that is called instead, with the original before the arguments.
+        owner, name: the owner and the name of the method.
+        refusal: the error's message if it is copied.
     """
 
     def __init__(self, around: Callable[..., Any], owner: Any, name: str, refusal: str) -> None:
         original = getattr(owner, name)
         functools.update_wrapper(self, original)
-        # Set last: where the original is such an object itself, its attributes were copied just now.
+        # Set last: if the original is such an object itself, its attributes were copied just now.
         self._around = around
         self._refusal = refusal
         self.original = original
@@ -35,7 +35,7 @@ class Replaced:
         return self._call(*args, **kwargs)
 
     def skip(self, below: Replaced) -> None:
-        """Stand on what `below` stands on, which is taken away."""
+        """Replace the original by that of `below`, which is taken away."""
         self.original, self.stood = below.original, below.stood
         self._call = functools.partial(self._around, self.original)
 
@@ -50,7 +50,7 @@ class Replacements:
     """Methods replaced on instances, all of them put back by `remove`, in whatever order several such sets go.
 
     Args:
-        refusal: what is said where somebody copies or pickles an owner.
+        refusal: the error's message if an owner is copied or pickled.
     """
 
     def __init__(self, refusal: str = ATTACHED) -> None:
@@ -58,7 +58,7 @@ class Replacements:
         self._put: list[tuple[Any, str, Replaced]] = []
 
     def put(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Have `owner.name(...)` call `around(original, ...)`."""
+        """Make `owner.name(...)` call `around(original, ...)`."""
         replaced = Replaced(around, owner, name, self._refusal)
         self._put.append((owner, name, replaced))
         setattr(owner, name, replaced)

@@ -1,7 +1,7 @@
-"""Success rates with honest intervals: one rate, and what changes between arms that ran the same episodes.
+"""Success rates with honest intervals: of one rate, and of the difference between arms that ran the same episodes.
 
 All intervals are 95 % unless `confidence` says otherwise. Wilson's interval, binomial tests and Holm's procedure are
-scipy's and statsmodels'; what those lack (paired proportions, with tasks as strata) is here, with its paper.
+scipy's and statsmodels'; a method that those lack (paired proportions, with tasks as strata) is here, with its paper.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from vla_pruner.errors import VLAPrunerError
 from vla_pruner.wording import install
 
 POWER = 0.8
-"""Chance with which `pairs_needed` pairs decide a question, if what was seen so far is the truth."""
+"""The chance with which `pairs_needed` pairs decide a question, if the results so far are the truth."""
 
 _MOST_PAIRS = 1_000_000
 
 _PSEUDO_PAIRS = 4.0
 """Discordant pairs, half of them gained, that smooth the variances of strata: about z * z, as Agresti and Coull add to
-a single rate. Without them a task where every pair was lost would look free of chance."""
+a single rate. Without them a task in which every pair was lost would look free of chance.
+"""
 
 
 class PackageMissing(VLAPrunerError, ImportError):
@@ -44,29 +45,29 @@ class Rate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """What changes between two arms that ran the same episodes; rates in [-1, 1], counts of pairs."""
+    """The difference between two arms that ran the same episodes; rates in [-1, 1], counts of pairs."""
 
     value: float
     """Success rate of the arm minus that of the baseline."""
     low: float
     high: float
     gained: int
-    """Pairs where only the arm succeeded."""
+    """Pairs in which only the arm succeeded."""
     lost: int
-    """Pairs where only the baseline succeeded."""
+    """Pairs in which only the baseline succeeded."""
     pairs: int
     p_value: float
     """Two-sided exact McNemar test of "gained and lost are equally likely"."""
 
     @property
     def within_noise(self) -> bool:
-        """Whether the interval contains zero. This says that no difference was shown, not that there is none."""
+        """True if the interval contains zero. This says that no difference was shown, not that there is none."""
         return self.low <= 0.0 <= self.high
 
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """The mean of what changes between two arms that ran the same episodes, in the units of what was measured."""
+    """The mean difference between two arms that ran the same episodes, in the units of the values."""
 
     value: float
     low: float
@@ -94,15 +95,15 @@ def _quantile(confidence: float) -> float:
 
 
 def wilson(successes: int, total: int, confidence: float = 0.95) -> Rate:
-    """Wilson's score interval for a success rate: that of scipy's `binomtest`, which tests exactly before it gives one
-    and takes a hundred times as long.
+    """Return Wilson's score interval for a success rate: that of scipy's `binomtest`, which tests exactly before it
+    gives one and takes a hundred times as long.
 
     Args:
-        successes: how many of `total` succeeded.
+        successes: number of trials that succeeded.
         total: number of independent trials; 0 gives a value of nan and the interval [0, 1].
 
     Raises:
-        ValueError: if the counts are impossible.
+        ValueError: the counts are impossible.
         PackageMissing: scipy is not installed.
     """
     if not 0 <= successes <= total:
@@ -119,7 +120,8 @@ def wilson(successes: int, total: int, confidence: float = 0.95) -> Rate:
 
 @lru_cache(maxsize=4096)
 def mcnemar_p(gained: int, lost: int) -> float:
-    """Two-sided exact McNemar p-value: the binomial test of `gained` among the `gained + lost` discordant pairs.
+    """Return the two-sided exact McNemar p-value: the binomial test of `gained` among the `gained + lost` discordant
+    pairs.
 
     It holds for pairs of many tasks too: in each of them the two are equally likely.
     """
@@ -142,13 +144,13 @@ class Pairs:
 
     @classmethod
     def of(cls, baseline: Sequence[bool], arm: Sequence[bool], strata: Sequence[Hashable] | None = None) -> Pairs:
-        """Counts two lists of outcomes, pair by pair.
+        """Count two lists of outcomes, pair by pair.
 
         Args:
             strata: the task of every pair; None: all pairs are of one.
 
         Raises:
-            ValueError: if the lists differ in length.
+            ValueError: the lists differ in length.
         """
         if len(baseline) != len(arm):
             raise ValueError(
@@ -164,18 +166,18 @@ class Pairs:
 
     @property
     def total(self) -> tuple[int, int, int, int]:
-        """Both, gained, lost, neither over all strata."""
+        """The numbers of both, gained, lost and neither over all strata."""
         both, gained, lost, neither = (sum(cell) for cell in zip(*self.counts, strict=True)) if self.counts else [0] * 4
         return both, gained, lost, neither
 
     @property
     def value(self) -> float:
-        """Success rate of the arm minus that of the baseline; nan without pairs."""
+        """The success rate of the arm minus that of the baseline; nan without pairs."""
         n = sum(self.total)
         return (self.total[1] - self.total[2]) / n if n else float("nan")
 
     def limits(self, confidence: float = 0.95) -> tuple[float, float]:
-        """The interval of the difference, for these tasks.
+        """Return the interval of the difference, for these tasks.
 
         Newcombe's hybrid score interval for paired proportions (Statistics in Medicine 17, 1998, method 10): the two
         Wilson intervals, combined with the correlation of the pairs. It stays sensible for few pairs and for rates
@@ -201,7 +203,7 @@ class Pairs:
         return max(-1.0, low), min(1.0, high)
 
     def variance(self) -> float:
-        """Of one pair's difference (+1 gained, -1 lost, 0), within strata; smoothed, so never 0."""
+        """Return the variance of one pair's difference (+1 gained, -1 lost, 0), within strata; smoothed, so never 0."""
         found, pairs = 0.0, 0.0
         more = _PSEUDO_PAIRS / len(self.counts)
         for both, gained, lost, neither in self.counts:
@@ -211,7 +213,7 @@ class Pairs:
         return found / pairs
 
     def p_not_worse(self, margin: float) -> float:
-        """One-sided p-value of "the arm is worse by `margin` or more": small where it is shown not to be.
+        """Return the one-sided p-value of "the arm is worse by `margin` or more": small if it is shown not to be.
 
         It is the level at which the lower limit is -margin, so at .025 it agrees with the 95 % interval. One minus it
         is the p-value of "the arm is not worse by `margin`".
@@ -232,11 +234,11 @@ class Pairs:
         return tail if side == 0 else 1 - tail
 
     def pairs_needed(self, margin: float, level: float = 0.025) -> int | None:
-        """Pairs in all that decide "worse by `margin` or not" with a chance of `POWER`, if what was seen so far is the
-        truth: those at which the limit keeps that chance's distance from -margin.
+        """Return the number of pairs that decide "worse by `margin` or not" with a chance of `POWER`, if the results so
+        far are the truth: at that number the limit keeps that chance's distance from -margin.
 
         Returns:
-            None where the difference is the margin itself, or a million pairs would not do.
+            the pairs in all; None if the difference is the margin itself, or a million pairs would not do.
         """
         n, distance = sum(self.total), self.value + margin
         if n == 0 or distance == 0.0:
@@ -269,14 +271,14 @@ def paired_difference(
     confidence: float = 0.95,
     strata: Sequence[Hashable] | None = None,
 ) -> PairedDifference:
-    """Difference in success rate between two arms that ran the same episodes, in the same order.
+    """Return the difference in success rate between two arms that ran the same episodes, in the same order.
 
     Args:
         strata: the task of every pair, so that differences between tasks do not widen the interval (`Pairs.limits`);
             None: all pairs are of one.
 
     Raises:
-        ValueError: if the lists differ in length.
+        ValueError: the lists differ in length.
         PackageMissing: scipy is not installed.
     """
     pairs = Pairs.of(baseline, arm, strata)
@@ -286,7 +288,7 @@ def paired_difference(
 
 
 def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
-    """Newcombe's continuity-corrected phi coefficient of the 2 x 2 table of pairs."""
+    """Return Newcombe's continuity-corrected phi coefficient of the 2 x 2 table of pairs."""
     product = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     if product == 0:
         return 0.0
@@ -302,13 +304,13 @@ def paired_mean_difference(
     strata: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> MeanDifference | None:
-    """Mean of arm minus baseline over pairs, with Student's interval from the variance within strata.
+    """Return the mean of arm minus baseline over pairs, with Student's interval from the variance within strata.
 
     Returns:
-        None where no stratum has two pairs.
+        the mean; None if no stratum has two pairs.
 
     Raises:
-        ValueError: if the lists differ in length.
+        ValueError: the lists differ in length.
         PackageMissing: scipy is not installed.
     """
     _check_confidence(confidence)
@@ -330,8 +332,8 @@ def paired_mean_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given, by statsmodels: each may be compared with the level as if it were
-    the only one.
+    """Return Holm's adjusted p-values, in the order given, by statsmodels: each may be compared with the level as if it
+    were the only one.
 
     Raises:
         PackageMissing: statsmodels is not installed.
@@ -343,8 +345,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def solved_within(steps: Sequence[float], solved: Sequence[bool]) -> list[tuple[float, float]]:
-    """Time to success: (steps, share of episodes solved within them), rising; failures count as not solved up to
-    their last step (Kaplan and Meier's estimate, by scipy).
+    """Return the time to success: (steps, share of episodes solved within them), rising; failures count as not solved
+    up to their last step (Kaplan and Meier's estimate, by scipy).
 
     Raises:
         PackageMissing: scipy is not installed.
@@ -361,12 +363,14 @@ def solved_within(steps: Sequence[float], solved: Sequence[bool]) -> list[tuple[
 
 
 def steps_until(curve: Sequence[tuple[float, float]], share: float) -> float | None:
-    """Steps within which `share` of the episodes were solved, from `solved_within`; None where fewer ever were."""
+    """Return the steps within which `share` of the episodes were solved, from `solved_within`; None if fewer ever
+    were.
+    """
     return next((steps for steps, reached in curve if reached >= share - 1e-12), None)
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0 to 100) with linear interpolation; nan for no values."""
+    """Return the q-th percentile (0 to 100) with linear interpolation; nan for no values."""
     if not 0.0 <= q <= 100.0:
         raise ValueError(f"q is {q}; a percentile lies between 0 and 100.")
     if not values:
@@ -379,8 +383,8 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """The interval of the median between two of the values themselves, by the binomial test: exact for any
-    distribution. None where there are too few values for one (fewer than 6 at 95 %).
+    """Return the interval of the median between two of the values themselves, by the binomial test: exact for any
+    distribution. None if there are too few values for one (fewer than 6 at 95 %).
     """
     _quantile(confidence)
     ordered, n = sorted(values), len(values)

@@ -1,4 +1,4 @@
-"""What strangers send, put into messages and logs: short whatever its size."""
+"""Untrusted values in messages and logs: short whatever their size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import numpy as np
 
 @dataclass(frozen=True, repr=False)
 class Unread:
-    """A value of a message that the protocol has no use for, but that does no harm under a key that nobody needs: an
-    array of text, times or complex numbers, a msgpack extension, or a map whose keys are not text. Its content is not
-    looked at.
+    """A value of a message that the protocol does not use, and that is harmless under an unused key: an array of text,
+    times or complex numbers, a msgpack extension, or a map whose keys are not text. Its content is not looked at.
 
     Attributes:
-        what: what it is.
+        what: its kind, in words.
     """
 
     what: str
@@ -26,7 +25,7 @@ class Unread:
 
 
 def shown(value: Any) -> str:
-    """A value in at most 80 characters, without writing out all of it first."""
+    """Return a value in at most 80 characters, without writing out all of it first."""
     text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -1,4 +1,4 @@
-"""What the subcommands print through rich. Text from outside (names, paths, errors) is never read as rich's markup."""
+"""The subcommands' output through rich. Text from outside (names, paths, errors) is never read as rich's markup."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from vla_pruner.wording import readable
 
 
 class Brief(Console):
-    """A console on which a command shows what came out and what went wrong, and nothing of how far it is."""
+    """A console on which a command shows results and errors, and no progress."""
 
 
 def output(brief: bool = False, no_color: bool = False, stderr: bool = False) -> Console:
-    """The console of a subcommand.
+    """Return the console of a subcommand.
 
     Args:
         brief: whether progress and greetings are left out.
-        no_color: whether nothing has a colour; otherwise the variable NO_COLOR says so, and what is no terminal.
-        stderr: whether it is standard error, where standard output is for something else.
+        no_color: whether nothing has a colour; otherwise the variable NO_COLOR decides, and a file or a pipe has none.
+        stderr: whether it is standard error, because standard output is for something else.
     """
     kind = Brief if brief else Console
     return kind(highlight=False, no_color=no_color or None, stderr=stderr)
 
 
 def remark(console: Console, text: str) -> None:
-    """A line on how far a command is, which a brief console leaves out."""
+    """Print a line on the progress of a command, which a brief console leaves out."""
     if not isinstance(console, Brief):
         say(console, text)
 
 
 class LogLines:
-    """Progress where no bar can be drawn (a log file, a pipe): a line now and then, each of its own.
+    """Progress if no bar can be drawn (a log file, a pipe): a line now and then, each of its own.
 
     Args:
-        console: where they go; nothing is written to one that draws bars, nor to a brief one.
-        total: how many things there are.
-        noun: what they are, in the plural.
-        done: how many were there before.
+        console: of the lines; nothing is written to one that draws bars, nor to a brief one.
+        total: the number of things.
+        noun: their name, in the plural.
+        done: the number finished before.
         every: seconds between two lines.
         clock: seconds, as `time.monotonic`.
     """
@@ -70,7 +70,7 @@ class LogLines:
         self._began = self._said = clock()
 
     def at(self, done: int) -> None:
-        """Says how many are done, and how long the others take at this pace, if it is time for a line."""
+        """Print the number done and the time that the others take at this pace, if it is time for a line."""
         now = self._clock()
         if self._console.is_interactive or now - self._said < self._every or done <= self._first:
             return
@@ -81,7 +81,7 @@ class LogLines:
 
 
 def lasting(seconds: float) -> str:
-    """A time as people say it: "40 s", "12 min", "3 h 20 min"."""
+    """Return a time as people say it: "40 s", "12 min", "3 h 20 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -89,12 +89,14 @@ def lasting(seconds: float) -> str:
 
 
 def literal(text: str, style: str = "") -> Text:
-    """A text as it is: brackets are brackets, and what would steer the terminal is written as an escape."""
+    """Return a text as it is: brackets are brackets, and characters that would steer the terminal are written as
+    escapes.
+    """
     return Text(readable(text), style)
 
 
 def say(console: Console, text: str = "", style: str = "", soft_wrap: bool | None = None) -> None:
-    """Prints a text as it is.
+    """Print a text as it is.
 
     Args:
         style: of rich, such as "dim".
@@ -104,7 +106,7 @@ def say(console: Console, text: str = "", style: str = "", soft_wrap: bool | Non
 
 
 def simple_table(title: str | None, padding: tuple[int, int, int, int] = (0, 1, 0, 0)) -> Table:
-    """An empty table in the style of all subcommands; its texts go through `add_column` and `add_row`."""
+    """Return an empty table in the style of all subcommands; its texts go through `add_column` and `add_row`."""
     return Table(
         title=None if title is None else literal(title),
         title_justify="left",
@@ -115,20 +117,20 @@ def simple_table(title: str | None, padding: tuple[int, int, int, int] = (0, 1, 
 
 
 def add_column(table: Table, head: str, *, right: bool, no_wrap: bool = False, min_width: int | None = None) -> None:
-    """A column of a table; `right`: its cells end at the same place. A word that is longer than a narrow column goes on
-    in the next line.
+    """Add a column to a table; `right`: its cells end at the same place. A word that is longer than a narrow column
+    goes on in the next line.
     """
     justify = "right" if right else "left"
     table.add_column(literal(head), justify=justify, no_wrap=no_wrap, min_width=min_width, overflow="fold")
 
 
 def add_row(table: Table, cells: Sequence[str], style: str | None = None) -> None:
-    """A row of a table."""
+    """Add a row to a table."""
     table.add_row(*map(literal, cells), style=style)
 
 
 def progress(console: Console | None, note: bool = False) -> Progress:
-    """A bar that goes away when it is done; nothing is shown for None, for a brief console, and where no bar can be
+    """Return a bar that goes away when it is done; nothing is shown for None, for a brief console, and if no bar can be
     drawn: see `LogLines`.
 
     Args:

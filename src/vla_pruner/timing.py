@@ -6,12 +6,12 @@
             policy.predict_action(...)
         timer.steps[-1].prefill  # milliseconds
 
-A policy has `vision`, `projector` and `language_model` (or `decoder`); of others it is said which modules are which
+A policy has `vision`, `projector` and `language_model` (or `decoder`); for others `watched` names the modules of each
 stage. Vision is the time inside the first two; a call of the language model with more than one query token is the
-prefill, one with a single query token is decode, and so is all that an expert does after the prompt; pruning is what
-the session itself reports, taken out of the stage it happens in. The rest of the step (preprocessing, embedding,
-sampling) is `other`.
-Where prompt and decoding are compiled as one graph, both are the prefill: nothing can be timed inside of a graph.
+prefill, one with a single query token is decode, and so is all that an expert does after the prompt; pruning is the
+time that the session itself reports, taken out of the stage around it. The rest of the step (preprocessing, embedding,
+sampling) is `other`. If prompt and decoding are compiled as one graph, both are the prefill: nothing can be timed
+inside of a graph.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vla_pruner.replacements import Replacements
 STAGES = ("vision", "prefill", "pruning", "decode", "other")
 
 StageOf = Callable[[tuple[Any, ...], dict[str, Any]], str]
-"""Which stage a call of a module is, from its arguments."""
+"""A function from the arguments of a module's call to the stage of that call."""
 
 Watched = Sequence[tuple[Any, str, StageOf]]
 """Owners and names of methods whose calls are stages: `forward` of modules, mostly."""
@@ -41,7 +41,7 @@ Watched = Sequence[tuple[Any, str, StageOf]]
 COPIED = "A policy was copied or pickled while a stage timer is open on it; close the timer first."
 
 _WHOLE = {"embed_prompt": "vision", "decode": "prefill"}
-"""Methods of the reference policies that stand on the policy itself where they are compiled as a whole."""
+"""The stages of methods that a reference policy compiled as a whole has replaced on itself."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StepTime:
 
 @dataclass
 class _Open:
-    """A stage that has begun; `inside` is what the stages within it took."""
+    """A stage that has begun; `inside` is the time of the stages within it."""
 
     name: str
     start: float
@@ -66,12 +66,12 @@ class _Open:
 
 
 class StageMeter:
-    """Splits what a reading grows by in a control step among its stages, while it is open.
+    """Splits the growth of a reading in a control step among its stages, while it is open.
 
     The watched methods are replaced on the instances: some policies call a module's `forward` past every hook.
 
     Args:
-        watched: the methods, and which stage a call of each is.
+        watched: the methods, and the stage of each one's calls.
         read: something that only grows: seconds, or FLOPs counted so far.
 
     Attributes:
@@ -105,7 +105,7 @@ class StageMeter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds what is inside to the stage `name`, and takes it out of the stage around it; a session's `clock`."""
+        """Add the block to the stage `name`, and take it out of the stage around it; a session's `clock`."""
         self._open.append(_Open(name, self._read()))
         try:
             yield
@@ -113,7 +113,7 @@ class StageMeter:
             self._close()
 
     def _close(self) -> float:
-        """Closes the innermost stage; what it took less the stages inside goes to its name. Returns all of it."""
+        """Close the innermost stage; its time less the stages inside goes to its name. Return all of it."""
         stage = self._open.pop()
         grown = self._read() - stage.start
         self._found[stage.name] = self._found.get(stage.name, 0.0) + grown - stage.inside
@@ -123,7 +123,7 @@ class StageMeter:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One control step; it counts unless it raises."""
+        """Measure one control step; it counts unless it raises."""
         self._found.clear()
         self._open.clear()
         self._open.append(_Open("other", self._read()))
@@ -140,13 +140,13 @@ class StageTimer(StageMeter):
     Args:
         policy: a module with the submodules `vision`, `projector` and `language_model` or `decoder`, or any with
             `watched`.
-        watched: what is timed instead of these three.
+        watched: the methods that are timed instead of these three.
 
     Attributes:
         steps: one entry for each step that ended.
 
     Raises:
-        UnsupportedModelError: if one of the three is missing.
+        UnsupportedModelError: one of the three is missing.
     """
 
     def __init__(self, policy: Any, watched: Watched | None = None) -> None:
@@ -162,7 +162,7 @@ class StageTimer(StageMeter):
 
 
 def prefill_or_decode(args: tuple[Any, ...], kwargs: dict[str, Any], acting_rows: int = 1) -> str:
-    """Which of the two a call of a language model is, from the number of its query tokens."""
+    """Return the stage of a call of a language model, prefill or decode, from the number of its query tokens."""
     tokens = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs.get("input_ids")
@@ -172,12 +172,12 @@ def prefill_or_decode(args: tuple[Any, ...], kwargs: dict[str, Any], acting_rows
 
 
 def always(stage: str) -> StageOf:
-    """A module whose every call is this stage."""
+    """Return a stage function for a module whose every call is this stage."""
     return lambda args, kwargs: stage
 
 
 class Family(Protocol):
-    """What a timer asks of a model family (`attach.family.Family`)."""
+    """The part of a model family (`attach.family.Family`) that a timer needs."""
 
     @property
     def anatomy(self) -> Anatomy: ...
@@ -188,13 +188,13 @@ class Family(Protocol):
 
 
 def watched_of(family: Family) -> Watched:
-    """Which calls of a policy are which stage, if its family is known."""
+    """Return the calls of a policy's stages, if its family is known."""
     anatomy = family.anatomy
     seen = [(part, "forward", always("vision")) for part in (*anatomy.towers, *anatomy.projectors)]
     if anatomy.loop is not None:
         return [*seen, (anatomy.loop, "forward", _prefix_or_suffix)]
     for method, stage in ((family.seeing, "vision"), (family.acting, "prefill")):
-        # Compiled as a whole it stands on the owner itself, and of what it calls no call is seen.
+        # Compiled as a whole it stands on the owner itself, and the calls inside it are not seen.
         if method is not None and method[1] in vars(method[0]):
             seen.append((*method, always(stage)))
     owner = anatomy.decoder if anatomy.language_model is None else anatomy.language_model
@@ -264,7 +264,7 @@ class Span:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Return the seconds after the device has finished its queue."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)
     return perf_counter()

@@ -1,4 +1,4 @@
-"""Which versions of transformers this package runs on: those that its tests ran on, and those between them."""
+"""The versions of transformers that this package runs on: those that its tests ran on, and those between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ INSTALL = "pip install 'transformers>={}.{},<{}.{}'".format(*OLDEST, NEWEST[0], 
 
 
 def transformers_problem(version: str) -> str | None:
-    """A sentence on a version of transformers that was not tested, with the fix; None for one that is supported."""
+    """Return a sentence on a version of transformers that was not tested, with the fix; None for one that is
+    supported.
+    """
     found = re.match(r"(\d+)\.(\d+)", version)
     numbers = tuple(map(int, found.groups())) if found else ()
     if OLDEST <= numbers <= NEWEST:

@@ -49,7 +49,7 @@ def lm(kind="llama", backend="sdpa") -> Any:
 
 
 def stepper(model: Any, cache: str = "dynamic", length: int = LENGTH) -> Callable[..., torch.Tensor]:
-    """What runs one control step on two rows of a scene: (B, 3, V) logits."""
+    """Return a function that runs one control step on two rows of a scene: (B, 3, V) logits."""
     return lambda scene: decode(model, prompt(2, seed=scene)[0][:, :length], None, make_cache(cache, model), 2)[1]
 
 

@@ -14,7 +14,7 @@ from tests.attach.tiny import TOKENS, VISUAL, decode, make_cache, prompt, tiny_l
 
 @dataclass(frozen=True)
 class Own(vp.Method):
-    """Keeps what it was told to."""
+    """Keeps the ids that it was made with."""
 
     answer: Any = None
     told: Any = 4
@@ -29,7 +29,7 @@ class Own(vp.Method):
 
 @dataclass(frozen=True)
 class Ranks(vp.Scored):
-    """Scores as it was told to."""
+    """Scores as it was made to."""
 
     answer: Any = None
     needs = frozenset({"features"})

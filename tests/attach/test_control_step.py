@@ -1,5 +1,5 @@
-"""The life of a control step: its legal transitions, who may write to it, and what a compiled program's key says of
-it.
+"""The life of a control step: its legal transitions, the only writers of its fields, and its part in a compiled
+program's key.
 """
 
 from __future__ import annotations
@@ -126,12 +126,12 @@ def test_a_memory_that_is_set_within_a_control_step_ends_it():
         assert torch.equal(decode(model, prompt()[0], None, make_cache("dynamic", model), 1)[1], expected)
 
 
-# What a compiled program depends on.
+# The key of a compiled program.
 
 
 @dataclass
 class Turned(ControlStep):
-    """A control step with one more field, of which nothing else knows."""
+    """A control step with one more field, which nothing else uses."""
 
     turned: bool = False
 
@@ -214,18 +214,19 @@ def test_what_is_measured_between_programs_makes_no_new_one():
     assert step.graph_key == key
 
 
-# Who writes.
+# The writers of a control step.
 
 NAMES = {one.name for one in fields(ControlStep)}
 MUTATORS = {"add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
 
 
 def writes(source: str, everywhere: bool) -> Iterator[int]:
-    """Lines that change a field of what may be a control step: something of a field's name is assigned or mutated.
+    """Yield the lines that change a field of what may be a control step: something of a field's name is assigned or
+    mutated.
 
     Args:
         source: of a module.
-        everywhere: whether whatever has such a field may be a control step; else only what is called a step.
+        everywhere: whether any object with such a field may be a control step; else only one that is named a step.
     """
 
     def is_field(node: ast.expr) -> bool:

@@ -1,4 +1,4 @@
-"""Detaching: whatever fails on the way, and also where nobody holds the session any more."""
+"""Detaching: after any failure on the way, and also if nothing holds the session any more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corners of the attachment where a naive hook goes silently wrong: each either right, or refused in a sentence."""
+"""Corners of the attachment in which a naive hook goes silently wrong: each is right, or refused in a sentence."""
 
 from __future__ import annotations
 

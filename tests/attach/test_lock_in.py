@@ -1,4 +1,4 @@
-"""What action history alone dropped cannot come back by itself, and the ways out."""
+"""Tokens that action history alone dropped cannot come back by themselves, and the ways out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 16
 
 
 def kept_sets(method: Any) -> list[tuple[int, ...] | None]:
-    """What is kept in each control step of an episode, in each of which the image is another one."""
+    """Return the ids kept in each control step of an episode, in each of which the image is another one."""
     model = tiny_lm("llama", "sdpa")
     found = []
     with method.attach(model, visual=VISUAL) as session:

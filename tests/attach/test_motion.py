@@ -1,4 +1,4 @@
-"""VLA-ADP's gate: what is told of the arm's motion, what is refused, and when a step is pruned for it."""
+"""VLA-ADP's gate: reports of the arm's motion, the refused ones, and the steps that are pruned for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def step(model, rows=1, seed=1):
 
 
 def drive(session, model, paths):
-    """Whether each control step was pruned; the arms move `paths[i]` in step i."""
+    """Return for each control step whether it was pruned; the arms move `paths[i]` in step i."""
     pruned = []
     for seed, path in enumerate(paths):
         step(model, rows=1 if isinstance(path, float) else len(path), seed=seed)

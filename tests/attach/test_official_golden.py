@@ -30,12 +30,12 @@ NAMES = {
     "official-2026-02": ("keep", "lasttok_keep", "hist_bf16_as_f32"),
     "official": ("mean_keep", "last_keep", "estimate"),
 }
-"""What the files call the mean over all rows, the last row, and the estimate."""
+"""The files' names of the mean over all rows, the last row, and the estimate."""
 
 
 @pytest.fixture
 def recorded(golden):
-    """What the code of each preset gave."""
+    """The results of the code of each preset."""
 
     def load(preset):
         file = golden / FILES[preset]

@@ -131,7 +131,7 @@ def test_fastv_of_their_comparison(policy, vectors, meta, keep):
 
 
 def test_their_last_row_is_the_stop_token(policy, vectors, meta):
-    """No row of the prompt, and so not what "last" means here; told so, the family gives the same kept sets."""
+    """It is no row of the prompt, and so not what "last" means here; with it the family gives the same kept sets."""
 
     class StopReads(OpenVLAOFT):
         def _layout(self, call: Any) -> Layout:

@@ -1,4 +1,4 @@
-"""attach/README.md says through which files one drop goes, and is held to it."""
+"""attach/README.md lists the files that one drop goes through, and the tests hold the code to the list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATH = re.findall(r"^\d+\. `([\w/]+\.py)`", README, re.MULTILINE)
 
 BESIDE = {
     "attach/arithmetic.py",  # a decorator: float32 whatever runs around it
-    "attach/layout.py",  # what the family said of the prompt
+    "attach/layout.py",  # the family's description of the prompt
     "attach/stages.py",  # how many tokens stay
     "caches.py",  # how wide a static cache is
     "methods/base.py",  # Evidence

@@ -1,4 +1,4 @@
-"""What the recorder reads beside sdpa is what an eager model reports of its own attention."""
+"""The attention that the recorder reads beside sdpa is the one that an eager model reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several pruning layers in one control step: what is kept, what is read, what it costs, and what is refused."""
+"""Several pruning layers in one control step: the tokens kept, the scores read, the cost, and the refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CAMERAS = {"front": slice(1, 17), "wrist": slice(17, 25)}
 
 @dataclass(frozen=True)
 class Fixed(vp.KeepFixed):
-    """KeepFixed at several layers; the ids of a later one are places among what the one before left."""
+    """KeepFixed at several layers; the ids of a later one are places among the tokens that the one before left."""
 
     then: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
@@ -64,7 +64,7 @@ def test_agrees_with_the_full_length_reference(pruned, backend, padding, cache):
 
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_each_stage_chooses_by_the_attention_before_it(pruned):
-    """The score of a later stage is what the model computes where earlier ones were masked; gone tokens count 0."""
+    """The score of a later stage is that of the model with the tokens of earlier ones masked; gone tokens count 0."""
     model = tiny_lm()
     method = vp.SparseVLM(keep=0.5, layer=2, then=((4, 0.25),), pruned=pruned)
     with method.attach(model, visual=VISUAL) as session:

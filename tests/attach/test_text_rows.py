@@ -1,4 +1,4 @@
-"""Scores that the text rates: raters and logits through a session are what the model itself gives."""
+"""Scores that the text rates: raters and logits through a session agree with the model itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One policy, several threads: one of them acts, the others are told so, and no step is mixed of two."""
+"""One policy, several threads: one of them acts, the others get an error, and no step is mixed of two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILIES = [
 
 
 def in_thread(function):
-    """What `function` returned or raised in a thread of its own."""
+    """Return the result or the error of `function` in a thread of its own."""
     found = []
 
     def run():

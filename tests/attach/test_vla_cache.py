@@ -1,4 +1,4 @@
-"""Keys and values that cross control steps: what is reused agrees with a full-length model whose rows were left as they
+"""Keys and values that cross control steps: reused ones agree with a full-length model whose rows were left as they
 were, equal images change nothing, and nothing outlives an episode.
 """
 
@@ -31,7 +31,7 @@ class StaleRows:
     as in the last call in which they were not.
 
     Attributes:
-        stale: (B, N) bool for each layer from which on they are, in order; empty where none is.
+        stale: (B, N) bool for each layer from which on they are, in order; empty if none is.
     """
 
     def __init__(self, decoder):
@@ -89,7 +89,7 @@ def step(model, rows=2, seed=1, cache=None, padding=None, embeds=None):
 
 
 def stale_of(one):
-    """What `StaleRows` must overwrite for a step to be what the session's was."""
+    """Return the rows that `StaleRows` must overwrite for a step to be the session's."""
     found = {}
     for layer, ids in kept_at(one).items():
         stale = torch.zeros_like(one.layout.prompt).scatter(1, one.layout.visual, True)
@@ -98,7 +98,9 @@ def stale_of(one):
 
 
 def compare(method, session, run, decoder):
-    """Runs three scenes and the first again, with the session and at full length; returns what the last step kept."""
+    """Run three scenes and the first again, with the session and at full length; return the tokens that the last step
+    kept.
+    """
     with session:
         actual, steps = [], []
         for scene in (0, 1, 2, 0):
@@ -276,7 +278,7 @@ TILED = [cases.reference(), cases.chunk(), cases.openvla("sdpa"), cases.openvla_
 
 @pytest.mark.parametrize("case", TILED, ids=str)
 def test_each_token_covers_its_tile_of_its_camera(case):
-    """What changes in one place of one camera is less similar there alone, and by the cosine of the colours."""
+    """A change in one place of one camera is less similar there alone, and by the cosine of the colours."""
     model = case.build()
     reference = case.name in ("reference", "chunk")
     cameras, side = len(model.cameras), 16 if not reference else model.config.image_size // model.config.patch_size

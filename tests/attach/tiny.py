@@ -47,7 +47,7 @@ def tiny_lm(kind: str = "llama", backend: str = "sdpa", seed: int = 0, **overrid
 
 
 CACHE = cache_name(tiny_lm())
-"""What the installed transformers calls the argument that is a cache."""
+"""The installed transformers' name of the argument that is a cache."""
 
 
 def prompt(rows: int = 2, padding: str | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Timings need no care where nobody reads them."""
+"""Shorter timings, in tests that do not read them."""
 
 import pytest
 

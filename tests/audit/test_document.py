@@ -1,4 +1,4 @@
-"""docs/audit.md names every check, and what it shows runs."""
+"""docs/audit.md names every check, and its examples run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit says where the semantic score ranks visual tokens by position. It is a figure, and fails nothing."""
+"""The audit reports if the semantic score ranks visual tokens by position. It is a figure, and fails nothing."""
 
 from __future__ import annotations
 

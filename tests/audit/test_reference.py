@@ -51,7 +51,7 @@ def test_agrees_with_layers_run_by_hand(backend, padding, pruned):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_decoded_tokens_do_not_see_what_is_gone(cache, pruned):
-    """A token after the prompt sees what it would see as the last token of a longer prompt."""
+    """A token after the prompt sees the same tokens as the last one of a longer prompt."""
     model = tiny_lm()
     embeds, mask = prompt()
     layout = layout_of(mask)

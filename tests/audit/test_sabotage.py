@@ -41,7 +41,7 @@ def two_cameras() -> Any:
 
 
 def replace_act(policy, change):
-    """`policy.act` sees what `change(images)` makes of its images."""
+    """Make `policy.act` see `change(images)` instead of its images."""
     original = policy.act
     policy.act = lambda images, *rest: original(change(dict(images)), *rest)
 
@@ -182,7 +182,7 @@ def test_columns_of_an_expert_left_as_they_were(two_cameras, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_comparison_that_could_not_fail_does_not_pass(dtype):
-    """Where what comes after the pruning layer does nothing, agreeing with the reference means nothing."""
+    """If the layers from the pruning layer on do nothing, agreement with the reference means nothing."""
     policy: Any = vp.random_policy("reference", dtype=dtype)
     with torch.no_grad():
         for layer in policy.language_model.model.layers[3:]:

@@ -19,6 +19,8 @@ MODELS = {
     "openvla": BenchSettings("openvla-7b", size="tiny", pruned=("freeze",), decode_tokens=3),
     "oft": BenchSettings("openvla-oft", size="tiny", cameras=1),
     "pi0": BenchSettings("pi0", size="tiny", pruned=("freeze",), batch=2, denoise_steps=2),
+    "llava": BenchSettings("llava", size="tiny", pruned=("freeze",), cameras=1, decode_tokens=3),
+    "smolvlm": BenchSettings("smolvlm", size="tiny", batch=2, decode_tokens=2),
     "reference": BenchSettings("reference", size="tiny", batch=2),
     "reference-chunk": BenchSettings("reference-chunk", size="tiny", pruned=("freeze",), batch=2),
 }
@@ -26,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def subject_of(settings: BenchSettings) -> Subject:
-    """What `bench` would time."""
+    """Return the subject that `bench` would time."""
     policy: Any = build(settings, CPU, torch.float32)
     return Subject(policy, feed(policy, settings, CPU), settings, CPU)
 

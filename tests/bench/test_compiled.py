@@ -1,4 +1,4 @@
-"""Compiled arms: shared weights, graphs that are made once, and a report that says what it could not see."""
+"""Compiled arms: shared weights, graphs that are made once, and a report that names its blind spots."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_report_says_what_was_compiled(quick: None) -> None:
     assert (base.kept, arm.kept) == (256, 64)
     assert base.flops.agree
     assert arm.flops.agree
-    assert arm.flops.counted["pruning"] > 0  # counted where nothing is compiled
+    assert arm.flops.counted["pruning"] > 0  # counted if nothing is compiled
     assert arm.robots_per_second == pytest.approx(2e3 / arm.milliseconds["p50"])
 
     table = dict(rows(report))
@@ -79,7 +79,7 @@ def test_where_prompt_and_decoding_are_one_graph_they_are_one_stage(quick: None)
     base, arm = report.arms
     assert base.compiling is not None
     assert arm.compiling is not None
-    assert base.compiling.graphs == 2  # what makes the prompt, and all that follows
+    assert base.compiling.graphs == 2  # the prompt's, and that of all that follows
     assert arm.compiling.graphs == 3  # the second of them unpruned and pruned
     assert report.to_json()["one_graph"] is True
     for one in report.arms:
@@ -170,7 +170,7 @@ def test_a_copy_takes_no_memory_for_weights(name: str) -> None:
 
 
 def _elements() -> int:
-    """Of all tensors that are alive, those that share memory counted once."""
+    """Return the number of elements of all tensors that are alive, those that share memory counted once."""
     gc.collect()
     found = [item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter)]
     return sum({item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() // 4 for item in found}.values())

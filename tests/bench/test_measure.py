@@ -1,4 +1,4 @@
-"""Arms that take turns, what counts, and that nothing stays on the model."""
+"""Arms take turns, the right calls count, and nothing stays on the model."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def test_counted_flops_are_those_of_the_formula(subject: Any) -> None:
         assert (counted["pruning"] > 0) == (arm.method is not None)
         if subject.anatomy.towers and subject.vision_by_formula:
             assert counted["vision"] == pytest.approx(formula["vision"], rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["paligemma", "qwen2.5-vl", "qwen3-vl"])
+def test_counted_flops_of_a_vision_language_model(model: str) -> None:
+    """Qwen's encoder has windows, or mergers for DeepStack, and no formula."""
+    subject = subject_of(BenchSettings(model, size="tiny", cameras=1, decode_tokens=2))
+    assert subject.vision_by_formula == (model == "paligemma")
+    turns = turns_of(subject)
+    for arm in turns.arms:
+        formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned).flops
+        counted = count_stages(turns, arm)
+        for stage in ("prefill", "decode"):
+            assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
+        assert counted["vision"] > 0
 
 
 def test_every_arm_keeps_what_it_says(subject: Any) -> None:
@@ -157,7 +171,7 @@ def test_vla_cache_reuses_and_its_flops_are_the_formulas() -> None:
         "vla-cache 0.61 reuse K=3 relevance=0.9",
     ]
     assert turns.kept[turns.arms[1].name] == round(0.61 * subject.feed.visual)
-    timings = time_steps(turns, rounds=1)  # stops where a step is not pruned
+    timings = time_steps(turns, rounds=1)  # stops if a step is not pruned
     assert len(timings.steps[turns.arms[1].name]) == STEPS_A_TURN
     for arm in turns.arms:
         counted = count_stages(turns, arm)
@@ -212,7 +226,7 @@ def test_bench_is_part_of_the_library(quick: None) -> None:
 
 
 def test_what_is_saved_is_what_the_speed_says(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the medians say the opposite: 20 ms unpruned, 19 ms pruned."""
+    """This holds although the medians say the opposite: 20 ms unpruned, 19 ms pruned."""
 
     def timed(turns: Turns, *_: Any) -> measure.Timings:
         base, arm = (one.name for one in turns.arms)

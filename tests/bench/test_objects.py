@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @dataclass(frozen=True)
 class EveryOther(vp.Method):
-    """A method of somebody else's, without a keep."""
+    """A third-party method without a keep."""
 
     offset: int = 0
 
@@ -69,7 +69,7 @@ def test_a_single_value_is_a_tuple_of_one() -> None:
 def test_methods_that_differ_in_what_no_title_shows_are_arms_of_their_own() -> None:
     @dataclass(frozen=True)
     class FastV(vp.FastV):
-        """Somebody else's, under a name that is known."""
+        """A third-party method under a name that is known."""
 
     settings = BenchSettings("llama:64,6", methods=(vp.FastV(), vp.FastV(), FastV(), type("FastV", (FastV,), {})()))
     names = [arm.name for arm in arms_of(settings)]

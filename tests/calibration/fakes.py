@@ -55,7 +55,7 @@ def made_up_folder(folder: Path, states: int = 3, tasks: int = 2, **changes: Any
 
 
 class Drawn(nn.Module):
-    """A chunk of two actions, drawn around the image's brightness; `offset` is added to it. Notes what it was given."""
+    """A chunk of two actions, drawn around the image's brightness; `offset` is added to it. Notes its arguments."""
 
     cameras = ("image",)
     vision_towers: tuple[nn.Module, ...] = ()
@@ -134,7 +134,7 @@ def _video(path: Path, frames: list[np.ndarray], fps: int) -> None:
 
 
 def grey(episode: int, step: int) -> int:
-    """What a dataset's image shows."""
+    """Return the grey level of a dataset's image."""
     return 20 + 60 * episode + 10 * step
 
 

@@ -143,7 +143,7 @@ def test_a_method_that_reuses_tokens_has_its_own_keep_and_fate() -> None:
         ("--policy missing/checkpoint/x --from EMPTY", "missing/checkpoint/x"),
         ("--results x.json", "--results is read for --tolerance or --against"),
         ("--results x.json --tolerance 1", "x.json cannot be read"),
-        ("--results x.json --policy reference", "--results runs nothing"),
+        ("--results x.json --policy reference", "--results does not read --policy"),
         ("--policy reference --from EMPTY --camera left", "'left' is not POLICY=DATASET"),
     ],
 )

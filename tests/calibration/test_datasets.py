@@ -1,5 +1,5 @@
-"""LeRobot datasets that were written by other tools, edited or damaged: the right frames, or one sentence that says why
-not.
+"""LeRobot datasets that were written by other tools, edited or damaged: the right frames, or one sentence with the
+reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 
 
 def edit(path: Path, change: Callable[[Rows], Any]) -> None:
-    """Changes the rows of a parquet file."""
+    """Change the rows of a parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -92,7 +92,7 @@ def test_a_drift_that_nothing_corrects_is_refused(tmp_path: Path) -> None:
 
 def test_a_video_that_holds_more_than_the_index_is_read_by_its_times(tmp_path: Path) -> None:
     folder = dataset(tmp_path / "d", "v3.0", True)
-    edit(index_of(folder), lambda rows: rows.pop(0))  # episodes 1 and 2 begin where they say, after one unlisted
+    edit(index_of(folder), lambda rows: rows.pop(0))  # episodes 1 and 2 begin as they say, after one unlisted
     assert shown(folder, 0) == wanted(1)
     assert shown(folder, 1) == wanted(2)
 

@@ -1,4 +1,4 @@
-"""What was recorded: traces and LeRobot's layouts, which episodes, and what is refused."""
+"""Recordings: traces and LeRobot's layouts, the choice of episodes, and refusals."""
 
 from __future__ import annotations
 

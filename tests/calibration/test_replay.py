@@ -87,7 +87,7 @@ def test_every_arm_has_the_noise_of_the_unit_and_step(tmp_path: Path) -> None:
 
 
 def test_the_recorded_seeds_give_the_recorded_actions(tmp_path: Path) -> None:
-    """What a policy did when it was traced it does again; a skipped step keeps the others' noise."""
+    """A traced policy acts again as it did; a skipped step keeps the others' noise."""
     policy = Drawn()
     made = made_up_trace(0)
     chunks = []

@@ -20,7 +20,7 @@ TASKS = (("reach", "reach the ball"), ("push", "push the puck"))
 
 
 class FakeEnvironment:
-    """Solved at step `solved_at` on even seeds; over after 6 steps on odd ones. Counts what was asked of it."""
+    """Solved at step `solved_at` on even seeds; over after 6 steps on odd ones. Counts its calls."""
 
     solved_at = 5
     longest = 6

@@ -1,4 +1,4 @@
-"""FLOPs against the formulas, and what the table and the verdict make of made-up episodes."""
+"""FLOPs against the formulas, and the table and the verdict of made-up episodes."""
 
 from __future__ import annotations
 

@@ -32,10 +32,10 @@ class _Parsed(Exception):
 
 
 def understood(line: str) -> None:
-    """Parses a command, and runs none of it.
+    """Parse a command without running it.
 
     Args:
-        line: such as "vla-pruner audit reference"; what follows two spaces and a # is a comment.
+        line: such as "vla-pruner audit reference"; the text after two spaces and a # is a comment.
     """
 
     def stop(*_: Any) -> Any:

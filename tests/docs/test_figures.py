@@ -1,4 +1,4 @@
-"""Figures of the documentation are those of committed files, and each page says the same as the page that it quotes."""
+"""Figures of the documentation are those of committed files, and each page agrees with the page that it quotes."""
 
 from __future__ import annotations
 

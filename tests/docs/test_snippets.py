@@ -16,7 +16,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Runs a block of a page; dataclasses look for the module of their class."""
+    """Run a block of a page; dataclasses look for the module of their class."""
     names.setdefault("__name__", __name__)
     exec(compile(code, "a page of docs/", "exec", dont_inherit=True), names)
     return names
@@ -49,6 +49,38 @@ def test_your_own_decoder_and_vision_language_model(capsys: Capture) -> None:
     names = run(model, {})
     assert names["tokens"].shape == (1, 23)
     assert "4 of 16 visual tokens kept" in capsys.readouterr().out
+
+
+def test_a_vlm_policy_of_your_own(capsys: Capture) -> None:
+    (block,) = blocks(page("vlm.md"))
+    names = run(block, {})
+    assert names["chunk"].shape == (8, 7)
+    told, shape = capsys.readouterr().out.splitlines()
+    assert "8 of 32 visual tokens kept" in told
+    assert shape == f"torch.Size([{re.search(r'print.session.kept.shape.  # .([0-9, ]+).:', block)[1]}])"  # type: ignore[index]
+
+
+def test_what_vlm_policies_gain_is_what_was_counted() -> None:
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[3] for line in page("models.md").splitlines() if "own head" in line
+    }
+    told = " ".join(page("vlm.md").split())
+    for name, shown in (
+        ("LLaVA-1.5-7B", "leaves LLaVA-1.5-7B {}"),
+        ("PaliGemma-3B-224", "PaliGemma {},"),
+        ("Qwen3-VL-2B", "Qwen3-VL-2B {}"),
+        ("SmolVLM2-500M", "SmolVLM2 {},"),
+    ):
+        left = rows[f"{name}, own head"].split("/")[1].strip()
+        assert shown.format(left) in told
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_export_prints_what_the_page_says(capsys: Capture) -> None:
+    names: dict[str, Any] = {}
+    for code, printed in zip(blocks(page("export.md")), blocks(page("export.md"), ""), strict=True):
+        run(code, names)
+        assert capsys.readouterr().out == printed
 
 
 def test_a_family_of_your_own(capsys: Capture) -> None:

@@ -20,11 +20,11 @@ from vla_pruner.simulators.base import Convention, Observation, Suite, SuiteErro
 
 TASKS = (("reach", "reach the ball"), ("push", "push the puck"))
 CRASH = "crash"
-"""An environment of a suite made with this option raises where it is a file that exists."""
+"""An environment of a suite made with this option raises if it is a file that exists."""
 
 
 class FakeEnvironment:
-    """Solved once the actions since the reset add up to enough; another start wants more. Counts what was asked."""
+    """Solved once the actions since the reset add up to enough; another start needs more. Counts its calls."""
 
     def __init__(self, task: Task, pause: float, crash: Path | None) -> None:
         self.task = task
@@ -127,7 +127,7 @@ def find_fake(name: str, **options: Any) -> Suite:
 
 
 class ToyFlow(nn.Module):
-    """A policy whose chunk of 3 actions is drawn from torch's global generator, around what it sees."""
+    """A policy whose chunk of 3 actions is drawn from torch's global generator, around the brightness of its images."""
 
     cameras = ("image",)
     vision_towers: tuple[nn.Module, ...] = ()

@@ -20,7 +20,7 @@ from vla_pruner.simulators import find_suite
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[EvalSettings]:
-    """Replaces the run by one that only notes what it was asked to do."""
+    """Replace the run by one that only notes its settings."""
     seen: list[EvalSettings] = []
 
     def note(settings: EvalSettings, _: Any) -> int:
@@ -91,7 +91,7 @@ def test_defaults_are_the_settings_own(asked: list[EvalSettings], tmp_path: Path
         ("--policy reference --suite metaworld:mt6 --method magic", "--method is magic"),
         ("--policy expert --suite metaworld:mt6 --method fastv", "--policy is expert, which sees no images"),
         ("--merge /nowhere/at/all", "holds no evaluation"),
-        ("--merge a b --policy reference", "--merge runs nothing"),
+        ("--merge a b --policy reference", "--merge does not read --policy"),
     ],
 )
 def test_wrong_input_is_one_line(flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[Json], Any]) -> None:
-    """Edits run.json, and makes its hash and the records fit again."""
+    """Edit run.json, and make its hash and the records fit again."""
     content = json.loads((folder / MANIFEST).read_text())
     change(content)
     content["run"] = sha256(json.dumps(content["identity"], sort_keys=True).encode()).hexdigest()[:12]
@@ -41,7 +41,7 @@ def edit(folder: Path, change: Callable[[Json], Any]) -> None:
 
 
 def report(folder: Path) -> tuple[str, str]:
-    """The page and what was printed, on a terminal that takes UTF-8 and nothing else."""
+    """Return the page and the output, on a terminal that takes UTF-8 and nothing else."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     run_report(folder, None, (), Console(file=out, width=300))
     out.flush()

@@ -1,4 +1,4 @@
-"""Episodes side by side: the same records as one by one, whoever leaves or crashes, and what is refused."""
+"""Episodes side by side: the same records as one by one, even if some leave or crash, and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METHODS = ("vla-pruner:window=1", "vla-pruner:window=1:refresh_every=2", "fastv"
 
 
 def by_key(folder: Path) -> dict[Any, dict[str, Any]]:
-    """What happened in each episode, whatever the order."""
+    """Return the result of each episode, whatever the order."""
     return {
         (one["arm"], one["unit"]["suite"], one["unit"]["task_id"], one["unit"]["initial_state"]): one
         for one in facts(folder)
@@ -65,7 +65,7 @@ def test_the_records_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest
 
 
 class Remembered:
-    """What each robot kept and remembers after each of its control steps, by what it was shown there."""
+    """The ids that each robot kept and its memory after each of its control steps, by its image there."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.found: dict[bytes, tuple[Any, ...]] = {}

@@ -1,5 +1,5 @@
-"""Environments that raise odd things or say odd things: one crashed episode each, never the end of the run, and never a
-success that nobody claimed.
+"""Environments that raise odd errors or return odd values: one crashed episode each, never the end of the run, and
+never a success that was not claimed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(out: Path, **changes: Any) -> tuple[int, str, list[Record]]:
 
 
 def odd(monkeypatch: pytest.MonkeyPatch, change: Callable[[Step], Step]) -> None:
-    """Every step of the start 1 of the second task says something else, in every arm."""
+    """Change every step of the start 1 of the second task, in every arm."""
     step = FakeEnvironment.step
 
     def changed(self: FakeEnvironment, action: np.ndarray) -> Any:

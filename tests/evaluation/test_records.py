@@ -1,4 +1,4 @@
-"""What survives: kills, cut lines, full disks, damaged and doubled records, two runs at once, merging."""
+"""Runs survive kills, cut lines, full disks, damaged and doubled records, two runs at once, and merging."""
 
 from __future__ import annotations
 

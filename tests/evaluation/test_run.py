@@ -1,4 +1,4 @@
-"""Runs with a simulator that is none: paired, in turns, the same noise, crashes, going on, and what is refused."""
+"""Runs with a fake simulator: paired, in turns, the same noise, crashes, going on, and refusals."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_the_phases_are_what_the_document_says(phases: dict[str, EvalSettings]) 
     assert len(grid) == 81
     by_kind = {kind: len(list(of)) for kind, of in itertools.groupby(arm.kind for arm in grid)}
     assert by_kind == {"baseline": 1, "method": 72, "again": 1, "random": 6, "blank": 1}
-    # What differs is what is chosen, not how long it is waited for.
+    # The arms differ in the choice of tokens, not in how long it is delayed.
     assert {
         arm.method.warmup_steps for arm in grid if hasattr(arm.method, "warmup_steps") and arm.kind != "method"
     } == {3}

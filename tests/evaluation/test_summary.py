@@ -31,7 +31,7 @@ PRUNED, RANDOM = "vla-pruner-0.25-drop-K3", "random-0.25-drop-K3-after-3"
 
 
 def made(tmp_path: Path, outcome: Outcome, episodes: int = EPISODES, **changes: Any) -> Run:
-    """A run whose episodes end as `outcome` says; None crashes."""
+    """Make a run whose episodes end as `outcome` says; None crashes."""
     asked = settings(tmp_path, methods=("vla-pruner",), controls=("again", "random", "blank"), **changes)
     plan = Plan(FakeSuite().tasks, 0, episodes, 0)
     manifest = Manifest(identity(asked, {"weights": "w"}), plan, for_claims=episodes >= 50)
@@ -280,7 +280,7 @@ def test_a_run_without_pairs_has_a_table(tmp_path: Path) -> None:
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """The values of nested JSON by where they are."""
+    """Return the values of nested JSON by their paths."""
     if not isinstance(value, (dict, list)):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -297,7 +297,7 @@ def test_published_figures_are_those_of_their_records(file: Path) -> None:
         where: pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
         for where, value in flat(published).items()
     }
-    # Older files lack what was added since.
+    # Older files lack later fields.
     assert {where: value for where, value in flat(found).items() if where in rounded} == rounded
 
 
@@ -308,7 +308,7 @@ def test_a_summary_is_a_value(tmp_path: Path) -> None:
 
 
 def frozen_saves(arm: str, unit: Unit) -> bool:
-    """What is dropped fails every other episode; what is frozen and unpruned fails every tenth."""
+    """Return an outcome in which dropping fails every other episode; freezing and unpruned fail every tenth."""
     return unit.initial_state % 10 != 0 and ("drop" not in arm or unit.initial_state % 2 == 1)
 
 

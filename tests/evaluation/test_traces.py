@@ -1,4 +1,4 @@
-"""Traces: what was seen, done, scored and kept; equal results with and without; kills, full disks, damage, merging."""
+"""Traces: images, actions, scores and kept ids; equal results with and without; kills, full disks, damage, merging."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def of_one_layer() -> ReferencePolicy:
 
 
 def compiled() -> ReferencePolicy:
-    """As `torch.compile` marks it."""
+    """Return a policy marked as by `torch.compile`."""
     policy = tiny_policy()
     policy._compiled_call_impl = policy._call_impl
     return policy
@@ -295,7 +295,7 @@ def test_names_of_files_never_meet(tmp_path: Path) -> None:
 
 
 def test_scores_are_read_after_the_next_step_has_computed_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read early is work that the timed `act` no longer does."""
+    """Scores that are read early are work that the timed `act` no longer does."""
     policy, tracer = tiny_policy(), Tracer(("image",))
     arm = method_arms(("vla-pruner",), (0.25,), (1,), ("drop",))[0]
     computed: list[int] = []

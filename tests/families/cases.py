@@ -39,7 +39,7 @@ def reference() -> Case:
 
 
 def chunk() -> Case:
-    """The two-camera reference policy; what its chunk is made of, before it is clipped."""
+    """The two-camera reference policy; its chunk before it is clipped."""
 
     def step(model: Any, scene: int, rows: slice) -> Tensor:
         pictures = np.stack([images(scene, camera, model.image_size) for camera in range(2)], axis=1)[rows]
@@ -141,7 +141,9 @@ def pi0(backend: str) -> Case:
 
 
 def with_logits(head: Any, act: Any, last: bool = True) -> Tensor:
-    """(B, n, V) the logits of the tokens that a step decodes: actions alone would hide what is in the same bin."""
+    """Return (B, n, V): the logits of the tokens that a step decodes, since actions alone would hide changes within a
+    bin.
+    """
     found: list[Tensor] = []
     handle = head.register_forward_hook(lambda _, __, logits: found.append(logits[:, -1:] if last else logits))
     try:

@@ -1,4 +1,4 @@
-"""What compiled sessions must hold, whatever the family: see `tests/attach/test_compiled.py`."""
+"""The properties of compiled sessions, whatever the family: see `tests/attach/test_compiled.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.state import whole_state
 
 @dataclass
 class Record:
-    """What one control step of two rows left."""
+    """The results of one control step of two rows."""
 
     output: Tensor
     kept: Tensor | None
@@ -26,7 +26,7 @@ class Record:
 
 
 def record(session: vp.Session, output: Tensor) -> Record:
-    """What the last control step left."""
+    """Return the results of the last control step."""
     assert session.memory is not None
     return Record(output.clone(), session.kept, session.scores, session.memory)
 
@@ -69,7 +69,7 @@ def drive(
 
 
 def graphs() -> int:
-    """How many graphs torch has made since `counters.clear()`."""
+    """Return the number of graphs that torch has made since `counters.clear()`."""
     return counters["stats"]["unique_graphs"]
 
 
@@ -88,8 +88,8 @@ def assert_same(actual: list[Record], expected: list[Record], tolerance: float =
 
 
 def check_family(case: Case, method: vp.Method) -> None:
-    """A compiled session does what an uncompiled one does, in graphs that the first episode makes; the model compiled
-    as it is does what it did.
+    """A compiled session acts as an uncompiled one, in graphs that the first episode makes; the model compiled as it is
+    acts as before.
     """
     model = case.build()
     untouched = case.step(model, 0, BOTH)

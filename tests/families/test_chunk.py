@@ -1,4 +1,4 @@
-"""The two-camera reference policy: its action rows act, and do not say what the prompt reads."""
+"""The two-camera reference policy: its action rows act, and do not affect the rows that read the prompt."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_numbers_of_another_kind_make_no_graph():
 
 
 def test_what_others_compile_meanwhile_changes_no_step():
-    """torch says of the whole process that it is compiling, whoever compiles what."""
+    """torch reports for the whole process that it is compiling, whichever thread compiles."""
     case = small()
     model = case.build()
     method = vp.VLAPruner(keep=0.25, layer=1, window=1)

@@ -1,10 +1,10 @@
-"""Every family with every method, dropping and freezing: see `matrix.py` for what must hold."""
+"""Every family with every method, dropping and freezing: see `matrix.py` for the properties."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.families import cases, matrix, text_decoders
+from tests.families import cases, matrix, text_decoders, vlms
 
 FAMILIES = [
     cases.decoder_lm(),
@@ -14,6 +14,7 @@ FAMILIES = [
     cases.openvla_oft("l1"),
     cases.openvla_oft("diffusion"),
     cases.pi0("sdpa"),
+    vlms.case("llava"),
     *map(text_decoders.text_decoder, text_decoders.KINDS),
 ]
 VARIANTS = [

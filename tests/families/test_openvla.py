@@ -21,7 +21,7 @@ def backend(request):
 
 
 def collected(module, pick):
-    """What `pick(output)` is for every call of a module."""
+    """Collect `pick(output)` of every call of a module."""
     found = []
     handle = module.register_forward_hook(lambda _, __, output: found.append(pick(output)))
     return found, handle
@@ -143,7 +143,7 @@ class TestOFT:
             self.run(policy, data, 0)
             assert (session.scores["action"][0] - expected).abs().max() < 1e-6
             assert expected.max() > 2 * expected.mean(), "uniform attention would show nothing"
-        # The same in a pruned step, whose rows are elsewhere: the last layers attend to what is kept alone.
+        # The same in a pruned step, whose rows are elsewhere: the last layers attend to the kept tokens alone.
         rows.clear()
         with vp.VLAPruner(keep=64, warmup="semantic").attach(policy) as session:
             handles = [layer.self_attn.register_forward_hook(short, with_kwargs=True) for layer in layers[3:]]

@@ -250,7 +250,7 @@ def test_a_camera_absent_in_all_rows_takes_no_budget(pi0, inputs):
 
 
 def test_absent_tokens_are_never_preferred(pi0, inputs):
-    """More is to be kept than row 1 has: the rest is taken from what is masked, and only the rest."""
+    """More is to be kept than row 1 has: the rest is taken from the masked tokens, and only the rest."""
     ids, mask = inputs["input_ids"].copy(), inputs["attention_mask"].copy()
     ids[1, 256:272], ids[1, 272:] = ids[1, 512:].copy(), 0
     mask[1, 272:] = 0

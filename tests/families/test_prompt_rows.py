@@ -57,12 +57,14 @@ class Seen:
         self.ends = [int(row.sum()) - ACTIONS - 1 for row in self.real]
 
     def rows(self, queries: str) -> list[range]:
-        """Of each robot's prompt."""
+        """Return the rows of each robot's prompt."""
         starts = {"all": lambda end: 0, "text": lambda end: self.visual.stop, "last": lambda end: end - 1}
         return [range(starts[queries](end), end) for end in self.ends]
 
     def score(self, rows: list[range], weights: Tensor) -> Tensor:
-        """(2, 512) what visual tokens receive from those rows: the mean over heads and rows of (2, H, N, N)."""
+        """Return (2, 512): the attention of visual tokens from those rows, as the mean over heads and rows of (2, H, N,
+        N).
+        """
         return torch.stack(
             [w[:, list(row)].mean((0, 1))[list(self.visual)] for row, w in zip(rows, weights, strict=True)]
         )
@@ -112,7 +114,7 @@ def test_what_reads_text_reads_no_placeholders(seen: Seen) -> None:
 
 @pytest.mark.parametrize("queries", ["all", "text", "last"])
 def test_memory_holds_the_score_of_the_same_rows(queries: str) -> None:
-    """Before the decoder, tokens are chosen by what memory holds of the semantic score."""
+    """Before the decoder, tokens are chosen by the memory's semantic score."""
     seen = Seen("l1")
     method = vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=9, semantic_queries=queries)
     expected = seen.score(seen.rows(queries), seen.attention)

@@ -1,4 +1,4 @@
-"""Every row of the registry: what it names exists, and is that of the policy that it stands for."""
+"""Every row of the registry: the objects that it names exist, and belong to its policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text decoders of vision-language models before their first layer, and what is special to them."""
+"""Text decoders of vision-language models before their first layer, and their special cases."""
 
 from __future__ import annotations
 

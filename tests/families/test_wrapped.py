@@ -1,4 +1,4 @@
-"""Models inside of others' wrappers: what is attached is the model inside, and the wrapper's calls run it."""
+"""Models inside of third-party wrappers: the session attaches to the model inside, and the wrapper's calls run it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ WRAPPERS = [PeftModel, DistributedDataParallel, FullyShardedDataParallel, both]
 
 
 def steps(model: Any, lm: Any, method: vp.Method) -> tuple[torch.Tensor, list[Any]]:
-    """Logits of the last control step, and what was kept in each; `model` is attached to and called."""
+    """Return the logits of the last control step, and the ids kept in each; `model` is attached to and called."""
     kept = []
     with method.attach(model, visual=VISUAL) as session:
         for scene in range(STEPS):

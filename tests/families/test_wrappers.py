@@ -1,4 +1,4 @@
-"""What `family_of` and sessions make of policies that are not modules, and of policies with a reset of their own."""
+"""`family_of` and sessions on policies that are not modules, and on policies with a reset of their own."""
 
 from __future__ import annotations
 

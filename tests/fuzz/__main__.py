@@ -1,4 +1,4 @@
-"""Runs the fuzzers that are asked for, and exits with 1 if one of them finds a fault."""
+"""Run the fuzzers that are named, and exit with 1 if one of them finds a fault."""
 
 from __future__ import annotations
 

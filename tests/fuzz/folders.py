@@ -39,10 +39,10 @@ class Base:
     """A folder that is whole.
 
     Attributes:
-        name: what it holds.
-        folder: where it is.
-        load: how it is loaded.
-        instruction: what its policy is asked to do.
+        name: of its content.
+        folder: its path.
+        load: loads it.
+        instruction: for its policy.
     """
 
     name: str
@@ -55,7 +55,7 @@ def run(count: int, seed: int = 0) -> list[str]:
     """Spoil `count` folders, load them, and act.
 
     Returns:
-        what was wrong: raw exceptions, and actions that are not finite, each with how to see it again.
+        the faults: raw exceptions, and actions that are not finite, each with how to see it again.
     """
     faults = []
     with tempfile.TemporaryDirectory() as place:
@@ -76,7 +76,7 @@ def run(count: int, seed: int = 0) -> list[str]:
 
 
 def outcome(base: Base, folder: Path) -> str | None:
-    """What is wrong with how a folder loads and acts; None: nothing."""
+    """Return the fault in a folder's loading and acting; None if there is none."""
     try:
         policy = base.load(folder)
         if type(getattr(getattr(policy, "processor", None), "tokenizer", None)).__name__ == "AbsentTokenizer":
@@ -95,7 +95,7 @@ def outcome(base: Base, folder: Path) -> str | None:
 
 
 def spoil(folder: Path, generator: random.Random) -> str:
-    """Change one file of a folder of links, or the folder itself; says what was done."""
+    """Change one file of a folder of links, or the folder itself; return the change in words."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     file = generator.choice(files)
     ways: list[Callable[[Path, random.Random], str]] = [_bytes, _whole]
@@ -116,7 +116,7 @@ def _put(file: Path, content: bytes) -> None:
 def _bytes(file: Path, generator: random.Random) -> str:
     content = bytearray(file.read_bytes())
     for _ in range(generator.randrange(1, 5)):
-        # Where files begin is where they say what they are.
+        # The beginning of a file says what the file is.
         place = generator.randrange(min(len(content), generator.choice((16, 4000, len(content)))))
         content[place] = generator.randrange(256)
     end = len(content) if generator.random() < 0.7 else generator.randrange(len(content))
@@ -248,7 +248,7 @@ def _pi0(place: Path) -> Iterator[Base]:
 
 
 def _lerobot(place: Path) -> Iterator[Base]:
-    """LeRobot's policies, where it is installed."""
+    """LeRobot's policies, if it is installed."""
     if find_spec("lerobot") is None:
         return
     from tests.lerobot.tiny import save_processors

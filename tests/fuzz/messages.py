@@ -62,11 +62,11 @@ def run(count: int, seed: int = 0) -> list[str]:
 
     Args:
         count: how many.
-        seed: of what is spoilt, and how; each message depends on it and on its number alone.
+        seed: of the changes; each message depends on it and on its number alone.
 
     Returns:
-        What was wrong with each that was neither answered nor refused: raw exceptions, actions that are not finite, and
-        errors that are long.
+        the faults of those that were neither answered nor refused: raw exceptions, actions that are not finite, and
+            errors that are long.
     """
     policy: Any = vp.random_policy("reference", "tiny")
     reader = reader_of(policy)
@@ -97,7 +97,7 @@ def run(count: int, seed: int = 0) -> list[str]:
 
 
 def _fault(error: Exception) -> str | None:
-    # The engine tells in these words what the policy raised that is no error of this package.
+    # The engine reports in these words an error of the policy that is none of this package.
     if not isinstance(error, VLAPrunerError) or str(error).startswith("The policy failed with"):
         return f"{type(error).__name__}: {str(error)[:300]}"
     return f"an error of {len(str(error))} characters" if len(str(error)) > LONGEST_ERROR else None
@@ -117,7 +117,7 @@ def _spoilt(policy: Any, random: np.random.Generator) -> bytes:
         piece = HEADS[random.integers(len(HEADS))] if random.integers(2) else random.bytes(int(random.integers(0, 40)))
         data[place : place + int(random.integers(0, 40))] = piece
         return bytes(data if random.integers(2) else data[: int(random.integers(0, len(data)))])
-    if kind == 2:  # an array that is not what it says
+    if kind == 2:  # an array with a false header
         key = ("observation/image", "observation/state")[random.integers(2)]
         fields = _fields(np.asarray(whole[key]))
         name, value = FIELDS[random.integers(len(FIELDS))]
@@ -139,7 +139,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _fields(value: Any) -> dict[bytes, Any]:
-    """As openpi's clients pack arrays and numbers, of any type."""
+    """Return arrays and numbers, of any type, as openpi's clients pack them."""
     if isinstance(value, np.ndarray):
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}

@@ -44,12 +44,12 @@ ODD: tuple[Any, ...] = (
     HTML, RICH, "a\ud800", "\x1b[2J\x00", "../../x", "/etc/passwd", "{0.__class__}", "1e999", "x" * 300,
     [], {}, [[]], [{}], [None], {"": None}, [1, 2],
 )  # fmt: skip
-"""What takes the place of a value."""
+"""The values that replace a value."""
 BYTES = (b"", b"\0" * 64, b"[" * 100_000, b"null\n", b"{}\n", b'"\xe9"\n', b"\xef\xbb\xbf{}\n", b"PK\x03\x04", b"PAR1")
 
 
 def run(count: int, seed: int = 0) -> list[str]:
-    """Reads `count` mutants and returns what came out that should not have, one line each with its number.
+    """Read `count` mutants and return the faults, one line each with its number.
 
     Args:
         seed: of all draws; a number of the same seed is the same mutant.
@@ -81,7 +81,7 @@ class Subject:
         self._files = sorted(path for path in folder.rglob("*") if path.is_file())
 
     def read_mutant(self, draw: random.Random) -> str | None:
-        """Changes one file, reads the folder, and puts the file back; returns what went wrong."""
+        """Change one file, read the folder, and put the file back; return the fault."""
         kind = draw.choice(sorted({path.suffix for path in self._files}))  # traces are many, and run.json is one
         path = draw.choice([path for path in self._files if path.suffix == kind])
         whole = path.read_bytes()
@@ -236,7 +236,9 @@ def _rows(whole: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def _rehash(path: Path) -> None:
-    """Makes the run's identity fit its settings again, and the records beside it, as who edits on purpose does."""
+    """Make the run's identity fit its settings again, and the records beside it, as a user who edits on purpose
+    does.
+    """
     try:
         content = json.loads(path.read_text())
         content["run"] = sha256(json.dumps(content["identity"], sort_keys=True).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""LeRobot's own tests: they skip where lerobot is not installed (make test-lerobot installs it)."""
+"""LeRobot's own tests: they skip if lerobot is not installed (make test-lerobot installs it)."""
 
 from importlib import metadata
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The audit passes on LeRobot's policies, and fails where they are broken on purpose."""
+"""The audit passes on LeRobot's policies, and fails if they are broken on purpose."""
 
 from __future__ import annotations
 

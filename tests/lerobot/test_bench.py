@@ -1,4 +1,4 @@
-"""The benchmark of LeRobot's policies: what runs is what the formulas say, and nothing stays on the policy."""
+"""The benchmark of LeRobot's policies: it runs what the formulas count, and nothing stays on the policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The official tiny LeRobot policies: what they compute, unpruned and for a given kept set, against stored arrays."""
+"""The official tiny LeRobot policies, unpruned and for a given kept set, against stored arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def watch(module):
-    """What the prefix and each denoising step of a policy return, as they return it."""
+    """Return the outputs of the prefix and of each denoising step of a policy, as they come."""
     seen = {"prefix": [], "velocity": []}
     inner = module.model
     both = getattr(inner, "vlm_with_expert", None) or inner.paligemma_with_expert

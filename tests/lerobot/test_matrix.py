@@ -1,4 +1,4 @@
-"""LeRobot's families with every method, dropping and freezing: see `tests/families/matrix.py` for what must hold."""
+"""LeRobot's families with every method, dropping and freezing: see `tests/families/matrix.py` for the properties."""
 
 from __future__ import annotations
 

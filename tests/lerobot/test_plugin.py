@@ -25,7 +25,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture
 def evaluate(golden, tmp_path, monkeypatch):
-    """Runs `lerobot-eval` with flags on a golden checkpoint; returns its results and the policies that it made."""
+    """Run `lerobot-eval` with flags on a golden checkpoint; return its results and the policies that it made."""
 
     def run(kind, *flags):
         source, folder = golden / f"lerobot_{kind}_tiny", tmp_path / kind

@@ -219,7 +219,7 @@ def test_a_camera_of_smolvla_that_one_robot_lacks():
 VARIANTS = {
     "special tokens": {"add_image_special_tokens": True},
     "padded prefix": {"prefix_length": 260},
-    # LeRobot itself fails with fewer expert layers where some layers attend to themselves.
+    # LeRobot itself fails with fewer expert layers if some layers attend to themselves.
     "fewer expert layers": {"num_expert_layers": 3, "self_attn_every_n_layers": 0},
     "self-attention in every layer": {"attention_mode": "self_attn"},
     "cross-attention in every layer": {"self_attn_every_n_layers": 0},

@@ -152,7 +152,7 @@ def test_statistics_of_states_by_dataset(folder):
 
 
 def test_states_have_the_size_of_what_was_fine_tuned_on(folder):
-    """As lerobot/smolvla_libero has them: the config says 6, from smolvla_base, and the statistics 8."""
+    """lerobot/smolvla_libero has such states: the config says 6, from smolvla_base, and the statistics 8."""
     values = {name: torch.linspace(1, 2, 8) for name in ("mean", "std")}
     file = next(folder.glob("policy_preprocessor*.safetensors"))
     save_file(load_file(file) | {f"observation.state.{name}": value for name, value in values.items()}, file)

@@ -1,4 +1,4 @@
-"""The tiny official LeRobot policies under the golden folder, and what their users do with them."""
+"""The tiny official LeRobot policies under the golden folder, and their users' calls."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_tiny(golden, kind):
 
 
 def batch_of(arrays, rows=slice(None), cameras=("base", "wrist")):
-    """What LeRobot's preprocessor would hand to the policy."""
+    """Return a batch as LeRobot's preprocessor would hand it to the policy."""
     batch = {
         f"observation.images.{camera}": torch.tensor(arrays[f"image_{camera}"][rows]).permute(0, 3, 1, 2).float() / 255
         for camera in cameras

@@ -1,4 +1,4 @@
-"""What becomes of the other tokens is asked of one type; options and records spell it as words."""
+"""The fate of the other tokens is one type; options and records spell it as words."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_they_agree_on_ties(levels):
 
 
 def traced(function, *given, dynamic=None):
-    """What `function` returns when it is compiled as one graph, and the operations of all graphs made of it."""
+    """Return the result of `function` compiled as one graph, and the operations of all graphs made of it."""
     operations = []
 
     def backend(graph, inputs):

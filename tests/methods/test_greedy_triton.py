@@ -1,4 +1,4 @@
-"""The Triton form of the greedy filter picks what the others pick, bit for bit.
+"""The Triton form of the greedy filter picks the same tokens as the others, bit for bit.
 
 Without a GPU it runs in Triton's interpreter, which must be chosen before Triton is imported: `make test-triton`.
 """

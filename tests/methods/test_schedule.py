@@ -1,4 +1,4 @@
-"""Which control steps are pruned: one type answers it for every method."""
+"""The schedule: one type decides for every method which control steps are pruned."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_estimate_with_less_history_than_the_window():
 
 def test_a_refresh_begins_the_history_anew():
     memory = vp.Memory.empty(1, 3, 1)
-    for value in (1.0, 2.0, 3.0, 5.0, 7.0):  # control steps 0 to 4, of which 0 and 4 are refreshes where n is 4
+    for value in (1.0, 2.0, 3.0, 5.0, 7.0):  # control steps 0 to 4, of which 0 and 4 are refreshes if n is 4
         memory = memory.push(torch.tensor([[value]]))
     assert temporal_estimate(memory, 0.8, refresh_every=4).item() == pytest.approx(7.0)
     assert temporal_estimate(memory, 0.8, refresh_every=3).item() == pytest.approx((0.8 * 7 + 0.64 * 5) / 1.44)

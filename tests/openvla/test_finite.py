@@ -29,7 +29,7 @@ def policy(request) -> Any:
 
 
 def last_matrix(policy):
-    """The weights whose outputs the action is read from."""
+    """Return the weights whose outputs the action is read from."""
     head = getattr(policy, "action_head", None)
     if head is None:
         return policy.language_model.lm_head
@@ -117,7 +117,7 @@ def test_only_a_later_token_is_wrong():
     policy.language_model.register_forward_hook(spoil)
     with pytest.raises(CheckpointError, match="not finite"):
         policy.predict_action(**inputs)
-    assert len(calls) == 7  # nobody waited for the tokens in between
+    assert len(calls) == 7  # no wait for the tokens in between
 
 
 def test_the_first_of_equals_is_taken_as_argmax_takes_it():

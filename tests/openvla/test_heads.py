@@ -1,4 +1,4 @@
-"""OFT's heads against the official outputs, and files that are not what they should be."""
+"""OFT's heads against the official outputs, and faulty head files."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders: every published layout loads, and every fault is one error that says what."""
+"""Checkpoint folders: every published layout loads, and every fault is one error that names it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_device_map_needs_accelerate(plain, tmp_path, monkeypatch):
 
 
 def resized(policy, actions, proprio):
-    """A policy whose heads have other sizes."""
+    """Return a policy whose heads have other sizes."""
     policy.action_head = L1ActionHead(policy.llm_dim, policy.llm_dim, actions)
     policy.proprio_projector = ProprioProjector(proprio, policy.llm_dim)
     return policy
@@ -343,7 +343,7 @@ def test_published_sizes():
     unused += 2 * (dino.width + siglip.width)  # final norms
     width, hidden = siglip.width, siglip.mlp_width
     pool = [width, 4 * width**2, 4 * width, 2 * width, 2 * width * hidden, hidden + width]
-    # What the index of openvla/openvla-7b says: 15082474368 bytes of bfloat16.
+    # The figure in the index of openvla/openvla-7b: 15082474368 bytes of bfloat16.
     assert 2 * (found + unused + sum(pool)) == 15082474368
     config = OpenVLAConfig(text_config={"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000})
     assert config.text_config.rms_norm_eps == 1e-6

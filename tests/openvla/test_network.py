@@ -1,4 +1,4 @@
-"""OpenVLA: the official outputs, batches, types, and what it refuses."""
+"""OpenVLA: the official outputs, batches, types, and refusals."""
 
 from __future__ import annotations
 

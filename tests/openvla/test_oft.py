@@ -1,4 +1,4 @@
-"""OpenVLA-OFT: the official outputs of all three kinds of heads, batches, types, and what it refuses."""
+"""OpenVLA-OFT: the official outputs of all three kinds of heads, batches, types, and refusals."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_backends_agree(head):
 
 
 def test_the_last_image_reaches_the_first_row_that_acts():
-    # Attention goes both ways: what stands before the first row is not all that it sees.
+    # Attention goes both ways: the first row sees more than the positions before it.
     policy = random_openvla(oft=True)
     decoder = policy.language_model.model
     embeds = []
@@ -279,7 +279,7 @@ def test_act_normalises_the_state_and_predict_action_does_not(folder, expected):
 def test_wrong_arguments_are_refused():
     policy = random_openvla(oft=True)
     inputs = tiny_inputs(policy)
-    # The official scripts pass what they loaded beside the model: here it is inside.
+    # The official scripts pass the parts that they loaded beside the model: here they are inside.
     own = {"proprio_projector": policy.proprio_projector, "action_head": policy.action_head}
     np.testing.assert_array_equal(
         policy.predict_action(**inputs, **own, use_film=False, do_sample=False), policy.predict_action(**inputs)

@@ -25,7 +25,7 @@ def processor():
 
 
 def write_tokenizer(folder):
-    """A tokenizer.json of Llama 2's structure: pieces that start with ▁, merges, bytes for what is unknown."""
+    """Write a tokenizer.json of Llama 2's structure: pieces that start with ▁, merges, bytes for unknown characters."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += sorted({*"".join(WORDS), *PROMPT.replace(" ", "").replace("\n", "")})
     merges = []
@@ -43,7 +43,7 @@ def write_tokenizer(folder):
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "pad_token": {"content": "<PAD>"}, "tokenizer_class": "LlamaTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    # What lies beside it in a published folder and makes AutoTokenizer ask for trust in remote code.
+    # The file beside it in a published folder that makes AutoTokenizer ask for trust in remote code.
     remote = {"model_type": "openvla", "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig"}}
     (folder / "config.json").write_text(json.dumps(remote))
     return {**vocabulary, "<PAD>": len(vocabulary)}

@@ -1,4 +1,4 @@
-"""Quantized language models and models placed by accelerate: what `make test-quantization` runs."""
+"""Quantized language models and models placed by accelerate: the tests of `make test-quantization`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenVLA folders from strangers: what lies, is not whole or could cost hours is one error that names the file."""
+"""OpenVLA folders from strangers: one that lies, is incomplete or could cost hours is one error that names the file."""
 
 from __future__ import annotations
 

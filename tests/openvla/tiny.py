@@ -15,14 +15,14 @@ from vla_pruner.models.openvla import OpenVLAOFT
 from vla_pruner.models.openvla.processing import PUBLISHED_IMAGE_CONFIG
 
 load_openvla: Any = openvla.load_openvla
-"""Untyped, since tests know which of the two policies they load."""
+"""Untyped, since each test expects one of the two policies."""
 random_openvla: Any = openvla.random_openvla
 HEADS = ("action_head", "proprio_projector", "noisy_action_projector")
 OFT_PROPRIO = np.linspace(-0.4, 0.4, 8)
 
 
 def weights_of(policy: Any) -> dict[str, torch.Tensor]:
-    """The policy's weights as a published checkpoint holds them: without heads, with what nobody uses."""
+    """Return the policy's weights as a published checkpoint holds them: without heads, with unused ones."""
     weights = {k: v.clone() for k, v in policy.state_dict().items() if not k.startswith(HEADS)}
     for name, tower in zip(("featurizer", "fused_featurizer"), policy.vision_towers, strict=True):
         size: Any = tower.size
@@ -72,7 +72,7 @@ def write_checkpoint(
 
 
 def tiny_inputs(policy: Any, instruction: str = "pick up the cup", seed: int = 0) -> dict[str, Any]:
-    """What `predict_action` of a random policy takes: one row, noise for its images."""
+    """Return the arguments of `predict_action` of a random policy: one row, noise for its images."""
     rng = np.random.default_rng(seed)
     images = [rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in policy.cameras]
     ids, mask = policy.processor.tokenize([policy.processor.prompt(instruction)])

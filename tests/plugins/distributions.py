@@ -11,10 +11,10 @@ EXAMPLE = Path(__file__).parent / "example"
 
 
 def install(folder: Path, name: str, version: str, entries: Mapping[str, Mapping[str, str]], record: str = "") -> None:
-    """Writes the metadata of a distribution.
+    """Write the metadata of a distribution.
 
     Args:
-        entries: by group, names and what they stand for.
+        entries: by group, names and their objects.
         record: the files that the distribution has installed, one a line.
     """
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"

@@ -130,7 +130,7 @@ def run(folder: Path, text: str) -> tuple[int, Manifest]:
 
 
 def forget(module: str) -> None:
-    """As a new process would start."""
+    """Forget a module, so that the test begins as a new process does."""
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         del sys.modules[name]
     plugins._plugins.cache_clear()

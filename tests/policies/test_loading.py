@@ -1,4 +1,4 @@
-"""load_policy finds out what a folder holds, and says what is wrong with what it cannot load."""
+"""load_policy finds out the kind of a folder, and names the fault of one that it cannot load."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_lerobot_folders_go_to_lerobot(tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize(
     ("values", "found"),
     [
-        ({"model_type": "llava"}, "is of a model of type 'llava'"),
+        ({"model_type": "whisper"}, "is of a model of type 'whisper'"),
         ({"type": "act"}, "is of a LeRobot policy of type 'act'"),
         ({"colour": "blue"}, "names no model"),
     ],
@@ -220,6 +220,12 @@ def test_other_folders_are_refused(tmp_path, values, found):
         vp.load_policy(write_config(tmp_path, **values))
     for family in ("OpenVLA-OFT", "pi0 of transformers", "'smolvla'", "'reference'"):
         assert family in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl", "paligemma"])
+def test_vision_language_models_have_no_act(tmp_path, kind):
+    with pytest.raises(vp.UnsupportedModelError, match=f"type '{kind}', which has no act.*AutoModelForImageTextToText"):
+        vp.load_policy(write_config(tmp_path, model_type=kind))
 
 
 def test_damaged_folders(tmp_path):

@@ -1,4 +1,4 @@
-"""pi0 of transformers: stored actions, weights that must all fit, and what is around the model."""
+"""pi0 of transformers: stored actions, weights that must all fit, and the files around the model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_golden_actions(folder):
 
 
 def lerobots(weights):
-    """As LeRobot publishes it: a prefix, and the tied token embeddings under the head's name alone."""
+    """Return the weights as LeRobot publishes them: a prefix, and the tied token embeddings under the head's name
+    alone.
+    """
     embedding = "paligemma_with_expert.paligemma.model.language_model.model.embed_tokens.weight"
     weights = dict(weights)
     weights["paligemma_with_expert.paligemma.lm_head.weight"] = weights.pop(embedding)
@@ -56,7 +58,7 @@ def lerobots(weights):
 
 
 def own(weights):
-    """As the model itself names them."""
+    """Return the weights by the model's own names."""
     from vla_pruner.policies.pi0 import _renamed
 
     return _renamed(weights, nested=False)
@@ -174,8 +176,9 @@ def test_refusals(folder):
     with pytest.raises(vp.CheckpointError, match=r"no tokenizer\. Put tokenizer\.json"):
         policy.act(both, "lift", np.zeros(8))
     policy.tokenizer = StandInTokenizer(512)
-    with pytest.raises(vp.ObservationError, match="takes exactly 'one', 'two'"):
-        policy.act({"one": image}, "lift", np.zeros(8))
+    for wrong in ({}, {**both, "three": image}):
+        with pytest.raises(vp.ObservationError, match="takes one or more of 'one', 'two'"):
+            policy.act(wrong, "lift", np.zeros(8))
     with pytest.raises(vp.ObservationError, match="give proprio"):
         policy.act(both, "lift")
     with pytest.raises(vp.ObservationError, match=r"shape \(33,\); this policy takes \(32,\) or fewer"):
@@ -193,6 +196,35 @@ def test_refusals(folder):
         untyped.act(both, "lift", "left")
     with pytest.raises(vp.UnsupportedModelError, match="'flash_attention_2' was given; 'sdpa' and 'eager'"):
         load_pi0(folder, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("present", [("one", "three"), ("two",)])
+@pytest.mark.parametrize("method", [None, vp.Unpruned(), vp.VLAPruner(keep=1.0)])
+def test_an_absent_camera_is_one_that_the_model_has_not(present, method):
+    """Its tokens are padding and nobody sees them: the actions are those of the cameras that are there."""
+    random = np.random.default_rng(0)
+    images = {name: random.integers(0, 256, (112, 112, 3), dtype=np.uint8) for name in present}
+    chunks = []
+    for cameras in (("one", "two", "three"), present):
+        made: Any = vp.random_policy("pi0")
+        policy = TransformersPI0(made.module, cameras, made.tokenizer)
+        if method is not None:
+            method.attach(policy)
+        torch.manual_seed(1)
+        chunks.append(policy.act(images, "lift", np.zeros(8)))
+    np.testing.assert_allclose(chunks[0], chunks[1], rtol=0, atol=1e-4)  # products of other lengths round otherwise
+
+
+def test_an_absent_camera_takes_no_budget():
+    made: Any = vp.random_policy("pi0")
+    policy = TransformersPI0(made.module, ("one", "two", "three"), made.tokenizer)
+    image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    with vp.VLAPruner(keep=0.25).attach(policy) as session:
+        for _ in range(4):
+            policy.act({"one": image, "three": image}, "lift", np.zeros(8))
+        each = session.step.layout.cameras[0]
+        assert session.kept.shape == (1, each // 2)
+        assert set((session.kept[0] // each).tolist()) <= {0, 2}
 
 
 def test_another_number_of_cameras_than_was_named(folder):

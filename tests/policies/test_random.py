@@ -48,7 +48,7 @@ def test_attention_is_peaked(name):
 
 @pytest.mark.parametrize("name", ["reference", "reference-chunk", "pi0"])
 def test_every_weight_is_drawn(name):
-    """What is built without a start must not be left as it lay in memory."""
+    """A weight that is built without a start must not keep the content of its memory."""
     module = module_of(vp.random_policy(name))
     own = {"visual_position", "vision.position", "action_rows"}  # made by the policy itself
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The shipped policy on recorded observations (two seeds of two tasks): what it must do before anyone prunes it."""
+"""The shipped policy on recorded observations (two seeds of two tasks): its behaviour before any pruning."""
 
 from __future__ import annotations
 

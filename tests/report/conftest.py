@@ -1,4 +1,4 @@
-"""What the report's tests share: folders, written once, and a browser."""
+"""Fixtures of the report's tests: folders, written once, and a browser."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from vla_pruner.evaluation.traces import Trace, write_trace
 from vla_pruner.simulators.base import Task
 
 SCRIPT = "<script>document.title='owned'</script> & \"push\""
-"""What a task or an instruction must not be able to do."""
+"""A name of a task or an instruction that must not act as a script."""
 SIDE = 4
 STEPS = 6
 
@@ -58,7 +58,7 @@ def write_run(
     traced: int = 0,
     shard: tuple[int, int] | None = None,
 ) -> EvalSettings:
-    """Writes run.json, episodes.jsonl and the traces of the first `traced` starts.
+    """Write run.json, episodes.jsonl and the traces of the first `traced` starts.
 
     Args:
         outcome: how an episode ends; None crashes.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.report.browser import Browser
+from tests.report.browser import LOOKS, Browser, check_look
 from tests.report.folders import STEPS, chance, write_run
 from vla_pruner import cli
 
@@ -172,21 +172,9 @@ def test_the_table_is_sorted_folded_and_one_forest_is_shown(opened: Browser) -> 
     assert opened.run("return document.querySelector('.forest.tasks.shown').dataset.arm") != before
 
 
-@pytest.mark.parametrize(
-    ("width", "dark", "paper"), [(1280, False, False), (1280, True, False), (390, False, False), (800, True, True)]
-)
-def test_it_can_be_looked_at(opened: Browser, tmp_path: Path, width: int, dark: bool, paper: bool) -> None:
-    from PIL import Image
-
-    opened.screen(width, dark=dark, print_media=paper)
-    content = opened.screenshot(tmp_path / "page.png")
-    image = np.asarray(Image.open(io.BytesIO(content)).convert("L"), dtype=float)
-    assert image.shape[1] == width, "nothing sticks out to the right"
-    assert image.shape[0] > 2500
-    is_dark = dark and not paper
-    assert (np.median(image) < 60) == is_dark
-    assert (np.median(image) > 200) == (not is_dark)
-    assert image.std() > 15
+@pytest.mark.parametrize("look", LOOKS)
+def test_it_can_be_looked_at(opened: Browser, look: str) -> None:
+    check_look(opened, "report", look, least_height=2500)
 
 
 def test_seventy_arms_stay_readable(browser: Browser, tmp_path: Path) -> None:

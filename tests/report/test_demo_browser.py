@@ -1,4 +1,4 @@
-"""The demo's page in a real browser: it moves, names what it shows, and fits a telephone."""
+"""The demo's page in a real browser: it moves, names its parts, and fits a telephone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.demo.conftest import PairEnvironment
-from tests.report.browser import Browser
+from tests.report.browser import LOOKS, Browser, check_look
 from tests.report.test_browser import until
 from vla_pruner.demo import DemoSettings, run_demo
 from vla_pruner.policies.random import random_policy
@@ -81,3 +81,22 @@ def test_it_fits_a_telephone(browser: Browser, page: Path) -> None:
     assert browser.run("return document.documentElement.scrollWidth") == 390
     assert browser.run("const one = document.querySelector('.short'); return one.offsetWidth <= 390")
     assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_it_can_be_looked_at(opened: Browser, look: str) -> None:
+    check_look(opened, "demo", look, least_height=1200)
+
+
+def test_it_works_from_the_keyboard(opened: Browser) -> None:
+    opened.run("document.getElementById('step').focus()")
+    before = opened.run("return Number(document.getElementById('step').value)")
+    opened.press("#step", "\ue014" if before < 5 else "\ue012")  # arrow right, or left at the end
+    assert opened.run("return Number(document.getElementById('step').value)") != before
+    order = (
+        "return [...document.querySelectorAll('button, input, select, a[href], summary, [tabindex]')]"
+        ".filter((one) => one.checkVisibility()).map((one) => one.tabIndex)"
+    )
+    assert set(opened.run(order)) == {0}, "everything that can be used is reached in the order of the page"
+    outline = "return getComputedStyle(document.activeElement).outlineStyle"
+    assert opened.run(outline) != "none", "the focus can be seen"

@@ -57,4 +57,4 @@ def test_a_run_does_not_begin_anew_beside_its_packed_records(tmp_path: Path) -> 
         open_records(tmp_path)
     assert not (tmp_path / EPISODES).exists()
     (tmp_path / EPISODES).write_bytes(b"")
-    open_records(tmp_path).close()  # what is unpacked goes on
+    open_records(tmp_path).close()  # an unpacked run goes on

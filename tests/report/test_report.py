@@ -1,4 +1,4 @@
-"""What the page says, from folders of every kind; and what is refused."""
+"""The text of the page, from folders of every kind; and refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def films(page: str) -> list[dict[str, Any]]:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, in one line."""
+    """Return the visible text, in one line."""
     body = re.sub(r"<(script|style)\b.*?</\1>", "", page.partition("<body>")[2], flags=re.DOTALL)
 
     class Texts(HTMLParser):

@@ -1,4 +1,4 @@
-"""A tiny policy, servers on free ports of the loopback, and what robots see."""
+"""A tiny policy, servers on free ports of the loopback, and the robots' observations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vla_pruner.serving.logs import Sparing, log
 
 @pytest.fixture(autouse=True)
 def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What earlier tests wrote leaves nothing out of the log of this one."""
+    """Begin a new log, so that messages of earlier tests suppress none of this one's."""
     monkeypatch.setattr(log, "filters", [Sparing()])
 
 
@@ -26,7 +26,7 @@ def policy() -> Any:
 
 @pytest.fixture
 def serve(policy: Any) -> Iterator[Callable[..., PolicyServer]]:
-    """Starts servers, which are stopped after the test: `serve(policy=..., pruner=..., **settings)`."""
+    """Start servers, which are stopped after the test: `serve(policy=..., pruner=..., **settings)`."""
     running: list[PolicyServer] = []
     gates: list[Gated] = []
 
@@ -43,6 +43,6 @@ def serve(policy: Any) -> Iterator[Callable[..., PolicyServer]]:
 
     yield start
     for gated in gates:
-        gated.gate.set()  # also where a test failed before it did
+        gated.gate.set()  # also if a test failed before it did
     for server in running:
         server.stop()

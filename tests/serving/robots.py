@@ -1,4 +1,4 @@
-"""What the tests' robots see, and a policy whose steps last until a test lets them end."""
+"""The observations of the tests' robots, and a policy whose steps last until a test lets them end."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Gated:
 
 
 class Failing(Gated):
-    """A policy that fails by an error of nobody's, or acts beyond numbers, when told so."""
+    """A policy that fails by a third-party error, or acts beyond numbers, when a test sets it to."""
 
     error: Exception | None = None
     endless = False
@@ -110,6 +110,6 @@ class Failing(Gated):
 
 
 def same_memory(one: Any, other: Any) -> bool:
-    """Whether two memories hold the same, bit by bit."""
+    """Return True if two memories hold the same, bit by bit."""
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)

@@ -162,7 +162,7 @@ def test_clients_that_flood(policy: Any, serve: Serve) -> None:
             thread.start()
         for thread in floods:
             thread.join(WAIT)
-        # What is not read is not held: it stays with the one who sends.
+        # The server holds no unread message: it stays with the sender.
         assert len(refused) == 4
         gated.gate.set()
         with honest(server, policy) as done:
@@ -182,7 +182,7 @@ def test_clients_that_send_garbage(policy: Any, serve: Serve) -> None:
     whole = pack(observation(policy))
     with honest(server, policy):
         for case in range(60):
-            if case % 3 == 0:  # what a port scanner sends
+            if case % 3 == 0:  # the bytes of a port scanner
                 with socket.create_connection(("127.0.0.1", server.port)) as plain:
                     plain.sendall(random.bytes(int(random.integers(1, 3000))))
                 continue
@@ -209,7 +209,9 @@ def resident() -> float:
 
 
 def soak(server: PolicyServer, policy: Any, until: Callable[[int], bool]) -> list[float]:
-    """Robots that come, drive an episode or two and go, some of them rudely, until told; the memory used on the way."""
+    """Run robots that come, drive an episode or two and go, some of them rudely, until `until` is true; return the
+    memory used on the way.
+    """
     used: list[float] = []
     round_ = 0
     while not until(round_):

@@ -1,4 +1,4 @@
-"""The client: small, patient, and the same type as what it wraps."""
+"""The client: small, patient, and of the same type as the policy that it wraps."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_an_episode_that_another_thread_begins_during_a_step_is_not_lost(policy:
         robot = threading.Thread(target=lambda: client.infer(observation(policy)))
         robot.start()
         assert gated.entered.wait(WAIT)
-        client.reset()  # and nobody waits for the step
+        client.reset()  # without a wait for the step
         gated.gate.set()
         robot.join(WAIT)
         counts = [client.infer(observation(policy, 0, step))["policy_timing"]["kept_tokens"] for step in range(4)]
@@ -157,7 +157,7 @@ def test_a_proxy_of_the_environment_is_not_asked(
 
 
 def test_a_server_behind_a_proxy(proxies: pytest.MonkeyPatch) -> None:
-    """Where the server cannot be reached, the message says which way was taken, and keeps the proxy's password."""
+    """If the server cannot be reached, the message names the way that was taken, without the proxy's password."""
     with pytest.raises(ConnectionLost, match=r"cannot be reached \([^)]*\)\.$"):
         PolicyClient("127.0.0.1:9", patience=0)
     proxies.setenv("http_proxy", "http://me:s3cret@127.0.0.1:19")
@@ -308,7 +308,7 @@ def test_an_error_ends_a_call_and_not_the_client(policy: Any, serve: Serve) -> N
 def test_an_interrupted_call_leaves_no_answer_to_the_next(
     interrupt: type[BaseException], policy: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal whose handler raises comes while the answer is waited for: the next call gets the answer to its own
+    """A signal whose handler raises comes during the wait for the answer: the next call gets the answer to its own
     observation.
     """
     gated = Gated(policy)
@@ -360,7 +360,7 @@ def test_it_waits_for_a_server_that_comes_back(policy: Any) -> None:
     second = PolicyServer(policy, vp.VLAPruner(keep=0.25), ServerSettings(port=port))
     second.start()
     robot.join(WAIT)
-    assert found[0]["policy_timing"]["kept_tokens"] == 64  # the new server knows nothing of before
+    assert found[0]["policy_timing"]["kept_tokens"] == 64  # the new server has none of the old one's state
     assert client.reconnects == 1
     client.close()
     second.stop()

@@ -210,7 +210,7 @@ def test_the_longest_key_and_text_are_read() -> None:
     ],
 )
 def test_what_the_protocol_has_no_use_for_is_passed_over(value: Any, what: str) -> None:
-    """As openpi's clients pack it: nobody needs the names of the joints, and nothing goes wrong with what is needed."""
+    """openpi's clients pack it so: the names of the joints are not needed, and the needed values stay right."""
 
     def as_openpi(array: Any) -> dict[bytes, Any]:
         return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
@@ -250,7 +250,7 @@ def test_every_kind_of_value_is_stepped_over(value: Any) -> None:
 
 
 def test_ten_thousand_damaged_messages() -> None:
-    """Nothing but a CodecError comes of them, and what passes is plain data that can be packed again."""
+    """Nothing but a CodecError comes of them, and messages that pass are plain data that can be packed again."""
     random = np.random.default_rng(20261122)
     image = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     whole = pack({"image": image, "state": np.ones(4), "x": np.float32(1), "prompt": "go", "l": [1, [2, {"a": None}]]})
@@ -281,7 +281,9 @@ def test_ten_thousand_damaged_messages() -> None:
 
 
 def _has_bytes(value: Any) -> bool:
-    """What comes and is not sent back: raw bytes, and values that the protocol has no use for."""
+    """Return True for values that are received and not sent back: raw bytes, and values that the protocol does not
+    use.
+    """
     if isinstance(value, dict):
         return any(map(_has_bytes, value.values()))
     return any(map(_has_bytes, value)) if isinstance(value, list) else isinstance(value, (bytes, Unread))

@@ -23,7 +23,7 @@ from vla_pruner.serving.settings import ServerSettings
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, ServerSettings]]:
-    """Replaces the server by one that notes what it was made of, and is told to stop at once."""
+    """Replace the server by one that notes its arguments, and is stopped at once."""
     seen: list[tuple[Any, Any, ServerSettings]] = []
 
     class Noted:
@@ -101,7 +101,7 @@ def test_methods(asked: list[Any]) -> None:
 
 
 def test_options_of_a_method_follow_its_name(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """As in every other subcommand."""
+    """They do so in every other subcommand."""
     for name in ("vla-pruner:window=5:keep=16", "max-min-diversity:metric=euclidean", "vla-cache"):
         assert cli.main([*TINY, "--method", name]) == 0
     assert [pruner for _, pruner, _ in asked] == [

@@ -1,4 +1,4 @@
-"""What a connection may cost others: places, sockets, open files, and turns of the event loop."""
+"""The cost of a connection for others: places, sockets, open files, and turns of the event loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Serve = Callable[..., PolicyServer]
 
 
 def frame(opcode: int, data: bytes = b"", last: bool = True) -> bytes:
-    """As clients send it, masked with zeros."""
+    """Return a frame as clients send it, masked with zeros."""
     size = len(data)
     head = bytes([(0x80 if last else 0) | opcode])
     if size < 126:
@@ -42,7 +42,7 @@ def frame(opcode: int, data: bytes = b"", last: bool = True) -> bytes:
 
 
 def shaken(server: PolicyServer) -> socket.socket:
-    """A robot's end that reads nothing more than is asked for."""
+    """Return a robot's end, after the handshake, that reads nothing more than a test reads."""
     plain = socket.socket()
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     plain.settimeout(WAIT)
@@ -55,7 +55,7 @@ def shaken(server: PolicyServer) -> socket.socket:
 
 
 def gone(plain: socket.socket) -> bool:
-    """Whether the server has let go of the other end, so that writing to it is refused."""
+    """Return True if the server has closed the other end, so that writing to it is refused."""
     try:
         while True:
             plain.sendall(frame(10))
@@ -94,7 +94,7 @@ def test_who_stays_after_a_wrong_frame_loses_place_and_socket(way: str, serve: S
 
 
 def test_who_reads_nothing_loses_place_and_socket(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """Answers to its pings fill what the system holds for it; then it is not read, and then it is cut."""
+    """Answers to its pings fill the system's buffer for it; then it is not read, and then it is cut."""
     server = serve(max_robots=1, ping_interval=SILENT, ping_timeout=0.3)
     with shaken(server) as plain:
         wait_for(server, "vla_pruner_sessions 1.0")
@@ -106,7 +106,7 @@ def test_who_reads_nothing_loses_place_and_socket(serve: Serve, caplog: pytest.L
 
 
 def test_a_place_is_free_when_its_socket_is(serve: Serve) -> None:
-    """A server of one robot never holds two, also of those who never read why they were sent away."""
+    """A server of one robot never holds two, even if those it sent away never read why."""
     server = serve(max_robots=1, ping_interval=SILENT, ping_timeout=0.3)
     for _ in range(3):
         with shaken(server) as plain:
@@ -225,7 +225,7 @@ def with_a_connection(check: Callable[[Connection, Transport], None]) -> None:
 
 
 def test_who_is_cut_already_does_not_count() -> None:
-    """One goes for each that comes, however long the event loop takes to let it go: the first who sent nothing."""
+    """One goes for each that comes, however long the event loop takes to let it go: the first that sent nothing."""
 
     class Made:
         is_robot = heard = False
@@ -284,7 +284,7 @@ def test_a_flood_of_pings_is_cut() -> None:
     def check(connection: Connection, transport: Transport) -> None:
         for _ in range(100):
             connection.data_received(frame(9) * 100)
-        assert not transport.aborted  # some at a time are nobody's harm
+        assert not transport.aborted  # a few at a time do no harm
         connection.data_received(frame(9) * (MAX_PINGS + 1))
         assert transport.aborted
 

@@ -29,6 +29,7 @@ def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
         "--messages",
         "--rm",
         "--gpus",
+        "--args",
     }
     assert len(flags) > 10
     for flag in flags:

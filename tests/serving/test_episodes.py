@@ -1,4 +1,4 @@
-"""Episodes of clients that never say that one begins, as openpi's do not."""
+"""Episodes of clients that never report that one begins, as openpi's do not."""
 
 from __future__ import annotations
 

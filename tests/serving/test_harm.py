@@ -1,5 +1,5 @@
-"""What messages and policies may not do: hold up others, drive on after the stop, spoil the log, or move a robot by
-numbers that are none.
+"""Limits of messages and policies: they must not hold up others, drive on after the stop, spoil the log, or move a
+robot by numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_headers_that_come_twice_are_answered(serve: Serve) -> None:
 
 
 def test_the_log_has_no_control_characters(policy: Any, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever of a message an error repeats, and whoever raises it."""
+    """This holds for any part of a message in an error, whichever code raises it."""
     failing = Failing(policy)
     server = serve(policy=failing)
     for kind in (ServingError, RuntimeError):
@@ -185,7 +185,7 @@ def test_what_strangers_send_is_shown_short_and_on_one_line() -> None:
 
 
 def test_weights_that_are_no_numbers_are_not_served(policy: Any, serve: Serve) -> None:
-    """Of outputs that are none, the most likely token is a valid one, and its action is finite."""
+    """The most likely token of outputs that are not finite is a valid one, and its action is finite."""
     with torch.no_grad():
         policy.language_model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(ServingError, match=r"weights '.*' hold numbers that are not finite"):

@@ -212,7 +212,7 @@ def test_a_connection_begins_with_nothing_of_another(policy: Any, serve: Serve) 
 
 
 def test_random_methods_draw_by_the_robots_own_episode(policy: Any, serve: Serve) -> None:
-    """Neither other robots nor earlier connections change what is drawn; another episode does."""
+    """Neither other robots nor earlier connections change the draws; another episode does."""
     server = serve(pruner=vp.RandomKeep(keep=0.25, seed=3))
     kept = watch_kept(server._engine)
     with PolicyClient(server.url) as one, PolicyClient(server.url) as other:
@@ -229,8 +229,9 @@ def test_random_methods_draw_by_the_robots_own_episode(policy: Any, serve: Serve
 
 
 def test_noise_is_the_robots_own(policy: Any) -> None:
-    """A policy that draws gets the same numbers for the same robot's step, whoever ran before; the caller's generator
-    is as it was."""
+    """A policy that draws gets the same numbers for the same robot's step, whichever robot ran before; the caller's
+    generator is as it was.
+    """
 
     class Drawing(Gated):
         def act(self, *args: Any, **kwargs: Any) -> np.ndarray:

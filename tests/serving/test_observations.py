@@ -1,4 +1,4 @@
-"""Keys of LIBERO's, DROID's and ALOHA's clients, and what is refused before it reaches a model."""
+"""Keys of LIBERO's, DROID's and ALOHA's clients, and refusals before a message reaches a model."""
 
 from __future__ import annotations
 
@@ -59,6 +59,50 @@ def test_aloha_has_nested_images_with_channels_first() -> None:
         reader.read({"state": np.ones(14), "images": {**images, "cam_high": image(0)}, "prompt": "x"})
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_floats_and_channels_first_are_read_as_openpi_reads_them(kind: type) -> None:
+    reader = reader_of(fake(("base_0_rgb",), None), "droid")
+    colours = np.random.default_rng(3).uniform(0, 1, (3, 6, 8)).astype(kind)
+    read = reader.read({"observation/exterior_image_1_left": colours, "prompt": "x"}).images["base_0_rgb"]
+    assert np.array_equal(read, (255 * colours).astype(np.uint8).transpose(1, 2, 0))
+    assert read.flags.c_contiguous
+    assert read.flags.writeable
+    upright = image(1)
+    turned = {"observation/exterior_image_1_left": upright.transpose(2, 0, 1), "prompt": "x"}
+    assert np.array_equal(reader.read(turned).images["base_0_rgb"], upright)
+
+
+def test_cameras_that_a_robot_lacks_are_absent_where_the_policy_takes_that() -> None:
+    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    lenient = SimpleNamespace(**vars(fake(cameras, 14)), takes_absent_cameras=True)
+    sent = {"state": np.ones(14), "images": {"cam_high": image(0, 3, 6, 8)}, "prompt": "x"}
+    reader = reader_of(lenient, "aloha")
+    assert list(reader.read(sent).images) == ["base_0_rgb"]
+    both = {**sent["images"], "cam_right_wrist": image(1, 3, 6, 8), "cam_low": image(2, 3, 6, 8)}
+    assert list(reader.read({**sent, "images": both}).images) == ["base_0_rgb", "right_wrist_0_rgb"]
+    with pytest.raises(ObservationError, match="has no 'images/cam_high'"):
+        reader.read({**sent, "images": {"cam_left_wrist": image(1, 3, 6, 8)}})
+    with pytest.raises(ObservationError, match="'images/cam_left' is none of the layout's images"):
+        reader.read({**sent, "images": {**sent["images"], "cam_left": image(1, 3, 6, 8)}})
+    with pytest.raises(ObservationError, match="'images/wrist' is none of the layout's images"):
+        reader.read({**sent, "images/wrist": image(1, 3, 6, 8)})
+    with pytest.raises(ObservationError, match="has no 'images/cam_left_wrist'"):
+        reader_of(fake(cameras, 14), "aloha").read(sent)
+    # DROID's and LIBERO's robots have one hand.
+    assert list(reader_of(lenient, "droid").keys) == ["base_0_rgb", "left_wrist_0_rgb"]
+    with pytest.raises(ServingError, match="'right_wrist_0_rgb'"):
+        reader_of(fake(cameras, 8), "droid")
+
+
+@pytest.mark.parametrize(("layout", "width"), [("droid", 8), ("aloha", 14), ("cameras", 32)])
+def test_actions_are_as_wide_as_the_layouts_robot(layout: str, width: int) -> None:
+    policy, chunk = fake(("cam_high",) if layout == "aloha" else ("image",), None), np.ones((10, 32))
+    assert reader_of(policy, layout).actions(chunk).shape == (10, width)
+    assert reader_of(policy, layout, action_dim=20).actions(chunk).shape == (10, 20)
+    assert reader_of(policy, layout, action_horizon=4).actions(chunk).shape == (4, width)
+    assert reader_of(policy, layout).actions(chunk[:, :6]).shape == (10, 6)
+
+
 def test_libero_is_seen_as_the_policys_family_was_evaluated() -> None:
     from vla_pruner.models.openvla.actions import libero_gripper
     from vla_pruner.preprocessing.libero import libero_image, rotate_180
@@ -95,8 +139,10 @@ GOOD: dict[str, Any] = {"observation/image": image(0), "observation/state": np.z
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"observation/image": None}, "uint8; found NoneType"),
-        ({"observation/image": image(0).astype(np.float32)}, r"found shape \(6, 8, 3\) of float32"),
+        ({"observation/image": None}, "of floats from 0 to 1; found NoneType"),
+        ({"observation/image": image(0).astype(np.float32)}, "are colours from 0 to 1; found others"),
+        ({"observation/image": np.full((6, 8, 3), np.nan)}, "found others, or NaN"),
+        ({"observation/image": image(0).astype(np.int64)}, r"found shape \(6, 8, 3\) of int64"),
         ({"observation/image": image(0, 6, 8)}, r"shape \(6, 8\)"),
         ({"observation/image": image(0, 6, 8, 4)}, r"shape \(6, 8, 4\)"),
         ({"observation/image": image(0, 0, 8, 3)}, "sides of 1 to"),
@@ -114,7 +160,7 @@ GOOD: dict[str, Any] = {"observation/image": image(0), "observation/state": np.z
         ({"observation/state": True}, "list of up to"),
         ({"observation/state": np.array(["1", "2"])}, "list of up to"),
         ({"observation/state": Unread("an array of type <U2")}, "numbers; found an array of type <U2"),
-        ({"observation/image": Unread("an array of type <U2")}, "uint8; found an array of type <U2"),
+        ({"observation/image": Unread("an array of type <U2")}, "0 to 1; found an array of type <U2"),
         ({"prompt": 5}, "'prompt' is text"),
         ({"prompt": Unread("an array of type <U2")}, "'prompt' is text .* found an array of type <U2"),
         ({"prompt": "x" * 3000}, "3000 characters"),

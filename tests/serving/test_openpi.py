@@ -13,17 +13,20 @@ import pytest
 
 import vla_pruner as vp
 from tests.serving.robots import WAIT
+from vla_pruner.policies.pi0 import TransformersPI0
 from vla_pruner.serving import PolicyServer, ServerSettings
 from vla_pruner.simulators.metaworld import EVALUATION_SEED, TASKS
 
 ROOT = Path(__file__).parents[2]
+THREE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PYTHON = Path(os.environ.get("OPENPI_PYTHON", ROOT / ".venv-openpi" / "bin" / "python"))
 METHOD = vp.VLAPruner(keep=0.25)
 
-pytestmark = pytest.mark.sim
+without_openpi = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}; make test-openpi makes it")
 
 
-@pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}; make test-openpi makes it")
+@pytest.mark.sim
+@without_openpi
 def test_a_closed_loop_with_openpis_client(tmp_path: Path) -> None:
     """The episode is solved, and every action is the one that the policy gives in this process for the same
     observations.
@@ -57,3 +60,33 @@ def test_a_closed_loop_with_openpis_client(tmp_path: Path) -> None:
     with METHOD.attach(policy):
         for image, state, action in zip(episode["images"], episode["states"], episode["actions"], strict=True):
             assert np.array_equal(policy.act({"image": image}, TASKS["push"], state)[0], action)
+
+
+@without_openpi
+@pytest.mark.parametrize(
+    ("layout", "width", "state", "cameras"),
+    [("libero", 7, 8, 2), ("droid", 8, 8, 2), ("aloha", 14, 14, 1)],
+)
+def test_what_openpis_programs_send_is_served_unchanged(
+    layout: str, width: int, state: int, cameras: int, tmp_path: Path
+) -> None:
+    """A pi0 of three cameras; a hand that the robot has not is absent, and ALOHA's simulation sends one camera and no
+    prompt.
+    """
+    out = tmp_path / "chunks.npz"
+    made: Any = vp.random_policy("pi0")
+    scaling = {"state_mean": np.zeros(state), "state_std": np.ones(state)}
+    policy = TransformersPI0(made.module, THREE, made.tokenizer, scaling)
+    settings = ServerSettings(port=0, observations=layout, default_prompt="transfer the cube")
+    with PolicyServer(policy, METHOD, settings) as server:
+        command = [str(PYTHON), str(ROOT / "tests/serving/stock_shapes.py"), layout, "127.0.0.1", str(server.port)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        done = subprocess.run([*command, str(out)], env=environment, capture_output=True, text=True, timeout=5 * WAIT)
+    assert done.returncode == 0, done.stderr
+    found: Any = np.load(out)
+    said = json.loads(str(found["said"]))
+    assert found["chunks"].shape == (5, 10, width)
+    assert said["one"] == [width]
+    assert (said["metadata"]["action_horizon"], said["metadata"]["action_dim"]) == (10, width)
+    tokens = 64 * cameras
+    assert said["kept"] == [tokens] * 3 + [tokens // 4] * 2

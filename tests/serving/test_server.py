@@ -27,7 +27,7 @@ Serve = Callable[..., PolicyServer]
 POLICY_TIMING = {
     "infer_ms", "preprocess_ms", "vision_ms", "prune_ms", "prefill_ms", "action_ms", "kept_tokens", "total_tokens",
 }  # fmt: skip
-SERVER_TIMING = {"infer_ms", "queue_ms", "batch_robots", "prev_total_ms"}
+SERVER_TIMING = {"infer_ms", "queue_ms", "batch_robots", "prev_total_ms", "episode_step"}
 
 
 def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, str]:
@@ -321,7 +321,7 @@ def test_stopping_answers_what_is_under_way(policy: Any, serve: Serve) -> None:
 
 
 def test_grace_ends(policy: Any, serve: Serve) -> None:
-    """A step that takes longer is not waited for, and its robot is told so."""
+    """The server does not wait for a step that takes longer, and its robot gets the reason."""
     gated = Gated(policy)
     server = serve(policy=gated, grace=0.05)
     with raw(server) as socket:

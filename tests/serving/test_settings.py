@@ -1,4 +1,4 @@
-"""How a policy is served: what is refused, and what is warned of."""
+"""The settings of a server: refusals and warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times in replies, where parts of the control step are compiled as one."""
+"""Times in replies if parts of the control step are compiled as one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 def test_a_compiled_step_is_timed_from_outside_of_its_graphs(policy: Any) -> None:
-    """Also where its graphs are made while the timer is open, as a server does."""
+    """This holds even if its graphs are made while the timer is open, as in a server."""
     given = seen(policy)
     before = whole_state(policy)
     with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(policy) as session:

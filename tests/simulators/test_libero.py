@@ -1,4 +1,4 @@
-"""LIBERO itself, in an environment of its own (`make test-libero`): skipped where it is not installed."""
+"""LIBERO itself, in an environment of its own (`make test-libero`): skipped if it is not installed."""
 
 from __future__ import annotations
 

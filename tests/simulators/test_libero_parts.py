@@ -1,4 +1,4 @@
-"""What of LIBERO needs no simulator: refusals, each family's convention, and how the expert takes hold of things."""
+"""The parts of LIBERO that need no simulator: refusals, each family's convention, and the expert's grips."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_openvla_sees_the_golden_images_and_moves_the_gripper_as_libero_does(gol
     assert dict(convention.cameras) == {"image": "agentview"}
     assert not convention.proprio
     for camera in ("full", "wrist"):
-        upright = stages[f"{camera}_rot256"]  # what an environment gives is already turned
+        upright = stages[f"{camera}_rot256"]  # an environment's image is already turned
         assert np.abs(convention.image(upright).astype(int) - stages[f"{camera}_crop224"]).max() <= 1
     uncropped = libero_convention(random_policy("openvla"), center_crop=False).image(stages["full_rot256"])
     assert np.abs(uncropped.astype(int) - stages["full_lanczos224"]).max() <= 1
@@ -162,8 +162,10 @@ def test_the_two_camera_policy_of_libero_sees_averaged_images_and_carries_out_it
 
 
 def test_what_is_not_of_libero_is_refused():
-    with pytest.raises(SuiteError, match="this policy's camera 'right_wrist_0_rgb' is neither"):
-        libero_convention(policy_like("pi0", cameras=("base_0_rgb", "right_wrist_0_rgb"), proprio_size=8))
+    with pytest.raises(SuiteError, match="this policy's camera 'cam_high' is neither"):
+        libero_convention(policy_like("pi0", cameras=("base_0_rgb", "cam_high"), proprio_size=8))
+    three = policy_like("pi0", cameras=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), proprio_size=8)
+    assert tuple(libero_convention(three).cameras) == ("base_0_rgb", "left_wrist_0_rgb")  # it masks its second hand
     with pytest.raises(SuiteError, match="state has 8 numbers; this policy takes 14"):
         libero_convention(policy_like("pi0", cameras=("image",), proprio_size=14))
     with pytest.raises(SuiteError, match="How a ReferencePolicy sees LIBERO is not known"):

@@ -111,7 +111,7 @@ def _run(environment, act):
 
 
 def test_the_one_camera_episode_is_that_of_the_simulator_alone(suite, environment):
-    """Every look, and every command in between, as where one control step repeats its action four times."""
+    """Every look, and every command in between, is that of one control step that repeats its action four times."""
     convention = suite.convention(ReferencePolicy(ReferenceConfig(image_size=32)))
     seen, _ = environment.reset(initial_state=0)
     expert, looks, over = metaworld.scripted_expert("push"), 0, False

@@ -1,3 +1,3 @@
-"""How tokens leave any decoder: hooks, the session around them, and what it measures. Nothing here knows a method or
-a model.
+"""Pruning of any decoder: hooks, the session around them, and its measurements. Nothing here knows a method or a
+model.
 """

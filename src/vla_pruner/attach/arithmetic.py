@@ -1,4 +1,4 @@
-"""What this package computes itself is float32, whatever the model around it runs in."""
+"""The package's own arithmetic is float32, whatever the model around it runs in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def own_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
-    """Have `function` run outside of autograd and of `torch.autocast`.
+    """Make `function` run outside of autograd and of `torch.autocast`.
 
     Under autocast a product of float32 tensors is bfloat16: scores would be rounded, and their ties and their largest
     numbers others.
@@ -29,15 +29,15 @@ def own_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _accelerator() -> str:
-    """The type of accelerator that torch was built for."""
+    """Return the type of accelerator that torch was built for."""
     found = torch.accelerator.current_accelerator(check_available=False)
     return "cuda" if found is None else found.type
 
 
-# Looked up once: compiled code may not ask.
+# Looked up once, because compiled code cannot look it up.
 _ACCELERATOR = _accelerator()
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    # Entering and leaving autocast costs more than to see that it is off.
+    # Entering and leaving autocast costs more than a check that it is off.
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,4 +1,4 @@
-"""Which models have a session, and how to end one whose handle is gone."""
+"""The models with a session, and a way to end one whose handle is gone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vla_pruner.wording import a_type
 if TYPE_CHECKING:
     from vla_pruner.attach.session import Session
 
-# A session lives as long as its hooks do, on the model: what holds it here must not hold the model.
+# A session lives as long as its hooks do, on the model: this reference to it must not hold the model.
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
 def session_on(decoder: nn.Module) -> Session | None:
-    """The session that is attached to this decoder."""
+    """Return the session that is attached to this decoder."""
     found = _sessions.get(decoder)
     return None if found is None else found()
 
@@ -31,7 +31,7 @@ def enter(decoder: nn.Module, session: Session) -> None:
 
 
 def leave(decoder: nn.Module) -> None:
-    """Note that no session is."""
+    """Note that no session is attached to `decoder`."""
     _sessions.pop(decoder, None)
 
 
@@ -46,15 +46,15 @@ def check_free(decoder: nn.Module, model: Any) -> None:
 
 
 def detach(model: Any) -> bool:
-    """Detach whatever session is attached to a model, for a session that nobody holds any more: it lives on the model,
-    which stays pruned until it is detached. What `vla_pruner.compiled` put there goes, too.
+    """Detach any session from a model, for a session whose handle is lost: it lives on the model, which stays pruned
+    until it is detached. Compiled calls of `vla_pruner.compiled` are removed, too.
 
     Args:
-        model: what the method was attached to, what holds it (a policy's wrapper), or a part of it that has the decoder
-            in it.
+        model: the object that the method was attached to, one that holds it (a policy's wrapper), or a part of it that
+            has the decoder in it.
 
     Returns:
-        whether there was anything to take away.
+        True if there was anything to remove.
 
     Raises:
         UnsupportedModelError: it is no module, and no policy around one.

@@ -1,7 +1,7 @@
 """Decoders, experts and vision encoders compiled in place: whole calls as static graphs.
 
-Hooks and taps inside of a call are traced with it, so scoring, choosing and gathering are part of its graph. What a
-session does around a call (opening a control step, adding what was read to the memory) stays outside.
+Hooks and taps inside of a call are traced with it, so scoring, choosing and gathering are part of its graph. The
+session's work around a call (opening a control step, adding the scores to the memory) stays outside.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ _numbers = count()
 COPIED = "A compiled policy was copied or pickled; take that away first (remove(), or detach the session)."
 
 _compiled: WeakKeyDictionary[nn.Module, ref[Compiled]] = WeakKeyDictionary()
-"""By the decoder, what compiled a policy."""
+"""The compiled calls of a policy, by its decoder."""
 
 
 class Compiled:
-    """Puts compiled calls in the places of a policy's own; `remove` takes them away, and with them what was compiled.
-    A context manager.
+    """Puts compiled calls in the places of a policy's own; `remove` takes them away, and with them the compiled code. A
+    context manager.
 
     Every kind of call is a program of its own, compiled when it is first made: the prompt by its length, unpruned and
-    pruned; decoding, where only the cache's length varies and stays a variable; an expert's call. Where the family has
-    a method that runs all calls of a control step, that is one program instead. On CUDA each is captured as a CUDA
-    graph.
+    pruned; decoding, where only the cache's length varies and stays a variable; an expert's call. If the family has a
+    method that runs all calls of a control step, that is one program instead. On CUDA each is captured as a CUDA graph.
 
     Args:
         family: of the policy.
@@ -93,7 +92,7 @@ class Compiled:
         if family.seeing is not None:
             self._replaced.put(*family.seeing, partial(self._see, "prompt"))
         else:
-            for index, encoder in enumerate(family.anatomy.towers):
+            for index, encoder in enumerate(family.static_towers):
                 self._replaced.put(encoder, "forward", partial(self._see, index))
         _compiled[family.decoder] = ref(self)
 
@@ -105,12 +104,12 @@ class Compiled:
         self._replaced.remove()
 
     def run(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
-        """Run what a session does around a call as a program, too.
+        """Run the work of a session around a call as a program, too.
 
         Args:
             name: of the program.
-            function: what runs; it reads nothing that changes but its arguments and the step's state.
-            given: what the call runs on.
+            function: it reads nothing that changes but its arguments and the step's state.
+            given: the tensor that the call runs on.
             *args: for the function; a dict is arguments of the decoder's call.
         """
         kinds = tuple(cache_key(cache_in(value)) for value in args if isinstance(value, dict))
@@ -118,11 +117,11 @@ class Compiled:
 
     @staticmethod
     def begin_step() -> None:
-        """A control step begins. Graphs write where their last run wrote: one step is one run of them all."""
+        """Begin a control step. Graphs write to the memory of their last run: one step is one run of them all."""
         torch.compiler.cudagraph_mark_step_begin()
 
     def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # What another graph made, the next step may overwrite from its beginning on.
+        # The next step may overwrite another graph's outputs from its beginning on.
         args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
         given, runner = _first_tensor(args, kwargs), self._runner
         if runner is None:
@@ -140,6 +139,8 @@ class Compiled:
             return self._run(("step", *given.shape[:2], self._step_key()), given, whole, args, kwargs)
 
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._runner is not None and self._runner.aside:
+            return original(*args, **kwargs)
         given, step = _first_tensor(args, kwargs), None if self._runner is None else self._runner.step
         prompt = given.shape[1] > 1 if step is None else step.in_prompt()
         if prompt:
@@ -173,7 +174,7 @@ class Compiled:
         varies: bool = False,
     ) -> Any:
         decoder = self._family.decoder
-        weight = norm_of(decoder).weight  # the model may be moved, and what it is given need not show it
+        weight = norm_of(decoder).weight  # the model may be moved, and its inputs need not show it
         placed = (given.dtype, given.device, weight.dtype, weight.device)
         autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
         key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast)
@@ -202,7 +203,7 @@ class Compiled:
 
 
 def compiled_on(decoder: nn.Module) -> Compiled | None:
-    """The compiled calls of the policy that has this decoder."""
+    """Return the compiled calls of the policy that has this decoder."""
     found = _compiled.get(decoder)
     return None if found is None else found()
 
@@ -217,7 +218,7 @@ def check_backend(backend: object) -> None:
 
 
 def check_not_compiled(model: Any, family: Family) -> None:
-    """Raise UnsupportedModelError where calls of a policy are compiled: no hook inside would ever run."""
+    """Raise UnsupportedModelError if calls of a policy are compiled: no hook inside would ever run."""
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
         compiled = getattr(part, "_compiled_call_impl", None) is not None
@@ -233,10 +234,10 @@ def check_not_compiled(model: Any, family: Family) -> None:
 
 
 def _guards_of_arguments(guards: Any) -> list[bool]:
-    """True for each guard that is checked at every call: those of the arguments, and of the tensors in a cache.
+    """Return True for each guard that is checked at every call: those of the arguments, and of the tensors in a cache.
 
-    Those of the model, its hooks and the session would be thousands, a millisecond a call. What may change there is in
-    a program's key.
+    Those of the model, its hooks and the session would be thousands, a millisecond a call. Whatever may change there is
+    in a program's key.
     """
     kept = []
     for guard in guards:
@@ -246,13 +247,13 @@ def _guards_of_arguments(guards: Any) -> list[bool]:
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a call runs on: embeddings, ids or pixels."""
+    """Return the tensor that a call runs on: embeddings, ids or pixels."""
     named = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("pixel_values"))
     return next(value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def _own(value: Any) -> Any:
-    """A copy of a tensor that a CUDA graph may have made."""
+    """Return a copy of a tensor that a CUDA graph may have made."""
     return value.clone() if isinstance(value, Tensor) and value.device.type != "cpu" else value
 
 

@@ -1,4 +1,4 @@
-"""What a method of a user's own must return, checked where it is called, so that a mistake is a sentence."""
+"""The contract of a user's own method, checked where it is called, so that a mistake is a sentence."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ def check_needs(method: Method, reuses: bool) -> None:
 
 
 def budget_of(method: Method, tokens: int) -> int:
-    """`method.budget(tokens)`.
+    """Return `method.budget(tokens)`.
 
     Raises:
-        BudgetError: it is no whole number from 1 on; more than there are is refused where it is known how many.
+        BudgetError: it is no whole number from 1 on; a larger one than the tokens is refused once their number is
+            known.
     """
     found: Any = method.budget(tokens)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
@@ -58,7 +59,7 @@ def budget_of(method: Method, tokens: int) -> int:
 
 
 def selected(method: Method, evidence: Evidence, k: int) -> Tensor:
-    """`method.select(evidence, k)`: (B, k) int64, sorted ids, each once.
+    """Return `method.select(evidence, k)`: (B, k) int64, sorted ids, each once.
 
     Raises:
         OptionError: it returned something else.

@@ -61,8 +61,9 @@ class ControlStep:
 
     Attributes:
         layout: the places of visual tokens and text in the sequence.
-        memory: what the rows remembered when the step opened.
-        steps: (B,) int64, how many control steps that was, beside the scores: copied once, before any graph runs.
+        memory: the rows' memory when the step opened.
+        steps: (B,) int64, the control steps of each row before this one, on the device of the scores: copied once,
+            before any graph runs.
         prunes: whether the method prunes this step.
         budgets: how many tokens each stage keeps, of each camera or of all together, by its layer.
         action_rows: (B, R) prompt positions whose attention is action attention; None if there are none.
@@ -77,7 +78,7 @@ class ControlStep:
         semantic: (B, M) float32 semantic score read last, if the method asks for it.
         frozen_hidden: (B, N - n, D) hidden states of the readable tokens as they entered the layer from which on they
             are not updated; None without any, and outside of the prompt.
-        chosen: pruning layers at which it is decided what becomes of the sequence.
+        chosen: pruning layers at which the choice is made already.
         remembered: the memory's scores after a step that is one graph; None until they are computed.
         thread: the thread that opened the step.
     """
@@ -129,7 +130,7 @@ class ControlStep:
     # Transitions.
 
     def repeat_prompt(self, length: int) -> None:
-        """A call begins that runs the whole prompt again: ACTING -> PROMPT.
+        """Begin a call that runs the whole prompt again: ACTING -> PROMPT.
 
         Args:
             length: its positions.
@@ -147,7 +148,7 @@ class ControlStep:
         self.call = CallReads()
 
     def enter_call(self, length: int = 1, still_acting: Tensor | None = None) -> None:
-        """A call of the decoder or of an expert begins after the prompt: ACTING -> ACTING.
+        """Begin a call of the decoder or of an expert after the prompt: ACTING -> ACTING.
 
         Args:
             length: its positions.
@@ -161,7 +162,7 @@ class ControlStep:
 
     @own_arithmetic
     def leave_call(self) -> None:
-        """The call came back, and its reads count: PROMPT -> ACTING, ACTING -> ACTING.
+        """End the call, whose reads count: PROMPT -> ACTING, ACTING -> ACTING.
 
         Raises:
             SessionError: no call is running, or the step was closed meanwhile.
@@ -191,7 +192,7 @@ class ControlStep:
             self.phase, self.frozen_hidden = Phase.ACTING, None
 
     def finish(self, remembered: dict[str, Tensor]) -> None:
-        """The last call of a step that is one graph came back.
+        """End the last call of a step that is one graph.
 
         Args:
             remembered: the memory's scores after the step, which are part of the graph.
@@ -207,7 +208,7 @@ class ControlStep:
         self.phase = Phase.CLOSED
 
     def in_prompt(self) -> bool:
-        """True if a layer that runs now belongs to the prompt.
+        """Return True if a layer that runs now belongs to the prompt.
 
         Raises:
             SessionError: the step was closed while the layer's call ran.
@@ -243,7 +244,7 @@ class ControlStep:
     # Decisions, while the prompt runs.
 
     def see_embeddings(self, method: Method, hidden: Tensor) -> None:
-        """Note what `method` reads of the first layer's input (B, N, D) of a prompt; what is known already stays."""
+        """Note the part of the first layer's input (B, N, D) of a prompt that `method` reads; known parts stay."""
         layout, visual = self.layout, self.visual_rows(hidden)
         if self.embeddings is None and "embeddings" in method.needs:
             self.embeddings = visual
@@ -253,7 +254,7 @@ class ControlStep:
             self.relevance = method.text_relevance(visual, hidden, layout.text())
 
     def begin_choice(self, layer: int) -> bool:
-        """A pruning layer is reached; returns whether tokens are to be chosen there.
+        """Return whether tokens are to be chosen at a pruning layer that is reached.
 
         That is so once in a control step, if it is pruned and fewer tokens stay than are left.
 
@@ -305,21 +306,21 @@ class ControlStep:
         return self._shortening(len(self.shortenings)) if self.shortenings else None
 
     def shortening_at(self, layer: int) -> Shortening | None:
-        """The sequence at a layer; None if it is whole."""
+        """Return the sequence at a layer; None if it is whole."""
         stage = self.stage_at(layer)
         return self._shortening(stage) if stage else None
 
     def stage_at(self, layer: int) -> int:
-        """The number of stages up to a layer that shortened the sequence."""
+        """Return the number of stages up to a layer that shortened the sequence."""
         return len([first for first in self.shortenings if first <= layer])
 
     def action_rows_at(self, layer: int) -> Tensor | None:
-        """(B, R) places of the action rows in the prompt's sequence at a layer; None if there are none."""
+        """Return (B, R) places of the action rows in the prompt's sequence at a layer; None if there are none."""
         stage = self.stage_at(layer)
         return self._short_action_rows[stage] if stage and self.action_rows is not None else self.action_rows
 
     def visual_rows(self, hidden: Tensor) -> Tensor:
-        """The visual tokens (B, m, D) of hidden states (B, n, D), of those that are live so far."""
+        """Return the visual tokens (B, m, D) of hidden states (B, n, D), of those that are live so far."""
         places, short = self.layout.visual, self.shortening
         if short is not None and self.kept is not None:
             places = short.row_index(places.gather(1, self.kept))
@@ -356,7 +357,7 @@ class ControlStep:
         else:
             weights = layout.text()
         if short is not None:
-            # Pruned before the decoder: only what is left has a score.
+            # Pruned before the decoder: only the remaining rows have a score.
             weights = short.live_rows(weights)
         device = attention.query.device
         if logits:
@@ -385,7 +386,7 @@ class ControlStep:
         assert self.call is not None
         stage = self.stage_at(layer)
         one = decoding and (attention.query.shape[2] if rows is None else rows.shape[1]) == 1
-        # A static cache's empty slots are hidden by the kernel's causal rule alone where there is no mask.
+        # If there is no mask, the kernel's causal rule alone hides a static cache's empty slots.
         hides = attention.causal and attention.key.shape[2] > attention.query.shape[2]
         # In a graph, reading at once costs nothing to speak of.
         if one and not hides and attention.weights is None and not torch.compiler.is_compiling():
@@ -415,7 +416,7 @@ class ControlStep:
 
     @own_arithmetic
     def settle(self) -> None:
-        """Compute what was put off, and release the cache that it needs."""
+        """Compute the reads that were put off, and release the cache that they need."""
         _ = self.action
         for stage in range(len(self.shortenings) + 1):
             columns = self._deferred_columns(stage)

@@ -1,4 +1,4 @@
-"""DeepStack (Qwen3-VL): what is added to visual tokens between the first layers, where some of them are gone."""
+"""DeepStack (Qwen3-VL): additions to visual tokens between the first layers, after some of them are gone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vla_pruner.replacements import Replacements
 
 
 class DeepStack:
-    """Has a decoder that adds to its visual tokens between layers do so for those that are live; nothing for others.
+    """Makes a decoder that adds to its visual tokens between layers do so for the live ones, and nothing for others.
 
     Args:
-        host: asked what the sequence is.
+        host: has the sequence.
         decoder: of transformers.
     """
 

@@ -22,7 +22,7 @@ _DETACHED = (
 
 
 def watch_steps(session: Session, family: Family, turn: Turn, replaced: Replacements) -> None:
-    """Have each call that is a whole control step keep other threads out of it."""
+    """Make each call that is a whole control step keep other threads out of it."""
 
     def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not session.attached:
@@ -44,7 +44,7 @@ def watch_steps(session: Session, family: Family, turn: Turn, replaced: Replacem
 
 
 def follow_resets(session: Session, policy: Any, turn: Turn, replaced: Replacements) -> None:
-    """Have a policy that is told of a new episode tell the session."""
+    """Make a policy's `reset` begin a new episode of the session, too."""
 
     def reset(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn.check()

@@ -1,8 +1,8 @@
-"""The questions that the attachment asks of a model family. Each family answers them in one file."""
+"""The interface of a model family to the attachment. Each family implements it in one file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import Anatomy, layers_of
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.layout import Layout
+from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.replacements import Replacements
 
 
@@ -23,7 +24,7 @@ class Call:
         length: number of query positions Q.
         attention_mask: (B, N) of ones for real tokens, (B, 1, Q, W) as the layers see it, a dict of such, or None.
         rows: number of rows B.
-        device: where it runs.
+        device: of the call.
     """
 
     length: int
@@ -32,18 +33,36 @@ class Call:
     device: torch.device
 
     def prompt(self) -> Tensor:
-        """(B, N) bool: which prompt positions hold real tokens, as far as the mask tells."""
+        """Return (B, N) bool: the prompt positions that hold real tokens, as far as the mask shows."""
         mask = self.attention_mask
         if isinstance(mask, dict):
             mask = next(iter(mask.values()))
         if mask is None:
             return torch.ones(self.rows, self.length, dtype=torch.bool, device=self.device)
         if mask.dim() == 4:
-            # What is real is what the query that sees most can see. The last query may be padding itself.
+            # A position is real if the query that sees most can see it. The last query may be padding itself.
             visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
             widest = visible.sum(dim=-1).argmax(dim=-1)
             mask = visible[torch.arange(len(visible), device=visible.device), widest]
         return mask[:, : self.length].bool().expand(self.rows, -1)
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """A control step as a function of tensors, for `Session.export`.
+
+    Attributes:
+        run: what it computes; its arguments are `inputs`, by name. It makes one prompt, and all of its calls of the
+            decoder are of this control step.
+        inputs: an example of each argument.
+        output: the name of what it returns.
+        call: the prompt, as the decoder is called with it.
+    """
+
+    run: Callable[..., Tensor]
+    inputs: dict[str, Tensor]
+    output: str
+    call: Call
 
 
 class Family:
@@ -53,19 +72,19 @@ class Family:
         decoder: the decoder (`anatomy.layers_of`, `.config`) whose sequence is shortened.
         readers: other decoders, of as many layers, that read its key-value cache layer by layer (a flow-matching
             expert).
-        eye: the module that is given the pixels of all cameras, once before each prompt; None where nobody knows which
-            pixels a visual token covers, or where these tokens move in the prompt or run more than once in a step.
-        cameras: the cameras' names; visual token ids run through them in this order. Empty where nobody named them.
+        eye: the module that is given the pixels of all cameras, once before each prompt; None if it is not known which
+            pixels a visual token covers, or if these tokens move in the prompt or run more than once in a step.
+        cameras: the cameras' names; visual token ids run through them in this order. Empty if they were not named.
         one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
         freezes: whether tokens may stay readable while they are no longer computed: not where something reads the
             output of the last layer, of which they have none.
         called: whether calling the model itself (its `forward`) is part of a control step, as with language models.
             Else control steps are calls of its methods.
-        kernel: what the decoder's attention modules compute where they do not ask transformers for an attention
-            function, called as those are; None: they do.
-        compilable: whether the calls of decoder and readers can run as graphs, with what pruning does in them.
+        kernel: the function that the decoder's attention modules compute if they do not ask transformers for an
+            attention function, called as those are; None: they do.
+        compilable: whether the calls of decoder and readers can run as graphs, with the work of pruning in them.
         seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
-            projector in it; compiled whole, in place of the encoders. None where there is no such method.
+            projector in it; compiled whole, in place of the encoders. None if there is no such method.
         acting: owner and name of a method that is given the prompt's embeddings (B, N, D), all of them real, and runs
             every call of the decoder in a control step; compiled whole, in place of the decoder's calls. Prompt and
             decoding are then one graph, as deep as all calls together, so it is for small models. None: call by call.
@@ -85,13 +104,18 @@ class Family:
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Whether this family is the one for `model`."""
+        """Return True if this family is the one for `model`."""
         raise NotImplementedError
 
     @property
     def anatomy(self) -> Anatomy:
         """The policy's parts, for tools; a family with vision encoders, projectors or a head names them here."""
         return Anatomy(self.decoder, self.readers)
+
+    @property
+    def static_towers(self) -> tuple[nn.Module, ...]:
+        """The vision encoders whose calls can be static graphs; the others run as they are in a compiled policy."""
+        return self.anatomy.towers
 
     @property
     def depth(self) -> int:
@@ -104,10 +128,10 @@ class Family:
         return ()
 
     def check_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at what one of `whole_steps` was called with.
+        """Check the arguments of one of `whole_steps`.
 
         Raises:
-            SessionError: it asks for what a session cannot do.
+            SessionError: it asks for something that a session cannot do.
         """
 
     @property
@@ -122,27 +146,40 @@ class Family:
 
     @property
     def camera_tokens(self) -> tuple[int, ...] | None:
-        """Visual tokens of each camera where the model alone decides it, else None."""
+        """The number of visual tokens of each camera if the model alone decides it, else None."""
         return None
 
     @property
     def first_layer(self) -> int:
-        """The lowest pruning layer: 0 where the call of the decoder itself can be made short, 1 where something else
-        reads its first layer's cache.
+        """The lowest pruning layer: 0 if the call of the decoder itself can be made short, 1 if something else reads
+        its first layer's cache.
         """
         return 1 if self.readers else 0
 
     def wiring(self, host: Host) -> Wiring | None:
-        """A wiring of this model's own; None: hooks on the decoder and its layers."""
+        """Return a wiring of this model's own; None: hooks on the decoder and its layers."""
         return None
 
+    def shows_nothing(self, call: Call) -> bool:
+        """Whether the model was called without an image. A sequence that begins so is no control step and runs
+        untouched.
+        """
+        return False
+
     def opens_step(self, call: Call) -> bool:
-        """Whether a call of the decoder is a prefill, which opens a control step."""
+        """Return True if a call of the decoder is a prefill, which opens a control step."""
         raise NotImplementedError
 
+    def check_short_token(self) -> None:
+        """Look at a call that decodes a token over a cache of which every layer is short.
+
+        Raises:
+            SessionError: the model took the token's position from the cache's length.
+        """
+
     def repeats_prompt(self, call: Call) -> bool:
-        """Whether a call that opens no step runs the whole prompt again in the same control step (a denoising loop
-        around the decoder): the kept tokens stay, and its action rows count as well.
+        """Return True if a call that opens no step runs the whole prompt again in the same control step (a denoising
+        loop around the decoder): the kept tokens stay, and its action rows count as well.
         """
         return False
 
@@ -153,8 +190,8 @@ class Family:
         return None
 
     def layout(self, call: Call) -> Layout:
-        """Where things are in the sequence of this prefill. The very object that was returned before means that
-        `action_rows` and what is kept have not changed either.
+        """Return the layout of this prefill. If it is the very object that was returned before, `action_rows` and the
+        kept tokens have not changed either.
         """
         raise NotImplementedError
 
@@ -166,17 +203,32 @@ class Family:
 
     def placeholder_rows(self, layout: Layout) -> Tensor | None:
         """(B, R) prompt positions in the places of actions, for methods that read these (`Method.reads_placeholders`);
-        None if there are none. Where actions are emitted by other rows, these are not `action_rows`.
+        None if there are none. If other rows emit the actions, these are not `action_rows`.
         """
         return self.action_rows(layout)
 
     def reader_rows(self, length: int, rows: int, device: torch.device) -> Tensor:
-        """(B, R) query rows of a reader's call of `length` positions that act."""
+        """Return (B, R) query rows of a reader's call of `length` positions that act."""
         return torch.arange(length, device=device).expand(rows, -1)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """The pixels (B, M, P) that each visual token covers, 0 being black, of what `eye` was given."""
+        """Return the pixels (B, M, P) that each visual token covers, 0 being black, from the input of `eye`."""
         raise NotImplementedError
+
+    def exported(self, example: Mapping[str, Any]) -> StepFunction:
+        """A control step like this example as a function of tensors.
+
+        Args:
+            example: arguments of the policy's own call, by name; without padding.
+
+        Raises:
+            UnsupportedModelError: this family has none.
+            OptionError: an argument is missing, or is not one of these.
+        """
+        raise UnsupportedModelError(
+            f"A control step of {type(self).__name__} cannot be exported; those of language models, of OpenVLA-OFT "
+            "with an L1 head and of the reference policies can. Use session.compile() here."
+        )
 
     def keys_values(
         self, layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, ...]
@@ -192,7 +244,7 @@ class Family:
         raise NotImplementedError
 
     def angles(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) with which a layer of the decoder rotates.
+        """Return (cos, sin) with which a layer of the decoder rotates.
 
         Args:
             index: of the layer.
@@ -202,7 +254,7 @@ class Family:
         return self.decoder.rotary_emb(hidden, positions)
 
     def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
-        """Have what the decoder or a reader computes, after hooks on it ran, go through `around(original, ...)`."""
+        """Make the computation of the decoder or a reader, after hooks on it, go through `around(original, ...)`."""
         replaced.put(module, "forward", around)
 
     def install(self) -> None:

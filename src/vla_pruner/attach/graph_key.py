@@ -1,4 +1,4 @@
-"""The key of a compiled program: everything that it depends on, derived from the fields of what it reads.
+"""The key of a compiled program: everything that it depends on, derived from the fields of the objects that it reads.
 
 A program holds whatever was true while it was traced. It may be used again only if all of that is still true, so every
 field of a dataclass is part of the key unless it opts out, with a reason.
@@ -19,7 +19,7 @@ _REASON = "not in the graph key"
 
 
 def not_in_key(reason: str) -> dict[str, str]:
-    """The metadata of a field that no program depends on.
+    """Return the metadata of a field that no program depends on.
 
     Args:
         reason: why no program does.
@@ -28,17 +28,17 @@ def not_in_key(reason: str) -> dict[str, str]:
 
 
 def graph_key(instance: Any) -> tuple[Hashable, ...]:
-    """The part of a program's key that a dataclass makes: every field that does not opt out by `not_in_key`.
+    """Return the part of a program's key that a dataclass makes: every field that does not opt out by `not_in_key`.
 
     Raises:
-        TypeError: a field holds something of which it is not known what a program depends on.
+        TypeError: a field holds a value of an unsupported type.
     """
     return tuple([_reader_of(type(value))(value) for value in _values_of(type(instance))(instance)])
 
 
 def kind_of(value: Any) -> Hashable:
-    """The part of a program's key that a value makes: all of a number, a word or a collection; the shape of a tensor,
-    since its numbers are inputs of the graph; and the `graph_key` of any other object.
+    """Return the part of a program's key that a value makes: all of a number, a word or a collection; the shape of a
+    tensor, since its numbers are inputs of the graph; and the `graph_key` of any other object.
 
     Raises:
         TypeError: it is something else.
@@ -48,7 +48,7 @@ def kind_of(value: Any) -> Hashable:
 
 @cache
 def _reader_of(kind: type) -> Callable[[Any], Hashable]:
-    """The function that makes the key of a value of this type. It is found once, since every compiled call has keys."""
+    """Return the function that makes the key of a value of this type, cached since every compiled call has keys."""
     if issubclass(kind, (type(None), bool, int, str, Enum)):
         return _itself
     if issubclass(kind, Tensor):
@@ -73,7 +73,7 @@ def _itself(value: Hashable) -> Hashable:
 
 @cache
 def _values_of(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    """The function that reads the fields of a dataclass that are part of its key."""
+    """Return the function that reads the fields of a dataclass that are part of its key."""
     names = [field.name for field in fields(kind) if _REASON not in field.metadata]
     read = attrgetter(*names)
     return read if len(names) > 1 else lambda instance: (read(instance),)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import layers_of
+from vla_pruner.attach.aside import Aside
 from vla_pruner.attach.deepstack import DeepStack
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.host import Host
@@ -23,10 +24,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class HookWiring:
-    """Maps the calls of a family's decoders onto `ShortLayers`, and what their attention modules do onto the host.
+    """Maps the calls of a family's decoders onto `ShortLayers`, and the reads of their attention modules onto the host.
 
     Args:
-        host: told of every call.
+        host: called with every event.
         family: whose decoders are hooked.
     """
 
@@ -42,6 +43,7 @@ class HookWiring:
         self._handles: list[Any] = []
         self._length = 0
         self._prompt_cache = PromptCache()
+        self._aside = Aside()
 
     def install(self) -> None:
         """Put taps and hooks in place.
@@ -70,7 +72,7 @@ class HookWiring:
         self._deepstack.install()
 
     def remove(self) -> None:
-        """Take all of it away."""
+        """Remove all of it."""
         undo(self._deepstack.remove, self._unhook, self._recorder.remove)
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -136,11 +138,15 @@ class HookWiring:
         inputs = given.get("input_ids") if inputs is None else inputs
         assert inputs is not None
         call = Call(inputs.shape[1], given.get("attention_mask"), inputs.shape[0], inputs.device)
+        cache = cache_in(given)
+        if self._family.shows_nothing(call) and self._aside.takes(cache, self._prompt_cache.get()):
+            self._host.enter_aside()
+            return None
         prompt = self._host.enter_decoder(call)
         self._length = call.length if prompt else self._length + call.length
         self._check_model()
         if not self._host.whole:  # within one graph the cache can be no other
-            self._check_cache(cache_in(given), prompt)
+            self._check_cache(cache, prompt)
         if self._short.layer:
             return None
         if prompt:
@@ -152,6 +158,7 @@ class HookWiring:
     def _check_cache(self, cache: Any, prompt: bool) -> None:
         if prompt:
             check_prompt_cache(cache)
+            self._aside.forget(cache)
             self._prompt_cache.remember(cache)
         else:
             self._prompt_cache.check_same(
@@ -174,6 +181,9 @@ class HookWiring:
             )
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._host.aside:
+            self._aside.remember(cache_of(output))
+            return None
         step = self._host.step
         prompt = step is not None and step.in_prompt()
         self._host.leave_call()
@@ -192,12 +202,14 @@ class HookWiring:
     # Layers of the decoder.
 
     def _enter_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._host.open_step().in_prompt():
+        if not self._host.aside and self._host.open_step().in_prompt():
             self._host.see_embeddings(_hidden(args, kwargs))
 
     def _enter_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
+        if self._host.aside:
+            return None
         prompt = self._host.open_step().in_prompt()
         if not self._short.layer:
             cache = None
@@ -220,7 +232,7 @@ class HookWiring:
         return self._with(given, args, kwargs) if self._short.shorten(given) else None
 
     def _with(self, given: LayerInput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """The layer's arguments, with what was made short put in their places."""
+        """Return the layer's arguments, with the shortened ones in their places."""
         short = {**kwargs, "position_embeddings": given.angles, "attention_mask": given.mask}
         if given.positions is not None:
             short["position_ids"] = given.positions

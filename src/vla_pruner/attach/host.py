@@ -1,4 +1,4 @@
-"""The interface between a model's calls and a control step: what a wiring tells its host, and what it may ask."""
+"""The interface between a model's calls and a control step: a wiring's reports to its host, and its questions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 
 class Host(Protocol):
-    """Runs the control steps of a session. A wiring tells it of the model's calls, in this order:
+    """Runs the control steps of a session. A wiring reports the model's calls to it, in this order:
 
     - `enter_decoder` or `enter_reader`: a call begins.
     - `see_embeddings`, `record_...`, `choose`: a layer of the call shows its input or its attention, or asks which
       tokens stay.
     - `leave_call`: the call came back.
     - `end_turn`: the call is over, whether it came back or failed.
+
+    A call that is no part of a control step is `enter_aside` and `end_turn`, with nothing in between.
     """
 
     @property
@@ -54,8 +56,13 @@ class Host(Protocol):
         """True while a control step that is one graph runs, or is traced; it was opened before."""
         ...
 
+    @property
+    def aside(self) -> bool:
+        """True while a call runs that is no part of a control step."""
+        ...
+
     def open_step(self) -> ControlStep:
-        """The control step that is running.
+        """Return the control step that is running.
 
         Raises:
             SessionError: there is none.
@@ -63,23 +70,31 @@ class Host(Protocol):
         ...
 
     def timed(self) -> AbstractContextManager[Any]:
-        """A context for work that pruning adds."""
+        """Return a context for work that pruning adds."""
         ...
 
     def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
-        """`function(*args)`, as a compiled program if the session is compiled; see `Compiled.run`."""
+        """Return `function(*args)`, as a compiled program if the session is compiled; see `Compiled.run`."""
         ...
 
     def enter_decoder(self, call: Call) -> bool:
-        """A call of the decoder begins; returns whether it runs the prompt.
+        """Begin a call of the decoder; return whether it runs the prompt.
 
         Raises:
             SessionError: see `Runner.open_call`; or another thread is within a control step.
         """
         ...
 
+    def enter_aside(self) -> None:
+        """A call of the decoder begins that is no part of a control step.
+
+        Raises:
+            SessionError: another thread is within a control step.
+        """
+        ...
+
     def enter_reader(self) -> None:
-        """A call of an expert begins.
+        """Begin a call of an expert.
 
         Raises:
             SessionError: no prompt came back before; or another thread is within a control step.
@@ -87,11 +102,11 @@ class Host(Protocol):
         ...
 
     def leave_call(self) -> None:
-        """The call came back."""
+        """End the call."""
         ...
 
     def end_turn(self) -> None:
-        """The call is over, whether it came back or failed: other threads may begin one."""
+        """End the turn of a call that came back or failed: other threads may begin one."""
         ...
 
     def see_embeddings(self, hidden: Tensor) -> None:
@@ -99,7 +114,7 @@ class Host(Protocol):
         ...
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
-        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
+        """Decide, at a pruning layer, the sequence from there on; None: nothing changes.
 
         Args:
             hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
@@ -108,15 +123,15 @@ class Host(Protocol):
         ...
 
     def record_semantic(self, layer: int, attention: Attention) -> None:
-        """The layer before the pruning layer `layer` attended."""
+        """Record the attention of the layer before the pruning layer `layer`."""
         ...
 
     def record_decoder(self, layer: int, attention: Attention) -> None:
-        """A layer of the decoder whose rows act attended."""
+        """Record the attention of a layer of the decoder whose rows act."""
         ...
 
     def record_reader(self, layer: int, attention: Attention) -> None:
-        """A layer of an expert attended to what the decoder's layer of this index cached."""
+        """Record an expert's attention to the cache of the decoder's layer of this index."""
         ...
 
 

@@ -66,14 +66,14 @@ class Layout:
         return sum(count for camera, count in enumerate(self.cameras) if camera not in self.absent)
 
     def last(self) -> Tensor:
-        """(B, 1) int64: position of each row's last reading token; the one that emits the first action token, where
-        tokens are decoded.
+        """Return (B, 1) int64: the position of each row's last reading token; if tokens are decoded, it emits the first
+        action token.
         """
         positions = torch.arange(self.length, device=self.prompt.device)
         return torch.where(self.reading, positions, -1).amax(dim=1, keepdim=True)
 
     def text(self) -> Tensor:
-        """(B, N) bool: the reading, non-visual tokens after the image. Those before it cannot see it.
+        """Return (B, N) bool: the reading, non-visual tokens after the image. Those before it cannot see it.
 
         Raises:
             SessionError: a row has no such token.

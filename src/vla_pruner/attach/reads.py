@@ -13,11 +13,11 @@ from vla_pruner.methods.scores import attention_probabilities
 
 @dataclass(frozen=True)
 class Note:
-    """One query row that asked one layer's cache.
+    """One query row that read one layer's cache.
 
     Attributes:
         layer: index of the layer.
-        stage: how many stages of pruning made its cache what it is.
+        stage: the number of pruning stages before its cache.
         query: (B, H, 1, d), rotated.
         visible: (B or 1, 1 or H, 1, S or more) mask, bool or additive; None: it sees all.
         call: the kernel call.
@@ -30,7 +30,7 @@ class Note:
     call: Attention
 
     def columns(self) -> Tensor:
-        """(B, S) float32: what the row attends to, the mean over heads."""
+        """Return (B, S) float32: the row's attention, the mean over heads."""
         visible = None if self.visible is None else self.visible[..., : self.call.key.shape[2]]
         found = attention_probabilities(self.query, self.call.key, visible, self.call.scaling, self.call.softcap)
         return found.mean(dim=(1, 2))
@@ -41,9 +41,9 @@ def note(layer: int, stage: int, attention: Attention, row: Tensor | None) -> No
 
     Args:
         layer: index of the layer.
-        stage: how many stages of pruning made its cache what it is.
+        stage: the number of pruning stages before its cache.
         attention: the kernel call.
-        row: (B, 1) which of its query rows acts, the last real one of the prompt; None: there is but one.
+        row: (B, 1) the query row that acts, the last real one of the prompt; None: there is but one.
     """
     query, visible = attention.query, attention.mask
     if row is not None:
@@ -63,9 +63,9 @@ class CallReads:
 
     Attributes:
         still_acting: (B,) bool, the rows of the batch whose attention counts; None: all do.
-        columns: (B, P) float32 by the number of stages that made the layer's cache what it is: attention to the
-            prompt's columns, the mean over heads and rows, summed over layers.
-        count: how many layers are summed there.
+        columns: (B, P) float32 by the number of pruning stages before the layer's cache: attention to the prompt's
+            columns, the mean over heads and rows, summed over layers.
+        count: the number of layers summed there.
         notes: single rows, for later.
     """
 
@@ -75,7 +75,7 @@ class CallReads:
     notes: list[Note] = field(default_factory=list)
 
     def add(self, columns: Tensor, stage: int) -> None:
-        """Add one layer's."""
+        """Add the attention of one layer."""
         known = self.columns.get(stage)
         self.columns[stage] = columns if known is None else known + columns
         self.count += 1
@@ -89,7 +89,7 @@ class CallReads:
 
 @dataclass
 class LayerReads:
-    """The rows that asked one layer's cache.
+    """The rows that read one layer's cache.
 
     Attributes:
         queries: (B, H, 1, d) each, oldest first; the oldest belongs to the prompt.
@@ -126,16 +126,17 @@ class DeferredReads:
         self.count += 1
 
     def rows(self, layer: int, stage: int) -> int:
-        """Rows of one layer noted so far."""
+        """Return the number of rows of one layer noted so far."""
         reads = self._layers.get((layer, stage))
         return 0 if reads is None else len(reads.queries)
 
     @torch.no_grad()
     def columns(self, stage: int, prompt: int) -> Tensor | None:
-        """(B, prompt) float32: attention to the prompt's columns, the mean over heads, summed over rows and layers.
+        """Return (B, prompt) float32: attention to the prompt's columns, the mean over heads, summed over rows and
+        layers.
 
         Args:
-            stage: of which layers.
+            stage: of the layers.
             prompt: columns that the prompt has in their caches.
         """
         groups: dict[tuple[object, ...], list[LayerReads]] = {}
@@ -150,13 +151,13 @@ class DeferredReads:
 
 
 def _columns(layers: list[LayerReads], prompt: int) -> Tensor:
-    """`DeferredReads.columns` of layers that are alike."""
+    """Return `DeferredReads.columns` of layers that are alike."""
     calls = [reads.newest for reads in layers if reads.newest is not None]
     batch, _, length, _ = calls[0].key.shape
     heads, rows = calls[0].query.shape[1], len(layers[0].queries)
     query = torch.stack([torch.cat(reads.queries, dim=2) for reads in layers]).flatten(0, 1)
     key = torch.stack([call.key for call in calls]).flatten(0, 1)
-    # Row i came when i tokens had been decoded, and its own is in the cache when it asks.
+    # Row i came after i decoded tokens, and its own token is in the cache when it reads it.
     positions = torch.arange(length, device=key.device)
     mask = (positions < prompt + torch.arange(rows, device=key.device)[:, None])[None, None]
     visible = layers[0].visible
@@ -164,7 +165,7 @@ def _columns(layers: list[LayerReads], prompt: int) -> Tensor:
         visible = visible[..., :length]
         if visible.dtype != torch.bool:
             visible = visible > torch.finfo(visible.dtype).min / 2
-        # The newest row's mask says of the prompt what the older ones' said.
+        # The newest row's mask hides the same of the prompt as the older ones' did.
         visible = torch.nn.functional.pad(visible[..., :prompt], (0, length - prompt), value=True)
         mask = (mask & visible).expand(batch, -1, -1, -1).repeat(len(layers), 1, 1, 1)
     probabilities = attention_probabilities(query, key, mask, calls[0].scaling, calls[0].softcap)

@@ -28,12 +28,12 @@ class Attention:
 
     Attributes:
         query: (B, H, Q, d) rotated queries.
-        key: (B, G, S, d) rotated keys, from the cache where there is one.
+        key: (B, G, S, d) rotated keys, from the cache if there is one.
         mask: (B or 1, H or 1, Q, S) bool or additive float, or None.
         causal: whether the kernel masks later keys by itself (aligned at the first key, as sdpa does).
         scaling: factor on the logits.
         softcap: bound on the logits, if any.
-        weights: (B, H, Q, S) the probabilities themselves, in the model's dtype, where the kernel hands them out.
+        weights: (B, H, Q, S) the probabilities themselves, in the model's dtype, if the kernel returns them.
     """
 
     query: Tensor
@@ -130,7 +130,7 @@ def _record(
 
 
 def known_rows(attention: Attention, rows: Tensor | None) -> Tensor:
-    """The same as `rows_of`, taken from the kernel if it computed the probabilities itself."""
+    """Return the same as `rows_of`, taken from the kernel if it computed the probabilities itself."""
     weights = attention.weights
     if weights is None:
         return rows_of(attention, rows)

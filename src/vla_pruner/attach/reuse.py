@@ -1,4 +1,4 @@
-"""Keys and values that cross control steps: what a prompt left in the caches, and how alike the images are."""
+"""Keys and values that cross control steps: those that a prompt left in the caches, and the likeness of the images."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Reuse:
     They belong to the rows as they are: to reset rows or exchange their memory is to `forget`.
 
     Args:
-        family: of the model; it must know what its visual tokens cover.
+        family: of the model; it must have `patches` of its visual tokens.
 
     Attributes:
-        similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the
-            last control step; None where there is none.
+        similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the last
+            control step; None if there is none.
 
     Raises:
-        UnsupportedModelError: the family does not know.
+        UnsupportedModelError: the family has none.
     """
 
     def __init__(self, family: Family) -> None:
@@ -78,20 +78,20 @@ class Reuse:
         self.forget()
 
     def forget(self) -> None:
-        """The next control step has none before it."""
+        """Forget the last control step: the next one has none before it."""
         self._last = self._now = self.similarity = None
 
     @own_arithmetic
     def begin(self, layout: Layout, stage: Stage) -> bool:
-        """A control step begins, whose images were seen; returns whether there is one before it, of which the method
-        finds enough in this one.
+        """Begin a control step, whose images were seen; return whether there is one before it that the method can reuse
+        enough of.
 
         Args:
             layout: of the step.
             stage: the last one, which reuses most.
 
         Raises:
-            SessionError: no images were.
+            SessionError: no images were seen.
         """
         pixels, self._pixels = self._pixels, None
         if pixels is None:
@@ -109,7 +109,7 @@ class Reuse:
         return stage.method.reuses(self.similarity, layout.tokens - computed)
 
     def keys_values(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, F, d) of the prompt positions (B, F) at a layer in the last control step."""
+        """Return keys and values (B, G, F, d) of the prompt positions (B, F) at a layer in the last control step."""
         assert self._last is not None
         key, value = self._last.keys[layer], self._last.values[layer]
         columns = self._last.places[layer].gather(1, positions).to(key.device)[:, None, :, None]
@@ -117,7 +117,7 @@ class Reuse:
         return key, value
 
     def keep(self, cache: Any, step: ControlStep, first: int) -> None:
-        """The prompt went through the layers from `first` on: what `cache` holds of it is the next step's."""
+        """Keep the cache's content for the next step: the prompt went through the layers from `first` on."""
         assert self._now is not None
         whole = torch.arange(step.layout.length, device=step.layout.visual.device).expand(step.layout.rows, -1)
         places = {0: whole}
@@ -134,7 +134,7 @@ class Reuse:
 
 
 def pixel_similarity(pixels: Tensor, before: Tensor) -> Tensor:
-    """Cosine similarity (B, M) of the pixels (B, M, P) of each token in two images; 1 where they are equal."""
+    """Return the cosine similarity (B, M) of each token's pixels (B, M, P) in two images; 1 where they are equal."""
     equal = (pixels == before).all(dim=-1)
     # Black pixels have no direction.
     return torch.where(equal, 1.0, torch.nn.functional.cosine_similarity(pixels, before, dim=-1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,7 @@ class Runner:
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering.
         compiled: the compiled calls of the model; None if they are not compiled.
         whole: True while a control step that is one graph runs, or is traced; it was opened before.
+        aside: True while a call runs that is no part of a control step.
 
     Raises:
         BudgetError: the method does not fit the model.
@@ -59,6 +60,7 @@ class Runner:
         self.clock: Clock | None = None
         self.compiled: Compiled | None = None
         self.whole = False
+        self.aside = False
         self._planner = Planner(family, self.stages)
         self._episode: Tensor | None = None
         self._memory: Memory | None = None
@@ -70,7 +72,7 @@ class Runner:
         return self._step
 
     def open_step(self) -> ControlStep:
-        """The control step that is running.
+        """Return the control step that is running.
 
         Raises:
             SessionError: there is none.
@@ -83,12 +85,12 @@ class Runner:
         return self._step
 
     def timed(self) -> AbstractContextManager[Any]:
-        """The clock's context for work that pruning adds."""
+        """Return the clock's context for work that pruning adds."""
         no_clock = self.clock is None or torch.compiler.is_compiling()
         return nullcontext() if no_clock else self.clock("pruning")  # type: ignore[misc]
 
     def in_graph(self, name: str, function: Callable[..., Any], given: Tensor, *args: Any) -> Any:
-        """`function(*args)`, as a program if the session is compiled; see `Compiled.run`."""
+        """Return `function(*args)`, as a program if the session is compiled; see `Compiled.run`."""
         if self.compiled is None or self.whole:
             return function(*args)
         return self.compiled.run(name, function, given, *args)
@@ -105,7 +107,7 @@ class Runner:
     # Calls of the model.
 
     def enter_decoder(self, call: Call) -> bool:
-        """A call of the decoder begins; returns whether it runs the prompt.
+        """Begin a call of the decoder; return whether it runs the prompt.
 
         Raises:
             SessionError: see `open_call`; or another thread is within a control step.
@@ -120,8 +122,19 @@ class Runner:
         with self.timed():
             return self.open_call(call)
 
+    def enter_aside(self) -> None:
+        """A call of the decoder begins that is no part of a control step.
+
+        Raises:
+            SessionError: another thread is within a control step.
+        """
+        self.turn.begin_call()
+        if self._step is not None and self._step.running:
+            self._step.close()  # its own call failed, and what is read now is not its
+        self.aside = True
+
     def enter_reader(self) -> None:
-        """A call of an expert begins.
+        """Begin a call of an expert.
 
         Raises:
             SessionError: no prompt came back before; or another thread is within a control step.
@@ -132,15 +145,15 @@ class Runner:
             self._step.enter_call()
 
     def leave_call(self) -> None:
-        """The call came back."""
+        """End the call."""
         if self._step is not None:
             with self.timed():
                 self._step.leave_call()
 
     def end_turn(self) -> None:
-        """The call is over, whether it came back or failed."""
-        if not self.whole:
-            self.turn.end_call()
+        """End the turn of a call that came back or failed."""
+        if not self.whole and self.turn.end_call():
+            self.aside = False
 
     def open_call(self, call: Call) -> bool:
         """Begin a call of the decoder; returns whether it runs the prompt. A prefill closes the last control step and
@@ -176,14 +189,43 @@ class Runner:
         if self.reuse is not None:
             prunes = self.reuse.begin(layout, list(self.stages.values())[-1]) and prunes
         if self.compiled is not None:
-            methods = [stage.method for stage in self.stages.values()]
-            if any(method.queries in ("text", "raters") or "relevance" in method.needs for method in methods):
-                layout.text()  # raises here what a graph cannot
+            self._check_text(layout)
             self.compiled.begin_step()
         steps = memory.steps.to(layout.valid.device, non_blocking=True)
         if self._step is not None:
             self._step.close()
         self._step = ControlStep(layout, memory, steps, prunes, budgets, rows)
+
+    def _check_text(self, layout: Layout) -> None:
+        """Raise SessionError where the method reads text and there is none, which a graph could not say."""
+        methods = [stage.method for stage in self.stages.values()]
+        if any(method.queries in ("text", "raters") or "relevance" in method.needs for method in methods):
+            layout.text()
+
+    @contextmanager
+    def opened_for_export(self, call: Call, prunes: bool) -> Iterator[Opened]:
+        """Within it, control steps of this call are opened by hand, to be traced; afterwards all is as it was."""
+        before = self._step, self._memory, self.whole
+        layout, rows, budgets = self._planner.plan(call)
+        self._check_text(layout)
+        # Copies, since what the family keeps may have been made in inference mode, which no program can hold.
+        held = {field.name: getattr(layout, field.name) for field in fields(layout)}
+        layout = Layout(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()})
+        rows = None if rows is None else rows.clone()
+        empty = self._empty_memory(layout, call.device)
+
+        def begin(memory: Memory, steps: Tensor) -> None:
+            self._step = ControlStep(layout, memory, steps, prunes, budgets, rows)
+
+        def finish() -> tuple[Tensor | None, dict[str, Tensor]]:
+            step = self.open_step()
+            return step.kept, self._scores_after(step)
+
+        try:
+            with self.as_one_graph():
+                yield Opened(empty, begin, finish)
+        finally:
+            self._step, self._memory, self.whole = before
 
     # Evidence and choice.
 
@@ -199,7 +241,7 @@ class Runner:
                     step.see_embeddings(stage.method, hidden)
 
     def choose(self, hidden: Tensor, layer: int) -> Shortening | None:
-        """Decide, at a pruning layer, what becomes of the sequence; None: nothing changes.
+        """Decide, at a pruning layer, the sequence from there on; None: nothing changes.
 
         Args:
             hidden: (B, n, D) hidden states as they enter the layer, of all positions that are live so far.
@@ -216,7 +258,7 @@ class Runner:
         return stage.select(self._evidence(step, stage.method, hidden), step.counts, list(budgets))
 
     def _evidence(self, step: ControlStep, method: Method, hidden: Tensor) -> Evidence:
-        """The evidence that `method` reads, on the visual tokens that are live so far."""
+        """Return the evidence that `method` reads, on the visual tokens that are live so far."""
         similarity = None if self.reuse is None else self.reuse.similarity
         evidence = Evidence(
             step.layout.valid, step.memory, step.semantic, step.embeddings, similarity, step.steps, step.relevance
@@ -237,7 +279,7 @@ class Runner:
 
     @own_arithmetic
     def record_decoder(self, layer: int, attention: Attention) -> None:
-        """A layer of the decoder whose rows act attended."""
+        """Record the attention of a layer of the decoder whose rows act."""
         step = self._step
         if step is None or not step.reads:
             return
@@ -247,7 +289,7 @@ class Runner:
 
     @own_arithmetic
     def record_reader(self, layer: int, attention: Attention) -> None:
-        """A layer of an expert attended to what the decoder's layer of this index cached."""
+        """Record an expert's attention to the cache of the decoder's layer of this index."""
         step = self._step
         if step is None or not step.reads:
             return
@@ -282,7 +324,7 @@ class Runner:
             self._step.close()
 
     def forget(self) -> None:
-        """A new episode begins for all rows."""
+        """Begin a new episode for all rows."""
         memory = self.memory
         if memory is not None:
             self._episode = memory.episode + 1
@@ -298,12 +340,12 @@ class Runner:
         step.finish(self._scores_after(step))
 
     def settle(self) -> None:
-        """Compute what the last control step put off, and release the cache that it needs."""
+        """Compute the reads that the last control step put off, and release the cache that they need."""
         if self._step is not None:
             self._step.settle()
 
     def own(self, tensor: Tensor) -> Tensor:
-        """A tensor that the next control step does not overwrite, as CUDA graphs do their results."""
+        """Return a tensor that the next control step does not overwrite, as CUDA graphs do their results."""
         return tensor if self.compiled is None or tensor.device.type == "cpu" else tensor.clone()
 
     @own_arithmetic
@@ -312,21 +354,14 @@ class Runner:
         return step.memory.scores_after(step.action, step.seen, semantic)
 
     def _memory_for(self, layout: Layout, device: torch.device) -> Memory:
-        """The memory with which a control step of this layout opens.
+        """Return the memory with which a control step of this layout opens.
 
         Raises:
             SessionError: the memory is of other rows or of other visual tokens.
         """
-        memory, method = self.memory, self.method
+        memory = self.memory
         if memory is None:
-            memory = Memory.empty(
-                layout.rows,
-                method.history,
-                layout.tokens,
-                device,
-                semantic=method.remembers_semantic,
-                motion=method.motion,
-            )
+            memory = self._empty_memory(layout, device)
             if self._episode is not None and len(self._episode) == layout.rows:
                 memory = replace(memory, episode=self._episode)
         if (memory.rows, memory.tokens) != (layout.rows, layout.tokens):
@@ -342,6 +377,32 @@ class Runner:
                 "blank images in the places of absent cameras (LeRobot's SmolVLA: config.empty_cameras)."
             )
         return memory.to(device)
+
+    def _empty_memory(self, layout: Layout, device: torch.device) -> Memory:
+        method = self.method
+        return Memory.empty(
+            layout.rows,
+            method.history,
+            layout.tokens,
+            device,
+            semantic=method.remembers_semantic,
+            motion=method.motion,
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """How a control step that is traced begins and ends.
+
+    Attributes:
+        memory: of an episode that begins.
+        begin: opens the step with a memory and its steps (B,) int64 on the device.
+        finish: gives the tokens (B, k) that were kept (None: the step is not pruned), and what is remembered after it.
+    """
+
+    memory: Memory
+    begin: Callable[[Memory, Tensor], None]
+    finish: Callable[[], tuple[Tensor | None, dict[str, Tensor]]]
 
 
 def check_memory(memory: Any, method: Method) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_pruner.attach import attached
 from vla_pruner.attach.compiled import Compiled, check_not_compiled
 from vla_pruner.attach.control_step import ControlStep
 from vla_pruner.attach.entries import follow_resets, watch_steps
+from vla_pruner.attach.exported import ExportedStep, export_step
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.runner import Clock, Runner
@@ -22,14 +24,15 @@ from vla_pruner.replacements import Replacements, undo
 
 
 class Session:
-    """Made by `method.attach(model)`. A context manager; `detach()` leaves the model as it was, also after an
-    exception. If the policy has a `reset()` of its own, calling that is calling `session.reset()` too.
+    """A method attached to a model, made by `method.attach(model)`. A context manager; `detach()` leaves the model as
+    it was, also after an exception. If the policy has a `reset()` of its own, calling that is calling `session.reset()`
+    too.
 
-    What it does in a control step is `attach.runner.Runner`'s, and attach/README.md tells how.
+    Each control step is `attach.runner.Runner`'s work; attach/README.md describes it.
 
     Attributes:
         method: the method that chooses the tokens.
-        family: what knows the model's architecture.
+        family: the adapter for the model's architecture.
     """
 
     def __init__(self, method: Method, model: Any, family: Family) -> None:
@@ -82,7 +85,7 @@ class Session:
         return attached.session_on(self._decoder) is self
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the decoder, experts and vision encoders as static graphs, what pruning adds included; of the
+        """Compile the decoder, experts and vision encoders as static graphs, with the work of pruning; for the
         reference policy the whole control step.
 
         Each kind of call is compiled when it is first made, so the first steps of the first episode take long:
@@ -94,7 +97,7 @@ class Session:
 
         Raises:
             SessionError: it is detached, or compiled already.
-            UnsupportedModelError: the family's calls, or what the method does in them, cannot be compiled.
+            UnsupportedModelError: the family's calls, or the method's work in them, cannot be compiled.
         """
         if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
@@ -104,9 +107,35 @@ class Session:
         compiled.install()
         self._runner.compiled = compiled
 
+    def export(self, example: Mapping[str, Any], pruned: bool = True) -> ExportedStep:
+        """One control step as a program of tensors (torch.export), scoring, choosing and gathering in it, for runtimes
+        that know no Python. What crosses control steps is an input and an output; the session is left as it was.
+
+        Which steps of an episode run unpruned is for who runs the program to say: `Method.schedule` is Python. Such a
+        step is a program of its own (`pruned=False`) that takes and gives the same history.
+
+        Args:
+            example: a step's inputs, by name, which fix all shapes. Of the reference policies "images", "instruction"
+                and "proprio", of OpenVLA-OFT "input_ids", "pixel_values" and "proprio", as `predict_action` takes them;
+                of a language model "inputs_embeds" (B, N, D), and "tokens", how many it decodes (1).
+            pruned: whether it is a pruned step.
+
+        Raises:
+            SessionError: the session is detached or compiled.
+            UnsupportedModelError: the model or the method cannot be exported.
+            OptionError, ObservationError: the example is none of this model.
+        """
+        if not self.attached:
+            raise SessionError("This session is detached; attach the method anew.")
+        if self._runner.compiled is not None:
+            raise SessionError("This session is compiled; export a step of one that is not.")
+        with self._runner.turn.step():
+            module = self._policy if isinstance(self._policy, nn.Module) else self._policy.module
+            return export_step(self._runner, self.family, module, example, pruned)
+
     def detach(self) -> None:
-        """Leave the model as it was before. What the last control step left can still be read. Detaching twice does
-        nothing.
+        """Leave the model as it was before. The results of the last control step can still be read. Detaching twice
+        does nothing.
 
         Everything is taken away even if a part fails; then the first error is raised.
         """
@@ -115,7 +144,7 @@ class Session:
             undo(self._remove, self._runner.settle)
 
     def reset(self, rows: list[int] | None = None) -> None:
-        """Begin a new episode: forget what was seen, for all rows or for the named rows of a batch.
+        """Begin a new episode: forget the memory, for all rows or for the named rows of a batch.
 
         Raises:
             SessionError: rows are named before the first control step, a row is not there, or another thread is within
@@ -137,12 +166,13 @@ class Session:
         self.memory = memory.reset(rows)
 
     def moved(self, distance: float | Tensor) -> None:
-        """Say how far the arm moved in the last control step, for methods that prune by it (`Method.motion`). Call it
-        once after each step, before the next one: whoever commands the robot knows, and the model does not.
+        """Report how far the arm moved in the last control step, for methods that prune by it (`Method.motion`). Call
+        it once after each step, before the next one: the code that commands the robot has the distance, and the model
+        does not.
 
         Args:
-            distance: (B,), or one number where there is one row: the length of the path of the whole action chunk, the
-                sum of |p_{t+1} - p_t| over the arm's positions, in whatever unit.
+            distance: (B,), or one number if there is one row: the length of the path of the whole action chunk, the sum
+                of |p_{t+1} - p_t| over the arm's positions, in any unit.
 
         Raises:
             SessionError: the method reads no motion, there was no step, this is the second call after it, or
@@ -184,8 +214,8 @@ class Session:
         history.
 
         Raises:
-            SessionError: what is set is no memory, or one of a method with another window; or another thread is within
-                a control step.
+            SessionError: the value is no memory, or one of a method with another window; or another thread is within a
+                control step.
         """
         return self._runner.memory
 
@@ -216,7 +246,7 @@ class Session:
 
 
 def _options(method: Method) -> str:
-    """A method with what it keeps and the options that are not its defaults."""
+    """Return a method with its `keep` and the options that are not its defaults."""
     told = ((field, getattr(method, field.name)) for field in fields(method))
     options = [f"{field.name}={value!r}" for field, value in told if field.name == "keep" or value != field.default]
     return f"{type(method).__name__}({', '.join(options)})"

@@ -16,18 +16,18 @@ from vla_pruner.caches import buffer_width, cache_in
 def short_prompt(
     given: dict[str, Any], embeds: Tensor, shortening: Shortening, decoder: Any, additive: bool
 ) -> dict[str, Any]:
-    """Arguments of a decoder's call that runs a prompt, for the kept positions alone.
+    """Return the arguments of a decoder's call that runs a prompt, for the kept positions alone.
 
     Args:
         given: the call's arguments by name.
         embeds: (B, N, D) input embeddings of the whole prompt.
-        shortening: what becomes of it.
-        decoder: whose call it is.
+        shortening: its sequence after pruning.
+        decoder: of the call.
         additive: whether masks are added to the scores (eager), instead of saying what is visible (sdpa).
 
     Returns:
         new arguments. Positions are the original ones and the mask is always explicit: with positions that are not
-        consecutive and no mask, transformers would take the pieces for packed sequences.
+            consecutive and no mask, transformers would take the pieces for packed sequences.
     """
     rows, length, _ = embeds.shape
     short = _without(given, "input_ids", "cache_position", "inputs_embeds")
@@ -43,7 +43,7 @@ def short_prompt(
 
 
 def short_token(given: dict[str, Any], shortening: Shortening, past: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of a call that decodes one token after a prompt that was made short.
+    """Return the arguments of a call that decodes one token after a prompt that was made short.
 
     Args:
         given: the call's arguments by name.
@@ -55,13 +55,23 @@ def short_token(given: dict[str, Any], shortening: Shortening, past: int, device
     if short.get("position_ids") is None:
         # The cache is shorter than the sequence, so its length is not the position.
         short["position_ids"] = torch.full((1, 1), past, device=device)
-    mask = given.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        tail = mask[:, shortening.length :]
-        short["attention_mask"] = torch.cat([mask.gather(1, shortening.prefix), tail], dim=1)
-    elif mask is not None:
-        short["attention_mask"] = shortening.reader_mask(mask, None)
+    if given.get("attention_mask") is not None:
+        width = buffer_width(cache_in(given))
+        short["attention_mask"] = _token_mask(given["attention_mask"], shortening, past + 1, width)
     return short
+
+
+def _token_mask(mask: Any, shortening: Shortening, length: int, width: int | None) -> Any:
+    if isinstance(mask, dict):
+        return {
+            kind: None if one is None else _token_mask(one, shortening, length, width) for kind, one in mask.items()
+        }
+    if mask.dim() == 2:
+        return torch.cat([mask.gather(1, shortening.prefix), mask[:, shortening.length :]], dim=1)
+    if width is None and mask.shape[-1] == length:
+        return shortening.reader_mask(mask, None)
+    # It was made of the cache's own length, by which padding of the whole prompt lies in other columns.
+    return shortening.token_mask(mask, length - shortening.length, width)
 
 
 def _mask(

@@ -49,7 +49,7 @@ class ShortLayers:
     """Makes the input of layers short from the pruning layer on, in prompts and in calls that read their cache.
 
     Args:
-        host: says which tokens stay.
+        host: decides which tokens stay.
         family: of the model; makes keys and values of frozen tokens.
 
     Attributes:
@@ -65,7 +65,7 @@ class ShortLayers:
         self._frozen_positions: Any = None
 
     def forget(self) -> None:
-        """A call of a decoder begins, or all is removed: its layers share nothing with those of the call before."""
+        """Forget the shared inputs: a call of a decoder begins, or all is removed."""
         self._shared.clear()
         self._scratch = None
 
@@ -97,7 +97,7 @@ class ShortLayers:
             if short is None:
                 if host.reuse is None:
                     return False
-                # A prompt that runs without a cache gets one: the next control step may reuse what is in it.
+                # A prompt that runs without a cache gets one: the next control step may reuse its content.
                 given.cache = self._cache(given.cache)
                 return True
             angles, positions, mask = given.angles, given.positions, given.mask
@@ -119,7 +119,7 @@ class ShortLayers:
             return True
 
     def read(self, index: int, mask: Tensor | None, cache: Any) -> Tensor | None:
-        """The mask (B, H or 1, Q, W) of a layer that reads a cache which may be short; None if nothing changes.
+        """Return the mask (B, H or 1, Q, W) of a layer that reads a cache which may be short; None if nothing changes.
 
         Args:
             index: of the layer.
@@ -187,7 +187,7 @@ class ShortLayers:
             return short_prompt(given, embeds, short, decoder, self._family.backend != "sdpa")
 
     def short_token(self, given: dict[str, Any], past: int, device: torch.device) -> dict[str, Any] | None:
-        """Arguments of a call that decodes a token after a prompt that was made short; None if it was not.
+        """Return the arguments of a call that decodes a token after a prompt that was made short; None if it was not.
 
         Args:
             given: the call's arguments by name.
@@ -197,6 +197,7 @@ class ShortLayers:
         short = self._host.open_step().shortening
         if short is None:
             return None
+        self._family.check_short_token()
         with self._host.timed():
             return short_token(given, short, past, device)
 
@@ -231,5 +232,5 @@ class ShortLayers:
 
 
 def _angles(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """`function` of the rotations of keys; see `LayerInput.angles`."""
+    """Return `function` of the rotations of keys; see `LayerInput.angles`."""
     return tuple(in_each(function, tensor, 3) for tensor in tensors)

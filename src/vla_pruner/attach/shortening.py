@@ -32,6 +32,7 @@ class Shortening:
     """
 
     def __init__(self, layout: Layout, kept_ids: Tensor, readable: bool, before: Shortening | None = None) -> None:
+        self._prompt = layout.prompt
         self.length = layout.length
         self.before = before
         live = torch.ones_like(layout.prompt).scatter(1, layout.visual, False)
@@ -52,8 +53,8 @@ class Shortening:
         """Hidden states as they go on: live (B, n, D), and frozen (B, N - n, D; None if dropped).
 
         Args:
-            hidden: (B, N, D) as they enter the layer, or, after an earlier stage, (B, n, D) of what that kept.
-            frozen: (B, N - n, D) of what earlier stages froze.
+            hidden: (B, N, D) as they enter the layer, or, after an earlier stage, (B, n, D) of the rows that it kept.
+            frozen: (B, N - n, D) of the rows that earlier stages froze.
         """
         if self.before is None:
             return self.live_rows(hidden), None if self.frozen is None else self.frozen_rows(hidden)
@@ -63,21 +64,21 @@ class Shortening:
         return live, None if self.frozen is None else _gather_rows(held, place.gather(1, self.frozen))
 
     def columns(self) -> Tensor:
-        """(B, N) int64: the column of `prefix` that each prompt position is in; 0 where it is in none."""
+        """Return (B, N) int64: the column of `prefix` that each prompt position is in; 0 where it is in none."""
         columns = torch.arange(self.prefix.shape[1], device=self.prefix.device).expand(len(self.prefix), -1)
         return columns.new_zeros(len(columns), self.length).scatter(1, self.prefix, columns)
 
     def live_rows(self, tensor: Tensor) -> Tensor:
-        """The kept rows (B, n, ...) of a tensor (B or 1, N, ...)."""
+        """Return the kept rows (B, n, ...) of a tensor (B or 1, N, ...)."""
         return _gather_rows(tensor, self.kept)
 
     def frozen_rows(self, tensor: Tensor) -> Tensor:
-        """The frozen rows (B, N - n, ...) of a tensor (B or 1, N, ...)."""
+        """Return the frozen rows (B, N - n, ...) of a tensor (B or 1, N, ...)."""
         assert self.frozen is not None
         return _gather_rows(tensor, self.frozen)
 
     def row_index(self, positions: Tensor) -> Tensor:
-        """The places (B, R) of prompt positions (B, R), all of them live, among the kept rows."""
+        """Return the places (B, R) of prompt positions (B, R), all of them live, among the kept rows."""
         return torch.searchsorted(self.kept, positions)
 
     def restore(self, hidden: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class Shortening:
         return full.scatter(1, self.kept.to(hidden.device)[..., None].expand_as(hidden), hidden)
 
     def prefill_mask(self, mask: Tensor | None, causal: bool, buffer: int | None) -> Tensor | None:
-        """The prefill's mask for the shortened layers.
+        """Return the prefill's mask for the shortened layers.
 
         Args:
             mask: (B or 1, H or 1, N, W) bool or additive float made for the full sequence, or None (the kernel's own
@@ -108,8 +109,24 @@ class Shortening:
         """The same for query rows that come after the prompt (decoded tokens, an expert): only columns change."""
         return None if mask is None else self._columns(mask, buffer)
 
+    def token_mask(self, like: Tensor, decoded: int, buffer: int | None) -> Tensor:
+        """The mask (B, 1, 1, W) of a token that is decoded over a cache of which every layer is short: it sees all that
+        is real.
+
+        Args:
+            like: a mask, bool or additive.
+            decoded: tokens behind the prompt, this one included.
+            buffer: width of a static cache's key buffer, or None.
+        """
+        prompt = self._prompt.gather(1, self.prefix)
+        visible = torch.cat([prompt, prompt.new_ones(len(prompt), decoded)], dim=1)
+        visible = pad_columns(visible[:, None, None].to(like.device), buffer)
+        if like.dtype == torch.bool:
+            return visible
+        return like.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(like.dtype).min)
+
     def to_grid(self, columns: Tensor) -> Tensor:
-        """Values (B, n or N) by column of `prefix`, put back by prompt position: (B, N), zero where dropped."""
+        """Return values (B, n or N) by column of `prefix`, put back by prompt position: (B, N), zero where dropped."""
         return columns.new_zeros(columns.shape[0], self.length).scatter(1, self.prefix, columns)
 
     def _columns(self, mask: Tensor, buffer: int | None) -> Tensor:
@@ -120,7 +137,7 @@ class Shortening:
 
 
 def restored(output: Any, shortenings: Iterable[Shortening]) -> Any:
-    """A decoder's output with every short sequence of hidden states in it put back to the prompt's length.
+    """Return a decoder's output with every short sequence of hidden states in it put back to the prompt's length.
 
     Callers index the output by position, so it keeps its length; no caller reads the rows of tokens that are gone.
     """
@@ -148,7 +165,7 @@ def _gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def pad_columns(mask: Tensor, width: int | None) -> Tensor:
-    """A static cache always offers its whole buffer: the slots that pruning leaves empty at its end are masked."""
+    """Pad a mask to a static cache's whole buffer: the slots that pruning leaves empty at its end are masked."""
     if width is None or width <= mask.shape[-1]:
         return mask
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

@@ -1,4 +1,4 @@
-"""Where a method prunes and how many tokens it keeps there: one stage, or several for progressive methods."""
+"""A method's pruning layers and the tokens that it keeps there: one stage, or several for progressive methods."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Stage:
     """One pruning layer.
 
     Attributes:
-        method: what chooses there.
-        cameras: the same for each camera, where the method's `keep` is per camera; None: one budget for all.
-        foreign: whether the method is a user's own, so that what it returns is checked.
+        method: the one that chooses there.
+        cameras: the same for each camera, if the method's `keep` is per camera; None: one budget for all.
+        foreign: whether the method is a user's own, so that its results are checked.
     """
 
     method: Method
@@ -43,7 +43,7 @@ class Stage:
         Args:
             counts: visual tokens of each camera in the sequence as it is given.
             absent: cameras that the host knows to be absent.
-            known: visual tokens that each camera would have, where the model alone decides it.
+            known: visual tokens that each camera would have, if the model alone decides it.
         """
         present = [0 if camera in absent else count for camera, count in enumerate(counts)]
         # A camera that the policy left out of the sequence has its budget, but no tokens here.
@@ -54,11 +54,11 @@ class Stage:
         else:
             full = [budget_of(method, count) for method, count in zip(self.cameras, known, strict=True)]
             short = [min(budget, count) for budget, count in zip(full, present, strict=True)]
-        # Where all is kept nothing may change, so absent cameras that hold a place stay too.
+        # If all is kept nothing may change, so absent cameras that hold a place stay too.
         return list(counts) if sum(full) >= sum(known) else short
 
     def select(self, evidence: Evidence, counts: tuple[int, ...], budgets: list[int]) -> Tensor:
-        """Which (B, k) int64, sorted, of the tokens that `evidence` is on stay; each camera has `counts` of them."""
+        """Return (B, k) int64, sorted: the tokens of `evidence` that stay; each camera has `counts` of them."""
         if self.cameras is None:
             return self._ask(self.method, evidence, budgets[0])
         kept, start = [], 0
@@ -77,11 +77,11 @@ class Stage:
 
 
 def stages_of(method: Method, family: Family) -> dict[int, Stage]:
-    """The stages of `method` in this model by their layer, in order.
+    """Return the stages of `method` in this model by their layer, in order.
 
     Raises:
         BudgetError: the model lacks a layer, or its visual tokens are fewer than are to be kept.
-        OptionError: the method needs what no session has.
+        OptionError: the method needs evidence that no session has.
     """
     for stage in method.stages():
         check_needs(stage, method.fate.needs_last_step)
@@ -123,11 +123,11 @@ def budgets_of(
 
 
 class Planner:
-    """Looks at prefills before they run; what cannot have changed since the last one is not worked out again.
+    """Plans prefills before they run; parts that cannot have changed since the last one are not worked out again.
 
     Args:
-        family: whose prefills they are.
-        stages: where the method prunes, by layer.
+        family: of the prefills.
+        stages: of the method, by layer.
     """
 
     def __init__(self, family: Family, stages: dict[int, Stage]) -> None:
@@ -136,7 +136,7 @@ class Planner:
         self._plan: Plan | None = None
 
     def plan(self, call: Call) -> Plan:
-        """Where things are in this prefill, which rows (B, R) of it act, and what each stage keeps by its layer.
+        """Return this prefill's layout, its rows (B, R) that act, and the budgets of each stage by its layer.
 
         Raises:
             SessionError: a visual token is in a row that acts.

@@ -1,4 +1,4 @@
-"""A session serves one thread at a time: who runs a control step is left alone until it is over."""
+"""A session serves one thread at a time: no other thread interferes with a control step until it is over."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BUSY = (
 
 
 class Turn:
-    """Which thread is within a control step, if any.
+    """The thread that is within a control step, if any.
 
-    A policy's own call holds the turn from beginning to end, and within it, or alone where a model is called by hand,
-    each call of the decoder or an expert does.
+    A policy's own call holds the turn from beginning to end, and within it, or alone if a model is called by hand, each
+    call of the decoder or an expert does.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Turn:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Within a policy's own call.
+        """Hold the turn within a policy's own call.
 
         Raises:
             SessionError: another thread is within a control step.
@@ -46,28 +46,30 @@ class Turn:
         finally:
             with self._lock:
                 self._depth -= 1
-                # What an interrupt left behind ends with the policy's call.
+                # A call that an interrupt left open ends with the policy's call.
                 self._calling = self._calling and self._depth > 0
 
     def begin_call(self) -> None:
-        """A call of the decoder or an expert begins in this thread.
+        """Begin a call of the decoder or an expert in this thread.
 
         Raises:
             SessionError: another thread is within a control step.
         """
         self._take(0, True)
 
-    def end_call(self) -> None:
-        """The call came back, or failed."""
+    def end_call(self) -> bool:
+        """End the call, which came back or failed; returns whether it had the turn."""
         with self._lock:
-            if self._thread is threading.current_thread():
+            own = self._thread is threading.current_thread()
+            if own:
                 self._calling = False
+            return own
 
     def _take(self, deeper: int, calling: bool) -> None:
         with self._lock:
             self._check()
             if self._thread is not threading.current_thread():
-                # Its thread ended without a word, or nobody had the turn.
+                # Its thread ended without `end_call`, or no thread had the turn.
                 self._thread, self._depth, self._calling = threading.current_thread(), 0, False
             self._depth += deeper
             self._calling = self._calling or calling

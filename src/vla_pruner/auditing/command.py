@@ -31,18 +31,18 @@ from vla_pruner.terminal import say
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """What the command line was given.
+    """The settings of the command line.
 
     Attributes:
         model: a folder, a hub id, "reference", or with `random_weights` a name of `vla_pruner.registry`.
         random_weights: whether weights are drawn.
         size: "tiny" or "full", with `random_weights`; None: "tiny".
         method: its name, with options of its own after colons.
-        keep, layer, pruned: as of the method; `pruned` None: what it does first.
+        keep, layer, pruned: as of the method; `pruned` None: the first of its fates.
         device: as torch names it.
         dtype: one of `flags.DTYPES`; None: the checkpoint's.
         seed: of all draws.
-        instruction: what the policy is told; None: one that it knows.
+        instruction: the policy's instruction; None: one of its training.
         options: for `load_policy`.
         details: whether every check is explained.
         json: file for the report, "-" for standard output, None for none.
@@ -65,7 +65,7 @@ class AuditSettings:
 
 
 def run_audit(settings: AuditSettings, console: Console) -> int:
-    """Audits, prints the checklist and writes the report; the exit code is 0, or 1 where a check failed.
+    """Audit, print the checklist and write the report; return the exit code: 0, or 1 if a check failed.
 
     Raises:
         VLAPrunerError: the settings, the checkpoint or the policy do not allow an audit.
@@ -78,7 +78,7 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     device = usable_device(settings.device, "--device")
     if settings.json not in (None, "-"):
         check_file(str(settings.json))
-    # Standard output is the report's alone where it was asked for; policies' own libraries print things, too.
+    # Standard output is the report's alone if it was asked for; policies' own libraries print things, too.
     with redirect_stdout(sys.stderr) if settings.json == "-" else nullcontext():
         report = audit(
             _policy(settings, device),

@@ -1,4 +1,4 @@
-"""What the policy runs on, and combinations that are known not to work."""
+"""The environment of the policy, and combinations that are known not to work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("vla-pruner", "torch", "transformers", "tokenizers", "numpy", "torch
 
 
 def settings(subject: Subject) -> dict[str, Any]:
-    """What a figure of this audit depends on."""
+    """Return the settings on which the figures of this audit depend."""
     return {
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := installed(name)) is not None},
@@ -33,7 +33,7 @@ def settings(subject: Subject) -> dict[str, Any]:
 
 
 def environment(subject: Subject) -> Check:
-    """Nothing of what runs here is known not to work together."""
+    """No installed combination is known not to work."""
     problems = known_problems()
     shown = ("python", "torch", "transformers", "lerobot", "device", "dtype", "attention")
     found = settings(subject)
@@ -48,7 +48,7 @@ def environment(subject: Subject) -> Check:
 
 
 def known_problems() -> list[str]:
-    """A sentence with the fix for each known-bad combination that is installed."""
+    """Return a sentence with the fix for each known-bad combination that is installed."""
     problems = []
     untested = transformers_problem(installed("transformers") or "(of an unknown version)")
     if untested is not None:
@@ -67,7 +67,7 @@ def known_problems() -> list[str]:
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed distribution."""
+    """Return the version of an installed distribution."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Does the semantic score rank visual tokens by what they show, or by where they stand in the sequence."""
+"""Does the semantic score rank visual tokens by what they show, or by their place in the sequence?"""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vla_pruner.methods.base import Method
 
 SCENES = 3
 STRONG = 0.9
-"""From here on position explains the order nearly alone."""
+"""The correlation from which on position explains the order nearly alone."""
 
 
 def position(subject: Subject) -> Check:
-    """The rank correlation of the semantic score with the token's index. A figure: it fails nothing."""
+    """The rank correlation of the semantic score with the token's index is a figure only: it fails nothing."""
     name = "position"
     method = subject.method
     if "semantic" not in method.needs:
@@ -45,8 +45,8 @@ def position(subject: Subject) -> Check:
 
 
 def rank_by_position(score: np.ndarray) -> float | None:
-    """Spearman's correlation of a score (M,) with the index, equal scores sharing their mean rank; None where all are
-    equal.
+    """Return Spearman's correlation of a score (M,) with the index, equal scores sharing their mean rank; None if all
+    are equal.
     """
     _, places, counts = np.unique(score, return_inverse=True, return_counts=True)
     if len(counts) < 2:

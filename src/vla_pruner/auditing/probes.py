@@ -1,8 +1,8 @@
-"""Watching a model while it acts: what goes into modules and what comes out. Each probe leaves no trace."""
+"""Watching a model while it acts: inputs and outputs of modules. Each probe leaves no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,28 +55,34 @@ class TowerProbe(Probe):
 
     Args:
         towers: the vision towers.
-        images_of: `images` of the policy's `Anatomy`.
+        patched: as of `Anatomy`.
 
     Attributes:
-        images: for each tower, every image (C, H, W) that is not of one colour: a camera that is absent is shown to
-            some policies as a blank image.
+        images: for each tower, every image (C, H, W) that is not of one colour: some policies get a blank image for an
+            absent camera.
         blank: for each tower, the number of the others.
     """
 
-    def __init__(self, towers: Iterable[nn.Module], images_of: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, towers: Iterable[nn.Module], patched: bool = False) -> None:
         super().__init__()
         self._towers = list(towers)
-        self._images_of = images_of
+        self._patched = patched
         self.images: list[list[Tensor]] = [[] for _ in self._towers]
         self.blank = [0 for _ in self._towers]
 
     def install(self) -> None:
         for index, tower in enumerate(self._towers):
-            self.before(tower, lambda pixels, index=index: self._see(index, pixels))
 
-    def _see(self, index: int, pixels: Tensor) -> None:
-        pixels = pixels.detach()
-        images = pixels.reshape(-1, *pixels.shape[-3:]) if self._images_of is None else self._images_of(pixels)
+            def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                pixels, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                self._see(index, self._images(pixels.detach(), others))
+
+            self._handles.append(tower.register_forward_pre_hook(call, with_kwargs=True))
+
+    def _images(self, pixels: Tensor, others: list[Tensor]) -> Iterable[Tensor]:
+        return pixels.reshape(-1, 1, *pixels.shape[-2:]) if self._patched else _images(pixels, others)
+
+    def _see(self, index: int, images: Iterable[Tensor]) -> None:
         for image in images:
             if bool((image != image[:, :1, :1]).any()):
                 self.images[index].append(image.clone())
@@ -85,10 +91,10 @@ class TowerProbe(Probe):
 
 
 class LengthProbe(Probe):
-    """Sequence lengths that each layer of a decoder computes.
+    """Records the sequence lengths that each layer of a decoder computes.
 
     Args:
-        decoder: what is watched.
+        decoder: the decoder.
         acting_rows: as of `Anatomy`.
 
     Attributes:
@@ -112,7 +118,7 @@ class LengthProbe(Probe):
 
 
 class HiddenProbe(Probe):
-    """Final hidden states of the decoder and of the experts that read its cache, call by call.
+    """Records the final hidden states of the decoder and of the experts that read its cache, call by call.
 
     Attributes:
         calls: (B, Q, D) each, float32 on the CPU (a model may be spread over devices), with whether it is the
@@ -131,6 +137,17 @@ class HiddenProbe(Probe):
 
     def _keep(self, is_decoder: bool, hidden: Tensor) -> None:
         self.calls.append((is_decoder, hidden.detach().to("cpu", torch.float32, copy=True)))
+
+
+def _images(pixels: Tensor, others: list[Tensor]) -> Iterable[Tensor]:
+    """The images (C, H, W) of a vision tower's call; or (C, 1, n), where it is given the patches (N, C x time x area)
+    of all images, and with them each image's (time, height, width) in patches.
+    """
+    if pixels.dim() > 2:
+        return pixels.reshape(-1, *pixels.shape[-3:])
+    grids = next(tensor for tensor in others if tensor.dim() == 2 and tensor.shape[1] == 3)
+    each = pixels.split(grids.prod(dim=1).tolist())
+    return [patches.reshape(len(patches), 3, -1).transpose(0, 1).reshape(3, 1, -1) for patches in each]
 
 
 def _first_tensor(values: Iterable[Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Does the pruner prune what it says, and nothing else."""
+"""Does the pruner prune what it says, and nothing else?"""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from vla_pruner.auditing.subject import Subject, identical
 from vla_pruner.fate import Fate
 
 EXACT = 1e-4
-"""Tolerance in float32: absolute, or of the largest value compared where that is above 1."""
+"""Tolerance in float32: absolute, or a share of the largest value compared if that is above 1."""
 
 HALF = 0.25
-"""Tolerance in half precision: the share of what pruning itself changes."""
+"""Tolerance in half precision: a share of the change that pruning itself makes."""
 
 NEVER = "{method} pruned none of the first control steps, so there is nothing to look at."
 VANISHED = "The same episode was pruned before and is not now: an episode leaks into the next."
 OTHER = 1000
-"""Added to a scene's number for another scene."""
+"""The number added to a scene's number to get another scene."""
 
 
 def lengths(subject: Subject) -> Check:
@@ -84,7 +84,7 @@ def keep_all(subject: Subject) -> Check:
 
 
 def reference(subject: Subject, pruned: str) -> Check:
-    """What is pruned agrees with the whole sequence in which the pruned tokens cannot be used (or are frozen)."""
+    """The pruned model agrees with the whole sequence in which the pruned tokens cannot be used (or are frozen)."""
     name = f"reference {pruned}"
     if subject.steps is None:
         return _never(name, subject)
@@ -147,7 +147,7 @@ class _LiveRows:
         self._real = layout.prompt.gather(1, self._positions)
 
     def of(self, probe: HiddenProbe) -> list[tuple[bool, Tensor]]:
-        """For each call whether it is one of the prompt, and its hidden states (rows, D)."""
+        """Return for each call whether it is one of the prompt, and its hidden states (rows, D)."""
         return [self._of_call(is_decoder, hidden) for is_decoder, hidden in probe.calls]
 
     def _of_call(self, is_decoder: bool, hidden: Tensor) -> tuple[bool, Tensor]:

@@ -1,5 +1,5 @@
-"""What pruning must agree with: the model at full length, where the layers from the pruning layer on cannot use what
-was pruned. Nothing is gathered, so it shares no arithmetic with pruning itself.
+"""The reference of pruning: the model at full length, in which the layers from the pruning layer on cannot use the
+pruned tokens. Nothing is gathered, so it shares no arithmetic with pruning itself.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class FullLength:
     the rows of these tokens are normalised, projected and read as they entered `layer`.
 
     Args:
-        model: whatever `Method.attach` takes, with no session attached.
+        model: as `Method.attach` takes it, with no session attached.
         layout: of the control step that was pruned (`session.step.layout`); the next ones must be like it.
         kept: (B, k) or (k,) ids of the visual tokens that stay.
         layer: the pruning layer.
-        then: where pruning is progressive, what stays from each later layer on: (B, k) or (k,) ids, fewer and fewer.
+        then: if pruning is progressive, the tokens that stay from each later layer on: (B, k) or (k,) ids, fewer and
+            fewer.
         pruned: "drop" or "freeze".
         **attach_options: as of `Method.attach`.
 
@@ -88,11 +89,11 @@ class FullLength:
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _columns(self, gone: Tensor, like: Tensor) -> Tensor:
-        """(B, W) bool: which key columns of a mask (..., W) are gone; the prompt's come first."""
+        """Return (B, W) bool: the key columns of a mask (..., W) that are gone; the prompt's come first."""
         return nn.functional.pad(gone.to(like.device), (0, like.shape[-1] - self._length))
 
     def _hide(self, gone: Tensor, visible: Tensor) -> Tensor:
-        """(B or 1, Q, W) bool: the same without the columns that are gone."""
+        """Return (B or 1, Q, W) bool: the same without the columns that are gone."""
         return visible & ~self._columns(gone, visible)[:, None]
 
     def _mask_out(self, gone: Tensor, mask: Tensor) -> Tensor:
@@ -100,17 +101,18 @@ class FullLength:
         return torch.where(self._columns(gone, mask)[:, None, None], torch.finfo(mask.dtype).min, mask)
 
     def _gone_at(self, index: int) -> Tensor | None:
-        """(B, N) bool: what is gone at a layer; None before the first pruning layer."""
+        """Return (B, N) bool: the tokens that are gone at a layer; None before the first pruning layer."""
         return next((gone for first, gone in reversed(self._gone.items()) if first <= index), None)
 
     def _mask(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
-        """Before a layer of the decoder or of a reader."""
+        """Hide the pruned tokens before a layer of the decoder or of a reader."""
         hidden = args[0] if args else kwargs["hidden_states"]
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = _unwritten(index, module, hidden, kwargs)
         if mask.dtype == torch.bool:
-            # Additive, because a row that sees nothing would be NaN, and 0 x NaN is NaN for who does not attend to it.
+            # Additive, because a row that sees nothing would be NaN, and 0 x NaN is NaN for rows that do not attend to
+            # it.
             lowest = torch.finfo(hidden.dtype).min
             mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
         gone = self._gone_at(index)
@@ -118,7 +120,7 @@ class FullLength:
         return args, {**kwargs, "attention_mask": self._mask_out(gone, mask)}
 
     def _overwrite(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
-        """Before the norm that a layer makes its queries, keys and values from."""
+        """Restore the frozen rows before the norm that a layer makes its queries, keys and values from."""
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] != self._length:
             return None  # a decode step: the cache has the frozen keys and values
@@ -132,14 +134,14 @@ class FullLength:
 
 
 def _gone(layout: Layout, kept: Tensor) -> Tensor:
-    """(B, N) bool: prompt positions of the visual tokens that are not kept."""
+    """Return (B, N) bool: prompt positions of the visual tokens that are not kept."""
     ids = torch.atleast_2d(kept).to(layout.visual.device).expand(layout.rows, -1)
     gone = torch.zeros_like(layout.prompt).scatter(1, layout.visual, True)
     return gone.scatter(1, layout.visual.gather(1, ids), False)
 
 
 def _unwritten(index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """(1, 1, Q, W) bool: the rule that the kernel applies where there is no mask."""
+    """Return (1, 1, Q, W) bool: the rule that the kernel applies if there is no mask."""
     cache, length = cache_in(kwargs), hidden.shape[1]
     past = 0 if cache is None else int(cache.get_seq_length(index))
     layers = getattr(cache, "layers", [])

@@ -1,4 +1,4 @@
-"""What an audit found."""
+"""The results of an audit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Check:
     """One question and its answer.
 
     Attributes:
-        name: what was checked, the same in every audit.
-        passed: None where it could not be asked; `detail` says why.
-        figure: what was measured, in a few words.
-        detail: what it means, what is compared, and what to do where it failed.
+        name: of the check, the same in every audit.
+        passed: None if it could not be checked; `detail` says why.
+        figure: the measurement, in a few words.
+        detail: its meaning, the comparison, and the fix if it failed.
     """
 
     name: str
@@ -41,7 +41,7 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
-        """No check failed. Those that could not be asked do not count."""
+        """True if no check failed. Those that could not be run do not count."""
         return not self.failures
 
     @property
@@ -50,14 +50,14 @@ class AuditReport:
         return tuple(check for check in self.checks if check.passed is False)
 
     def __getitem__(self, name: str) -> Check:
-        """The check of this name; KeyError with the names that there are if it is none of them."""
+        """Return the check of this name; the KeyError of any other lists the names."""
         for check in self.checks:
             if check.name == name:
                 return check
         raise KeyError(f"no check is called {name}; there are {', '.join(check.name for check in self.checks)}")
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dump`."""
+        """Return plain values for `json.dump`."""
         return {
             "policy": self.policy,
             "method": self.method,

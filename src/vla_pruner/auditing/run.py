@@ -43,15 +43,14 @@ def audit(
     seed: int = 0,
     progress: Callable[[Check], None] | None = None,
 ) -> AuditReport:
-    """Whether the policy sees, whether the method prunes what it says, and whether nothing else changes.
+    """Check that the policy sees, that the method prunes what it says, and that nothing else changes.
 
     It runs the policy some hundred control steps on drawn images, and leaves it as it was.
 
     Args:
-        policy: what `load_policy` or `random_policy` gave, or anything like it (`policies.base.Policy`), with no
-            session attached.
-        method: what prunes it; None: `VLAPruner(keep=0.25)`.
-        instruction: what it is told; None: what it was trained on, or a usual one.
+        policy: from `load_policy` or `random_policy`, or any `policies.base.Policy`, with no session attached.
+        method: the method that prunes it; None: `VLAPruner(keep=0.25)`.
+        instruction: the policy's instruction; None: one of its training, or a usual one.
         seed: of the images, and of the noise that flow policies start from.
         progress: called with each check as soon as it is done.
 
@@ -67,7 +66,7 @@ def audit(
     for name, ask in CHECKS.items():
         try:
             check = ask(subject)
-        except Exception as error:  # whatever a policy raises half-way is a finding about it
+        except Exception as error:  # any error that a policy raises half-way is a finding about it
             text = " ".join(str(error).split())
             check = Check(name, False, "", f"It broke off with {type(error).__name__}: {text}")
         done.append(check)

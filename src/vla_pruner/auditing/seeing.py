@@ -1,4 +1,4 @@
-"""Does the policy see: do its actions follow its images, and does each image go through each vision tower once."""
+"""Does the policy see: do its actions follow its images, and does each image go through each vision tower once?"""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def towers(subject: Subject) -> Check:
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """L1: the mean absolute difference."""
+    """Return the L1 distance: the mean absolute difference."""
     return float(np.abs(one - other).mean())
 
 
 def _watch(subject: Subject, pruned: bool) -> TowerProbe:
     shown: Images = subject.noise(0)
-    probe = TowerProbe(subject.policy.vision_towers, subject.family.anatomy.images)
+    probe = TowerProbe(subject.policy.vision_towers, subject.family.anatomy.patched)
     if not pruned:
         with probe:
             subject.act(shown)

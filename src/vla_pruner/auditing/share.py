@@ -1,4 +1,4 @@
-"""How much of a control step pruning can touch at all, on this device."""
+"""The share of a control step that pruning can touch at all, on this device."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vla_pruner.timing import Span, now
 from vla_pruner.wording import counted
 
 WARM_UP, LEAST, MOST, SECONDS = 2, 3, 9, 10.0
-"""Control steps that do not count; those that do, at least and at most; seconds after which it is enough."""
+"""Control steps that do not count; those that do, at least and at most; seconds after which measuring ends."""
 
 
 def share(subject: Subject) -> Check:
-    """Amdahl's ceiling: the time of the decoder's layers from the pruning layer on, in the prompt alone, against that
-    of the whole control step.
+    """Amdahl's limit: the time of the decoder's layers from the pruning layer on, in the prompt alone, against that of
+    the whole control step.
     """
     name, layer = "share", subject.method.layer
     if subject.steps is None:
@@ -61,7 +61,7 @@ def share(subject: Subject) -> Check:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device in words."""
+    """Return the device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({counted(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)

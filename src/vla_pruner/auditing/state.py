@@ -1,4 +1,4 @@
-"""Does anything stay behind: of an episode in the next one, of a session in the policy."""
+"""Does anything stay behind: of an episode in the next one, of a session in the policy?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.subject import Subject, identical
 
 _ELSEWHERE = 2000
-"""Added to the numbers of scenes of the episode in between."""
+"""The number added to the numbers of scenes of the episode in between."""
 
 
 def reset(subject: Subject) -> Check:
@@ -77,7 +77,7 @@ def detach(subject: Subject) -> Check:
 
 
 def snapshot(subject: Subject) -> dict[str, Any]:
-    """All that could be left behind, by place; two are equal where nothing was."""
+    """Return all state that could be left behind, by place; two snapshots are equal if nothing was."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     state: dict[str, Any] = {"attention functions": sorted(ALL_ATTENTION_FUNCTIONS)}
@@ -95,7 +95,7 @@ def snapshot(subject: Subject) -> dict[str, Any]:
 
 
 def _describe(value: Any) -> Any:
-    """Something that is equal as long as the value is the same one."""
+    """Return a description that is equal as long as the value is the same one."""
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     if isinstance(value, Tensor):
@@ -109,7 +109,7 @@ def _describe(value: Any) -> Any:
 
 
 def _checksum(tensor: Tensor) -> str:
-    """Text, so that what is not a number equals itself; empty where there is nothing to sum."""
+    """Return a text, so that NaN equals itself; empty if there is nothing to sum."""
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return ""
     return repr(tensor.detach().sum(dtype=torch.float32).item())
@@ -128,7 +128,7 @@ class _Interrupted(Exception):
 
 
 def _fail_inside(subject: Subject) -> None:
-    """A control step that breaks off in the last layer, with a session attached."""
+    """Run a control step that breaks off in the last layer, with a session attached."""
 
     def interrupt(*_: Any) -> None:
         raise _Interrupted

@@ -1,4 +1,4 @@
-"""The policy under audit, with what every check needs: scenes, repeatable control steps, and its decoder."""
+"""The policy under audit, with the needs of every check: scenes, repeatable control steps, and its decoder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vla_pruner.methods import Method
 from vla_pruner.policies.base import Policy, example_of, module_of
 
 _LONGEST_WARM_UP = 16
-"""Control steps after which a method that has not pruned is taken to never prune."""
+"""The control steps after which a method that has not pruned is taken to never prune."""
 _SEEDS = 2**32
 """Seeds are multiplied, and torch takes 64 bits."""
 
@@ -36,7 +36,7 @@ class Pruned:
     Attributes:
         action: (chunk, dim).
         kept: (1, k) ids of the visual tokens that stayed.
-        layout: where things are in its prompt.
+        layout: of its prompt.
     """
 
     action: np.ndarray
@@ -49,13 +49,13 @@ class Subject:
 
     Args:
         policy: with `act`, `reset`, `cameras` and `vision_towers`.
-        method: what prunes it.
-        instruction: what it is told; None: what it was trained on, or a usual one.
+        method: the method that prunes it.
+        instruction: the policy's instruction; None: one of its training, or a usual one.
         seed: of images and of the noise that flow policies start from.
 
     Raises:
         UnsupportedModelError: the policy lacks something of the above, or its model is not supported.
-        OptionError: the method is none or does not fit the model, or the seed is none.
+        OptionError: `method` is no method or does not fit the model, or `seed` is no seed.
         ObservationError: the instruction is empty, or not one for this policy.
         SessionError: a session is attached to it already.
     """
@@ -74,9 +74,10 @@ class Subject:
 
     @property
     def steps(self) -> int | None:
-        """Control steps until the first pruned one, that one included; None where none of the first few is pruned.
+        """The control steps until the first pruned one, that one included; None if none of the first few is pruned.
 
-        Whatever the policy or the session raised in them is raised again: it fails the checks that need these steps.
+        An error that the policy or the session raised in them is raised again: it fails the checks that need these
+        steps.
         """
         if self._broke is not None:
             raise self._broke
@@ -84,40 +85,40 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder's layers from the pruning layer on begin."""
+        """The device of the first of the decoder's layers from the pruning layer on."""
         layers = layers_of(self.family.decoder)
         return next(layers[min(self.method.layer, len(layers) - 1)].parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the decoder computes in."""
+        """The dtype in which the decoder computes."""
         weight = projection_of(layers_of(self.family.decoder)[0]).weight
         return weight.dtype if weight.is_floating_point() else norm_of(self.family.decoder).weight.dtype
 
     @property
     def exact(self) -> bool:
-        """Whether the decoder computes in full precision, with weights that are not quantised."""
+        """True if the decoder computes in full precision, with weights that are not quantised."""
         weight = projection_of(layers_of(self.family.decoder)[0]).weight
         exact = weight.is_floating_point() and self.dtype in (torch.float32, torch.float64)
         return exact and not self.family.in_half
 
     def flat(self, level: int) -> Images:
-        """Images of one colour for every camera."""
+        """Return images of one colour for every camera."""
         return {camera: np.full_like(image, level) for camera, image in self.example.images.items()}
 
     def noise(self, number: int) -> Images:
-        """Images of pixels drawn at random, other ones for every number and camera."""
+        """Return images of pixels drawn at random, other ones for every number and camera."""
         generator = np.random.default_rng((self.seed, number, 1))
         shapes = {camera: image.shape for camera, image in self.flat(0).items()}
         return {camera: generator.integers(0, 256, shape, dtype=np.uint8) for camera, shape in shapes.items()}
 
     def scene(self, number: int) -> Images:
-        """Images of coloured blocks on a shaded table, other ones for every number and camera."""
+        """Return images of coloured blocks on a shaded table, other ones for every number and camera."""
         generator = np.random.default_rng((self.seed, number, 2))
         return {camera: _draw_scene(image.shape[0], generator) for camera, image in self.flat(0).items()}
 
     def act(self, images: Images, step: int = 0) -> np.ndarray:
-        """One control step: (chunk, dim) float64. The noise of a flow depends on the seed and on `step` alone."""
+        """Run one control step: (chunk, dim) float64. The noise of a flow depends on the seed and on `step` alone."""
         state = self.example.proprio
         proprio = None if state is None else np.asarray(state, dtype=np.float64)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -126,24 +127,26 @@ class Subject:
             return np.asarray(self.policy.act(images, self.instruction, proprio), dtype=np.float64)
 
     def watch(self, images: Images, step: int = 0) -> tuple[np.ndarray, list[Tensor]]:
-        """As `act`, with the final hidden states of every call: action tokens hide what is less than a bin."""
+        """Run `act` and return the final hidden states of every call too: action tokens hide changes of less than a
+        bin.
+        """
         with HiddenProbe(self.family) as probe:
             action = self.act(images, step)
         return action, [hidden for _, hidden in probe.calls]
 
     def attach(self, method: Method | None = None) -> Session:
-        """A session of `method`, or of the method that is audited."""
+        """Return a session of `method`, or of the method that is audited."""
         policy: Any = self.policy
         return (self.method if method is None else method).attach(policy)
 
     def begin(self) -> None:
-        """A new episode, for a session that is attached as well."""
+        """Begin a new episode, for a session that is attached as well."""
         self.policy.reset()
 
     def run(
         self, session: Session, scenes: list[int], watching: AbstractContextManager[Any] | None = None
     ) -> Pruned | None:
-        """An episode of these scenes, from its beginning; what its last step did, None if that was not pruned.
+        """Run an episode of these scenes, from its beginning; return its last step, None if that was not pruned.
 
         `watching` is open during the last step.
         """
@@ -166,20 +169,20 @@ class Subject:
                     if session.kept is not None:
                         return step + 1
             except (UnsupportedModelError, OptionError, ObservationError):
-                raise  # What was asked for does not fit; sizes and instructions show in the first step.
+                raise  # The request does not fit; sizes and instructions show in the first step.
             except Exception as error:
                 self._broke = error
         return None
 
 
 def identical(one: tuple[np.ndarray, list[Tensor]], other: tuple[np.ndarray, list[Tensor]]) -> bool:
-    """Whether what `Subject.watch` gave twice is the same, bit by bit."""
+    """Return True if two results of `Subject.watch` are the same, bit by bit."""
     same = len(one[1]) == len(other[1]) and all(torch.equal(*pair) for pair in zip(one[1], other[1], strict=True))
     return same and np.array_equal(one[0], other[0])
 
 
 def check_request(method: object, instruction: str | None, seed: int) -> None:
-    """Refuses what no policy can be audited with.
+    """Refuse a request with which no policy can be audited.
 
     Raises:
         OptionError: `method` is no `Method` or one that the checks do not cover, or `seed` no int in [0, 2**32).
@@ -204,10 +207,10 @@ def check_request(method: object, instruction: str | None, seed: int) -> None:
 
 
 def check_policy(policy: Any) -> Policy:
-    """The policy itself, if it has all that `Policy` asks for.
+    """Return the policy itself if it has all attributes of `Policy`.
 
     Raises:
-        UnsupportedModelError: saying what is missing and how to get it.
+        UnsupportedModelError: it lacks one; the message says which and how to get it.
     """
     if "transformers_modules" in type(policy).__module__:
         raise UnsupportedModelError(
@@ -228,7 +231,7 @@ def check_policy(policy: Any) -> Policy:
 
 
 def _draw_scene(side: int, generator: np.random.Generator) -> np.ndarray:
-    """(side, side, 3) uint8."""
+    """Return (side, side, 3) uint8."""
     line = np.linspace(0.0, 1.0, side)
     slope = generator.uniform(-90, 90, (2, 3))
     image = generator.uniform(60, 190, 3) + line[:, None, None] * slope[0] + line[None, :, None] * slope[1]

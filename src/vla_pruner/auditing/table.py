@@ -14,7 +14,7 @@ _NAME_WIDTH = 18
 
 
 def print_check(console: Console, check: Check, details: bool) -> None:
-    """One check; its detail too where it failed or was skipped, or if `details`."""
+    """Print one check; its detail too if it failed or was skipped, or if `details`."""
     mark, style = _MARKS[check.passed]
     row = Table.grid(padding=(0, 1))
     row.add_column(width=4)
@@ -29,7 +29,7 @@ def print_check(console: Console, check: Check, details: bool) -> None:
 
 
 def summary(report: AuditReport) -> str:
-    """The audit in one line."""
+    """Return the audit in one line."""
     seconds = f"{report.settings['seconds']:g} s"
     skipped = sum(check.passed is None for check in report.checks)
     asked = len(report.checks) - skipped

@@ -20,9 +20,9 @@ class Arm:
     """One way to run the policy.
 
     Attributes:
-        name: what reports call it; unique.
+        name: its name in reports; unique.
         kind: the method's name, or "unpruned".
-        method: what is attached; None runs the untouched model.
+        method: the method that is attached; None runs the untouched model.
     """
 
     name: str
@@ -36,29 +36,29 @@ class Arm:
 
     @property
     def pruned(self) -> str:
-        """What becomes of the tokens that are not kept."""
+        """The fate of the tokens that are not kept."""
         return Fate.DROP if self.method is None else self.method.pruned
 
     @property
     def refresh_every(self) -> int | None:
-        """Every so many steps one runs unpruned; None: none does."""
+        """The number of steps of which one runs unpruned; None: none does."""
         return None if self.method is None else self.method.schedule.refresh_every
 
 
 def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:
-    """The untouched model first, then every method that the settings name."""
+    """Return the untouched model first, then every method that the settings name."""
     arms = [Arm(BASELINE, BASELINE, None)]
     for made in settings.chosen_methods():
         if any(made.method == arm.method for arm in arms):
             continue
-        # Methods of somebody else's may differ in what no title shows.
+        # Third-party methods may differ in options that no title shows.
         same = sum(arm.name.partition(" #")[0] == made.title for arm in arms)
         arms.append(Arm(f"{made.title} #{same + 1}" if same else made.title, made.name, made.method))
     return tuple(arms)
 
 
 def turn(arms: Sequence[Arm], round_number: int) -> list[Arm]:
-    """The order of the arms in this round: another one begins each time."""
+    """Return the order of the arms in this round: another one begins each time."""
     first = round_number % len(arms)
     return [*arms[first:], *arms[:first]]
 
@@ -68,56 +68,57 @@ class Turns:
 
     Attributes:
         kept: visual tokens kept of each row, by arm; None of the untouched model.
+        memories: what is remembered before a step that is pruned, by pruned arm.
     """
 
     def __init__(self, subject: Subject, arms: Sequence[Arm]) -> None:
         self.subject = subject
         self.arms = tuple(arms)
         self.kept: dict[str, int | None] = {}
-        self._memories: dict[str, Any] = {}
+        self.memories: dict[str, Any] = {}
         for arm in self.arms:
             self._begin(arm)
 
     def subject_of(self, arm: Arm) -> Subject:
-        """What the arm runs on."""
+        """Return the subject that the arm runs on."""
         return self.subject
 
     def _begin(self, arm: Arm) -> None:
-        """An episode's first steps, which some methods do not prune."""
+        """Run an episode's first steps, which some methods do not prune."""
         self.kept[arm.name] = None
         with self.subject.attach(arm.method) as session:
             if session is None:
                 self.subject.step()
                 return
-            self._memories[arm.name] = warm(self.subject, session)
+            self.memories[arm.name] = warm(self.subject, session)
             self.kept[arm.name] = int(session.kept.shape[1])
 
     @contextmanager
     def open(self, arm: Arm) -> Iterator[Any]:
-        """The arm's turn: gives its session (None for the untouched model), after one step that nobody measures.
+        """Open the arm's turn: yield its session (None for the untouched model), after one step that is not measured.
 
         This is the one place where an arm gets ready.
         """
         with self.subject.attach(arm.method) as session:
             if session is not None:
-                session.memory = self._memories[arm.name]
+                session.memory = self.memories[arm.name]
             self.subject.step()
             yield session
 
     def ready(self, arm: Arm, session: Any) -> None:
-        """Runs the steps that the method leaves unpruned, so that the next one is pruned."""
+        """Run the steps that the method leaves unpruned, so that the next one is pruned."""
         while session is not None and not arm.method.prunes(session.memory):
             self.subject_of(arm).step()
 
     def make_fresh(self, arm: Arm, session: Any) -> None:
-        """Has the next step be one that its method leaves unpruned, by counting the steps before it as more."""
-        memory = self._memories[arm.name]
+        """Make the next step one that its method leaves unpruned, by counting the steps before it as more."""
+        memory = self.memories[arm.name]
         while arm.method.prunes(memory):
             memory = replace(memory, steps=memory.steps + 1)
         session.memory = memory
 
     def check(self, arm: Arm, session: Any) -> None:
-        """The step that was just measured is what its arm says.
+        """Check that the step that was just measured is one of its arm.
 
         Raises:
             SessionError: it was not pruned, or not to as many tokens as before.

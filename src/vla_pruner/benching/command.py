@@ -24,7 +24,7 @@ _FIELDS = (
 
 
 def add_bench(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "bench",
         help="how fast is a policy, unpruned and pruned, and why not faster",
@@ -49,7 +49,7 @@ def add_bench(commands: Any) -> None:
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    """Adds every setting of a benchmark but the batch."""
+    """Add every setting of a benchmark but the batch."""
     add = command.add_argument
     add(
         "--model",
@@ -80,7 +80,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 
 def settings_of(options: argparse.Namespace, **given: Any) -> BenchSettings:
-    """The flags as settings; what is `given` is not asked of them.
+    """Return the flags as settings, except for those in `given`.
 
     Raises:
         VLAPrunerError: they do not go together.
@@ -89,7 +89,7 @@ def settings_of(options: argparse.Namespace, **given: Any) -> BenchSettings:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """Runs the benchmark, prints the table and writes the files.
+    """Run the benchmark, print the table and write the files.
 
     Raises:
         VLAPrunerError: the flags do not allow a benchmark.
@@ -100,7 +100,7 @@ def run_bench(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_folder(options.out)
     console = Console(highlight=False, stderr=options.json == "-")
-    # Standard output is the report's alone where it was asked for; policies' own libraries print things, too.
+    # Standard output is the report's alone if it was asked for; policies' own libraries print things, too.
     with redirect_stdout(sys.stderr) if options.json == "-" else nullcontext():
         report = _run(settings, console)
     from vla_pruner.benching.table import to_markdown

@@ -6,7 +6,7 @@ Compiled code lives as long as its session, so arms that take turns cannot share
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -33,24 +33,32 @@ class CompiledTurns(Turns):
     manager; compiled code goes when it closes.
 
     Args:
-        subject: what is compiled, once an arm; it stays as it is itself.
+        subject: compiled in one copy an arm; it stays as it is itself.
         arms: as of `Turns`.
         backend: as in `torch.compile`.
-        tell: told of each arm before it is compiled.
+        tell: called with each arm before it is compiled.
+        memories: by arm, what an episode of its own would leave before its first pruned step, from arms that are not
+            compiled; the programs of the steps before are not compiled then. None: each arm begins an episode.
 
     Attributes:
-        compiling: how many graphs each arm has, and the seconds that they took.
+        compiling: each arm's number of graphs, and the seconds that they took.
 
     Raises:
         UnsupportedModelError: the policy cannot be compiled, or not be copied without its weights.
     """
 
     def __init__(
-        self, subject: Subject, arms: Sequence[Arm], backend: str, tell: Callable[[Arm], None] = lambda _: None
+        self,
+        subject: Subject,
+        arms: Sequence[Arm],
+        backend: str,
+        tell: Callable[[Arm], None] = lambda _: None,
+        memories: Mapping[str, Any] | None = None,
     ) -> None:
         self.compiling: dict[str, Compiling] = {}
         self._backend = backend
         self._tell = tell
+        self._given = memories
         self._subjects: dict[str, Subject] = {}
         self._sessions: dict[str, Any] = {}
         self._open = ExitStack()
@@ -67,7 +75,7 @@ class CompiledTurns(Turns):
         self._open.close()
 
     def subject_of(self, arm: Arm) -> Subject:
-        """The arm's own copy."""
+        """Return the arm's own copy."""
         return self._subjects[arm.name]
 
     def _begin(self, arm: Arm) -> None:
@@ -77,7 +85,7 @@ class CompiledTurns(Turns):
         session = self._sessions[arm.name] = self._compile(arm, subject)
         with _noting(subject) as spent:
             if session is not None:
-                self._memories[arm.name] = warm(subject, session)
+                self.memories[arm.name] = self._memory_before(arm, subject, session)
                 self.kept[arm.name] = int(session.kept.shape[1])
             for _ in range(SETTLED):
                 self.ready(arm, session)
@@ -87,6 +95,16 @@ class CompiledTurns(Turns):
                     self.make_fresh(arm, session)
                     subject.step()
         self.compiling[arm.name] = Compiling(spent.graphs, spent.seconds)
+
+    def _memory_before(self, arm: Arm, subject: Subject, session: Any) -> Any:
+        """Runs the arm up to a pruned step; returns the memory before it."""
+        if self._given is None:
+            return warm(subject, session)
+        session.memory = memory = self._given[arm.name]
+        subject.step()
+        if session.kept is None:
+            raise SessionError(f"A step of {arm.name} was not pruned, with a memory that has its unpruned steps in it.")
+        return memory
 
     def _compile(self, arm: Arm, subject: Subject) -> Any:
         if arm.method is None:
@@ -98,14 +116,14 @@ class CompiledTurns(Turns):
 
     @contextmanager
     def open(self, arm: Arm) -> Iterator[Any]:
-        """The arm's turn, as of `Turns`.
+        """Open the arm's turn, as `Turns` does.
 
         Raises:
-            SessionError: something was compiled in it, so what was measured is not what a robot would wait for.
+            SessionError: something was compiled in it, so the measured time is not that of a robot.
         """
         session, before = self._sessions[arm.name], graphs()
         if session is not None:
-            session.memory = self._memories[arm.name]
+            session.memory = self.memories[arm.name]
         try:
             self.subject_of(arm).step()
             yield session
@@ -121,27 +139,27 @@ class CompiledTurns(Turns):
 
 
 def graphs() -> int:
-    """How many graphs torch compiled in this process so far."""
+    """Return the number of graphs that torch compiled in this process so far."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def twin(subject: Subject) -> Subject:
-    """The same policy and inputs once more, without the memory of its weights."""
+    """Return the same policy and inputs once more, without the memory of its weights."""
     policy = sharing_copy(subject.policy)
     return Subject(policy, feed(policy, subject.settings, subject.device), subject.settings, subject.device)
 
 
 def sharing_copy(policy: Any) -> Any:
-    """A copy of a policy whose parameters and buffers are the original's own.
+    """Return a copy of a policy whose parameters and buffers are the original's own.
 
     Raises:
         UnsupportedModelError: some of them are made anew when the policy is copied.
     """
     module: nn.Module = module_of(policy)
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
-    copied = copy.deepcopy(module, dict(shared))  # what is in the memo is not copied
+    copied = copy.deepcopy(module, dict(shared))  # objects in the memo are not copied
     held = chain(copied.named_parameters(), copied.named_buffers())
     own = [name for name, tensor in held if id(tensor) not in shared]
     if own:
@@ -164,7 +182,7 @@ class _Spent:
 
 @contextmanager
 def _noting(subject: Subject) -> Iterator[_Spent]:
-    """Adds up the steps in which something was compiled."""
+    """Add up the steps in which something was compiled."""
     step, spent = subject.step, _Spent()
 
     def noted() -> Any:

@@ -1,4 +1,4 @@
-"""On what a benchmark runs."""
+"""The conditions of a benchmark."""
 
 from __future__ import annotations
 

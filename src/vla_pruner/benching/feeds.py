@@ -22,11 +22,12 @@ LLAMA_TEXT, LLAMA_CAMERA, LLAMA_DECODED = 24, 256, 7
 PI0_TEXT, PI05_TEXT, SMOLVLA_TEXT, PI0_FAST_TEXT = 48, 200, 48, 200
 MOLMO_TEXT = 100
 OPENVLA_TEXT = 25
+VLM_TEXT = 24
 _SIDE = 224
 
 
 def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """The inputs of this policy.
+    """Return the inputs of this policy.
 
     Raises:
         OptionError: `--prompt-tokens` leaves no text, or does not apply.
@@ -36,10 +37,10 @@ def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
 
 
 def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
-    """What makes the inputs of this policy.
+    """Return the function that makes the inputs of this policy.
 
     Raises:
-        UnsupportedModelError: nothing does.
+        UnsupportedModelError: there is none.
     """
     row = row_of(policy)
     if row is None or row.bench is None:
@@ -53,7 +54,7 @@ def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
 
 
 def _other(settings: BenchSettings, visual: int, usual: int, least: int) -> int:
-    """Positions of the prompt that are not visual tokens."""
+    """Return the number of positions of the prompt that are not visual tokens."""
     if settings.prompt_tokens is None:
         return usual
     other = settings.prompt_tokens - visual
@@ -70,13 +71,13 @@ def _draw(settings: BenchSettings) -> torch.Generator:
 
 
 def _images(settings: BenchSettings, count: int, side: int) -> list[np.ndarray]:
-    """(B, side, side, 3) uint8 of each camera."""
+    """Return (B, side, side, 3) uint8 of each camera."""
     draw = np.random.default_rng(settings.seed)
     return [draw.integers(0, 256, (settings.batch, side, side, 3), dtype=np.uint8) for _ in range(count)]
 
 
 def llama(model: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """A bare Llama, whose visual tokens are embeddings from position 1 on."""
+    """Return the feed of a bare Llama, whose visual tokens are embeddings from position 1 on."""
     from transformers import DynamicCache
 
     rows, visual = settings.batch, LLAMA_CAMERA * (settings.cameras or 1)
@@ -171,7 +172,7 @@ def openvla_oft(policy: Any, settings: BenchSettings, device: torch.device) -> F
 
 
 def reference(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """The autoregressive reference policy."""
+    """Return the feed of the autoregressive reference policy."""
     if settings.prompt_tokens is not None:
         raise OptionError("--prompt-tokens does not apply to the reference policy, whose prompt has one length.")
     config = policy.config
@@ -187,7 +188,7 @@ def reference(policy: Any, settings: BenchSettings, device: torch.device) -> Fee
 
 
 def chunk(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """The two-camera reference policy."""
+    """Return the feed of the two-camera reference policy."""
     config = policy.config
     images = np.stack(_images(settings, len(config.cameras), config.image_size), axis=1)
     example = policy.example()
@@ -237,6 +238,25 @@ def pi0(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
         return [prepare_image(image, vision.image_size) for camera in images for image in camera]
 
     return Feed(step, visual, other, denoised=(config.chunk_size + 1, steps), uses_head=False, prepare=prepare)
+
+
+def vlm(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """A vision-language model of transformers."""
+    from vla_pruner.policies.vlm import ACTION_TOKENS
+
+    rows, cameras, side = settings.batch, len(policy.cameras), policy.side
+    visual = cameras * policy.tokens_per_image
+    draw = _draw(settings)
+    pixels = torch.randn(rows, cameras, 3, side, side, generator=draw)
+    beside = policy.inputs(pixels, torch.zeros(rows, 0, dtype=torch.int64))["input_ids"].shape[1] - visual
+    other = _other(settings, visual, VLM_TEXT + beside, beside + 1)
+    text = torch.randint(3, 250, (rows, other - beside), generator=draw)
+    tokens = settings.decode_tokens or ACTION_TOKENS
+
+    def step() -> Tensor:
+        return policy.decode(policy.inputs(pixels, text), tokens).cpu()
+
+    return Feed(step, visual, other, decoded=tokens - 1)
 
 
 def lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:

@@ -1,4 +1,4 @@
-"""Everything that is measured: milliseconds, stages, memory, FLOPs, and what pruning can reach at all."""
+"""Everything that is measured: milliseconds, stages, memory, FLOPs, and the share that pruning can reach."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ WARM_UP_ROUNDS = 2
 """Rounds that do not count."""
 
 LEAST_ROUNDS = 6
-"""Fewer give no interval."""
+"""The fewest rounds that give an interval."""
 
 
 @dataclass
 class Timings:
-    """What the rounds gave.
+    """The results of the rounds.
 
     Attributes:
         steps: milliseconds of every timed step, by arm.
         fresh: milliseconds of the steps that a method with `refresh_every` leaves unpruned, one a round, by arm.
         rounds: median of each round, by arm, in the order of the rounds.
-        order: which arms had their turn in each round, in their order.
+        order: the arms of each round, in the order of their turns.
     """
 
     steps: dict[str, list[float]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Timings:
 
 
 def time_steps(turns: Turns, rounds: int, progress: Callable[[], None] | None = None) -> Timings:
-    """Whole control steps, arms taking turns in another order each round; the first rounds are thrown away."""
+    """Time whole control steps, arms taking turns in another order each round; the first rounds are thrown away."""
     timings = Timings({arm.name: [] for arm in turns.arms}, {arm.name: [] for arm in turns.arms})
     for number in range(WARM_UP_ROUNDS + rounds):
         order = turn(turns.arms, number)
@@ -81,7 +81,7 @@ def _fresh_step(turns: Turns, arm: Arm, session: Any) -> float | None:
 
 
 def step_milliseconds(step: Callable[[], Any], device: torch.device) -> float:
-    """One control step; on a GPU by its own clock, from an empty queue to an empty queue."""
+    """Return the milliseconds of one control step; on a GPU by its own clock, from an empty queue to an empty queue."""
     if device.type != "cuda":
         start = now(device)
         step()
@@ -98,7 +98,7 @@ def step_milliseconds(step: Callable[[], Any], device: torch.device) -> float:
 def time_stages(turns: Turns, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each stage, and of the whole step as it is while stages are timed ("total"), by arm.
 
-    Apart from `time_steps`, since to tell stages apart a device must be waited for at each of them.
+    This is apart from `time_steps`, since stages can only be separated by waiting for the device at each of them.
     """
     found: dict[str, list[Any]] = {arm.name: [] for arm in turns.arms}
     for number in range(1 + rounds):
@@ -148,7 +148,7 @@ def peak_memory(turns: Turns, arm: Arm) -> dict[str, Any]:
 
 
 def resident_bytes() -> int | None:
-    """Of this process; None where the system does not say."""
+    """Return the bytes of this process; None if the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -159,8 +159,8 @@ def resident_bytes() -> int | None:
 
 
 def reachable_share(turns: Turns, layer: int, repeats: int = 5) -> float | None:
-    """How much of an unpruned control step the prompt spends in the layers from `layer` on; None if that cannot be
-    told.
+    """Return the share of an unpruned control step that its prompt spends in the layers from `layer` on; None if that
+    is not known.
     """
     subject, shares = turns.subject, []
     for repeat in range(1 + repeats):
@@ -177,14 +177,14 @@ def reachable_share(turns: Turns, layer: int, repeats: int = 5) -> float | None:
 def reachable_share_by_flops(
     subject: Subject, layer: int, stages: dict[str, float], least: dict[str, float] | None = None
 ) -> float | None:
-    """As `reachable_share`, of a prompt that is one graph, in which no layer can be timed: the layers' part of its
+    """Return `reachable_share` of a prompt that is one graph, in which no layer can be timed: the layers' part of its
     FLOPs stands for their part of its time.
 
     Args:
-        subject: what runs.
+        subject: the one that runs.
         layer: the first one.
         stages: milliseconds of the untouched model by stage, and "total".
-        least: where decoding is in the prompt's graph, and "prefill" both: the roofline's milliseconds by stage, which
+        least: if decoding is in the prompt's graph, and "prefill" both: the roofline's milliseconds by stage, which
             stand for the prompt's part of it.
     """
     parts = subject.control_step.flops(None, layer)
@@ -195,7 +195,7 @@ def reachable_share_by_flops(
 
 
 def preparation(turns: Turns, repeats: int = 5) -> float | None:
-    """Median milliseconds from images and words to the inputs of a control step, on the host."""
+    """Return the median milliseconds from images and words to the inputs of a control step, on the host."""
     prepare = turns.subject.feed.prepare
     if prepare is None:
         return None

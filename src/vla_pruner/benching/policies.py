@@ -17,10 +17,10 @@ _CAMERA_NAMES = ("image", "wrist_image", "side_image")
 
 
 def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """The policy, or the bare language model, that the settings name.
+    """Return the policy, or the bare language model, that the settings name.
 
     Raises:
-        UnsupportedModelError: the family does not offer what is asked, or is not installed.
+        UnsupportedModelError: the family does not offer the settings, or is not installed.
         CheckpointError: a checkpoint that cannot be read.
     """
     row = settings.row
@@ -32,14 +32,14 @@ def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> 
 
 
 def reference(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """The autoregressive reference policy: the weights that ship, or tiny ones that are drawn."""
+    """Return the autoregressive reference policy: the weights that ship, or tiny ones that are drawn."""
     if settings.size == "tiny":
         return random_policy("reference", "tiny", device, dtype, settings.seed)
     return load_policy("reference:autoregressive", device, dtype)
 
 
 def llama(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Llama of the sizes that are named."""
+    """Return a Llama of the sizes that are named."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -97,6 +97,14 @@ def pi0(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> An
         module.config.num_inference_steps = settings.denoise_steps
     tokenizer = StandInTokenizer(config.vlm_config.text_config.vocab_size)
     return TransformersPI0(module, _cameras(settings.cameras or 3), tokenizer)
+
+
+def vlm(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """A vision-language model of transformers."""
+    from vla_pruner.policies.vlm import CAMERAS, random_vlm
+
+    cameras = CAMERAS if settings.cameras is None else _cameras(settings.cameras)
+    return random_vlm(settings.kind, settings.size, device, dtype, settings.seed, settings.layers, cameras)
 
 
 def lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""What a benchmark found: one result an arm, with everything that its figures depend on."""
+"""The results of a benchmark: one an arm, with everything that its figures depend on."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from vla_pruner.benching.roofline import Peaks
 
 TOLERANCE = 0.01
-"""Counted FLOPs of the decoder and those of the formula agree within this part of the formula's."""
+"""The part of the formula's FLOPs within which the decoder's counted ones agree with them."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How many times faster than the untouched model; the median over the rounds, each a pair.
+    """The speed as a multiple of the untouched model's; the median over the rounds, each a pair.
 
     Attributes:
-        value: 1 where nothing changes.
+        value: 1 if nothing changes.
         low, high: 95 % interval of the median; None for fewer than 6 rounds.
         rounds: pairs.
     """
@@ -29,7 +29,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Refresh:
-    """Of a method that runs every n-th step unpruned: what a whole cycle costs.
+    """The cost of a whole cycle of a method that runs every n-th step unpruned.
 
     Attributes:
         every: n.
@@ -49,8 +49,8 @@ class FlopCount:
     """FLOPs of one control step, all robots, by stage.
 
     Attributes:
-        counted: what ran, by torch's dispatcher ("vision", "prefill", "pruning", "decode", "other").
-        formula: the least that it takes ("vision", "prefill", "decode"; "pruning" for what freezing computes).
+        counted: the FLOPs that ran, by torch's dispatcher ("vision", "prefill", "pruning", "decode", "other").
+        formula: the least that it takes ("vision", "prefill", "decode"; "pruning" for the work of freezing).
         vision_by_formula: whether the formula knows the vision encoder; else it has the counted figure.
     """
 
@@ -60,8 +60,8 @@ class FlopCount:
 
     @property
     def difference(self) -> dict[str, float]:
-        """How much more was counted than the formula says, as a part of the formula's: decoder (with an expert), and
-        the whole step with all that no formula knows.
+        """The excess of the counted FLOPs over the formula's, as a part of the formula's: decoder (with an expert), and
+        the whole step with all that no formula has.
         """
         decoder = sum(self.formula[stage] for stage in ("prefill", "decode"))
         counted = sum(self.counted[stage] for stage in ("prefill", "decode"))
@@ -70,16 +70,16 @@ class FlopCount:
 
     @property
     def agree(self) -> bool:
-        """Whether the decoder's two figures are the same within `TOLERANCE`."""
+        """True if the decoder's two figures are the same within `TOLERANCE`."""
         return abs(self.difference["decoder"]) <= TOLERANCE
 
 
 @dataclass(frozen=True)
 class Compiling:
-    """What compiling an arm took, before anything was timed.
+    """The cost of compiling an arm, before anything was timed.
 
     Attributes:
-        graphs: how many there are: one for each kind of call.
+        graphs: their number: one for each kind of call.
         seconds: of the steps in which they were compiled, which ran them too.
     """
 
@@ -104,12 +104,12 @@ class ArmResult:
         bytes_moved: weights and key-value cache, by stage.
         roofline: least milliseconds by stage, by the measured peaks.
         reached: the roofline's time as a part of the median.
-        ceiling: Amdahl's: how many times faster any method at this layer and keep can be; None where it is not known.
+        ceiling: Amdahl's: how many times faster any method at this layer and keep can be; None if it is not known.
         memory: "kind" and "bytes".
-        refresh: what a whole cycle costs, of a method that runs every n-th step unpruned; else None. All other figures
+        refresh: the cost of a whole cycle, of a method that runs every n-th step unpruned; else None. All other figures
             are those of pruned steps.
-        compiling: None where nothing is compiled.
-        why: where the time that is saved comes from, and what holds it up.
+        compiling: None if nothing is compiled.
+        why: the source of the saving, and its limits.
     """
 
     name: str
@@ -144,18 +144,18 @@ class BenchReport:
     """A whole benchmark.
 
     Attributes:
-        settings: what was asked.
+        settings: of the benchmark.
         conditions: machine, device, driver, versions, dtype, attention backend, threads, load.
         shape: of one robot's control step: visual tokens, other tokens, layers, tokens decoded, denoising steps.
         peaks: of the device.
         arms: the untouched model first.
-        order: which arms had their turn in each round.
-        backend: what every arm was compiled with; None: nothing was.
+        order: the arms of each round, in the order of their turns.
+        backend: of every arm's compilation; None: nothing was compiled.
         one_graph: whether prompt and decoding were compiled as one graph; the stage "prefill" is both then.
         shares: for each pruning layer, the part of an unpruned step that the prompt spends from that layer on. Of
             compiled arms by FLOPs, since inside of a graph nothing can be timed.
-        prepare_ms: from images and words to the inputs of a step; not part of any figure. None where the step has it.
-        acting: what follows the prompt: "decode", "denoise" or "".
+        prepare_ms: from images and words to the inputs of a step; not part of any figure. None if the step has it.
+        acting: the stage after the prompt: "decode", "denoise" or "".
         warnings: why these figures may not be trusted.
     """
 
@@ -178,7 +178,7 @@ class BenchReport:
         return self.arms[0]
 
     def __getitem__(self, name: str) -> ArmResult:
-        """The arm of this name; KeyError if there is none."""
+        """Return the arm of this name; KeyError if there is none."""
         for arm in self.arms:
             if arm.name == name:
                 return arm

@@ -1,4 +1,4 @@
-"""What the device can do at best, measured beside the benchmark, and the time that a control step cannot go below."""
+"""The device at its best, measured beside the benchmark, and the least time that a control step can take."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Peaks:
     Attributes:
         flops: FLOP/s of a large square matrix product in the benchmark's dtype.
         bandwidth: bytes/s read and written by a copy that fits into no cache.
-        data_sheet: the vendor's figures (bfloat16, dense); None where they are not known.
+        data_sheet: the vendor's figures (bfloat16, dense); None if they are not known.
     """
 
     flops: float
@@ -47,7 +47,7 @@ class Peaks:
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """Runs a short product and a short copy on the device, and takes the best of several."""
+    """Run a short product and a short copy on the device, and take the best of several."""
     on_gpu = device.type == "cuda"
     side, size, repeats = (8192, 1 << 30, 10) if on_gpu else (1024, 1 << 27, 5)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
@@ -60,12 +60,12 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
 
 
 def data_sheet(name: str) -> tuple[float, float] | None:
-    """The vendor's figures for a GPU of this name; None where they are not known."""
+    """Return the vendor's figures for a GPU of this name; None if they are not known."""
     return next((figures for part, figures in DATA_SHEETS.items() if part in name), None)
 
 
 def _best(call: Any, device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of several calls."""
+    """Return the seconds of the fastest of several calls."""
     call()
     taken = []
     for _ in range(repeats):
@@ -77,7 +77,7 @@ def _best(call: Any, device: torch.device, repeats: int) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What a control step cannot do without.
+    """The least work of a control step.
 
     Attributes:
         flops: by stage, of all rows.
@@ -88,27 +88,27 @@ class Work:
     bytes: dict[str, float]
 
     def milliseconds(self, peaks: Peaks) -> dict[str, float]:
-        """The least time of each stage: computing or reading, whichever takes longer."""
+        """Return the least time of each stage: computing or reading, whichever takes longer."""
         return {
             stage: 1e3 * max(flops / peaks.flops, self.bytes.get(stage, 0.0) / peaks.bandwidth)
             for stage, flops in self.flops.items()
         }
 
     def bound_by_reading(self, stage: str, peaks: Peaks) -> bool:
-        """Whether the stage waits for memory."""
+        """Return True if the stage waits for memory."""
         return self.bytes.get(stage, 0.0) / peaks.bandwidth > self.flops[stage] / peaks.flops
 
 
 def least_work(
     subject: Subject, kept: int | None, layer: int, pruned: str, counted_vision: float | None = None
 ) -> Work:
-    """Of one control step, by the formulas of `cost`.
+    """Return the least work of one control step, by the formulas of `cost`.
 
     Args:
-        subject: what runs.
+        subject: the one that runs.
         kept: visual tokens kept; None: all.
         layer, pruned: of the arm.
-        counted_vision: FLOPs of the vision encoder where no formula knows it.
+        counted_vision: FLOPs of the vision encoder if no formula has it.
     """
     step, rows = subject.control_step, subject.rows
     parts = step.flops(kept, layer, pruned)

@@ -45,16 +45,16 @@ from vla_pruner.wording import a_type
 _BUSY_CORES = 0.25
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many rounds of how many are."""
+"""A function that is called with the work in progress, and the number of finished rounds and of all."""
 
 
 def bench(model: Any, *, progress: Progress | None = None, **options: Any) -> BenchReport:
-    """Times a policy unpruned and pruned, and says what pruning saves and why not more.
+    """Time a policy unpruned and pruned, and say what pruning saves and why not more.
 
     Args:
         model: a name, "llama:HIDDEN,LAYERS" or a checkpoint's folder (see `BenchSettings`); or a policy that is loaded,
             with no session attached, which is timed where it is and left as it was.
-        progress: told what is being done.
+        progress: called with the work in progress.
         **options: fields of `BenchSettings`: keep, methods (names or methods), pruned, layer, batch, dtype, device,
             iters, ...
 
@@ -89,7 +89,7 @@ def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any
     for name in ("device", "dtype"):
         if name in options:
             raise OptionError(f"{flag(name)} does not apply to a policy that is loaded; move it, and leave this out.")
-    feed_of(policy)  # refused here if nobody knows what it is fed with
+    feed_of(policy)  # refused here if no inputs are known for it
     weight = next(weight for weight in module.parameters() if weight.is_floating_point())
     dtype, device = str(weight.dtype).removeprefix("torch."), weight.device
     settings = BenchSettings(type(policy).__name__, loaded=True, dtype=dtype, device=str(device), **options)
@@ -97,8 +97,15 @@ def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any
         return bench_subject(Subject(policy, feed(policy, settings, device), settings, device), progress)
 
 
-def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchReport:
-    """The benchmark of a policy that is there already; the policy is left as it was."""
+def bench_subject(subject: Subject, progress: Progress | None = None, whole_episodes: bool = True) -> BenchReport:
+    """Benchmark a policy that exists already; it is left as it was.
+
+    Args:
+        subject: the policy and what it is fed.
+        progress: as of `bench`.
+        whole_episodes: whether compiled arms begin with an episode of their own. If not, they begin with the memory of
+            the uncompiled ones: of the unpruned steps before nothing is compiled, and "compiling" has the rest alone.
+    """
     settings, tell = subject.settings, progress or (lambda *_: None)
     conditions = conditions_of(subject)
     tell("probing the device", 0, 1)
@@ -106,7 +113,7 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
     plain = Turns(subject, arms_of(settings))
     rounds = max(1, -(-settings.iters // STEPS_A_TURN))
     done = iter(range(1, WARM_UP_ROUNDS + rounds + 1))
-    with _turns(plain, settings.backend, tell) as turns:
+    with turns_of(plain, tell, whole_episodes) as turns:
         timings = time_steps(turns, rounds, lambda: tell("timing steps", next(done), WARM_UP_ROUNDS + rounds))
         tell("timing stages", 0, 1)
         stages = time_stages(turns, max(2, rounds // 4))
@@ -134,15 +141,19 @@ def bench_subject(subject: Subject, progress: Progress | None = None) -> BenchRe
 
 
 @contextmanager
-def _turns(plain: Turns, backend: str | None, tell: Progress) -> Iterator[Turns]:
-    """What is timed: the arms as they are, or compiled."""
+def turns_of(plain: Turns, tell: Progress, whole_episodes: bool = True) -> Iterator[Turns]:
+    """Yield the turns that are timed: the arms as they are, or compiled; arguments as of `bench_subject`."""
+    backend = plain.subject.settings.backend
     if backend is None:
         yield plain
         return
     count = iter(range(1, len(plain.arms) + 1))
-    with CompiledTurns(
-        plain.subject, plain.arms, backend, lambda arm: tell(f"compiling {arm.name}", next(count), len(plain.arms))
-    ) as turns:
+
+    def told(arm: Arm) -> None:
+        tell(f"compiling {arm.name}", next(count), len(plain.arms))
+
+    memories = None if whole_episodes else plain.memories
+    with CompiledTurns(plain.subject, plain.arms, backend, told, memories) as turns:
         if turns.kept != plain.kept:
             raise SessionError(f"Compiled arms keep {turns.kept} visual tokens, and uncompiled ones {plain.kept}.")
         yield turns
@@ -159,7 +170,7 @@ def _shares(plain: Turns, base: dict[str, float], peaks: Peaks) -> dict[int, flo
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was timed, by arm; `shares` by pruning layer. `compiling` is empty where nothing is compiled."""
+    """All timings by arm; `shares` by pruning layer. `compiling` is empty if nothing is compiled."""
 
     timings: Timings
     stages: dict[str, dict[str, float]]
@@ -181,7 +192,7 @@ def _results(turns: Turns, measured: Measured, peaks: Peaks) -> tuple[ArmResult,
     base_p50 = percentile(timings.steps[base_name], 50)
 
     def timed(name: str) -> Timed:
-        # What is saved is what the speed says, which compares steps of the same round; two medians may disagree.
+        # The speed gives the saving, since it compares steps of the same round; two medians may disagree.
         return Timed(base_p50 / _speed(timings.rounds[base_name], timings.rounds[name]).value, stages[name], work[name])
 
     def result(arm: Arm) -> ArmResult:

@@ -1,4 +1,4 @@
-"""What a benchmark is asked to do, checked before anything is built."""
+"""The settings of a benchmark, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vla_pruner.registry import ROWS, Benchmark, Row, row_named
 NAMED = tuple(row.name for row in ROWS if row.bench is not None and row.random is not None)
 """Policies with random weights, at their published size or tiny; aliases are understood, too."""
 SHIPPED = "reference:"
-"""What a policy of `reference_policy` begins with, to benchmark its weights."""
+"""The prefix of a `reference_policy`, to benchmark its weights."""
 LLAMA = "llama:"
 INDUCTOR = "inductor"
 """torch's own backend."""
@@ -55,11 +55,11 @@ class BenchSettings:
             checkpoint's folder; the class of a policy that is loaded already.
         size: "full" (published) or "tiny", of models with random weights.
         layers: depth of the decoder, and of an expert beside it; None: as published.
-        keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and what VLA-Cache was
-            published with. It, `pruned`, `layer` and `refresh_every` are those of methods that are given by name.
+        keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and VLA-Cache's published
+            one. It, `pruned`, `layer` and `refresh_every` are those of methods that are given by name.
         methods: names of methods, with options of their own after colons, or methods; one arm each.
-        pruned: what becomes of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: what each method
-            does first.
+        pruned: the fate of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: the first of each
+            method's fates.
         layer: pruning layers; one arm each.
         batch: robots in one call.
         cameras: number of images; None: as published.
@@ -123,7 +123,7 @@ class BenchSettings:
 
     @property
     def row(self) -> Row | None:
-        """What is known of the model that is built; None of a checkpoint, and of a policy that is loaded already."""
+        """The row of the model that is built; None for a checkpoint, and for a policy that is loaded already."""
         if self.loaded or self.model.startswith(SHIPPED):
             return None
         row = row_named("llama" if self.model.startswith(LLAMA) else self.model)
@@ -136,11 +136,11 @@ class BenchSettings:
 
     @property
     def backend(self) -> str | None:
-        """What every arm is compiled with; None: they run as they are."""
+        """The backend that every arm is compiled with; None: they run as they are."""
         return self.compile if isinstance(self.compile, str) else INDUCTOR if self.compile else None
 
     def llama(self) -> LlamaSize:
-        """The sizes that "llama:..." names; those left out are Llama's usual ones for this width.
+        """Return the sizes that "llama:..." names; those left out are Llama's usual ones for this width.
 
         Raises:
             UnsupportedModelError: it cannot be read, or the width is no multiple of the heads.
@@ -161,11 +161,11 @@ class BenchSettings:
         return LlamaSize(hidden, self.layers or layers, heads, intermediate, vocabulary)
 
     def chosen_methods(self) -> tuple[Named, ...]:
-        """The method of every pruned arm.
+        """Return the method of every pruned arm.
 
         Raises:
-            OptionError: a name is no method's, the options do not fit it, it prunes at several layers, or nobody would
-                tell it what it asks for.
+            OptionError: a name is no method's, the options do not fit it, it prunes at several layers, or it needs
+                reports that a benchmark does not make.
         """
         found: list[Named] = []
         for method in self.methods:
@@ -194,13 +194,13 @@ class BenchSettings:
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dump`: what can be asked for, methods as Python shows them."""
+        """Return the settings for `json.dump`, methods as Python shows them."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "loaded"}
         return found | {"methods": [each if isinstance(each, str) else repr(each) for each in self.methods]}
 
     @property
     def _depth(self) -> int | None:
-        """Layers of the decoder, where they are known before it is built."""
+        """Layers of the decoder, if they are known before it is built."""
         if self.layers is not None:
             return self.layers
         if self.kind == "llama":
@@ -246,7 +246,7 @@ class BenchSettings:
 
 
 def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[Any, ...] | None:
-    """A setting that may have several values as a tuple of them.
+    """Return a setting that may have several values as a tuple of them.
 
     Raises:
         OptionError: it is of another kind.
@@ -262,5 +262,5 @@ def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[
 
 
 def flag(name: str) -> str:
-    """How the command line calls a setting."""
+    """Return the flag of a setting."""
     return "--" + {"methods": "method"}.get(name, name).replace("_", "-")

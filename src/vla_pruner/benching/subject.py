@@ -1,4 +1,4 @@
-"""A policy made ready to be timed: its control step as a function without arguments, and what that step consists of."""
+"""A policy made ready to be timed: its control step as a function without arguments, and the step's sizes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Subject:
     """A policy and its control step.
 
     Args:
-        policy: what methods attach to.
+        policy: the object that methods attach to.
         feed: its inputs.
         settings: of the benchmark.
-        device: where it runs.
+        device: of the policy.
 
     Attributes:
         step: one control step.
-        family: where things are in it.
+        family: its adapter.
         anatomy: its parts.
-        control_step: what one control step of one robot computes, for the formulas.
+        control_step: the sizes of one robot's control step, for the formulas.
         rows: robots in one call.
     """
 
@@ -52,22 +52,22 @@ class Subject:
 
     @property
     def acting(self) -> str:
-        """What comes after the prompt."""
+        """The stage after the prompt."""
         if self.feed.denoised is not None:
             return "denoise"
         return "decode" if self.feed.decoded else ""
 
     @property
     def one_graph(self) -> bool:
-        """Whether it is compiled, and prompt and decoding are then one graph."""
+        """True if it is compiled, and prompt and decoding are then one graph."""
         return self.settings.backend is not None and self.family.acting is not None
 
     def attach(self, method: Method | None) -> Any:
-        """A context manager that gives a session of `method`, or None for the untouched model."""
+        """Return a context manager that gives a session of `method`, or None for the untouched model."""
         return nullcontext(None) if method is None else method.attach(self.policy, **self.feed.attach)
 
     def watched(self) -> Watched:
-        """Which modules are which stage, for `StageTimer`."""
+        """Return the modules of each stage, for `StageTimer`."""
         return watched_of(self.family)
 
     def weight_bytes(self) -> dict[str, float]:
@@ -112,12 +112,12 @@ class Subject:
 
     @property
     def vision_by_formula(self) -> bool:
-        """Whether the sizes of all vision towers are known."""
+        """True if the sizes of all vision towers are known."""
         return len(self.control_step.towers) == len(self.anatomy.towers)
 
 
 def warm(subject: Subject, session: Session) -> Any:
-    """Runs control steps until one is pruned; returns the memory before the next.
+    """Run control steps until one is pruned; return the memory before the next.
 
     Raises:
         BudgetError: the method prunes none of the first steps.
@@ -140,14 +140,17 @@ def _shape(decoder: Any, with_head: bool) -> DecoderShape:
 
 
 def _tower(module: Any) -> Tower | None:
-    """The sizes of a vision encoder; None where they are not known."""
+    """Return the sizes of a vision encoder; None if they are not known."""
     size, config = getattr(module, "size", None), getattr(module, "config", None)
     if size is not None and hasattr(size, "mlp_width"):
         width, heads, layers, feed_forward = size.width, size.heads, size.depth - 1, size.mlp_width
         patch, patches, prefix = size.patch, size.patches, size.prefix
-    elif config is not None and hasattr(config, "patch_size") and hasattr(config, "intermediate_size"):
+    elif config is not None and all(
+        hasattr(config, name) for name in ("patch_size", "image_size", "intermediate_size", "num_attention_heads")
+    ):
         width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-        feed_forward, patch, prefix = config.intermediate_size, config.patch_size, 0
+        feed_forward, patch = config.intermediate_size, config.patch_size
+        prefix = 1 if config.model_type == "clip_vision_model" else 0
         patches = (config.image_size // patch) ** 2
     else:
         return None
@@ -156,10 +159,10 @@ def _tower(module: Any) -> Tower | None:
 
 
 def _bytes(module: Any) -> int:
-    """Of its weights, each counted once."""
+    """Return the bytes of its weights, each counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _matrices(module: nn.Module) -> int:
-    """Numbers in its matrices."""
+    """Return the number of elements in its matrices."""
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))

@@ -14,7 +14,7 @@ _NONE = "-"
 
 
 def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
-    """(what it is, one cell an arm) from top to bottom; what belongs to the row above is indented."""
+    """Return (label, one cell an arm) from top to bottom; a row that belongs to the one above is indented."""
     base = report.baseline
     arms = report.arms
 
@@ -106,7 +106,7 @@ def to_markdown(report: BenchReport) -> str:
 
 
 def notes(report: BenchReport) -> Iterator[str]:
-    """What stands below the table."""
+    """Yield the notes below the table."""
     found, peaks = report.conditions, report.peaks
     threads = (
         f", {counted(found['threads'], 'thread')}" if found["device"] == "cpu" else f", driver {found.get('driver')}"
@@ -142,7 +142,7 @@ def _prefill(report: BenchReport) -> str:
 
 
 def _after(report: BenchReport) -> tuple[str, ...]:
-    """Stages after the prompt's, by their titles."""
+    """Return the stages after the prompt's, by their titles."""
     return () if report.one_graph else (report.acting or "decode",)
 
 

@@ -1,4 +1,4 @@
-"""Why a saved token is a saved millisecond, or is not: sentences made from the figures."""
+"""The reasons why a saved token is a saved millisecond, or is not: sentences made from the figures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from vla_pruner.benching.roofline import Peaks, Work
 
 NOTICEABLE = 0.25
-"""A stage is named if it takes this part of an unpruned step; a cost, if it takes this part of what is saved."""
+"""The part of an unpruned step from which on a stage is named; also the part of the saving from which on a cost is."""
 
 SLACK = 1.15
 """The pruned prompt is slower than its FLOPs say if it takes this much longer."""
 
 OVERHEAD = 3.0
-"""What comes after the prompt is mostly overhead if it takes this many times its roofline's time."""
+"""The multiple of its roofline's time from which on the stage after the prompt is mostly overhead."""
 
 _CHOOSING = "Choosing, gathering and freezing cost"
 
@@ -42,7 +42,7 @@ def why(
     compiled: bool = False,
     one_graph: bool = False,
 ) -> str:
-    """What was saved against what the FLOPs of the prompt promise, and what holds it up.
+    """Compare the saving with that of the prompt's FLOPs, and say what limits it.
 
     Args:
         base: the untouched model.

@@ -1,4 +1,4 @@
-"""Does what was measured offline rank arms as closed loop does? Spearman's correlation over the arms of evaluations."""
+"""The agreement of offline and closed-loop rankings: Spearman's correlation over the arms of evaluations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from vla_pruner.json_file import field_of, load_json, typed
 
 PUBLISHED = "summary.json"
 PRUNING = ("method", "random")
-"""Kinds of arms that are compared: the unpruned policy and blank images lie at the two ends of both orders anyway."""
+"""The kinds of arms that are compared: the unpruned policy and blank images lie at the two ends of both orders
+anyway.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Pair:
     Attributes:
         moved: as of `ArmCalibration`.
         loss: success rate of the unpruned policy minus the arm's, on paired episodes; in [-1, 1].
-        pairs: how many episodes.
+        pairs: the number of episodes.
         method: its name without options, or "random".
         setting: its keep and fate, such as "0.25 drop".
     """
@@ -52,12 +54,12 @@ class Agreement:
     Each loss is itself uncertain by its number of episodes, which draws a correlation towards 0.
 
     Attributes:
-        correlation: over all arms. A smaller keep moves and loses more whatever the method, so it is high even where
+        correlation: over all arms. A smaller keep moves and loses more whatever the method, so it is high even if
             nothing tells one method from another. None: the arms have none.
         within: mean over the settings (keep and fate) that have 4 arms or more and an order; None: none has.
-        settings: which these are.
+        settings: those settings.
         arms: all that were compared.
-        why: there is no correlation; empty where there is one.
+        why: the reason why there is no correlation; empty if there is one.
     """
 
     correlation: Estimate | None
@@ -68,12 +70,12 @@ class Agreement:
 
     @property
     def methods(self) -> int:
-        """How many methods the arms are of, the random choice among them."""
+        """The number of methods among the arms, the random choice included."""
         return len({pair.method for pair in self.arms})
 
 
 def closed_loop_losses(folders: Sequence[Path], weights: str | None = None) -> dict[str, tuple[float, int]]:
-    """Loss of success rate of each pruning arm, and on how many pairs, from evaluations' eval_info.json.
+    """Return each pruning arm's loss of success rate and its number of pairs, from evaluations' eval_info.json.
 
     An arm of several evaluations, which then differ in their seed, has the mean over all of its pairs.
 
@@ -144,14 +146,14 @@ def _seeds(run: Mapping[str, Any]) -> str:
 
 
 def _episodes(run: Mapping[str, Any]) -> Any:
-    """What the episodes of an evaluation are, but for their seed."""
+    """Return the settings of an evaluation's episodes except for their seed."""
     plan, identity = run.get("plan", {}), run["identity"]
     limits = [identity.get(name) for name in ("max_steps", "horizon", "suite_options")]
     return {name: value for name, value in plan.items() if name != "policy_seed"}, limits
 
 
 def check_shared(arms: Sequence[Arm], folders: Sequence[Path]) -> None:
-    """Refuse, before anything slow begins, arms of which evaluations say nothing.
+    """Refuse, before anything slow begins, arms that no evaluation ran.
 
     Raises:
         CalibrationError: evaluations ran none of them; or as `closed_loop_losses`.
@@ -168,7 +170,7 @@ def _check_any(keys: Sequence[str], losses: Mapping[str, Any], folders: Sequence
 
 
 def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
-    """How well a calibration predicts closed-loop loss, over all arms that it shares with evaluations.
+    """Return how well a calibration predicts closed-loop loss, over all arms that it shares with evaluations.
 
     Raises:
         CalibrationError: they share no arm; or as `closed_loop_losses`.
@@ -205,7 +207,7 @@ def _check_sources(arms: Mapping[str, ArmCalibration], folders: Sequence[Path]) 
 
 
 def _unranked(moved: Sequence[float], losses: Sequence[float]) -> str:
-    """Why there is no rank correlation; empty where there is one."""
+    """Return why there is no rank correlation; empty if there is one."""
     if len(moved) < FEWEST_PAIRS:
         return f"it needs {FEWEST_PAIRS} arms that prune and that both ran, and there are {len(moved)}"
     same = [said for values, said in ((moved, "move the action"), (losses, "lose")) if len(set(values)) == 1]
@@ -213,13 +215,13 @@ def _unranked(moved: Sequence[float], losses: Sequence[float]) -> str:
 
 
 def _named(title: str) -> tuple[str, str]:
-    """Method and setting of an arm: "fastv 0.25 drop K=3" is of "fastv" and "0.25 drop"."""
+    """Return method and setting of an arm: "fastv 0.25 drop K=3" is of "fastv" and "0.25 drop"."""
     name, _, rest = title.partition(" ")
     return name, " ".join(rest.split(" ")[:2])
 
 
 def arms_of(folders: Sequence[Path]) -> list[Arm]:
-    """The arms that evaluations ran, made anew from their titles.
+    """Make the arms that evaluations ran anew from their titles.
 
     Raises:
         CalibrationError: a file is missing or damaged, or an arm cannot be made by this version.
@@ -239,7 +241,7 @@ def arms_of(folders: Sequence[Path]) -> list[Arm]:
 
 def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
     if ":" in arm["title"].split(" ")[0]:
-        # A file that others wrote may not say what is imported here.
+        # A file that others wrote must not decide what is imported here.
         raise CalibrationError(
             f"{folder} has the arm {arm['title']!r} of a method that is named by its module, which is not imported "
             "because a file names it; name the arms to calibrate with --method, --keep, --layer and --pruned."
@@ -262,7 +264,7 @@ def _unknown(title: str, folder: Path) -> CalibrationError:
 
 
 def read_eval_info(folder: Path) -> dict[str, Any]:
-    """An evaluation's eval_info.json, or what of it was published as summary.json.
+    """Return an evaluation's eval_info.json, or the part of it that was published as summary.json.
 
     Args:
         folder: of an evaluation or of a published one, or the file itself.

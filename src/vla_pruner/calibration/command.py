@@ -38,17 +38,17 @@ _REPRODUCED = 1e-3
 
 
 def run_calibrate(settings: CalibrateSettings, console: Console) -> int:
-    """Calibrates, or reads an earlier calibration, and shows what follows.
+    """Calibrate, or read an earlier calibration, and show the conclusions.
 
     Returns:
         0.
 
     Raises:
-        VLAPrunerError: it cannot run, or the settings do not fit what is there.
+        VLAPrunerError: it cannot run, or the settings do not fit the policy or the recordings.
     """
     if settings.json not in (None, "-"):
         check_file(settings.json)
-    wilson(0, 1)  # refused now, and not after minutes, where scipy is missing
+    wilson(0, 1)  # refused now, and not after minutes, if scipy is missing
     found = Calibration.read(settings.results) if settings.results else _calibrate(settings, console)
     agreed = agreement(found, settings.against) if settings.against else None
     _show(found, agreed, console)
@@ -60,7 +60,7 @@ def run_calibrate(settings: CalibrateSettings, console: Console) -> int:
 
 
 def calibrate(policy: Any, arms: Sequence[Arm], recordings: Recordings, console: Console | None = None) -> Calibration:
-    """How far each arm moves the action on recorded observations, and how fast it is.
+    """Measure how far each arm moves the action on recorded observations, and how fast it is.
 
     Args:
         policy: as of `load_policy`.
@@ -136,7 +136,7 @@ def _row(arm: ArmCalibration, losses: dict[str, float]) -> tuple[str, ...]:
 
 
 def sentences(found: Calibration, tolerance: float | None, agreed: Agreement | None) -> list[str]:
-    """What the numbers say."""
+    """Return the conclusions from the numbers."""
     said = []
     if tolerance is not None:
         said.append(_choice(found, tolerance))

@@ -1,4 +1,4 @@
-"""The frames of a dataset's videos that belong to its rows: by their times, and never another step's."""
+"""The frames of a dataset's videos that belong to its rows: matched by their times, and never another step's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.wording import install
 
 _SAME = 0.05
-"""Frames by which a time may be off a frame's own and still be meant for it alone."""
+"""The largest distance, in frames, between a time and the only frame that it can mean."""
 _NEAR = 0.25
-"""The same once drifted times were replaced by those of the frames' numbers."""
+"""The same limit after drifted times were replaced by those of the frames' numbers."""
 _DRIFT = 0.5
-"""Frames of drift from which on another frame is nearer."""
+"""The drift, in frames, from which on another frame is nearer."""
 
 
 class NoFrame(ValueError):
@@ -27,7 +27,7 @@ class NoFrame(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where an episode lies in a video that holds several.
+    """The place of an episode in a video that holds several.
 
     Attributes:
         start: seconds at which it begins, as the dataset's index says.
@@ -41,17 +41,17 @@ class Place:
 
 
 def frames_of(path: Path, place: Place, times: np.ndarray, steps: np.ndarray, fps: float, where: str) -> np.ndarray:
-    """The images (n, H, W, 3) uint8 of n steps of an episode.
+    """Return the images (n, H, W, 3) uint8 of n steps of an episode.
 
-    LeRobot takes the frame nearest to a row's timestamp, and raises where that is more than .1 ms away. So does this
-    function, but where timestamps have drifted by less than half a frame, it takes the frame that is meant.
+    LeRobot takes the frame nearest to a row's timestamp, and raises if that is more than .1 ms away. So does this
+    function, but if timestamps have drifted by less than half a frame, it takes the intended frame.
 
     Args:
         path: of the video.
         times: (n,) timestamps of the steps, seconds from the episode's start.
         steps: (n,) their numbers in the episode.
         fps: steps in a second.
-        where: which rows these are, for messages.
+        where: the rows' episode, for messages.
 
     Raises:
         CalibrationError: times have drifted by half a frame or more, a frame is missing, or PyAV is not installed.
@@ -83,7 +83,7 @@ def frames_of(path: Path, place: Place, times: np.ndarray, steps: np.ndarray, fp
 
 
 def _start(path: Path, place: Place, fps: float, where: str) -> float:
-    """Seconds at which the episode's frames begin: as the index says, unless the index has drifted."""
+    """Return the seconds at which the episode's frames begin: as the index says, unless the index has drifted."""
     off = [abs(start * fps - round(start * fps)) for start in place.starts]
     drifts = max(off) > _SAME
     if place.lengths is None:
@@ -106,13 +106,13 @@ def _drifted(path: Path, place: Place, where: str) -> str:
 
 
 def _frame_count(path: Path) -> int:
-    """As the container says; 0: it does not."""
+    """Return the number of frames according to the container; 0 if it gives none."""
     with package("av").open(str(path)) as container:
         return container.streams.video[0].frames if container.streams.video else 0
 
 
 def frames_at(path: Path, times: np.ndarray, tolerance: float) -> np.ndarray:
-    """The frames (n, H, W, 3) uint8 of a video that are nearest to n times, in seconds.
+    """Return the frames (n, H, W, 3) uint8 of a video that are nearest to n times, in seconds.
 
     Raises:
         NoFrame: none is within `tolerance` seconds.
@@ -143,7 +143,7 @@ def frames_at(path: Path, times: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def package(name: str) -> Any:
-    """A package that reads a part of a dataset.
+    """Import a package that reads a part of a dataset.
 
     Raises:
         CalibrationError: it is not installed.

@@ -6,4 +6,4 @@ from vla_pruner.errors import VLAPrunerError
 
 
 class CalibrationError(VLAPrunerError, ValueError):
-    """What was recorded cannot be read, does not fit the policy, or says nothing; the message has the fix."""
+    """The recordings cannot be read, do not fit the policy, or allow no conclusion; the message has the fix."""

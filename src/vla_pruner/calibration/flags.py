@@ -8,16 +8,17 @@ from typing import Any
 
 from vla_pruner.calibration.settings import CalibrateSettings
 from vla_pruner.evaluation.flags import add_arms, policy_source
-from vla_pruner.flags import add_weights, names
+from vla_pruner.flags import add_weights, names, refuse_unused
 
 _FIELDS = (
     "source", "results", "methods", "keep", "layer", "pruned", "controls", "tasks", "episodes", "every", "max_steps",
     "seed", "tolerance", "json",
 )  # fmt: skip
+_READING = frozenset({"results", "tolerance", "against", "json"})
 
 
 def add_calibrate(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "calibrate",
         help="how far pruning moves a policy's action on recorded observations, and the fastest setting in tolerance",
@@ -76,14 +77,14 @@ def add_calibrate(commands: Any) -> None:
         "--seed", metavar="S", type=int, default=0, help="of a flow policy's noise, for datasets (default: %(default)s)"
     )
     add_weights(command)
-    command.set_defaults(run=run_command)
+    command.set_defaults(run=run_command, parser=command)
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Runs what the flags ask for.
+    """Run the command that the flags describe.
 
     Raises:
-        VLAPrunerError: they ask for something that cannot be.
+        VLAPrunerError: they ask for something impossible.
     """
     from rich.console import Console
 
@@ -93,11 +94,13 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> CalibrateSettings:
-    """The flags as settings.
+    """Return the flags as settings.
 
     Raises:
         VLAPrunerError: they do not go together.
     """
+    if options.results is not None:
+        refuse_unused(options, "--results", _READING)
     return CalibrateSettings(
         policy=policy_source(options) if options.policy else None,
         cameras=dict(options.cameras),

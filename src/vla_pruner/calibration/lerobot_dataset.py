@@ -32,9 +32,9 @@ class Episode:
 
     Attributes:
         index: its number.
-        tasks: what was to be done; None: only its rows say.
+        tasks: its instructions; None: only its rows have them.
         places: of layout 3, its row of the index: chunk and file with its rows, and of each video with its start.
-        source: the file of the index that it is in.
+        source: the file of the index that lists it.
     """
 
     index: int
@@ -45,7 +45,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Content:
-    """What of an episode is replayed; attributes as of `Recording`."""
+    """The content of an episode for a replay; attributes as of `Recording`."""
 
     images: dict[str, np.ndarray]
     instructions: tuple[str, ...]
@@ -55,7 +55,7 @@ class Content:
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder holds a LeRobot dataset."""
+    """Return True if a folder holds a LeRobot dataset."""
     return (folder / INFO).is_file()
 
 
@@ -105,7 +105,7 @@ class Dataset:
             yield
         except VLAPrunerError:
             raise
-        except Exception as error:  # what pyarrow, PyAV and Pillow raise on damaged files has no other class in common
+        except Exception as error:  # the only common class of what pyarrow, PyAV and Pillow raise on damaged files
             told = said_by(error) if type(error) is ValueError else f"{type(error).__name__}: {said_by(error)}"
             raise CalibrationError(
                 f"{what} of the LeRobot dataset {self.folder} cannot be read ({told}); restore it from a copy."
@@ -149,7 +149,7 @@ class Dataset:
         return found
 
     def tasks_of(self, episode: Episode) -> tuple[str, ...]:
-        """What was to be done in an episode; its rows are read where the index does not say.
+        """Return the instructions of an episode; its rows are read if the index does not have them.
 
         Raises:
             CalibrationError: a file is missing or damaged.
@@ -171,15 +171,15 @@ class Dataset:
                 check_finite(self._state(table)[cut], f"the state of episode {episode.index}", self.folder)
 
     def read(self, episode: Episode, cameras: Mapping[str, str], with_state: bool, cut: slice) -> Content:
-        """What of an episode is replayed.
+        """Read the content of an episode for a replay.
 
         Args:
             cameras: features by the names that the images get.
             with_state: whether the state is read.
-            cut: which steps.
+            cut: the steps.
 
         Raises:
-            CalibrationError: a file is missing or damaged, or timestamps name other frames than they mean.
+            CalibrationError: a file is missing or damaged, or timestamps name the wrong frames.
         """
         stills = [key for key in cameras.values() if self._dtypes[key] == "image"]
         videos = len(stills) < len(cameras)
@@ -199,7 +199,7 @@ class Dataset:
 
     @contextmanager
     def _rows(self, episode: Episode, columns: Sequence[str]) -> Iterator[Any]:
-        """Columns of an episode's rows; what is wrong with them is said of their file."""
+        """Yield columns of an episode's rows; an error in the block names their file."""
         name = self._data_file(episode)
         with self._readable(name):
             path = self.folder / name
@@ -233,7 +233,7 @@ class Dataset:
         return self._file("data_path", place)
 
     def _placed(self, episode: Episode, name: str, hint: type) -> Any:
-        """What the index says of where an episode is."""
+        """Return an entry of the index about an episode's place."""
         with self._readable(episode.source):
             if name not in episode.places:
                 raise ValueError(f"it has no column {name!r}")
@@ -276,7 +276,7 @@ class Dataset:
             return frames_of(self.folder / name, place, times, steps, self._fps, where)
 
     def _in_video(self, episode: Episode, key: str) -> Place:
-        """Where an episode lies among those that share its video."""
+        """Return the place of an episode among those that share its video."""
 
         def file(one: Episode) -> tuple[Any, ...]:
             return tuple(one.places.get(f"videos/{key}/{name}") for name in ("chunk_index", "file_index"))
@@ -301,7 +301,7 @@ def check_finite(numbers: np.ndarray, what: str, where: Path) -> None:
     """Refuse numbers (T, d) that are not all finite, before anything is computed from them.
 
     Args:
-        what: they are, for the message.
+        what: their name, for the message.
 
     Raises:
         CalibrationError: it names the first one.
@@ -318,12 +318,12 @@ def check_finite(numbers: np.ndarray, what: str, where: Path) -> None:
 def _episode(line: Any, places: Mapping[str, Any], source: str) -> Episode:
     index = field_of(line, "episode_index", int)
     tasks = line.get("tasks")
-    # LeRobot goes by the rows' task_index, so that an index without tasks is whole.
+    # LeRobot goes by the rows' task_index, so an index without tasks is complete.
     return Episode(index, None if tasks is None else typed(tuple[str, ...], tasks, "tasks"), places, source)
 
 
 def _numbers(table: Any, column: str) -> np.ndarray:
-    """(rows, n) float32; what is too large for it becomes infinite."""
+    """Return (rows, n) float32; numbers too large for it become infinite."""
     with np.errstate(over="ignore"):
         try:
             return np.array(table[column].to_pylist(), np.float32).reshape(len(table), -1)
@@ -332,8 +332,8 @@ def _numbers(table: Any, column: str) -> np.ndarray:
 
 
 def _filled(template: str, name: str, place: Mapping[str, int | str]) -> str:
-    """A path's template with its numbers and names in it. Not str.format, which reads attributes and pads to any
-    width.
+    """Return a path's template with its numbers and names filled in. Not by str.format, which reads attributes and pads
+    to any width.
     """
     odd = _PLACEHOLDER.sub("", template)
     known = all(found[1] in place for found in _PLACEHOLDER.finditer(template))

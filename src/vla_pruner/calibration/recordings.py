@@ -18,25 +18,25 @@ from vla_pruner.evaluation.units import Unit
 from vla_pruner.observations import Observation
 
 EPISODES = 12
-"""Episodes that are replayed unless somebody says otherwise."""
+"""The number of episodes that are replayed by default."""
 TRACES, DATASET = "traces", "dataset"
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What was seen in one episode, T control steps long.
+    """The observations of one episode, T control steps long.
 
     Attributes:
         name: for people.
         unit: gives the noise of each control step, and the draws of random arms.
         images: (T, H, W, 3) uint8 by the policy's camera names.
         instructions: T sentences.
-        proprio: (T, d) float32, or None for a policy that is given none.
+        proprio: (T, d) float32, or None for a policy that takes none.
         steps: (T,) int, the control steps' numbers in the episode as it was recorded.
         actions: (N, dim) float32, all actions that were recorded: their spread is the scale of each dimension.
-        chunks: (T, chunk, dim), what the policy of a trace returned; None of a dataset.
-        paths: (T,) how far the arm was commanded to go until the next of these control steps, by the first three
-            numbers of the actions that were carried out, as an evaluation tells it; None of a dataset.
+        chunks: (T, chunk, dim), the results of a trace's policy; None of a dataset.
+        paths: (T,) the path that the arm was commanded to go until the next of these control steps, by the first three
+            numbers of the actions that were carried out, as in an evaluation; None of a dataset.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Recording:
     paths: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Control steps."""
+        """Return the number of control steps."""
         return len(self.instructions)
 
     def observation(self, step: int) -> Observation:
-        """What `act` is given in a control step."""
+        """Return the arguments of `act` in a control step."""
         images = {name: images[step] for name, images in self.images.items()}
         return Observation(images, self.instructions[step], None if self.proprio is None else self.proprio[step])
 
@@ -64,7 +64,7 @@ class Recordings:
     """Episodes that were chosen for replay, each read when it is its turn.
 
     Attributes:
-        folder: where they are.
+        folder: the folder that holds them.
         kind: `TRACES` or `DATASET`.
         loaders: one for each episode.
         weights: fingerprint of the policy that was traced; None of a dataset.
@@ -76,7 +76,7 @@ class Recordings:
     weights: str | None = None
 
     def __len__(self) -> int:
-        """Episodes."""
+        """Return the number of episodes."""
         return len(self.loaders)
 
 
@@ -91,14 +91,14 @@ def find_recordings(
     cameras: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Recordings:
-    """The episodes to replay, spread evenly over what the folder has.
+    """Return the episodes to replay, spread evenly over those in the folder.
 
     Args:
         folder: an evaluation's with traces of the unpruned policy, or a LeRobot dataset's.
         policy: whose cameras and state they must fit.
         tasks: names of tasks, for a dataset their sentences; None: all.
         episodes: at most so many.
-        every: take every so-manieth step.
+        every: take every n-th step.
         max_steps: control steps of an episode, from its start; None: all.
         cameras: of a dataset, its camera for each of the policy's, by the policy's names; None: by equal names.
         seed: of the noise of flow policies, for a dataset; a trace has its own.
@@ -131,7 +131,7 @@ def _of_traces(folder: Path, policy: Any, tasks: Sequence[str] | None, episodes:
     units = [unit for unit in found if tasks is None or unit.task in tasks]
     # Tasks take turns, so that few episodes are of many tasks.
     units.sort(key=lambda unit: (unit.initial_state, unit.suite, unit.task_id))
-    for unit in units[:episodes]:  # refused now, and not after the replay of the episodes before
+    for unit in units[:episodes]:  # a damaged trace is refused now, and not after the replay of the episodes before it
         actions, proprio = read_numbers(found[unit])
         check_finite(actions.reshape(-1, actions.shape[-1]), f"an action of {unit}", folder)
         if proprio is not None:
@@ -195,7 +195,7 @@ def _of_dataset(
     with_state = policy.proprio_size is not None
     if with_state:
         _check_state(dataset.state_size, policy, str(folder))
-    for place in places:  # refused now, and not after the replay of the episodes before
+    for place in places:  # a damaged episode is refused now, and not after the replay of the episodes before it
         dataset.check_numbers(chosen[place], with_state, cut)
 
     def loader(place: int) -> Callable[[], Recording]:
@@ -219,7 +219,7 @@ def _of_dataset(
 
 
 def _camera_keys(dataset: Dataset, policy: Any, cameras: Mapping[str, str] | None) -> dict[str, str]:
-    """The dataset's feature behind each of the policy's cameras."""
+    """Return the dataset's feature behind each of the policy's cameras."""
     known = dataset.cameras
     if cameras:
         for name, camera in cameras.items():

@@ -1,4 +1,4 @@
-"""Replaying what was recorded, open loop, through the unpruned policy and through every arm."""
+"""Replaying recordings, open loop, through the unpruned policy and through every arm."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vla_pruner.evaluation.arms import BASELINE, Arm, check_layers
 from vla_pruner.evaluation.episode import generator_devices
 
 Progress = Callable[[str, str], None]
-"""Is told the name of an episode and of an arm that has replayed it."""
+"""A function that is called with the name of an episode and of an arm that has replayed it."""
 
 
 @dataclass(frozen=True)
 class Played:
-    """What one arm did with one recording of T control steps.
+    """The result of one arm on one recording of T control steps.
 
     Attributes:
         chunks: (T, chunk, dim) float64.
@@ -37,14 +37,14 @@ class Played:
 
 @dataclass
 class Course:
-    """What one arm did with all recordings.
+    """The result of one arm on all recordings.
 
     Attributes:
         changes: of each episode (t, dim), how far each dimension of the action moved against the unpruned policy's, in
             its own unit, mean over the chunk, in the t control steps that count: of a method and of a random choice
             those that were pruned, of other arms all.
         milliseconds: of each `act`.
-        pruned: control steps that were.
+        pruned: control steps that were pruned.
     """
 
     arm: Arm
@@ -71,16 +71,16 @@ class Replay:
 
 
 def replay(policy: Any, arms: Sequence[Arm], recordings: Recordings, progress: Progress | None = None) -> Replay:
-    """Replays every recording through the unpruned policy and then through every arm, arms taking turns to begin.
+    """Replay every recording through the unpruned policy and then through every arm, arms taking turns to begin.
 
-    What an arm does has no consequence for what it sees: its error does not grow as it may in a closed loop. The memory
+    The actions of an arm have no effect on what it sees: its error does not grow as it may in a closed loop. The memory
     of methods begins anew with each episode. torch's global generator is as before afterwards.
 
     Args:
-        arms: the baseline among them or not.
+        arms: with or without the baseline.
 
     Raises:
-        CalibrationError: the recordings do not fit the policy, or say nothing.
+        CalibrationError: the recordings do not fit the policy, or allow no conclusion.
         VLAPrunerError: an arm does not fit the policy.
     """
     others = [arm for arm in arms if arm.kind != "baseline"]

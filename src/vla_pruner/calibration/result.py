@@ -31,11 +31,11 @@ class ArmCalibration:
             recorded actions; mean over episodes, and the bootstrap interval over them. None: it pruned nothing.
         moved_in_units: the same, each dimension in its own unit.
         by_dimension: its mean for each dimension, in its own unit.
-        by_episode: `moved` of each episode; None where nothing was pruned.
+        by_episode: `moved` of each episode; None if nothing was pruned.
         steps: control steps that were replayed.
         pruned_steps: those that were pruned.
         p50_ms: of `act`, over all control steps, pruned or not, on this machine as busy as it was.
-        source: where a method from outside of this package came from, as `plugins.source_of` says it.
+        source: the origin of a method from outside of this package, as of `plugins.source_of`.
     """
 
     key: str
@@ -54,7 +54,7 @@ class ArmCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The whole table, and what is needed to read it.
+    """The whole table, with everything needed to read it.
 
     Attributes:
         arms: the unpruned policy first.
@@ -79,8 +79,8 @@ class Calibration:
         return self.arms[0]
 
     def bounds(self) -> list[tuple[ArmCalibration, float]]:
-        """Methods with an upper bound of `moved` that holds for all of them together, the fastest first; none of those
-        with too few episodes (`bootstrap.mean_upper_bound`).
+        """Return the methods with an upper bound of `moved` that holds for all of them together, the fastest first;
+        none of those with too few episodes (`bootstrap.mean_upper_bound`).
         """
         methods = [arm for arm in self.arms if arm.kind == "method" and arm.moved is not None]
         found = []
@@ -91,19 +91,19 @@ class Calibration:
         return found
 
     def within(self, tolerance: float) -> list[ArmCalibration]:
-        """Methods whose bound is at most `tolerance`, the fastest first."""
+        """Return the methods whose bound is at most `tolerance`, the fastest first."""
         return [arm for arm, bound in self.bounds() if bound <= tolerance]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))}
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
-        """From the file that --json named.
+        """Read the file that --json named.
 
         Raises:
-            CalibrationError: there is none, or it is none.
+            CalibrationError: there is no such file, or it is no calibration.
         """
         try:
             return read_format(path, FORMAT, cls._from_json)
@@ -128,12 +128,12 @@ class Calibration:
 
 
 def calibration_of(replay: Replay, weights: str, conditions: Mapping[str, Any]) -> Calibration:
-    """Sums up a replay.
+    """Sum up a replay.
 
     Raises:
         PackageMissing: scipy is not installed.
     """
-    # Of actions as float32: what is never commanded twice the same way is no rounding.
+    # Relative to float32 rounding: an action that is never commanded twice the same way differs by more.
     moves = replay.spread > 1e-6 * replay.spread.max()
     return Calibration(
         arms=[_arm(course, replay.spread, moves) for course in replay.courses],

@@ -1,4 +1,4 @@
-"""What a calibration is asked to do, checked before anything slow begins."""
+"""The settings of a calibration, checked before anything slow begins."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class CalibrateSettings:
     """The flags of `vla-pruner calibrate`; see its help.
 
     Attributes:
-        policy: where the policy comes from; None with `results`.
-        source: folder of what was recorded; None with `results`.
-        results: file of an earlier calibration, in place of running one.
+        policy: the policy's source; None with `results`.
+        source: folder of the recordings; None with `results`.
+        results: file of an earlier calibration, in place of a new one.
         methods, keep, layer, pruned, controls: as of an evaluation. Without any of them, `against` says which arms run.
         tasks, episodes, every, max_steps, cameras, seed: as of `find_recordings`.
         tolerance: largest upper bound that is accepted, in standard deviations of the recorded actions.
         against: folders of evaluations whose losses are compared.
-        json: file for everything, "-" for standard output.
+        json: file for all results, "-" for standard output.
     """
 
     policy: PolicySource | None = None
@@ -70,7 +70,7 @@ class CalibrateSettings:
             )
 
     def arms(self) -> list[Arm]:
-        """All arms but the unpruned one.
+        """Return all arms but the unpruned one.
 
         Raises:
             VLAPrunerError: a method, an option or a control is unknown, or an evaluation's arm cannot be made.

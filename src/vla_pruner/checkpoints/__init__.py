@@ -1,1 +1,1 @@
-"""Checkpoint folders of strangers: files, weights and numbers, looked at before anything is made of them."""
+"""Checkpoint folders from untrusted sources: files, weights and numbers are checked before anything is made of them."""

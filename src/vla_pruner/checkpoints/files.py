@@ -1,4 +1,4 @@
-"""A checkpoint's folder and its JSON files: whatever is wrong with one is a CheckpointError that names it."""
+"""A checkpoint's folder and its JSON files: any fault in one is a CheckpointError that names it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_BYTES, _DEEPEST = 32 * 2**20, 100
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint, fetched from the hub where `path` is no folder but a name there.
+    """Return the folder of a checkpoint, fetched from the hub if `path` is no folder but a name there.
 
     Raises:
         CheckpointError: it is neither, its files are pointers of git LFS, or it is a PEFT adapter.
@@ -46,7 +46,7 @@ def _fetched(name: str) -> Path:
     import huggingface_hub
 
     try:
-        # No *.py and no *.bin: nothing that could run is even fetched.
+        # No *.py and no *.bin: files that could run are not even fetched.
         fetched = huggingface_hub.snapshot_download(
             name,
             allow_patterns=["*.json", "*.safetensors", "*.pt", "*.model"],
@@ -77,7 +77,7 @@ def _is_pointer(file: Path) -> bool:
         with file.open("rb") as opened:
             return opened.read(len(_POINTER)) == _POINTER
     except OSError:
-        return False  # whoever needs the file says what is wrong with it
+        return False  # the reader of the file reports its fault
 
 
 def _refuse_adapters(folder: Path) -> None:
@@ -96,7 +96,7 @@ def _refuse_adapters(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a stranger.
+    """Read a JSON object from an untrusted file.
 
     Raises:
         CheckpointError: the file is missing, is no regular file, is larger than any that is published, nested without
@@ -134,7 +134,7 @@ def _is_deep(values: Any) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file of this name; a name that can be none is not."""
+    """Return True if there is a regular file of this name; False also if the name is not a possible one."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -142,13 +142,13 @@ def is_file(path: Path) -> bool:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether a name that a file gives is that of a file beside it, and leads nowhere else."""
+    """Return True if a name given in a file is that of a file beside it and cannot lead elsewhere."""
     return isinstance(name, str) and 0 < len(name) <= 255 and not set(name) & set("/\\\0") and name not in (".", "..")
 
 
 @contextmanager
 def described_by(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while something is made of a file's content is that file's fault.
+    """Raise any error in the block as a fault of the file whose content is used there.
 
     Raises:
         CheckpointError: in place of any error but this package's own.
@@ -164,22 +164,22 @@ def described_by(path: Path) -> Iterator[None]:
 
 
 UNUSED_KEYS = (
-    # Code, kernels and quantizers that a file would have fetched and run.
+    # Code, kernels and quantizers that would be fetched and run.
     *("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "compression_config"),
     # The loader's own arguments decide these.
     *("dtype", "torch_dtype", "device_map", "transformers_version", "architectures"),
     # Labels of classifiers: one entry is made for each of `num_labels`.
     *("num_labels", "id2label", "label2id", "problem_type"),
 )
-"""Settings of transformers that mean nothing to a policy here, and are not passed on."""
+"""The settings of transformers that mean nothing to a policy here, and are not passed on."""
 
 
 def settings_for(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without what this package does not read, at every level.
+    """Return a config.json without the entries that this package does not read, at every level.
 
     Args:
         config_class: of transformers; names of its methods and private attributes are no settings.
-        values: what the file holds.
+        values: the content of the file.
     """
 
     def kept(name: Any) -> bool:
@@ -208,18 +208,18 @@ def refuse_quantized(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, short enough for a sentence."""
+    """Return the first line of an error, short enough for a sentence."""
     return shown((str(error).strip() or type(error).__name__).splitlines()[0], 300)
 
 
 def shown(text: Any, most: int = 100) -> str:
-    """Text of a stranger for a message: on one line, without control characters, and not endless."""
+    """Return untrusted text for a message: on one line, without control characters, and cut at `most` characters."""
     clean = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text)[: most + 1])
     return clean if len(clean) <= most else f"{clean[:most]}..."
 
 
 def listed(names: Iterable[Any], most: int = 20, otherwise: str = "none") -> str:
-    """Names for a message: the first few in full."""
+    """Return names for a message: the first few in full."""
     found = list(names)
     more = f" and {len(found) - most} more" if len(found) > most else ""
     return ", ".join(shown(name, 300) for name in found[:most]) + more if found else otherwise

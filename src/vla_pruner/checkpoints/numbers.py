@@ -1,4 +1,4 @@
-"""Numbers that files hold: a size is a count in a sane range, a statistic is finite."""
+"""Numbers in files: a size is a count in a sane range, a statistic is finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vla_pruner.checkpoints.files import AGAIN, shown
 from vla_pruner.errors import CheckpointError
 
 MOST = 2**24
-"""No size of any published policy is as large."""
+"""The largest size that is accepted; no published policy has one as large."""
 
 
 def check_counts(path: Path, values: Mapping[str, Any], *names: str, least: int = 1, most: int = MOST) -> None:
@@ -46,12 +46,12 @@ def check_positive(path: Path, values: Mapping[str, Any], *names: str) -> None:
 
 
 def finite_row(path: Path, what: str, values: Any) -> np.ndarray:
-    """A list of numbers as (n,) float64.
+    """Return a list of numbers as (n,) float64.
 
     Args:
         path: the file, for the message.
-        what: what they are, for the message.
-        values: what the file holds.
+        what: their name, for the message.
+        values: the value in the file.
 
     Raises:
         CheckpointError: it is no flat list of finite numbers, or empty.
@@ -74,10 +74,10 @@ def _is_number(value: Any) -> bool:
 
 
 def finite_action(action: np.ndarray, module: nn.Module) -> np.ndarray:
-    """`action`, if all of it is finite.
+    """Return `action` if all of it is finite.
 
     Raises:
-        CheckpointError: it is not; what the network was given is finite, so the fault is its own.
+        CheckpointError: it is not; the network's inputs are finite, so the fault is in the network.
     """
     if not np.isfinite(action).all():
         raise no_action(module)
@@ -85,10 +85,10 @@ def finite_action(action: np.ndarray, module: nn.Module) -> np.ndarray:
 
 
 def no_action(module: nn.Module) -> CheckpointError:
-    """The error of a network that gives numbers that are not finite.
+    """Return the error of a network that gives numbers that are not finite.
 
     Args:
-        module: the part that gave them, for its dtype.
+        module: the part that computed them, for its dtype.
     """
     dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     advice = "float16 overflows beyond 65504: load the policy with dtype=torch.bfloat16 or torch.float32. "

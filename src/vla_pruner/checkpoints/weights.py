@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint folder: what their headers say, compared with a model before it is built."""
+"""The safetensors files of a checkpoint folder: their headers, compared with a model before it is built."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class Stored:
-    """What a header says of a tensor.
+    """The description of a tensor in a header.
 
     Attributes:
-        file: where it is.
+        file: the file that holds it.
         shape: its shape.
-        dtype: its dtype; None where it is none of floating point.
+        dtype: its dtype; None if it is not of floating point.
     """
 
     file: Path
@@ -34,13 +34,13 @@ class Stored:
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder by its stored name, from the headers alone, which also say how long a file must be.
+    """Return every tensor of a folder by its stored name, from the headers alone, which also give each file's length.
 
     Args:
         folder: with model.safetensors, or with model.safetensors.index.json and the files that it names.
 
     Raises:
-        CheckpointError: a file is missing, damaged, of another checkpoint, or holds what is no weight.
+        CheckpointError: a file is missing, damaged, of another checkpoint, or holds something that is no weight.
     """
     parts = sorted(file.name for file in folder.glob("model-*-of-*.safetensors"))
     index = folder / _INDEX
@@ -117,7 +117,7 @@ def _header(file: Path) -> dict[str, Stored]:
 
 
 def read_weights(headers: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """Every tensor that `headers` name, by its stored name.
+    """Return every tensor that `headers` name, by its stored name.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -142,7 +142,7 @@ def check_depth(config: Path, what: str, layers: Any, headers: Iterable[str], be
         what: the setting's name.
         layers: its value.
         headers: names of the tensors.
-        before: what stands before a layer's number in them.
+        before: the part before a layer's number in them.
 
     Raises:
         CheckpointError: it is no count, or larger than the weights have layers.
@@ -158,12 +158,12 @@ def check_depth(config: Path, what: str, layers: Any, headers: Iterable[str], be
 
 @dataclass(frozen=True)
 class Misfit:
-    """How a checkpoint's weights differ from a model's.
+    """The differences between a checkpoint's weights and a model's.
 
     Attributes:
         missing, unexpected: names.
         wrong: name, the checkpoint's shape, the model's shape.
-        strange: names of what is not floating point, though the model's is.
+        strange: names of tensors that are not floating point, though the model's are.
     """
 
     missing: list[str]
@@ -173,7 +173,7 @@ class Misfit:
 
 
 def misfit(expected: Mapping[str, Tensor], found: Mapping[str, Stored], optional: Iterable[str] = ()) -> Misfit:
-    """Compare a model's tensors, which may be on the device "meta", with what headers say, by the model's names."""
+    """Compare a model's tensors, which may be on the device "meta", with those in headers, by the model's names."""
     both = sorted(set(expected) & set(found))
     return Misfit(
         sorted(set(expected) - set(found) - set(optional)),
@@ -205,9 +205,9 @@ def check_fit(folder: Path, differences: Misfit) -> None:
 
 @torch.no_grad()
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity. Quantized and offloaded ones are not looked at."""
+    """Return the names of the tensors that hold NaN or infinity. Quantized and offloaded ones are not checked."""
     are_good = {
-        # Extremes are NaN where one number is, and take no copy, however large the tensor is.
+        # Extremes are NaN if one number is, and take no copy, however large the tensor is.
         name: torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
         for name, tensor in tensors
         if type(tensor.data) is Tensor and tensor.dtype in _DTYPES.values() and tensor.numel() and not tensor.is_meta
@@ -219,9 +219,9 @@ def check_finite(module: nn.Module, folder: Path | str, headers: Mapping[str, St
     """Refuse weights that are not finite: a network of NaN can act.
 
     Args:
-        module: with its weights, on the device where they stay; quantized and offloaded ones are not looked at.
+        module: with its weights, on the device where they stay; quantized and offloaded ones are not checked.
         folder: they came from, for the message.
-        headers: where they are stored, if their names are known there.
+        headers: the files' headers, if they have the names of the weights.
 
     Raises:
         CheckpointError: naming the weights, and their files.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class InfersActions(Protocol):
-    """What a broker asks: a `PolicyClient`, openpi's client, or any object of this shape."""
+    """The interface that a broker needs: a `PolicyClient`, openpi's client, or any object of this shape."""
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]: ...
 
@@ -20,7 +20,7 @@ class ActionChunkBroker:
     turns.
 
     Args:
-        policy: what is asked.
+        policy: the source of the chunks.
         horizon: actions of a chunk that are carried out; None: all of them.
 
     Raises:
@@ -37,8 +37,8 @@ class ActionChunkBroker:
         self._turn = threading.RLock()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """The policy's last result with one action (dim,) as "actions"; the observation is looked at only when a new
-        chunk is needed.
+        """Return the policy's last result with one action (dim,) as "actions"; the observation is looked at only when a
+        new chunk is needed.
 
         Raises:
             ValueError: the horizon is longer than the policy's chunks.
@@ -57,7 +57,7 @@ class ActionChunkBroker:
             return result
 
     def reset(self) -> None:
-        """Begin a new episode: what is left of the chunk is dropped, and the policy is told."""
+        """Begin a new episode: the rest of the chunk is dropped, and the policy is reset."""
         with self._turn:
             self._result = None
             self._policy.reset()

@@ -1,7 +1,8 @@
 """openpi's msgpack format, to the byte: maps, lists, numbers, text, and numpy arrays as small maps with bytes keys.
 
-What comes in is data and never code: there is no pickle, and arrays are of numbers alone. The heads of a message are
-read first, and what is too deep, too many or too long is refused there, before anything is made of it.
+An incoming message is data and never code: there is no pickle, and arrays are of numbers alone. The heads of a message
+are read first, and one that is too deep, has too many entries or is too long is refused there, before anything is made
+of it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_DEPTH = 32
 MAX_TEXT, MAX_KEY = 65_536, 256
 """Bytes of a text (in UTF-8) or a msgpack extension, and of a map's key."""
 MAX_DIMENSIONS, MAX_SIZE = 8, 2**31 - 1
-"""Of an array, and of each of its dimensions."""
+"""The largest number of an array's dimensions, and of elements in each of them."""
 
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _OTHERS = re.compile(r"[<>|=]?([USmMc][0-9]{0,9})(\[[0-9a-zA-Zμ]{1,9}\])?")
@@ -34,7 +35,7 @@ _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 
 
 def pack(value: Any) -> bytes:
-    """A message.
+    """Return a message.
 
     Args:
         value: maps with text keys, lists, text, numbers, and numpy arrays and scalars. Tuples become lists.
@@ -51,11 +52,11 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """What a message holds; arrays are read-only views of `data` in the machine's own byte order. Values that are not
-    of the protocol are `Unread`.
+    """Return the content of a message; arrays are read-only views of `data` in the machine's own byte order. Values
+    that are not of the protocol are `Unread`.
 
     Raises:
-        CodecError: it is damaged, or too deep, too many or too long, or an array is not what it says.
+        CodecError: it is damaged, too deep, has too many entries or is too long, or an array does not fit its header.
     """
     _check_heads(data)
     try:
@@ -85,7 +86,7 @@ _COUNTS: dict[int, tuple[int, int]] = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2),
 
 
 def _check_heads(data: bytes) -> None:
-    """Reads heads alone, and no more of them than a message may have. Damage of any other kind is found by msgpack."""
+    """Read the heads alone, and no more of them than a message may have. msgpack finds damage of any other kind."""
     place, items = 0, 0
     left, maps = [1], [False]  # values to come of each list or map that is open, and which of them are maps
     while left and place < len(data):
@@ -132,7 +133,7 @@ def _check_heads(data: bytes) -> None:
         place += size
         if is_key and size > MAX_KEY:
             raise CodecError(f"A map of the message has a key of {size} bytes, and keys of up to {MAX_KEY} are read.")
-        if size > MAX_TEXT and not 0xC4 <= head <= 0xC6:  # bytes are what arrays are made of
+        if size > MAX_TEXT and not 0xC4 <= head <= 0xC6:  # arrays are made of bytes
             raise CodecError(
                 f"The message has a text or extension of {size} bytes, and {MAX_TEXT} are read; send numbers as arrays."
             )

@@ -1,13 +1,14 @@
-"""A robot's end of the connection: one observation out, one result back, and a new connection where one broke."""
+"""A robot's end of the connection: one observation out, one result back, and a new connection after a broken one."""
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from vla_pruner.client.codec import pack, unpack
 from vla_pruner.client.errors import ClientError, CodecError, ConnectionLost, ServerError
 from vla_pruner.strangers import shown
 
+log = logging.getLogger("vla_pruner.client")
+
 TOO_BIG, TRY_AGAIN_LATER = 1009, 1013
-"""Close codes of a server that does not read a message of that length, and of one that has no room at the moment."""
+"""Close codes of a server that does not read a message of that length, and of one without room at the moment."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 _FINAL = (400, 401, 403, 404)
@@ -36,7 +39,8 @@ class PolicyClient:
 
     Where the connection breaks, or the server is full or restarts, `infer` connects anew with growing pauses and sends
     the same observation again. The server then knows nothing of the steps before, so pruning by action history warms up
-    again; `reconnects` counts how often.
+    again: an episode begins. `reconnects` counts how often, the logger "vla_pruner.client" warns, `on_reconnect` is
+    called, and `result["server_timing"]["episode_step"]` is 0.
 
     Several threads may use one client: their calls take turns, and each gets the answer to its own observation. They
     are one robot, with one memory.
@@ -49,16 +53,18 @@ class PolicyClient:
         patience: seconds of trying to (re)connect before giving up; 0: one try.
         proxy: address of a proxy that leads to the server; None: the server is asked directly, whatever proxies the
             environment names for the web.
+        on_reconnect: called with this client after each connection but the first, before the observation is sent again.
+            What it raises ends the call of `infer`, for robots that should rather stop.
 
     Attributes:
-        metadata: what the server said of itself when it was connected to last.
+        metadata: the server's description of itself at the last connection.
         reconnects: connections made after the first.
 
     Raises:
-        ClientError: an argument does not do.
+        ClientError: an argument is invalid.
         ConnectionLost: the server cannot be reached within `patience`.
         ServerError: it refuses this client: no or a wrong key, or no such path.
-        CodecError: what listens there is no policy server.
+        CodecError: the listener there is no policy server.
     """
 
     def __init__(
@@ -69,8 +75,9 @@ class PolicyClient:
         timeout: float = 60.0,
         patience: float = 60.0,
         proxy: str | None = None,
+        on_reconnect: Callable[[PolicyClient], object] | None = None,
     ) -> None:
-        self._url, self._proxy = _address(url), proxy
+        self._url, self._proxy, self._on_reconnect = _address(url), proxy, on_reconnect
         self._headers = {"Authorization": f"Api-Key {_key(api_key)}"} if api_key else None
         self._options = _tls(self._url, ca_file)
         if proxy is not None:
@@ -96,7 +103,7 @@ class PolicyClient:
         self.close()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """One control step.
+        """Run one control step.
 
         Args:
             observation: images, state and prompt by the server's keys.
@@ -141,12 +148,12 @@ class PolicyClient:
             except (ConnectionClosed, OSError, _NoRoom) as error:
                 self._drop()
                 if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == TOO_BIG:
-                    raise self._too_big(message) from error  # it would be no shorter the next time
+                    raise self._too_big(message) from error  # a second try would be no shorter
                 if isinstance(error, ConnectionLost) or time.monotonic() >= deadline:
                     raise ConnectionLost(f"{self._url} gave no answer ({_reason(error)}).") from error
                 pause = _wait(pause, deadline)
             except BaseException:
-                # Also where a signal interrupts the wait: the answer would be taken for that to the next observation.
+                # Also if a signal interrupts the wait: the answer would be taken for that to the next observation.
                 self._drop()
                 raise
 
@@ -203,7 +210,7 @@ class PolicyClient:
                     raise CodecError(f"{self._url} greets with no map of metadata; it is no policy server.")
                 self.metadata = metadata
                 self.reconnects += 1
-                return
+                break
             except InvalidStatus as error:
                 status, body = error.response.status_code, (error.response.body or b"").decode("utf-8", "replace")
                 if status in _FINAL:
@@ -220,11 +227,15 @@ class PolicyClient:
                     f"{self._url} cannot be reached ({_reason(last)}).{_way(self._url, self._proxy)}"
                 ) from last
             pause = _wait(pause, deadline)
+        if self.reconnects:
+            log.warning("Connected anew to %s, which knows nothing of the steps before: an episode begins.", self._url)
+            if self._on_reconnect is not None:
+                self._on_reconnect(self)
 
     def _drop(self) -> None:
         if self._socket is not None:
-            # Nobody is there to say goodbye to: only what this side holds is let go of. The library's threads read and
-            # write on until the socket is shut down; closing alone does not wake them.
+            # The other end is gone: only this side's resources are released. The library's threads read and write on
+            # until the socket is shut down; closing alone does not wake them.
             with suppress(OSError):
                 self._socket.socket.shutdown(socket.SHUT_RDWR)
             self._socket.close_socket()
@@ -236,7 +247,7 @@ class _NoRoom(Exception):
 
 
 def _wait(pause: float, deadline: float) -> float:
-    """Sleep up to `pause` seconds, half of it drawn, so that robots do not come back as one; returns the next pause."""
+    """Sleep up to `pause` seconds, half of it drawn, so that robots do not come back at once; return the next pause."""
     time.sleep(min(pause * random.uniform(0.5, 1.0), max(0.0, deadline - time.monotonic())))
     return min(2 * pause, _LONGEST_WAIT)
 
@@ -249,13 +260,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _address(url: str) -> str:
-    """The address as a websocket's."""
+    """Return the address as a websocket's."""
     whole = url if "://" in url else f"ws://{url}"
     scheme = whole.partition("://")[0].lower()
     try:
         parts = urlsplit(whole)
         known = scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, or brackets that do not close
+    except ValueError:  # an impossible port, or brackets that do not close
         known = False
     if not known or not whole.isascii() or not whole.isprintable() or " " in whole:
         raise ClientError(
@@ -282,9 +293,7 @@ def _check_proxy(proxy: str) -> None:
 
 
 def _way(url: str, proxy: str | None) -> str:
-    """What a reader should know of the way that was taken, where it may be the wrong one. A proxy's password is not
-    shown.
-    """
+    """Return a note on the way that was taken, if it may be the wrong one. A proxy's password is not shown."""
     if proxy is not None:
         return f" It was asked through the proxy {_place(proxy)}."
     named = getproxies()

@@ -1,4 +1,4 @@
-"""What can go wrong between a robot and its policy server."""
+"""The errors between a robot and its policy server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class CodecError(VLAPrunerError, ValueError):
 
 
 class ClientError(VLAPrunerError, ValueError):
-    """An address, a key or another setting of a client does not do; nobody was asked yet."""
+    """An address, a key or another setting of a client is invalid; no server was contacted yet."""
 
 
 class ServerError(VLAPrunerError, RuntimeError):

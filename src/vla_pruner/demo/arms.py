@@ -26,9 +26,9 @@ class Arm:
 
     Attributes:
         key: short name, used in files.
-        title: what reports call it.
+        title: its name in reports.
         short: the same in up to 12 columns a line, for the terminal.
-        method: what is attached; None runs the untouched model.
+        method: the method that is attached; None runs the untouched model.
     """
 
     key: str
@@ -37,7 +37,7 @@ class Arm:
     method: Method | None
 
     def attach(self, policy: Any, episode_seed: int) -> AbstractContextManager[Any]:
-        """A context manager that gives a session, or None for the untouched model.
+        """Return a context manager that gives a session, or None for the untouched model.
 
         A method that draws at random gets a seed of its own for each episode, so that no draw repeats.
         """
@@ -45,7 +45,7 @@ class Arm:
 
 
 def default_arms(keep: float | None = None) -> tuple[Arm, ...]:
-    """Unpruned, the recommended setting, the paper's, and a random choice that is otherwise the paper's.
+    """Return unpruned, the recommended setting, the paper's, and a random choice that is otherwise the paper's.
 
     Args:
         keep: in place of the settings' own.

@@ -1,4 +1,4 @@
-"""Under which conditions a result was measured: versions, machine, threads, weights."""
+"""The conditions under which a result was measured: versions, machine, threads, weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = (
 
 
 def conditions(policy: Any, weights: Path | None) -> dict[str, Any]:
-    """Everything that a reader needs to judge or repeat a run; plain JSON values.
+    """Return everything that a reader needs to judge or repeat a run, as plain JSON values.
 
     Args:
         policy: the policy that runs.

@@ -1,4 +1,6 @@
-"""Runs the paired episodes: every arm from the same initial states, interleaved, with only the control steps timed."""
+"""Running the paired episodes: every arm from the same initial states, interleaved, with only the control steps
+timed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class Unit:
-    """What every arm runs: one task from one initial state."""
+    """One task from one initial state, which every arm runs."""
 
     task: str
     seed: int
@@ -32,25 +34,25 @@ class Unit:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one episode looked like; one entry a control step, and one more frame of how it ended."""
+    """The record of one episode: one entry a control step, and one more frame at its end."""
 
     frames: list[np.ndarray]
     """(size, n * size, 3) uint8, n cameras side by side."""
     kept: list[list[int] | None]
-    """Ids of the visual tokens kept; None where the step was not pruned."""
+    """The ids of the visual tokens kept; None if the step was not pruned."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """How one arm did on one unit."""
+    """The result of one arm on one unit."""
 
     arm: str
     unit: Unit
     success: bool
     times: list[StepTime]
-    """One a control step; environment and rendering are not in it."""
+    """One entry a control step, without environment and rendering."""
     kept: list[int | None]
-    """Number of visual tokens kept in each control step; None where the step was not pruned."""
+    """The number of visual tokens kept in each control step; None if the step was not pruned."""
     trace: Trace | None = field(default=None, repr=False)
 
     @property
@@ -59,12 +61,12 @@ class Episode:
 
 
 def plan(tasks: Sequence[str], episodes: int, seed: int) -> list[Unit]:
-    """All units, tasks taking turns, so that a run that ends early has seen every task about equally often."""
+    """Return all units, tasks taking turns, so that a run that ends early has seen every task about equally often."""
     return [Unit(task, seed + index) for index in range(episodes) for task in tasks]
 
 
 def run_episode(policy: Any, arm: Arm, environment: Environment, unit: Unit, trace_size: int | None = None) -> Episode:
-    """Runs one episode to its end.
+    """Run one episode to its end.
 
     Args:
         policy: has `act(images, instruction, proprio)` and the submodules that `StageTimer` needs.
@@ -94,7 +96,7 @@ def run_episode(policy: Any, arm: Arm, environment: Environment, unit: Unit, tra
 
 
 class Runner:
-    """Runs units one by one, each with every arm; what is finished stays available if it is interrupted.
+    """Runs units one by one, each with every arm; finished units stay available if it is interrupted.
 
     Args:
         policy: as in `run_episode`.
@@ -124,7 +126,7 @@ class Runner:
         return self._open[task]
 
     def run(self, units: Sequence[Unit], minutes: float | None = None) -> Iterator[Episode]:
-        """Runs `units`, giving each episode as it ends. After `minutes` no further unit begins."""
+        """Run `units`, yielding each episode as it ends. After `minutes` no further unit begins."""
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         traced: set[str] = set()
         for index, unit in enumerate(units):
@@ -142,12 +144,12 @@ class Runner:
             self.finished.append({arm.key: of_unit[arm.key] for arm in self.arms})
 
     def close(self) -> None:
-        """Closes the environments."""
+        """Close the environments."""
         for environment in self._open.values():
             environment.close()
         self._open.clear()
 
 
 def outcomes(finished: Sequence[Mapping[str, Episode]], arm: str) -> list[bool]:
-    """Success of an arm in every finished unit, in order."""
+    """Return the success of an arm in every finished unit, in order."""
     return [unit[arm].success for unit in finished]

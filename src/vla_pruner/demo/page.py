@@ -30,7 +30,7 @@ def write_report(
     conditions: Mapping[str, Any],
     notes: Mapping[str, Any],
 ) -> None:
-    """Writes one HTML file that needs nothing else: no requests, no fonts, no scripts from elsewhere."""
+    """Write one self-contained HTML file: no requests, no fonts, no scripts from elsewhere."""
     text = fill(
         "demo.html",
         style=source("base.css"),
@@ -79,13 +79,13 @@ def _actions(summary: Summary) -> str:
 
 
 def _head(summary: Summary, first: str) -> str:
-    """The head of a table with one column an arm."""
+    """Return the head of a table with one column an arm."""
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in heading(summary))
     return f'<thead><tr><th scope="col">{first}</th>{titles}</tr></thead>'
 
 
 def _short_table(summary: Summary) -> str:
-    """Success and speed with one row an arm, so that it fits a telephone."""
+    """Return success and speed with one row an arm, so that it fits a telephone."""
     success, interval, pace, speed = (cells for _, cells in rows(summary)[:HEAD])
     titles = ("arm", "success (95 % interval)", "ms a pruned step", "speed")
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
@@ -145,7 +145,7 @@ def _episodes(summary: Summary, finished: Sequence[Mapping[str, Episode]]) -> st
 
 
 def _data(summary: Summary, finished: Sequence[Mapping[str, Episode]], cameras: int) -> str:
-    """What the player needs, as JSON that is safe inside of a script element."""
+    """Return the player's data as JSON that is safe inside of a script element."""
     units = []
     frame_size = 1
     recommended = summary.recommended
@@ -173,7 +173,9 @@ def _data(summary: Summary, finished: Sequence[Mapping[str, Episode]], cameras: 
 
 
 def _films(finished: Sequence[Mapping[str, Episode]]) -> list[Mapping[str, Episode]]:
-    """Recorded units, those first on which the arms disagree, and of these those that the unpruned policy solved."""
+    """Return the recorded units, those first on which the arms disagree, and of these those that the unpruned policy
+    solved.
+    """
     recorded = [unit for unit in finished if all(episode.trace is not None for episode in unit.values())]
 
     def dullness(unit: Mapping[str, Episode]) -> tuple[bool, bool]:

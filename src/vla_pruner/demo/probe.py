@@ -1,4 +1,4 @@
-"""What is measured once per arm before the episodes: FLOPs of a pruned control step, and what the stage timer costs."""
+"""The measurements of each arm before the episodes: FLOPs of a pruned control step, and the cost of the stage timer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vla_pruner.statistics import percentile
 from vla_pruner.timing import StageTimer
 
 _LONGEST_WARM_UP = 16
-"""Steps after which a method that has not pruned is taken to never prune."""
+"""The number of steps after which a method that has not pruned is taken to never prune."""
 
 
 @dataclass(frozen=True)
 class ArmCost:
-    """FLOPs of one pruned control step (of any step where the arm never prunes)."""
+    """The FLOPs of one pruned control step (of any step if the arm never prunes)."""
 
     counted: float
     """The whole step as torch's dispatcher counts it: vision, decoder, scoring, selecting and waste."""
@@ -43,7 +43,9 @@ class ArmCost:
 
 
 def decoder_shapes(policy: Any) -> tuple[DecoderShape, StepShape]:
-    """The decoder, and what a control step feeds it: decoded action tokens, or action rows behind the prompt."""
+    """Return the decoder's shape, and that of a control step: decoded action tokens, or action rows behind the
+    prompt.
+    """
     family, config = family_of(policy), policy.config
     decoder, visual = DecoderShape.of(family.decoder.config), config.num_visual_tokens
     other = config.prompt_length - visual
@@ -53,7 +55,7 @@ def decoder_shapes(policy: Any) -> tuple[DecoderShape, StepShape]:
 
 
 def vision_flops(policy: Any, observation: Observation) -> float:
-    """FLOPs of image encoder and projector for one look at all cameras, counted."""
+    """Return the counted FLOPs of image encoder and projector for one look at all cameras."""
     calls: list[tuple[Any, Any, Any]] = []
 
     def remember(module: Any, args: Any, kwargs: Any) -> None:
@@ -78,7 +80,7 @@ def vision_flops(policy: Any, observation: Observation) -> float:
 
 
 def arm_cost(policy: Any, arm: Arm, observation: Observation) -> ArmCost:
-    """Runs one arm on one observation until it prunes, then counts one more step. It also warms the machine up."""
+    """Run one arm on one observation until it prunes, then count one more step. This also warms the machine up."""
     decoder, step = decoder_shapes(policy)
     kept: int | None = None
     with arm.attach(policy, 0) as session:
@@ -97,7 +99,9 @@ def arm_cost(policy: Any, arm: Arm, observation: Observation) -> ArmCost:
 
 
 def timer_overhead(policy: Any, observation: Observation, pairs: int = 15) -> float:
-    """Milliseconds that the stage timer adds to an unpruned control step: the median over alternating pairs."""
+    """Return the milliseconds that the stage timer adds to an unpruned control step: the median over alternating
+    pairs.
+    """
     differences: list[float] = []
     for _ in range(pairs):
         start = perf_counter()

@@ -1,4 +1,4 @@
-"""What the demo leaves behind: `results.json`, with every episode and every condition."""
+"""The demo's result file: `results.json`, with every episode and every condition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from vla_pruner.demo.summary import Summary
 from vla_pruner.timing import STAGES
 
 FORMAT = "vla-pruner demo 2"
-"""Of format 1 the arms were others, each action was one control step, and the verdict began with the unpruned arm."""
+"""The format of the file. In format 1 the arms were others, each action was one control step, and the verdict began
+with the unpruned arm.
+"""
 
 
 def to_json(
@@ -26,7 +28,7 @@ def to_json(
     verdict: Sequence[str],
     notes: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The result file's content: plain JSON values, nan and infinity as null."""
+    """Return the result file's content: plain JSON values, nan and infinity as null."""
     asked = dataclasses.asdict(settings)
     content = {
         "format": FORMAT,

@@ -33,10 +33,10 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 _SAY_EVERY = 15.0
-"""Seconds between lines of progress where no bar can be drawn."""
+"""Seconds between lines of progress if no bar can be drawn."""
 
 _BUSY = 0.15
-"""Share of the cores, used by others, above which milliseconds are no longer to be trusted."""
+"""The share of the cores, used by other programs, above which milliseconds are no longer to be trusted."""
 
 
 def run_demo(
@@ -46,18 +46,18 @@ def run_demo(
     environments: Callable[[str], Environment] | None = None,
     arms: Sequence[Arm] | None = None,
 ) -> int:
-    """Runs the demo and writes its files.
+    """Run the demo and write its files.
 
     Args:
-        settings: what was asked for.
-        console: where progress and the table go.
+        settings: of the run.
+        console: for progress and the table.
         policy, environments, arms: stand-ins for tests; None for the real ones.
 
     Returns:
         The exit code: 0, or 130 if it was interrupted.
 
     Raises:
-        DemoError: it cannot run as asked. (`SimulatorUnavailable` where the simulator is missing.)
+        DemoError: it cannot run as asked. (`SimulatorUnavailable` if the simulator is missing.)
     """
     settings.check()
     weights = None

@@ -17,7 +17,7 @@ class Scene:
     Args:
         task: its name.
         open_environment: opens the task's environment, or gives the one that is open.
-        convention: how the policy sees the suite.
+        convention: the policy's view of the suite.
     """
 
     def __init__(self, task: str, open_environment: Callable[[str], Any], convention: Convention) -> None:
@@ -25,15 +25,15 @@ class Scene:
         self._environment: Any = open_environment(task)
 
     def reset(self, seed: int) -> Observation:
-        """Begins the episode of `seed`."""
+        """Begin the episode of `seed`."""
         self._environment = self._open(self._task)
         return self._look(self._environment.begin(seed))
 
     def step(self, chunk: np.ndarray) -> tuple[Observation | None, bool, bool]:
-        """Carries out what the convention says of a chunk (n, action_size).
+        """Carry out the part of a chunk (n, action_size) that the convention says.
 
         Returns:
-            The next look (None where the episode is over), whether the task is solved, and whether it is over.
+            The next look (None if the episode is over), whether the task is solved, and whether it is over.
         """
         seen: Any = None
         for command in self._convention.plan(chunk):
@@ -43,12 +43,12 @@ class Scene:
         return self._look(seen), False, False
 
     def render(self, size: int) -> np.ndarray:
-        """(size, n * size, 3) uint8: what each of the policy's n cameras shows, side by side."""
+        """Return (size, n * size, 3) uint8: the views of the policy's n cameras, side by side."""
         views = [self._environment.picture(camera, size) for camera in self._convention.cameras.values()]
         return np.concatenate(views, axis=1)
 
     def close(self) -> None:
-        """Frees what it holds."""
+        """Free all resources."""
         self._environment.close()
 
     def _look(self, seen: Any) -> Observation:
@@ -56,7 +56,7 @@ class Scene:
 
 
 class _Opened:
-    """Environments of a suite's tasks, of which up to `most` are open at once; None: all stay open."""
+    """The environments of a suite's tasks, of which up to `most` are open at once; None: all stay open."""
 
     def __init__(self, make: Callable[[str], Any], most: int | None) -> None:
         self._make, self._most = make, most
@@ -71,15 +71,14 @@ class _Opened:
 
 
 def suite_of(policy: Any) -> str:
-    """The benchmark that a reference policy was trained on: "metaworld" or "libero_object"."""
+    """Return the benchmark that a reference policy was trained on: "metaworld" or "libero_object"."""
     return getattr(policy.config, "suite", "metaworld")
 
 
 def scenes(policy: Any) -> Callable[[str], Scene]:
-    """Makes the scene of a task of the benchmark that `policy` was trained on, at the size of its images.
+    """Return a function that makes the scene of a task of the benchmark of `policy`, at the size of its images.
 
-    The function raises SuiteError where the policy cannot act there, and SimulatorUnavailable where the simulator is
-    missing.
+    The function raises SuiteError if the policy cannot act there, and SimulatorUnavailable if the simulator is missing.
     """
     if suite_of(policy) == "metaworld":
         from vla_pruner.simulators.metaworld_suite import MetaWorldSuite

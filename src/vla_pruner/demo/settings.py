@@ -1,4 +1,4 @@
-"""What the demo was asked to do, checked before anything slow begins."""
+"""The settings of the demo, checked before anything slow begins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DemoSuite:
 
     Attributes:
         policy: name of the reference policy that was trained on it.
-        first: the first initial state that runs where none is named.
+        first: the first initial state that runs if none is named.
         states: initial states of a task; None: one for each seed.
     """
 
@@ -46,9 +46,9 @@ class DemoSettings:
     """The flags of `vla-pruner demo`.
 
     Attributes:
-        tasks: which tasks; None for all that the policy was trained on.
+        tasks: the tasks; None for all that the policy was trained on.
         episodes: episodes a task and arm; None for the default.
-        keep: fraction of the visual tokens that the pruned arms keep, in (0, 1]; None: what each setting says.
+        keep: fraction of the visual tokens that the pruned arms keep, in (0, 1]; None: as each setting says.
         seed: the first initial state: in Meta-World the seed that draws it, in LIBERO the number of a stored one; None:
             the suite's own.
         out: folder that the report and the results are written to.
@@ -68,11 +68,11 @@ class DemoSettings:
 
     @property
     def policy(self) -> str | Path:
-        """Which reference policy runs."""
+        """The reference policy that runs: the suite's unless `weights` names another."""
         return SUITES[self.suite or DEFAULT_SUITE].policy if self.weights is None else self.weights
 
     def first_state(self, suite: str) -> int:
-        """The first initial state.
+        """Return the first initial state.
 
         Raises:
             DemoError: the suite has no such state, or too few from there on.
@@ -94,13 +94,13 @@ class DemoSettings:
 
     @property
     def minutes(self) -> float | None:
-        """No episode starts later than this, so that the demo ends in time on a slow machine; None: no limit."""
+        """Minutes after which no episode starts, so that the demo ends in time on a slow machine; None: no limit."""
         if self.episodes is not None:
-            return None  # asked for by number: run them all
+            return None  # the number of episodes was given: run them all
         return QUICK_MINUTES if self.quick else DEFAULT_MINUTES
 
     def check(self) -> None:
-        """Raises DemoError for the first setting that is out of its range."""
+        """Raise DemoError for the first setting that is out of its range."""
         if self.keep is not None and not 0.0 < self.keep <= 1.0:
             raise DemoError(f"--keep is {self.keep:g}; it is a fraction of the visual tokens, above 0 and up to 1.")
         if self.episodes is not None and self.episodes < 1:
@@ -118,7 +118,7 @@ class DemoSettings:
 
 
 def choose_tasks(asked: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The tasks to run, in the order asked, each once; DemoError names the valid ones if one is unknown."""
+    """Return the tasks to run, in the order asked, each once; DemoError names the valid ones if one is unknown."""
     if asked is None:
         return known
     unknown = [task for task in asked if task not in known]

@@ -22,7 +22,7 @@ class Latency:
     p50: float
     p99: float
     stages: dict[str, float]
-    """Median of each stage. Medians of parts need not add up to the median of the whole."""
+    """The median of each stage. Medians of parts need not add up to the median of the whole."""
 
     @classmethod
     def of(cls, times: Sequence[StepTime]) -> Latency:
@@ -38,12 +38,12 @@ class ArmSummary:
     arm: Arm
     success: Rate
     difference: PairedDifference | None
-    """To the baseline; None for the baseline itself."""
+    """The difference to the baseline; None for the baseline itself."""
     all_steps: Latency
     pruned_steps: Latency
-    """Of the pruned steps only; of all steps for the baseline."""
+    """The latency of the pruned steps only; of all steps for the baseline."""
     mean_steps: float
-    """Control steps an episode."""
+    """The mean number of control steps of an episode."""
     cost: ArmCost
     by_task: dict[str, tuple[int, int]]
     """Task -> (successes, episodes)."""
@@ -54,7 +54,7 @@ class ArmSummary:
 
     @property
     def pruned_share(self) -> float:
-        """Share of the control steps that were pruned, in [0, 1]."""
+        """The share of the control steps that were pruned, in [0, 1]."""
         if self.is_baseline or not self.all_steps.steps:
             return 0.0
         return self.pruned_steps.steps / self.all_steps.steps
@@ -76,20 +76,20 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The whole table, and what is needed to read it."""
+    """The whole table, with everything needed to read it."""
 
     arms: list[ArmSummary]
     """The baseline first."""
     units: int
     layers: int
-    """Decoder layers."""
+    """The number of decoder layers."""
     layer: int
     """The lowest pruning layer."""
     vision_flops: float
     chosen: str | None
     """The arm that differs from the random one in its choice alone; None without such a pair."""
     chosen_against_random: PairedDifference | None
-    """That arm against the random one; None without such a pair."""
+    """The difference of that arm to the random one; None without such a pair."""
 
     @property
     def baseline(self) -> ArmSummary:
@@ -97,7 +97,7 @@ class Summary:
 
     @property
     def recommended(self) -> ArmSummary | None:
-        """The arm of the recommended setting; the first that may prune where there is none of that name."""
+        """The arm of the recommended setting; without one, the first that may prune."""
         return self.get(RECOMMENDED_ARM) or next((arm for arm in self.arms if not arm.is_baseline), None)
 
     def get(self, key: str) -> ArmSummary | None:
@@ -105,13 +105,13 @@ class Summary:
 
     @property
     def touchable_share(self) -> float:
-        """Share of an unpruned step's time that pruning can touch: the prefill from the pruning layer on."""
+        """The share of an unpruned step's time that pruning can touch: the prefill from the pruning layer on."""
         latency = self.baseline.all_steps
         return latency.stages["prefill"] * (self.layers - self.layer) / self.layers / latency.p50
 
     @property
     def ceiling(self) -> float:
-        """Amdahl: the speed-up of a step if that share took no time at all and choosing were free."""
+        """Amdahl's limit: the speed-up of a step if that share took no time at all and choosing were free."""
         return 1.0 / (1.0 - self.touchable_share)
 
 
@@ -122,10 +122,10 @@ def summarize(
     vision_flops: float,
     layers: int,
 ) -> Summary:
-    """Sums up the finished units.
+    """Sum up the finished units.
 
     Raises:
-        ValueError: if nothing is finished.
+        ValueError: nothing is finished.
     """
     if not finished:
         raise ValueError("No unit was finished by all arms: there is nothing to sum up.")

@@ -15,20 +15,20 @@ from vla_pruner.wording import counted
 Row = tuple[str, list[str]]
 
 HEAD = 4
-"""Rows that say it all: success, and milliseconds with speed."""
+"""The number of rows with the whole result: success, and milliseconds with speed."""
 
 
 LABELS = {"vision": "vision", "prefill": "prompt", "pruning": "choosing", "decode": "actions", "other": "other"}
-"""What readers call the stages of a control step."""
+"""The readers' words for the stages of a control step."""
 
 
 def heading(summary: Summary) -> list[str]:
-    """Titles of the columns after the first."""
+    """Return the titles of the columns after the first."""
     return [arm.arm.title for arm in summary.arms]
 
 
 def rows(summary: Summary) -> list[Row]:
-    """(what it is, one cell an arm) from top to bottom; what belongs to the row above is indented."""
+    """Return (label, one cell an arm) from top to bottom; a row that belongs to the one above is indented."""
     base = summary.baseline
 
     def row(name: str, cell: Callable[[ArmSummary], str], baseline: str | None = None) -> Row:
@@ -62,13 +62,15 @@ def rows(summary: Summary) -> list[Row]:
 
 
 def floor_share(summary: Summary, arm: ArmSummary) -> float:
-    """FLOPs of a pruned step over those of an unpruned one by formula, vision included: the least the rule costs."""
+    """Return a pruned step's FLOPs over those of an unpruned one by formula, vision included: the least the rule
+    costs.
+    """
     vision = summary.vision_flops
     return (vision + arm.cost.floor.total) / (vision + summary.baseline.cost.floor.total)
 
 
 def footnotes(summary: Summary) -> list[str]:
-    """What a reader of the table must know."""
+    """Return the facts that a reader of the table must know."""
     return [
         "Every arm ran the same episodes from the same initial states. Success: Wilson interval. Difference to "
         "unpruned, in percentage points: Newcombe's interval for paired proportions. Won / lost: episodes that only "

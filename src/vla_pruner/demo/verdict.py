@@ -1,4 +1,4 @@
-"""What the numbers say, in plain sentences. Every sentence is computed; none is written in advance."""
+"""The conclusions in plain sentences. Every sentence is computed from the numbers; none is written in advance."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vla_pruner.fate import Fate
 from vla_pruner.wording import counted
 
 _FEW = 100
-"""Below this many pairs a difference of several points cannot be told from noise."""
+"""The number of pairs below which a difference of several points cannot be told from noise."""
 
 
 def headline(summary: Summary) -> str:
-    """The whole result in one sentence: the recommended setting, or what there is of it, against unpruned."""
+    """Return the whole result in one sentence: the recommended setting, or the arm in its place, against unpruned."""
     arm, base = summary.recommended, summary.baseline
     units = f"{counted(summary.units, 'paired episode')} an arm"
     if arm is None or arm.difference is None:
@@ -49,7 +49,7 @@ def _rate(arm: ArmSummary) -> str:
 
 
 def verdict(summary: Summary) -> list[str]:
-    """Sentences for the terminal and the report: what each arm did, then what limits all of them."""
+    """Return sentences for the terminal and the report: each arm's result, then the limits of all of them."""
     base = summary.baseline
     return [
         f"Unpruned, the policy solved {base.success.successes} of {base.success.total} episodes "
@@ -140,7 +140,7 @@ def _warm_up(summary: Summary) -> list[str]:
 
 
 def _choice(summary: Summary) -> list[str]:
-    """Whether choosing mattered: the same number of tokens, dropped at random in the same episodes."""
+    """Return whether choosing mattered: the same number of tokens, dropped at random in the same episodes."""
     chosen = None if summary.chosen is None else summary.get(summary.chosen)
     random, difference = summary.get("random"), summary.chosen_against_random
     if chosen is None or random is None or difference is None:

@@ -26,10 +26,10 @@ class Arm:
     """One way to run the policy.
 
     Attributes:
-        key: unique; what records and files call it.
-        title: what tables call it.
-        kind: "baseline", "method", or which control: "again", "random", "blank".
-        method: what is attached; None runs the untouched model.
+        key: unique; its name in records and files.
+        title: its name in tables.
+        kind: "baseline", "method", or the control: "again", "random", "blank".
+        method: the method that is attached; None runs the untouched model.
         random: of a method, the key of the control that draws as many tokens at random; None: there is none.
     """
 
@@ -41,29 +41,29 @@ class Arm:
 
     @property
     def is_blank(self) -> bool:
-        """Whether the policy is shown black images."""
+        """True if the policy is shown black images."""
         return self.kind == "blank"
 
     @property
     def source(self) -> dict[str, str] | None:
-        """Where the method came from, if it is not of this package."""
+        """The origin of the method, if it is not of this package."""
         return None if self.method is None else source_of(type(self.method))
 
     @property
     def noise_stream(self) -> int:
-        """The unpruned policy's second run starts its flow from other noise; all other arms share theirs."""
+        """The stream of a flow's noise: the unpruned policy's second run has its own, all other arms share one."""
         return 1 if self.kind == "again" else 0
 
     def attach(self, policy: Any, unit: Unit) -> AbstractContextManager[Any]:
-        """A context manager that gives a session, or None for the untouched model.
+        """Return a context manager that gives a session, or None for the untouched model.
 
         A method that draws at random gets a seed of its own for each unit, so that no draw repeats.
         """
         return attached(self.method, policy, unit.noise_seed(0))
 
     def to_json(self) -> dict[str, Any]:
-        """What makes this arm the same in another run; of a method from outside of this package also where it came
-        from, as `plugins.source_of` says it.
+        """Return everything that makes this arm the same in another run; for a method from outside of this package with
+        its origin, as of `plugins.source_of`.
         """
         found: dict[str, Any] = {"key": self.key, "title": self.title, "kind": self.kind, "method": repr(self.method)}
         if self.random is not None:
@@ -87,10 +87,10 @@ def method_arms(
 
 
 def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]:
-    """The unpruned policy first, then the methods, then the controls.
+    """Return the unpruned policy first, then the methods, then the controls.
 
     The random control is one for each budget, layer and fate of the methods, and prunes the same steps: it warms up as
-    long as the method does, and refreshes as often. Only a motion gate it has not.
+    long as the method does, and refreshes as often. It has no motion gate.
 
     Raises:
         EvaluationError: a control is unknown.
@@ -121,9 +121,9 @@ def _random(method: Any) -> Arm:
     schedule: Schedule = method.schedule
     warm_up, refresh = schedule.warm_up or 0, schedule.refresh_every
     if type(method).prunes is not Method.prunes:
-        # A rule of its own, of which the schedule knows nothing: such a method waits at least for its history.
+        # A rule of its own, which the schedule does not have: such a method waits at least for its history.
         warm_up = max(warm_up, method.history)
-    # Nothing is drawn of what to reuse: tokens that stay readable without being computed are frozen.
+    # There is no draw of tokens to reuse: tokens that stay readable without being computed are frozen.
     fate = method.fate if method.fate in WITHIN_A_STEP else Fate.FREEZE
     control = RandomKeep(keep=method.keep, layer=method.layer, pruned=fate, warmup_steps=warm_up, refresh_every=refresh)
     title = f"random {method.keep!r} {fate} K={method.layer}"

@@ -19,21 +19,21 @@ from vla_pruner.wording import install
 
 LOCAL = "local"
 PATIENCE = 600.0
-"""Seconds for which nothing at all happens on the cluster before the run stops."""
+"""Seconds for which nothing happens on the cluster before the run stops."""
 
 TRIES = 3
 """Workers that may die on one unit before it counts as crashed, or at their start before the run stops."""
 
 
 class Worker:
-    """What runs in an actor. Refusals come back as text, so that the driver can say them in one line."""
+    """The content of an actor. Refusals come back as text, so that the driver can report them in one line."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._replica: Replica | None = None
 
     def start(self) -> tuple[str, Any]:
-        """Loads the policy: ("described", ...) or ("refused", why)."""
+        """Load the policy: ("described", ...) or ("refused", why)."""
         try:
             self._replica = Replica(self._recipe)
             return "described", self._replica.describe()
@@ -41,7 +41,7 @@ class Worker:
             return "refused", str(error)
 
     def run_units(self, work: Work, run: str) -> tuple[str, Any]:
-        """Runs units: ("records", pairs of a record and its trace or None) or ("refused", why)."""
+        """Run units: ("records", pairs of a record and its trace or None) or ("refused", why)."""
         assert self._replica is not None
         try:
             return "records", list(self._replica.run_units(work, run))
@@ -53,9 +53,9 @@ class Cluster:
     """Workers on a Ray cluster. A context manager: leaving it ends the workers.
 
     Args:
-        recipe: what every worker is made from.
+        recipe: from which every worker is made.
         address: of a running cluster, "auto" for the one that this machine is part of, or "local" to start one here.
-        workers: how many; None: as many as the cluster has room for, one CUDA device or one core each.
+        workers: their number; None: as many as the cluster has room for, one CUDA device or one core each.
 
     Attributes:
         described: of every worker, which all agree on it.
@@ -79,7 +79,7 @@ class Cluster:
         if self._began:
             self._connect(address, workers)
         need = {"num_gpus": 1, "num_cpus": 1} if on_cuda else {"num_cpus": 1}
-        # An actor that died is replaced here, never restarted by Ray: only this process knows what it was doing.
+        # An actor that died is replaced here, never restarted by Ray: only this process has the list of its work.
         self._actor = self._ray.remote(max_restarts=0, max_task_retries=0, **need)(Worker)
         self._workers: list[Any] = []
         self._starting: dict[Any, Any] = {}
@@ -124,10 +124,10 @@ class Cluster:
         self._starting[actor.start.remote()] = actor
 
     def _next(self, answers: list[Any]) -> Any:
-        """The next of these to be there.
+        """Return the next of these answers.
 
         Raises:
-            EvaluationError: none was for long, while no worker is at work.
+            EvaluationError: none came for long, while no worker is at work.
         """
         while True:
             ended, _ = self._ray.wait(answers, num_returns=1, timeout=PATIENCE)
@@ -140,7 +140,7 @@ class Cluster:
                 )
 
     def _settle(self, answer: Any) -> None:
-        """A worker has started, refused, or died; one that died is replaced."""
+        """Handle the start, the refusal or the death of a worker; one that died is replaced."""
         actor = self._starting.pop(answer)
         try:
             self._admit(actor, self._ray.get(answer))
@@ -168,13 +168,13 @@ class Cluster:
         self._workers.append(actor)
 
     def _discard(self, actor: Any) -> None:
-        """Ends a worker, so that what it may still be doing is never counted."""
+        """End a worker, so that results of work that it may still be doing never count."""
         self._ray.kill(actor, no_restart=True)
         if actor in self._workers:
             self._workers.remove(actor)
 
     def run(self, run: Run, file: RecordFile, max_errors: int) -> Iterator[Record]:
-        """Runs what is left, giving each record once it is on the disk; units in the order in which they end.
+        """Run the remaining work, yielding each record once it is on the disk; units in the order in which they end.
 
         Raises:
             EvaluationError: as `run_here`, or a worker refused.
@@ -198,7 +198,7 @@ class Cluster:
                 self._discard(actor)
                 self._begin_worker()
                 if deaths + 1 < TRIES:
-                    # One by one: which of the units it was is not known, and the others need not die with it.
+                    # One by one: it is not known which of the units it was, and the others need not die with it.
                     waiting.extendleft(([one], deaths + 1) for one in reversed(work))
                     continue
                 told = {"type": type(error).__name__, "message": f"{TRIES} workers died on it", "where": "Ray"}
@@ -215,7 +215,7 @@ class Cluster:
                 yield record
 
     def close(self) -> None:
-        """Ends the workers, and the cluster if it was started here."""
+        """End the workers, and the cluster if it was started here."""
         for actor in (*self._workers, *self._starting.values()):
             self._discard(actor)
         self._starting.clear()

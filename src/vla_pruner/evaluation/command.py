@@ -44,20 +44,20 @@ INTERRUPTED = 130
 
 
 def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite] = find_suite) -> int:
-    """Runs an evaluation, or goes on with the one in its folder, and writes its files.
+    """Run an evaluation, or go on with the one in its folder, and write its files.
 
     Args:
-        settings: what was asked for.
-        console: where progress and the table go.
+        settings: of the run.
+        console: for progress and the table.
         find: makes a suite of its name; a stand-in for tests.
 
     Returns:
         0: every planned episode is there; 1: an episode crashed; 130: interrupted.
 
     Raises:
-        EvaluationError: it cannot run, go on or write; what was finished is kept.
+        EvaluationError: it cannot run, go on or write; finished episodes are kept.
     """
-    wilson(0, 1)  # refused now, and not after hours, where scipy is missing
+    wilson(0, 1)  # refused now, and not after hours, if scipy is missing
     try:
         run, interrupted = _run(settings, console, find)
     except SimulatorUnavailable as error:
@@ -72,7 +72,7 @@ def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite
 
 
 def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
-    """Merges the folders of one evaluation and shows the whole; returns as `run_eval`.
+    """Merge the folders of one evaluation and show the whole; the result is that of `run_eval`.
 
     Raises:
         EvaluationError: they do not belong together.
@@ -84,7 +84,7 @@ def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
 
 
 def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -> tuple[Run, bool]:
-    """The run as far as it came, and whether it was interrupted."""
+    """Return the run as far as it came, and whether it was interrupted."""
     if (settings.out / MANIFEST).exists():
         Manifest.read(settings.out)  # refused now, before a file is made beside it and the policy is loaded
     stack, was_there = ExitStack(), settings.out.exists()
@@ -109,7 +109,7 @@ def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -
 
 
 def _leave_nothing(file: RecordFile) -> None:
-    """A run that could not begin takes the folder away that it made, unless something is in it."""
+    """Remove the folder that a run made which could not begin, unless something is in it."""
     if not file.path.stat().st_size:
         file.path.unlink()
         with suppress(OSError):

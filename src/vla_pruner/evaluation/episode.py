@@ -25,7 +25,7 @@ from vla_pruner.statistics import percentile
 from vla_pruner.wording import readable, said_by
 
 CRASHES = (Exception, SystemExit, GeneratorExit)
-"""What may come out of a policy or a simulator and end one episode: everything but an interrupt."""
+"""The errors of a policy or a simulator that end one episode: everything but an interrupt."""
 
 
 class EnvironmentCrashed(Exception):
@@ -33,10 +33,10 @@ class EnvironmentCrashed(Exception):
 
 
 class Course:
-    """One arm on one unit while it runs: what the policy is shown, what has happened, and the record of it.
+    """One arm on one unit while it runs: its observations, its progress, and its record.
 
     Attributes:
-        over: no further control step is to be run, be it for a crash.
+        over: True if no further control step is to be run, also after a crash.
         control_steps: those that were run.
         seconds: that the episode has taken, the environment included.
     """
@@ -68,7 +68,7 @@ class Course:
             self._observation, _ = self._environment.reset(initial_state=self.unit.initial_state)
 
     def see(self) -> Observation:
-        """What the policy is shown."""
+        """Return the policy's observation."""
         assert self._observation is not None
         with self._of_environment():  # images are drawn here
             seen = self._convention.observe(self._observation)
@@ -79,10 +79,10 @@ class Course:
         return seen
 
     def note(self, session: Any, latency: float | None) -> None:
-        """A control step was run.
+        """Note that a control step was run.
 
         Args:
-            session: what is attached, or None.
+            session: the one that is attached, or None.
             latency: milliseconds of `act`; None: they are not recorded.
         """
         self.control_steps += 1
@@ -95,7 +95,7 @@ class Course:
             self._visual_tokens = session.step.layout.tokens
 
     def carry_out(self, actions: np.ndarray) -> None:
-        """Carry out what was planned, (horizon, action_size), up to the end of the episode."""
+        """Carry out the planned actions, (horizon, action_size), up to the end of the episode."""
         if not np.isfinite(actions).all():
             raise ValueError("The policy's action holds numbers that are not finite (NaN or infinity).")
         for action in actions:
@@ -113,7 +113,7 @@ class Course:
 
     @contextmanager
     def _of_environment(self) -> Iterator[None]:
-        """In here the environment runs: an error of it is its own, even one of our classes.
+        """Attribute errors in the block to the environment, even one of our classes.
 
         Raises:
             SimulatorUnavailable: it cannot run at all.
@@ -128,7 +128,7 @@ class Course:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Policy or simulator may crash in here: that ends the episode, and is recorded as what it is.
+        """End the episode by a crash of policy or simulator in the block, and record it as what it is.
 
         Raises:
             VLAPrunerError, SimulatorUnavailable: it cannot run at all, as it would not the next time.
@@ -141,14 +141,14 @@ class Course:
             self.crash(crash)
 
     def crash(self, crash: BaseException) -> None:
-        """The episode ends by a crash."""
+        """End the episode by a crash."""
         cause = crash.__cause__ if isinstance(crash, EnvironmentCrashed) else None
         self._error = describe(cause or crash)
         self.over = True
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """What happens in here takes time of this episode."""
+        """Add the time of the block to this episode's."""
         start = perf_counter()
         try:
             yield
@@ -156,7 +156,7 @@ class Course:
             self.seconds += perf_counter() - start
 
     def record(self, run: str, attempt: int, versions: Mapping[str, str | None] | None) -> Record:
-        """How it ended."""
+        """Return the record of the episode."""
         pruned = [count for count in self._kept if count is not None]
         latency, error = self._latency, self._error
         return Record(
@@ -198,7 +198,7 @@ def run_episode(
     tracer: Tracer | None = None,
     record_latency: bool = True,
 ) -> Record:
-    """Runs one episode to its end; a crash of policy or simulator ends it and is recorded as what it is.
+    """Run one episode to its end; a crash of policy or simulator ends it and is recorded as what it is.
 
     The noise that a flow policy starts from depends on the unit and the control step alone, so it is the same in every
     arm. torch's global generator is as before afterwards.
@@ -206,11 +206,11 @@ def run_episode(
     Args:
         policy: a `Policy`, or one that sees the simulator's state.
         environment: of the unit's task; the episode begins with its reset.
-        convention: how the policy sees the suite.
+        convention: the policy's view of the suite.
         run, attempt, versions: for the record.
         max_steps: ends the episode earlier than the suite does.
-        tracer: is told of every control step; None: nobody is.
-        record_latency: whether the record says how long each `act` took.
+        tracer: notes every control step; None: no trace.
+        record_latency: whether the record has the time of each `act`.
 
     Raises:
         VLAPrunerError, SimulatorUnavailable: it cannot run at all, as it would not the next time.
@@ -228,7 +228,7 @@ def run_episode(
 
 @contextmanager
 def attached(arm: Arm, policy: Any, unit: Unit) -> Iterator[Any]:
-    """What an arm attaches, or None, at the beginning of an episode."""
+    """Yield the session that an arm attaches at the beginning of an episode, or None."""
     with arm.attach(policy, unit) as session:
         policy.reset()
         if session is not None:
@@ -260,14 +260,15 @@ def _step(
 
 
 def is_crash(error: BaseException) -> bool:
-    """Whether an error ends one episode. Others would end every episode the same way, so the run stops: a method that
-    does not fit the model, a simulator that is missing. An observation that the policy refuses is the episode's own.
+    """Return True if an error ends one episode. Others would end every episode the same way, so the run stops: a method
+    that does not fit the model, a simulator that is missing. An observation that the policy refuses is the episode's
+    own.
     """
     return isinstance(error, ObservationError) or not isinstance(error, (VLAPrunerError, SimulatorUnavailable))
 
 
 def describe(crash: BaseException) -> dict[str, str]:
-    """A crash for a record: its type, its message, and where it came from."""
+    """Return a crash for a record: its type, its message, and its place."""
     frames = traceback.extract_tb(crash.__traceback__)
     where = " < ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames[-4:]))
     return {"type": type(crash).__name__, "message": said_by(crash)[:2000], "where": readable(where)}

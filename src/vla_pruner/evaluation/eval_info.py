@@ -1,4 +1,4 @@
-"""`eval_info.json`: LeRobot's keys, so that its tools read it, beside everything that they leave out."""
+"""`eval_info.json`: LeRobot's keys, so that its tools read it, and everything that they leave out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVAL_INFO = "eval_info.json"
 
 
 def eval_info(run: Run, summary: Summary, sentences: Sequence[str]) -> dict[str, Any]:
-    """The file's content; plain JSON values.
+    """Return the file's content; plain JSON values.
 
     `per_task`, `per_group` and `overall` are LeRobot's, of the unpruned policy; `arms` has them of every arm. Episodes
     that crashed are in none of them.

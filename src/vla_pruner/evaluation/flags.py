@@ -10,17 +10,18 @@ from typing import Any
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.recipes import RECIPES
-from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings, flag
-from vla_pruner.flags import add_methods, add_output, add_weights, names, option
+from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
+from vla_pruner.flags import add_methods, add_output, add_weights, check_weights, flag, names, option, refuse_unused
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
     "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace", "batch",
 )  # fmt: skip
+_MERGING = frozenset({"merge", "out", "quiet", "no_color"})
 
 
 def add_eval(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "eval",
         help="success rates on LIBERO or Meta-World: paired, resumable, with verdicts",
@@ -121,11 +122,11 @@ def add_eval(commands: Any) -> None:
         "(default: none)",
     )
     add_output(command)
-    command.set_defaults(run=run_command)
+    command.set_defaults(run=run_command, parser=command)
 
 
 def add_arms(command: argparse.ArgumentParser) -> None:
-    """Adds what says which arms run: methods and their settings, and controls."""
+    """Add the flags of the arms that run: methods and their settings, and controls."""
     add_methods(command, ", or none")
     command.add_argument(
         "--controls",
@@ -136,11 +137,16 @@ def add_arms(command: argparse.ArgumentParser) -> None:
 
 
 def policy_source(options: argparse.Namespace) -> PolicySource:
-    """Where the policy comes from."""
+    """Return the source of the policy.
+
+    Raises:
+        OptionError: the flags about its weights do not go together.
+    """
+    check_weights(options)
     return PolicySource(
         options.policy,
         options.random_weights,
-        options.size,
+        options.size or "tiny",
         options.device,
         options.dtype,
         dict(options.option),
@@ -148,24 +154,23 @@ def policy_source(options: argparse.Namespace) -> PolicySource:
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Runs what the flags ask for.
+    """Run the command that the flags describe.
 
     Raises:
-        VLAPrunerError: they ask for something that cannot be.
+        VLAPrunerError: they ask for something impossible.
     """
     from vla_pruner.evaluation.command import run_eval, run_merge
     from vla_pruner.terminal import output
 
     console = output(options.quiet, options.no_color)
     if options.merge:
-        if options.policy or options.suites:
-            raise EvaluationError("--merge runs nothing, so --policy and --suite do not go with it; leave them out.")
+        refuse_unused(options, "--merge", _MERGING)
         return run_merge(options.merge, options.out, console)
     return run_eval(settings_of(options), console)
 
 
 def settings_of(options: argparse.Namespace) -> EvalSettings:
-    """The flags as settings.
+    """Return the flags as settings.
 
     Raises:
         VLAPrunerError: they do not go together.

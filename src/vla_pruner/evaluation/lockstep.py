@@ -22,10 +22,10 @@ from vla_pruner.simulators.base import Convention, Environment
 
 
 def shares(arm: Arm) -> bool:
-    """Whether episodes of an arm can share passes: what its method decides and remembers is each robot's own.
+    """Return True if episodes of an arm can share passes: its method's decisions and memory are each robot's own.
 
-    What draws at random has a seed for each unit; a motion gate opens for one robot and not for another; and keys and
-    values of the last control step are not kept for each robot.
+    A random method has a seed for each unit; a motion gate opens for one robot and not for another; and keys and values
+    of the last control step are not kept for each robot.
     """
     method = arm.method
     if method is None:
@@ -34,7 +34,7 @@ def shares(arm: Arm) -> bool:
 
 
 def check_batch(policy: Any, batch: int) -> None:
-    """Refuses to run `batch` episodes side by side with a policy that acts for one robot at a time.
+    """Refuse to run `batch` episodes side by side with a policy that acts for one robot at a time.
 
     Raises:
         EvaluationError: it does.
@@ -58,7 +58,7 @@ def run_together(
     max_steps: int | None = None,
     versions: Mapping[str, str | None] | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    """Runs B episodes of an arm to their ends. Who is done leaves the pass; the others go on.
+    """Run B episodes of an arm to their ends. A finished episode leaves the pass; the others go on.
 
     A robot's row is computed as if it were alone, up to rounding. Latencies are in no record, since a pass is shared,
     and of its time each has an equal part. A crash of a simulator is its episode's own; one of the policy ends all that
@@ -100,7 +100,7 @@ def run_together(
             while live and not live[0].over:
                 with _shared(live):
                     live = _step(policy, convention, session, live)
-                yield from ended()  # outside of what is watched: who stops listening is no crash
+                yield from ended()  # outside of the guarded block: a caller that stops listening is no crash
         finally:
             with _shared(live):
                 stack.close()
@@ -109,7 +109,7 @@ def run_together(
 
 @contextmanager
 def _shared(live: Sequence[Course]) -> Iterator[None]:
-    """What crashes in here ends all these episodes, which shared the pass."""
+    """End all these episodes, which shared the pass, by a crash in the block."""
     try:
         yield
     except CRASHES as crash:
@@ -141,7 +141,7 @@ def _step(policy: BatchPolicy, convention: Convention, session: Any, live: list[
 
 
 def _going_on(session: Any, live: list[Course]) -> list[Course]:
-    """The episodes that are not over; the session forgets the others."""
+    """Return the episodes that are not over; the session forgets the others."""
     rows = [row for row, course in enumerate(live) if not course.over]
     if session is not None and session.memory is not None and 0 < len(rows) < len(live):
         session.memory = session.memory.take(rows)

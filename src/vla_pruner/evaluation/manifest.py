@@ -1,4 +1,4 @@
-"""`run.json`: what a run's records were made with, and what it set out to do."""
+"""`run.json`: the settings and the plan of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MANIFEST = "run.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """Which units a run has.
+    """The units of a run.
 
     Attributes:
         tasks: of all suites.
@@ -39,7 +39,7 @@ class Plan:
     shard: tuple[int, int] | None = None
 
     def units(self) -> list[Unit]:
-        """In the order in which they run.
+        """Return the units in the order in which they run.
 
         Raises:
             EvaluationError: a task has not that many initial states.
@@ -52,7 +52,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, content: Any) -> Plan:
-        """Reads `to_json`.
+        """Read `to_json`.
 
         Raises:
             ValueError: it is no selection of episodes; the message says why.
@@ -77,10 +77,10 @@ class Manifest:
     Attributes:
         identity: all that one record depends on besides its unit, its arm and its suite's versions; and the margin,
             which is declared before the first episode.
-        plan: which units.
+        plan: of its units.
         for_claims: whether it is long enough to be evidence.
-        extended: numbers of episodes a task that were asked for before the present one: who adds episodes after looking
-            has more than the nominal chance of a wrong verdict.
+        extended: numbers of episodes a task that were planned before the present one: adding episodes after a look
+            raises the chance of a wrong verdict above the nominal one.
         conditions: machine, load and source tree, of every process that wrote to the run.
     """
 
@@ -107,12 +107,12 @@ class Manifest:
         }
 
     def write(self, folder: Path) -> None:
-        """Into its file; errors as in `write_json`."""
+        """Write its file; errors as in `write_json`."""
         write_json(folder / MANIFEST, self.to_json())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """From its file.
+        """Read its file.
 
         Raises:
             EvaluationError: there is none, it is another program's or version's, or it is damaged.
@@ -154,10 +154,10 @@ class Manifest:
         return found
 
     def continued(self, asked: Manifest, folder: Path) -> Manifest:
-        """The run of a folder, as it goes on with what is asked of it now.
+        """Return the run of a folder, continued with the present settings.
 
         Raises:
-            EvaluationError: that is another run, or fewer episodes.
+            EvaluationError: they are of another run, or of fewer episodes.
         """
         check_same(self.identity, asked.identity, str(folder), "the command")
         mine, other = self.plan, asked.plan
@@ -176,7 +176,7 @@ class Manifest:
 
 
 def identity(settings: EvalSettings, described: Mapping[str, Any]) -> dict[str, Any]:
-    """What one record depends on; plain JSON values.
+    """Return everything that one record depends on; plain JSON values.
 
     Args:
         described: of a `Replica`.
@@ -200,10 +200,10 @@ def identity(settings: EvalSettings, described: Mapping[str, Any]) -> dict[str, 
 
 
 def check_identity(content: Any) -> None:
-    """Refuse settings of a file of which no table can be made.
+    """Refuse the settings of a file if no table can be made of them.
 
     Raises:
-        ValueError: naming what is missing or odd.
+        ValueError: it names the missing or odd entry.
     """
     arms = check_arms(content)
     keys = [arm["key"] for arm in arms]
@@ -218,10 +218,10 @@ def check_identity(content: Any) -> None:
 
 
 def check_arms(content: Any) -> list[dict[str, Any]]:
-    """The arms of a file's settings, each with a key, a title and a kind, and the weights that they ran.
+    """Return the arms of a file's settings, each with a key, a title and a kind, and the weights that they ran.
 
     Raises:
-        ValueError: naming what is missing or odd.
+        ValueError: it names the missing or odd entry.
     """
     field_of(content, "weights", str)
     arms = field_of(content, "arms", list[dict[str, Any]])
@@ -251,7 +251,7 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, th
 
 def _told(name: str, mine: Any, other: Any) -> str:
     if name == "arms" and _keys(mine) == _keys(other):
-        # Arms of one name that differ all the same: for instance by the version of a method from outside.
+        # Arms of one name may still differ: for instance by the version of a method from outside.
         for one, another in zip(mine, other, strict=True):
             odd = [field for field in sorted({*one, *another}) if one.get(field) != another.get(field)]
             if odd:

@@ -1,4 +1,4 @@
-"""The score maps of an unpruned episode: what the methods would have read, from a second look at what was recorded."""
+"""The score maps of an unpruned episode: the scores that methods would have read, from a second look at its trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vla_pruner.families import family_of
 from vla_pruner.methods import VLAPruner
 
 LAYER = 3
-"""The semantic score is that which VLA-Pruner's default layer reads, or a shallower model's last."""
+"""The layer of the semantic score: the one that VLA-Pruner's default reads, or a shallower model's last."""
 
 
 def with_score_maps(policy: Any, trace: Trace) -> Trace:
@@ -25,7 +25,7 @@ def with_score_maps(policy: Any, trace: Trace) -> Trace:
     actions nor its milliseconds change. The policy begins a new episode afterwards.
 
     Returns:
-        the trace as it was for a policy that sees nothing or that `VLAPruner` cannot be attached to.
+        the trace as it was if the policy sees nothing or `VLAPruner` cannot be attached to it.
     """
     if not trace.images or not len(trace):
         return trace

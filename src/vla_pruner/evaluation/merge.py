@@ -17,7 +17,7 @@ from vla_pruner.evaluation.traces import make_folder, trace_path
 
 
 def merge(folders: Sequence[Path], out: Path) -> Run:
-    """Writes the records of `folders` into `out`, with their traces, which can then be continued like any run.
+    """Write the records of `folders` into `out`, with their traces, which can then be continued like any run.
 
     Raises:
         EvaluationError: an episode is in two of them, their settings or versions differ, their selections do not add up
@@ -64,7 +64,7 @@ def merge(folders: Sequence[Path], out: Path) -> Run:
 
 
 def _take_traces(folder: Path, out: Path, records: Iterable[Record]) -> None:
-    """Links the traces of these records, or copies them to another disk; those of episodes that were cut off stay."""
+    """Link the traces of these records, or copy them to another disk; those of episodes that were cut off stay."""
     for record in records:
         source, target = (trace_path(one, *record.key) for one in (folder, out))
         if record.crashed or target.exists() or not source.exists():

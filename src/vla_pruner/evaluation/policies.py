@@ -18,7 +18,7 @@ SCRIPTED = (EXPERT, NOTHING)
 
 
 class DoNothing(nn.Module):
-    """A policy without images whose every action is zero: what a harness must see fail.
+    """A policy without images whose every action is zero: an evaluation must see it fail.
 
     Args:
         action_size: numbers in an action.
@@ -33,22 +33,22 @@ class DoNothing(nn.Module):
         self.action_size = action_size
 
     def watch(self, environment: Environment) -> None:
-        """There is nothing that it wants to know."""
+        """Do nothing: it needs no ground truth."""
 
     def reset(self) -> None:
-        """There is nothing that it remembers."""
+        """Do nothing: it has no memory."""
 
     def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """(1, action_size) zeros."""
+        """Return (1, action_size) zeros."""
         return np.zeros((1, self.action_size), np.float32)
 
 
 @dataclass(frozen=True)
 class PolicySource:
-    """Where a policy comes from; small, so that it can be sent to workers.
+    """The source of a policy; small, so that it can be sent to workers.
 
     Attributes:
-        name: "expert", "nothing", or what `load_policy` takes; with `random_weights` what `random_policy` takes.
+        name: "expert", "nothing", or a name for `load_policy`; with `random_weights` one for `random_policy`.
         random_weights: whether weights are drawn.
         size: of random weights, "tiny" or "full".
         device, dtype: as of `load_policy`.
@@ -64,11 +64,11 @@ class PolicySource:
 
     @property
     def scripted(self) -> bool:
-        """Whether it acts without images, so that nothing can be pruned."""
+        """True if it acts without images, so that nothing can be pruned."""
         return self.name in SCRIPTED and not self.random_weights
 
     def load(self, suite: Suite | None = None) -> Any:
-        """The policy for a suite; only scripted ones differ from suite to suite, and need one.
+        """Return the policy for a suite; only scripted ones differ from suite to suite, and need one.
 
         Raises:
             VLAPrunerError: it cannot be loaded, or the suite has no expert.
@@ -88,7 +88,7 @@ class PolicySource:
 
 
 def sees_images(policy: Any) -> bool:
-    """Whether a policy acts by images, so that pruning and blank images mean something."""
+    """Return True if a policy acts by images, so that pruning and blank images mean something."""
     return not isinstance(policy, SeesTheState)
 
 
@@ -96,7 +96,7 @@ def check_fits(policy: Any, suite: Suite, convention: Convention) -> None:
     """Refuse a policy that cannot act in a suite, before its first episode crashes, and every other one.
 
     Args:
-        convention: how the policy sees the suite.
+        convention: the policy's view of the suite.
 
     Raises:
         SuiteError: its cameras are not those that it is shown, or its actions have another size than the suite's.
@@ -122,7 +122,7 @@ def check_fits(policy: Any, suite: Suite, convention: Convention) -> None:
 
 
 def action_size(policy: Any) -> int | None:
-    """Numbers in an action of a policy, where it says so without acting; else None."""
+    """Return the numbers in an action of a policy, if it says so without acting; else None."""
     size = getattr(policy, "action_size", None)
     return size if isinstance(size, int) else None
 

@@ -10,7 +10,7 @@ class ArmRecipe:
     """The arms of an experiment.
 
     Attributes:
-        what: what it asks, for the help.
+        what: its question, for the help.
         methods, keep, layer, pruned, controls: as in `EvalSettings`; every combination is an arm.
     """
 

@@ -21,8 +21,8 @@ from vla_pruner.json_file import listed, load_json, required, typed
 from vla_pruner.wording import readable
 
 FORMAT = 1
-"""What each line says it is. A new field with a default does not change it; a field that means something else does.
-Lines from before it was written have none, and are of format 1 as well.
+"""The format that each line names. A new field with a default does not change it; a field that means something else
+does. Lines from before it was written have none, and are of format 1 as well.
 """
 
 EPISODES = "episodes.jsonl"
@@ -33,46 +33,46 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Record:
-    """How one arm did on one unit."""
+    """The result of one arm on one unit."""
 
     run: str
     """Identity of the run's settings; records of two runs do not mix."""
     arm: str
     unit: Unit
     success: bool | None
-    """None where the episode crashed: that is no failure of the policy."""
+    """None if the episode crashed: that is no failure of the policy."""
     termination: str
     """One of `TERMINATIONS`."""
     steps: int
     """Actions carried out."""
     control_steps: int
-    """Observations that the policy was given."""
+    """Observations that the policy got."""
     sum_reward: float
     max_reward: float
     latency_ms: list[float] = field(default_factory=list)
-    """Of `act`, one for each control step; simulation, drawing and preprocessing for the suite are not in it."""
+    """Milliseconds of `act`, one for each control step, without simulation, drawing and preprocessing for the suite."""
     latency_p50_ms: float | None = None
     latency_p99_ms: float | None = None
     visual_tokens: int | None = None
-    """Of the prompt; None where nothing was attached that counts them."""
+    """Visual tokens of the prompt; None if nothing was attached that counts them."""
     kept_tokens: list[int] = field(default_factory=list)
-    """Fewest and most visual tokens kept in a pruned step; empty where none was pruned."""
+    """Fewest and most visual tokens kept in a pruned step; empty if none was pruned."""
     pruned_steps: int = 0
     error: dict[str, str] | None = None
-    """Of a crash: type, message and where."""
+    """Type, message and place of a crash."""
     attempt: int = 1
-    """Counts the crashes of this arm on this unit before, from 1."""
+    """The number of this attempt, from 1: one more than the crashes of this arm on this unit before."""
     seconds: float = 0.0
-    """Of the whole episode, the environment included."""
+    """Seconds of the whole episode, the environment included."""
     started: str = ""
     worker: str = ""
     versions: dict[str, str | None] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
-    """Fields that this version does not know; they are written back as they were read."""
+    """Fields unknown to this version; they are written back as they were read."""
 
     @property
     def key(self) -> tuple[Unit, str]:
-        """What may be there once."""
+        """The unique key of a finished record."""
         return self.unit, self.arm
 
     @property
@@ -88,7 +88,7 @@ class Record:
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:
-        """Reads `to_line`, of this version, of an earlier one, or of a later one that only has more fields.
+        """Read `to_line`, of this version, of an earlier one, or of a later one that only has more fields.
 
         Raises:
             ValueError: it is no record, or of a later format; the message says why.
@@ -105,7 +105,7 @@ class Record:
         if missing:
             raise ValueError(f"the fields {listed(missing)} are missing")
         content["others"] = {name: content.pop(name) for name in sorted(set(content) - known)}
-        if isinstance(content.get("error"), dict):  # what others' exceptions say may be no text that can be written
+        if isinstance(content.get("error"), dict):  # the text of a third-party exception may not be writable
             content["error"] = {
                 name: readable(said) if isinstance(said, str) else said for name, said in content["error"].items()
             }
@@ -118,7 +118,7 @@ class Record:
         """Refuse values that no episode has.
 
         Raises:
-            ValueError: naming one of them.
+            ValueError: it names one of them.
         """
         if self.termination not in TERMINATIONS:
             raise ValueError(f"its termination is {self.termination!r}")
@@ -151,7 +151,7 @@ class RecordFile:
         path: the file; made if absent.
 
     Attributes:
-        records: what it held when it was opened, in order, and what was appended since.
+        records: those that it held when it was opened, in order, and those appended since.
         torn: bytes of a last line that was cut off, and is gone; its episode runs again.
 
     Raises:
@@ -189,7 +189,7 @@ class RecordFile:
             ) from error
 
     def append(self, record: Record) -> None:
-        """Adds a record, wholly or not at all.
+        """Add a record, wholly or not at all.
 
         Raises:
             EvaluationError: it could not be written; the file is as before.
@@ -216,7 +216,7 @@ class RecordFile:
         self.records.append(record)
 
     def close(self) -> None:
-        """Lets others write."""
+        """Let other processes write."""
         os.close(self._file)
 
     def __enter__(self) -> Self:
@@ -227,8 +227,8 @@ class RecordFile:
 
 
 def read_records(path: Path) -> list[Record]:
-    """A run's records, without those of a last line that was cut off. Where the file is not there, the same packed by
-    gzip is read.
+    """A run's records, without those of a last line that was cut off. If the file is not there, the same packed by gzip
+    is read.
 
     Raises:
         EvaluationError: there are none, or a line is damaged.
@@ -246,12 +246,12 @@ def read_records(path: Path) -> list[Record]:
 
 
 def packed(path: Path) -> Path:
-    """Where a run's records are when they are packed: this project publishes its own so."""
+    """Return the path of a run's packed records: this project publishes its own so."""
     return path.with_name(path.name + PACKED)
 
 
 def read_lines(path: Path, content: bytes) -> list[Record]:
-    """Reads whole lines; see `read_records`."""
+    """Read whole lines; see `read_records`."""
     records = []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
@@ -265,10 +265,10 @@ def read_lines(path: Path, content: bytes) -> list[Record]:
 
 
 def latest(records: Iterable[Record], where: str) -> dict[tuple[Unit, str], Record]:
-    """The record that counts for every unit and arm: the finished one, or else the last crash.
+    """Return the record that counts for every unit and arm: the finished one, or else the last crash.
 
     Args:
-        where: what the records came from, for the message.
+        where: the records' source, for the message.
 
     Raises:
         EvaluationError: one finished twice.
@@ -302,7 +302,7 @@ def check_run(records: Iterable[Record], run: str, where: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new file's name is on the disk too."""
+    """Sync a folder, so that a new file's name is on the disk too."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -311,7 +311,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces a file at once: whoever reads it finds the old one or the new one.
+    """Replace a file at once: a reader finds the old one or the new one.
 
     Raises:
         EvaluationError: it could not be written; the old file is as before.
@@ -320,12 +320,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_json`, of text; lone surrogates in it are written as escapes."""
+    """Do as `write_json`, with text; lone surrogates in it are written as escapes."""
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_json`, of bytes."""
+    """Do as `write_json`, with bytes."""
     beside = path.with_name(path.name + ".new")
     try:
         with beside.open("wb") as file:

@@ -31,10 +31,10 @@ _OPEN = 8
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a replica is made from; small, so that it can be sent to workers.
+    """The parts that a replica is made from; small, so that it can be sent to workers.
 
     Attributes:
-        policy: where the policy comes from.
+        policy: its source.
         suites: names.
         suite_options: for `find_suite`.
         arms: every arm of the run.
@@ -88,8 +88,8 @@ class Replica:
         return self._policies[held]
 
     def describe(self) -> dict[str, Any]:
-        """What makes results comparable: the suites' tasks, a fingerprint of the weights, how the suites are seen, and
-        versions.
+        """Return the facts that make results comparable: the suites' tasks, a fingerprint of the weights, the
+        conventions of the suites, and versions.
         """
         policy = self._policy(self.recipe.suites[0])
         return {
@@ -100,16 +100,16 @@ class Replica:
         }
 
     def versions(self, suite: str) -> dict[str, str | None]:
-        """Of our packages and of the suite's."""
+        """Return the versions of our packages and of the suite's."""
         ours = {name: version(name) for name in _PACKAGES}
         return {**{name: found for name, found in ours.items() if found}, **self.suites[suite].versions()}
 
     def run_units(self, work: Work, run: str) -> Iterator[tuple[Record, Trace | None]]:
-        """Runs units with some arms, one record each, with the trace of an episode that is traced and came to its end.
+        """Run units with some arms, one record each, with the trace of an episode that is traced and came to its end.
 
         Args:
             work: units, and for each (key, attempt) of its arms in the order in which they run. Episodes of one arm
-                share forward passes where several units are given and the arm allows it.
+                share forward passes if several units are given and the arm allows it.
             run: identity of the run.
 
         Raises:
@@ -122,8 +122,8 @@ class Replica:
                 yield from self._run_group(known[key], group, run)
 
     def _groups(self, arm: Arm, missing: Sequence[tuple[Unit, int]]) -> Iterator[list[tuple[Unit, int]]]:
-        """Those that run side by side: of one suite, and none that is traced, or has crashed, since a crash of the
-        policy ends all that share its pass.
+        """Yield groups that run side by side: of one suite, and none that is traced, or has crashed, since a crash of
+        the policy ends all that share its pass.
         """
         alike: dict[Any, list[tuple[Unit, int]]] = {}
         for number, (unit, attempt) in enumerate(missing):
@@ -152,18 +152,18 @@ class Replica:
         tracer = None
         if len(ready) == 1:
             tracer = Tracer(tuple(policy.cameras)) if units[0].initial_state in self.recipe.traced else None
-            # Of an arm whose other episodes shared passes, the milliseconds of a few would pass for its own.
+            # If an arm's other episodes shared passes, the milliseconds of a few would pass for its own.
             common |= {"attempt": attempts[0], "tracer": tracer, "record_latency": self.recipe.batch == 1}
             records = iter([(0, run_episode(policy, environments[0], convention, arm, units[0], **common))])
         else:
             records = run_together(policy, environments, convention, arm, units, attempts=attempts, **common)
         for place, record in records:
-            if record.crashed:  # what crashed may be in any state
+            if record.crashed:  # after a crash it may be in any state
                 self._close(environments[place])
             yield record, None if record.crashed else _trace(tracer, record, policy, arm.kind == "baseline")
 
     def _environment(self, unit: Unit, taken: Sequence[Environment]) -> Environment:
-        """An environment of the unit's task that is not taken."""
+        """Return an environment of the unit's task that is not taken."""
         slot = sum(environment.task.index == unit.task_id for environment in taken)
         key = unit.suite, unit.task_id, slot
         if key not in self._open:
@@ -182,13 +182,13 @@ class Replica:
             return
 
     def close(self) -> None:
-        """Closes the environments."""
+        """Close the environments."""
         for environment in list(self._open.values()):
             self._close(environment)
 
 
 def _trace(tracer: Tracer | None, record: Record, policy: Any, whole_maps: bool) -> Trace | None:
-    """The trace of a finished episode, if one is wanted and can be made: its record counts either way."""
+    """Return the trace of a finished episode, if one is wanted and can be made: its record counts either way."""
     if tracer is None:
         return None
     try:
@@ -200,7 +200,7 @@ def _trace(tracer: Tracer | None, record: Record, policy: Any, whole_maps: bool)
 
 
 def lost(unit: Unit, arm: str, run: str, attempt: int, error: dict[str, str]) -> Record:
-    """The record of an episode that crashed before its first step."""
+    """Return the record of an episode that crashed before its first step."""
     return Record(
         run=run,
         arm=arm,

@@ -25,7 +25,7 @@ class Run:
 
     Attributes:
         manifest: its settings.
-        records: what counts: one for each unit and arm that is done or has crashed.
+        records: those that count: one for each unit and arm that is done or has crashed.
         torn: bytes of a last line that was cut off, and is gone.
         crashes: of this process.
     """
@@ -36,7 +36,7 @@ class Run:
     crashes: list[Record] = field(default_factory=list)
 
     def left(self) -> Work:
-        """What remains to be run; crashed episodes are tried again."""
+        """Return the work that remains; crashed episodes are tried again."""
         arms = [arm["key"] for arm in self.manifest.identity["arms"]]
         work: Work = []
         for index, unit in enumerate(self.manifest.plan.units()):
@@ -52,13 +52,13 @@ class Run:
         return work
 
     def parts(self, batch: int) -> list[Work]:
-        """`left`, `batch` units at a time."""
+        """Return `left`, `batch` units at a time."""
         work = self.left()
         return [work[first : first + batch] for first in range(0, len(work), batch)]
 
 
 def recipe_of(settings: EvalSettings, find: Callable[..., Suite] = find_suite) -> Recipe:
-    """What every replica of a run is made from."""
+    """Return the parts that every replica of a run is made from."""
     return Recipe(
         policy=settings.policy,
         suites=settings.suite_names,
@@ -73,7 +73,7 @@ def recipe_of(settings: EvalSettings, find: Callable[..., Suite] = find_suite) -
 
 
 def tasks_of(offered: Mapping[str, tuple[Task, ...]], settings: EvalSettings) -> tuple[Task, ...]:
-    """The tasks that run, suite by suite.
+    """Return the tasks that run, suite by suite.
 
     Args:
         offered: all tasks of each suite, by its name.
@@ -93,7 +93,7 @@ def tasks_of(offered: Mapping[str, tuple[Task, ...]], settings: EvalSettings) ->
 
 
 def begin(settings: EvalSettings, described: Mapping[str, Any], file: RecordFile) -> Run:
-    """Begins a run in its folder, or goes on with the one that is there.
+    """Begin a run in its folder, or go on with the one that is there.
 
     Args:
         described: of a `Replica`.
@@ -145,7 +145,7 @@ def begin(settings: EvalSettings, described: Mapping[str, Any], file: RecordFile
 
 
 def run_here(run: Run, replica: Replica, file: RecordFile, max_errors: int) -> Iterator[Record]:
-    """Runs what is left in this process, giving each record once it is on the disk.
+    """Run the remaining work in this process, yielding each record once it is on the disk.
 
     Raises:
         EvaluationError: more than `max_errors` episodes crashed, or a record could not be written.
@@ -157,8 +157,8 @@ def run_here(run: Run, replica: Replica, file: RecordFile, max_errors: int) -> I
 
 
 def keep_record(run: Run, file: RecordFile, record: Record, trace: Trace | None, max_errors: int) -> None:
-    """Writes a record, and before it the trace of the episode, so that none is missing where a run stopped between the
-    two; errors as in `run_here`.
+    """Write a record, and before it the trace of the episode, so that none is missing if a run stopped between the two;
+    errors as in `run_here`.
     """
     if trace is not None:
         write_trace(file.path.parent, trace)
@@ -172,12 +172,12 @@ def keep_record(run: Run, file: RecordFile, record: Record, trace: Trace | None,
         raise EvaluationError(
             f"{len(run.crashes)} episodes crashed, more than --max-errors {max_errors}; the last was {record.arm} on "
             f"{record.unit}: {error.get('type')}: {error.get('message')} ({error.get('where')}). Crashes are no "
-            "failures: mend their cause and give the same command again, which runs them anew."
+            "failures: fix their cause and give the same command again, which runs them anew."
         )
 
 
 def open_records(folder: Path) -> RecordFile:
-    """The records of a run's folder, made if it is absent.
+    """Return the records of a run's folder, made if it is absent.
 
     Raises:
         EvaluationError: it cannot be written to, is in use, or holds a damaged record.

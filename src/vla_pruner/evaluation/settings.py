@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do, checked before anything slow begins."""
+"""The settings of an evaluation, checked before anything slow begins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
+from vla_pruner.flags import flag
 from vla_pruner.method_names import KEEP, LAYER
 
 DEFAULT_METHODS = ("vla-pruner",)
@@ -25,7 +26,7 @@ LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 @dataclass(frozen=True)
 class Preset:
-    """How much is run.
+    """The size of a run.
 
     Attributes:
         tasks: of each suite; None: all.
@@ -51,25 +52,25 @@ class EvalSettings:
     """The flags of `vla-pruner eval`; see its help.
 
     Attributes:
-        policy: where the policy comes from.
+        policy: its source.
         suites: names of suites; "libero" is all four that are published.
         out: the folder of the run.
         tasks: names or numbers of tasks, in every suite that has them; None: as the preset says.
         preset: one of `PRESETS`.
         episodes, max_steps: in place of the preset's.
         first: the first initial state.
-        seed: of what the policy draws.
+        seed: of the policy's draws.
         methods, keep, layer, pruned: every combination is an arm.
         controls: some of `CONTROLS`.
         margin: loss of success rate, as a fraction, below which an arm counts as not worse; declared beforehand.
-        horizon: actions of a chunk that are carried out before the policy is asked again; None: the suite's convention.
+        horizon: actions of a chunk that are carried out before the policy acts again; None: the suite's convention.
         shard: (number from 1, count): run only these units.
         max_errors: crashes after which the run stops.
         suite_options: for `find_suite`.
         ray: None: here; else the address of a Ray cluster, "local" for one of this machine's own.
         workers: policies that run at once on Ray; None: as many as the cluster has room for.
         trace: how many of the first initial states are traced, with every task and arm.
-        batch: episodes of one arm that share forward passes, where policy and arm can; 1: each runs alone.
+        batch: episodes of one arm that share forward passes, if policy and arm can; 1: each runs alone.
     """
 
     policy: PolicySource
@@ -135,7 +136,7 @@ class EvalSettings:
 
     @property
     def tasks_a_suite(self) -> int | None:
-        """How many of the first tasks of a suite run; None: all, or those that are named."""
+        """The number of a suite's first tasks that run; None: all, or those that are named."""
         return None if self.tasks is not None else PRESETS[self.preset].tasks
 
     @property
@@ -145,11 +146,11 @@ class EvalSettings:
 
     @property
     def for_claims(self) -> bool:
-        """Whether the run is long enough, and its episodes whole."""
+        """True if the run is long enough, and its episodes whole."""
         return self.episodes_a_task >= CLAIM_EPISODES and self.step_limit is None
 
     def arms(self) -> tuple[Arm, ...]:
-        """The baseline first.
+        """Return the arms, the baseline first.
 
         Raises:
             VLAPrunerError: a method, an option or a control is unknown.
@@ -161,10 +162,5 @@ class EvalSettings:
         return all_arms(methods, CONTROLS if self.controls is None else self.controls)
 
     def with_out(self, out: Path) -> EvalSettings:
-        """The same, written elsewhere."""
+        """Return the same settings with another folder."""
         return replace(self, out=out)
-
-
-def flag(name: str) -> str:
-    """How the command line calls a setting."""
-    return "--" + {"methods": "method", "suites": "suite"}.get(name, name).replace("_", "-")

@@ -26,21 +26,21 @@ from vla_pruner.statistics import (
 )
 
 LEVEL = 0.025
-"""One-sided: a verdict agrees with the 95 % interval, where there is one arm."""
+"""One-sided: a verdict agrees with the 95 % interval if there is one arm."""
 
 NOT_WORSE, WORSE, INCONCLUSIVE = "not worse", "worse", "inconclusive"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an arm is worse than the unpruned policy by the margin that was declared.
+    """The answer whether an arm is worse than the unpruned policy by the margin that was declared.
 
     Attributes:
         word: "not worse": a loss of the margin or more is ruled out; "worse": such a loss is shown; "inconclusive":
             neither.
         p_not_worse, p_worse: one-sided p-values of the two, adjusted by Holm over the arms of methods.
-        more: episodes a task that would decide it with a chance of .8 if what was seen so far is the truth, where it is
-            inconclusive; None: the difference is so close to the margin that no sensible number would.
+        more: if it is inconclusive, episodes a task that would decide it with a chance of .8 if the results so far are
+            the truth; None: the difference is so close to the margin that no sensible number would.
     """
 
     word: str
@@ -64,7 +64,7 @@ class ArmSummary:
         time: (steps, share of episodes solved within them).
         slower: actions to success against the unpruned policy's, a failure counting as the longest episode of its task.
         latency_p50_ms, latency_p99_ms: over all control steps, pruned or not.
-        kept: fewest and most tokens in a pruned step; empty where nothing was pruned.
+        kept: fewest and most tokens in a pruned step; empty if nothing was pruned.
         pruned_share: of the control steps.
         crashed: episodes that crashed, and count nowhere.
         by_task: successes and episodes of each "suite/task".
@@ -93,18 +93,18 @@ class ArmSummary:
 
     @property
     def median_steps(self) -> float | None:
-        """Actions within which half of the episodes were solved; None where fewer ever were."""
+        """Actions within which half of the episodes were solved; None if fewer ever were."""
         return steps_until(self.time, 0.5)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The whole table, and what is needed to read it.
+    """The whole table, with everything needed to read it.
 
     Attributes:
         arms: the unpruned policy first.
         planned: episodes an arm that the run set out for.
-        tasks: how many.
+        tasks: their number.
         margin: declared before the run, as a fraction.
         for_claims: whether it is long enough to be evidence.
         extended: numbers of episodes a task that were asked for before.
@@ -122,7 +122,7 @@ class Summary:
         return self.arms[0]
 
     def of(self, kind: str) -> list[ArmSummary]:
-        """The arms of a kind."""
+        """Return the arms of a kind."""
         return [arm for arm in self.arms if arm.kind == kind]
 
     @property
@@ -131,7 +131,7 @@ class Summary:
 
     @property
     def complete(self) -> bool:
-        """Whether every planned episode of every arm is there, and none crashed."""
+        """True if every planned episode of every arm is there, and none crashed."""
         return all(arm.success.total == self.planned for arm in self.arms)
 
     def to_json(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class _Outcomes:
         return [bool(self.done[unit].success) for unit in units]
 
     def steps(self, units: Sequence[Unit]) -> list[float]:
-        """Actions to success; a failure counts as the longest episode of its task."""
+        """Return the actions to success; a failure counts as the longest episode of its task."""
         return [
             float(record.steps if record.success else self.longest[record.unit.suite, record.unit.task_id])
             for record in (self.done[unit] for unit in units)
@@ -162,7 +162,7 @@ class _Outcomes:
 
 
 def summarize(run: Run) -> Summary:
-    """Sums up what a run has so far.
+    """Sum up a run's results so far.
 
     Raises:
         PackageMissing: scipy or statsmodels is not installed.
@@ -278,7 +278,7 @@ def _by_task(base: _Outcomes, mine: _Outcomes) -> dict[str, PairedDifference]:
 
 
 def _random_of(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str | None:
-    """The random control of a method's arm."""
+    """Return the random control of a method's arm."""
     if arm["kind"] != "method":
         return None
     control = arm.get("random")
@@ -286,7 +286,7 @@ def _random_of(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str
 
 
 def _dropped(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str | None:
-    """The arm that drops the tokens that this one freezes, and is otherwise the same."""
+    """Return the arm that drops the tokens that this one freezes, and is otherwise the same."""
     if arm["kind"] != "method" or "pruned='freeze'" not in arm["method"]:
         return None
     twin = arm["method"].replace("pruned='freeze'", "pruned='drop'")
@@ -294,10 +294,10 @@ def _dropped(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str |
 
 
 def _verdicts(family: Mapping[str, Pairs], margin: float, tasks: int) -> dict[str, Verdict]:
-    """Of every arm of a method; Holm for each of the two questions over all of them."""
+    """Return the verdict of every arm of a method; Holm for each of the two questions over all of them."""
     p_not_worse = [pairs.p_not_worse(margin) for pairs in family.values()]
     not_worse, worse = holm(p_not_worse), holm([1 - p for p in p_not_worse])
-    level = LEVEL / max(1, len(family))  # the strictest that Holm may ask for
+    level = LEVEL / max(1, len(family))  # the strictest level that Holm may need
     found = {}
     for (key, pairs), p, q in zip(family.items(), not_worse, worse, strict=True):
         word = NOT_WORSE if p <= LEVEL else WORSE if q <= LEVEL else INCONCLUSIVE

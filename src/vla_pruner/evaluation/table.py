@@ -35,7 +35,7 @@ def cost_rows(summary: Summary) -> list[tuple[str, ...]]:
 
 
 def suite_table(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Heads and rows: what each arm solved of each suite; no rows where there is but one."""
+    """Return heads and rows: each arm's success by suite; no rows if there is but one."""
     suites = tuple(dict.fromkeys(name.partition("/")[0] for arm in summary.arms for name in arm.by_task))
     if len(suites) < 2:
         return ("arm", *suites), []
@@ -84,7 +84,7 @@ def _cost(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def to_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table, an interval under its value; where the terminal is narrow, the arms' titles break."""
+    """Return a table, an interval under its value; if the terminal is narrow, the arms' titles break."""
     table = simple_table(title)
     for index, head in enumerate(heads):
         add_column(table, head, right=bool(index), no_wrap=bool(index), min_width=0 if index else 12)
@@ -94,7 +94,7 @@ def to_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def to_markdown(summary: Summary, sentences: Sequence[str]) -> str:
-    """The tables, the notes and the sentences."""
+    """Return the tables, the notes and the sentences."""
     parts = [_markdown(OUTCOMES, outcome_rows(summary)), _markdown(COSTS, cost_rows(summary)), *NOTES]
     heads, rows = suite_table(summary)
     if rows:

@@ -1,7 +1,7 @@
-"""What a policy saw, did and kept in every control step of an episode: one .npz file beside the records.
+"""The observations, actions and kept tokens of every control step of an episode: one .npz file beside the records.
 
-A trace is what the report shows and what `vla-pruner calibrate` replays. Records say how an episode ended; a trace is
-for a few episodes, since images are large.
+The report shows traces, and `vla-pruner calibrate` replays them. Records say how an episode ended; a trace is for a few
+episodes, since images are large.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ _DAMAGED = (
     OSError, ValueError, KeyError, TypeError, IndexError, EOFError, MemoryError, RecursionError, SyntaxError,
     NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
-"""What zipfile and numpy raise on files that were cut or changed; numpy reads headers by Python's own parser."""
+"""The errors of zipfile and numpy on files that were cut or changed; numpy reads headers by Python's own parser."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How the visual tokens of one camera lie on its image, in raster order.
+    """The grid of one camera's visual tokens on its image, in raster order.
 
     Attributes:
         first: id of the token in the upper left corner; the others follow row by row.
@@ -73,7 +73,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class _About:
-    """What a trace's file says in JSON; attributes as of `Trace`."""
+    """The JSON part of a trace's file; attributes as of `Trace`."""
 
     format: str
     run: str
@@ -90,22 +90,22 @@ class Trace:
     Attributes:
         run: identity of the run's settings, as in the record.
         arm: key of the arm.
-        unit: which episode.
+        unit: the episode.
         success: whether it was solved.
-        images: what `act` was given, (T, H, W, 3) uint8 by the policy's camera names; black for the blank arm, and
+        images: the arguments of `act`, (T, H, W, 3) uint8 by the policy's camera names; black for the blank arm, and
             nothing for a policy that sees none.
-        proprio: (T, d) float32, or None where `act` was given none.
+        proprio: (T, d) float32, or None if `act` got none.
         instructions: T sentences.
-        actions: (T, chunk, dim) float32, what `act` returned.
+        actions: (T, chunk, dim) float32, the results of `act`.
         noise_seeds: (T,) uint64, of torch's generator before each `act`.
         steps: (T,) int64, actions that had been carried out before each `act`.
-        kept: (T, M) bool, the visual tokens that stayed, all of them in a step that was not pruned; None where nothing
-            was attached, so that all stayed.
+        kept: (T, M) bool, the visual tokens that stayed, all of them in a step that was not pruned; None if nothing was
+            attached, so that all stayed.
         pruned: (T,) bool, whether the step was pruned.
-        scores: (T, M) float32 under "semantic" and "action", as the method read them; nan where a step has none.
-            Tokens that a layer lacks count 0 in its action score. The unpruned policy's come from a second look, see
+        scores: (T, M) float32 under "semantic" and "action", as the method read them; nan if a step has none. Tokens
+            that a layer lacks count 0 in its action score. The unpruned policy's come from a second look, see
             `evaluation.maps`; other arms without a method have none.
-        camera_tokens: visual tokens of each camera by name, in the order of ids; empty where there are no scores.
+        camera_tokens: visual tokens of each camera by name, in the order of ids; empty if there are no scores.
     """
 
     run: str
@@ -125,21 +125,21 @@ class Trace:
 
     @property
     def key(self) -> tuple[Unit, str]:
-        """That of its record."""
+        """The key of its record."""
         return self.unit, self.arm
 
     def __len__(self) -> int:
-        """Control steps."""
+        """Return the number of control steps."""
         return len(self.actions)
 
     def observation(self, step: int) -> Observation:
-        """What `act` was given in a control step."""
+        """Return the arguments of `act` in a control step."""
         images = {name: images[step] for name, images in self.images.items()}
         return Observation(images, self.instructions[step], None if self.proprio is None else self.proprio[step])
 
     @property
     def grids(self) -> dict[str, Grid]:
-        """How each camera's tokens lie on its image.
+        """The grid of each camera's tokens on its image.
 
         Every family with images of its own cuts squares into squares, row by row; a camera whose number of tokens is no
         square is left out.
@@ -182,14 +182,14 @@ class Tracer:
         steps: int,
         session: Any,
     ) -> None:
-        """A control step is over.
+        """Note that a control step is over.
 
         Args:
-            seen: what `act` was given.
-            chunk: what it returned.
+            seen: the arguments of `act`.
+            chunk: its result.
             seed: of torch's generator before it.
             steps: actions carried out before it.
-            session: what is attached, or None.
+            session: the one that is attached, or None.
         """
         self._images.append({name: np.array(image, np.uint8) for name, image in seen.images.items()})
         self._proprio.append(None if seen.proprio is None else np.array(seen.proprio, np.float32))
@@ -215,10 +215,10 @@ class Tracer:
             self._step = None
 
     def trace(self, record: Record) -> Trace:
-        """What was collected, once the episode is over and its session detached.
+        """Return the trace, once the episode is over and its session detached.
 
         Raises:
-            EvaluationError: what the policy returned changed its shape on the way.
+            EvaluationError: the shape of the policy's results changed on the way.
         """
         self._read_scores()
         if len({chunk.shape for chunk in self._actions}) > 1:
@@ -261,7 +261,7 @@ def by_camera(cameras: tuple[str, ...], counts: tuple[int, ...]) -> dict[str, in
 
 
 def trace_path(folder: Path, unit: Unit, arm: str) -> Path:
-    """Where the trace of a record is, if there is one.
+    """Return the path of a record's trace, if there is one.
 
     Args:
         folder: of the evaluation.
@@ -286,13 +286,13 @@ def make_folder(path: Path) -> None:
 
 
 def write_trace(folder: Path, trace: Trace) -> Path:
-    """Writes a trace, wholly or not at all, in place of an earlier one of the same episode; returns its file.
+    """Write a trace, wholly or not at all, in place of an earlier one of the same episode; return its file.
 
     Args:
         folder: of the evaluation.
 
     Raises:
-        EvaluationError: it could not be written; what was there is as before.
+        EvaluationError: it could not be written; an earlier file is as before.
     """
     about = {
         "format": FORMAT,
@@ -322,7 +322,7 @@ def write_trace(folder: Path, trace: Trace) -> Path:
 
 
 def read_trace(path: Path, key: tuple[Unit, str] | None = None, run: str | None = None) -> Trace:
-    """Reads `write_trace`'s file.
+    """Read `write_trace`'s file.
 
     Args:
         key, run: of the record that it must belong to; None: of any.
@@ -355,7 +355,7 @@ def read_trace(path: Path, key: tuple[Unit, str] | None = None, run: str | None 
 
 
 def read_numbers(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Actions (T, chunk, dim) and state (T, d) or None of a trace, without its images.
+    """Return actions (T, chunk, dim) and state (T, d) or None of a trace, without its images.
 
     Raises:
         EvaluationError: there is no trace, or it is damaged.
@@ -398,7 +398,7 @@ def _check(trace: Trace, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def traces_of(folder: Path) -> dict[tuple[Unit, str], Path]:
-    """The traces of an evaluation's folder by the keys of their records, in their order; empty where there are none.
+    """The traces of an evaluation's folder by the keys of their records, in their order; empty if there are none.
 
     Raises:
         EvaluationError: there is no such folder, or a trace in it is damaged.
@@ -417,7 +417,7 @@ def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
 
 
 def _check_sizes(path: Path) -> None:
-    """Refuse arrays that say to be larger than what is there: numpy would ask for that much memory first."""
+    """Refuse arrays whose headers claim more than the file holds: numpy would allocate that much memory first."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             with archive.open(member) as file:
@@ -430,9 +430,9 @@ def _check_sizes(path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[_About, Any]]:
-    """What a trace is about and its arrays, with one error for all that can be wrong with it."""
+    """Yield the JSON part of a trace and its arrays, with one error for any fault in it."""
     try:
-        # numpy would advise to unpickle what it does not know.
+        # numpy would advise to unpickle an unknown file.
         if path.exists() and not zipfile.is_zipfile(path):
             raise ValueError("it is no whole .npz file")
         if path.exists():

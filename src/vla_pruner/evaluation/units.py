@@ -1,4 +1,4 @@
-"""What every arm runs: one task from one initial state, with one seed for the policy's own noise."""
+"""The units that every arm runs: one task from one initial state, with one seed for the policy's own noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.simulators.base import Task
 
 MOST_UNITS = 1_000_000
-"""Episodes of one arm in a run. More is a slip of the pen or a damaged file, and would take all memory first."""
+"""The most episodes of one arm in a run. More is a typing error or a damaged file, and would take all memory first."""
 
 
 @dataclass(frozen=True, order=True)
@@ -23,8 +23,8 @@ class Unit:
         suite: name of the suite.
         task_id: the task's place in the suite.
         task: its name.
-        initial_state: which start; a function of the episode's index alone.
-        policy_seed: of what a policy draws.
+        initial_state: its number; a function of the episode's index alone.
+        policy_seed: of a policy's draws.
     """
 
     suite: str
@@ -40,15 +40,15 @@ class Unit:
         """Refuse numbers that no episode has.
 
         Raises:
-            ValueError: naming one of them.
+            ValueError: it names one of them.
         """
         for name in ("task_id", "initial_state", "policy_seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"its {name} is {getattr(self, name)}, not 0 or more")
 
     def noise_seed(self, control_step: int, stream: int = 0) -> int:
-        """Of torch's generator in a control step: below 2**63, another one for every unit, step and stream, and the
-        same in every arm of one stream.
+        """Return the seed of torch's generator in a control step: below 2**63, another one for every unit, step and
+        stream, and the same in every arm of one stream.
         """
         words = (zlib.crc32(self.suite.encode()), self.task_id, self.initial_state, self.policy_seed)
         drawn = np.random.SeedSequence((*words, control_step, stream)).generate_state(1, np.uint64)[0]
@@ -56,7 +56,7 @@ class Unit:
 
 
 def plan(tasks: Sequence[Task], episodes: int, first: int, policy_seed: int) -> list[Unit]:
-    """All units, tasks taking turns, so that a run that ends early has seen every task about equally often.
+    """Return all units, tasks taking turns, so that a run that ends early has seen every task about equally often.
 
     Args:
         tasks: of all suites.
@@ -87,7 +87,7 @@ def plan(tasks: Sequence[Task], episodes: int, first: int, policy_seed: int) -> 
 
 
 def shard(units: Sequence[Unit], number: int, count: int) -> list[Unit]:
-    """The units of shard `number` (from 1) of `count`: every `count`-th of each task."""
+    """Return the units of shard `number` (from 1) of `count`: every `count`-th of each task."""
     seen: dict[tuple[str, int], int] = {}
     chosen = []
     for unit in units:

@@ -1,4 +1,4 @@
-"""What the numbers say, in plain sentences. Every sentence is computed; none is written in advance."""
+"""The conclusions in plain sentences. Every sentence is computed from the numbers; none is written in advance."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vla_pruner.wording import counted
 
 
 def sentences(summary: Summary) -> list[str]:
-    """The verdicts first, then what the controls say, then what limits all of them."""
+    """Return the verdicts first, then the controls' results, then the limits of all of them."""
     found = [f"{arm.title}: {judged(arm, summary)}" for arm in summary.of("method")]
     return [*found, *freezing(summary), *noise_floor(summary), *blank_image(summary), *limits(summary)]
 
 
 def points(value: float) -> str:
-    """A difference of rates in percentage points: "+1.5", "-2", "0"."""
+    """Return a difference of rates in percentage points: "+1.5", "-2", "0"."""
     text = f"{100 * value:+.1f}".removesuffix(".0")
     return "0" if text in ("+0", "-0") else text
 
@@ -26,7 +26,9 @@ def spread(difference: PairedDifference) -> str:
 
 
 def judged(arm: ArmSummary, summary: Summary) -> str:
-    """Of a method's arm: the verdict with its interval, what it means, what would decide it, and random choice."""
+    """Return the sentences on a method's arm: verdict with interval, meaning, what would decide it, and random
+    choice.
+    """
     difference, verdict = arm.difference, arm.verdict
     if difference is None or verdict is None or not difference.pairs:
         return "no episode was finished by it and by the unpruned policy."
@@ -55,7 +57,7 @@ def judged(arm: ArmSummary, summary: Summary) -> str:
 
 
 def _rounded(number: int) -> int:
-    """To two digits: more would pretend to know."""
+    """Round to two digits: more would claim too much precision."""
     step = 10 ** max(0, len(str(number)) - 2)
     return -(-number // step) * step
 
@@ -72,7 +74,7 @@ def _random(arm: ArmSummary) -> str:
 
 
 def freezing(summary: Summary) -> list[str]:
-    """Whether freezing solves more than dropping; empty without arms that differ in this alone."""
+    """Say whether freezing solves more than dropping; empty without arms that differ in this alone."""
     found = []
     for arm in summary.of("method"):
         frozen = arm.against_drop
@@ -87,7 +89,7 @@ def freezing(summary: Summary) -> list[str]:
 
 
 def noise_floor(summary: Summary) -> list[str]:
-    """How far two runs of the unpruned policy agree; empty without that control."""
+    """Say how far two runs of the unpruned policy agree; empty without that control."""
     found = []
     for arm in summary.of("again"):
         again = arm.difference
@@ -98,7 +100,7 @@ def noise_floor(summary: Summary) -> list[str]:
         if disagreed:
             found.append(f"Noise floor: two runs of the unpruned policy disagree on {share}.")
         else:
-            # What n agreements rule out with 95 %: a share p of which (1 - p)^n = 5 %.
+            # n agreements rule out with 95 % a share p of which (1 - p)^n = 5 %.
             most = 100 * (1 - 0.05 ** (1 / again.pairs))
             found.append(
                 f"Noise floor: two runs of the unpruned policy agree in {again.pairs} of "
@@ -108,7 +110,7 @@ def noise_floor(summary: Summary) -> list[str]:
 
 
 def blank_image(summary: Summary) -> list[str]:
-    """Whether the policy needs to see; empty without that control."""
+    """Say whether the policy needs to see; empty without that control."""
     found = []
     for arm in summary.of("blank"):
         blank = arm.difference
@@ -129,7 +131,7 @@ def _rate(arm: ArmSummary) -> str:
 
 
 def limits(summary: Summary) -> list[str]:
-    """What limits every verdict: crashes, episodes that are left, a second look, a run too short for claims."""
+    """Say what limits every verdict: crashes, episodes that are left, a second look, a run too short for claims."""
     found = []
     if summary.baseline.success.total and not summary.baseline.success.successes:
         found.append("The unpruned policy solved nothing, so nothing can be said about pruning it.")

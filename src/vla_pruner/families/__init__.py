@@ -1,4 +1,4 @@
-"""One file per model family: where things are. Nothing here knows a method.
+"""One file per model family, with the places of its parts and tokens. Nothing here knows a method.
 
 A family is found by looking at the model; no library is imported for a family of ours that is not in use. Families of
 other distributions (entry points of the group `vla_pruner.families`) are asked first.
@@ -22,10 +22,10 @@ from vla_pruner.registry import ROWS
 
 
 def family_of(model: Any, *, family: type[Family] | None = None, **options: Any) -> Family:
-    """The family adapter for `model`: a module, or a policy whose `module` is one; wrappers around it are looked into.
+    """Return the family adapter for `model`: a module, or a policy whose `module` is one, also inside wrappers.
 
     Args:
-        family: the adapter to use, where it is not to be found; it must match the model.
+        family: the adapter to use instead of a search; it must match the model.
 
     Raises:
         UnsupportedModelError: no family knows this model, or this version or attention backend of it; or `family` is
@@ -34,7 +34,9 @@ def family_of(model: Any, *, family: type[Family] | None = None, **options: Any)
     """
     named: Any = None
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
-        model, named = model.module, getattr(model, "cameras", None)
+        named, tokens = getattr(model, "cameras", None), getattr(model, "camera_tokens", None)
+        named = dict(zip(named, tokens, strict=True)) if named is not None and tokens is not None else named
+        model = model.module
     given, model = model, unwrapped(model)
     found: Any = _found(model) if family is None else _given(family, model)
     known = list(inspect.signature(found.__init__).parameters)[2:]
@@ -81,8 +83,8 @@ def _found(model: Any) -> type[Family]:
         f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
         "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
         "PI05Policy, PI0FastPolicy, SmolVLAPolicy, MolmoAct2Policy, GrootPolicy, EO1Policy and VLAJEPAPolicy, "
-        "vla_pruner.reference_policy(), and transformers' decoder-only language models (of a vision-language model the "
-        "text decoder: model.language_model). "
+        "vla_pruner.reference_policy(), transformers' vision-language models that are called with input_ids and "
+        "pixel_values (LLaVA, PaliGemma, SmolVLM, InternVL, Gemma 3, Qwen-VL), and its decoder-only language models. "
         "Adapters of PEFT, DistributedDataParallel and FullyShardedDataParallel are looked into; a policy inside of "
         "another wrapper, such as DataParallel, is attached to itself (its .module). "
         "See CONTRIBUTING.md on how a family is added." + "".join(f" {told}" for told in broken)
@@ -90,7 +92,7 @@ def _found(model: Any) -> type[Family]:
 
 
 def _foreign(model: Any) -> tuple[type[Family] | None, list[str]]:
-    """The family of another distribution that knows a model, and what is said of those that could not be asked."""
+    """Return the family of another distribution that matches a model, and sentences on those that failed."""
     found: dict[type[Family], plugins.Plugin] = {}
     broken: list[str] = []
     for plugin in plugins.plugins(plugins.FAMILIES):
@@ -98,7 +100,7 @@ def _foreign(model: Any) -> tuple[type[Family] | None, list[str]]:
             family = _loaded(plugin)
             if family.matches(model):
                 found.setdefault(family, plugin)
-        except Exception as error:  # it is a stranger's, and the models of all others must work on
+        except Exception as error:  # third-party code, and the models of all other families must work on
             told = str(error) if isinstance(error, PluginError) else f"{plugin} fails: {type(error).__name__}: {error}."
             warnings.warn(f"{told} The other model families are used without it.", RuntimeWarning, stacklevel=4)
             broken.append(told)

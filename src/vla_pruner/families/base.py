@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vla_pruner.attach.family import Family
-from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.versions import check_transformers
+from vla_pruner.wording import a_type
 
 BACKENDS = ("sdpa", "eager")
 MROPE_TYPES = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
@@ -36,12 +38,12 @@ class TransformersFamily(Family):
         return self.rotated(attention, key.transpose(1, 2), position_embeddings), value
 
     def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states (B, F, D) as the projections of a layer are given them."""
+        """Return hidden states (B, F, D) as the projections of a layer get them."""
         norm: Any = layer.input_layernorm
         return norm(hidden)
 
     def rotated(self, attention: nn.Module, key: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
-        """Keys (B, G, F, d) with their positions."""
+        """Return keys (B, G, F, d) with their positions."""
         here = sys.modules[type(attention).__module__]
         if hasattr(here, "apply_multimodal_rotary_pos_emb"):  # Qwen2-VL and Qwen2.5-VL before transformers 5.6 or so
             config: Any = attention.config
@@ -66,8 +68,20 @@ def tiles(images: Tensor, tokens: int) -> Tensor:
     return nn.functional.unfold(images.float(), kernel_size=size, stride=size).transpose(1, 2)
 
 
+def check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
+    """The cameras' names.
+
+    Raises:
+        OptionError: they are no sequence of distinct names.
+    """
+    names = () if isinstance(cameras, str) or not isinstance(cameras, Sequence) else tuple(cameras)
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise OptionError(f"cameras={cameras!r} was given; it is a sequence of distinct names, one a camera.")
+    return names
+
+
 def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:
-    """The decoder itself, if its type, its attention backend and the installed transformers are supported.
+    """Return the decoder itself, if its type, its attention backend and the installed transformers are supported.
 
     Raises:
         UnsupportedModelError: saying what was found, what is supported and what to do.
@@ -87,3 +101,25 @@ def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:
             "Load the model with attn_implementation='sdpa'."
         )
     return decoder
+
+
+def check_example(example: Mapping[str, Any], names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """An example of a policy's call, by the names of its arguments.
+
+    Raises:
+        OptionError: one is missing, or is not among them.
+    """
+    if not isinstance(example, Mapping):
+        raise OptionError(f"The example is {a_type(example)}; give a mapping with {', '.join(names)}.")
+    known = (*names, *optional)
+    unknown = [str(name) for name in example if name not in known]
+    missing = [name for name in names if name not in example]
+    if unknown or missing:
+        told = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(unknown)}"] * bool(unknown)
+        raise OptionError(f"The example {' and '.join(told)}; it has {', '.join(known)}.")
+    return dict(example)
+
+
+def shape_of(value: Any) -> str:
+    """A value as a message names it: a tensor by its shape."""
+    return f"of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_type(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
-from vla_pruner.attach.family import Call
+from vla_pruner.attach.family import Call, StepFunction
 from vla_pruner.attach.layout import Layout
 from vla_pruner.families.base import tiles
 from vla_pruner.families.decoder_lm import DecoderLM
+from vla_pruner.families.reference import trained_step
 
 
 class Chunk(DecoderLM):
@@ -50,6 +52,9 @@ class Chunk(DecoderLM):
         layout = super()._layout(call)
         positions = torch.arange(layout.length, device=layout.prompt.device)
         return replace(layout, readers=layout.prompt & (positions < layout.length - self._rows))
+
+    def exported(self, example: Mapping[str, Any]) -> StepFunction:
+        return trained_step(self._policy, example, self._policy.config.prompt_length + self._rows)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

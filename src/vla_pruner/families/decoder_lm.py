@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
-from vla_pruner.attach.family import Call
+from vla_pruner.attach.family import Call, StepFunction
 from vla_pruner.attach.layout import Layout, ensure
+from vla_pruner.caches import cache_name
+from vla_pruner.checks import is_count
 from vla_pruner.errors import OptionError, SessionError
-from vla_pruner.families.base import TransformersFamily, check_decoder
+from vla_pruner.families.base import MROPE_TYPES, TransformersFamily, check_decoder, check_example, shape_of
 from vla_pruner.families.wrappers import unwrapped
 
 PADDING_SIDES = ("right", "left")
 SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-"""Options of `generate` that try several tokens in one call."""
+"""The options of `generate` that try several tokens in one call."""
 
 
 class DecoderLM(TransformersFamily):
@@ -31,9 +33,10 @@ class DecoderLM(TransformersFamily):
 
     Args:
         model: the language model.
-        visual: where the visual tokens are in the prompt: a slice, or for several cameras a mapping of names to slices.
+        visual: the place of the visual tokens in the prompt: a slice, or for several cameras a mapping of names to
+            slices.
         padding_side: "right" (slices count from position 0), or "left" (they count from each row's first real token).
-            Needed only where position 0 is masked: it could be left padding, or an absent camera.
+            Needed only if position 0 is masked: it could be left padding, or an absent camera.
 
     Raises:
         OptionError: `visual` is missing, empty, open-ended or overlapping.
@@ -92,10 +95,56 @@ class DecoderLM(TransformersFamily):
     def opens_step(self, call: Call) -> bool:
         return call.length > self._last
 
+    def exported(self, example: Mapping[str, Any]) -> StepFunction:
+        """Of a language model: a prompt and the tokens that are decoded after it, as the example's "tokens" says."""
+        model, decoder = self._model, self.decoder
+        if not self.called or getattr(decoder.config, "model_type", "") in MROPE_TYPES:
+            return super().exported(example)
+        given = {**example}
+        tokens = given.pop("tokens", 1)
+        prompt = check_example(given, ("inputs_embeds",))["inputs_embeds"]
+        headed = self.anatomy.language_model is not None
+        if not is_count(tokens, 1) or (tokens > 1 and not headed):
+            raise OptionError(
+                f"tokens={tokens!r} was given; it is how many tokens the step decodes, an int of 1 or more, and 1 for "
+                "a model without a head."
+            )
+        if not isinstance(prompt, Tensor) or prompt.dim() != 3 or prompt.shape[1] <= self._last:
+            raise OptionError(
+                f"inputs_embeds of the example is {shape_of(prompt)}; it is a prompt (B, N, D) that holds all visual "
+                "tokens."
+            )
+        weight = decoder.norm.weight
+        prompt = prompt.detach().to(weight.device, weight.dtype)
+        rows, length, _ = prompt.shape
+        name = cache_name(model)
+        from transformers import DynamicCache
+
+        def run(inputs_embeds: Tensor) -> Tensor:
+            cache, embeds, found = DynamicCache(config=decoder.config), inputs_embeds, []
+            for end in range(length, length + tokens):
+                start = end - embeds.shape[1]
+                output = model(
+                    inputs_embeds=embeds,
+                    # Never None: transformers would read positions with gaps as several sequences.
+                    attention_mask=torch.ones(rows, end, dtype=torch.int64, device=embeds.device),
+                    position_ids=torch.arange(start, end, device=embeds.device).expand(rows, -1),
+                    **{name: cache},
+                    use_cache=True,
+                    **({"logits_to_keep": 1} if headed else {}),
+                )
+                found.append(output.logits[:, -1] if headed else output.last_hidden_state[:, -1])
+                if headed:
+                    embeds = model.get_input_embeddings()(found[-1].argmax(dim=-1))[:, None]
+            return torch.stack(found, dim=1)
+
+        call = Call(length, None, rows, prompt.device)
+        return StepFunction(run, {"inputs_embeds": prompt}, "logits" if headed else "hidden", call)
+
     def layout(self, call: Call) -> Layout:
         if call.attention_mask is not None:
             return self._layout(call)
-        # Where all is real, nothing moves from step to step.
+        # If all is real, nothing moves from step to step.
         key = (call.rows, call.length, call.device, torch.is_inference_mode_enabled())
         if self._unmasked is None or self._unmasked[0] != key:
             self._unmasked = key, self._layout(call)
@@ -109,12 +158,12 @@ class DecoderLM(TransformersFamily):
             visual = visual + torch.where(prompt, positions, call.length).amin(dim=1, keepdim=True)
             ensure((visual < call.length).all(), OVERRUN)
         elif self._padding_side is None and call.attention_mask is not None:
-            # Left padding would shift the image away from where the slices say it is, without any error.
+            # Left padding would shift the image away from the slices, without any error.
             ensure(prompt[:, 0].all(), LEFT_PADDED)
         return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt, cameras=self._camera_tokens)
 
     def _positions_on(self, device: torch.device) -> Tensor:
-        """(M,) int64; copied to a device once, since a copy makes the host wait."""
+        """Return (M,) int64; copied to a device once, since a copy makes the host wait."""
         if device not in self._on_device:
             self._on_device[device] = torch.tensor(self._positions, device=device)
         return self._on_device[device]

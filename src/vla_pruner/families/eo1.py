@@ -17,7 +17,7 @@ from vla_pruner.attach.hooks import Arguments, HookWiring
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.caches import cache_in, held
-from vla_pruner.families.lerobot_qwen import LeRobotQwen, in_views
+from vla_pruner.families.lerobot_qwen import LeRobotQwen
 
 
 class EO1(LeRobotQwen):
@@ -34,9 +34,7 @@ class EO1(LeRobotQwen):
         """The parts of an `EO1Policy`."""
         seeing = model.model.vlm_backbone.model
         chunk = model.config.chunk_size
-        return Anatomy(
-            decoder=seeing.language_model, towers=(seeing.visual,), acting_rows=chunk, images=in_views(model)
-        )
+        return Anatomy(decoder=seeing.language_model, towers=(seeing.visual,), acting_rows=chunk)
 
     @property
     def anatomy(self) -> Anatomy:

@@ -21,7 +21,7 @@ from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.errors import UnsupportedModelError
-from vla_pruner.families.lerobot_qwen import LeRobotQwen, in_views
+from vla_pruner.families.lerobot_qwen import LeRobotQwen
 from vla_pruner.replacements import Replacements
 
 MODULE = "lerobot.policies.groot.modeling_groot"
@@ -50,7 +50,6 @@ class Groot(LeRobotQwen):
             decoder=backbone.language_model,
             experts=(model._groot_model.action_head.model,),
             towers=(backbone.visual,),
-            images=in_views(model),
         )
 
     @property

@@ -1,5 +1,5 @@
-"""What the families of LeRobot share: which versions, which cameras a batch has, and what is put on a policy's
-instances while a session is attached.
+"""The common parts of LeRobot's families: versions, a batch's cameras, and the methods replaced on a policy's instances
+while a session is attached.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IMAGES = "observation.images."
 
 
 def check_version() -> str:
-    """The installed lerobot's version.
+    """Return the installed lerobot's version.
 
     Raises:
         UnsupportedModelError: none is installed, or one that was not tested.
@@ -41,7 +41,7 @@ def check_version() -> str:
 
 
 def camera_names(config: Any) -> tuple[str, ...]:
-    """A LeRobot policy's cameras in its own order, without "observation.images."."""
+    """Return a LeRobot policy's cameras in its own order, without "observation.images."."""
     return tuple(key.removeprefix(IMAGES).removeprefix("observation.") for key in config.image_features)
 
 
@@ -56,7 +56,7 @@ class LeRobotFamily(TransformersFamily):
     """Modules and names of the policies' classes."""
 
     prepare = ""
-    """Name of the policy's method that turns a batch into images."""
+    """The name of the policy's method that turns a batch into images."""
 
     embed = "embed_prefix"
     """Name of the model's method that makes the prefix of them: embeddings first, then what in it is real."""
@@ -80,7 +80,7 @@ class LeRobotFamily(TransformersFamily):
 
     @staticmethod
     def anatomy_of(model: Any) -> Anatomy:
-        """The parts of a policy of this family, which need not be one that a method can be attached to."""
+        """Return the parts of a policy of this family, which need not be one that a method can be attached to."""
         raise NotImplementedError
 
     @property
@@ -107,11 +107,11 @@ class LeRobotFamily(TransformersFamily):
         return None
 
     def block_lengths(self, images: list[Tensor]) -> list[int]:
-        """Number of visual tokens that each image (B, 3, H, W) becomes."""
+        """Return the number of visual tokens that each image (B, 3, H, W) becomes."""
         raise NotImplementedError
 
     def around_block(self) -> tuple[int, int]:
-        """Number of other tokens before and behind each image's."""
+        """Return the number of other tokens before and behind each image's."""
         return 0, 0
 
     def layout(self, call: Call) -> Layout:
@@ -144,7 +144,7 @@ class LeRobotFamily(TransformersFamily):
         self._shown = self._blocks = self._prompt = None
 
     def _prepare_images(self, original: Callable[..., Any], batch: Any) -> Any:
-        """Notes which cameras the batch has: the host knows, without reading a mask."""
+        """Note the batch's cameras: the host has them, without reading a mask."""
         self._check_config()
         keys = list(self._policy.config.image_features)
         self._shown = tuple(camera for camera, key in enumerate(keys) if key in batch)

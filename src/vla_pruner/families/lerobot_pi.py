@@ -83,7 +83,7 @@ class LeRobotPi(LeRobotFamily):
 
 
 class _ThroughModule:
-    """LeRobot calls `decoder.forward(...)`, past every hook: this leads the call through `decoder(...)`, which calls
+    """Leads LeRobot's calls of `decoder.forward(...)`, which pass every hook, through `decoder(...)`, which calls
     `forward` again.
     """
 
@@ -101,5 +101,5 @@ class _ThroughModule:
             self._inside = False
 
     def compute(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The call itself, after hooks on the module ran."""
+        """Make the call itself, after hooks on the module ran."""
         return original(*args, **kwargs)

@@ -108,14 +108,6 @@ class LeRobotQwen(TransformersFamily):
         return original(input_ids, *args, **kwargs)
 
 
-def in_views(model: Any) -> Callable[[Tensor], Tensor]:
-    """Splits what the vision encoder is given, the patches of all images (P, values), into images (n, 1, P / n, values)
-    as many as a policy has cameras.
-    """
-    views = len(model.config.image_features)
-    return lambda patches: patches.reshape(views, 1, -1, patches.shape[-1])
-
-
 def _refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     raise SessionError("The loss was asked for while a session is attached; detach before training.")
 

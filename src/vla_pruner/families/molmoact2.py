@@ -90,7 +90,7 @@ class MolmoAct2(Family):
             experts=(expert,),
             towers=(backbone.vision_backbone,),
             expert_calls=((expert, "prepare_context"), *((block, "forward") for block in blocks)),
-            images=lambda pixels: pixels.reshape(-1, 1, *pixels.shape[-2:]),
+            patched=True,
         )
 
     @property

@@ -7,7 +7,7 @@ step; tokens are chosen in the first one, and action attention is the mean over 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
-from vla_pruner.attach.family import Call
+from vla_pruner.attach.family import Call, Family, StepFunction
 from vla_pruner.attach.layout import Layout
-from vla_pruner.errors import SessionError, UnsupportedModelError
-from vla_pruner.families.base import tiles
+from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
+from vla_pruner.families.base import check_example, tiles
 from vla_pruner.families.decoder_lm import DecoderLM
 from vla_pruner.replacements import Replacements
 
@@ -89,6 +89,19 @@ class OpenVLAOFT(OpenVLA):
 
     def remove(self) -> None:
         self._replaced.remove()
+
+    def exported(self, example: Mapping[str, Any]) -> StepFunction:
+        """Of a policy with an L1 head: from pixels, prompt and state to the normalised chunk."""
+        policy = self._policy
+        if policy.diffusion or policy.action_head is None:
+            return Family.exported(self, example)
+        names = ("input_ids", "pixel_values", *(() if policy.proprio_projector is None else ("proprio",)))
+        given = check_example(example, names, ("attention_mask",))
+        inputs = policy.prepared(**given)
+        if inputs is None:
+            raise OptionError("The example's prompts are of unequal length, and a program has one; give equal ones.")
+        ids = inputs["input_ids"]
+        return StepFunction(policy.chunk_of, inputs, "actions", Call(policy.length_of(ids), None, len(ids), ids.device))
 
     def action_rows(self, layout: Layout) -> Tensor | None:
         return self._policy.rows_in_sequence(layout.prompt)

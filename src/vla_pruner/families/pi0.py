@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.errors import OptionError, SessionError
-from vla_pruner.families.base import TransformersFamily, check_decoder
+from vla_pruner.errors import SessionError
+from vla_pruner.families.base import TransformersFamily, check_cameras, check_decoder
 from vla_pruner.replacements import Replacements
 
 
@@ -26,7 +26,7 @@ class PI0(TransformersFamily):
 
     Args:
         model: the policy.
-        cameras: names of the cameras, in the order of `pixel_values`. Needed only where `keep` is given per camera.
+        cameras: names of the cameras, in the order of `pixel_values`. Needed only if `keep` is given per camera.
     """
 
     def __init__(self, model: nn.Module, cameras: Sequence[str] | None = None) -> None:
@@ -42,7 +42,7 @@ class PI0(TransformersFamily):
         self._shown: Tensor | None = None
         self._absent: frozenset[int] = frozenset()
         self._replaced = Replacements()
-        self.cameras = () if cameras is None else _check_cameras(cameras)
+        self.cameras = () if cameras is None else check_cameras(cameras)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -93,7 +93,7 @@ class PI0(TransformersFamily):
         return torch.arange(1, length, device=device).expand(rows, -1)
 
     def install(self) -> None:
-        # The decoder only ever sees embeddings; which of them are visual is known here.
+        # The decoder only ever gets embeddings; the visual ones among them are known here.
         self._replaced.put(self._pi0, "embed_prefix", self._embed_prefix)
 
     def remove(self) -> None:
@@ -111,7 +111,7 @@ class PI0(TransformersFamily):
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """The parts of a `PI0ForConditionalGeneration`."""
+    """Return the parts of a `PI0ForConditionalGeneration`."""
     vlm = model.model.vlm
     return Anatomy(
         decoder=vlm.language_model,
@@ -122,10 +122,3 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 FEW_TOKENS = "A row has fewer image and padding tokens than the cameras need; pad all rows alike."
-
-
-def _check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(cameras)
-    if isinstance(cameras, str) or not names or len(set(names)) != len(names):
-        raise OptionError(f"cameras={cameras!r} was given; it is a sequence of distinct names, one a camera.")
-    return names

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
-from vla_pruner.families.base import tiles
+from vla_pruner.attach.family import Call, StepFunction
+from vla_pruner.families.base import check_example, tiles
 from vla_pruner.families.decoder_lm import DecoderLM
 
 
@@ -36,6 +38,30 @@ class Reference(DecoderLM):
         # The policy normalises colours to (c - 127.5) / 64.
         return tiles(pixels * 64 + 127.5, self._tokens)
 
+    def exported(self, example: Mapping[str, Any]) -> StepFunction:
+        return trained_step(self._policy, example, self._policy.config.prompt_length)
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         return type(model).__name__ == "ReferencePolicy"
+
+
+def trained_step(policy: Any, example: Mapping[str, Any], length: int) -> StepFunction:
+    """A control step of a reference policy, from images (B, ...) uint8, ids of the instruction and state to actions.
+
+    Args:
+        policy: the reference policy.
+        example: arguments of `predict_action`.
+        length: positions of its prompt.
+
+    Raises:
+        OptionError, ObservationError: the example is none.
+    """
+    given = check_example(example, ("images", "instruction", "proprio"))
+    frames, ids, states, _ = policy.prepared(given["images"], given["instruction"], given["proprio"])
+
+    def run(images: Tensor, ids: Tensor, proprio: Tensor) -> Tensor:
+        return policy.decode(policy.embed_prompt(images, ids, proprio))
+
+    call = Call(length, None, len(frames), policy.device)
+    return StepFunction(run, {"images": frames, "ids": ids, "proprio": states}, "actions", call)

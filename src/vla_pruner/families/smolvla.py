@@ -4,8 +4,8 @@ The prefix [image blocks][text][state] runs once per action chunk, the expert on
 layers attend to the prefix and itself, the others to the prefix alone, whose cached keys and values they project.
 Action attention is that of the expert's rows in both kinds of layers, averaged over the denoising steps.
 
-LeRobot computes the layers itself, out of their parts, so no hook on a layer ever runs. What it does call for every
-layer are methods of one module; these are replaced on that instance.
+LeRobot computes the layers itself, out of their parts, so no hook on a layer ever runs. For every layer it calls
+methods of one module; these are replaced on that instance.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class SmolVLA(LeRobotFamily):
         For references that are computed without pruning; call it after the session's wiring is installed.
 
         Returns:
-            What takes it away again.
+            A function that undoes it.
         """
 
         def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -112,8 +112,8 @@ class SmolVLAWiring:
     """Maps the methods that SmolVLA calls for each layer onto `ShortLayers`, and their attention onto the host.
 
     Args:
-        host: told of every call.
-        family: whose model this is.
+        host: called with every event.
+        family: of the model.
     """
 
     def __init__(self, host: Host, family: SmolVLA) -> None:
@@ -168,7 +168,7 @@ class SmolVLAWiring:
             self._host.end_turn()
 
     def _run_expert(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """A denoising step."""
+        """Run a denoising step."""
         if self._host.step is not None:
             message = "A denoising step was given another cache than the prefix; steps cannot be interleaved."
             self._prompt_cache.check_same(cache_in(given), message)
@@ -178,7 +178,7 @@ class SmolVLAWiring:
         return result
 
     def _run_prompt(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """The prefix."""
+        """Run the prefix."""
         prefix, suffix = given["inputs_embeds"]
         if suffix is not None or cache_in(given) is not None:
             raise SessionError(
@@ -216,7 +216,7 @@ class SmolVLAWiring:
             cache=cache_in(given),
         )
         if self._short.shorten(layer):
-            # The loop over the layers goes on with what is in this list.
+            # The loop over the layers goes on with the contents of this list.
             given["inputs_embeds"][0] = layer.hidden
             (given["position_ids"],) = layer.angles
             given["attention_mask"] = _flat(layer.mask)
@@ -253,6 +253,6 @@ class SmolVLAWiring:
 
 
 def _flat(mask: Tensor | None) -> Tensor:
-    """A mask (B, 1, Q, S) as LeRobot has it: (B, Q, S)."""
+    """Return a mask (B, 1, Q, S) as LeRobot has it: (B, Q, S)."""
     assert mask is not None
     return mask[:, 0]

@@ -18,7 +18,7 @@ from vla_pruner.attach.family import Call
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.layout import Layout
-from vla_pruner.families.lerobot_qwen import LeRobotQwen, in_views
+from vla_pruner.families.lerobot_qwen import LeRobotQwen
 from vla_pruner.replacements import Replacements
 
 
@@ -41,7 +41,7 @@ class VLAJEPA(LeRobotQwen):
     def anatomy_of(model: Any) -> Anatomy:
         """The parts of a `VLAJEPAPolicy`."""
         seeing = model.model.qwen.model.model
-        return Anatomy(decoder=seeing.language_model, towers=(seeing.visual,), images=in_views(model))
+        return Anatomy(decoder=seeing.language_model, towers=(seeing.visual,))
 
     @property
     def anatomy(self) -> Anatomy:

@@ -1,4 +1,4 @@
-"""What others put around a model: adapters of PEFT, data parallelism, torch.compile. What is attached to is inside."""
+"""Third-party wrappers (PEFT, data parallelism, torch.compile): sessions attach to the model inside."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 def unwrapped(model: Any) -> Any:
     """The model inside of a PeftModel, DistributedDataParallel, FullyShardedDataParallel or compiled module, or of
-    several of these; anything else as it is. The wrapper's own calls then run what is attached.
+    several of these; anything else as it is. The wrapper's own calls then run the attached session.
 
     Raises:
         UnsupportedModelError: hooks on the model inside would not run, or not see the prompt that the wrapper makes;
-            the message says what to attach to instead.
+            the message names the module to attach to instead.
     """
     while isinstance(model, nn.Module):
         inner = _inside(model)
@@ -28,7 +28,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def is_compiled(model: Any) -> bool:
-    """Whether one of the wrappers around the model inside is a module that torch.compile made."""
+    """Return True if one of the wrappers around the model inside is a module that torch.compile made."""
     while isinstance(model, nn.Module):
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             return True
@@ -40,7 +40,7 @@ def is_compiled(model: Any) -> bool:
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    """What one wrapper holds; None: it is no wrapper."""
+    """Return the module inside one wrapper; None: it is no wrapper."""
     names = [kind.__name__ for kind in type(model).__mro__]
     if "OptimizedModule" in names:
         return getattr(model, "_orig_mod", None)
@@ -59,10 +59,10 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def _adapted(model: Any) -> nn.Module:
-    """The base model of a PeftModel.
+    """Return the base model of a PeftModel.
 
     Raises:
-        UnsupportedModelError: the adapter is more than other weights in the same layers.
+        UnsupportedModelError: the adapter adds more than weights in the same layers.
     """
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):

@@ -1,4 +1,4 @@
-"""Which tokens stay: pure tensors in, ids out. Nothing here knows a model."""
+"""The choice of the tokens that stay: pure tensors in, ids out. Nothing here knows a model."""
 
 from vla_pruner.methods.action_and_diversity import ActionAndDiversity
 from vla_pruner.methods.action_only import ActionOnly

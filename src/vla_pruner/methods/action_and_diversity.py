@@ -1,4 +1,4 @@
-"""A part of the budget by action history, the rest by max-min diversity: a mixture that no paper has."""
+"""A part of the budget by action history, the rest by max-min diversity: a mixture from no paper."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from vla_pruner.methods.smoothed import Smoothed
 class ActionAndDiversity(Smoothed):
     """The top tokens by smoothed action attention, and of all others those that lie farthest from each other.
 
-    No paper. VLA-Pruner (arXiv 2511.16449) thins the union of two scores by diversity, so what neither score names is
-    never kept; here diversity chooses among all that action attention did not, and reading attention has no say.
+    No paper. VLA-Pruner (arXiv 2511.16449) thins the union of two scores by diversity, so a token that neither score
+    names is never kept; here diversity chooses among all that action attention did not, and reading attention has no
+    say.
 
     Reference numbers: none published. In a first study on a policy of 6 layers (push, K = 2, keep .25, 80 paired seeds:
     unpruned 69) it reached 55, Euclidean max-min diversity alone 57 and the published union 39.

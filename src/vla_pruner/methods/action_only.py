@@ -17,12 +17,11 @@ class ActionOnly(Scored, Smoothed):
 
     Paper: arXiv 2511.16449, equations 3 and 5 and the ablation of its dual-level design ("action only").
 
-    Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 63 % at keep .25 and 48 % at
-    .125, where VLA-Pruner has about 75 % and 68 %.
-    Deviations: none. No action row sees a dropped token again, so with `pruned="drop"` and `unseen="zero"` the first
-    kept set of an episode stays to its end, whatever the images show: the published rule, and its weakness.
-    `refresh_every` is a way out (`unseen="carry"` rarely is), and `ActionAndDiversity` chooses a part by the present
-    image.
+    Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 63 % at keep .25 and 48 % at .125;
+    VLA-Pruner has about 75 % and 68 %. Deviations: none. No action row sees a dropped token again, so with
+    `pruned="drop"` and `unseen="zero"` the first kept set of an episode stays to its end, whatever the images show: the
+    published rule, and its weakness. `refresh_every` is a way out (`unseen="carry"` rarely is), and
+    `ActionAndDiversity` chooses a part by the present image.
 
     Attributes:
         keep: visual tokens kept; see `Budgeted`.

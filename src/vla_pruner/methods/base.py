@@ -1,4 +1,4 @@
-"""What a method is: a frozen set of options and one pure function that says which visual tokens stay."""
+"""The base of all methods: a frozen set of options and one pure function that chooses the visual tokens that stay."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Keep = float | int | Mapping[str, float | int]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a session gathered for one control step; only what the method's `needs` names is there.
+    """The evidence that a session gathered for one control step; optional fields that the method's `needs` does not
+    name are None.
 
     Attributes:
         valid: (B, M) bool, False for visual tokens that are masked out (an absent camera).
-        memory: what the rows remember of the steps before.
+        memory: the rows' memory of the steps before.
         semantic: (B, M) float32, prefill attention that each visual token received; there if "semantic" is needed.
         features: (B, M, D) hidden states of the visual tokens, as they enter the pruning layer ("features") or the
             first layer ("embeddings").
         similarity: (B, M) float32, cosine similarity of the pixels that each visual token covers to those of the last
             control step; there if "similarity" is needed.
-        relevance: (B, M) float32, what `Method.text_relevance` made of the prompt's embeddings; there if "relevance" is
-            needed.
-        steps: (B,) int64, `memory.steps` beside the scores, where the memory itself counts on the CPU. None copies
-            them, which nothing that runs as a CUDA graph may.
+        relevance: (B, M) float32, the result of `Method.text_relevance`; there if "relevance" is needed.
+        steps: (B,) int64, `memory.steps` on the device of the scores; the memory itself counts on the CPU. None copies
+            them, which is not possible inside a CUDA graph.
     """
 
     valid: Tensor
@@ -54,7 +54,7 @@ class Evidence:
             object.__setattr__(self, "steps", self.memory.steps.to(self.valid.device, non_blocking=True))
 
     def span(self, start: int, stop: int) -> Evidence:
-        """The evidence on the visual tokens of ids `start` to `stop` alone."""
+        """Return the evidence on the visual tokens of ids `start` to `stop` alone."""
         held = self.memory
         memory = replace(
             held,
@@ -73,7 +73,7 @@ class Evidence:
         )
 
     def of(self, ids: Tensor) -> Evidence:
-        """The evidence on the visual tokens `ids` (B, m) alone."""
+        """Return the evidence on the visual tokens `ids` (B, m) alone."""
         held = self.memory
         steps = ids[:, None].expand(-1, held.window, -1)
         memory = replace(
@@ -100,10 +100,10 @@ class Method:
 
     Attributes:
         layer: decoder layers before this one (0-based) run on every token.
-        pruned: what becomes, from `layer` on, of the visual tokens that are not kept. "drop" takes them away, as
-            published. "freeze" stops updating them but leaves them readable: their keys and values at every later
-            layer are those of the hidden state with which they entered `layer`. "reuse", for methods made for it,
-            leaves them readable too, with the keys and values that they had in the last control step.
+        pruned: the fate, from `layer` on, of the visual tokens that are not kept. "drop" takes them away, as published.
+            "freeze" stops updating them but leaves them readable: their keys and values at every later layer are those
+            of the hidden state with which they entered `layer`. "reuse", for methods made for it, leaves them readable
+            too, with the keys and values that they had in the last control step.
     """
 
     layer: int = field(default=3, kw_only=True)
@@ -126,66 +126,67 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Evidence that `select` reads: any of "semantic", "action", "similarity" and "relevance", and one of
+        """The evidence that `select` reads: any of "semantic", "action", "similarity" and "relevance", and one of
         "features" and "embeddings".
         """
         return frozenset()
 
     @property
     def treatments(self) -> tuple[str, ...]:
-        """What `pruned` may be."""
+        """The values that `pruned` may have."""
         return WITHIN_A_STEP
 
     @property
     def fate(self) -> Fate:
-        """What becomes of the visual tokens that are not kept: `pruned`, as what code can ask.
+        """The fate of the visual tokens that are not kept: `pruned` as an object with properties.
 
         Raises:
-            BudgetError: the method has a treatment that is none.
+            OptionError: `treatments` has a word that is no fate.
         """
         return Fate.of(self.pruned)
 
     @property
     def schedule(self) -> Schedule:
-        """Which control steps are pruned; all of them unless a method says otherwise."""
+        """The schedule of the control steps that are pruned; by default all of them are."""
         return Schedule()
 
     @property
     def history(self) -> int:
-        """How many steps of action scores the memory must hold."""
+        """The number of control steps whose action scores the memory must hold."""
         return 0
 
     @property
     def motion(self) -> int:
-        """In how many of the last control steps it reads how far the arm moved, which `Session.moved` must be told
-        after each. 0: it reads no motion.
+        """The number of last control steps whose motion the method reads. `Session.moved` must be called with it after
+        each step. 0: no motion is read.
         """
         return self.schedule.gate or 0
 
     @property
     def remembers_semantic(self) -> bool:
-        """Whether the memory must hold the semantic scores too, for a choice before the first layer."""
+        """True if the memory must hold the semantic scores too, for a choice before the first layer."""
         return False
 
     @property
     def semantic_layer(self) -> int:
-        """Layer at which the semantic score is read: the one before pruning, as in the paper."""
+        """The layer at which the semantic score is read: the one before pruning, as in the paper."""
         return max(self.layer, 3) - 1 if self.layer == 0 else self.layer - 1
 
     @property
     def queries(self) -> str:
-        """Rows over which the semantic score averages: "all" prompt tokens, the "text" after the image, the "last"
+        """The rows over which the semantic score averages: "all" prompt tokens, the "text" after the image, the "last"
         token, or the "raters" that the method chooses itself.
         """
         return "all"
 
     @property
     def attention(self) -> str:
-        """What the semantic score averages: attention "probabilities", or the "logits" under them."""
+        """The quantity that the semantic score averages: attention "probabilities", or the "logits" under them."""
         return "probabilities"
 
     def raters(self, visual: Tensor, valid: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
-        """Weights (B, N) of the prompt rows over which the semantic score averages, where `queries` is "raters".
+        """Return the weights (B, N) of the prompt rows over which the semantic score averages, if `queries` is
+        "raters".
 
         Args:
             visual: (B, M, D) visual tokens as they enter the first layer.
@@ -198,7 +199,7 @@ class Method:
         )
 
     def text_relevance(self, visual: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
-        """How well each visual token fits the text (B, M) float32, where "relevance" is needed.
+        """Return (B, M) float32: how well each visual token fits the text. Called if "relevance" is needed.
 
         Args:
             visual: (B, M, D) visual tokens as they enter the first layer.
@@ -211,13 +212,13 @@ class Method:
 
     @property
     def reads_placeholders(self) -> bool:
-        """Whether, of a policy that acts in the rows of its prompt's pass, the rows in the actions' places count as
-        action rows, instead of those that emit the actions (one to the left in OpenVLA-OFT).
+        """True if the rows in the actions' places count as action rows in a policy that acts in the rows of its
+        prompt's pass, instead of the rows that emit the actions (one to the left in OpenVLA-OFT).
         """
         return False
 
     def fitted(self, one_pass: bool) -> Method:
-        """This method as it is carried out on a model; most are the same on all.
+        """Return this method as it is carried out on a model; most are the same on all.
 
         Args:
             one_pass: whether the model's actions are rows of its prompt's own pass, instead of decoded tokens or rows
@@ -226,14 +227,15 @@ class Method:
         return self
 
     def stages(self) -> tuple[Method, ...]:
-        """What prunes at each pruning layer, in the order of their `layer`. One stage, the method itself, for all but
-        progressive methods; a later stage chooses among what the one before left, and its `keep` is of all visual
-        tokens. `prunes`, `history` and `pruned` are asked of the method itself.
+        """Return the method of each pruning layer, in the order of their `layer`. All but progressive methods have one
+        stage, the method itself. A later stage chooses among the tokens that the one before left, and its `keep` is of
+        all visual tokens. `prunes`, `history` and `pruned` are read from the method itself.
         """
         return (self,)
 
     def action_layers(self, layers: int) -> tuple[int, ...]:
-        """Decoder layers (0-based, of `layers`) at which action attention is read: the later half, as in the paper.
+        """Return the decoder layers (0-based, of `layers`) at which action attention is read: the later half, as in the
+        paper.
 
         Raises:
             BudgetError: the model is too shallow for this method.
@@ -241,13 +243,14 @@ class Method:
         return tuple(range(layers // 2, layers))
 
     def prunes(self, memory: Memory) -> bool:
-        """Whether this control step is pruned at all, given what the rows remember: by the `schedule`, which the random
-        control of an evaluation keeps to as well. Only counters on the CPU may be read.
+        """Return True if the control step after `memory` is pruned: by the `schedule`, which the random control of an
+        evaluation keeps to as well. Only counters on the CPU may be read.
         """
         return self.schedule.prunes(memory)
 
     def reuses(self, similarity: Tensor, count: int) -> bool:
-        """Whether a control step that `prunes` may reuse `count` tokens of the last one, where `pruned` is "reuse".
+        """Return True if a control step that `prunes` may reuse `count` tokens of the last one. Called if `pruned` is
+        "reuse".
 
         Args:
             similarity: (B, M) float32, as in `Evidence`.
@@ -256,7 +259,7 @@ class Method:
         return True
 
     def budget(self, tokens: int) -> int:
-        """How many of `tokens` visual tokens are kept.
+        """Return the number of visual tokens kept out of `tokens`.
 
         Raises:
             BudgetError: more are to be kept than there are.
@@ -266,9 +269,10 @@ class Method:
         )
 
     def budget_of_present(self, tokens: int, present: int) -> int:
-        """How many are kept of `tokens` visual tokens when only `present` of them belong to cameras that are there.
+        """Return the number kept out of `tokens` visual tokens if only `present` of them belong to cameras that are
+        there.
 
-        A fraction is one of those present; a number of tokens stays, as far as there are so many.
+        A fraction is taken of those present; a number of tokens stays, but is at most `present`.
 
         Raises:
             BudgetError: as `budget`.
@@ -278,7 +282,8 @@ class Method:
         return min(self.budget(tokens), present)
 
     def for_cameras(self, names: tuple[str, ...]) -> tuple[Self, ...] | None:
-        """This method with each camera's own `keep`, in the order of `names`; None where `keep` is one budget for all.
+        """Return this method with each camera's own `keep`, in the order of `names`; None if `keep` is one budget for
+        all.
 
         Raises:
             BudgetError: `keep` names other cameras than the policy has.
@@ -299,7 +304,7 @@ class Method:
         return tuple(replace(self, **field) for field in fields)
 
     def select(self, evidence: Evidence, k: int) -> Tensor:
-        """The ids (B, k) int64, sorted, of the visual tokens that each row keeps."""
+        """Return the ids (B, k) int64, sorted, of the visual tokens that each row keeps."""
         raise NotImplementedError(
             f"{type(self).__name__} does not say which tokens it keeps: define select(evidence, k)."
         )
@@ -310,8 +315,8 @@ class Method:
         Args:
             model: a supported policy or language model (a module), or a policy that `load_policy` made.
             compile: call `session.compile()` at once.
-            **family_options: what the model's family must be told, for instance `visual=slice(1, 257)` for a language
-                model; and `family=MyFamily` for a family of the caller's own that no installed distribution names.
+            **family_options: options of the model's family, for instance `visual=slice(1, 257)` for a language model;
+                and `family=MyFamily` for a family of the caller's own that no installed distribution names.
 
         Raises:
             UnsupportedModelError: the model, its version or its attention backend is not supported.
@@ -319,12 +324,12 @@ class Method:
             OptionError: an option is not one of the model's family.
             SessionError: a session is attached to this model already.
         """
-        # A method is what users hold in their hands, so attaching starts here, though it stands above.
+        # Users hold a method, so attaching starts here although `attach` is a layer above.
         return object_at(ATTACH)(self, model, compile, **family_options)
 
 
 def rows_at(rows: Tensor, ids: Tensor) -> Tensor:
-    """The rows `ids` (B, m) of `rows` (B, M, D): (B, m, D)."""
+    """Return the rows `ids` (B, m) of `rows` (B, M, D): (B, m, D)."""
     return rows.gather(1, ids[..., None].expand(-1, -1, rows.shape[2]))
 
 
@@ -361,7 +366,7 @@ def check_stages(then: object) -> None:
 
 
 def resolve_keep(keep: Keep, tokens: int) -> int:
-    """The number of tokens that `keep` means among `tokens` visual tokens: at least one, halves rounded to even.
+    """Return the number of tokens that `keep` means among `tokens` visual tokens: at least one, halves rounded to even.
 
     Raises:
         BudgetError: a number of tokens larger than there are, or a `keep` per camera: see `Method.for_cameras`.

@@ -1,4 +1,4 @@
-"""What the memory-free methods share: one budget, and steps at the start of an episode that they can leave unpruned."""
+"""The base of the memory-free methods: one budget, and an optional warm-up at the start of an episode."""
 
 from __future__ import annotations
 

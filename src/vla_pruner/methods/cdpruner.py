@@ -28,13 +28,12 @@ class CDPruner(Budgeted):
     most relevant one, each next one has the largest r~^2 times squared distance to the span of those before.
 
     Paper's defaults: before the decoder (`layer=0`); on LLaVA r is of CLIP's image and text embeddings. Intel's
-    OpenVINO GenAI ships the method for Qwen-VL, with a weight of the relevance.
-    Reference numbers: on LLaVA the paper saves 95 % of the FLOPs and 78 % of the latency at 94 % of the accuracy
-    (vision-language benchmarks). None for robots.
-    Deviations: policies have no text encoder beside them, so r is the mean cosine similarity of the token to the input
-    embeddings of the text after the image. (The released code takes the negative of CLIP's similarity.) At the default
-    `layer` the embeddings choose, but the layers before it still see every token, so that methods are compared at equal
-    cost. Where the tokens chosen span all others, up to rounding, the rest follow by relevance.
+    OpenVINO GenAI ships the method for Qwen-VL, with a weight of the relevance. Reference numbers: on LLaVA the paper
+    saves 95 % of the FLOPs and 78 % of the latency at 94 % of the accuracy (vision-language benchmarks). None for
+    robots. Deviations: policies have no text encoder beside them, so r is the mean cosine similarity of the token to
+    the input embeddings of the text after the image. (The released code takes the negative of CLIP's similarity.) At
+    the default `layer` the embeddings choose, but the layers before it still see every token, so that methods are
+    compared at equal cost. If the tokens chosen span all others, up to rounding, the rest follow by relevance.
 
     Attributes:
         theta: None weighs by r~ as the paper does. A number in [0, 1) weighs by exp(a r~) with a = theta / (2 (1 -
@@ -63,7 +62,7 @@ class CDPruner(Budgeted):
         return (torch.nn.functional.normalize(visual.float(), dim=-1) @ mean[..., None])[..., 0]
 
     def pick_order(self, evidence: Evidence, k: int) -> Tensor:
-        """The ids (B, k) int64 of the kept tokens in the order in which they are picked."""
+        """Return the ids (B, k) int64 of the kept tokens in the order in which they are picked."""
         assert evidence.features is not None
         assert evidence.relevance is not None
         present = present_or_enough(evidence.valid, k)
@@ -75,7 +74,8 @@ class CDPruner(Budgeted):
             weight = torch.exp(weight * (self.theta / (2 * (1 - self.theta))))
         similarity = 1 - distances(evidence.features)
         # Tokens are exactly like themselves, so that equals are equal to the bit; one without a direction is like none.
-        itself = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
+        tokens = torch.arange(similarity.shape[-1], device=similarity.device)
+        itself = tokens[:, None] == tokens
         similarity = torch.where(itself & (similarity > 0.5), 1.0, similarity)
         return determinant_order(weight[:, :, None] * similarity * weight[:, None], present, k)
 

@@ -1,4 +1,4 @@
-"""Controls: what any method must beat (a random set), a set given from outside, and no pruning at all."""
+"""Controls: a random set that any method must beat, a set given from outside, and no pruning at all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class RandomKeep(Scored):
     """Keep a random set, drawn anew in every control step from (seed, episode, step): the control that any method must
     beat.
 
-    Rows that are in the same step of the same episode draw the same set, so a batch gives each row what it would get
-    alone.
+    Rows that are in the same step of the same episode draw the same set, so a batch gives each row the set that it
+    would get alone.
 
     Attributes:
         keep, warmup_steps: see `Budgeted`.
@@ -39,7 +39,7 @@ class RandomKeep(Scored):
         super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise OptionError(f"seed={self.seed!r} was given; the seed of the draws is an int.")
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
 
     @property
     def schedule(self) -> Schedule:
@@ -54,7 +54,7 @@ class RandomKeep(Scored):
 
     def score(self, evidence: Evidence) -> Tensor:
         tokens = evidence.valid.shape[1]
-        # For a compiler one opaque step: generators and numbers read from tensors cannot be traced.
+        # For a compiler this is one opaque step: generators and numbers read from tensors cannot be traced.
         draw = torch.ops.vla_pruner.random_scores if torch.compiler.is_compiling() else _random_scores
         scores = draw(evidence.memory.episode, evidence.memory.steps, self.seed % 2**63, tokens)
         return scores.to(evidence.valid.device, non_blocking=True)
@@ -110,7 +110,7 @@ class Unpruned(Method):
 
 
 def _random_scores(episode: Tensor, steps: Tensor, seed: int, tokens: int) -> Tensor:
-    """(B, M) float32 on the CPU, drawn for each row from (seed, episode, step)."""
+    """Return (B, M) float32 on the CPU, drawn for each row from (seed, episode, step)."""
     draws = []
     for row, step in zip(episode.tolist(), steps.tolist(), strict=True):
         generator = torch.Generator().manual_seed(((seed * 1_000_003 + row) * 1_000_003 + step) % 2**63)

@@ -25,14 +25,14 @@ class DART(Budgeted):
     follows from the budget. It reads no attention and no instruction.
 
     Paper's defaults: at layer 2, with 8 pivots, in the released code the 4 visual and the 4 text tokens of largest key
-    norm. Before the decoder (`layer=0`, by the input embeddings) it is what NVIDIA's TensorRT Edge-LLM ships.
-    Reference numbers: the paper prunes 88.9 % of the visual tokens "while maintaining comparable performance", 1.99
-    times faster in total and 2.99 times in the prefill (vision-language benchmarks). None for robots.
-    Deviations: all pivots are visual tokens, those of largest L1 norm of the hidden state instead of the key. Pivots
-    count in the budget, and what does not divide evenly goes to the first of them.
+    norm. Before the decoder (`layer=0`, by the input embeddings) NVIDIA's TensorRT Edge-LLM ships it. Reference
+    numbers: the paper prunes 88.9 % of the visual tokens "while maintaining comparable performance", 1.99 times faster
+    in total and 2.99 times in the prefill (vision-language benchmarks). None for robots. Deviations: all pivots are
+    visual tokens, those of largest L1 norm of the hidden state instead of the key. Pivots count in the budget, and the
+    remainder of an uneven division goes to the first of them.
 
     Attributes:
-        pivots: how many; an int of 1 or more. No more than `keep` are used.
+        pivots: their number; an int of 1 or more. No more than `keep` are used.
         keep, warmup_steps: see `Budgeted`.
         layer, pruned: see `Method`.
     """

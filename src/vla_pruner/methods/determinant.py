@@ -8,15 +8,15 @@ from torch import Tensor
 from vla_pruner.methods.selection import define_op
 
 EXHAUSTED = 1e-5
-"""Share of the largest entry of the diagonal below which what a token would add is rounding."""
+"""The share of the diagonal's largest entry below which the gain of a token is rounding."""
 
 
 def determinant_order(kernel: Tensor, candidates: Tensor, k: int) -> Tensor:
     """Greedy maximum of det(kernel[S, S]) over sets S of k candidates (Chen et al., NeurIPS 2018).
 
-    Each pick multiplies the determinant by the most, d^2 = kernel[i, i] - |c_i|^2 with the rows c of a Cholesky
-    factor that grows by one column a pick. Ties go to the smaller id. Where no candidate adds more than rounding, the
-    one with the largest kernel[i, i] is next.
+    Each pick multiplies the determinant by the most, d^2 = kernel[i, i] - |c_i|^2 with the rows c of a Cholesky factor
+    that grows by one column a pick. Ties go to the smaller id. If no candidate adds more than rounding, the one with
+    the largest kernel[i, i] is next.
 
     Args:
         kernel: (B, M, M) float32, symmetric, positive semidefinite.
@@ -26,7 +26,7 @@ def determinant_order(kernel: Tensor, candidates: Tensor, k: int) -> Tensor:
     Returns:
         (B, k) int64 ids in the order in which they were picked.
     """
-    # For a compiler one opaque step: traced, the loop would be a graph of k steps.
+    # For a compiler this is one opaque step: traced, the loop would be a graph of k steps.
     if torch.compiler.is_compiling():
         return torch.ops.vla_pruner.determinant_order(kernel, candidates, k)
     return _determinant_order(kernel, candidates, k)
@@ -50,7 +50,7 @@ def _determinant_order(kernel: Tensor, candidates: Tensor, k: int) -> Tensor:
         known = (factor[rows, :, picked][:, None] @ factor)[:, 0]
         column = (kernel[rows, picked] - known) / gained.clamp_min(1e-30).sqrt()[:, None]
         column = torch.where(grows[:, None], column, 0.0)
-        factor[:, number] = column
+        factor = factor.slice_scatter(column[:, None], 1, number, number + 1)
         adds = adds - column.square()
         free = free.scatter(1, picked[:, None], False)
         order.append(picked)
@@ -62,5 +62,8 @@ def _shape_of_order(kernel: Tensor, candidates: Tensor, k: int) -> Tensor:
 
 
 define_op(
-    "determinant_order(Tensor kernel, Tensor candidates, SymInt k) -> Tensor", _determinant_order, _shape_of_order
+    "determinant_order(Tensor kernel, Tensor candidates, SymInt k) -> Tensor",
+    _determinant_order,
+    _shape_of_order,
+    _determinant_order,
 )

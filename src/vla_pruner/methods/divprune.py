@@ -16,11 +16,11 @@ class DivPrune(MaxMinDiversity):
     is farthest, then again and again the token whose smallest distance to those chosen is largest. It needs no
     attention and no instruction.
 
-    Paper's defaults: about 10 % of the tokens kept, before the first decoder layer.
-    Reference numbers (OpenVLA on LIBERO, success relative to unpruned; VLA-Pruner's paper): 92.64 % at keep .5, 80.96 %
-    at .25, 58.06 % at .125. On LLaVA-1.5-7B the paper saves 84 % of the TFLOPs.
-    Deviations: none with `layer=0`, the paper's own form: removed before the decoder. At the default `layer` the
-    embeddings choose too, but the layers before it still see every token, so that methods are compared at equal cost.
+    Paper's defaults: about 10 % of the tokens kept, before the first decoder layer. Reference numbers (OpenVLA on
+    LIBERO, success relative to unpruned; VLA-Pruner's paper): 92.64 % at keep .5, 80.96 % at .25, 58.06 % at .125. On
+    LLaVA-1.5-7B the paper saves 84 % of the TFLOPs. Deviations: none with `layer=0`, the paper's own form, which
+    removes the tokens before the decoder. At the default `layer` the embeddings choose too, but the layers before it
+    still see every token, so that methods are compared at equal cost.
 
     Attributes:
         metric: "cosine" (paper) or "euclidean".

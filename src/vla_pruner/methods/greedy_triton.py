@@ -1,8 +1,8 @@
-"""The greedy max-min filter in two Triton kernels, however many the picks. Imported only where Triton is installed.
+"""The greedy max-min filter in two Triton kernels, however many the picks. Imported only if Triton is installed.
 
 The first kernel finds how far each candidate's nearest other candidate is, which takes the whole distance matrix and so
-the whole device. The second makes all k picks of a row in one program: what each token's nearest pick is stays in
-registers, and one row of the matrix is read for each pick.
+the whole device. The second makes all k picks of a row in one program: each token's distance to its nearest pick stays
+in registers, and one row of the matrix is read for each pick.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TOKENS_OF_A_WARP = 256
 
 @triton.jit
 def nearest_kernel(distance, candidates, nearest, tokens, tile: tl.constexpr, block: tl.constexpr):
-    """nearest (B, M): the distance of each candidate to the nearest other one; -inf for what is no candidate."""
+    """Write nearest (B, M): the distance of each candidate to the nearest other one; -inf for all other tokens."""
     batch = tl.program_id(1).to(tl.int64)
     candidates += batch * tokens
     mine = tl.program_id(0) * tile + tl.arange(0, tile)
@@ -32,7 +32,7 @@ def nearest_kernel(distance, candidates, nearest, tokens, tile: tl.constexpr, bl
     other_is_one = tl.load(candidates + others, mask=others < tokens, other=0) != 0
     counts = (mine_is_one[:, None] & other_is_one[None, :]) & (mine[:, None] != others[None, :])
     at = batch * tokens * tokens + mine[:, None] * tokens + others[None, :]
-    # Whole rows at a time, so that the loads are wide; what does not count is set aside afterwards.
+    # Whole rows at a time, so that the loads are wide; entries that do not count are masked afterwards.
     found = tl.load(distance + at, mask=mine_is_one[:, None] & (others < tokens)[None, :], other=0.0)
     found = tl.where(found == found, found, 0.0)
     least = tl.min(tl.where(counts, found, float("inf")), axis=1)
@@ -41,7 +41,9 @@ def nearest_kernel(distance, candidates, nearest, tokens, tile: tl.constexpr, bl
 
 @triton.jit(do_not_specialize=["k"])
 def greedy_kernel(distance, nearest, order, tokens, k, block: tl.constexpr):
-    """order (B, k): the picks of each row, one program each. `tl.argmax` takes the first of equals: the smallest id."""
+    """Write order (B, k): the picks of each row, one program each. `tl.argmax` takes the first of equals: the smallest
+    id.
+    """
     batch = tl.program_id(0).to(tl.int64)
     distance += batch * tokens * tokens
     order += batch * k
@@ -61,15 +63,15 @@ def greedy_kernel(distance, nearest, order, tokens, k, block: tl.constexpr):
 
 
 def shape_of(tokens: int) -> tuple[int, int, int]:
-    """`block` and `tile` of the kernels for rows of so many tokens, and the warps of the second."""
+    """Return `block` and `tile` of the kernels for rows of `tokens` tokens, and the warps of the second kernel."""
     block = max(32, triton.next_power_of_2(tokens))
     return block, max(1, _DISTANCES_OF_A_PROGRAM // block), max(1, min(8, block // _TOKENS_OF_A_WARP))
 
 
 def max_min_order_in_triton(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """`max_min_order` in two launches, without a wait for the host and capturable in a CUDA graph.
+    """Return `max_min_order` in two launches, without a wait for the host and capturable in a CUDA graph.
 
-    What is not a number in `distance` counts as 0.
+    NaNs in `distance` count as 0.
 
     Args:
         distance: (B, M, M) float32, M at most `selection.LARGEST_FUSED`.

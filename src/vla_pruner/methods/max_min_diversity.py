@@ -43,7 +43,7 @@ class MaxMinDiversity(Budgeted):
         return frozenset({"features"})
 
     def pick_order(self, evidence: Evidence, k: int) -> Tensor:
-        """The ids (B, k) int64 of the kept tokens in the order in which they are picked."""
+        """Return the ids (B, k) int64 of the kept tokens in the order in which they are picked."""
         assert evidence.features is not None
         candidates = present_or_enough(evidence.valid, k)
         return max_min_order(distances(evidence.features, self.metric), candidates, k)

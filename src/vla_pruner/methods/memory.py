@@ -1,4 +1,4 @@
-"""What crosses control steps: one value, with a leading row dimension, that can be saved, swapped and restored."""
+"""The state that crosses control steps: one value with a leading row dimension, to be saved, swapped and restored."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Memory:
     kept per client by a server, or written to disk with `torch.save(memory.state_dict())`.
 
     Attributes:
-        action: (B, window, M) float32, what was known of each visual token's action score after each of the last
-            control steps, newest last: the score of that step, or of the last step that saw the token.
-        age: (B, window, M) int64, how many control steps old that score was then; 0 where the step itself saw it.
-        semantic: (B, window, M) float32, the same of the semantic score; (B, 0, M) where the method asks for none.
+        action: (B, window, M) float32, each visual token's action score as of each of the last control steps, newest
+            last: the score of that step, or of the last step that saw the token.
+        age: (B, window, M) int64, how many control steps old that score was then; 0 if the step itself saw it.
+        semantic: (B, window, M) float32, the same of the semantic score; (B, 0, M) if the method needs none.
         steps: (B,) int64 on the CPU, control steps since the row's episode began.
         episode: (B,) int64 on the CPU, how many episodes this row has begun before this one.
         motion: (B, W) float32 on the CPU, how far the arm moved in each of the last W control steps, newest last; NaN
-            where nobody said. (B, 0) where the method reads no motion.
+            if it was not reported. (B, 0) if the method reads no motion.
         streak: (B,) int64 on the CPU, how many control steps in a row were pruned, up to the last one.
     """
 
@@ -49,7 +49,7 @@ class Memory:
         semantic: bool = False,
         motion: int = 0,
     ) -> Memory:
-        """The memory of `rows` robots at the start of their first episode, for `tokens` visual tokens.
+        """Return the memory of `rows` robots at the start of their first episode, for `tokens` visual tokens.
 
         Args:
             rows, window, tokens: B, the steps held, M.
@@ -69,22 +69,22 @@ class Memory:
 
     @property
     def rows(self) -> int:
-        """Number of rows B."""
+        """The number of rows B."""
         return self.steps.shape[0]
 
     @property
     def window(self) -> int:
-        """Number of control steps whose scores are held."""
+        """The number of control steps whose scores are held."""
         return self.action.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Number of visual tokens M."""
+        """The number of visual tokens M."""
         return self.action.shape[2]
 
     @property
     def holds_semantic(self) -> bool:
-        """Whether semantic scores are held."""
+        """True if semantic scores are held."""
         return self.semantic.shape[1] > 0
 
     def push(
@@ -94,19 +94,21 @@ class Memory:
         semantic: Tensor | None = None,
         pruned: bool = False,
     ) -> Memory:
-        """The memory after one more control step.
+        """Return the memory after one more control step.
 
         Args:
-            scores: (B, M) float32 action scores of the step, or None where the method reads none (only the count
+            scores: (B, M) float32 action scores of the step, or None if the method reads none (only the count
                 advances).
-            seen: (B, M) bool, False where the token was pruned away and its score means nothing. None: all were seen.
-            semantic: (B, M) float32 semantic scores of the step, where they are held.
-            pruned: whether the step was pruned. How far the arm moves in it is for `moved` to say.
+            seen: (B, M) bool, False if the token was pruned away, so that its score means nothing. None: all were seen.
+            semantic: (B, M) float32 semantic scores of the step, if they are held.
+            pruned: whether the step was pruned. The motion of the arm is set by `moved`.
         """
         return self.advance(self.scores_after(scores, seen, semantic), pruned)
 
     def advance(self, scores: Mapping[str, Tensor], pruned: bool) -> Memory:
-        """`push` of what `scores_after` gave: the counters are what is left to count."""
+        """Return the memory that `push` returns, given the result of `scores_after`: only the counters are left to
+        advance.
+        """
         motion = self.motion
         if motion.shape[1]:
             motion = torch.cat([motion[:, 1:], torch.full_like(motion[:, :1], math.nan)], dim=1)
@@ -116,7 +118,9 @@ class Memory:
     def scores_after(
         self, scores: Tensor | None, seen: Tensor | None = None, semantic: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """What `push` changes on the device of the scores, by name; arguments as there. It may be part of a graph."""
+        """Return the fields that `push` changes on the device of the scores, by name. It may be part of a graph.
+        Arguments are those of `push`.
+        """
         if scores is None or not self.window:
             return {}
         age = torch.zeros_like(self.age[:, -1])
@@ -133,14 +137,14 @@ class Memory:
         return after
 
     def moved(self, distance: float | Tensor) -> Memory:
-        """The memory in which it is known how far the arms moved in the last control step.
+        """Return the memory with the distances that the arms moved in the last control step.
 
         Args:
-            distance: (B,), or one number where there is one row: finite, 0 or more, in whatever unit. Rows that are at
-                the start of an episode have no last step, and what is said of them is passed over.
+            distance: (B,), or one number if there is one row: finite, 0 or more, in any unit. Rows at the start of an
+                episode have no last step, and their entries are ignored.
 
         Raises:
-            SessionError: it is not such a distance, there is no last control step, or it was said before.
+            SessionError: it is not such a distance, there is no last control step, or its distance is known already.
         """
         told = _distances(distance, self.rows)
         has_step = self.steps > 0
@@ -152,18 +156,18 @@ class Memory:
         return replace(self, motion=torch.cat([self.motion[:, :-1], newest[:, None]], dim=1))
 
     def reset(self, rows: list[int]) -> Memory:
-        """The same memory, with the named rows at the start of a new episode."""
+        """Return the same memory, with the named rows at the start of a new episode."""
         fresh = Memory.empty(
             len(rows), self.window, self.tokens, self.action.device, self.holds_semantic, self.motion.shape[1]
         )
         return self.put(rows, replace(fresh, episode=self.take(rows).episode + 1))
 
     def take(self, rows: list[int]) -> Memory:
-        """The memory of the named rows only, in that order."""
+        """Return the memory of the named rows only, in that order."""
         return Memory(**{name: value[_index(rows, value)] for name, value in self.state_dict().items()})
 
     def put(self, rows: list[int], memory: Memory) -> Memory:
-        """The same memory, with the named rows replaced by those of `memory`, in that order."""
+        """Return the same memory, with the named rows replaced by those of `memory`, in that order."""
         updated = {}
         for name, value in self.state_dict().items():
             updated[name] = value.clone()
@@ -171,9 +175,9 @@ class Memory:
         return Memory(**updated)
 
     def to(self, device: torch.device | str) -> Memory:
-        """The same memory with its scores on `device`; the counters go to the CPU, to be read without a wait.
+        """Return the same memory with its scores on `device`; the counters go to the CPU, to be read without a wait.
 
-        All are of the documented dtypes and contiguous then, since compiled code takes that for granted.
+        All tensors then have the documented dtypes and are contiguous, as compiled code assumes.
         """
 
         def laid_out(name: str, value: Tensor) -> Tensor:
@@ -184,7 +188,7 @@ class Memory:
         return Memory(**{name: laid_out(name, value) for name, value in self.state_dict().items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name, for `torch.save` or `safetensors`; `Memory(**state)` restores them."""
+        """Return the tensors by name, for `torch.save` or `safetensors`; `Memory(**state)` restores them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -193,7 +197,7 @@ def _index(rows: list[int], tensor: Tensor) -> Tensor:
 
 
 def _distances(distance: float | Tensor, rows: int) -> Tensor:
-    """(B,) float32 on the CPU; raises SessionError unless they are distances of `rows` rows."""
+    """Return (B,) float32 on the CPU; raise SessionError unless they are distances of `rows` rows."""
     try:
         told = torch.as_tensor(distance, dtype=torch.float32).cpu()
     except (TypeError, ValueError, RuntimeError):

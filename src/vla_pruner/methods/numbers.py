@@ -1,4 +1,4 @@
-"""Options that come out of arrays are taken for the numbers that they are."""
+"""Options that come out of arrays are turned into the plain numbers that they are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 
 def plain(value: Any) -> Any:
-    """`value` with NumPy's integers and floats as Python's, also inside of tuples and mappings; all else as it is.
+    """Return `value` with NumPy's integers and floats as Python's, also inside of tuples and mappings; all else as it
+    is.
 
     A float of less precision is the shortest decimal that it stands for: `np.float32(0.1)` is 0.1, so that methods made
     of either are equal and keep equally many tokens.

@@ -1,4 +1,4 @@
-"""Where VLA-Pruner's paper and its authors' code differ, as sets of rules with names."""
+"""Presets of `VLAPruner`: named sets of the rules in which the paper and the authors' code differ."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 
 class Published(int):
-    """A pruning layer that nobody named: the published one, which follows from the preset."""
+    """A pruning layer that was not given: the published one, which follows from the preset."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a preset of `VLAPruner` sets.
+    """The settings that a preset of `VLAPruner` fixes.
 
     Attributes:
         layer: the published pruning layer.
         action_layer: the one layer (0-based) at which action attention is read; None: the later half.
         placeholders: action rows are those in the actions' places, instead of those that emit the actions.
-        evidence: what diversity is measured on: "features" entering the pruning layer, or the decoder's "embeddings".
+        evidence: the vectors on which diversity is measured: "features" entering the pruning layer, or the decoder's
+            "embeddings".
         newest_weighs_most: whether the decay runs forwards.
         shares: whether the estimate is divided by its sum over the tokens.
         rounding: of the estimate: "none", to "bfloat16", or to the dtype of the "model".
@@ -45,4 +46,6 @@ CHUNK = Rules(
 )
 
 PRESETS = {"paper": PAPER, "official": DECODED, "official-chunk": CHUNK, "official-2026-02": FEBRUARY}
-"""By name. "official" becomes "official-chunk" on a policy that acts in the rows of its prompt's pass."""
+"""The rules of each preset by its name. "official" becomes "official-chunk" on a policy that acts in the rows of its
+prompt's pass.
+"""

@@ -10,14 +10,15 @@ from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.methods.memory import Memory
 
 GATED_FROM = 2
-"""Control steps of an episode that a motion gate leaves unpruned at its beginning."""
+"""The control steps at the start of an episode that a motion gate leaves unpruned."""
 LONGEST_STREAK = 3
-"""Control steps in a row that a motion gate lets be pruned."""
+"""The control steps in a row that a motion gate lets be pruned."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a method prunes. In a batch all rows share one shape, so one row's unpruned step is every row's.
+    """The control steps of an episode that a method prunes. All rows of a batch share one shape, so an unpruned step of
+    one row is unpruned for all.
 
     Attributes:
         warm_up: control steps at the start of an episode that run unpruned; None: all of them do.
@@ -43,10 +44,10 @@ class Schedule:
             )
 
     def prunes(self, memory: Memory) -> bool:
-        """True if the next control step is pruned. Only counters on the CPU are read.
+        """Return True if the next control step is pruned. Only counters on the CPU are read.
 
         Raises:
-            SessionError: there is a gate, and how far an arm moved was not told after every step that counts.
+            SessionError: there is a gate, and an arm's motion was not reported after every step that counts.
         """
         steps = memory.steps.tolist()
         if self.warm_up is None or min(steps) < self.warm_up:
@@ -57,7 +58,7 @@ class Schedule:
 
 
 def _moves_far(memory: Memory) -> bool:
-    """True if the gate is open in every row."""
+    """Return True if the gate is open in every row."""
     steps = memory.steps.tolist()
     if min(steps) < GATED_FROM or max(memory.streak.tolist()) >= LONGEST_STREAK:
         return False

@@ -21,12 +21,11 @@ class ScoreFusion(Scored, Smoothed):
     Paper: arXiv 2511.16449, where section 3.3 argues against it and the ablation measures it ("score fusion"): the two
     scores are normalised, summed with weights, and the highest k stay. No filter against redundancy follows.
 
-    Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 65 % at keep .25 and 52 % at
-    .125, where VLA-Pruner has about 75 % and 68 %, and the semantic score alone 67 % and 55 %.
-    Deviations: the paper gives neither weight nor normalisation. Here the weight is .5, and each score is divided by
-    its sum over the row's present tokens, so that both are shares of what the image received. With `pruned="drop"` a
-    token that is gone has no action score any more, so kept sets hardly change within an episode; `refresh_every` is a
-    way out.
+    Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 65 % at keep .25 and 52 % at .125;
+    VLA-Pruner has about 75 % and 68 %, and the semantic score alone 67 % and 55 %. Deviations: the paper gives neither
+    weight nor normalisation. Here the weight is .5, and each score is divided by its sum over the row's present tokens,
+    so that both are shares of the image's total. With `pruned="drop"` a dropped token has no action score any more, so
+    kept sets hardly change within an episode; `refresh_every` is a way out.
 
     Attributes:
         keep: visual tokens kept; see `Budgeted`.
@@ -62,6 +61,6 @@ class ScoreFusion(Scored, Smoothed):
 
 
 def _shares(scores: Tensor, valid: Tensor) -> Tensor:
-    """(B, M) float32: each present token's share of its row's score."""
+    """Return (B, M) float32: each present token's share of its row's score."""
     present = torch.where(valid, scores.float(), 0)
     return present / present.sum(dim=1, keepdim=True).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""What methods that rank the visual tokens by one score share."""
+"""The base of methods that rank the visual tokens by one score."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Scored(Budgeted):
     """
 
     def score(self, evidence: Evidence) -> Tensor:
-        """(B, M) floats, higher for tokens that are rather kept."""
+        """Return (B, M) floats; tokens with a higher score are kept first."""
         raise NotImplementedError(f"{type(self).__name__} does not rank the tokens: define score(evidence).")
 
     def select(self, evidence: Evidence, k: int) -> Tensor:

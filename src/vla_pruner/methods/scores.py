@@ -15,7 +15,7 @@ def attention_probabilities(
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention of the given query rows only, in float32.
+    """Return the softmax attention of the given query rows only, in float32.
 
     Args:
         query: (B, H, R, d) rotated queries of R rows.
@@ -34,14 +34,15 @@ def attention_probabilities(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
-        # In place, for these are the largest numbers that scoring makes.
+        # In place, because these are the largest tensors that scoring makes.
         lowest = torch.finfo(torch.float32).min
         logits = logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else logits.add_(mask)
     return logits.softmax(dim=-1)
 
 
 def mean_over_rows(probabilities: Tensor, weights: Tensor) -> Tensor:
-    """Attention that each key receives, averaged over heads and over query rows (equations 2 and 3 of the paper).
+    """Return the attention that each key receives, averaged over heads and over query rows (equations 2 and 3 of the
+    paper).
 
     Args:
         probabilities: (B, H, R, S) float32.
@@ -56,7 +57,7 @@ def mean_over_rows(probabilities: Tensor, weights: Tensor) -> Tensor:
 
 
 def mean_logits(query: Tensor, key: Tensor, weights: Tensor, scaling: float) -> Tensor:
-    """Attention logits that each key receives, averaged over heads and over query rows.
+    """Return the attention logits that each key receives, averaged over heads and over query rows.
 
     Args:
         query: (B, H, N, d) rotated queries.
@@ -76,7 +77,7 @@ def mean_logits(query: Tensor, key: Tensor, weights: Tensor, scaling: float) -> 
 
 
 def text_raters(visual: Tensor, valid: Tensor, prompt: Tensor, text: Tensor) -> Tensor:
-    """The text tokens that resemble the image most (SparseVLM, arXiv 2410.04417, equations 5 and 6).
+    """Return a mask of the text tokens that resemble the image most (SparseVLM, arXiv 2410.04417, equations 5 and 6).
 
     r_i = mean over visual tokens j of softmax_i(h_j . h_i) over the text tokens i; those with r_i >= mean(r) rate.
 
@@ -89,14 +90,15 @@ def text_raters(visual: Tensor, valid: Tensor, prompt: Tensor, text: Tensor) -> 
     Returns:
         (B, N) bool, at least one True in each row.
     """
-    # No more tokens than those that are not visual can be text, so the products with the image have a static shape.
+    # Text tokens are never visual, so at most N - M rows can be text and the products with the image have a static
+    # shape.
     ids = torch.sort(text.float(), dim=1, descending=True, stable=True).indices[:, : prompt.shape[1] - visual.shape[1]]
     candidates, is_text = prompt.gather(1, ids[..., None].expand(-1, -1, prompt.shape[2])), text.gather(1, ids)
     logits = visual.float() @ candidates.float().transpose(-1, -2)
     shares = logits.masked_fill(~is_text[:, None], -torch.inf).softmax(dim=-1)
     relevance = (shares * valid[..., None]).sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp_min(1)
     threshold = relevance.sum(dim=1, keepdim=True) / is_text.sum(dim=1, keepdim=True)
-    # Rounding must not leave a text of equals without raters.
+    # Rounding must not leave a text of equal tokens without raters.
     rates = is_text & (relevance >= torch.minimum(threshold, relevance.amax(dim=1, keepdim=True)))
     return torch.zeros_like(text).scatter(1, ids, rates)
 
@@ -110,19 +112,20 @@ def temporal_estimate(
     steps: Tensor | None = None,
     refresh_every: int | None = None,
 ) -> Tensor:
-    """Decayed mean of the last steps' action scores: sum_i decay^i S(t-i) / sum_i decay^i over the steps that exist.
+    """Return the decayed mean of the last steps' action scores: sum_i decay^i S(t-i) / sum_i decay^i over the steps
+    that exist.
 
     Args:
         memory: the rows' history; its window is the number of steps that are averaged.
         decay: weight of a step against the one after it, in (0, 1].
-        unseen: what a token counts that was pruned away in a step: "zero" (as published) or "carry" (the score at
-            which it was last seen, times decay for every step since).
+        unseen: the score of a token in a step that pruned it away: "zero" (as published) or "carry" (the score at which
+            it was last seen, times decay for every step since).
         semantic: of the semantic scores instead, which the memory must hold.
-        newest_weighs_most: as the paper writes it. False is what the authors' code does: the oldest step gets weight 1.
+        newest_weighs_most: True follows the paper. False follows the authors' code: the oldest step gets weight 1.
         steps: (B,) `memory.steps` on the device of the scores; None copies them there.
-        refresh_every: of a method whose every n-th step runs unpruned: only the last of these steps and those after it
-            count. In the steps before it the kept tokens alone shared all attention, so with them in the mean no other
-            token would ever win.
+        refresh_every: n if every n-th step runs unpruned: then only the last of these steps and those after it count.
+            In the steps before it the kept tokens alone shared all attention, so with them in the mean no other token
+            would ever win.
 
     Returns:
         (B, M) float32; 0 for rows without any history.

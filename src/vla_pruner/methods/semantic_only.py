@@ -14,9 +14,8 @@ class SemanticOnly(FastV):
     Paper: arXiv 2511.16449, equation 2 and the ablation of its dual-level design ("prefill only"). It is FastV with the
     mean over all prompt tokens instead of the last one's row.
 
-    Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 67 % at keep .25 and 55 % at
-    .125, where VLA-Pruner has about 75 % and 68 %. With causal attention the mean over all queries favours early
-    patches.
+    Reference numbers (OpenVLA, LIBERO mean success, by a third-party note): about 67 % at keep .25 and 55 % at .125;
+    VLA-Pruner has about 75 % and 68 %. With causal attention the mean over all queries favours early patches.
     Deviations: none. The paper does not say whether its ablation prunes the first `window` steps; `warmup_steps=3`
     leaves them unpruned as VLAPruner's default does.
 

@@ -1,4 +1,4 @@
-"""What the ablations with an action score share: VLA-Pruner's estimate over time, and its warm-up."""
+"""The base of the ablations with an action score: VLA-Pruner's estimate over time, and its warm-up."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Smoothed(Budgeted):
 
     Attributes:
         keep: visual tokens kept; see `Budgeted`.
-        window: control steps that are smoothed (paper: 3). No fewer are ever unpruned at the start of an episode:
-            without history there is nothing to choose by.
+        window: control steps that are smoothed (paper: 3). At least as many steps run unpruned at the start of an
+            episode, since without history there is nothing to choose by.
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
-        unseen: what a token that was pruned away counts in the history: "zero" (as published) or "carry" (the score at
+        unseen: the score in the history of a token that was pruned away: "zero" (as published) or "carry" (the score at
             which it was last seen, times `decay` for each step since).
         refresh_every: run the first step of an episode and every n-th after it unpruned, so that every token is seen
             again, and begin the history anew there; None never does.
@@ -43,7 +43,7 @@ class Smoothed(Budgeted):
         if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
             raise OptionError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         check_choice("unseen", self.unseen, ("zero", "carry"))
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
         if self.layer == 0 and self.refresh_every is None:
             raise BudgetError(
                 "layer=0 was given without refresh_every: action attention comes from memory alone, and what is pruned "
@@ -59,7 +59,7 @@ class Smoothed(Budgeted):
         return Schedule(max(self.window, self.warmup_steps), self.refresh_every)
 
     def action_estimate(self, evidence: Evidence) -> Tensor:
-        """(B, M) float32: this step's action attention as the steps before suggest it."""
+        """Return (B, M) float32: the action attention of this step, estimated from the steps before."""
         return temporal_estimate(
             evidence.memory, self.decay, self.unseen, steps=evidence.steps, refresh_every=self.refresh_every
         )

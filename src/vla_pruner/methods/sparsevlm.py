@@ -23,20 +23,19 @@ class SparseVLM(SemanticallyScored):
     over raters and heads (equation 3).
 
     Paper's defaults: pruned progressively, at several layers, by an amount that follows the rank of the raters'
-    attention (equation 7); pruned tokens are clustered, summed and put back.
-    Reference numbers (OpenVLA on LIBERO, success relative to unpruned; VLA-Pruner's paper): 95.44 % at keep .5, 88.67 %
-    at .25, 63.20 % at .125. VLA-Cache's paper (arXiv 2502.02175) has a mean success of 64.7 % where OpenVLA has 75.0 %,
-    in more time.
-    Deviations: fixed numbers instead of the rank rule, and no recycling, as in VLA-Pruner's comparison (docs/methods.md
-    says why); one layer, unless `then` names more. Text is what follows the image in the prompt.
+    attention (equation 7); pruned tokens are clustered, summed and put back. Reference numbers (OpenVLA on LIBERO,
+    success relative to unpruned; VLA-Pruner's paper): 95.44 % at keep .5, 88.67 % at .25, 63.20 % at .125. VLA-Cache's
+    paper (arXiv 2502.02175) has a mean success of 64.7 %, in more time, against OpenVLA's 75.0 %. Deviations: fixed
+    numbers instead of the rank rule, and no recycling, as in VLA-Pruner's comparison (docs/methods.md says why); one
+    layer, unless `then` names more. Text is the part of the prompt after the image.
 
     The paper's settings are averages over the decoder's layers. For 192 of LLaVA-1.5's 576 tokens the authors prune at
     layers 2, 6 and 15 of 32 to 300, 200 and 110; for 128 to 303, 110 and 36; for 64 to 66, 30 and 17. The first of them
     for any number of tokens: `SparseVLM(keep=0.52, layer=2, then=((6, 0.35), (15, 0.19)))`.
 
     Attributes:
-        then: further pruning layers, rising, each with what it keeps of all visual tokens, falling: `keep` and `layer`
-            are the first. The score is read anew before each, over the tokens that are left.
+        then: further pruning layers, rising, each with its share or number of all visual tokens to keep, falling:
+            `keep` and `layer` are the first. The score is read anew before each, over the tokens that are left.
         preset: "paper" lets every text token after the image be a rater. "official" is the comparison in VLA-Pruner's
             code: the first and the last of them never are.
         keep, warmup_steps: see `Budgeted`.
@@ -66,7 +65,7 @@ class SparseVLM(SemanticallyScored):
 
 
 def _without_ends(text: Tensor) -> Tensor:
-    """(B, N) bool: `text` without the first and the last True of each row that has more than two."""
+    """Return (B, N) bool: `text` without the first and the last True of each row that has more than two."""
     count = text.cumsum(dim=1)
     inner = text & (count > 1) & (count < count[:, -1:])
     return torch.where(count[:, -1:] > 2, inner, text)

@@ -16,16 +16,15 @@ class TextQuery(SemanticallyScored):
     keys of layer 0 give the score, no softmax; the highest k = floor(keep x M) stay. Its gate prunes a control step
     unless the arm's path in the step before, sum |p_{t+1} - p_t| over the chunk, is at most the smallest of the last
     tau; the first two steps, and the one after three pruned in a row, run unpruned. With `gate=tau` that is done here,
-    told by `session.moved(path)` after each step; without it this is the ablation without dynamics ("w/o D").
+    from `session.moved(path)` after each step; without it this is the ablation without dynamics ("w/o D").
 
-    Paper's defaults: keep .3 to .7 before layer 0; of two cameras' budget 4/10 to the scene and 6/10 to the wrist
-    (here a `keep` per camera: {"image": .4, "wrist_image": .6} is .5 of both together); gated.
-    Reference numbers (OpenVLA-OFT on LIBERO, mean success, unpruned 97.1 %): with the gate 96.3 % at keep .5, 94.4 % at
-    .3; without it 93.5 %. With the gate 1.23 and 1.35 times faster.
-    Deviations: the first layer still sees every token (`layer=1`); k is rounded, not cut off; queries and keys carry
-    their rotary angles; text is what follows the image in the prompt, a token of the robot's state included.
-    The gate is off by default, since only the robot's side knows the path. In a batch one row's closed gate is every
-    row's, since all rows share one shape.
+    Paper's defaults: keep .3 to .7 before layer 0; of two cameras' budget 4/10 to the scene and 6/10 to the wrist (here
+    a `keep` per camera: {"image": .4, "wrist_image": .6} is .5 of both together); gated. Reference numbers (OpenVLA-OFT
+    on LIBERO, mean success, unpruned 97.1 %): with the gate 96.3 % at keep .5, 94.4 % at .3; without it 93.5 %. With
+    the gate 1.23 and 1.35 times faster. Deviations: the first layer still sees every token (`layer=1`); k is rounded,
+    not cut off; queries and keys carry their rotary angles; text is the part of the prompt after the image, a token of
+    the robot's state included. The gate is off by default, since only the robot's side has the path. In a batch the
+    closed gate of one row leaves every row unpruned, since all rows share one shape.
 
     Attributes:
         keep, warmup_steps: see `Budgeted`.
@@ -40,7 +39,7 @@ class TextQuery(SemanticallyScored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
 
     @property
     def schedule(self) -> Schedule:

@@ -1,4 +1,4 @@
-"""VLA-Cache: keep computing what moved and what the text looks at; reuse the rest from the last step (2502.02175)."""
+"""VLA-Cache: compute tokens that moved or that the text attends to; reuse the rest from the last step (2502.02175)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class VLACache(Scored):
     are computed nevertheless; and at layer l the share min(k sum_{j<=l} R_j, 1) of them is reused, where
     R_j = (E_{j-1} - E_j) / E_{j-1} from the entropy E of each layer's attention.
 
-    Paper's defaults: threshold .996, the 100 most similar of 256 tokens, relevance .5.
-    Reference numbers (OpenVLA on LIBERO, success relative to unpruned, by VLA-Pruner's paper): 98.48 % where half is
-    computed, 88.08 % at .25, 54.79 % at .125. In its own paper a mean of 74.7 % where OpenVLA has 75.0 %.
-    Deviations: the number computed is fixed (`keep`), so that shapes are: a step in which fewer than the others are
-    static runs whole. One layer from which on all of them are reused, or fixed numbers for several (`then`), instead of
-    shares by entropy. Relevance is this step's attention of the text in the layer before `layer`, as a share of the
-    largest, instead of the last step's mean over all layers.
+    Paper's defaults: threshold .996, the 100 most similar of 256 tokens, relevance .5. Reference numbers (OpenVLA on
+    LIBERO, success relative to unpruned, by VLA-Pruner's paper): 98.48 % if half is computed, 88.08 % at .25, 54.79 %
+    at .125. Its own paper has a mean success of 74.7 % against OpenVLA's 75.0 %. Deviations: the number computed is
+    fixed (`keep`), so that shapes are: a step in which fewer than the others are static runs whole. One layer from
+    which on all of them are reused, or fixed numbers for several (`then`), instead of shares by entropy. Relevance is
+    this step's attention of the text in the layer before `layer`, as a share of the largest, instead of the last step's
+    mean over all layers.
 
-    Keys and values of the prompt are held between steps: some 130 MB for OpenVLA in bfloat16, for each robot. Whether
-    enough is static is read by the host, which on an accelerator waits for it.
+    Keys and values of the prompt are held between steps: some 130 MB for OpenVLA in bfloat16, for each robot. The host
+    reads whether enough tokens are static, so it waits for an accelerator there.
 
     Attributes:
         keep: visual tokens computed, as a fraction or a number (paper: 156 of 256, .61); see `Budgeted`.
@@ -59,7 +59,7 @@ class VLACache(Scored):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest < value <= 1:
                 raise OptionError(f"{name}={value!r} was given; it is a number above {lowest:g} and at most 1.")
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
         check_stages(self.then)
 
     @property
@@ -90,5 +90,5 @@ class VLACache(Scored):
         assert evidence.similarity is not None
         attention = torch.where(evidence.valid, evidence.semantic, 0.0)
         share = attention / attention.amax(dim=1, keepdim=True).clamp_min(1e-12)
-        # What the text looks at comes first, and what moved most comes next: no similarity is below -1.
+        # Tokens that the text attends to come first, those that moved most come next: no similarity is below -1.
         return torch.where(share >= self.relevance, 3 + share, 1 - evidence.similarity)

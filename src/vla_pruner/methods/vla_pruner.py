@@ -1,4 +1,4 @@
-"""VLA-Pruner: keep what reading the scene needs and what acting needs, then filter redundancy (arXiv 2511.16449)."""
+"""VLA-Pruner: keep the tokens that reading and acting need, then filter redundancy (arXiv 2511.16449)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class VLAPruner(Method):
     Paper: "Bridging the Semantic-Action Gap in Visual Token Pruning for Efficient VLA Inference" (v5, May 2026; first
     "VLA-Pruner: Temporal-Aware Dual-Level Visual Token Pruning for Efficient Vision-Language-Action Inference"), arXiv
     2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 % at keep .5,
-    98.48 % at .25, 88.90 % at .125; docs/methods.md has what others measured. Deviations: none with the defaults
+    98.48 % at .25, 88.90 % at .125; docs/methods.md has the measurements of others. Deviations: none with the defaults
     ("freeze" and the options below are additions).
 
     Attributes:
@@ -32,28 +32,28 @@ class VLAPruner(Method):
             cameras, or per camera, `{"image": 64, "wrist_image": 0.5}`: then each camera's tokens compete among
             themselves.
         layer, pruned: see `Method` (paper: drop at layer 3; a layer that is left out is the preset's). `layer=0` prunes
-            before the decoder, by what memory says of both scores: every layer is short, and nothing of the present
-            image has a say. Needs `refresh_every`.
+            before the decoder, by both scores of the memory: every layer is short, and nothing of the present image has
+            a say. Needs `refresh_every`.
         window: control steps of action attention that are smoothed (paper: 3).
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
-        preset: "paper", or what the authors' code does (docs/methods.md has the commits). "official" is the code of May
-            2026: action attention is read at layer index 15 alone, the estimate is made shares and rounded to
+        preset: "paper", or the rules of the authors' code (docs/methods.md has the commits). "official" is the code of
+            May 2026: action attention is read at layer index 15 alone, the estimate is made shares and rounded to
             bfloat16, and diversity is measured on the decoder's input embeddings instead of the hidden states entering
             `layer`. On a policy that acts in the rows of its prompt's pass, "official" becomes "official-chunk", their
-            code for OpenVLA-OFT: layer 4 if none is named, each camera on its own (`per_camera`), the action
-            attention of the rows in the actions' places, and an estimate that is neither made shares nor rounded
-            further than the model's dtype. "official-2026-02" is the code of February: "official" with a decay that
-            runs backwards (the oldest step weighs most).
+            code for OpenVLA-OFT: layer 4 if none is named, each camera on its own (`per_camera`), the action attention
+            of the rows in the actions' places, and an estimate that is neither made shares nor rounded further than the
+            model's dtype. "official-2026-02" is the code of February: "official" with a decay that runs backwards (the
+            oldest step weighs most).
         per_camera: give each camera `keep` of its own tokens, and choose within each camera.
         warmup: "full" prunes nothing in the first `window` steps of an episode: exact, but short episodes gain less.
             "semantic" prunes them by prefill attention alone (v5 of the paper). In a batch "full" waits until no row is
-            in its warm-up, since all rows share one shape: where robots reset at different times, choose "semantic".
+            in its warm-up, since all rows share one shape: if robots reset at different times, choose "semantic".
         semantic_queries: rows that the semantic score averages over: "all" prompt tokens (paper; with causal attention
             it favours early patches), the "text" after the image, or the "last" prompt token (as FastV does).
-        unseen: what a token that was pruned away counts in the history: "zero" (as published: a kept set tends to
+        unseen: the score in the history of a token that was pruned away: "zero" (as published: a kept set tends to
             stay), or "carry": the score at which it was last seen, times `decay` for each step since.
         refresh_every: run the first step of an episode and every n-th after it unpruned, so that every token is seen
-            again, and begin the history anew there; None never does. In a batch one row's turn is every row's.
+            again, and begin the history anew there; None never does. In a batch all rows take the turn of any row.
 
     Raises:
         OptionError: an option is out of its range; a `BudgetError` if it is `keep` or `layer`.
@@ -82,7 +82,7 @@ class VLAPruner(Method):
             )
         if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
             raise OptionError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
-        _ = self.schedule  # refuses what is out of range
+        _ = self.schedule  # refuses values out of range
         if self.layer == 0 and self.refresh_every is None:
             raise BudgetError(
                 "layer=0 was given without refresh_every: tokens are then chosen by memory alone, and what is pruned "
@@ -96,7 +96,7 @@ class VLAPruner(Method):
 
     @property
     def rules(self) -> Rules:
-        """What the preset says."""
+        """The rules of the preset."""
         return PRESETS[self.preset]
 
     def fitted(self, one_pass: bool) -> Method:
@@ -148,12 +148,12 @@ class VLAPruner(Method):
 
     @property
     def schedule(self) -> Schedule:
-        # Before the decoder there is nothing to choose by but what was seen; there the first step is always a refresh.
+        # Before the decoder only the memory can choose, so the first step of an episode is always a refresh there.
         return Schedule(self.window if self.warmup == "full" else 0, self.refresh_every)
 
     def action_estimate(self, evidence: Evidence) -> Tensor:
-        """(B, M) float32: this step's action attention as the steps before suggest it (the paper's temporal
-        smoothing).
+        """Return (B, M) float32: the action attention of this step, estimated from the steps before (the paper's
+        temporal smoothing).
         """
         rules = self.rules
         estimate = temporal_estimate(
@@ -172,7 +172,7 @@ class VLAPruner(Method):
         return estimate.to(torch.bfloat16).float() if rules.rounding == "bfloat16" else estimate
 
     def candidates(self, evidence: Evidence, k: int) -> Tensor:
-        """(B, M) bool: the union of both top k; rows in their warm-up have the semantic top k alone."""
+        """Return (B, M) bool: the union of both top k; rows in their warm-up have the semantic top k alone."""
         score = evidence.semantic
         if self.layer == 0:
             score = temporal_estimate(
@@ -184,14 +184,14 @@ class VLAPruner(Method):
                 refresh_every=self.refresh_every,
             )
         assert score is not None
-        # Both at once: on a GPU a choice is a chain of small launches, of which sorting is several.
+        # Both at once: on a GPU a choice is a chain of small launches, several of which are the sort's.
         scores = torch.stack([score.float(), self.action_estimate(evidence)])
         semantic, action = top_mask(scores, evidence.valid, k)
         assert evidence.steps is not None
         return semantic | (action & (evidence.steps >= self.window)[:, None])
 
     def pick_order(self, evidence: Evidence, k: int) -> Tensor:
-        """The ids (B, k) int64 of the kept tokens in the order in which the greedy filter picks them."""
+        """Return the ids (B, k) int64 of the kept tokens in the order in which the greedy filter picks them."""
         assert evidence.features is not None
         return max_min_order(distances(evidence.features), self.candidates(evidence, k), k)
 

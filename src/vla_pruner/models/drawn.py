@@ -1,6 +1,6 @@
-"""Random weights under which attention is peaked and actions depend on what is seen.
+"""Random weights under which attention is peaked and actions depend on the images.
 
-With the usual small starts attention is uniform, and nothing that pruning does would show.
+With the usual small starts attention is uniform, and pruning would have no visible effect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def draw_weights(module: nn.Module, seed: int) -> None:
-    """Draw every matrix so that it keeps the size of what goes in, queries and keys larger, biases and norms as they
+    """Draw every matrix so that outputs are as large as inputs, queries and keys larger; biases and norms stay as they
     are made.
     """
     generators: dict[torch.device, torch.Generator] = {}

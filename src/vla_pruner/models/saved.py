@@ -1,4 +1,4 @@
-"""Folders that a reference policy's weights are saved in; whatever is wrong with one is one clear sentence."""
+"""Folders with the saved weights of a reference policy; any fault of one is one clear sentence."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def load_saved(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> Any:
-    """The policy in `folder`, in eval mode.
+    """Load the policy in `folder`, in eval mode.
 
     Args:
         folder: with `model.safetensors` and `config.json`.
         config_class: has `from_dict`.
         policy_class: is made from a configuration.
-        depths: settings that count layers -> what stands before a layer's number in the names of weights.
-        advice: what to do, for messages.
+        depths: settings that count layers -> the part before a layer's number in the names of weights.
+        advice: the fix, for messages.
         device, dtype: of the parameters.
 
     Raises:
@@ -72,7 +72,7 @@ def load_saved(
 
 
 def save(policy: Any, folder: str | Path, dtype: torch.dtype) -> None:
-    """Writes `model.safetensors`, in `dtype`, and `config.json` into `folder`."""
+    """Write `model.safetensors`, in `dtype`, and `config.json` into `folder`."""
     from safetensors.torch import save_file
 
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""What every policy of this project offers, whatever its family."""
+"""The interface of every policy of this project, whatever its family."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Policy(Protocol):
     """One robot's policy: images and an instruction in, an action chunk out.
 
     It is a module itself, or has the one that it drives as `module`; methods attach to either. (A module has no
-    `module`: that is how parallel wrappers are told from what they wrap.)
+    `module`: this distinguishes parallel wrappers from their content.)
 
     Attributes:
         cameras: names of the images that `act` takes, in the order of the visual tokens.
-        vision_towers: what turns pixels into patch features; each is given every camera's image once a control step.
-        proprio_size: how many numbers of proprioception `act` takes; None: none.
+        vision_towers: modules that turn pixels into patch features; each gets every camera's image once a control step.
+        proprio_size: the number of proprioception values that `act` takes; None: none.
     """
 
     @property
@@ -38,11 +38,11 @@ class Policy(Protocol):
     def proprio_size(self) -> int | None: ...
 
     def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """One control step: the whole action chunk, (chunk, dim) float.
+        """Run one control step: return the whole action chunk, (chunk, dim) float.
 
         Args:
             images: (H, W, 3) uint8, RGB, upright, by camera.
-            instruction: what to do.
+            instruction: the task in words.
             proprio: (proprio_size,) the robot's state, in the units that the checkpoint was trained on.
 
         Raises:
@@ -59,7 +59,7 @@ class Policy(Protocol):
 class BatchPolicy(Policy, Protocol):
     """A policy that can act for several robots in one forward pass, each row as if it were alone.
 
-    So `act_batch` draws nothing from torch's generators: what a row got would depend on its place among the others. A
+    So `act_batch` draws nothing from torch's generators: a row's draws would depend on its place among the others. A
     server refuses a policy that does. Policies that draw (a flow's noise) have `act` alone.
     """
 
@@ -69,28 +69,28 @@ class BatchPolicy(Policy, Protocol):
         instructions: Sequence[str],
         proprio: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
-        """One control step of B robots: (B, chunk, dim). Arguments as in `act`, one for each robot.
+        """Run one control step of B robots: return (B, chunk, dim). Arguments as in `act`, one for each robot.
 
         Raises:
-            ObservationError: something does not fit the policy, of any of them.
+            ObservationError: something of any robot does not fit the policy.
         """
         ...
 
 
 @runtime_checkable
 class ShowsExample(Protocol):
-    """A policy that says what it was trained on, for what must act without a robot: audits, a server's warm-up."""
+    """A policy with an example of its training data, for tools that act without a robot: audits, a server's warm-up."""
 
     def example(self) -> Observation:
-        """An observation as it was trained on: grey images of the right size, an instruction that it knows, a state in
-        the middle of those that it saw.
+        """Return an observation like those of its training: grey images of the right size, one of its instructions, a
+        state in the middle of those that it saw.
         """
         ...
 
 
 def example_of(policy: Any) -> Observation:
-    """An observation that a policy can act on: its own example if it has one, else grey images of 224 pixels, a usual
-    instruction, and a state of zeros.
+    """Return an observation that a policy can act on: its own example if it has one, else grey images of 224 pixels, a
+    usual instruction, and a state of zeros.
 
     Args:
         policy: as `Policy` describes it.
@@ -103,10 +103,10 @@ def example_of(policy: Any) -> Observation:
 
 
 def module_of(policy: Any) -> nn.Module:
-    """The module behind a policy; a module is its own."""
+    """Return the module behind a policy; a module is its own."""
     return policy if isinstance(policy, nn.Module) else policy.module
 
 
 def generator_states(devices: Iterable[int] = ()) -> list[Tensor]:
-    """Where torch's generators are, that of the CPU and those of CUDA devices: what draws at random changes it."""
+    """Return the states of torch's generators, of the CPU and of CUDA devices: a random draw changes them."""
     return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]

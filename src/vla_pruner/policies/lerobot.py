@@ -32,7 +32,7 @@ from vla_pruner.registry import row_of
 __all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
 
 _MOST = 10_000
-"""No published policy has longer chunks, more denoising steps or longer texts."""
+"""The largest accepted chunk, number of denoising steps and text; those of published policies are smaller."""
 
 KINDS = {"pi0": "PI0", "pi05": "PI05", "pi0_fast": "PI0Fast", "smolvla": "SmolVLA", "molmoact2": "MolmoAct2"}
 """LeRobot's names of the supported policies, and how their classes begin."""
@@ -42,9 +42,12 @@ class LeRobotPolicy:
     """A LeRobot policy with the processors around it.
 
     Attributes:
+        takes_absent_cameras: that `act` may be given fewer images than there are cameras.
         module: the policy as LeRobot's users hold it; this is what a method attaches to.
         preprocessor, postprocessor: LeRobot's pipelines; None where the checkpoint has none.
     """
+
+    takes_absent_cameras = True
 
     def __init__(self, module: nn.Module, preprocessor: Any = None, postprocessor: Any = None) -> None:
         self.module: Any = module
@@ -53,23 +56,23 @@ class LeRobotPolicy:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """The cameras that the policy knows, without LeRobot's "observation.images." and its empty cameras."""
+        """The policy's cameras, without LeRobot's "observation.images." and its empty cameras."""
         names = camera_names(self.module.config)
         return tuple(name for name in names if not name.startswith("empty_camera_"))
 
     @property
     def vision_towers(self) -> tuple[nn.Module, ...]:
-        """What turns an image into patch features."""
+        """The modules that turn an image into patch features."""
         return self._anatomy.towers
 
     @property
     def device(self) -> torch.device:
-        """Where the policy runs."""
+        """The policy's device."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its decoder computes in."""
+        """The dtype in which its decoder computes."""
         return projection_of(layers_of(self._anatomy.decoder)[0]).weight.dtype
 
     @property
@@ -80,13 +83,13 @@ class LeRobotPolicy:
 
     @property
     def proprio_size(self) -> int | None:
-        """How many numbers `act` takes as proprio; None where the policy takes none."""
+        """The number of values that `act` takes as proprio; None if the policy takes none."""
         feature = self.module.config.robot_state_feature
         return None if feature is None else state_size(self.preprocessor) or feature.shape[0]
 
     @property
     def action_size(self) -> int | None:
-        """Numbers in an action; None where the checkpoint does not say."""
+        """The number of values in an action; None if the checkpoint does not say."""
         feature = self.module.config.action_feature
         return None if feature is None else feature.shape[0]
 
@@ -95,13 +98,14 @@ class LeRobotPolicy:
         self.module.reset()
 
     def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """One control step: the whole action chunk (chunk, dim), un-normalised, through LeRobot's own processors.
+        """Run one control step: return the whole action chunk (chunk, dim), un-normalised, through LeRobot's own
+        processors.
 
         The noise that the flow starts from is drawn from torch's global generator; seed it for repeatable actions.
 
         Args:
             images: (H, W, 3) uint8 by camera; cameras may be left out, as LeRobot allows, but not all of them.
-            instruction: what to do.
+            instruction: the task in words.
             proprio: (d,) the robot's state, in the checkpoint's own units.
 
         Raises:
@@ -159,22 +163,22 @@ def load_lerobot(
     unnorm_key: str | None = None,
     trust_processors: bool = False,
 ) -> LeRobotPolicy:
-    """A published or saved LeRobot policy, by LeRobot's own `from_pretrained`, with every weight accounted for.
+    """Load a published or saved LeRobot policy, by LeRobot's own `from_pretrained`, with every weight accounted for.
 
-    LeRobot prints and goes on with random weights where pi0's and pi0.5's cannot be read or do not fit. Where the
-    processors hold no statistics at all, nothing is scaled: `act` then gives normalised actions, as LeRobot does.
+    LeRobot prints and goes on with random weights if pi0's and pi0.5's cannot be read or do not fit. If the processors
+    hold no statistics at all, nothing is scaled: `act` then gives normalised actions, as LeRobot does.
 
     Args:
         path: a folder with config.json and model.safetensors, or an id on the hub.
-        device: where it runs.
+        device: of the policy.
         dtype: of the decoder; None: as the config and LeRobot have it.
-        unnorm_key: the dataset whose statistics are used, where the processors hold them by dataset.
+        unnorm_key: the dataset whose statistics are used, if the processors hold them by dataset.
         trust_processors: let the processors' files name steps that are not LeRobot's own, which runs their code.
 
     Raises:
         UnsupportedModelError: lerobot is missing, of an untested version, or the policy is of another type.
         CheckpointError: weights are missing, unexpected, unreadable or not finite; it lists them. The processors name a
-            step that is not LeRobot's, or have no statistics for what the policy gives or reads; it names both.
+            step that is not LeRobot's, or have no statistics for the policy's inputs or outputs; it names both.
         OptionError: there is no dataset `unnorm_key`, or `trust_processors` is not True or False.
     """
     if trust_processors not in (True, False):
@@ -189,7 +193,7 @@ def load_lerobot(
 
 
 def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
-    """A checkpoint's config, `flags` ("--n_action_steps=5") in place of its own values.
+    """Read a checkpoint's config, with `flags` ("--n_action_steps=5") in place of its own values.
 
     Raises:
         CheckpointError: there is none, or LeRobot cannot read it.
@@ -204,7 +208,7 @@ def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
     check_counts(file, settings, "empty_cameras", least=0, most=100)
     try:
         return _lerobot("configs.policies").PreTrainedConfig.from_pretrained(str(path), cli_overrides=flags or [])
-    except Exception as error:  # LeRobot's and its parser's are of every kind
+    except Exception as error:  # the errors of LeRobot and its parser are of every kind
         raise CheckpointError(
             f"{file} holds no LeRobot policy that this version reads: {shown(' '.join(str(error).split()), 500)}"
         ) from error
@@ -218,7 +222,9 @@ def load_module(
     trust: bool = False,
     flag: str = "load_policy(..., trust_processors=True)",
 ) -> nn.Module:
-    """The policy alone, for a config that was read already; see `load_lerobot`, and `check_steps` for the last two."""
+    """Load the policy alone, for a config that was read already; see `load_lerobot`, and `check_steps` for the last
+    two.
+    """
     kind = config.type
     if kind in TYPES:
         raise UnsupportedModelError(f"{path}: {TYPES[kind]}")
@@ -250,7 +256,7 @@ def load_module(
 
 
 def _check_headers(policy_type: Any, folder: Path, config: Any, headers: Mapping[str, Stored]) -> None:
-    """Compare what the config describes with the files' headers, before gigabytes are built."""
+    """Compare the config's description with the files' headers, before gigabytes are built."""
     if {stored.file.name for stored in headers.values()} != {"model.safetensors"}:
         raise CheckpointError(f"{folder} has its weights in several files; LeRobot reads model.safetensors alone.")
     policy = _described(policy_type, folder, config)
@@ -285,7 +291,7 @@ def _check_molmoact2(folder: Path, config: Any) -> None:
 
 
 def _described(policy_type: Any, folder: Path, config: Any) -> Any:
-    """The policy that the config describes, without memory for its weights."""
+    """Build the policy that the config describes, without memory for its weights."""
     there = copy.copy(config)
     there.device = "meta"
     if hasattr(there, "load_vlm_weights"):
@@ -316,7 +322,7 @@ def _described(policy_type: Any, folder: Path, config: Any) -> Any:
 
 
 def _named_as(policy: Any, headers: Mapping[str, Stored], config: Any) -> dict[str, Stored]:
-    """The headers by the names that LeRobot's `from_pretrained` gives the weights."""
+    """Return the headers by the names that LeRobot's `from_pretrained` gives the weights."""
     if not hasattr(policy, "_fix_pytorch_state_dict_keys"):
         return dict(headers)
     state = {
@@ -325,7 +331,7 @@ def _named_as(policy: Any, headers: Mapping[str, Stored], config: Any) -> dict[s
     }
     logger = logging.getLogger()
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it says again what it says when the weights are loaded
+    logger.setLevel(logging.ERROR)  # it repeats the warnings of the weights' loading
     try:
         renamed: dict[str, Tensor] = policy._fix_pytorch_state_dict_keys(state, config)
     finally:
@@ -365,7 +371,7 @@ def _lerobot(module: str) -> Any:
 
 
 def _checked(policy_type: Any, path: str | Path, config: Any) -> Any:
-    """The policy, whose loading was watched: what LeRobot would print and forget is an error here."""
+    """Load the policy and watch its loading: warnings that LeRobot would print and forget are errors here."""
     printed = io.StringIO()
     try:
         with _watched(policy_type) as loads, no_remote_code(), contextlib.redirect_stdout(printed):

@@ -1,4 +1,4 @@
-"""LeRobot's saved processors: which steps they name, before LeRobot imports one, and which statistics they scale by."""
+"""LeRobot's saved processors: the steps that they name, before LeRobot imports one, and their statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OWN = (
     *(f"lerobot.policies.{kind}." for kind in ("pi0", "pi05", "pi0_fast", "smolvla", "molmoact2")),
 )
 _NOT_OURS = ("lerobot.processor.hil_processor",)
-"""Of these, steps for training beside a robot; one loads a classifier that may be anything."""
+"""The modules with steps for training beside a robot; one loads a classifier that may be anything."""
 
 _NEEDS = {
     "MEAN_STD": ("mean", "std"),
@@ -43,12 +43,12 @@ _NEEDS = {
 def read_processors(
     folder: Path, config: Any, device: str | torch.device, unnorm_key: str | None = None, trust: bool = False
 ) -> tuple[Any, Any]:
-    """A folder's pre- and postprocessor; None and None where it has none.
+    """Return a folder's pre- and postprocessor; None and None if it has none.
 
     Args:
         folder: of the checkpoint.
         config: the policy's.
-        device: where the preprocessor puts what it makes.
+        device: of the preprocessor's outputs.
         unnorm_key, trust: `unnorm_key` and `trust_processors` of `load_lerobot`.
 
     Raises:
@@ -70,7 +70,7 @@ def read_processors(
 
 
 def check_steps(folder: Path, trust: bool = False, flag: str = "load_policy(..., trust_processors=True)") -> None:
-    """Look at the processors' files before LeRobot does, which imports and calls whatever they name.
+    """Look at the processors' files before LeRobot does, which imports and calls anything that they name.
 
     Args:
         folder: of the checkpoint.
@@ -112,7 +112,7 @@ def _check_step(file: Path, step: Mapping[str, Any], flag: str) -> None:
 
 
 def _step_class(step: Mapping[str, Any]) -> Any:
-    """The class of a step, if it is one of LeRobot's own; nothing but LeRobot's own modules is imported."""
+    """Return the class of a step, if it is one of LeRobot's own; nothing but LeRobot's own modules is imported."""
     pipeline = importlib.import_module("lerobot.processor.pipeline")
     for module in ("lerobot.processor", *(f"{own}processor_{own.split('.')[-2]}" for own in _OWN[1:])):
         importlib.import_module(module)  # They fill the registry.
@@ -134,7 +134,9 @@ def _step_class(step: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def no_remote_code() -> Iterator[None]:
-    """Here transformers refuses what has code of its own at once; at a terminal it would ask whether to run it."""
+    """Make transformers refuse code of a checkpoint's own at once in the block; at a terminal it would ask whether to
+    run it.
+    """
     dynamic: Any = importlib.import_module("transformers.dynamic_module_utils")
     known = dynamic.TIME_OUT_REMOTE_CODE
     dynamic.TIME_OUT_REMOTE_CODE = 0
@@ -145,7 +147,7 @@ def no_remote_code() -> Iterator[None]:
 
 
 def state_size(preprocessor: Any) -> int | None:
-    """Numbers in the states that a preprocessor scales; None where it scales none.
+    """Return the number of values in the states that a preprocessor scales; None if it scales none.
 
     Fine-tuning with LeRobot leaves in the config, and in the step's features, the size of the state that the policy
     was trained on before. The statistics are those of the data that it was fine-tuned on.
@@ -183,7 +185,7 @@ def _settle_statistics(folder: Path, both: tuple[Any, Any], unnorm_key: str | No
             chosen = {
                 key: feature for feature in needed for key in step._tensor_stats if _dataset(key, feature) == unnorm_key
             }
-            # What is of no dataset stays, but for what the chosen one has too.
+            # Statistics of no dataset stay, unless the chosen one has its own.
             statistics = dict(step._tensor_stats) | {chosen[key]: step._tensor_stats[key] for key in chosen}
             flat = {f"{key}.{name}": value for key, values in statistics.items() for name, value in values.items()}
             step.load_state_dict(flat)
@@ -192,7 +194,9 @@ def _settle_statistics(folder: Path, both: tuple[Any, Any], unnorm_key: str | No
 
 
 def _scaled(step: Any) -> dict[str, tuple[str, ...]]:
-    """The features that a step scales, and the statistics that it needs for each: actions where it un-normalises."""
+    """Return the features that a step scales, and the statistics that it needs for each: actions if it
+    un-normalises.
+    """
     found = {}
     un_normalises = "Unnormalizer" in type(step).__name__
     for feature, what in step.features.items():
@@ -205,7 +209,9 @@ def _scaled(step: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _dataset(key: str, feature: str) -> str | None:
-    """The dataset of "so100.buffer.observation.state" for observation.state, also with underscores; None: not of it."""
+    """Return the dataset of "so100.buffer.observation.state" for observation.state, also with underscores; None: not of
+    it.
+    """
     same = re.fullmatch(rf"(.+?)[._](buffer[._])?{re.escape(feature).replace(chr(92) + '.', '[._]')}", key)
     return same[1] if same else None
 

@@ -55,7 +55,7 @@ class SmolVLASize:
     Attributes:
         text, vision: keyword arguments of the Llama and the SigLIP config.
         scale_factor: side of the squares of patches that become one token.
-        layers: how many of the text layers are used.
+        layers: the number of text layers that are used.
         specials: ids of the image token, the fake image token and the global image token.
     """
 
@@ -137,7 +137,7 @@ def random_lerobot(
     cameras: tuple[str, ...] | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
-    """A LeRobot policy with random weights that fill the numbers' range, so that its actions depend on what it sees.
+    """Make a LeRobot policy with random weights that fill the numbers' range, so that its actions depend on its images.
 
     Its processors are LeRobot's own without statistics, so nothing is normalised, and their tokenizer is a stand-in:
     the bytes of the text. Both need no download.
@@ -145,7 +145,7 @@ def random_lerobot(
     Args:
         kind: "pi0", "pi05", "pi0_fast" or "smolvla".
         size: "tiny", or "full" for the published size.
-        device: where it is built.
+        device: of the policy.
         dtype: torch.float32 or torch.bfloat16, in the places where LeRobot uses it.
         seed: of the weights.
         layers: depth of the decoder and of the expert; None: that of the size.
@@ -222,7 +222,7 @@ def _random(kind: str, size: str, device: torch.device, dtype: torch.dtype, seed
 
 
 def _of_depth(size: PiSize | SmolVLASize, layers: int) -> PiSize | SmolVLASize:
-    """The same size with so many layers in the decoder and in the expert."""
+    """Return the same size with so many layers in the decoder and in the expert."""
     if isinstance(size, SmolVLASize):
         return replace(size, text={**size.text, "num_hidden_layers": layers}, layers=layers)
     vlm, expert = size.vlm or _GEMMA_2B, size.expert or _GEMMA_300M
@@ -231,7 +231,7 @@ def _of_depth(size: PiSize | SmolVLASize, layers: int) -> PiSize | SmolVLASize:
 
 @contextlib.contextmanager
 def built_with(kind: str, size: PiSize | SmolVLASize) -> Iterator[None]:
-    """Policies of `kind` that are built in this context have these sizes, and nothing is asked of the hub."""
+    """Give policies of `kind` that are built in the block these sizes, and request nothing from the hub."""
     patches = _smolvla_names(size) if isinstance(size, SmolVLASize) else _pi_names(kind, size)
     saved = [(module, name, getattr(module, name)) for module, name, _ in patches]
     for module, name, value in patches:
@@ -255,10 +255,10 @@ def _calm(policy: Any) -> None:
 
 
 class ByteTokenizer:
-    """Stands in for a tokenizer where there is none: text to the numbers of its bytes, after a first token 1.
+    """Stands in for an absent tokenizer: text to the numbers of its bytes, after a first token 1.
 
     Args:
-        vocabulary: number of ids that the model knows.
+        vocabulary: number of ids of the model.
     """
 
     def __init__(self, vocabulary: int) -> None:

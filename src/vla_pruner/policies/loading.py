@@ -1,4 +1,4 @@
-"""One call that loads any supported policy: what it is, its folder says."""
+"""One call that loads any supported policy, whose kind the folder decides."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from vla_pruner.checkpoints.files import checkpoint_folder, read_json, shown
 from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
 from vla_pruner.families.refused import TYPES
+from vla_pruner.families.vlm import KINDS
 from vla_pruner.plugins import object_at
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.options import as_dtype, usable_device
@@ -28,19 +29,19 @@ def load_policy(
     dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> Policy:
-    """A policy with everything that `act` needs, in eval mode.
+    """Load a policy with everything that `act` needs, in eval mode.
 
     Args:
         path_or_hub_id: the folder of a published checkpoint as it is, its name on the Hugging Face hub, "reference" for
             the policy that ships with this package, or "reference:NAME" for one of several (see `reference_policy`).
-        device: where it is put.
-        dtype: of its weights, as torch's or by its name ("bfloat16"); None: what its family takes for granted.
-        **options: of what loads it: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
+        device: of the policy.
+        dtype: of its weights, as torch's or by its name ("bfloat16"); None: the default of its family.
+        **options: of its loader: `load_openvla` (unnorm_key, cameras, quantization, ...), `load_pi0` (cameras,
             attn_implementation), `load_lerobot` or `reference_policy`.
 
     Raises:
-        UnsupportedModelError: the folder holds another model, or what its family needs is not installed, or not in a
-            version that was tested.
+        UnsupportedModelError: the folder holds another model, or a package that its family needs is not installed, or
+            not in a version that was tested.
         CheckpointError: a file is missing or damaged, or weights are missing or unexpected: it lists them.
         OptionError: an option is not one of the family's, there is no such device, or no such dtype.
     """
@@ -62,11 +63,17 @@ def load_policy(
 
 
 def _row(folder: Path, config: dict[str, Any]) -> Row:
-    """The row of what the folder holds."""
+    """Return the row of the folder's policy."""
     row = row_for(config)
     if row is not None and row.load is not None:
         return row
     model_type, kind = config.get("model_type"), config.get("type")
+    if model_type in KINDS:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} is of a vision-language model of type {shown(repr(model_type))}, which has no "
+            "act of its own. Load it with transformers, AutoModelForImageTextToText.from_pretrained(...), and attach "
+            "to it: VLAPruner(keep=0.25).attach(model). See docs/vlm.md."
+        )
     if model_type is None and isinstance(kind, str) and kind in TYPES:
         raise UnsupportedModelError(f"{folder / 'config.json'}: {TYPES[kind]}")
     if model_type is not None:
@@ -79,7 +86,7 @@ def _row(folder: Path, config: dict[str, Any]) -> Row:
 
 
 def supported() -> str:
-    """What `load_policy` loads, for messages."""
+    """Return the checkpoints that `load_policy` loads, for messages."""
     kinds = []
     for row in ROWS:
         told = [f"{key} {value!r}" for key, value in (row.config or {}).items() if isinstance(value, str)]

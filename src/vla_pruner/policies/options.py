@@ -1,4 +1,4 @@
-"""Options that every loader takes: what cannot be carried out is refused before a checkpoint is read."""
+"""Options that every loader takes: impossible ones are refused before a checkpoint is read."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def usable_device(device: str | torch.device, flag: str | None = None) -> torch.device:
-    """The device of this name.
+    """Return the device of this name.
 
     Args:
         device: as torch names it.
         flag: of the command line that named it.
 
     Raises:
-        OptionError: it is none, or this torch cannot use it; the message says why.
+        OptionError: there is no such device, or this torch cannot use it; the message says why.
     """
     try:
         found = torch.device(device)
@@ -35,7 +35,7 @@ def usable_device(device: str | torch.device, flag: str | None = None) -> torch.
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype of weights that is meant; None stays None.
+    """Return the dtype of weights that is meant; None stays None.
 
     Args:
         dtype: a floating point dtype of torch, or its name.

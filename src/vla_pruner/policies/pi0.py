@@ -1,7 +1,7 @@
 """pi0 as transformers ships it, loaded with every weight accounted for and called with images and a sentence.
 
-`PI0ForConditionalGeneration` is the module; what is around it is done here, because transformers' image processor needs
-torchvision, and because its `from_pretrained` misses the vision tower of published checkpoints before 5.23.
+`PI0ForConditionalGeneration` is the module; the steps around it are done here, because transformers' image processor
+needs torchvision, and because its `from_pretrained` misses the vision tower of published checkpoints before 5.23.
 """
 
 from __future__ import annotations
@@ -56,14 +56,19 @@ _Weight = TypeVar("_Weight")
 class TransformersPI0:
     """transformers' pi0 with its preparation of images, text and state.
 
+    Attributes:
+        takes_absent_cameras: that `act` may be given fewer images than there are cameras.
+
     Args:
         module: a `PI0ForConditionalGeneration`.
         cameras: names of the images, in the order in which the model was trained on them.
         tokenizer: of transformers, or any with its call and `bos_token_id`; None: `act` refuses.
         statistics: mean and standard deviation of state and actions (`state_mean`, `state_std`, `actions_mean`,
-            `actions_std`). What is absent is not scaled: `act` then takes a normalised state, or gives normalised
-            actions of all `max_action_dim` columns.
+            `actions_std`). Values without statistics are not scaled: `act` then takes a normalised state, or gives
+            normalised actions of all `max_action_dim` columns.
     """
+
+    takes_absent_cameras = True
 
     def __init__(
         self,
@@ -84,28 +89,29 @@ class TransformersPI0:
 
     @property
     def proprio_size(self) -> int:
-        """How many numbers the robot's state has; without statistics, the most that there may be."""
+        """The number of values in the robot's state; without statistics, the largest possible one."""
         mean = self._statistics.get("state_mean")
         return self.module.config.max_state_dim if mean is None else len(mean)
 
     @property
     def action_size(self) -> int:
-        """Numbers in an action; without statistics, all columns of the model."""
+        """The number of values in an action; without statistics, all columns of the model."""
         mean = self._statistics.get("actions_mean")
         if mean is None or "actions_std" not in self._statistics:
             return self.module.config.max_action_dim
         return len(mean)
 
     def reset(self) -> None:
-        """Begins a new episode. The policy itself remembers nothing."""
+        """Begin a new episode. The policy itself has no memory."""
 
     def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """One control step: the action chunk (chunk, dim) float32.
+        """Run one control step: return the action chunk (chunk, dim) float32.
 
         The noise that the flow starts from is drawn from torch's global generator; seed it for repeatable actions.
 
         Args:
-            images: (H, W, 3) uint8 of each camera; they are resized to fit and padded on both sides with black.
+            images: (H, W, 3) uint8 by camera; they are resized to fit and padded on both sides with black. Cameras may
+                be left out, but not all of them: they are masked, as openpi does it.
             instruction: what to do.
             proprio: (d,) the robot's state, d at most `proprio_size`.
 
@@ -115,28 +121,31 @@ class TransformersPI0:
         """
         check_images(images, self.cameras)
         check_instruction(instruction)
-        if set(images) != set(self.cameras):
+        if not images or not set(images) <= set(self.cameras):
             raise ObservationError(
-                f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes exactly "
+                f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes one or more of "
                 f"{', '.join(map(repr, self.cameras))}. Other names can be given to load_policy(cameras=...)."
             )
         weight = self.module.action_out_proj.weight
         size = self.module.config.vlm_config.vision_config.image_size
-        pixels = torch.stack([prepare_image(images[camera], size) for camera in self.cameras])[None]
-        ids = self._tokens(instruction)
-        shown = torch.ones(1, len(self.cameras), dtype=torch.bool, device=weight.device)
+        here = [camera in images for camera in self.cameras]
+        black = torch.full((3, size, size), -1.0)
+        pixels = [prepare_image(images[camera], size) if camera in images else black for camera in self.cameras]
+        ids, mask = self._tokens(instruction, sum(here))
         actions: Tensor = self.module.sample_actions(
             state=self._state(proprio).to(weight.device, weight.dtype),
             input_ids=ids.to(weight.device),
-            pixel_values=pixels.to(weight.device, weight.dtype),
+            pixel_values=torch.stack(pixels)[None].to(weight.device, weight.dtype),
             # Without a mask transformers counts positions from 1, which the model was not trained with.
-            attention_mask=torch.ones_like(ids, device=weight.device),
-            pixel_attention_mask=shown,
+            attention_mask=mask.to(weight.device),
+            pixel_attention_mask=torch.tensor([here], device=weight.device),
         )
         return finite_action(self._scaled(actions[0].float().cpu().numpy()), self.module)
 
-    def _tokens(self, instruction: str) -> Tensor:
-        """(1, N) int64: image tokens of all cameras, BOS, the instruction and a new line."""
+    def _tokens(self, instruction: str, present: int) -> tuple[Tensor, Tensor]:
+        """(1, N) int64 each: image tokens of the `present` cameras, BOS, the instruction, a new line and, for each
+        absent camera, as much padding as it has tokens; and their mask.
+        """
         if self.tokenizer is None:
             raise CheckpointError(
                 "This policy has no tokenizer. Put tokenizer.json and tokenizer_config.json of PaliGemma into the "
@@ -148,11 +157,12 @@ class TransformersPI0:
         from vla_pruner.models.openvla.tokenizer import check_ids
 
         check_ids([self.tokenizer.bos_token_id, *text], vlm.text_config.vocab_size)
-        images = [vlm.image_token_id] * each * len(self.cameras)
-        return torch.tensor([[*images, self.tokenizer.bos_token_id, *text]])
+        ids = [*([vlm.image_token_id] * each * present), self.tokenizer.bos_token_id, *text]
+        padding = [0] * each * (len(self.cameras) - present)
+        return torch.tensor([ids + padding]), torch.tensor([[1] * len(ids) + padding])
 
     def _state(self, proprio: np.ndarray | None) -> Tensor:
-        """(1, max_state_dim) float32, normalised, zeros after the robot's own numbers."""
+        """Return (1, max_state_dim) float32, normalised, zeros after the robot's own numbers."""
         if proprio is None:
             raise ObservationError("pi0 reads the robot's state; give proprio.")
         state = state_of(proprio)
@@ -177,7 +187,7 @@ class TransformersPI0:
 
 
 def prepare_image(image: np.ndarray, size: int) -> Tensor:
-    """An image (H, W, 3) uint8 as pi0 sees it: (3, size, size) float32 in [-1, 1].
+    """Return an image (H, W, 3) uint8 as pi0 sees it: (3, size, size) float32 in [-1, 1].
 
     It is scaled to fit (bilinear, antialiased, rounded to whole levels) and centred on black, as in training.
 
@@ -210,8 +220,8 @@ def load_pi0(
 
     Args:
         path_or_hub_id: with config.json and safetensors, in the published layout or in transformers' own; a tokenizer
-            and, in processor_config.json, statistics where they are there.
-        device: where it is built.
+            and, in processor_config.json, statistics if they are there.
+        device: of the policy.
         dtype: of the weights; None: as config.json has it, else float32.
         cameras: names of the images, in the order in which the model was trained on them.
         attn_implementation: "sdpa" or "eager".
@@ -242,7 +252,7 @@ def load_pi0(
 
 
 def _config(path: Path) -> tuple[Any, torch.dtype]:
-    """What config.json describes, and the dtype that it names."""
+    """Return the configuration that config.json describes, and the dtype that it names."""
     from transformers import PI0Config
 
     settings = read_json(path)
@@ -260,7 +270,7 @@ def _config(path: Path) -> tuple[Any, torch.dtype]:
 
 
 def _check_depths(path: Path, config: Any, names: Mapping[str, Any]) -> None:
-    """No part of the model has more layers than there are weights of."""
+    """Refuse a config with more layers in a part of the model than there are weights of."""
     with described_by(path):
         vlm = config.vlm_config
         depths = {
@@ -273,7 +283,7 @@ def _check_depths(path: Path, config: Any, names: Mapping[str, Any]) -> None:
 
 
 def build(config: Any, device: str | torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa") -> nn.Module:
-    """A `PI0ForConditionalGeneration` whose weights are not set yet, made directly on the device."""
+    """Build a `PI0ForConditionalGeneration` whose weights are not set yet, directly on the device."""
     from transformers import PI0ForConditionalGeneration
     from transformers.initialization import no_init_weights
 
@@ -281,7 +291,7 @@ def build(config: Any, device: str | torch.device, dtype: torch.dtype, attn_impl
         module: Any = PI0ForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
-    # Nobody reads the expert's token embeddings, and some checkpoints lack them.
+    # The expert's token embeddings are never read, and some checkpoints lack them.
     nn.init.zeros_(module.model.dit.embed_tokens.weight)
     return module.eval()
 

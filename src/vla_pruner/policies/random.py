@@ -1,4 +1,4 @@
-"""Policies with random weights, tiny or at their published size, where there is no checkpoint."""
+"""Policies with random weights, tiny or at their published size, for use without a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def random_policy(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Policy:
-    """A policy that sees and attends but knows nothing, made directly on its device.
+    """Make an untrained policy that sees and attends, directly on its device.
 
     Args:
         name: of a row of `vla_pruner.registry` with random weights, or of a family of another distribution.
         size: "tiny" (seconds on a CPU), or "full": the published size.
-        device: where it is made.
+        device: of the policy.
         dtype: of its weights.
         seed: of its weights, which depend on the device too.
 
     Raises:
-        UnsupportedModelError: another name or size, or what the family needs is not installed, or not in a version
-            that was tested.
+        UnsupportedModelError: another name or size, or a package that the family needs is not installed, or not in a
+            version that was tested.
         PluginError: the family of another distribution cannot be used.
     """
     check_transformers()
@@ -48,7 +48,7 @@ def random_policy(
 
 
 def random_reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """The autoregressive reference policy; arguments as of `random_policy`."""
+    """Make the autoregressive reference policy; arguments as of `random_policy`."""
     from vla_pruner.checkpoints.files import read_json
     from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
     from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
@@ -77,7 +77,7 @@ def random_reference(size: str, device: torch.device, dtype: torch.dtype, seed: 
 
 
 def random_chunk(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """The two-camera reference policy; arguments as of `random_policy`."""
+    """Make the two-camera reference policy; arguments as of `random_policy`."""
     from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy
     from vla_pruner.models.reference.tokenizer import vocabulary
     from vla_pruner.simulators.metaworld import TASKS
@@ -135,7 +135,7 @@ def random_pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -
 
 
 def tiny_pi0() -> dict[str, Any]:
-    """Sizes of a pi0 that runs in seconds on a CPU."""
+    """Return the sizes of a pi0 that runs in seconds on a CPU."""
     gemma = {
         "model_type": "gemma",
         "num_hidden_layers": 6,

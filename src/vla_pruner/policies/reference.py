@@ -1,4 +1,4 @@
-"""The reference policies: those that ship with the package, by name, and folders that one was saved in."""
+"""The reference policies: those that ship with the package, by name, and saved ones in folders."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 def reference_policy(
     name: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ReferencePolicy | ChunkPolicy:
-    """A trained reference policy, in eval mode.
+    """Load a trained reference policy, in eval mode.
 
     Args:
         name: "metaworld" (two cameras, a chunk of actions in one pass, for Meta-World), "libero-object" (the same for
             LIBERO-Object), "autoregressive" (one camera, decoded action tokens, for Meta-World), or a folder that
             `save_chunk_policy` or `save_policy` wrote; None: `reference_names.DEFAULT`.
-        device: where to put it.
+        device: of the policy.
         dtype: the parameters' type.
 
     Raises:
@@ -36,7 +36,7 @@ def reference_policy(
         UnsupportedModelError: the folder holds another model.
     """
     folder = policy_folder(name)
-    # What does not ship cannot be looked at; what ships and is damaged is found by its loader.
+    # Weights that do not ship cannot be looked at; shipped ones that are damaged are found by their loader.
     two_cameras = folder.parent == _chunk_weights() or (
         folder != _autoregressive_weights() and kind_of(folder) == "chunk"
     )
@@ -52,12 +52,12 @@ def reference_policy(
 def load_reference(
     name: str | Path | None, device: str | torch.device, dtype: torch.dtype | None
 ) -> ReferencePolicy | ChunkPolicy:
-    """As `reference_policy`, in float32 if no dtype is given: what `load_policy` calls."""
+    """Load a policy as `reference_policy` does, in float32 if no dtype is given, for `load_policy`."""
     return reference_policy(name, device, torch.float32 if dtype is None else dtype)
 
 
 def policy_folder(name: str | Path | None = None) -> Path:
-    """The folder of a reference policy's weights. Arguments as in `reference_policy`.
+    """Return the folder of a reference policy's weights. Arguments as in `reference_policy`.
 
     Raises:
         CheckpointError: there is none.
@@ -85,7 +85,7 @@ def policy_folder(name: str | Path | None = None) -> Path:
 
 
 def kind_of(folder: Path) -> str:
-    """Which network a folder was saved from, by its config.json: "chunk" or "autoregressive".
+    """Return the network that a folder was saved from, by its config.json: "chunk" or "autoregressive".
 
     Raises:
         CheckpointError: it has no config.json that can be read.

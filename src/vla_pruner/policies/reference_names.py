@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 DEFAULT = "metaworld"
-"""The policy that is meant where none is named."""
+"""The policy that is used if none is named."""
 
 NAMES = ("metaworld", "libero-object", "autoregressive")
 
 SHIPPED = ("metaworld", "autoregressive")
-"""Those whose weights are in this version of the package; what help texts and messages offer."""
+"""The policies whose weights are in this version of the package, as help texts and messages offer them."""

@@ -19,7 +19,7 @@ __all__ = ["center_crop", "jpeg_round_trip", "lanczos3_resize", "libero_image", 
 
 
 def libero_image(image: np.ndarray, center_crop: bool = True) -> np.ndarray:
-    """The whole chain, from the simulator's image to what the processor takes; for each camera.
+    """Run the whole chain, from the simulator's image to the processor's input; for each camera.
 
     Args:
         image: (H, W, 3) uint8 as LIBERO's `agentview_image` and `robot0_eye_in_hand_image`, 256 x 256 in the official
@@ -39,12 +39,13 @@ def libero_image(image: np.ndarray, center_crop: bool = True) -> np.ndarray:
 
 
 def rotate_180(image: np.ndarray) -> np.ndarray:
-    """The image turned by 180 degrees: the simulator's is upside down. (H, W, C) -> (H, W, C)."""
+    """Return the image turned by 180 degrees: the simulator's is upside down. (H, W, C) -> (H, W, C)."""
     return np.ascontiguousarray(image[::-1, ::-1])
 
 
 def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
-    """The image as it comes back from JPEG of quality 95 with half the colour resolution: the training data's storage.
+    """Return the image as it comes back from JPEG of quality 95 with half the colour resolution: the training data's
+    storage.
 
     TensorFlow decodes with the fast integer transform, which moves most values by a level and some by 17; Pillow cannot
     decode so, but simplejpeg can, to the bit. Pillow's encoder is TensorFlow's to the bit, and simplejpeg's is not.
@@ -76,7 +77,7 @@ def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
 
 
 def center_crop(image: np.ndarray, area: float = 0.9, size: int = 224) -> np.ndarray:
-    """The centre of an image, stretched to `size`: what random crops in training were on average.
+    """Return the centre of an image, stretched to `size`: the average of the random crops in training.
 
     Args:
         image: (H, W, C) uint8.

@@ -7,15 +7,15 @@ import math
 import numpy as np
 
 _PRECISION = 22
-"""Fractional bits of Pillow's 8-bit resampling: 32 less 8 for the pixel and 2 for weights that overshoot."""
+"""The fractional bits of Pillow's 8-bit resampling: 32 less 8 for the pixel and 2 for weights that overshoot."""
 
 
 def bicubic_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic with antialiasing, bit for bit as Pillow's `Image.resize(..., BICUBIC)`.
+    """Resize bicubically with antialiasing, bit for bit as Pillow's `Image.resize(..., BICUBIC)`.
 
     Pillow works in two passes, the width first, in integers: the weights are rounded to 22 fractional bits, and each
-    pass rounds its result to 8 bits. A pass that would change nothing is left out. Pillow 13 takes the height first
-    where it shrinks much more than the width (its pull request 9549), which moves some values by a level or a few; the
+    pass rounds its result to 8 bits. A pass that would change nothing is left out. Pillow 13 takes the height first if
+    it shrinks much more than the width (its pull request 9549), which moves some values by a level or a few; the
     policies were trained with the older order, so that is the one here.
 
     Args:
@@ -37,7 +37,7 @@ def bicubic_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def lanczos3_resize(image: np.ndarray, size: int = 224) -> np.ndarray:
-    """Lanczos with radius 3 and antialiasing as `tf.image.resize`, rounded and clipped to uint8.
+    """Resize by Lanczos with radius 3 and antialiasing as `tf.image.resize`, rounded and clipped to uint8.
 
     It works in float32 and down the rows first, as TensorFlow does; one level of difference remains in up to 4e-4 of
     the values.
@@ -60,7 +60,7 @@ def lanczos3_resize(image: np.ndarray, size: int = 224) -> np.ndarray:
 
 
 def crop_resize(image: np.ndarray, side: float, size: int = 224) -> np.ndarray:
-    """The centre of an image, stretched to `size` bilinearly, as `tf.image.crop_and_resize` and back to uint8.
+    """Return the centre of an image, stretched to `size` bilinearly, as `tf.image.crop_and_resize` and back to uint8.
 
     The corners of the box fall on the corner pixels of the result, and nothing is antialiased. Colours go through
     [0, 1] and come back as floor(255.5 x value), as TensorFlow converts them.
@@ -97,7 +97,7 @@ def crop_resize(image: np.ndarray, side: float, size: int = 224) -> np.ndarray:
 
 
 def check_image(image: np.ndarray) -> None:
-    """ValueError unless the image is a numpy array (H, W, C) of uint8 that holds pixels."""
+    """Raise ValueError unless the image is a numpy array (H, W, C) of uint8 that holds pixels."""
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.dtype != np.uint8 or not image.size:
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"An image is a numpy array (height, width, channels) of uint8 from 0 to 255; found {found}.")
@@ -114,7 +114,7 @@ def _bicubic_pass(image: np.ndarray, axis: int, target: int) -> np.ndarray:
 
 
 def _bicubic_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source pixels and their weights, (taps, target) each; taps outside the image weigh nothing."""
+    """Return source pixels and their weights, (taps, target) each; taps outside the image weigh nothing."""
     scale = length / target
     stretch = max(scale, 1.0)
     centres = (np.arange(target) + 0.5) * scale
@@ -131,7 +131,7 @@ def _bicubic_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lanczos3_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `_bicubic_weights`, in float32."""
+    """Return the same as `_bicubic_weights` for Lanczos, in float32."""
     scale = np.float32(1) / (np.float32(target) / np.float32(length))
     stretch = max(scale, np.float32(1))
     centres = (np.arange(target, dtype=np.float32) + np.float32(0.5)) * scale
@@ -148,7 +148,7 @@ def _lanczos3_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _within(sources: np.ndarray, weights: np.ndarray, stop: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Taps past a row's own stop get no weight, and the rest of the row sums to one."""
+    """Give taps past a row's own stop no weight, and scale the rest of the row to a sum of one."""
     weights = np.where(sources < stop, weights, weights.dtype.type(0))
     return np.minimum(sources, length - 1), weights / weights.sum(axis=0)
 
@@ -162,5 +162,5 @@ def _weighted(values: np.ndarray, axis: int, sources: np.ndarray, weights: np.nd
 
 
 def _along(vector: np.ndarray, axis: int, ndim: int) -> np.ndarray:
-    """A vector shaped so that it multiplies along `axis`."""
+    """Return a vector shaped so that it multiplies along `axis`."""
     return vector.reshape([-1 if dimension == axis else 1 for dimension in range(ndim)])

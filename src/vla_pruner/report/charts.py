@@ -1,4 +1,4 @@
-"""Success against what is kept, and against what a control step takes: one small plot for each variant of a method.
+"""Success against the share kept, and against a control step's time: one small plot for each variant of a method.
 
 All plots of a kind have the same axes, so that they can be compared.
 """
@@ -22,11 +22,11 @@ _LOOKS: dict[str, tuple[str, str]] = {
     Fate.REUSE: ("reuse", "diamond"),
 }
 _LAYERS = (("dot", ""), ("square", "dash-1"), ("diamond", "dash-2"), ("ring", "dash-3"))
-"""Shape and dashes by the layer, where there are several; else the shape repeats the colour."""
+"""Shape and dashes by the layer if there are several; else the shape repeats the colour."""
 
 
 def keep_plots(results: Results) -> Markup:
-    """Success against the share of visual tokens kept, with Wilson's intervals and unpruned as a line."""
+    """Plot success against the share of visual tokens kept, with Wilson's intervals and unpruned as a line."""
     shown = {name: [arm for arm in arms if _keep(results, arm)] for name, arms in _variants(results).items()}
     x = log_axis([_keep(results, arm) for arms in shown.values() for arm in arms])
     y = _success_axis(results, _with_controls(results))
@@ -54,7 +54,7 @@ def keep_plots(results: Results) -> Markup:
 
 
 def latency_plots(results: Results) -> Markup:
-    """Success against milliseconds of a control step; other variants in grey behind."""
+    """Plot success against milliseconds of a control step; other variants in grey behind."""
     shown = {name: [arm for arm in arms if arm.key in results.latency] for name, arms in _variants(results).items()}
     every = [arm for arms in shown.values() for arm in arms]
     base, base_time = results.summary.baseline, results.latency.get(results.summary.baseline.key)
@@ -101,7 +101,7 @@ def _variants(results: Results) -> dict[str, list[ArmSummary]]:
 
 
 def _series(results: Results, arms: Sequence[ArmSummary]) -> dict[str, list[ArmSummary]]:
-    """Arms by what becomes of the other tokens and where, each in the order of what it keeps."""
+    """Return arms by the fate of the other tokens and by layer, each in the order of its `keep`."""
     found: dict[str, list[ArmSummary]] = {}
     for arm in sorted(arms, key=lambda arm: -_keep(results, arm)):
         found.setdefault(results.settings[arm.key].series, []).append(arm)
@@ -109,7 +109,7 @@ def _series(results: Results, arms: Sequence[ArmSummary]) -> dict[str, list[ArmS
 
 
 def _look(results: Results, of: Sequence[ArmSummary]) -> tuple[str, str]:
-    """Colour by what becomes of the tokens, shape and dashes by the layer."""
+    """Return the colour by the tokens' fate, and shape and dashes by the layer."""
     setting = results.settings[of[0].key]
     layers = sorted({one.layer for one in results.settings.values()})
     kind, shape = _LOOKS.get(setting.fate, _LOOKS[Fate.DROP])
@@ -139,7 +139,7 @@ def _rated(
 
 
 def _random_course(results: Results, plot: Plot, arms: Sequence[ArmSummary], shift: float) -> None:
-    """The random controls of these arms, a course for each fate, layer and warm-up."""
+    """Draw the random controls of these arms, a line for each fate, layer and warm-up."""
     courses: dict[str, dict[float, ArmSummary]] = {}
     for arm in arms:
         control, keep = results.random_of.get(arm.key), _keep(results, arm)

@@ -22,12 +22,12 @@ _NAMED = 3
 
 
 def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console: Console) -> int:
-    """Writes the report of an evaluation.
+    """Write the report of an evaluation.
 
     Args:
         folder: the --out of `vla-pruner eval`: finished, unfinished or merged. Nothing in it changes but the report.
         out: the file; None: report.html in the folder.
-        episodes: those that the player shows; empty: a few that tell something.
+        episodes: those that the player shows; empty: a few telling ones.
 
     Returns:
         0.

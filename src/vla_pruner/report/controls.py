@@ -1,4 +1,4 @@
-"""What the controls say: a card each for the noise floor, random choice and blank images."""
+"""The controls' results: a card each for the noise floor, random choice and blank images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NONE = "-"
 
 
 def controls(results: Results) -> Markup:
-    """Noise floor, random choice and blank images: a card each, and how to get one that was left out."""
+    """Return a card each for noise floor, random choice and blank images, with the fix if one was left out."""
     summary = results.summary
     cards = []
     again = noise_floor(summary)

@@ -22,7 +22,7 @@ _FILTERED = 20
 
 
 def render(results: Results, traced: Traced) -> str:
-    """The page as text.
+    """Return the page as text.
 
     Args:
         traced: of `look`.

@@ -1,4 +1,6 @@
-"""The episodes that the report plays: which ones, and their images, kept tokens and score maps for the player."""
+"""The episodes that the report plays: the choice of them, and their images, kept tokens and score maps for the
+player.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ from vla_pruner.report.results import Results
 
 MOST_FILMS = 4
 MOST_ARMS = 3
-"""Pruned arms of each film, where they were not named."""
+"""The number of pruned arms in each film if they were not named."""
 MOST_BYTES = 12_000_000
-"""Of all images and score maps together, as they lie in the page."""
+"""The size of all images and score maps together, as they lie in the page."""
 
 _BYTES_A_TOKEN = 3.2
-"""Of a control step: two maps of a byte and three masks of a bit, in base64."""
+"""The size of a control step for each token: two maps of a byte and three masks of a bit, in base64."""
 _SHARE_UNPRUNED = 0.25
-"""Of the tokens: k of the maps of an arm that keeps all."""
+"""The share of tokens that is k for the maps of an arm that keeps all."""
 _QUALITIES = ((224, 85), (192, 75), (144, 70))
 """(pixels of the longer side, JPEG quality), tried in turn until all images fit."""
 
@@ -41,14 +43,14 @@ class Film:
 
 
 def choose_films(results: Results, traced: Iterable[tuple[Unit, str]], asked: Sequence[str] = ()) -> list[Film]:
-    """Which traced episodes are played.
+    """Choose the traced episodes that are played.
 
     Args:
         asked: "TASK", "TASK:STATE" or "TASK:STATE:ARM" each, a task by name or number; empty: starts that the unpruned
             policy solved and a pruned arm did not come first, and every task before one comes again.
 
     Raises:
-        EvaluationError: none of the traced episodes is what was asked for.
+        EvaluationError: none of the traced episodes was asked for.
     """
     arms_of: dict[Unit, set[str]] = {}
     for unit, arm in traced:
@@ -112,11 +114,11 @@ def _asked(results: Results, arms_of: Mapping[Unit, set[str]], text: str) -> lis
 
 @dataclass(frozen=True)
 class Films:
-    """What the player needs.
+    """The player's data.
 
     Attributes:
         data: plain JSON values.
-        note: how images were made smaller, where they were.
+        note: how images were made smaller, if they were.
     """
 
     data: list[dict[str, Any]]
@@ -126,7 +128,7 @@ class Films:
 def read_films(
     results: Results, paths: Mapping[tuple[Unit, str], Path], films: Sequence[Film], damaged: list[str]
 ) -> Films:
-    """Reads the traces of films.
+    """Read the traces of films.
 
     Args:
         damaged: takes a sentence on each trace that cannot be read; it is left out.
@@ -162,7 +164,7 @@ def read_films(
 
 
 def _fitting(traces: Sequence[Trace]) -> tuple[tuple[int, int], int]:
-    """Size and quality of the images, and every how manyth control step is shown, so that all fit."""
+    """Return size and quality of the images, and the interval of the control steps shown, so that all fit."""
     stacks = [stack for trace in traces for stack in trace.images.values() if len(stack)]
     samples = [stack[len(stack) // 2] for stack in stacks[:: max(1, len(stacks) // 8)]]
 
@@ -214,9 +216,9 @@ def _arm(results: Results, trace: Trace, largest: int, quality: int, stride: int
 
 
 def _maps(trace: Trace, k: int, fate: str, steps: range) -> dict[str, Any]:
-    """The score maps, and where their k highest tokens are.
+    """Return the score maps, and the places of their k highest tokens.
 
-    No action token reads a dropped token, so in an arm that drops, the action map's highest are among what was kept.
+    No action token reads a dropped token, so in an arm that drops, the action map's highest are among the kept tokens.
     """
     semantic, action = trace.scores.get("semantic"), trace.scores.get("action")
     nothing: list[Any] = [None] * len(steps)
@@ -244,7 +246,9 @@ def _maps(trace: Trace, k: int, fate: str, steps: range) -> dict[str, Any]:
 
 
 def _fewest_kept(trace: Trace, total: int) -> int:
-    """Tokens kept in the step that prunes most; of a trace without one, as many as `_SHARE_UNPRUNED` says."""
+    """Return the number of tokens kept in the step that prunes most; if no step prunes, as many as `_SHARE_UNPRUNED`
+    says.
+    """
     if trace.kept is None or not trace.pruned.any():
         return tokens_of(_SHARE_UNPRUNED, total)
     return max(1, int(trace.kept[trace.pruned].sum(1).min()))
@@ -260,12 +264,14 @@ def _known(value: float) -> float | None:
 
 
 def _bits(mask: np.ndarray) -> str:
-    """(M,) bool as base64, eight ids a byte, the smallest id in the lowest bit."""
+    """Return (M,) bool as base64, eight ids a byte, the smallest id in the lowest bit."""
     return base64.b64encode(np.packbits(mask, bitorder="little").tobytes()).decode("ascii")
 
 
 def _bytes(scores: np.ndarray) -> str | None:
-    """(M,) scores as base64 of bytes: the square root of the share of the highest one; None where there are none."""
+    """Return (M,) scores as base64 of bytes: the square root of the share of the highest one; None if there are
+    none.
+    """
     if np.isnan(scores).any():
         return None
     shares = np.sqrt(np.clip(scores, 0, None) / max(float(scores.max()), 1e-30))
@@ -279,7 +285,7 @@ def _top(scores: np.ndarray, k: int) -> str | None:
 
 
 def find_traces(results: Results) -> dict[tuple[Unit, str], Path]:
-    """The traces of the records that count, in the order of their keys; no file is opened."""
+    """Return the traces of the records that count, in the order of their keys; no file is opened."""
     found = {}
     for key, record in sorted(results.run.records.items(), key=lambda item: item[0]):
         path = trace_path(results.folder, *key)

@@ -10,7 +10,7 @@ from vla_pruner.flags import names
 
 
 def add_report(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "report",
         help="an evaluation's folder as one HTML file: verdict, plots, and what was pruned",
@@ -35,10 +35,10 @@ def add_report(commands: Any) -> None:
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Runs what the flags ask for.
+    """Run the command that the flags describe.
 
     Raises:
-        VLAPrunerError: they ask for something that cannot be.
+        VLAPrunerError: they ask for something impossible.
     """
     from rich.console import Console
 

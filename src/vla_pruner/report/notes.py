@@ -1,4 +1,4 @@
-"""What stands at the end of the report: how to read it, what it was made on, and what crashed."""
+"""The end of the report: how to read it, its conditions, and the episodes that crashed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _NOTES = (
 
 
 def notes() -> Markup:
-    """How to read the page."""
+    """Return the part on how to read the page."""
     return element("ul", *(element("li", note) for note in _NOTES))
 
 
 def conditions(results: Results) -> Markup:
-    """Settings, machines and versions."""
+    """Return the part on settings, machines and versions."""
     manifest = results.run.manifest
     facts: dict[str, Any] = {
         "folder": results.folder.resolve().name,
@@ -66,7 +66,7 @@ def _versions(results: Results) -> dict[str, str]:
 
 
 def crashes(results: Results) -> Markup:
-    """Episodes that crashed, the same message once; empty where there is none."""
+    """Return the part on episodes that crashed, the same message once; empty if there is none."""
     crashed = [record for record in results.run.records.values() if record.crashed]
     if not crashed:
         return Markup("")

@@ -1,7 +1,7 @@
-"""How far what the policy reads and what it acts on agree: figure 2 of arXiv 2511.16449, for any traced policy.
+"""The overlap of the policy's reading and acting maps: figure 2 of arXiv 2511.16449, for any traced policy.
 
 Overlap is the share of the k highest tokens of one map that are among the k highest of another. It is 1 for two maps
-alike, and k / M for two that have nothing to do with each other.
+alike, and k / M for two unrelated ones.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from vla_pruner.report.svg import Axis, Markup, element, join, linear_axis, swat
 from vla_pruner.statistics import MeanDifference, paired_mean_difference
 
 SHARES = (0.5, 0.25, 0.125)
-"""Of the visual tokens, at which the paper looks."""
+"""The shares of the visual tokens that the paper looks at."""
 
 _PAPER = {0.5: (72, 95), 0.25: (59, 93), 0.125: (52, 89)}
-"""OpenVLA's, in percent: semantic with action, and action with the step before."""
+"""OpenVLA's overlaps in percent: semantic with action, and action with the step before."""
 
 _BAND = (10, 90)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of one episode of T control steps, with k tokens.
+    """The overlaps of one episode of T control steps, with k tokens.
 
     Attributes:
-        maps: (T,) float64, the semantic with the action map; nan where a step lacks one.
+        maps: (T,) float64, the semantic with the action map; nan if a step lacks one.
         before: (T,) float64, the action map with that of the step before; nan in the first step.
         chance: k / M.
     """
@@ -42,7 +42,7 @@ class Overlap:
 
 
 def overlap(semantic: np.ndarray, action: np.ndarray, k: int) -> Overlap:
-    """Overlaps of two maps over an episode.
+    """Return the overlaps of two maps over an episode.
 
     Args:
         semantic, action: (T, M); rows with nan have no map.
@@ -57,12 +57,12 @@ def overlap(semantic: np.ndarray, action: np.ndarray, k: int) -> Overlap:
 
 
 def tokens_of(share: float, total: int) -> int:
-    """k for a share of all tokens; at least 1."""
+    """Return k for a share of all tokens; at least 1."""
     return max(1, round(share * total))
 
 
 def top_tokens(scores: np.ndarray, k: int) -> np.ndarray:
-    """(T, M) bool, the k highest of each row, the smaller id first among equals."""
+    """Return (T, M) bool, the k highest of each row, the smaller id first among equals."""
     order = np.argsort(-np.nan_to_num(scores), axis=1, kind="stable")[:, :k]
     found = np.zeros(scores.shape, bool)
     np.put_along_axis(found, order, True, axis=1)
@@ -74,12 +74,12 @@ def _whole(scores: np.ndarray) -> np.ndarray:
 
 
 def has_maps(trace: Trace) -> bool:
-    """Whether both maps are there."""
+    """Return True if the trace has both maps."""
     return {"semantic", "action"} <= set(trace.scores) and len(trace) > 0
 
 
 def figure(traces: Sequence[Trace]) -> Markup:
-    """The figure over unpruned episodes, whose maps are whole: a table of means, and a plot over time for each k.
+    """Draw the figure over unpruned episodes, whose maps are whole: a table of means, and a plot over time for each k.
 
     Args:
         traces: of the unpruned policy; those without maps are left out.

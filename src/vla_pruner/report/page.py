@@ -1,4 +1,4 @@
-"""Pages that need nothing else: templates, style and scripts of this folder put together in one file."""
+"""Self-contained pages: templates, style and scripts of this folder put together in one file."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from vla_pruner.wording import install
 
 
 class ImagesUnavailable(VLAPrunerError, ImportError):
-    """Images cannot be written, since Pillow is not installed."""
+    """Images cannot be written because Pillow is not installed."""
 
 
 def source(name: str) -> str:
-    """The text of a file of this folder."""
+    """Return the text of a file of this folder."""
     return resources.files("vla_pruner.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def fill(name: str, **parts: object) -> str:
-    """A template with its placeholders filled in; whoever calls this has escaped them."""
+    """Return a template with its placeholders filled in; the caller has escaped them."""
     return Template(source(name)).substitute(parts)
 
 
 def script_json(content: Any) -> str:
-    """JSON that is safe inside of a script element."""
+    """Return JSON that is safe inside of a script element."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def jpeg(image: np.ndarray, largest: int | None = None, quality: int = 85) -> str:
-    """An image as base64 text of a JPEG.
+    """Return an image as base64 text of a JPEG.
 
     Args:
         image: (H, W, 3) uint8.

@@ -17,7 +17,7 @@ class Point:
     Attributes:
         x_limits, y_limits: its intervals; None: none.
         label: written beside it.
-        says: what shows when one points at it.
+        says: the text that a pointer shows.
     """
 
     x: float
@@ -29,7 +29,7 @@ class Point:
     label: str = ""
     says: str = ""
     shift: float = 0.0
-    """To the right, in pixels, so that points of the same x stay apart."""
+    """The shift to the right, in pixels, so that points of the same x stay apart."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Plot:
     Args:
         x, y: its axes.
         x_title, y_title: with the unit.
-        write_x, write_y: a tick's text.
+        write_x, write_y: write a tick's text.
         width, height: in pixels, before the page scales it.
     """
 
@@ -55,15 +55,15 @@ class Plot:
     _labels: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def px(self, value: float) -> float:
-        """Where a value of x is, in pixels."""
+        """Return the place of a value of x, in pixels."""
         return _LEFT + (self.width - _LEFT - _RIGHT) * self.x.place(value)
 
     def py(self, value: float) -> float:
-        """Where a value of y is, in pixels."""
+        """Return the place of a value of y, in pixels."""
         return self.height - _BOTTOM - (self.height - _TOP - _BOTTOM) * self.y.place(value)
 
     def across(self, value: float, kind: str, label: str = "", limits: tuple[float, float] | None = None) -> None:
-        """A reference line from left to right, with its interval as a band and a label above its left end."""
+        """Add a reference line from left to right, with its interval as a band and a label above its left end."""
         right = self.width - _RIGHT
         if limits is not None:
             top, bottom = self.py(limits[1]), self.py(limits[0])
@@ -75,25 +75,25 @@ class Plot:
             self._parts.append(element("text", label, x=_LEFT + 4, y=above, class_=f"label halo {kind}"))
 
     def upright(self, value: float, kind: str) -> None:
-        """A reference line from bottom to top."""
+        """Add a reference line from bottom to top."""
         x = self.px(value)
         self._add("line", x1=x, x2=x, y1=_TOP, y2=self.height - _BOTTOM, class_=f"reference {kind}")
 
     def line(self, points: Sequence[tuple[float, float]], kind: str, shift: float = 0.0) -> None:
-        """A line through points."""
+        """Add a line through points."""
         if len(points) > 1:
             path = "M" + "L".join(f"{self.px(x) + shift:.1f} {self.py(y):.1f}" for x, y in points)
             self._add("path", d=path, class_=f"course {kind}")
 
     def ribbon(self, points: Sequence[tuple[float, float, float]], kind: str) -> None:
-        """The area between low and high of (x, low, high)."""
+        """Add the area between low and high of (x, low, high)."""
         if len(points) > 1:
             there = [f"{self.px(x):.1f} {self.py(high):.1f}" for x, _, high in points]
             back = [f"{self.px(x):.1f} {self.py(low):.1f}" for x, low, _ in reversed(points)]
             self._add("path", d="M" + "L".join([*there, *back]) + "z", class_=f"ribbon {kind}")
 
     def point(self, point: Point) -> None:
-        """A point with its intervals."""
+        """Add a point with its intervals."""
         x, y = self.px(point.x) + point.shift, self.py(point.y)
         parts = [element("title", point.says)] if point.says else []
         if point.y_limits is not None:
@@ -108,11 +108,11 @@ class Plot:
         self._parts.append(element("g", *parts, class_=f"point {point.kind}"))
 
     def keep_clear(self, x: float, y: float) -> None:
-        """No label is written where this point is."""
+        """Keep labels away from this point."""
         self._labels.append((self.px(x) - 5, self.py(y) - 5, 10.0, 10.0))
 
     def _label(self, text: str, x: float, y: float) -> list[Markup]:
-        """A text beside a point where no other one is; none where all four places are taken."""
+        """Write a text beside a point if one of four places is free; else write none."""
         wide = 6.2 * len(text) + 4
         for left, below in ((False, False), (True, False), (False, True), (True, True)):
             box = (x - 6 - wide if left else x + 6, y + 3 if below else y - 18, wide, 15.0)
@@ -125,7 +125,7 @@ class Plot:
         return []
 
     def draw(self, title: str) -> Markup:
-        """The whole plot; `title` is what screen readers say."""
+        """Return the whole plot; `title` is read by screen readers."""
         return element(
             "svg",
             *self._grid(),

@@ -1,4 +1,4 @@
-"""What the report shows of an evaluation's folder: its numbers, and what each arm's title says about its settings."""
+"""The content of an evaluation's folder for the report: its numbers, and the settings in each arm's title."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Setting:
     Attributes:
         method: its name.
         options: those that are not the method's own defaults.
-        keep: visual tokens kept: what was counted in pruned steps, or else what was asked for; a share of all, or None
-            where neither is known.
-        fate: what becomes of the others.
+        keep: visual tokens kept, as counted in pruned steps, or else as set; a share of all, or None if neither is
+            known.
+        fate: the fate of the others.
         layer: "K=3".
     """
 
@@ -41,17 +41,17 @@ class Setting:
 
     @property
     def variant(self) -> str:
-        """The method with its options: what one plot shows."""
+        """The method with its options: the arms of one plot."""
         return " ".join((self.method, *self.options))
 
     @property
     def series(self) -> str:
-        """What one line of a plot shows."""
+        """The fate and layer: the arms of one line of a plot."""
         return ", ".join(part for part in (self.fate, self.layer) if part)
 
 
 def setting_of(arm: ArmSummary) -> Setting:
-    """Reads an arm's title."""
+    """Read an arm's title."""
     method, *words = arm.title.split()
     fate = next((word for word in words if word in FATES), "")
     layer = next((word for word in words if word.startswith("K=")), "")
@@ -74,8 +74,8 @@ def _number(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one control step: the median episode's median, with the median's exact interval over episodes
-    (None: too few of them).
+    """Milliseconds of one control step: the median over episodes of their medians, with its exact interval over
+    episodes (None: too few of them).
     """
 
     value: float
@@ -98,7 +98,7 @@ class Results:
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
-        """Of the arms of methods, by key."""
+        """The settings of the methods' arms by key."""
         return {arm.key: setting_of(arm) for arm in self.methods}
 
     @property
@@ -118,8 +118,8 @@ class Results:
 
     @cached_property
     def groups(self) -> dict[str, list[ArmSummary]]:
-        """The methods' arms by method: the method whose best arm loses least at worst comes first, and within it what
-        keeps most.
+        """The methods' arms by method: the method whose best arm loses least at worst comes first, and within it the
+        arm that keeps most.
         """
         found: dict[str, list[ArmSummary]] = {}
         for arm in sorted(self.methods, key=self._order):
@@ -132,7 +132,7 @@ class Results:
 
     @cached_property
     def latency(self) -> dict[str, Latency]:
-        """By arm's key; arms without a finished episode are left out."""
+        """The latency by arm's key; arms without a finished episode are left out."""
         medians: dict[str, list[float]] = {}
         for record in self.finished:
             if record.latency_p50_ms is not None:
@@ -141,17 +141,17 @@ class Results:
 
     @cached_property
     def finished(self) -> list[Record]:
-        """Records that did not crash."""
+        """The records that did not crash."""
         return [record for record in self.run.records.values() if not record.crashed]
 
     @property
     def conditions(self) -> Sequence[Mapping[str, Any]]:
-        """Of every process that wrote to the run."""
+        """The conditions of every process that wrote to the run."""
         return self.run.manifest.conditions
 
     @property
     def policy(self) -> str:
-        """Its name, or the names that several machines had for it."""
+        """The policy's name, or the names that several machines had for it."""
         return ", ".join(dict.fromkeys(str(one.get("policy", "unknown")) for one in self.conditions)) or "unknown"
 
     @property
@@ -160,7 +160,7 @@ class Results:
 
     @property
     def was_busy(self) -> bool:
-        """Whether other programs kept a core busy when a process began: then milliseconds are not to be quoted."""
+        """True if other programs kept a core busy when a process began: then milliseconds must not be quoted."""
         return any((one.get("busy_cores_before") or 0.0) >= 0.5 for one in self.conditions)
 
 
@@ -169,7 +169,7 @@ def _worst(arm: ArmSummary) -> float:
 
 
 def read_results(folder: Path) -> Results:
-    """Reads a finished, unfinished or merged evaluation; nothing is written.
+    """Read a finished, unfinished or merged evaluation; nothing is written.
 
     Raises:
         EvaluationError: the folder is missing, is no evaluation, has no episode yet, or holds a damaged record.

@@ -18,7 +18,7 @@ class Markup:
 
 
 def element(tag: str, *children: Markup | str, **attributes: object) -> Markup:
-    """<tag attributes>children</tag>.
+    """Return <tag attributes>children</tag>.
 
     Args:
         children: escaped, unless they are `Markup`.
@@ -34,7 +34,7 @@ def element(tag: str, *children: Markup | str, **attributes: object) -> Markup:
 
 
 def join(parts: list[Markup], between: str = "") -> Markup:
-    """Markup after markup."""
+    """Return the parts one after the other."""
     return Markup(between.join(map(str, parts)))
 
 
@@ -58,7 +58,7 @@ class Axis:
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """0 at the low end, 1 at the high end; what lies outside is put at the end."""
+        """Return 0 at the low end, 1 at the high end; values outside are put at the end."""
         if self.is_log:
             share = log2(max(value, 1e-9) / self.low) / log2(self.high / self.low)
         else:
@@ -66,12 +66,14 @@ class Axis:
         return min(1.0, max(0.0, share))
 
     def holds(self, value: float) -> bool:
-        """Whether a value is between its ends."""
+        """Return True if a value is between the ends."""
         return self.low <= value <= self.high
 
 
 def linear_axis(low: float, high: float, most: int = 6) -> Axis:
-    """An axis from at most `low` to at least `high`, with at most about `most` round ticks at its ends and between."""
+    """Return an axis from at most `low` to at least `high`, with at most about `most` round ticks at its ends and
+    between.
+    """
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     raw = (high - low) / most
@@ -83,7 +85,7 @@ def linear_axis(low: float, high: float, most: int = 6) -> Axis:
 
 
 def log_axis(values: list[float], high: float = 1.0) -> Axis:
-    """An axis of shares up to `high`, a tick at every halving, that ends a bit below the least of `values`."""
+    """Return an axis of shares up to `high`, a tick at every halving, that ends a bit below the least of `values`."""
     least = min([value for value in values if value > 0], default=high / 2)
     count = max(1, ceil(log2(high / least) - 0.15))  # 24 of 196 tokens are .122 and belong to .125
     return Axis(min(high / 2**count, least) / 1.3, high * 1.15, tuple(high / 2**n for n in range(count, -1, -1)), True)
@@ -96,7 +98,7 @@ class Mark:
     Attributes:
         kind: its look, a class of the style sheet.
         shape: "dot", "square", "diamond", or hollow: "ring", "box".
-        says: what shows when one points at it.
+        says: the text that a pointer shows.
     """
 
     value: float
@@ -117,21 +119,21 @@ _PATHS = {
 
 
 def symbol(shape: str, kind: str, **attributes: object) -> Markup:
-    """A mark's shape around the origin."""
+    """Return a mark's shape around the origin."""
     return element("path", d=_PATHS[shape], class_=f"mark {shape} {kind}", **attributes)
 
 
 def swatch(shape: str, kind: str) -> Markup:
-    """A shape for a legend."""
+    """Return a shape for a legend."""
     return element("svg", symbol(shape, kind), class_="swatch", viewBox="-7 -7 14 14", aria_hidden="true")
 
 
 def strip(axis: Axis, marks: list[Mark], margin: float | None = None, apart: bool = True) -> Markup:
-    """One row of a forest plot, as wide as there is room: places are percentages, so nothing is distorted.
+    """Return one row of a forest plot, as wide as there is room: places are percentages, so nothing is distorted.
 
     Args:
         axis: of differences.
-        margin: the loss that counts, as a fraction; what lies beyond it is shaded.
+        margin: the loss that counts, as a fraction; the area beyond it is shaded.
         apart: whether each mark has a height of its own.
     """
     parts = [_rule(axis, 0.0, "zero")]
@@ -155,7 +157,7 @@ def strip(axis: Axis, marks: list[Mark], margin: float | None = None, apart: boo
 
 
 def strip_axis(axis: Axis, unit: str) -> Markup:
-    """The ticks above the rows of a forest plot, in percentage points."""
+    """Return the ticks above the rows of a forest plot, in percentage points."""
     parts = []
     for tick in axis.ticks:
         text = f"{100 * tick:+g}" if tick else "0"

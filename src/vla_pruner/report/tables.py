@@ -1,4 +1,4 @@
-"""The table of all arms, by method, with a number in every cell to sort by; and what each suite says."""
+"""The table of all arms, by method, with a number in every cell to sort by; and the results of each suite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERDICT = len(OUTCOMES) - 1
 
 
 def arms_table(results: Results) -> Markup:
-    """One row an arm: a body for the unpruned policy, each method, and the controls."""
+    """Return one row an arm: a body for the unpruned policy, each method, and the controls."""
     arms = results.summary.arms
     texts = {
         arm.key: (*outcome, _against_random(arm), *cost[1:])
@@ -72,7 +72,7 @@ def _cells(arm: ArmSummary, texts: tuple[str, ...]) -> list[Markup]:
 
 
 def _values(arm: ArmSummary) -> list[float | None]:
-    """What a click on a head sorts by, one for each of `HEADS`; None: by the text."""
+    """Return the values that a click on a head sorts by, one for each of `HEADS`; None: by the text."""
     d, verdict, slower, rate = arm.difference, arm.verdict, arm.slower, arm.success.value
     random = arm.against_random
     has = d is not None and d.pairs > 0
@@ -103,7 +103,7 @@ def _against_random(arm: ArmSummary) -> str:
 
 
 def suites_table(results: Results) -> Markup:
-    """What each arm solved of each suite; empty where there is but one."""
+    """Return each arm's success by suite; empty if there is but one."""
     heads, rows = suite_table(results.summary)
     if not rows:
         return Markup("")

@@ -10,7 +10,7 @@ from vla_pruner.statistics import PairedDifference
 
 
 def task_forests(results: Results) -> Markup:
-    """One plot for each pruned arm, and what chooses among them."""
+    """Return one plot for each pruned arm, and the control that chooses among them."""
     arms = [arm for group in results.groups.values() for arm in group if arm.difference_by_task]
     if not arms:
         return Markup("")

@@ -19,10 +19,11 @@ from vla_pruner.wording import counted
 
 @dataclass(frozen=True)
 class Traced:
-    """What traces give.
+    """The parts of the page that are made from traces.
 
     Attributes:
-        player, overlap: of the page; where nothing was traced the first says how to get traces, and the other is empty.
+        player, overlap: parts of the page; if nothing was traced the first says how to get traces, and the other is
+            empty.
         films: the player's data, plain JSON values.
         damaged: a sentence on each trace that cannot be read; they are left out.
     """
@@ -34,13 +35,13 @@ class Traced:
 
 
 def look(results: Results, asked: Sequence[str] = ()) -> Traced:
-    """Reads an evaluation's traces.
+    """Read an evaluation's traces.
 
     Args:
-        asked: episodes that the player shows, see `choose_films`; empty: a few that tell something.
+        asked: episodes that the player shows, see `choose_films`; empty: a few telling ones.
 
     Raises:
-        EvaluationError: none of the traced episodes is what was asked for.
+        EvaluationError: none of the traced episodes was asked for.
         ImagesUnavailable: there are traces, and Pillow is not installed.
     """
     paths = find_traces(results)

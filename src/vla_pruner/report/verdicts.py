@@ -1,4 +1,4 @@
-"""The first part of the report: what was asked, what came out, and what the controls say of it."""
+"""The first part of the report: the question, the result, and the controls' view of it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vla_pruner.wording import counted, span
 KINDS = {NOT_WORSE: "good", WORSE: "bad", INCONCLUSIVE: "open"}
 SIGNS = {NOT_WORSE: "✓", WORSE: "✕", INCONCLUSIVE: "?"}
 UNFOLDED = 12
-"""Arms up to which nothing is folded."""
+"""The number of arms up to which nothing is folded."""
 
 _WIDEST = (-0.5, 0.3)
-"""Differences beyond which the axis ends: one arm that solves nothing may not squeeze all others."""
+"""The differences beyond which the axis ends: one arm that solves nothing must not squeeze all others."""
 
 
 def headline(results: Results) -> str:
-    """The answer in one sentence."""
+    """Return the answer in one sentence."""
     summary, arms = results.summary, results.methods
     margin = f"{100 * summary.margin:g} points"
     if not arms:
@@ -56,7 +56,7 @@ def headline(results: Results) -> str:
 
 
 def question(results: Results) -> str:
-    """What was asked, of what, on how many episodes."""
+    """Return the question, its arms, and the number of episodes."""
     summary, plan = results.summary, results.run.manifest.plan
     methods, controls = len(results.methods), len(summary.arms) - len(results.methods) - 1
     part = "" if plan.shard is None else f", shard {plan.shard[0]} of {plan.shard[1]} alone"
@@ -76,7 +76,7 @@ def question(results: Results) -> str:
 
 
 def banners(results: Results) -> Markup:
-    """What limits every verdict, and how far an unfinished run is."""
+    """Return the limits of every verdict, and the progress of an unfinished run."""
     summary = results.summary
     parts = [element("p", sentence, class_="banner") for sentence in limits(summary)]
     if not summary.complete:
@@ -92,7 +92,7 @@ def banners(results: Results) -> Markup:
 
 
 def tiles(results: Results) -> Markup:
-    """How many arms have which verdict."""
+    """Return the number of arms with each verdict."""
     count = Counter(arm.verdict.word for arm in results.methods if arm.verdict)
     if len(results.methods) < 2:
         return Markup("")
@@ -109,7 +109,7 @@ def tiles(results: Results) -> Markup:
 
 
 def difference_axis(arms: list[ArmSummary], margin: float) -> Axis:
-    """One axis for the differences of all arms, in fractions."""
+    """Return one axis for the differences of all arms, in fractions."""
     differences = [arm.difference for arm in arms if arm.difference is not None and arm.difference.pairs]
     low = max(_WIDEST[0], min([one.low for one in differences], default=-0.1))
     high = min(_WIDEST[1], max([one.high for one in differences], default=0.1))
@@ -117,7 +117,7 @@ def difference_axis(arms: list[ArmSummary], margin: float) -> Axis:
 
 
 def overview(results: Results) -> Markup:
-    """Every arm's difference with its interval against the margin, grouped by method."""
+    """Return every arm's difference with its interval against the margin, grouped by method."""
     arms, margin = results.methods, results.summary.margin
     if not arms:
         return Markup("")
@@ -220,7 +220,7 @@ def _row(results: Results, arm: ArmSummary, axis: Axis) -> Markup:
 
 
 def _group_row(results: Results, method: str, group: list[ArmSummary], axis: Axis) -> Markup:
-    """All arms of a method on one line, so that a folded group still shows where they are."""
+    """Return all arms of a method on one line, so that a folded group still shows their places."""
     count = Counter(arm.verdict.word for arm in group if arm.verdict)
     marks = [
         Mark(

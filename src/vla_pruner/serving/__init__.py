@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyServer", "ServerSettings", "ServingError"]
 
-# The command line adds its flags also where the extra is not installed.
+# The command line adds its flags even if the extra is not installed.
 _LAZY = {"PolicyServer": "server", "ServerSettings": "settings", "ServingError": "errors"}
 
 

@@ -13,11 +13,11 @@ from vla_pruner.serving.errors import Overloaded, ServingError
 Run = Callable[[Sequence[Job]], list[Answer | Exception]]
 
 _Waiting = tuple[Job, float, asyncio.Future[tuple[Answer, float]]]
-"""A job, since when it waits, and what its answer goes to."""
+"""A job, the time from which it waits, and the future of its answer."""
 
 
 class Batcher:
-    """Hands jobs to a thread in batches: what waits when the thread is free, and what comes within a window after it.
+    """Hands jobs to a thread in batches: those that wait when the thread is free, and those within a window after it.
 
     It lives in one event loop.
 
@@ -27,7 +27,7 @@ class Batcher:
         window: seconds that a job waits for others.
         max_batch: jobs handed over at once.
         max_waiting: jobs that may wait.
-        robots: how many there are now; nobody waits for more jobs than these can send.
+        robots: the number of robots now; no job waits for more jobs than these can send.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Batcher:
         self._max_batch = max_batch
         self._robots = robots
         self._max_waiting = max_waiting
-        # By what the answer goes to, in the order they came: who leaves takes its job out of the middle.
+        # Keyed by the answer's future, in the order of arrival: a robot that leaves takes its job out of the middle.
         self._queue: dict[asyncio.Future[tuple[Answer, float]], _Waiting] = {}
         self._came = asyncio.Event()
         self._task = asyncio.create_task(self._work())
@@ -56,11 +56,11 @@ class Batcher:
         return len(self._queue)
 
     async def submit(self, job: Job) -> tuple[Answer, float]:
-        """The answer, and the seconds that the job waited. Whoever cancels it gives its place up.
+        """Return the answer, and the seconds that the job waited. Cancelling frees the job's place in the queue.
 
         Raises:
             Overloaded: too many wait already.
-            Exception: what `run` answered.
+            Exception: an error that `run` returned.
         """
         if len(self._queue) >= self._max_waiting:
             raise Overloaded(
@@ -86,7 +86,7 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            # Who is gone meanwhile waits for nothing.
+            # Jobs of robots that left meanwhile are skipped.
             batch = [waiting for waiting in await self._gather() if not waiting[2].done()]
             if not batch:
                 continue
@@ -101,7 +101,7 @@ class Batcher:
             except Exception as error:
                 answers = [error] * len(batch)
             for (_, since, future), answer in zip(batch, answers, strict=True):
-                if future.done():  # nobody waits for it any more
+                if future.done():  # no robot waits for it any more
                     continue
                 if isinstance(answer, Exception):
                     future.set_exception(answer)

@@ -1,4 +1,4 @@
-"""`vla-pruner serve`: its flags, and a server that runs until it is told to stop."""
+"""`vla-pruner serve`: its flags, and a server that runs until it is stopped."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import add_weights, budget
+from vla_pruner.flags import add_weights, budget, check_weights
 from vla_pruner.serving.observations import BY_CAMERA, LAYOUTS
 
 KEY_VARIABLE = "VLA_PRUNER_API_KEY"
 
 
 def add_serve(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommand."""
     command = commands.add_parser(
         "serve",
         help="a policy server that openpi's clients use unchanged, with a memory for each robot",
@@ -120,7 +120,13 @@ def add_serve(commands: Any) -> None:
         type=float,
         help="change of one number of a robot's state that begins an episode (default: none does)",
     )
-    add("--action-dim", metavar="N", type=int, help="send the first N numbers of an action (default: all)")
+    add(
+        "--action-dim",
+        metavar="N",
+        type=int,
+        help="send the first N numbers of an action (default: libero 7, droid 8, aloha 14, cameras all)",
+    )
+    add("--action-horizon", metavar="N", type=int, help="send the first N actions of a chunk (default: all)")
     add(
         "--no-center-crop",
         action="store_true",
@@ -139,7 +145,7 @@ def add_serve(commands: Any) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM; returns the exit code.
+    """Serve until SIGINT or SIGTERM; return the exit code.
 
     Raises:
         VLAPrunerError: the flags do not go together, or the extra "serve" is not installed.
@@ -173,6 +179,7 @@ def run_serve(options: argparse.Namespace) -> int:
         episode_gap=options.episode_gap,
         episode_jump=options.episode_jump,
         action_dim=options.action_dim,
+        action_horizon=options.action_horizon,
         center_crop=not options.no_center_crop,
     )
     method = _method(options)
@@ -197,9 +204,9 @@ def run_serve(options: argparse.Namespace) -> int:
         server.start()
         if settings.is_open:
             _say(
-                f"Warning: {settings.host} can be reached by other machines, and no key is asked of them: whoever "
-                f"reaches the port can use the policy. Give --api-key-file (or {KEY_VARIABLE}), and --tls-cert beyond "
-                "a network that you trust."
+                f"Warning: {settings.host} can be reached by other machines, and no key is asked of them: anyone "
+                f"who reaches the port can use the policy. Give --api-key-file (or {KEY_VARIABLE}), and --tls-cert "
+                "beyond a network that you trust."
             )
         what = "unpruned" if method is None else f"{type(method).__name__}, keep {method.keep!r}"
         _say(f"Serving {options.policy} ({what}) at {server.url}; Ctrl-C stops.")
@@ -241,20 +248,21 @@ def _policy(options: argparse.Namespace) -> Any:
         if options.threads < 1:
             raise OptionError(f"--threads is {options.threads}; it is 1 or more.")
         torch.set_num_threads(options.threads)
+    check_weights(options)
     if options.random_weights:
         from vla_pruner.policies.options import as_dtype, usable_device
         from vla_pruner.policies.random import random_policy
 
         usable_device(options.device)
         dtype = as_dtype(options.dtype) or torch.float32
-        return random_policy(options.policy, options.size, options.device, dtype, options.seed)
+        return random_policy(options.policy, options.size or "tiny", options.device, dtype, options.seed)
     from vla_pruner.policies.loading import load_policy
 
     return load_policy(options.policy, options.device, options.dtype, **dict(options.option))
 
 
 def _api_key(file: Path | None) -> str | None:
-    """From a file or the environment, never from the command line, which everybody on the machine can read."""
+    """Read it from a file or the environment, never from the command line, which all users of the machine can read."""
     from vla_pruner.serving.errors import ServingError
 
     if file is None:

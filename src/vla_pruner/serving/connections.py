@@ -1,4 +1,4 @@
-"""All connections of a server: how many there may be, and what becomes of those who do not read or do not leave."""
+"""All connections of a server: their number, and the end of those that do not read or do not leave."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ except ImportError:  # Windows has no such limit
 SPARE = 64
 """Connections besides those of robots: health, metrics, and handshakes that are not done."""
 READ_AT_ONCE = 65_536
-"""Bytes that are read of one connection before another has its turn."""
+"""The bytes of one connection that are read before another has its turn."""
 MAX_PINGS = 1_000
 """Pings among bytes that are read at once."""
 _BACKLOG = 64
 """Connections that the system holds until they are accepted, and that are accepted at once."""
 _OTHER_FILES = 16
-"""File descriptors for whatever else the process opens meanwhile."""
+"""The file descriptors for other files that the process opens meanwhile."""
 
 
 class Connections:
     """The connections of one server.
 
     Args:
-        turned_away: told of each that is cut since there are too many.
+        turned_away: called for each that is cut since there are too many.
 
     Attributes:
-        most: how many there may be. For one more, an older one that is no robot's is cut: the oldest that has sent
-            nothing, or the oldest; where there is none, the new one.
+        most: their largest number. For one more, an older one that is no robot's is cut: the oldest that has sent
+            nothing, or the oldest; if there is none, the new one.
     """
 
     def __init__(self, turned_away: Callable[[], None]) -> None:
@@ -51,7 +51,7 @@ class Connections:
         return len(self._open)
 
     def came(self, connection: Connection) -> None:
-        """One more."""
+        """Add a connection."""
         self._open[connection] = None
         staying = [one for one in self._open if not one.transport.is_closing()]
         if len(staying) <= self.most:
@@ -63,7 +63,7 @@ class Connections:
         found.transport.abort()
 
     def left(self, connection: Connection) -> None:
-        """One less."""
+        """Remove a connection."""
         self._open.pop(connection, None)
 
     def abort(self) -> None:
@@ -73,15 +73,15 @@ class Connections:
 
 
 class Connection(ServerConnection):
-    """A connection that is cut if its client does not read for a while, or stays when it should leave.
+    """A connection that is cut if its client does not read for a while, or does not leave in time.
 
     Args:
-        among: where it counts.
-        patience: seconds that the client may leave unread what it is sent.
+        among: the connections that it is one of.
+        patience: seconds for which the client may leave messages unread.
 
     Attributes:
         is_robot: whether it holds a place among the robots.
-        heard: whether anything came.
+        heard: whether any data came.
     """
 
     def __init__(self, *args: Any, among: Connections, patience: float, **options: Any) -> None:
@@ -133,7 +133,7 @@ class Connection(ServerConnection):
                 self.transport.close()
 
     def pause_writing(self) -> None:
-        # Pings are answered by writing: who reads no answers is not read, either.
+        # Pings are answered by writing: a client that reads no answers is not read, either.
         super().pause_writing()
         self.transport.pause_reading()
         self._cut_at("reads nothing", self.loop.time() + self._patience)
@@ -158,10 +158,10 @@ class Connection(ServerConnection):
 
 
 def room(max_robots: int) -> tuple[int, int, int]:
-    """How many robots, connections and connections accepted at once there may be, so that file descriptors suffice.
+    """Return the numbers of robots, connections and connections accepted at once for which file descriptors suffice.
 
     Args:
-        max_robots: robots that were asked for.
+        max_robots: the wanted number of robots.
 
     Raises:
         ServingError: there is room for none.
@@ -171,7 +171,7 @@ def room(max_robots: int) -> tuple[int, int, int]:
         return max_robots, max_robots + SPARE, _BACKLOG
     free = limit - _open_files() - _OTHER_FILES
     backlog = min(_BACKLOG, max(2, free // 16))
-    # What is accepted is known some rounds of the event loop later, and cut again one later.
+    # The number of accepted connections is known some rounds of the event loop later, and cut again one later.
     most = min(max_robots + SPARE, free - 4 * backlog)
     if most < 4:
         raise ServingError(
@@ -194,4 +194,4 @@ def _open_files() -> int:
     try:
         return len(os.listdir("/dev/fd"))
     except OSError:
-        return 32  # where that folder is not mounted: no less than such a process has
+        return 32  # if that folder is not mounted: no less than such a process has

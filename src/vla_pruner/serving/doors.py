@@ -1,6 +1,4 @@
-"""Where the server listens and who may come in: health and metrics for who may ask, websockets for robots with the
-key.
-"""
+"""Admission: API key, TLS, health, metrics, and the port that the server listens on."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ class Doors:
 
     Args:
         settings: key and limits.
-        metrics: what is shown, and where refusals are counted.
-        robots: how many are connected now.
+        metrics: shown to requests; they count refusals.
+        robots: the number connected now.
 
     Attributes:
         open: whether new robots are let in.
@@ -43,14 +41,14 @@ class Doors:
 
     @property
     def full(self) -> str:
-        """What a robot is told that finds no room."""
+        """The answer to a robot that finds no room."""
         return (
             f"{self.places} robots are connected, which is as many as this server takes; try again later, or start it "
             "with a higher --max-robots."
         )
 
     def answer(self, connection: ServerConnection, request: Request) -> Response | None:
-        """A response; None lets the handshake go on."""
+        """Return a response; None lets the handshake go on."""
         path = request.path.partition("?")[0]
         if path in HEALTH:
             if self.open:
@@ -86,7 +84,7 @@ class Doors:
         if key is None:
             return True
         given = request.headers.get_all("Authorization")
-        # Compared in constant time, so that nobody finds the key by how long a wrong one takes.
+        # Compared in constant time, so that the time of a refusal gives no hint of the key.
         wanted = f"Api-Key {key}".encode()
         return len(given) == 1 and hmac.compare_digest(given[0].encode(errors="surrogateescape"), wanted)
 
@@ -97,7 +95,7 @@ def _peer(connection: ServerConnection) -> str:
 
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
-    """What encrypts the connections; None where no certificate is given.
+    """Return the TLS context of the connections; None if no certificate is given.
 
     Raises:
         ServingError: the files cannot be read, or do not go together.
@@ -116,7 +114,7 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
 
 
 async def check_address(settings: ServerSettings) -> None:
-    """Binds host and port and lets them go. Nothing listens, so nobody can connect.
+    """Bind host and port and let them go. The socket never listens, so no client can connect.
 
     Raises:
         ServingError: another program has the port, or the host is none of this machine.
@@ -130,7 +128,7 @@ async def check_address(settings: ServerSettings) -> None:
 
 
 def unbound(settings: ServerSettings, error: Exception) -> ServingError:
-    """The error of an address that cannot be listened on."""
+    """Return the error of an address that cannot be listened on."""
     why = getattr(error, "strerror", None) or error
     return ServingError(
         f"--host {settings.host!r} with --port {settings.port} cannot be listened on ({why}); choose another port, or "

@@ -1,5 +1,5 @@
-"""The policy, its one session, and the memories of all robots: control steps of several robots, in one forward pass
-where they may share it. Everything here runs in one thread.
+"""The policy, its one session, and the memories of all robots: control steps of several robots, in one forward pass if
+they may share it. Everything here runs in one thread.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _LONGEST_WARM_UP = 256
 
 @dataclass
 class Robot:
-    """What the server remembers of one connection.
+    """The server's memory of one connection.
 
     Attributes:
         number: for logs.
         memory: of the pruning method; None at the start of an episode.
-        episode: how many have begun before this one.
+        episode: the number that began before this one.
         step: control steps of this episode so far.
         instruction: of the last control step; None before the first one.
-        state: the robot's state (d,) of the last control step; None before the first one, or where none is sent.
+        state: the robot's state (d,) of the last control step; None before the first one, or if none is sent.
         heard: `time.perf_counter` when the last control step was answered.
     """
 
@@ -49,7 +49,7 @@ class Robot:
     heard: float = 0.0
 
     def episode_begins(self, seen: Seen, now: float, gap: float | None, jump: float | None) -> str | None:
-        """Why an observation begins an episode; None where it goes on with the present one.
+        """Return why an observation begins an episode; None if it goes on with the present one.
 
         Args:
             seen: the observation.
@@ -72,14 +72,14 @@ class Robot:
         return None
 
     def begin_episode(self) -> None:
-        """Forget everything but that there was an episode."""
+        """Forget everything but the number of episodes."""
         self.memory, self.instruction = None, None
         self.episode, self.step = self.episode + 1, 0
 
 
 @dataclass(frozen=True)
 class Job:
-    """One control step that is asked for."""
+    """A request for one control step."""
 
     robot: Robot
     seen: Seen
@@ -87,7 +87,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """One control step that was done.
+    """The result of one control step.
 
     Attributes:
         actions: (chunk, dim) float.
@@ -105,9 +105,9 @@ class Engine:
     """Runs control steps; `open` attaches the method, and `close` leaves the policy as it was.
 
     Attributes:
-        policy: what acts.
-        method: what prunes; None: nothing does.
-        reader: how observations were read, whose image and action transforms are applied here.
+        policy: the one that acts.
+        method: the one that prunes; None: none does.
+        reader: of the observations; its image and action transforms are applied here.
         settings: of the server.
         actions_shape: (chunk, dim) of the policy's actions; known after the warm-up.
         tokens: visual tokens of a control step; known after the warm-up.
@@ -127,7 +127,7 @@ class Engine:
         check_method(self.method)
 
     def open(self) -> None:
-        """Attach the method (compiled where asked), and run the policy until every kind of step has run.
+        """Attach the method (compiled if the settings say so), and run the policy until every kind of step has run.
 
         Raises:
             VLAPrunerError: the method does not fit the policy or prunes no step, or the policy does not act, or has
@@ -148,7 +148,7 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Leave the policy as it was before, whatever fails on the way; then the first error is raised."""
+        """Leave the policy as it was before, whatever fails on the way; then raise the first error."""
         timer, self._timer = self._timer, None
         session, self._session = self._session, None
         undo(
@@ -157,8 +157,8 @@ class Engine:
         )
 
     def run(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
-        """One control step of each robot, in batches of those that may share a pass. What goes wrong with one of them
-        is its own answer, and nothing of it stays with the others.
+        """Run one control step of each robot, in batches of those that may share a pass. The answer to one that fails
+        is its error, and nothing of it stays with the others.
         """
         answers: dict[int, Answer | Exception] = {}
         for group in self._groups(jobs):
@@ -166,17 +166,17 @@ class Engine:
         return [answers[id(job)] for job in jobs]
 
     def prunes(self, robot: Robot) -> bool:
-        """Whether a robot's next control step is pruned."""
+        """Return True if a robot's next control step is pruned."""
         assert self._session is not None
         memory = self._fresh(robot, tokens=1) if robot.memory is None else robot.memory
         return self._session.method.prunes(memory)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterable[list[Job]]:
-        """Jobs that one pass can take: all pruned or none, images and states of one shape each."""
+        """Jobs that one pass can take: all pruned or none, the same cameras, images and states of one shape each."""
         alike: dict[Any, list[Job]] = {}
         for number, job in enumerate(jobs):
             seen = job.seen
-            shapes = tuple(image.shape for image in seen.images.values())
+            shapes = tuple((camera, image.shape) for camera, image in seen.images.items())
             state = None if seen.proprio is None else seen.proprio.shape
             alone = None if isinstance(self.policy, BatchPolicy) else number
             alike.setdefault((self.prunes(job.robot), shapes, state, alone), []).append(job)
@@ -206,7 +206,7 @@ class Engine:
         memories = [self._fresh(robot) if robot.memory is None else robot.memory for robot in robots]
         session.memory = joined(memories) if self.tokens else None
         with torch.random.fork_rng(self._devices):
-            # A robot's noise is its own affair: it does not depend on what others drew. Several draw nothing.
+            # A robot's noise does not depend on the draws of others. Several robots in a pass draw nothing.
             torch.manual_seed(_noise_seed(self.settings.seed, robots[0]))
             with timer.step():
                 images = [
@@ -226,7 +226,8 @@ class Engine:
                             "depend on who shares its pass; serve it with --max-batch 1, or draw in act alone."
                         )
         chunks = [np.atleast_2d(self.reader.actions(actions[row])) for row in range(len(group))]
-        # Before what a layout does to them, which may turn a number that is none into one, and after it.
+        # Checked before a layout transforms them, which may turn a number that is not finite into one that is, and
+        # after it.
         if not all(np.isfinite(found).all() for found in (actions, *chunks)):
             raise ServingError(
                 "The policy gave actions that are not finite (NaN or infinity), which no robot may have."
@@ -234,8 +235,9 @@ class Engine:
         done, step = session.memory, session.step
         if done is None or step is None or done.rows != len(group):
             raise ServingError("The policy acted without a control step of its decoder, so nothing is known of it.")
-        kept = step.layout.tokens if session.kept is None else session.kept.shape[1]
-        timing = {**timer.timing(), "kept_tokens": float(kept), "total_tokens": float(step.layout.tokens)}
+        there = step.layout.present_tokens if step.layout.cameras else step.layout.tokens
+        kept = there if session.kept is None else session.kept.shape[1]
+        timing = {**timer.timing(), "kept_tokens": float(kept), "total_tokens": float(there)}
         after = [done.take([row]) for row in range(len(group))]
         # Nothing fails from here on: the step is done for all of the group or, above, for none.
         self.tokens = step.layout.tokens
@@ -258,10 +260,11 @@ class Engine:
         return empty
 
     def _warm_up(self) -> None:
-        """Runs every kind of step: unpruned and pruned, in every size of batch where that matters."""
+        """Run every kind of step: unpruned and pruned, in every size of batch if sizes matter."""
         assert self._session is not None
         method = self._session.method
         example = example_of(self.policy)
+        images = {camera: example.images[camera] for camera in self.reader.keys}
         default = self.settings.default_prompt
         # A default prompt that the policy cannot read is refused now, and not by every step.
         defaults = () if default is None else (default,)
@@ -270,7 +273,7 @@ class Engine:
         if isinstance(self.policy, BatchPolicy):
             sizes = sorted(self.settings.batch_sizes if self.settings.compile else {1, self.settings.max_batch})
         for prompt in prompts:
-            seen = Seen(example.images, prompt, example.proprio)
+            seen = Seen(images, prompt, example.proprio)
             for size in sizes:
                 robots = [Robot(number) for number in range(size)]
                 for _ in range(_LONGEST_WARM_UP):
@@ -289,7 +292,7 @@ class Engine:
 
 
 def check_method(method: Method | None) -> None:
-    """Refuses methods whose steps need more than a memory for each robot.
+    """Refuse methods whose steps need more than a memory for each robot.
 
     Raises:
         ServingError: it is no method, or such a one.
@@ -311,8 +314,8 @@ def check_method(method: Method | None) -> None:
 
 
 def check_weights(policy: Policy) -> None:
-    """Refuses weights that are not finite: of their outputs, the most likely token may be a valid one, so that actions
-    do not show it. Quantized weights are not looked at.
+    """Refuse weights that are not finite: of their outputs, the most likely token may be a valid one, so that actions
+    do not show it. Quantized weights are not checked.
 
     Raises:
         ServingError: NaN or infinity is among them.
@@ -326,7 +329,7 @@ def check_weights(policy: Policy) -> None:
 
 
 def joined(memories: Sequence[Memory]) -> Memory:
-    """One memory of the rows of all, in their order."""
+    """Return one memory of the rows of all, in their order."""
     states = [memory.state_dict() for memory in memories]
     devices = {name: value.device for name, value in states[-1].items()}
     return Memory(**{name: torch.cat([state[name].to(devices[name]) for state in states]) for name in states[0]})
@@ -337,7 +340,7 @@ def _noise_seed(seed: int, robot: Robot) -> int:
 
 
 def _told(error: Exception) -> Exception:
-    """What a client may read of an error: ours are sentences; of others, what and where is for the log alone."""
+    """Return an error as a client may read it: ours are sentences; of others, type and place are for the log alone."""
     if isinstance(error, VLAPrunerError):
         return error
     log.error("A control step failed:\n%s", traceback_of(error))

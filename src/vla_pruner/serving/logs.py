@@ -1,4 +1,4 @@
-"""The server's log: what strangers cause is short, on lines of its own, and no flood."""
+"""The server's log: entries that clients cause are short, on lines of their own, and cannot flood it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class Escaped(str):
 
 
 class Sparing(logging.Filter):
-    """Escapes what is put into records, and lets through a few of each kind: those with the same text before anything
+    """Escapes the arguments of records, and lets through a few of each kind: those with the same text before anything
     is put into it. The first one after a flood says how many were left out.
 
     Args:
         most: records of a kind within `seconds`.
         seconds: as above.
-        clock: what tells the seconds.
+        clock: returns the seconds.
     """
 
     def __init__(self, most: int = 10, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._most, self._seconds, self._clock = most, seconds, clock
-        self._counts: dict[str, tuple[float, int]] = {}  # since when, and how many came
+        self._counts: dict[str, tuple[float, int]] = {}  # the start of the window, and the number of records in it
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written."""
+        """Return True if the record is written."""
         kind, now, left_out = str(record.msg), self._clock(), 0
         with self._lock:
             since, count = self._counts.get(kind, (now, 0))
@@ -52,7 +52,7 @@ class Sparing(logging.Filter):
 
 
 def traceback_of(error: BaseException) -> Escaped:
-    """The traceback, indented and escaped line by line: none of its lines can be taken for one of the log's."""
+    """Return the traceback, indented and escaped line by line: none of its lines can be taken for one of the log's."""
     lines = "".join(traceback.format_exception(error)).splitlines()
     return Escaped("\n".join(f"    {one_line(line)}" for line in lines))
 
@@ -67,7 +67,7 @@ log.addFilter(Sparing())
 
 @contextmanager
 def told_operator() -> Iterator[None]:
-    """Writes what is worth knowing of a server that runs well, such as the episodes of its robots, to stderr."""
+    """Write news of a server that runs well, such as the episodes of its robots, to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     before = log.level, log.propagate

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's counters, for Prometheus."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Metrics:
     """Counters of one server, in a registry of their own: several servers in one process do not mix.
 
     Args:
-        robots: how many are connected now.
-        waiting: how many control steps wait now.
+        robots: the number connected now.
+        waiting: the number of control steps that wait now.
     """
 
     def __init__(self, robots: Callable[[], int], waiting: Callable[[], int]) -> None:
@@ -49,7 +49,7 @@ class Metrics:
             self._refused.labels(reason)
 
     def answered(self, answer: Answer, seconds: float) -> None:
-        """A control step was done; `seconds` from its observation to its reply."""
+        """Count a control step; `seconds` from its observation to its reply."""
         self._requests.labels("answered").inc()
         self._latency.observe(seconds)
         self._inference.observe(answer.timing["infer_ms"] / 1e3)
@@ -58,19 +58,21 @@ class Metrics:
         self._tokens.inc(answer.timing["total_tokens"])
 
     def failed(self, outcome: str) -> None:
-        """A control step was "refused" (its message was wrong), "failed", "overloaded", or its robot "left" before."""
+        """Count a step that was "refused" (its message was wrong), "failed", "overloaded", or whose robot "left"
+        before.
+        """
         self._requests.labels(outcome).inc()
 
     def episode_began(self) -> None:
-        """A robot began an episode."""
+        """Count an episode that began."""
         self._episodes.inc()
 
     def turned_away(self, reason: str) -> None:
-        """A connection was refused: no "key", the server is "full" of robots, or "crowded" by others."""
+        """Count a refused connection: no "key", the server is "full" of robots, or "crowded" by others."""
         self._refused.labels(reason).inc()
 
     def text(self) -> str:
-        """Prometheus' text format."""
+        """Return Prometheus' text format."""
         return generate_latest(self._registry).decode()
 
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:

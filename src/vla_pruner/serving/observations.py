@@ -1,4 +1,4 @@
-"""What clients send, turned into what policies take: declared layouts of keys, and checks of every array."""
+"""Messages of clients, turned into inputs of policies: declared layouts of keys, and checks of every array."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vla_pruner.observations import Observation
 from vla_pruner.serving.errors import ServingError
 from vla_pruner.strangers import Unread, shown
 
-if TYPE_CHECKING:  # the command line knows the layouts without torch
+if TYPE_CHECKING:  # the command line uses the layouts without torch
     from vla_pruner.policies.base import Policy
 
 LONGEST_SIDE = 4096
@@ -28,18 +28,24 @@ BY_CAMERA = "cameras"
 
 @dataclass(frozen=True)
 class ObservationLayout:
-    """Which keys observations have. "a/b" is a key of that name, or the key "b" in a map under "a".
+    """The keys of observations. "a/b" is a key of that name, or the key "b" in a map under "a".
 
     Attributes:
         images: the key of an image by the policy's name of that camera. Several names of one camera may stand for the
             same key.
         state: keys of the robot's state, joined in this order.
         channels_first: whether images are (3, H, W) instead of (H, W, 3).
+        optional: keys of images that observations may lack, where the policy takes cameras as absent.
+        absent: the policy's names of cameras that this robot has not.
+        action_dim: numbers of an action that the robot takes; None: all that the policy gives.
     """
 
     images: Mapping[str, str]
     state: tuple[str, ...]
     channels_first: bool = False
+    optional: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
+    action_dim: int | None = None
 
 
 _LIBERO = ("observation/image", "observation/wrist_image")
@@ -54,6 +60,8 @@ LAYOUTS: dict[str, ObservationLayout] = {
             **dict.fromkeys(("image2", "wrist_image", "left_wrist_0_rgb"), _LIBERO[1]),
         },
         ("observation/state",),
+        absent=frozenset({"right_wrist_0_rgb"}),
+        action_dim=7,
     ),
     "droid": ObservationLayout(
         {
@@ -61,6 +69,8 @@ LAYOUTS: dict[str, ObservationLayout] = {
             **dict.fromkeys(("wrist_image_left", "wrist_image", "left_wrist_0_rgb"), _DROID[1]),
         },
         ("observation/joint_position", "observation/gripper_position"),
+        absent=frozenset({"right_wrist_0_rgb"}),
+        action_dim=8,
     ),
     "aloha": ObservationLayout(
         {
@@ -71,9 +81,13 @@ LAYOUTS: dict[str, ObservationLayout] = {
         },
         ("state",),
         channels_first=True,
+        optional=frozenset(f"images/{name}" for name in _ALOHA[1:]),
+        action_dim=14,
     ),
 }
-"""The keys of openpi's clients, and "cameras": observation/<the policy's own name> for each image."""
+"""The keys of openpi's clients, and "cameras": observation/<the policy's own name> for each image. What may be absent,
+and how wide actions are, is as in openpi's own transforms for these robots.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,9 +110,11 @@ class ObservationReader:
     """Reads a layout for one policy.
 
     Attributes:
-        keys: the key of each of the policy's cameras, in its order.
+        keys: the key of each of the policy's cameras that the robot may have, in the policy's order.
         state: keys of the state; empty where the policy takes none.
         channels_first: as of the layout.
+        optional: keys of images that an observation may lack: the policy takes these cameras as absent.
+        known: keys of all images of the layout, also of those that the policy does not look at.
         image: what an image goes through, (H, W, 3) uint8 -> the same; done where the model runs.
         actions: what a chunk goes through, (chunk, dim) -> (chunk, dim).
         default_prompt: the instruction of observations that have none; None: they are refused.
@@ -107,15 +123,17 @@ class ObservationReader:
     keys: Mapping[str, str]
     state: tuple[str, ...]
     channels_first: bool = False
+    optional: frozenset[str] = frozenset()
+    known: frozenset[str] = frozenset()
     image: Callable[[np.ndarray], np.ndarray] = field(default=_as_it_is)
     actions: Callable[[np.ndarray], np.ndarray] = field(default=_as_it_is)
     default_prompt: str | None = None
 
     def read(self, observation: Any) -> Seen:
-        """A message's observation.
+        """Return a message's observation.
 
         Raises:
-            ObservationError: something is missing or not as it should be; the message says what, and what is.
+            ObservationError: a part is missing or invalid; the message names it and the valid form.
         """
         if not isinstance(observation, dict):
             raise ObservationError(f"An observation is a map of keys to values; found {_what(observation)}.")
@@ -124,8 +142,11 @@ class ObservationReader:
         if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
             found = f"{len(prompt)} characters" if isinstance(prompt, str) else _what(prompt)
             raise ObservationError(f"'prompt' is text of up to {LONGEST_PROMPT} characters; found {found}.")
+        absent = [key for key in self.optional if not self._has(observation, key)]
+        if absent:
+            self._check_names(observation, min(absent))
         return Seen(
-            images={camera: self._image(observation, key) for camera, key in self.keys.items()},
+            images={c: self._image(observation, key) for c, key in self.keys.items() if key not in absent},
             instruction=prompt,
             proprio=self._state(observation) if self.state else None,
             reset=_flag(observation.get("reset", False)),
@@ -134,15 +155,49 @@ class ObservationReader:
     def _image(self, observation: dict[str, Any], key: str) -> np.ndarray:
         image = self._find(observation, key)
         shape = "(3, height, width)" if self.channels_first else "(height, width, 3)"
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
-            raise ObservationError(f"{key!r} is an image of shape {shape} and type uint8; found {_what(image)}.")
-        upright = image.transpose(1, 2, 0) if self.channels_first else image
+        if not isinstance(image, np.ndarray) or image.ndim != 3 or not (image.dtype == np.uint8 or _is_float(image)):
+            raise ObservationError(
+                f"{key!r} is an image of shape {shape}, of uint8 or of floats from 0 to 1; found {_what(image)}."
+            )
+        # As openpi, by where the three colours are.
+        first = self.channels_first or (image.shape[0] == 3 and image.shape[2] != 3)
+        upright = image.transpose(1, 2, 0) if first else image
         height, width, channels = upright.shape
         if channels != 3 or not 1 <= min(height, width) <= max(height, width) <= LONGEST_SIDE:
             raise ObservationError(
                 f"{key!r} is an image of shape {shape} with sides of 1 to {LONGEST_SIDE}; found {_what(image)}."
             )
-        return np.array(upright, order="C")  # messages are read-only, and torch wants memory that it may write
+        if image.dtype == np.uint8:
+            return np.array(upright, order="C")  # messages are read-only, and torch wants memory that it may write
+        if not ((upright >= 0) & (upright <= 1)).all():
+            raise ObservationError(
+                f"{key!r} is an image of floats, which are colours from 0 to 1; found others, or NaN. Send uint8, or "
+                "divide by 255."
+            )
+        return np.ascontiguousarray((255 * upright).astype(np.uint8))  # cut off and not rounded, as openpi does
+
+    def _has(self, observation: dict[str, Any], key: str) -> bool:
+        if key in observation:
+            return True
+        value: Any = observation
+        for part in key.split("/"):
+            if not isinstance(value, dict) or part not in value:
+                return False
+            value = value[part]
+        return True
+
+    def _check_names(self, observation: dict[str, Any], absent: str) -> None:
+        """A camera is absent where nobody named it otherwise: a name that the layout does not know may be a slip."""
+        folder = f"{absent.rpartition('/')[0]}/"
+        inside = observation.get(folder[:-1])
+        found = [f"{folder}{name}" for name in inside] if isinstance(inside, dict) else []
+        found += [name for name in observation if isinstance(name, str) and name.startswith(folder)]
+        strange = [name for name in found if name not in self.known]
+        if strange:
+            raise ObservationError(
+                f"The observation has no {absent!r}, and {shown(strange[0])} is none of the layout's images "
+                f"({', '.join(sorted(self.known))}); send it by its name, or not at all where there is no such camera."
+            )
 
     def _state(self, observation: dict[str, Any]) -> np.ndarray:
         parts = []
@@ -151,7 +206,7 @@ class ObservationReader:
             if not _is_state(value):
                 raise ObservationError(f"{key!r} is a list of up to {LONGEST_STATE} numbers; found {_what(value)}.")
             part = np.atleast_1d(np.asarray(value))
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
+            with np.errstate(over="ignore"):  # numbers out of range become infinite, and are refused below
                 parts.append(part.astype(np.float32))
         state = np.concatenate(parts)
         if not np.isfinite(state).all():
@@ -183,22 +238,23 @@ def reader_of(
     default_prompt: str | None = None,
     action_dim: int | None = None,
     center_crop: bool = True,
+    action_horizon: int | None = None,
 ) -> ObservationReader:
-    """What reads `layout` for `policy`.
+    """Return the reader of `layout` for `policy`.
 
     LIBERO's images and actions go through what the policy's family was evaluated with there (OpenVLA: its image chain,
-    and the gripper's sign).
+    and the gripper's sign). Actions are cut to what the layout's robot takes.
 
     Args:
-        policy: whose cameras and state are wanted.
+        policy: the one whose cameras and state are read.
         layout: a name of `LAYOUTS`.
         camera_keys: keys of single cameras, in place of the layout's.
-        default_prompt, action_dim, center_crop: as of `ServerSettings`.
+        default_prompt, action_dim, center_crop, action_horizon: as of `ServerSettings`.
 
     Raises:
         ServingError: there is no such layout, it has no key for one of the policy's cameras, or the policy's actions
             have fewer numbers than `action_dim`.
-        SuiteError: how the policy's family sees LIBERO is not known.
+        SuiteError: the policy's family has no convention for LIBERO.
     """
     if layout not in LAYOUTS:
         raise ServingError(f"--observations is {layout!r}; it is one of {', '.join(LAYOUTS)}.")
@@ -210,8 +266,11 @@ def reader_of(
             f"{', '.join(map(repr, policy.cameras))}."
         )
     known = {camera: f"observation/{camera}" for camera in policy.cameras} if layout == BY_CAMERA else declared.images
+    may_lack = bool(getattr(policy, "takes_absent_cameras", False))
     keys = {}
     for camera in policy.cameras:
+        if may_lack and camera in declared.absent and camera not in given:
+            continue
         key = given.get(camera, known.get(camera))
         if key is None:
             keys_of_layout = ", ".join(dict.fromkeys(declared.images.values()))
@@ -228,20 +287,32 @@ def reader_of(
         convention = libero_convention(policy, center_crop)
         image, actions = convention.image, convention.actions
     return ObservationReader(
-        keys, state, declared.channels_first, image, _first_of(policy, action_dim, actions), default_prompt
+        keys,
+        state,
+        declared.channels_first,
+        declared.optional & set(keys.values()) if may_lack else frozenset(),
+        frozenset(declared.images.values()) | set(keys.values()),
+        image,
+        _first_of(policy, declared.action_dim, action_dim, action_horizon, actions),
+        default_prompt,
     )
 
 
 def _first_of(
-    policy: Policy, action_dim: int | None, actions: Callable[[np.ndarray], np.ndarray]
+    policy: Policy,
+    of_layout: int | None,
+    action_dim: int | None,
+    action_horizon: int | None,
+    actions: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """`actions`, of which the first `action_dim` numbers are sent."""
-    if action_dim is None:
-        return actions
+    """`actions`, of which the first `action_horizon` are sent, and of each the first `action_dim` numbers or those that
+    the layout's robot takes.
+    """
     size = getattr(policy, "action_size", None)
-    if size is not None and action_dim > size:
+    if action_dim is not None and size is not None and action_dim > size:
         raise ServingError(f"--action-dim is {action_dim}, and the policy's actions have {size} numbers.")
-    return lambda chunk: actions(chunk)[:, :action_dim]
+    width = of_layout if action_dim is None else action_dim
+    return actions if width is action_horizon is None else lambda chunk: actions(chunk)[:action_horizon, :width]
 
 
 def _flag(value: Any) -> bool:
@@ -251,7 +322,7 @@ def _flag(value: Any) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether numpy makes up to `LONGEST_STATE` real numbers of it. A list is looked through first: of texts, numpy
+    """Return True if numpy makes up to `LONGEST_STATE` real numbers of it. A list is searched first: from texts, numpy
     would make an array in which each is as long as the longest.
     """
     if isinstance(value, list):
@@ -261,12 +332,16 @@ def _is_state(value: Any) -> bool:
     return _is_number(value)
 
 
+def _is_float(image: np.ndarray) -> bool:
+    return image.dtype.kind == "f"
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _what(value: Any) -> str:
-    """What was found in place of what is wanted, in few words whatever its size."""
+    """Return a description of an invalid value, in few words whatever its size."""
     if isinstance(value, np.ndarray):
         return f"shape {value.shape} of {value.dtype}"
     if isinstance(value, Unread):

@@ -28,17 +28,17 @@ from vla_pruner.serving.observations import Seen, reader_of
 from vla_pruner.serving.settings import OWN_METADATA, ServerSettings
 from vla_pruner.wording import counted
 
-# What strangers send is theirs to know: the library would log a traceback for each failed handshake.
+# Errors in handshakes are the clients' own: the library would log a traceback for each failed one.
 _library_log = logging.getLogger("vla_pruner.serving.websockets")
 _library_log.setLevel(logging.CRITICAL)
 
 GOING_AWAY, INTERNAL_ERROR, TRY_AGAIN_LATER = 1001, 1011, 1013
 _LONGEST_ERROR = 1_000
-"""Characters of an error that a client is told."""
+"""The characters of an error that a client gets."""
 _LONGEST_GOODBYE = 10.0
-"""Seconds that a client has to leave when it is told to."""
+"""The seconds that a client has to leave when the server closes its connection."""
 _LAST_WORDS = 5.0
-"""Seconds that robots have to read that their step will not be answered."""
+"""The seconds that robots have to read that their step will not be answered."""
 
 
 class PolicyServer:
@@ -69,6 +69,7 @@ class PolicyServer:
             asked.default_prompt,
             asked.action_dim,
             asked.center_crop,
+            asked.action_horizon,
         )
         self._engine = Engine(policy, pruner, reader, self.settings)
         self._reader = reader
@@ -98,7 +99,7 @@ class PolicyServer:
 
     @property
     def port(self) -> int:
-        """What is listened on.
+        """The port that the server listens on.
 
         Raises:
             ServingError: the server does not run.
@@ -109,13 +110,13 @@ class PolicyServer:
 
     @property
     def url(self) -> str:
-        """What a client connects to."""
+        """The address that a client connects to."""
         scheme, host = "ws" if self._tls is None else "wss", self.settings.host
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the server by itself; None while it runs, and where it was stopped."""
+        """The error that ended the server; None while it runs, and after `stop`."""
         return self._failure
 
     def start(self) -> None:
@@ -138,8 +139,8 @@ class PolicyServer:
             raise self._failure
 
     def stop(self) -> None:
-        """Refuse new connections, answer what is under way, close the others, and leave the policy as it was. Stopping
-        twice does nothing.
+        """Refuse new connections, answer the steps under way, close the others, and leave the policy as it was.
+        Stopping twice does nothing.
         """
         if self._thread is None:
             return
@@ -161,7 +162,7 @@ class PolicyServer:
     async def _main(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._loop.set_exception_handler(_note)
-        # What does not do is refused now, and not after minutes of warming up.
+        # An impossible address is refused now, and not after minutes of warming up.
         await check_address(self.settings)
         self._doors.places, self._connections.most, self._backlog = room(self.settings.max_robots)
         with (
@@ -187,7 +188,7 @@ class PolicyServer:
                 settings.host,
                 settings.port,
                 process_request=self._doors.answer,
-                create_connection=cast(Any, self._connection),  # it is called, and that is all
+                create_connection=cast(Any, self._connection),  # the server only calls it
                 backlog=self._backlog,
                 ssl=self._tls,
                 compression=None,
@@ -213,7 +214,7 @@ class PolicyServer:
             server.close(close_connections=False)
         answered = await _closed(server, settings.grace)
         if not answered:
-            log.warning("Answers took longer than %g seconds of grace; their robots are told so.", settings.grace)
+            log.warning("Answers took longer than %g seconds of grace; their robots get an error.", settings.grace)
         await self._batcher.close()
         if not answered and not await _closed(server, _LAST_WORDS):
             self._connections.abort()
@@ -225,7 +226,7 @@ class PolicyServer:
         return len(self._robots)
 
     async def _serve(self, connection: Any) -> None:
-        """One robot, from its connection to its end."""
+        """Serve one robot, from its connection to its end."""
         if self._count() >= self._doors.places:
             self.metrics.turned_away("full")
             await _end(connection, self._doors.full, TRY_AGAIN_LATER)
@@ -262,7 +263,8 @@ class PolicyServer:
         before = 0.0
         assert self._stopping is not None
         while True:
-            # What was received is answered. Who has more to ask when the server stops has been answered once since.
+            # A received message is answered. A robot with another question when the server stops has been answered once
+            # since.
             message = None if self._stopping.is_set() else await self._next(connection)
             if message is None:
                 await connection.close(GOING_AWAY, "the server stops")
@@ -297,6 +299,7 @@ class PolicyServer:
                     "queue_ms": 1e3 * waited,
                     "batch_robots": float(answer.batch),
                     "prev_total_ms": 1e3 * before,
+                    "episode_step": float(robot.step - 1),
                 },
             }
             await connection.send(pack(reply))
@@ -304,7 +307,7 @@ class PolicyServer:
             self.metrics.answered(answer, before)
 
     async def _next(self, connection: Connection) -> str | bytes | None:
-        """The client's next message; None where the server stops and none is there."""
+        """Return the client's next message; None if the server stops and none is there."""
         assert self._stopping is not None
         message = asyncio.create_task(connection.recv())
         stop = asyncio.create_task(self._stopping.wait())
@@ -320,7 +323,7 @@ class PolicyServer:
     async def _step_or_leave(
         self, connection: Connection, robot: Robot, message: str | bytes
     ) -> tuple[Answer, float] | None:
-        """What `_step` gives; None where the robot leaves before, and no forward pass begins for it any more."""
+        """Return the result of `_step`; None if the robot leaves before, and no forward pass begins for it any more."""
         step = asyncio.create_task(self._step(robot, message))
         gone = asyncio.create_task(connection.wait_closed())
         try:
@@ -335,7 +338,7 @@ class PolicyServer:
         assert self._batcher is not None
         if isinstance(message, str):
             raise CodecError("A text message came; observations are binary messages of msgpack.")
-        # Long messages take milliseconds, in which the event loop has others to answer.
+        # Long messages take milliseconds, in which the event loop has other clients to answer.
         seen = await asyncio.get_running_loop().run_in_executor(self._decoder, self._read, message)
         why = robot.episode_begins(seen, perf_counter(), self.settings.episode_gap, self.settings.episode_jump)
         if why is not None:
@@ -344,6 +347,9 @@ class PolicyServer:
                 log.info("Robot %d: an episode of %s is over (%s).", robot.number, steps, why)
                 robot.begin_episode()
             self.metrics.episode_began()
+            absent = [key for camera, key in self._reader.keys.items() if camera not in seen.images]
+            if absent:
+                log.info("Robot %d sends no %s; the policy takes it as absent.", robot.number, " and no ".join(absent))
         found = await self._batcher.submit(Job(robot, seen))
         robot.heard, robot.state = perf_counter(), seen.proprio
         return found
@@ -352,7 +358,7 @@ class PolicyServer:
         return self._reader.read(unpack(message))
 
     def _describe(self) -> dict[str, Any]:
-        """What clients are told when they connect."""
+        """Return the metadata that clients get when they connect."""
         from vla_pruner import __version__
 
         engine, policy = self._engine, self._engine.policy
@@ -385,7 +391,7 @@ def _described(method: Method | None) -> dict[str, Any]:
 
 
 async def _closed(server: Server, seconds: float) -> bool:
-    """Whether every connection ended in time."""
+    """Return True if every connection ended in time."""
     try:
         await asyncio.wait_for(server.wait_closed(), seconds)
     except TimeoutError:
@@ -394,14 +400,14 @@ async def _closed(server: Server, seconds: float) -> bool:
 
 
 async def _end(connection: Connection, text: str, code: int) -> None:
-    """An error, as openpi's clients expect it: a text, and the end of the connection."""
+    """Send an error, as openpi's clients expect it: a text, and the end of the connection."""
     told = text.encode(errors="backslashreplace").decode()[:_LONGEST_ERROR]
     await connection.send(told)
     await connection.close(code, told.encode()[:120].decode(errors="ignore"))
 
 
 def _note(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What the event loop meets that is nobody's: in the server's log, which takes a few of each kind."""
+    """Log an error of the event loop itself; the server's log takes a few of each kind."""
     error = context.get("exception")
     if isinstance(error, OSError):
         log.warning("The event loop reports: %s (%s).", context["message"], error)

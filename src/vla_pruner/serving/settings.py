@@ -1,4 +1,4 @@
-"""How a policy is served, checked before anything slow begins."""
+"""The settings of a server, checked before anything slow begins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN_METADATA = frozenset({
     "protocol", "server", "model", "pruner", "visual_tokens", "action_horizon", "action_dim", "image_keys",
     "state_keys", "state_size", "max_message",
 })  # fmt: skip
-"""Keys of the metadata that the server says of itself."""
+"""The keys of the metadata that the server itself sets."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class ServerSettings:
     Attributes:
         host: address that is listened on.
         port: 0 takes a free one.
-        api_key: what clients must send as `Authorization: Api-Key ...`; None: nothing.
+        api_key: the key that clients must send as `Authorization: Api-Key ...`; None: none.
         tls_cert, tls_key: PEM files; both or none.
-        observations: which keys observations have: a name of `observations.LAYOUTS`.
+        observations: the layout of observations: a name of `observations.LAYOUTS`.
         camera_keys: a policy's camera -> the key of its image, in place of the layout's.
         max_robots: connections at a time; a further one is refused with 503.
         max_waiting: control steps that may wait for the model; a further one is refused, and its connection closed.
@@ -37,20 +37,22 @@ class ServerSettings:
         max_batch: robots in one forward pass.
         batch_window: seconds that a control step waits for others to share its pass, while there are others.
         ping_interval: seconds between keep-alives.
-        ping_timeout: seconds until a client counts as gone that answers none, or does not read what it is sent; its
+        ping_timeout: seconds until a client counts as gone that answers none, or does not read its messages; its
             connection is cut then.
         grace: seconds that a shutdown waits for answers that are under way.
-        seed: of what policies draw; the noise of a control step depends on it, on the robot's episode and step alone.
+        seed: of the policies' draws; the noise of a control step depends on it, on the robot's episode and step alone.
         prompts: instructions that are run before the port opens; none: one that the policy knows.
         compile: whether the policy is compiled before the port opens.
-        name: what metadata calls the model.
-        metadata: more that clients are told when they connect, such as {"reset_pose": [...]}.
+        name: of the model in the metadata.
+        metadata: more entries for clients that connect, such as {"reset_pose": [...]}.
         default_prompt: the instruction of observations that have none; None: they are refused.
         episode_gap: seconds without an observation after which a robot's next one begins an episode; None: silence
             does not.
         episode_jump: how far one number of the robot's state may be from the observation before; what goes further
             begins an episode; None: no state does.
-        action_dim: numbers of an action that clients are sent, the first ones; None: all.
+        action_dim: numbers of an action that clients are sent, the first ones; None: those that the layout's robot
+            takes (libero 7, droid 8, aloha 14), or all.
+        action_horizon: actions of a chunk that clients are sent, the first ones; None: all.
         center_crop: for OpenVLA and OFT with the layout "libero": whether the checkpoint was trained with image
             augmentation, as published ones.
     """
@@ -79,6 +81,7 @@ class ServerSettings:
     episode_gap: float | None = None
     episode_jump: float | None = None
     action_dim: int | None = None
+    action_horizon: int | None = None
     center_crop: bool = True
 
     def __post_init__(self) -> None:
@@ -101,8 +104,9 @@ class ServerSettings:
         for name, value in {"--episode-gap": self.episode_gap, "--episode-jump": self.episode_jump}.items():
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ServingError(f"{name} is {value!r}; it is a finite number above 0.")
-        if self.action_dim is not None and not _is_count(self.action_dim):
-            raise ServingError(f"--action-dim is {self.action_dim!r}; it is a whole number of 1 or more.")
+        for name, value in {"--action-dim": self.action_dim, "--action-horizon": self.action_horizon}.items():
+            if value is not None and not _is_count(value):
+                raise ServingError(f"{name} is {value!r}; it is a whole number of 1 or more.")
         self._check_metadata()
         if self.default_prompt is not None and not self.default_prompt.strip():
             raise ServingError("--default-prompt is empty; give the instruction that your policy was trained on.")
@@ -129,7 +133,7 @@ class ServerSettings:
         try:
             from vla_pruner.client.codec import pack, unpack
             from vla_pruner.client.errors import CodecError
-        except ImportError:  # without the extra nothing is served, which is said elsewhere
+        except ImportError:  # without the extra nothing is served, and another check refuses it
             return
         try:
             unpack(pack(dict(self.metadata)))
@@ -138,7 +142,7 @@ class ServerSettings:
 
     @property
     def is_open(self) -> bool:
-        """Whether other machines can reach the port and nobody asks them for a key."""
+        """True if other machines can reach the port and no key is required."""
         return self.api_key is None and not is_loopback(self.host)
 
     @property
@@ -156,7 +160,7 @@ def _is_count(value: object) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Return True if only this machine can reach an address."""
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""How long the parts of a control step took, for every reply."""
+"""The times of the parts of a control step, for every reply."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepTimer(StageTimer):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """As of `StageTimer`."""
+        """See `StageTimer.stage`."""
         if self._first is None:
             self._first = self._read()
         with super().stage(name):
@@ -27,7 +27,7 @@ class StepTimer(StageTimer):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """As of `StageTimer`."""
+        """See `StageTimer.step`."""
         self.steps.clear()
         self._first = None
         with super().step():
@@ -35,7 +35,7 @@ class StepTimer(StageTimer):
             yield
 
     def timing(self) -> dict[str, float]:
-        """Milliseconds of the last step, by the names that replies have."""
+        """Return the milliseconds of the last step, by the names that replies have."""
         step = self.steps[-1]
         before = 0.0 if self._first is None else self._first - self._start
         return {

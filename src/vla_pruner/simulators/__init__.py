@@ -57,11 +57,11 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "metaworld:mt6": _metaworld,
     "metaworld:mt4": _metaworld,
 }
-"""Name of a suite -> what makes it, called with the name and the options."""
+"""The factory of each suite by its name; called with the name and the options."""
 
 
 def find_suite(name: str, **options: Any) -> Suite:
-    """The suite of a name. Its simulator is imported now, so that a missing one is known before anything runs.
+    """Return the suite of a name. Its simulator is imported now, so that a missing one is known before anything runs.
 
     Args:
         name: a key of `SUITES`.
@@ -69,7 +69,7 @@ def find_suite(name: str, **options: Any) -> Suite:
 
     Raises:
         SuiteError: there is no such suite, or it has no such option.
-        SimulatorUnavailable: what it needs is not installed, is of an untested version, or has no assets.
+        SimulatorUnavailable: a package that it needs is not installed, is of an untested version, or has no assets.
     """
     if name not in SUITES:
         raise SuiteError(f"There is no suite {name!r}; the suites are {', '.join(SUITES)}.")

@@ -1,10 +1,10 @@
-"""What the evaluation asks of a simulator. Another simulator is one more file that offers this.
+"""The interface of a simulator, as the evaluation uses it. Another simulator is one more file that offers this.
 
 A `Suite` names tasks and makes their environments. An `Environment` follows Gymnasium: `reset` gives `(observation,
 info)`, `step` gives `(observation, reward, terminated, truncated, info)`. It differs in one point: an episode is begun
 by the number of its initial state and by nothing else, so that paired arms meet the same start whatever ran before. A
-`Convention` says how a policy sees the suite: which camera is which, what its images go through, what becomes of its
-actions, and how many of them are carried out before it is asked again.
+`Convention` says how a policy sees the suite: its cameras, the preparation of its images and actions, and the number of
+actions that are carried out before the policy acts again.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ class SuiteError(VLAPrunerError, ValueError):
 
 
 class OutcomeError(ValueError):
-    """What an environment says of a step can be no outcome. That is a crash of its episode, like any other error of the
-    environment.
+    """An environment's report on a step is no valid outcome. That is a crash of its episode, like any other error of
+    the environment.
     """
 
 
 def outcome(reward: Any, terminated: Any, truncated: Any, info: Any) -> tuple[float, bool, bool]:
-    """What an environment's `step` said: the reward, whether the episode is over, and whether it was solved.
+    """Return the reward, whether the episode is over, and whether it was solved, as an environment's `step` reported
+    them.
 
-    An evaluation counts nothing that an environment did not say: NaN, which Python takes for true, is no success.
+    An evaluation counts only what an environment reported: NaN, which Python takes for true, is no success.
 
     Raises:
         OutcomeError: the reward is no finite number, or one of the others is neither True nor False.
@@ -62,7 +63,8 @@ def outcome(reward: Any, terminated: Any, truncated: Any, info: Any) -> tuple[fl
 
 
 def solved(said: Any) -> bool:
-    """A simulator's own word on success as an environment gives it on: True or False, for which some write 1 and 0.
+    """Return a simulator's report on success as an environment passes it on: True or False; some simulators give 1 and
+    0.
 
     Raises:
         OutcomeError: it is something else, such as NaN, which Python takes for true.
@@ -76,9 +78,9 @@ class Images(Mapping[str, Image]):
     """A scene's camera images, each drawn when it is first asked for and then kept.
 
     Args:
-        draw: draws the camera of a name.
+        draw: draws the image of a camera by its name.
         cameras: names of the cameras.
-        current: whether the scene is still the one that these images are of.
+        current: returns True while the scene of these images lasts.
     """
 
     def __init__(self, draw: Callable[[str], Image], cameras: tuple[str, ...], current: Callable[[], bool]) -> None:
@@ -88,7 +90,7 @@ class Images(Mapping[str, Image]):
         self._drawn: dict[str, Image] = {}
 
     def __getitem__(self, camera: str) -> Image:
-        """The camera's image.
+        """Return the camera's image.
 
         Raises:
             KeyError: there is no such camera.
@@ -111,7 +113,7 @@ class Images(Mapping[str, Image]):
     def __len__(self) -> int:
         return len(self._cameras)
 
-    def __contains__(self, camera: object) -> bool:  # Mapping's own would draw
+    def __contains__(self, camera: object) -> bool:  # the one of Mapping would draw
         return camera in self._cameras
 
 
@@ -121,13 +123,13 @@ class Task:
 
     suite: str
     index: int
-    """Its place in the suite, from 0: the task id of published tables."""
+    """The place in the suite, from 0: the task id of published tables."""
     name: str
     instruction: str
     max_steps: int
     """Control steps after which an episode is truncated; settling steps are not among them."""
     initial_states: int | None
-    """How many there are; None: any number from 0 on."""
+    """The number of initial states; None: any number from 0 on."""
 
     def check_initial_state(self, number: int) -> None:
         """Refuse an initial state that the task does not have.
@@ -149,7 +151,7 @@ class Environment(Protocol):
     """One task, ready to run episodes.
 
     Attributes:
-        task: which.
+        task: the task.
         images_drawn: camera images drawn so far, in all episodes.
     """
 
@@ -172,7 +174,7 @@ class Environment(Protocol):
         ...
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """One control step.
+        """Run one control step.
 
         Args:
             action: (action_size,) float, in the simulator's units.
@@ -184,11 +186,11 @@ class Environment(Protocol):
         ...
 
     def frame(self, size: int) -> Image:
-        """(size, size, 3) uint8: the present scene as a viewer would want it, for videos; not counted as drawn."""
+        """Return (size, size, 3) uint8: the present scene from a viewer's angle, for videos; not counted as drawn."""
         ...
 
     def close(self) -> None:
-        """Free what it holds; it cannot be used afterwards."""
+        """Free all resources; the environment cannot be used afterwards."""
         ...
 
 
@@ -196,8 +198,8 @@ class Environment(Protocol):
 class SeesTheState(Protocol):
     """A policy that acts by the simulator's ground truth instead of images, such as a scripted expert.
 
-    This is the only door: whoever runs it calls `watch` with the environment after every `reset` of that environment,
-    before the first `act`.
+    This is the only way to the ground truth: the caller calls `watch` with the environment after every `reset` of that
+    environment, before the first `act`.
     """
 
     def watch(self, environment: Environment) -> None: ...
@@ -209,14 +211,14 @@ def _as_it_is(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Convention:
-    """How one policy sees one suite, as its published evaluation had it.
+    """One policy's view of one suite, as its published evaluation had it.
 
     Attributes:
         cameras: the policy's camera names, and the simulator's camera behind each; only these are drawn.
         proprio: whether the policy is given the robot's state.
-        image: what an image goes through, upright (H, W, 3) uint8 -> what `act` takes.
-        actions: what a chunk goes through, (chunk, dim) -> (chunk, action_size) in the simulator's units.
-        horizon: actions of a chunk that are carried out before the policy is asked again; None: the whole chunk.
+        image: prepares an image: upright (H, W, 3) uint8 -> the input of `act`.
+        actions: converts a chunk: (chunk, dim) -> (chunk, action_size) in the simulator's units.
+        horizon: actions of a chunk that are carried out before the policy acts again; None: the whole chunk.
         repeat: how often each of these actions is carried out.
     """
 
@@ -228,18 +230,18 @@ class Convention:
     repeat: int = 1
 
     def observe(self, observation: Observation) -> Observation:
-        """What the policy is given of what the simulator shows: images by its own names of the cameras, and the state
-        if it takes one.
+        """Return the policy's inputs of an observation: images by its own names of the cameras, and the state if it
+        takes one.
         """
         images = {name: self.image(observation.images[camera]) for name, camera in self.cameras.items()}
         return Observation(images, observation.instruction, observation.proprio if self.proprio else None)
 
     def plan(self, chunk: np.ndarray) -> np.ndarray:
-        """What of a chunk is carried out before the policy is asked again: (horizon * repeat, action_size)."""
+        """Return the actions of a chunk to carry out before the next look: (horizon * repeat, action_size)."""
         return np.atleast_2d(self.actions(np.asarray(chunk)))[: self.horizon].repeat(self.repeat, axis=0)
 
     def path(self, actions: np.ndarray) -> float:
-        """Length of the path that `actions` (n, action_size) command, in the simulator's units.
+        """Return the length of the path that `actions` (n, action_size) command, in the simulator's units.
 
         In every suite the first three numbers of an action displace the gripper.
         """
@@ -270,7 +272,7 @@ class Suite(Protocol):
     def settling_steps(self) -> int: ...
 
     def make(self, task: Task | int | str) -> Environment:
-        """The environment of a task, by itself, its index or its name.
+        """Return the environment of a task, given by itself, its index or its name.
 
         Raises:
             SuiteError: there is no such task.
@@ -279,15 +281,15 @@ class Suite(Protocol):
         ...
 
     def convention(self, policy: Any) -> Convention:
-        """How `policy` sees this suite.
+        """Return the convention by which `policy` sees this suite.
 
         Raises:
-            SuiteError: it is not known how; the message says what is.
+            SuiteError: there is none for this policy; the message says which there are.
         """
         ...
 
     def expert(self) -> Any:
-        """A scripted policy that solves the tasks by the simulator's state (`SeesTheState`).
+        """Return a scripted policy that solves the tasks by the simulator's state (`SeesTheState`).
 
         Raises:
             SuiteError: there is none for this suite.
@@ -295,17 +297,17 @@ class Suite(Protocol):
         ...
 
     def versions(self) -> dict[str, str]:
-        """What a result depends on: versions of the simulator's packages, and the rendering backend."""
+        """Return the versions of the simulator's packages and the rendering backend, on which a result depends."""
         ...
 
 
 def convention_of(policy: Any, simulator: str, given: Any) -> Convention | None:
-    """How a policy sees a simulator by the row of its family; None if that says nothing of it.
+    """Return the convention for a simulator from the row of the policy's family; None if the row has none.
 
     Args:
         policy: as `load_policy` gives it.
         simulator: a key of `Row.conventions`.
-        given: what the row's function is given besides the policy.
+        given: the second argument of the row's function.
     """
     row = row_of(policy)
     path = None if row is None else row.conventions.get(simulator)
@@ -313,10 +315,10 @@ def convention_of(policy: Any, simulator: str, given: Any) -> Convention | None:
 
 
 def find_task(tasks: tuple[Task, ...], wanted: Task | int | str) -> Task:
-    """The task that is meant.
+    """Return the task given by itself, its index or its name.
 
     Raises:
-        SuiteError: there is none.
+        SuiteError: there is no such task.
     """
     for task in tasks:
         if wanted in (task, task.name) or (wanted == task.index and not isinstance(wanted, bool)):

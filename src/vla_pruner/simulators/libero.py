@@ -3,7 +3,7 @@
 Per suite the published number of steps, ten settling steps, 256 x 256 images of both cameras turned by 180 degrees, the
 state as eight numbers, the fixed initial states in their order. Four things differ from the scripts, on purpose:
 
-- The generator is seeded before every reset, not once. Fixtures stand where it draws them (up to centimetres), so in
+- The generator is seeded before every reset, not once. It draws the fixtures' places (up to centimetres), so in
   the scripts an episode depends on how many ran before it.
 - An image is drawn only if it is looked at. It shows the moment at which LIBERO would have drawn it.
 - Rendering contexts are made current before they are used, so that environments can be open side by side.
@@ -40,7 +40,8 @@ class LiberoSuite:
         assets: a folder with LIBERO's meshes and textures; None: those that pip installed.
         image_size: height and width of the images, 256 in all published evaluations.
         seed: places the fixtures; 0 as in OpenVLA's evaluation, openpi has 7.
-        center_crop: for OpenVLA and OFT: whether the checkpoint was trained with image augmentation, as published ones.
+        center_crop: for OpenVLA and OFT: whether the checkpoint was trained with image augmentation, as published ones
+            were.
 
     Raises:
         SuiteError: there is no such suite.
@@ -73,18 +74,18 @@ class LiberoSuite:
         )
 
     def make(self, task: Task | int | str) -> LiberoEnvironment:
-        """The environment of a task; errors as in `Suite.make`. Takes seconds and 2 GB."""
+        """Return the environment of a task; errors as in `Suite.make`. Takes seconds and 2 GB."""
         found = find_task(self.tasks, task)
         bddl = self._package.root / "bddl_files" / self.name / self._files[found.index].bddl_file
         states = self._initial_states(found.index)
         return LiberoEnvironment(found, self._package, bddl, states, self.image_size, self.seed)
 
     def convention(self, policy: Any) -> Convention:
-        """How the policy's family is evaluated on LIBERO; errors as in `Suite.convention`."""
+        """Return the convention of the policy's family on LIBERO; errors as in `Suite.convention`."""
         return libero_convention(policy, self.center_crop)
 
     def expert(self) -> Any:
-        """The scripted expert.
+        """Return the scripted expert.
 
         Raises:
             SuiteError: only the object suite has one.
@@ -96,11 +97,11 @@ class LiberoSuite:
         return LiberoObjectExpert()
 
     def versions(self) -> dict[str, str]:
-        """Of MuJoCo, robosuite, hf-libero and numpy, and the rendering backend."""
+        """Return the versions of MuJoCo, robosuite, hf-libero and numpy, and the rendering backend."""
         return installed_versions()
 
     def _initial_states(self, index: int) -> np.ndarray:
-        """(50, n) float64: MuJoCo's time, positions and velocities."""
+        """Return (50, n) float64: MuJoCo's time, positions and velocities."""
         import torch
 
         path = self._package.root / "init_files" / self.name / self._files[index].init_states_file

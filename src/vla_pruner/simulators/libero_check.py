@@ -28,17 +28,17 @@ LEAST_BRIGHTNESS = {"libero_spatial": 100.0, "libero_object": 120.0, "libero_goa
 
 @dataclass(frozen=True)
 class Finding:
-    """What one task's environment looked like."""
+    """The measurements of one task's environment."""
 
     task: Task
     drift: float
-    """Metres that the object which moved most moved sideways while it settled, and then in all."""
+    """The sideways motion in metres of the object that moved most, while it settled and in all."""
     brightness: dict[str, float]
-    """Camera -> mean level of its image, 0 to 255."""
+    """The mean level of each camera's image, 0 to 255."""
 
     @property
     def problems(self) -> list[str]:
-        """What is not as it should be."""
+        """The measurements that are not as they should be, as sentences."""
         least = LEAST_BRIGHTNESS.get(self.task.suite, 1.0)
         found = [f"the image of {name} is dark" for name, mean in self.brightness.items() if mean < least]
         if self.drift > MOST_DRIFT:
@@ -47,7 +47,7 @@ class Finding:
 
 
 def check_task(suite: LiberoSuite, task: Task | int | str, initial_state: int = 0, steps: int = 20) -> Finding:
-    """Builds a task's environment, begins an episode, and stands still for some steps."""
+    """Build a task's environment, begin an episode, and stand still for some steps."""
     environment = suite.make(task)
     try:
         observation, info = environment.reset(initial_state=initial_state)
@@ -66,7 +66,7 @@ def check_task(suite: LiberoSuite, task: Task | int | str, initial_state: int = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks the tasks; 0 if all are well, 1 if one is not, 2 if LIBERO cannot run here."""
+    """Check the tasks; return 0 if all pass, 1 if one does not, 2 if LIBERO cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m vla_pruner.simulators.libero_check", description=__doc__)
     parser.add_argument("--suites", default=",".join(SUITES), help="separated by commas (%(default)s)")
     parser.add_argument("--tasks", type=int, default=None, help="only the first so many of each suite")

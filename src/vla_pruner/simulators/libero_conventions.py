@@ -1,4 +1,4 @@
-"""How each family of policies is evaluated on LIBERO. Needs no simulator."""
+"""The published evaluation of each family of policies on LIBERO. Needs no simulator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROPRIO_SIZE = 8
 """Hand position (3), axis times angle (3), fingers (2)."""
 
 OPENPI_HORIZON = 5
-"""Of ten actions, openpi's evaluation of pi0 carries out five."""
+"""The number of actions that openpi's evaluation of pi0 carries out, of ten."""
 
 POLICY_CAMERAS = {
     "image": AGENT,
@@ -28,11 +28,16 @@ POLICY_CAMERAS = {
     "wrist_image": WRIST,
     "left_wrist_0_rgb": WRIST,
 }
-"""What policies call LIBERO's cameras: OpenVLA-OFT image and wrist_image, LeRobot image and image2, openpi the rest."""
+"""The policies' names of LIBERO's cameras: OpenVLA-OFT has image and wrist_image, LeRobot image and image2, openpi the
+rest.
+"""
+
+ABSENT = "right_wrist_0_rgb"
+"""openpi's third camera, on a hand that LIBERO's robot has not: policies that take absent cameras mask it there."""
 
 
 def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
-    """How a policy's family is evaluated on LIBERO.
+    """Return the convention by which a policy's family is evaluated on LIBERO.
 
     OpenVLA and OFT: images through `preprocessing.libero`, the gripper's sign as LIBERO has it, one action at a time or
     the whole chunk. pi0 of transformers: openpi's five actions. LeRobot's: the checkpoint's `n_action_steps`. The
@@ -57,7 +62,7 @@ def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
 
 
 def two_cameras(policy: Any, center_crop: bool) -> Convention | None:
-    """Of the two-camera reference policy; None if it was trained elsewhere."""
+    """Return the convention of the two-camera reference policy; None if it was trained elsewhere."""
     if not policy.config.suite.startswith("libero"):
         return None
     if policy.config.action_dimensions != ACTION_SIZE:
@@ -81,17 +86,17 @@ def two_cameras(policy: Any, center_crop: bool) -> Convention | None:
 
 
 def pi0(policy: Any, center_crop: bool) -> Convention:
-    """Of transformers' pi0."""
+    """Return the convention of transformers' pi0."""
     return Convention(_cameras(policy), _proprio(policy), horizon=OPENPI_HORIZON)
 
 
 def lerobot(policy: Any, center_crop: bool) -> Convention:
-    """Of LeRobot's policies."""
+    """Return the convention of LeRobot's policies."""
     return Convention(_cameras(policy), _proprio(policy), horizon=int(policy.module.config.n_action_steps))
 
 
 def openvla(policy: Any, center_crop: bool) -> Convention:
-    """Of OpenVLA and OpenVLA-OFT."""
+    """Return the convention of OpenVLA and OpenVLA-OFT."""
     from vla_pruner.models.openvla.actions import libero_gripper
     from vla_pruner.preprocessing.libero import libero_image, rotate_180
 
@@ -102,13 +107,15 @@ def openvla(policy: Any, center_crop: bool) -> Convention:
 
 
 def _cameras(policy: Any) -> dict[str, str]:
-    unknown = [name for name in policy.cameras if name not in POLICY_CAMERAS]
+    may_lack = getattr(policy, "takes_absent_cameras", False)
+    cameras = [name for name in policy.cameras if not (may_lack and name == ABSENT)]
+    unknown = [name for name in cameras if name not in POLICY_CAMERAS]
     if unknown:
         raise SuiteError(
             f"LIBERO has a camera in front of the robot and one on its hand; this policy's camera {unknown[0]!r} is "
             f"neither. Known names are {', '.join(POLICY_CAMERAS)}; for OpenVLA and pi0 give load_policy(cameras=...)."
         )
-    return {name: POLICY_CAMERAS[name] for name in policy.cameras}
+    return {name: POLICY_CAMERAS[name] for name in cameras}
 
 
 def _proprio(policy: Any) -> bool:

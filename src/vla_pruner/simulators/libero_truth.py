@@ -1,4 +1,4 @@
-"""Where everything in a LIBERO scene really is: for scripted experts, never for a policy."""
+"""The true place of everything in a LIBERO scene: for scripted experts, never for a policy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pose:
 
 
 class GroundTruth:
-    """A LIBERO scene as the simulator has it at this moment.
+    """The present state of a LIBERO scene in the simulator.
 
     Args:
         domain: LIBERO's environment below its wrappers (`BDDLBaseDomain`).
@@ -36,37 +36,37 @@ class GroundTruth:
 
     @property
     def objects(self) -> tuple[str, ...]:
-        """Names of what can be moved."""
+        """The names of the movable objects."""
         return tuple(self._domain.objects_dict)
 
     @property
     def goal(self) -> tuple[tuple[str, ...], ...]:
-        """What must hold in the end, as LIBERO's predicates: (("in", "milk_1", "basket_1_contain_region"),)."""
+        """The goal as LIBERO's predicates: (("in", "milk_1", "basket_1_contain_region"),)."""
         return tuple(tuple(part) for part in self._domain.parsed_problem["goal_state"])
 
     def pose(self, name: str) -> Pose:
-        """Of an object or a fixture."""
+        """Return the pose of an object or a fixture."""
         data = self._domain.sim.data
         body = self._domain.obj_body_id[name]
         return Pose(np.array(data.body_xpos[body]), np.array(data.body_xmat[body]).reshape(3, 3))
 
     def site(self, name: str) -> Pose:
-        """Of a region of the goal, such as the inside of a basket."""
+        """Return the pose of a region of the goal, such as the inside of a basket."""
         data = self._domain.sim.data
         return Pose(np.array(data.get_site_xpos(name)), np.array(data.get_site_xmat(name)).reshape(3, 3))
 
     def hand(self) -> Pose:
-        """Of the point between the finger tips; its z axis points from the hand to the tips."""
+        """Return the pose of the point between the finger tips; its z axis points from the hand to the tips."""
         return self.site(HAND)
 
     def fingers(self) -> np.ndarray:
-        """(3,) metres: from the right finger to the left one."""
+        """Return (3,) metres: from the right finger to the left one."""
         data = self._domain.sim.data
         left, right = (np.array(data.get_body_xpos(name)) for name in FINGERS)
         return left - right
 
     def points(self, name: str) -> np.ndarray:
-        """(n, 3) metres: the corners of the boxes that an object collides by, in the world."""
+        """Return (n, 3) metres: the corners of the boxes that an object collides by, in the world."""
         model, data = self._domain.sim.model._model, self._domain.sim.data._data
         body = self._domain.obj_body_id[name]
         corners = [

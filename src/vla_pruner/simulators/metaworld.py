@@ -1,9 +1,9 @@
 """Meta-World (MuJoCo) as the reference policies see it.
 
-The tasks are Meta-World's own `<task>-v3-goal-observable` environments: physics, layouts and success are untouched.
-What is added is what an image policy needs: a fixed camera, proprioception, an instruction, an action repeat and a cap
-on the number of control steps. Only the drawing is changed: shadows and multisampling are off (software rendering is
-ten times faster without), and every goal marker is green, so that a goal's colour does not give the task away.
+The tasks are Meta-World's own `<task>-v3-goal-observable` environments: physics, layouts and success are untouched. The
+environment adds the needs of an image policy: a fixed camera, proprioception, an instruction, an action repeat and a
+cap on the number of control steps. Only the drawing is changed: shadows and multisampling are off (software rendering
+is ten times faster without), and every goal marker is green, so that a goal's colour does not give the task away.
 
 Seeds: demonstrations and DAgger use seeds below 90_000, development checks 90_000 to 99_999, and published figures
 seeds from `EVALUATION_SEED` on. A seed fully determines an episode's initial state, whatever ran before it.
@@ -44,7 +44,7 @@ TASKS: dict[str, str] = {
     "plate-slide": "slide the plate into the goal",
     "drawer-open": "open the drawer",
 }
-"""Task name -> instruction."""
+"""The instruction of each task by its name."""
 
 CAMERA_LOOKAT = (0.0, 0.71, 0.09)
 CAMERA_DISTANCE = 1.0
@@ -62,10 +62,12 @@ _PIP_HELP = install("metaworld")
 
 
 def _import_simulator() -> tuple[Any, Any]:
-    """`(mujoco, metaworld.env_dict)`, imported with a rendering backend chosen; one clear error if they are missing."""
+    """Return `(mujoco, metaworld.env_dict)`, imported with a rendering backend chosen; one clear error if they are
+    missing.
+    """
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's threads only fight with the policy's
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's threads only compete with the policy's
     try:
         import mujoco
     except ImportError as error:
@@ -74,7 +76,7 @@ def _import_simulator() -> tuple[Any, Any]:
                 "The simulator is not installed (no module named 'mujoco')", _PIP_HELP
             ) from error
         raise SimulatorUnavailable(f"MuJoCo cannot load its rendering library ({error})", _GL_HELP) from error
-    except (OSError, AttributeError, RuntimeError) as error:  # PyOpenGL's ways to say that a library is missing
+    except (OSError, AttributeError, RuntimeError) as error:  # PyOpenGL's errors for a missing library
         raise SimulatorUnavailable(f"MuJoCo cannot load its rendering library ({error})", _GL_HELP) from error
     try:
         from metaworld import env_dict
@@ -144,13 +146,13 @@ class MetaWorldEnv:
             self._model.vis.global_.offheight = max(self._model.vis.global_.offheight, size)
             try:
                 self._renderers[size] = self._mujoco.Renderer(self._model, size, size)
-            except Exception as error:  # the backends raise types of their own
+            except Exception as error:  # the backends raise error types of their own
                 raise SimulatorUnavailable(f"MuJoCo cannot open a rendering context ({error})", _GL_HELP) from error
         return self._renderers[size]
 
     @property
     def state(self) -> np.ndarray:
-        """(39,) float64: Meta-World's full observation, for scripted experts; the policy never sees it."""
+        """(39,) float64: Meta-World's full observation, for scripted experts and never for a policy."""
         return self._state.copy()
 
     @property
@@ -159,7 +161,7 @@ class MetaWorldEnv:
         return self._steps
 
     def reset(self, seed: int) -> Observation:
-        """Starts the episode of `seed`."""
+        """Start the episode of `seed`."""
         self._env.seed(seed)
         self._env.reset()
         # Goals and furniture are moved after the last physics step of a reset, and until derived quantities are
@@ -170,7 +172,7 @@ class MetaWorldEnv:
         return self._observation()
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool, bool]:
-        """Runs one control step.
+        """Run one control step.
 
         Args:
             action: (4,) dx, dy, dz, gripper in [-1, 1]; clipped to it, then repeated `action_repeat` times.
@@ -190,7 +192,7 @@ class MetaWorldEnv:
         return self._observation(), success, success or self._steps >= self._max_control_steps
 
     def render(self, size: int, camera: str = CORNER) -> np.ndarray:
-        """(size, size, 3) uint8: the present scene from `CORNER` or `WRIST`."""
+        """Return (size, size, 3) uint8: the present scene from `CORNER` or `WRIST`."""
         renderer = self._renderer(size)
         renderer.update_scene(self._env.data, _WRIST_CAMERA if camera == WRIST else self._camera)
         renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_SHADOW] = 0
@@ -198,21 +200,23 @@ class MetaWorldEnv:
         return renderer.render().copy()
 
     def image(self, camera: str = CORNER, size: int | None = None) -> np.ndarray:
-        """(size, size, 3) uint8: the present scene as a policy sees it from `CORNER` or `WRIST`; None: `image_size`."""
+        """Return (size, size, 3) uint8: the present scene as a policy sees it from `CORNER` or `WRIST`; None:
+        `image_size`.
+        """
         size = self.image_size if size is None else size
         large = self.render(size * _RENDER_SCALE, camera).reshape(size, _RENDER_SCALE, size, _RENDER_SCALE, 3)
         return large.mean(axis=(1, 3)).round().astype(np.uint8)
 
     def _observation(self) -> Observation:
-        """The image of `CORNER` as "image", and (4,) float32: the hand's x, y and z in metres, and the opening of the
-        gripper in [0, 1].
+        """Return the image of `CORNER` as "image", and (4,) float32: the hand's x, y and z in metres, and the opening
+        of the gripper in [0, 1].
         """
         size = self.image_size
         image = self.image() if self._render_images else np.zeros((size, size, 3), np.uint8)
         return Observation({"image": image}, self.instruction, self._state[:PROPRIO_SIZE].astype(np.float32))
 
     def close(self) -> None:
-        """Frees the renderers; the environment cannot be used afterwards."""
+        """Free the renderers; the environment cannot be used afterwards."""
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()
@@ -225,7 +229,7 @@ class MetaWorldEnv:
 
 
 def scripted_expert(task: str) -> Any:
-    """Meta-World's scripted policy of `task`: a function of the full state (39,) -> action (4,) in [-1, 1]."""
+    """Return Meta-World's scripted policy of `task`: a function of the full state (39,) -> action (4,) in [-1, 1]."""
     _import_simulator()
     from metaworld.policies import ENV_POLICY_MAP
 

@@ -40,8 +40,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "metaworld:mt6": (*_NEED_VISION, "plate-slide", "drawer-open"),
     "metaworld:mt4": _NEED_VISION,
 }
-"""Suite -> tasks: all that the reference policy was trained on; those without the two that it most often solves with
-another scene's image and another task's words; and those that it cannot solve with another scene's image.
+"""The tasks of each suite: all that the reference policy was trained on; those without the two that it most often
+solves with another scene's image and another task's words; and those that it cannot solve with another scene's image.
 """
 
 
@@ -85,12 +85,13 @@ class MetaWorldSuite:
         )
 
     def make(self, task: Task | int | str) -> MetaWorldEnvironment:
-        """The environment of a task; errors as in `Suite.make`."""
+        """Return the environment of a task; errors as in `Suite.make`."""
         return MetaWorldEnvironment(find_task(self.tasks, task), self._views)
 
     def convention(self, policy: Any) -> Convention:
-        """Of a one-camera policy: "image", each action carried out four times. Of the two-camera reference policy:
-        "image" and "wrist_image", as many actions of a chunk as its configuration says, once each. The state as it is.
+        """Return the convention of a reference policy. One camera: "image", each action carried out four times. Two
+        cameras: "image" and "wrist_image", as many actions of a chunk as its configuration says, once each. The state
+        is passed on as it is.
 
         Raises:
             SuiteError: the policy wants other cameras, other images or another state.
@@ -114,11 +115,11 @@ class MetaWorldSuite:
         )
 
     def expert(self) -> MetaWorldExpert:
-        """Meta-World's own scripted policies."""
+        """Return Meta-World's own scripted policies."""
         return MetaWorldExpert()
 
     def versions(self) -> dict[str, str]:
-        """Of Meta-World, MuJoCo and Gymnasium, and the rendering backend."""
+        """Return the versions of Meta-World, MuJoCo and Gymnasium, and the rendering backend."""
         return {
             **{package: version(package) for package in ("metaworld", "mujoco", "gymnasium")},
             "renderer": os.environ.get("MUJOCO_GL", ""),
@@ -126,7 +127,9 @@ class MetaWorldSuite:
 
 
 def two_cameras(policy: Any, suite: MetaWorldSuite) -> Convention | None:
-    """Of the two-camera reference policy; None if it was trained elsewhere or on images of another size."""
+    """Return the convention of the two-camera reference policy; None if it was trained elsewhere or on images of
+    another size.
+    """
     config = policy.config
     fits = (
         config.suite == "metaworld"
@@ -144,7 +147,7 @@ class MetaWorldEnvironment:
     """One task of Meta-World; see `simulators.base.Environment`.
 
     Attributes:
-        state: (39,) float64, Meta-World's full observation: what a scripted expert may see, and no policy.
+        state: (39,) float64, Meta-World's full observation, for scripted experts and never for a policy.
 
     Args:
         views: view and side in pixels of every camera.
@@ -163,18 +166,18 @@ class MetaWorldEnvironment:
         return self._env.state
 
     def reset(self, *, initial_state: int) -> tuple[Observation, dict[str, Any]]:
-        """As `Environment.reset`."""
+        """See `Environment.reset`."""
         self.task.check_initial_state(initial_state)
         return self.begin(metaworld.EVALUATION_SEED + int(initial_state)), {"success": False}
 
     def begin(self, seed: int) -> Observation:
-        """Begin the episode of any seed, those that were trained on too."""
+        """Begin the episode of any seed, including those of the training."""
         seen = self._env.reset(seed)
         self._over = False
         return self._observe(seen)
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """As `Environment.step`: (4,) dx, dy, dz, gripper, clipped to [-1, 1]."""
+        """See `Environment.step`; `action` is (4,) dx, dy, dz, gripper, clipped to [-1, 1]."""
         if self._over:
             raise SessionError("The episode is over, or none has begun; call reset(initial_state=...) first.")
         seen, success, over = self._env.step(action)
@@ -182,15 +185,15 @@ class MetaWorldEnvironment:
         return self._observe(seen), float(success), success, over and not success, {"success": success}
 
     def frame(self, size: int) -> Image:
-        """As `Environment.frame`."""
+        """See `Environment.frame`."""
         return self._env.render(size)
 
     def picture(self, camera: str, size: int) -> Image:
-        """(size, size, 3) uint8: what a camera shows, for videos; not counted as drawn."""
+        """Return (size, size, 3) uint8: the view of a camera, for videos; not counted as drawn."""
         return self._env.render(size, self._views[camera][0])
 
     def close(self) -> None:
-        """As `Environment.close`."""
+        """See `Environment.close`."""
         self._env.close()
 
     def _observe(self, seen: metaworld.Observation) -> Observation:
@@ -228,10 +231,10 @@ class MetaWorldExpert(nn.Module):
         self._act = metaworld.scripted_expert(environment.task.name)
 
     def reset(self) -> None:
-        """Begin a new episode: the experts remember nothing."""
+        """Begin a new episode: the experts have no memory."""
 
     def act(self, images: Mapping[str, Image], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """(1, 4) float32, whatever the images.
+        """Return (1, 4) float32, whatever the images.
 
         Raises:
             SessionError: it was not given an environment to watch.

@@ -11,7 +11,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from vla_pruner.errors import OptionError, UnsupportedModelError, VLAPrunerError
 
 UNPRUNED = "unpruned"
-"""What no budget goes with: the checkpoint's policy with a session that keeps everything."""
+"""The method without a budget: the checkpoint's policy with a session that keeps everything."""
 
 NOT_TRAINED = "A pruned policy is not trained; train the checkpoint itself."
 
@@ -29,9 +29,9 @@ class VLAPrunerConfig(PreTrainedConfig):
         method: as --method of vla-pruner's own commands: a name such as "vla_pruner" or "fastv", one of an installed
             plug-in, or "my_module:MyMethod", each with options after colons if wanted; or "unpruned".
         keep: a fraction with a point (0.25), a number of tokens (64), or a mapping of camera names to these; None:
-            0.25, or what a method that reuses tokens was published with.
+            0.25, or the published one of a method that reuses tokens.
         layer: as of vla-pruner's methods.
-        pruned: "drop", "freeze" or "reuse"; None: what the method does first.
+        pruned: "drop", "freeze" or "reuse"; None: the first of the method's fates.
         options: further options of the method, such as {"warmup": "semantic"}; they win over those in `method`.
         inner: fields of the checkpoint's own config that are to differ, such as {"n_action_steps": 10}.
         trust_processors: let the checkpoint's processors name steps that are not LeRobot's own, which runs their code.
@@ -49,7 +49,7 @@ class VLAPrunerConfig(PreTrainedConfig):
     trust_processors: bool = False
 
     def __post_init__(self) -> None:
-        # Flags that are wrong say so before LeRobot makes environments and reads gigabytes.
+        # Wrong flags are reported before LeRobot makes environments and reads gigabytes.
         try:
             self.build_method()
         except VLAPrunerError as error:
@@ -57,11 +57,11 @@ class VLAPrunerConfig(PreTrainedConfig):
         super().__post_init__()
 
     def build_method(self) -> Any:
-        """The method of vla-pruner that these flags describe.
+        """Return the method of vla-pruner that these flags describe.
 
         Raises:
             OptionError: there is no such method or option, or one is out of its range; or it prunes by how far the arm
-                moves, which nothing in LeRobot's loop would tell it.
+                moves, which LeRobot's loop does not report.
             PluginError: a method from outside of vla-pruner cannot be imported.
         """
         from vla_pruner.method_names import methods_of
@@ -85,7 +85,7 @@ class VLAPrunerConfig(PreTrainedConfig):
         return made
 
     def inner_flags(self) -> list[str]:
-        """`inner` as flags of the checkpoint's config."""
+        """Return `inner` as flags of the checkpoint's config."""
         return [f"--{name}={value}" for name, value in self.inner.items()]
 
     @property
@@ -107,4 +107,4 @@ class VLAPrunerConfig(PreTrainedConfig):
         return None
 
     def validate_features(self) -> None:
-        """The checkpoint's own config does it."""
+        """Do nothing: the checkpoint's own config does it."""

@@ -17,7 +17,7 @@ from vla_pruner.policies.lerobot_processors import check_steps
 
 
 class VLAPrunerPolicy(PreTrainedPolicy):
-    """Calls go to `inner`, the checkpoint's policy; `session` is what is attached to it.
+    """Calls go to `inner`, the checkpoint's policy; `session` is the session attached to it.
 
     Raises:
         CheckpointError: no checkpoint was named, or it does not load whole.
@@ -46,7 +46,7 @@ class VLAPrunerPolicy(PreTrainedPolicy):
         revision: str | None = None,
         **_: Any,
     ) -> VLAPrunerPolicy:
-        """The checkpoint's policy, loaded whole, with the method of `config` attached."""
+        """Load the checkpoint's policy whole, with the method of `config` attached."""
         if revision is not None:
             raise CheckpointError(
                 "pretrained_revision was given, but LeRobot 0.6 takes pi0's weights from the newest revision all the "
@@ -64,23 +64,23 @@ class VLAPrunerPolicy(PreTrainedPolicy):
         return cls(config, inner)
 
     def reset(self) -> None:
-        """A new episode, for the policy and for the session."""
+        """Begin a new episode, for the policy and for the session."""
         self.inner.reset()
 
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        """As `inner` does."""
+        """See `inner`."""
         return self.inner.select_action(batch, **kwargs)
 
     def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        """As `inner` does."""
+        """See `inner`."""
         return self.inner.predict_action_chunk(batch, **kwargs)
 
     def forward(self, batch: dict[str, Tensor], **kwargs: Any) -> Any:
-        """Refused: it is the loss."""
+        """Refuse: it is the loss."""
         raise UnsupportedModelError(NOT_TRAINED)
 
     def get_optim_params(self) -> dict[str, Any]:
-        """Refused."""
+        """Refuse."""
         raise UnsupportedModelError(NOT_TRAINED)
 
     def _save_pretrained(self, save_directory: Path, state_dict: Any = None) -> None:

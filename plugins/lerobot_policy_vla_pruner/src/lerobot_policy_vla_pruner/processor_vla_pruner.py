@@ -1,4 +1,4 @@
-"""Where LeRobot looks for the processors of a `vla_pruner` that has no checkpoint: there are none."""
+"""The processors of a `vla_pruner` that has no checkpoint, as LeRobot looks for them: there are none."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from vla_pruner.errors import CheckpointError
 
 
 def make_vla_pruner_pre_post_processors(config: Any, dataset_stats: Any = None) -> tuple[Any, Any]:
-    """Refused: with --policy.pretrained_path LeRobot takes the checkpoint's own processors."""
+    """Refuse: with --policy.pretrained_path LeRobot takes the checkpoint's own processors."""
     raise CheckpointError("A vla_pruner policy uses its checkpoint's processors; give --policy.pretrained_path.")

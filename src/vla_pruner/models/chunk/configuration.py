@@ -59,7 +59,7 @@ class ChunkConfig:
 
     @property
     def visual(self) -> dict[str, slice]:
-        """Where each camera's visual tokens are in the sequence."""
+        """The place of each camera's visual tokens in the sequence."""
         return {
             name: slice(1 + number * self.patches, 1 + (number + 1) * self.patches)
             for number, name in enumerate(self.cameras)
@@ -79,7 +79,7 @@ class ChunkConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ChunkConfig:
-        """The inverse of `to_dict`, after a trip through JSON.
+        """Make a configuration from the result of `to_dict`, after a trip through JSON.
 
         Raises:
             ValueError: a setting is unknown, or one that no policy can have.

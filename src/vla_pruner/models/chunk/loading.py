@@ -11,17 +11,17 @@ from vla_pruner.models.chunk.network import ChunkPolicy
 from vla_pruner.models.saved import load_saved, save
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
-"""Holds one folder for each simulator."""
+"""The folder with one folder of weights for each simulator."""
 
 
 def load_chunk_policy(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ChunkPolicy:
-    """A policy that `save_chunk_policy` wrote, in eval mode.
+    """Load a policy that `save_chunk_policy` wrote, in eval mode.
 
     Args:
         folder: with `model.safetensors` and `config.json`.
-        device: where to put it.
+        device: the policy's device.
         dtype: the parameters' type; the weights are stored in float16.
 
     Raises:
@@ -39,5 +39,5 @@ def load_chunk_policy(
 
 
 def save_chunk_policy(policy: ChunkPolicy, folder: str | Path) -> None:
-    """Writes `model.safetensors` (float16) and `config.json` into `folder`."""
+    """Write `model.safetensors` (float16) and `config.json` into `folder`."""
     save(policy, folder, torch.float16)

@@ -46,8 +46,8 @@ class CameraEncoder(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(width, config.vision_heads) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(width)
         self.landmarks = nn.ModuleList(ViewLandmarks(width, side, config.landmarks) for _ in range(cameras))
-        # What the encoder says about an average scene, measured once after it was trained and subtracted: most of an
-        # image never changes, and what does change would otherwise be small beside it.
+        # The encoder's output for an average scene, measured once after training and subtracted: most of an image never
+        # changes, and the changes would otherwise be small beside it.
         self.register_buffer("centre", torch.zeros(cameras, side * side, width))
         self.register_buffer("spread", torch.ones(cameras, 1, width))
 
@@ -56,7 +56,7 @@ class CameraEncoder(nn.Module):
         return self.stem(pixels.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, pixels.shape[:2])
 
     def mix(self, patches: Tensor) -> Tensor:
-        """(B, C, M, width) patches -> (B, C, M, width) tokens that know their place and the rest of the image."""
+        """(B, C, M, width) patches -> (B, C, M, width) tokens that depend on their place and the rest of the image."""
         x = (patches + self.position).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
@@ -75,8 +75,8 @@ class CameraEncoder(nn.Module):
 class ChunkPolicy(TrainedPolicy):
     """A small vision-language-action policy of OpenVLA-OFT's shape: several cameras, one pass, a chunk of actions.
 
-    The sequence is [BOS][camera 1][camera 2][instruction][proprio][action rows]. Nothing is decoded: what the decoder
-    says at the action rows goes through a head that gives one action each. Queries share one key-value head, as in the
+    The sequence is [BOS][camera 1][camera 2][instruction][proprio][action rows]. Nothing is decoded: the decoder's
+    outputs at the action rows go through a head that gives one action each. Queries share one key-value head, as in the
     Gemma of pi0, so that a frozen token costs little.
     """
 
@@ -87,7 +87,7 @@ class ChunkPolicy(TrainedPolicy):
 
     def __init__(self, config: ChunkConfig) -> None:
         super().__init__(config)
-        from transformers import LlamaConfig, LlamaModel  # heavy: only who builds a policy pays for it
+        from transformers import LlamaConfig, LlamaModel  # heavy: imported only if a policy is built
 
         hidden = config.hidden_size
         self.vision = CameraEncoder(config)
@@ -146,7 +146,7 @@ class ChunkPolicy(TrainedPolicy):
         return self.config.chunk
 
     def project(self, tokens: Tensor) -> Tensor:
-        """The encoder's tokens (B, C, M, width) -> (B, C M, hidden): what the decoder receives."""
+        """Project the encoder's tokens (B, C, M, width) to the decoder's inputs (B, C M, hidden)."""
         return (self.projector(tokens) + self.visual_position).flatten(1, 2)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class ChunkPolicy(TrainedPolicy):
         return self.decoder.embed_tokens(ids)
 
     def embed_prompt(self, images: Tensor, ids: Tensor, proprio: Tensor) -> Tensor:
-        """The whole sequence's embeddings, (B, prompt_length + chunk, hidden).
+        """Return the whole sequence's embeddings, (B, prompt_length + chunk, hidden).
 
         Args:
             images: (B, C, H, W, 3) uint8.
@@ -171,7 +171,7 @@ class ChunkPolicy(TrainedPolicy):
         """Embeddings of `embed_prompt` -> actions (B, chunk, action_dimensions), not clipped."""
         batch, length, _ = prompt.shape
         # The mask is all ones but never None: transformers reads missing masks as "maybe packed sequences" and then
-        # cuts attention wherever positions are not consecutive, as they are not once tokens were pruned.
+        # cuts attention wherever positions are not consecutive, which is the case after pruning.
         hidden = self.decoder(
             inputs_embeds=prompt,
             attention_mask=torch.ones((batch, length), dtype=torch.long, device=prompt.device),
@@ -199,7 +199,7 @@ class ChunkPolicy(TrainedPolicy):
             ObservationError: an argument does not fit; the message says which.
             CheckpointError: the network gives numbers that are not finite.
         """
-        frames, ids, states, single = self._prepared(images, instruction, proprio)
+        frames, ids, states, single = self.prepared(images, instruction, proprio)
         actions = finite_action(self.decode(self.embed_prompt(frames, ids, states)).float().cpu().numpy(), self)
         chunks = actions.clip(-1, 1)
         return chunks[0] if single else chunks

@@ -1,4 +1,4 @@
-"""From token ids and network outputs to what the robot is told: bins, dataset statistics, LIBERO's gripper.
+"""From token ids and network outputs to the robot's action: bins, dataset statistics, LIBERO's gripper.
 
 Facts from the official code of OpenVLA and OpenVLA-OFT (prediction_to_action of both, constants.py and
 openvla_utils.py of OFT), checked against golden outputs of that code. All results are numpy float64, as there.
@@ -16,14 +16,15 @@ from vla_pruner.errors import CheckpointError, ObservationError, OptionError
 
 Bounds = Literal["q99", "minmax"]
 OFT_EPSILON = 1e-8
-"""What OFT adds to every range, so that a constant dimension is no division by zero. OpenVLA adds nothing."""
+"""The number that OFT adds to every range, so that a constant dimension is no division by zero. OpenVLA adds nothing.
+"""
 
 _ADVICE = "Copy the dataset's statistics from the checkpoint as it was published."
 _KEYS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 
 
 def bin_index(ids: np.ndarray | torch.Tensor | Sequence, vocab_size: int = 32000, n_bins: int = 256) -> np.ndarray:
-    """The bin of each action token: the last token of the vocabulary is bin 0, and so on downwards.
+    """Return the bin of each action token: the last token of the vocabulary is bin 0, and so on downwards.
 
     `n_bins` edges enclose `n_bins - 1` bins, so the lowest two action tokens share the last bin. As in the official
     code an id outside the action tokens goes to the nearest bin.
@@ -46,7 +47,7 @@ def bin_index(ids: np.ndarray | torch.Tensor | Sequence, vocab_size: int = 32000
 
 
 def decode_bins(ids: np.ndarray | torch.Tensor | Sequence, vocab_size: int = 32000, n_bins: int = 256) -> np.ndarray:
-    """The normalised value of each action token: its bin's centre in [-1, 1]. Arguments as in `bin_index`.
+    """Return the normalised value of each action token: its bin's centre in [-1, 1]. Arguments as in `bin_index`.
 
     Returns:
         float64 of the same shape.
@@ -62,18 +63,19 @@ def unnormalize(
     epsilon: float = 0.0,
     bounds: Bounds = "q99",
 ) -> np.ndarray:
-    """From [-1, 1] to the units of the training data, where the statistics' `mask` is true; elsewhere unchanged.
+    """Scale values from [-1, 1] to the units of the training data in dimensions whose `mask` is true; others stay
+    unchanged.
 
     Args:
         normalized: (..., dim), for example one action or a chunk of them.
         stats: the `action` part of one dataset's statistics: `q01` and `q99` (or `min` and `max`), each dim long, and
             `mask`, which is all true if absent.
         epsilon: added to the range: 0 for OpenVLA, `OFT_EPSILON` for OFT.
-        bounds: what -1 and 1 stand for: the 1st and 99th percentile ("q99": all published checkpoints but OFT's for
-            ALOHA), or the extremes ("minmax": those).
+        bounds: the statistics that -1 and 1 stand for: the 1st and 99th percentile ("q99": all published checkpoints
+            but OFT's for ALOHA), or the extremes ("minmax": those).
 
     Returns:
-        (..., dim) float64. Where a dimension's range is zero, as in some published statistics, it is the constant.
+        (..., dim) float64. A dimension whose range is zero, as in some published statistics, is that constant.
 
     Raises:
         CheckpointError: a statistic is absent or no number, or the statistics do not agree among themselves.
@@ -88,7 +90,7 @@ def unnormalize(
 def normalize_proprio(
     proprio: np.ndarray | torch.Tensor | Sequence, stats: Mapping[str, Any], bounds: Bounds = "q99"
 ) -> np.ndarray:
-    """The robot's state as OFT's network reads it: scaled to [-1, 1] by the dataset's statistics, and clipped.
+    """Return the robot's state as OFT's network reads it: scaled to [-1, 1] by the dataset's statistics, and clipped.
 
     Args:
         proprio: (..., dim) in the units of the training data.
@@ -104,17 +106,17 @@ def normalize_proprio(
     """
     values = _floats(proprio)
     if not np.isfinite(values).all():
-        # Clipping would make a valid state of infinity.
+        # Clipping would turn infinity into a valid state.
         raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
     low, high, mask = _limits(stats, bounds, values, "a state")
     return np.clip(np.where(mask, 2.0 * (values - low) / (high - low + OFT_EPSILON) - 1.0, values), -1.0, 1.0)
 
 
 def libero_gripper(actions: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
-    """Actions with the gripper as LIBERO takes it: -1 opens, +1 closes.
+    """Return actions with the gripper as LIBERO takes it: -1 opens, +1 closes.
 
-    The policies are trained with 0 for closed and 1 for open, so what is above one half becomes -1 and what is below
-    becomes +1. Exactly one half becomes 0, as in the official evaluation.
+    The policies are trained with 0 for closed and 1 for open, so values above one half become -1 and values below
+    become +1. Exactly one half becomes 0, as in the official evaluation.
 
     Args:
         actions: (..., dim) un-normalised actions, the gripper last.
@@ -177,6 +179,6 @@ def _floats(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
 def _to_numpy(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
-        # numpy knows no bfloat16, and float64 holds every value of the smaller types.
+        # numpy has no bfloat16, and float64 holds every value of the smaller types.
         return (values.double() if values.is_floating_point() else values).numpy()
     return np.asarray(values)

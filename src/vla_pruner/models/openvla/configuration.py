@@ -56,7 +56,7 @@ PUBLISHED_TOWERS = {
 
 
 class OpenVLAConfig(PretrainedConfig):
-    """What config.json of a published checkpoint says.
+    """The content of a published checkpoint's config.json.
 
     Args:
         text_config: of the language model. Keys that are absent have LlamaConfig's defaults, as when the checkpoints
@@ -66,9 +66,9 @@ class OpenVLAConfig(PretrainedConfig):
         norm_stats: statistics of each dataset, by `unnorm_key`.
         n_action_bins: edges of the action bins.
         pad_to_multiple_of: rows that were added to the vocabulary; the action tokens end before them.
-        pad_token_id: what fills short rows of a batch up; none of Llama's own tokens.
+        pad_token_id: the token that pads short rows of a batch; none of Llama's own tokens.
         use_fused_vision_backbone: whether there are two towers.
-        kwargs: whatever else the file holds.
+        kwargs: all other entries of the file.
     """
 
     model_type = "openvla"
@@ -120,7 +120,7 @@ _TEXT_SETTINGS = (
 
 
 def config_of(path: Path, values: Mapping[str, Any]) -> OpenVLAConfig:
-    """The configuration that a stranger's config.json describes. Of its settings, those that a policy reads.
+    """Return the configuration that an untrusted config.json describes, with the settings that a policy reads.
 
     Args:
         path: the file, for messages.
@@ -218,7 +218,7 @@ def _tower_size(config: OpenVLAConfig, name: str) -> TowerSize:
         layer_scale=arguments.pop("init_values", None) is not None,
         patch=arguments.pop("patch_size"),
     )
-    arguments.pop("global_pool", None)  # what comes after the last block is not used
+    arguments.pop("global_pool", None)  # the output after the last block is not used
     if arguments:
         raise UnsupportedModelError(f"The vision tower {name!r} has arguments that are not supported: {arguments}.")
     if size.prefix and not class_token:

@@ -1,4 +1,4 @@
-"""What makes an OFT policy of OpenVLA's network: the heads beside the weights, and what no file says."""
+"""The parts that turn OpenVLA's network into an OFT policy: the heads, and settings that no file has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vla_pruner.models.openvla.oft import OpenVLAOFT
 from vla_pruner.models.openvla.robots import camera_names, find_platform
 
 TRAINING_STEPS = 50
-"""Of the diffusion head's noise schedule; a constant of the official training."""
+"""The number of steps in the diffusion head's noise schedule; a constant of the official training."""
 
 
 def equip(
@@ -40,7 +40,7 @@ def equip(
     Raises:
         CheckpointError: a file is damaged, one lacks its counterpart or fits another language model, or the chunk's
             length is not known.
-        OptionError: `denoising_steps` is out of range, or was given where nothing is denoised.
+        OptionError: `denoising_steps` is out of range, or was given though nothing is denoised.
     """
     makers: dict[str, Any] = {
         "action_head": heads.action_head_from_state,
@@ -83,7 +83,7 @@ def _check_widths(policy: OpenVLAOFT, files: dict[str, Path]) -> None:
 
 
 def _settle(policy: OpenVLAOFT, folder: Path, cameras: tuple[str, ...] | None, chunk: int | None) -> None:
-    """Everything about an OFT policy that no file says."""
+    """Set everything about an OFT policy that no file says."""
     head, proprio = policy.action_head, policy.proprio_projector
     datasets = list(policy.norm_stats)
     if head is not None:
@@ -109,7 +109,7 @@ def _settle(policy: OpenVLAOFT, folder: Path, cameras: tuple[str, ...] | None, c
 
 @contextmanager
 def as_checkpoint_error() -> Iterator[None]:
-    """Errors about the content of a file are the checkpoint's."""
+    """Raise errors about the content of a file as CheckpointError."""
     try:
         yield
     except CheckpointError:

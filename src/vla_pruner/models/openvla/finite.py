@@ -11,7 +11,8 @@ _NO_TOKEN = -1
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely tokens of logits (..., V): ids (...) int64, and the same with -1 where no logit can be believed.
+    """Return the most likely tokens of logits (..., V): ids (...) int64, and the same with -1 where a logit is not
+    finite.
 
     Nothing waits for the device: `checked` looks at the second when it comes to the CPU.
     """
@@ -21,12 +22,12 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def checked(found: Tensor, module: nn.Module, **inputs: Tensor | None) -> Tensor:
-    """`found` on the CPU, if all of it is finite.
+    """Return `found` on the CPU if all of it is finite.
 
     Args:
-        found: what the network gave: numbers, or tokens as the second result of `most_likely`.
-        module: the part of the network that gave it, for its dtype.
-        inputs: what the network was given, by name; None: nothing.
+        found: the network's output: numbers, or tokens as the second result of `most_likely`.
+        module: the part of the network that computed it, for its dtype.
+        inputs: the network's inputs by name; None: absent.
 
     Raises:
         ObservationError: it is not finite, and one of `inputs` neither.
@@ -45,7 +46,7 @@ def check_inputs(everywhere: bool = False, **inputs: Tensor | None) -> None:
     prunes has to choose tokens by them.
 
     Args:
-        everywhere: look at those on a device too, which is a wait.
+        everywhere: also check inputs on a device, which waits for it.
 
     Raises:
         ObservationError: one is not finite.

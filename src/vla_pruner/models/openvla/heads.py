@@ -72,7 +72,9 @@ class L1ActionHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or misshapen."""
+        """Return the head that a file's weights describe; CheckpointError lists what is missing, unexpected or
+        misshapen.
+        """
         return _filled(state, cls, *_resnet_sizes(state, "model."))
 
     def forward(self, action_hidden: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class _NoisePredictor(nn.Module):
 
 
 class DiffusionActionHead(nn.Module):
-    """Predicts the noise in an action chunk; `DDIM` takes it away step by step. Arguments as in `L1ActionHead`."""
+    """Predicts the noise in an action chunk; `DDIM` removes it step by step. Arguments as in `L1ActionHead`."""
 
     def __init__(self, input_dim: int = 4096, hidden_dim: int = 4096, action_dim: int = 7, blocks: int = 2) -> None:
         super().__init__()
@@ -103,15 +105,17 @@ class DiffusionActionHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The head that a file's weights describe; CheckpointError lists what is missing, unexpected or misshapen."""
+        """Return the head that a file's weights describe; CheckpointError lists what is missing, unexpected or
+        misshapen.
+        """
         return _filled(state, cls, *_resnet_sizes(state, "noise_predictor.mlp_resnet."))
 
     def predict_noise(self, action_hidden: Tensor) -> Tensor:
-        """The noise in the actions: (B, chunk * action_dim, D) -> (B, chunk, action_dim)."""
+        """Return the noise in the actions: (B, chunk * action_dim, D) -> (B, chunk, action_dim)."""
         return self.noise_predictor.mlp_resnet(_by_action(action_hidden, self.action_dim, self.input_dim))
 
     def time_encoding(self, timestep: Tensor | int) -> Tensor:
-        """The token that tells the language model the diffusion timestep.
+        """Return the token that gives the language model the diffusion timestep.
 
         Args:
             timestep: one for all rows, or (B,).
@@ -161,9 +165,9 @@ class DDIM:
         self.alphas_cumprod = torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float32), dim=0)
 
     def step(self, noise_pred: Tensor, timestep: Tensor | int, sample: Tensor) -> Tensor:
-        """The sample one step cleaner.
+        """Return the sample one step cleaner.
 
-        The predicted noise is used as it is, also where x0 was clipped.
+        The predicted noise is used as it is, even if x0 was clipped.
 
         Args:
             noise_pred: the head's output for `sample`, of its shape.
@@ -171,7 +175,7 @@ class DDIM:
             sample: (B, chunk, action_dim) noisy actions.
 
         Returns:
-            what `sample` is at the next timestep; after the last, the normalised actions.
+            the sample at the next timestep; after the last, the normalised actions.
         """
         now = int(timestep)
         # 0-dimensional tensors on the CPU go with samples on any device and in any type.
@@ -193,7 +197,7 @@ class ProprioProjector(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The projector that a file's weights describe; errors as for the heads."""
+        """Return the projector that a file's weights describe; errors as for the heads."""
         llm_dim, proprio_dim = _matrix(state, "fc1.weight")
         return _filled(state, cls, proprio_dim, llm_dim)
 
@@ -212,7 +216,7 @@ class NoisyActionProjector(nn.Module):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The projector that a file's weights describe; errors as for the heads."""
+        """Return the projector that a file's weights describe; errors as for the heads."""
         return _filled(state, cls, _matrix(state, "fc1.weight")[0])
 
     def forward(self, noisy_actions: Tensor) -> Tensor:
@@ -220,7 +224,7 @@ class NoisyActionProjector(nn.Module):
 
 
 def action_head_from_state(state: State) -> L1ActionHead | DiffusionActionHead:
-    """The action head that a file's weights describe, of the kind that their names tell.
+    """Return the action head that a file's weights describe, of the kind that their names imply.
 
     Raises:
         CheckpointError: they are of neither kind, or not complete.
@@ -236,7 +240,7 @@ def action_head_from_state(state: State) -> L1ActionHead | DiffusionActionHead:
 
 
 def find_heads(folder: str | Path) -> dict[str, Path]:
-    """The head files of an OFT checkpoint folder: NAME--STEP_checkpoint.pt for each NAME of `HEAD_FILES`.
+    """Return the head files of an OFT checkpoint folder: NAME--STEP_checkpoint.pt for each NAME of `HEAD_FILES`.
 
     Returns:
         name to path, for those that are there.
@@ -269,14 +273,14 @@ def read_head(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"The head file {path} is missing. {advice}")
     try:
         _refuse_compressed(path)
-        # Nothing but tensors and plain containers is unpickled, so a file from a stranger can run no code.
+        # Only tensors and plain containers are unpickled, so a file from a stranger can run no code.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own advice here is to unpickle it all the same, which would run whatever it holds.
+        # torch's own advice here is to unpickle the file anyway, which would run whatever it holds.
         raise CheckpointError(
             f"The head file {path} is damaged or holds more than weights, which are not unpickled. {advice}"
         ) from error
-    except Exception as error:  # torch's readers raise of every kind
+    except Exception as error:  # torch's readers raise errors of every kind
         raise CheckpointError(
             f"The head file {path} is damaged or holds more than weights ({reason(error)}). {advice}"
         ) from error
@@ -297,7 +301,7 @@ def read_head(path: str | Path) -> dict[str, Tensor]:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """torch stores tensors as they are; a file that says otherwise can be a thousand times as large in memory."""
+    """Refuse a compressed file: torch stores tensors uncompressed, and others can be 1000 times as large in memory."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -305,7 +309,7 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _fault(tensor: Tensor) -> str | None:
-    """Why a tensor is no weight, if so."""
+    """Return why a tensor is no weight; None if it is one."""
     if tensor.layout != torch.strided:
         return f"is {tensor.layout}"
     if tensor.is_meta:
@@ -348,7 +352,7 @@ def _matrix(state: State, name: str) -> tuple[int, int]:
 
 
 def _filled(state: State, build: type[Built], *sizes: int) -> Built:
-    """A module of these sizes that holds exactly these weights, in their own type."""
+    """Return a module of these sizes that holds exactly these weights, in their own type."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         module = build(*sizes)
     expected = module.state_dict()

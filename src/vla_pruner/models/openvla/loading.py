@@ -1,5 +1,5 @@
-"""Loading published checkpoint folders of OpenVLA and OpenVLA-OFT as they are; whatever is wrong with them is one
-error that says what.
+"""Loading published checkpoint folders of OpenVLA and OpenVLA-OFT as they are; any fault in them is one error that
+names it.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def load_openvla(
     chunk: int | None = None,
     denoising_steps: int | None = None,
 ) -> OpenVLAForActionPrediction | OpenVLAOFT:
-    """A policy from a published checkpoint, in eval mode, with its heads, statistics and processor.
+    """Load a policy from a published checkpoint, in eval mode, with its heads, statistics and processor.
 
     Args:
         path: the checkpoint's folder, or its name on the Hugging Face hub.
-        device: where to put it, unless `device_map` is given.
+        device: the policy's device, unless `device_map` is given.
         dtype: of the weights; bfloat16 on CUDA and float32 elsewhere if None.
         attn_implementation: of the language model: "sdpa" or "eager". The vision towers always use sdpa.
         device_map: as in transformers (needs accelerate).
@@ -58,11 +58,11 @@ def load_openvla(
         family: which of the two it is. If None, a folder with an action head and a proprio projector is OpenVLA-OFT,
             and one with neither is OpenVLA. One that has lost either, or shows that it was OFT's, is refused: discrete
             actions, and OFT without a state, have to be named.
-        unnorm_key: the dataset whose statistics are used where a call names none.
+        unnorm_key: the dataset whose statistics are used if a call names none.
         cameras: names of the images, in the order of the visual tokens. Their number is in no file: if None, OpenVLA
             has one, and OFT as many as its official platform (LIBERO two, ALOHA three, Bridge one), or one if it
             reads no state.
-        chunk: actions in a chunk, where the official platforms leave it open.
+        chunk: actions in a chunk, if the official platforms leave it open.
         denoising_steps: of a diffusion head; None: 50, as many as in training, the official default.
 
     Raises:
@@ -129,7 +129,7 @@ def _read_config(folder: Path) -> OpenVLAConfig:
         )
     config = config_of(path, values)
     if is_file(folder / STATISTICS):
-        # As in the official scripts: what the checkpoint was fine-tuned on replaces what config.json was born with.
+        # As in the official scripts, the statistics of fine-tuning replace those in config.json.
         config.norm_stats = read_json(folder / STATISTICS)
         check_statistics(folder / STATISTICS, config.norm_stats)
     else:
@@ -153,7 +153,7 @@ def _film_message(folder: Path, found: Iterable[str]) -> str:
 
 
 def _check_whole(folder: Path, files: dict[str, Path], config: OpenVLAConfig) -> None:
-    """Refuse what looks like OFT without all of its files: what is left acts, but was not trained to."""
+    """Refuse a folder that looks like OFT without all of its files: the rest would act, but was not trained to."""
     heads_there = listed([file.name for file in files.values()])
     if files and "action_head" not in files and "noisy_action_projector" not in files:
         raise CheckpointError(
@@ -177,10 +177,10 @@ def _check_whole(folder: Path, files: dict[str, Path], config: OpenVLAConfig) ->
 
 
 def _sign_of_oft(folder: Path, config: OpenVLAConfig) -> str | None:
-    """What tells that a folder without heads was OFT's: the code that was saved with it or, without any, its data."""
+    """Return the sign that a folder without heads was OFT's: the code saved with it or, without any, its data."""
     code = folder / "modeling_prismatic.py"
     if is_file(code):
-        # OpenVLA is fine-tuned on the same data; whose code it is decides.
+        # OpenVLA is fine-tuned on the same data, so the code decides.
         of_oft = "NUM_ACTIONS_CHUNK" in code.read_text(encoding="utf-8", errors="replace")
         return f"its {code.name} (which is not run) is OFT's" if of_oft else None
     data = [name for name in config.norm_stats if name.endswith("_no_noops") or name.startswith("aloha")]
@@ -190,7 +190,7 @@ def _sign_of_oft(folder: Path, config: OpenVLAConfig) -> str | None:
 def _check_headers(
     kind: type[OpenVLAForActionPrediction], folder: Path, config: OpenVLAConfig, headers: dict[str, Stored]
 ) -> None:
-    """Compare what config.json describes with what the files' headers say, before anything takes memory or time."""
+    """Compare config.json with the headers of the files before anything takes memory or time."""
     path = folder / "config.json"
     with described_by(path):
         dino, siglip = tower_sizes(config)
@@ -265,7 +265,7 @@ def _check_weights(folder: Path, info: dict[str, Any]) -> None:
 
 
 class AbsentTokenizer:
-    """Stands where a folder has no tokenizer: `predict_action` with ids of one's own needs none."""
+    """A stand-in if a folder has no tokenizer: `predict_action` with ids of one's own needs none."""
 
     bos_token_id = 1
 

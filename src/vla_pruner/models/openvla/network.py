@@ -1,7 +1,7 @@
 """OpenVLA on the installed transformers' Llama.
 
-Facts from the official code (modeling_prismatic.py), checked against golden outputs of it. What differs: batches, and
-an attention mask that always covers the whole sequence.
+Facts from the official code (modeling_prismatic.py), checked against golden outputs of it. Two things differ: batches,
+and an attention mask that always covers the whole sequence.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from vla_pruner.wording import a_type
 
 
 class LanguageModel(LlamaForCausalLM):
-    """Llama that can leave out its head over the vocabulary where only hidden states are wanted, and whose positions
-    stay exact in half precision.
+    """Llama whose positions stay exact in half precision, and which can omit its head over the vocabulary if only
+    hidden states are needed.
     """
 
     def forward(self, *args: Any, headless: bool = False, **kwargs: Any) -> Any:
-        """As LlamaForCausalLM; with `headless` the output of the decoder alone."""
+        """Run LlamaForCausalLM; with `headless` return the output of the decoder alone."""
         return self.model(*args, **kwargs) if headless else super().forward(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # `policy.to(torch.bfloat16)` rounds buffers too. Rounded frequencies turn the last tokens of the sequence by up
-        # to a radian, and nobody is told.
+        # `policy.to(torch.bfloat16)` rounds buffers too, without a warning. Rounded frequencies turn the last tokens of
+        # the sequence by up to a radian.
         rotary = self.model.rotary_emb
         exact = {name: buffer for name, buffer in rotary.named_buffers() if not buffer.is_meta}
         super()._apply(fn, recurse)
@@ -54,11 +54,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     Attributes:
         norm_stats: the datasets' statistics by `unnorm_key`, as published.
-        unnorm_key: the dataset that is meant where none is named; None: the only one.
+        unnorm_key: the dataset used if none is named; None: the only one.
         cameras: names of the images that `act` takes, in the order of the visual tokens.
-        processor: what `act` prepares images and instructions with; the loader sets it.
-        denoising_step: index of the running pass of the language model where a control step has several that each see
-            the whole sequence (OFT's diffusion head); None elsewhere.
+        processor: the processor of images and instructions for `act`; the loader sets it.
+        denoising_step: index of the running pass of the language model if a control step has several that each see the
+            whole sequence (OFT's diffusion head); else None.
     """
 
     config_class = OpenVLAConfig
@@ -98,17 +98,17 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     @property
     def visual_slice(self) -> slice:
-        """Where the visual tokens are in the language model's sequence, camera after camera."""
+        """The place of the visual tokens in the language model's sequence, camera after camera."""
         return slice(1, 1 + self.patches * len(self.cameras))
 
     @property
     def proprio_size(self) -> int | None:
-        """How many numbers of the robot's state `act` takes; None: it takes none."""
+        """The number of values in the robot's state that `act` takes; None: it takes none."""
         return None
 
     @property
     def action_size(self) -> int | None:
-        """Numbers in an action; None where no statistics were chosen to say so."""
+        """The number of values in an action; None if no dataset's statistics were chosen."""
         try:
             return self.get_action_dim()
         except VLAPrunerError:
@@ -121,7 +121,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     @property
     def action_vocabulary(self) -> int:
-        """Tokens up to the last action token; after it come only rows that fill the vocabulary up."""
+        """The number of tokens up to the last action token; after it come only rows that fill the vocabulary up."""
         return self.config.text_config.vocab_size - self.config.pad_to_multiple_of
 
     def get_input_embeddings(self) -> nn.Module:
@@ -149,7 +149,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's output for images and prompt.
+        """Return the language model's output for images and prompt.
 
         Args:
             input_ids: (B, T) token ids, padded on either side; nothing is appended.
@@ -177,13 +177,13 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         do_sample: bool = False,
         past_key_values: Any = None,
     ) -> np.ndarray:
-        """The action, in the units of the dataset: one token for each of its dimensions.
+        """Return the action, in the units of the dataset: one token for each of its dimensions.
 
-        An end-of-sequence token among them does not end it, where the original's `generate` would stop early: decoding
-        goes on, and such a token counts as the last bin, as every id below the action tokens.
+        An end-of-sequence token among them does not end it, although the original's `generate` would stop early:
+        decoding goes on, and such a token counts as the last bin, as every id below the action tokens.
 
         Args:
-            input_ids: (B, T) token ids, padded on either side. Token 29871 is appended where it is not last.
+            input_ids: (B, T) token ids, padded on either side. Token 29871 is appended if it is not last.
             unnorm_key: dataset whose statistics scale the action; None only if there is one, or the loader chose.
             pixel_values: (B, 6 * cameras, 224, 224), for each camera DINOv2's three channels and then SigLIP's.
             attention_mask: (B, T), nonzero for real tokens; None: padding tokens are padding.
@@ -210,7 +210,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def decode_tokens(
         self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None, count: int, cache: Any = None
     ) -> Tensor:
-        """(B, count) int64 on the CPU: the most likely tokens after the prompt. Arguments and errors as in
+        """Return (B, count) int64 on the CPU: the most likely tokens after the prompt. Arguments and errors as in
         `predict_action`.
         """
         prompt = read_prompt(input_ids, attention_mask, self.config)
@@ -251,12 +251,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         proprio: np.ndarray | None = None,
         unnorm_key: str | None = None,
     ) -> np.ndarray:
-        """Actions for one observation of one robot.
+        """Return actions for one observation of one robot.
 
         Args:
             images: (H, W, 3) uint8, RGB, upright, by the names of `cameras`.
-            instruction: what to do, in words.
-            proprio: the robot's state in its own units, where the policy reads it.
+            instruction: the task in words.
+            proprio: the robot's state in its own units, if the policy reads it.
             unnorm_key: as in `predict_action`.
 
         Returns:
@@ -288,14 +288,14 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return np.atleast_2d(found)
 
     def reset(self) -> None:
-        """Begins a new episode. The policy itself remembers nothing; an attached session forgets its episode here.
+        """Begin a new episode. The policy itself has no memory; an attached session forgets its episode here.
 
         Attaching puts the session's own method in this one's place, so call it through the policy, or bind it
         (`reset = policy.reset`) after attaching.
         """
 
     def visual_tokens(self, pixel_values: Tensor | None, rows: int) -> Tensor:
-        """(B, M, D) what the language model sees of the images. Arguments as in `predict_action`."""
+        """Return the inputs of the language model for the images, (B, M, D). Arguments as in `predict_action`."""
         expected = (rows, 6 * len(self.cameras), *[self.config.image_sizes[0]] * 2)
         if not isinstance(pixel_values, Tensor) or tuple(pixel_values.shape) != expected:
             found = "none" if pixel_values is None else type(pixel_values).__name__
@@ -314,16 +314,16 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return self.projector(self.vision_backbone(moved(pixel_values, weight.device, weight.dtype)))
 
     def _embed(self, prompt: Prompt, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, D) embeddings and (B, S) mask of [BOS][visual tokens][rest of the prompt]."""
+        """Return (B, S, D) embeddings and (B, S) mask of [BOS][visual tokens][rest of the prompt]."""
         return self.insert(self.embed_text(prompt), prompt, [features])
 
     def insert(self, text: Tensor, prompt: Prompt, inserted: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The sequence with (B, n, D) `inserted` between BOS and the rest: (B, S, D) embeddings and (B, S) mask.
+        """Return the sequence with (B, n, D) `inserted` between BOS and the rest: (B, S, D) embeddings and (B, S) mask.
 
         Args:
             text: (B, T, D) embeddings of the prompt.
-            prompt: what they are of.
-            inserted: what comes in between, in order.
+            prompt: the prompt itself.
+            inserted: the embeddings in between, in order.
         """
         between = [tokens.to(text.device, text.dtype) for tokens in inserted]
         mask = prompt.mask.to(text.device)
@@ -332,12 +332,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return sequence, torch.cat([mask[:, :1], seen, mask[:, 1:]], dim=1)
 
     def embed_text(self, prompt: Prompt) -> Tensor:
-        """(B, T, D) embeddings of the prompt's tokens."""
+        """Return (B, T, D) embeddings of the prompt's tokens."""
         embedding: Any = self.get_input_embeddings()
         return embedding(moved(prompt.ids, embedding.weight.device))
 
     def _state(self, proprio: np.ndarray | None, unnorm_key: str | None) -> dict[str, Any]:
-        """What `predict_action` is told of the robot's state."""
+        """Return the arguments of `predict_action` for the robot's state."""
         if proprio is not None:
             raise ObservationError("OpenVLA does not read the robot's state; give no proprio.")
         return {}
@@ -357,7 +357,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return cast(dict[str, Any], found)
 
     def dataset(self, unnorm_key: str | None) -> str:
-        """The dataset that `unnorm_key` means. Errors as in `predict_action`."""
+        """Return the dataset that `unnorm_key` means. Errors as in `predict_action`."""
         key = self.unnorm_key if unnorm_key is None else unnorm_key
         known = listed(self.norm_stats)
         if key is None:
@@ -374,11 +374,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
 
 def real_positions(mask: Tensor) -> Tensor:
-    """(B, S) positions that count real tokens only, so that padding shifts nothing."""
+    """Return (B, S) positions that count real tokens only, so that padding shifts nothing."""
     return (mask.cumsum(dim=1) - 1).clamp_min(0)
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` where the weights on `device` want it."""
-    # Weights on "meta" are offloaded; their module's own hook moves what it is called with.
+    """Return `tensor` on the device and in the dtype that the weights on `device` need."""
+    # Weights on "meta" are offloaded; their module's own hook moves its inputs.
     return tensor.to(device=None if device.type == "meta" else device, dtype=dtype)

@@ -1,8 +1,8 @@
 """OpenVLA-OFT: one bidirectional pass gives a whole chunk of actions.
 
 Facts from the official code (modeling_prismatic.py of openvla-oft and its fork of transformers), checked against golden
-outputs of it. What differs: batches; attention that is bidirectional with every backend and every padding, because
-the mask says so; and a denoising state in float32.
+outputs of it. Three things differ: batches; attention that is bidirectional with every backend and every padding,
+because the mask says so; and a denoising state in float32.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from vla_pruner.models.openvla.network import OpenVLAForActionPrediction, moved,
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
 
 PLACEHOLDER, STOP = 1, 2
-"""Token ids: what stands where an action will be (its embedding is zeroed), and what ends the sequence."""
+"""Token ids: the placeholder of an action (its embedding is zeroed), and the end of the sequence."""
 
 
 class OpenVLAOFT(OpenVLAForActionPrediction):
     """OpenVLA-OFT.
 
     The sequence is [BOS][visual tokens of each camera][state][diffusion timestep][rest of the prompt][placeholders]
-    [stop]; state and timestep only where the policy has a proprio projector and a diffusion head. There is one
-    placeholder for each number of the chunk, but what acts are the rows one to the left: from the last token of the
-    prompt to the last placeholder but one. With a diffusion head the language model runs once for each denoising
-    step, on the same visual tokens; the vision towers run once in any case.
+    [stop]; state and timestep only if the policy has a proprio projector and a diffusion head. There is one placeholder
+    for each number of the chunk, but the rows that act are one to the left: from the last token of the prompt to the
+    last placeholder but one. With a diffusion head the language model runs once for each denoising step, on the same
+    visual tokens; the vision towers run once in any case.
 
     Attributes:
         action_head: `L1ActionHead`, `DiffusionActionHead`, or None for discrete actions (tokens, all at once).
@@ -61,7 +61,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
 
     @property
     def proprio_size(self) -> int | None:
-        """How many numbers of the robot's state `act` takes; None: it takes none."""
+        """The number of values in the robot's state that `act` takes; None: it takes none."""
         return None if self.proprio_projector is None else self.proprio_projector.proprio_dim
 
     @property
@@ -81,11 +81,11 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
 
     @property
     def diffusion(self) -> bool:
-        """Whether actions are denoised."""
+        """True if actions are denoised."""
         return isinstance(self.action_head, DiffusionActionHead)
 
     def action_rows(self, attention_mask: Tensor) -> Tensor:
-        """Which rows act.
+        """Return the rows that act.
 
         Args:
             attention_mask: (B, T), nonzero for the real tokens of the text: the prompt with 29871 at its end.
@@ -98,7 +98,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return before + last + torch.arange(self.action_tokens, device=attention_mask.device)
 
     def rows_in_sequence(self, real: Tensor) -> Tensor:
-        """As `action_rows`, from (B, S): which positions of the language model's whole sequence are no padding."""
+        """Return `action_rows` from (B, S) `real`: False where the language model's whole sequence is padding."""
         last_prompt_token = real.sum(dim=1, keepdim=True) - self.action_tokens - 2
         return last_prompt_token + torch.arange(self.action_tokens, device=real.device)
 
@@ -118,17 +118,17 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         do_sample: bool = False,
         noise: Tensor | None = None,
     ) -> np.ndarray:
-        """A chunk of actions, in the units of the dataset.
+        """Return a chunk of actions, in the units of the dataset.
 
         The original returns a pair, and official scripts write `actions, _ = vla.predict_action(...)`; here it is the
         array alone, so write `actions = vla.predict_action(...)`. (Unpacked, a chunk of eight raises ValueError, but a
         chunk or a batch of two would silently be taken apart.)
 
         Args:
-            input_ids: (B, T) token ids, padded on either side. Token 29871 is appended where it is not last.
+            input_ids: (B, T) token ids, padded on either side. Token 29871 is appended if it is not last.
             unnorm_key: dataset whose statistics scale the actions; None only if there is one, or the loader chose.
             proprio: (dim,) or (B, dim) the robot's state, normalised (`normalize_proprio`) as the original takes it;
-                needed exactly where the policy has a proprio projector. `act` takes it in its own units.
+                needed if and only if the policy has a proprio projector. `act` takes it in its own units.
             proprio_projector, action_head, noisy_action_projector: accepted for scripts that pass them; they can only
                 be the policy's own.
             use_film: only False.
@@ -183,11 +183,11 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return found[0] if len(found) == 1 else found
 
     def action_hidden_states(self, prompt: Prompt, inserted: list[Tensor], noisy: Tensor | None = None) -> Tensor:
-        """One pass of the language model.
+        """Run one pass of the language model.
 
         Args:
             prompt: ends in the empty token.
-            inserted: (B, n, D) each: what comes between BOS and the prompt.
+            inserted: (B, n, D) each: the embeddings between BOS and the prompt.
             noisy: (B, chunk * dim, D) in the placeholders' places, zeros if None.
 
         Returns:
@@ -205,8 +205,61 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         rows = self.action_rows(prompt.mask).to(hidden.device)
         return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
 
+    def prepared(
+        self, input_ids: Tensor, pixel_values: Tensor, proprio: Any = None, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor] | None:
+        """Arguments of `predict_action` as those of `chunk_of`; None where the prompts are of unequal length. Errors as
+        there.
+        """
+        prompt = read_prompt(input_ids, attention_mask, self.config)
+        if not prompt.even:
+            return None
+        features = self.visual_tokens(pixel_values, len(input_ids))
+        weight = self.projector.fc1.weight
+        inputs = {
+            "input_ids": moved(prompt.ids, weight.device),
+            "pixel_values": moved(pixel_values, weight.device, weight.dtype),
+        }
+        state = _as_tensor(proprio)
+        check_inputs(proprio=state)
+        self._state_token(state, features)  # raises what does not fit
+        if state is not None:
+            inputs["proprio"] = moved(state[None] if state.dim() == 1 else state, weight.device, weight.dtype)
+        return inputs
+
+    def length_of(self, input_ids: Tensor) -> int:
+        """Positions of the sequence of `chunk_of`."""
+        visual = self.visual_slice.stop - self.visual_slice.start
+        return visual + (self.proprio_projector is not None) + input_ids.shape[1] + self.action_tokens + 1
+
+    def chunk_of(self, input_ids: Tensor, pixel_values: Tensor, proprio: Tensor | None = None) -> Tensor:
+        """The normalised actions (B, chunk, dim) float32 of a policy with an L1 head, by tensors alone.
+
+        Args:
+            input_ids: (B, T) prompts of one length that end in the empty token.
+            pixel_values: (B, 6 * cameras, 224, 224).
+            proprio: (B, dim) the robot's state, normalised, where the policy reads it.
+        """
+        features = self.projector(self.vision_backbone(pixel_values))
+        embedding: Any = self.get_input_embeddings()
+        text, stop = embedding(input_ids), embedding(torch.full_like(input_ids[:, :1], STOP))
+        slots = text.new_zeros(len(text), self.action_tokens, text.shape[2])
+        between = [tokens.to(text.dtype) for tokens in (features, *self._state_token(proprio, features))]
+        embeds = torch.cat([text[:, :1], *between, text[:, 1:], slots, stop], dim=1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        output = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=self._bidirectional(mask, embeds.dtype),
+            position_ids=real_positions(mask),
+            use_cache=False,
+            headless=True,
+        )
+        # What acts are the rows one to the left of the placeholders.
+        end = embeds.shape[1] - 2
+        return self._read_out(output.last_hidden_state[:, end - self.action_tokens : end])
+
     def _sequence(self, prompt: Prompt, inserted: list[Tensor], noisy: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, S, D) embeddings and (B, S) mask of the whole sequence."""
+        """Return (B, S, D) embeddings and (B, S) mask of the whole sequence."""
         full = prompt.followed_by([PLACEHOLDER] * self.action_tokens + [STOP], pad=self.config.pad_token_id)
         text = self.embed_text(full)
         slots = prompt.lengths[:, None] + torch.arange(self.action_tokens)
@@ -215,7 +268,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return self.insert(text.scatter(1, slots, filling), full, inserted)
 
     def _bidirectional(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, 1, S, S): every row sees every real position, also the rows of padding, which nobody reads."""
+        """Return (B, 1, S, S): every row sees every real position; the results of padding rows are not read."""
         seen = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1).contiguous()
         if self.config.text_config._attn_implementation == "sdpa":
             return seen
@@ -223,7 +276,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
     def _state_token(self, proprio: Tensor | None, features: Tensor) -> list[Tensor]:
-        """A list of the (B, 1, D) token of the robot's state, empty where the policy does not read it."""
+        """Return a list of the (B, 1, D) token of the robot's state, empty if the policy does not read it."""
         projector = self.proprio_projector
         if projector is None:
             if proprio is not None:
@@ -240,7 +293,9 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         return [projector(value)[:, None]]
 
     def _read_out(self, hidden: Tensor) -> Tensor:
-        """(B, chunk, dim) of hidden states (B, chunk * dim, D): normalised actions, or tokens if there is no head."""
+        """Return (B, chunk, dim) of hidden states (B, chunk * dim, D): normalised actions, or tokens if there is no
+        head.
+        """
         if self.action_head is not None:
             return self.action_head(_for_head(hidden, self.action_head)).float()
         _, tokens = most_likely(self.language_model.lm_head(hidden))

@@ -39,21 +39,22 @@ PUBLISHED_IMAGE_CONFIG: dict[str, Any] = {
         {"inplace": False, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     ],
 }
-"""What the published checkpoints' file says that matters: DINOv2's constants are ImageNet's rounded to bfloat16."""
+"""The settings that matter in the published checkpoints' file: DINOv2's constants are ImageNet's rounded to bfloat16.
+"""
 
 Image = Any
 """A PIL image, or an array or tensor of uint8."""
 
 
 class OpenVLAProcessor:
-    """Prepares what `predict_action` takes.
+    """Prepares the inputs of `predict_action`.
 
     Args:
         image_config: the content of preprocessor_config.json.
         tokenizer: of transformers, or any with its call and `bos_token_id`.
-        pad_token_id: the model's (config.json): what `predict_action` takes for padding where it is given no mask. The
-            tokenizer's own may be another one.
-        vocab_size: how many tokens the model knows, so that a tokenizer of another model is found out; None: any.
+        pad_token_id: the model's (config.json): the token that `predict_action` takes for padding if it is given no
+            mask. The tokenizer's own may be another one.
+        vocab_size: the number of tokens of the model, to detect a tokenizer of another model; None: any.
 
     Attributes:
         size: (height, width) that images are brought to.
@@ -85,7 +86,7 @@ class OpenVLAProcessor:
         pad_token_id: int = PUBLISHED_PAD,
         vocab_size: int | None = None,
     ) -> OpenVLAProcessor:
-        """The processor of a checkpoint folder.
+        """Return the processor of a checkpoint folder.
 
         Args:
             folder: with preprocessor_config.json, and tokenizer.json or tokenizer.model.
@@ -110,7 +111,7 @@ class OpenVLAProcessor:
     def __call__(
         self, text: str | Sequence[str], images: Image | Sequence[Image], return_tensors: str = "pt"
     ) -> BatchFeature:
-        """As the official processor: a batch of prompts with one image each; token 29871 is not appended.
+        """Prepare a batch of prompts with one image each, as the official processor does; token 29871 is not appended.
 
         For several cameras the official scripts call this for each and join `pixel_values` along the channels;
         `pixel_values` of this class takes all cameras at once.
@@ -166,7 +167,7 @@ class OpenVLAProcessor:
 
     @staticmethod
     def prompt(instruction: str) -> str:
-        """The text that the model was trained to complete; the instruction goes in as lower case.
+        """Return the text that the model was trained to complete; the instruction goes in as lower case.
 
         Raises:
             ObservationError: the instruction is no string.
@@ -184,7 +185,7 @@ class OpenVLAProcessor:
             (B, T) int64 ids, padded on the right, and their (B, T) int64 mask, 1 for real tokens.
 
         Raises:
-            ObservationError: one text was given in place of several, or something that is no text.
+            ObservationError: one text was given in place of several, or an entry is no text.
         """
         if not isinstance(prompts, (list, tuple)):
             raise ObservationError(
@@ -194,7 +195,7 @@ class OpenVLAProcessor:
 
     def _encode(self, prompt: Any) -> list[int]:
         _check_text("A prompt", prompt)
-        # BOS is put there here: whether a tokenizer adds it by itself depends on its file and transformers' version.
+        # BOS is added here: whether a tokenizer adds it by itself depends on its file and transformers' version.
         ids = [self.tokenizer.bos_token_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         if self._vocab_size is not None:
             check_ids(ids, self._vocab_size)
@@ -207,7 +208,7 @@ class OpenVLAProcessor:
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
 
     def _camera(self, image: Image) -> Tensor:
-        """(B, 3 * towers, height, width) of one camera."""
+        """Return (B, 3 * towers, height, width) of one camera."""
         resized = np.stack([bicubic_resize(row, self.size) for row in _rows(image)])
         colours = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
         towers = [(colours - mean) / std for mean, std in zip(self._mean, self._std, strict=True)]
@@ -220,7 +221,7 @@ def _check_text(what: str, text: Any) -> None:
 
 
 def _rows(image: Image) -> np.ndarray:
-    """(B, H, W, 3) uint8 of whatever stands for one camera's images."""
+    """Return (B, H, W, 3) uint8 of one camera's images in any supported form."""
     if hasattr(image, "convert"):  # a PIL image, known without importing PIL
         image = np.asarray(image.convert("RGB"))
     elif isinstance(image, Tensor):
@@ -242,7 +243,7 @@ def _rows(image: Image) -> np.ndarray:
 
 
 def _size(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) of the one treatment that is supported."""
+    """Return (height, width) of the one treatment that is supported."""
     supported = "Supported is the published checkpoints' 'resize-naive': bicubic with antialiasing to one square size."
     strategy = config.get("image_resize_strategy", "resize-naive")
     if strategy != "resize-naive" or config.get("tvf_do_letterbox"):
@@ -271,7 +272,7 @@ def _constants(config: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     if towers:
         means, stds = ([tower[name] for tower in towers] for name in ("mean", "std"))
     else:
-        # They are what training started from; where the file has tvf_normalize_params, those are what was applied.
+        # They are the values that training started from; if the file has tvf_normalize_params, those were applied.
         means, stds = _entry(config, "means"), _entry(config, "stds")
     count = len(_entry(config, "input_sizes"))
     if not len(means) == len(stds) == count or any(len(values) != 3 for values in (*means, *stds)):
@@ -302,5 +303,5 @@ def _entry(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
-    """(height, width); a single number stays alone, since it means the shorter side."""
+    """Return (height, width); a single number stays alone, since it means the shorter side."""
     return (size,) if isinstance(size, int) else tuple(size)

@@ -1,4 +1,4 @@
-"""The text part of a batch: rows brought to one form whatever side they are padded on."""
+"""The text part of a batch: rows brought to one form, whichever side they are padded on."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Prompt:
 
     @property
     def even(self) -> bool:
-        """Whether all rows are equally long."""
+        """True if all rows are equally long."""
         return bool((self.lengths == self.ids.shape[1]).all())
 
     def followed_by(self, tokens: list[int], pad: int) -> Prompt:
-        """Each row with `tokens` after its last real token."""
+        """Return each row with `tokens` after its last real token."""
         tail = torch.tensor(tokens)
         rows = [torch.cat([row[:length], tail]) for row, length in zip(self.ids, self.lengths, strict=True)]
         return Prompt(pad_sequence(rows, batch_first=True, padding_value=pad), self.lengths + len(tokens))
@@ -47,16 +47,17 @@ class Prompt:
 def read_prompt(
     input_ids: Tensor, attention_mask: Tensor | None, config: OpenVLAConfig, ends_empty: bool = True
 ) -> Prompt:
-    """The prompt of `input_ids` (B, T), padded on either side.
+    """Return the prompt of `input_ids` (B, T), padded on either side.
 
     Args:
         input_ids: (B, T) token ids, the first real one BOS.
-        attention_mask: (B, T), nonzero for real tokens; if None, whatever is not the padding token is real.
-        config: the model's, which knows the ids of BOS and of padding, and the vocabulary.
+        attention_mask: (B, T), nonzero for real tokens; if None, every token but the padding token is real.
+        config: the model's, with the ids of BOS and of padding, and the vocabulary.
         ends_empty: add the empty token to rows that do not end in it.
 
     Raises:
-        ObservationError: the shapes do not fit, a row is empty or does not begin with BOS, or an id is no token's.
+        ObservationError: the shapes do not fit, a row is empty or does not begin with BOS, or an id belongs to no
+            token.
     """
     _check_tensor("input_ids", input_ids)
     if attention_mask is not None:
@@ -70,7 +71,7 @@ def read_prompt(
             f"attention_mask has the shape {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}; they "
             "must be equal. Where the empty token (29871) was appended by hand, append a 1 to the mask too, or neither."
         )
-    # On the host: lengths decide shapes. Nothing was queued on the device yet, so nobody waits for long.
+    # On the host: lengths decide shapes. Nothing was queued on the device yet, so the wait is short.
     ids = input_ids.detach().cpu().long()
     pad, bos, vocabulary = config.pad_token_id, config.text_config.bos_token_id, config.text_config.vocab_size
     real = ids != pad if attention_mask is None else attention_mask.detach().cpu() != 0

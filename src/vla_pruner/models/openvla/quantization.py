@@ -1,4 +1,4 @@
-"""Weights of the language model in 8 or 4 bits, through bitsandbytes or torchao where one is installed."""
+"""Weights of the language model in 8 or 4 bits, through bitsandbytes or torchao if one is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from vla_pruner.errors import UnsupportedModelError
 
 KEPT = ("vision_backbone", "projector", "lm_head", "language_model.lm_head")
-"""Modules that stay as they are: they are small, and features and logits are where rounding tells."""
+"""The modules that stay as they are: they are small, and rounding matters most for features and logits."""
 INSTALL = {
     "accelerate": "pip install accelerate",
     "int8": "pip install accelerate bitsandbytes (or torchao in its place)",
@@ -19,14 +19,14 @@ INSTALL = {
 
 
 def quantization_config(quantization: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A quantization config of transformers.
+    """Return a quantization config of transformers.
 
     Args:
         quantization: "int8" or "int4", or such a config, which is returned as it is. Eight bits are bitsandbytes' on
-            CUDA and torchao's elsewhere, or the other's where one is absent. Four bits are bitsandbytes' (nf4), or
-            torchao's where mslk, which holds its kernels, is installed too.
-        device: where the policy will be.
-        dtype: what is computed in.
+            CUDA and torchao's elsewhere, or the other's if one is absent. Four bits are bitsandbytes' (nf4), or
+            torchao's if mslk, which holds its kernels, is installed too.
+        device: the policy's device.
+        dtype: the dtype of the computation.
 
     Raises:
         UnsupportedModelError: the name is another one, or no package for it is installed.

@@ -1,4 +1,4 @@
-"""OpenVLA and OpenVLA-OFT with random weights, at a tiny or at the published size, where there is no checkpoint."""
+"""OpenVLA and OpenVLA-OFT with random weights, at a tiny or at the published size, if there is no checkpoint."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def random_openvla(
     denoising_steps: int = 4,
     **text: Any,
 ) -> OpenVLAForActionPrediction | OpenVLAOFT:
-    """A policy that sees and attends, but knows nothing: `act` works, and its actions depend on image and words.
+    """Make an untrained policy that sees and attends: `act` works, and its actions depend on image and words.
 
     Weights are drawn so that attention is peaked, every layer counts, and decoded tokens are action tokens. They are
-    made where they will stay, so the published size needs no more memory than the policy itself.
+    made on their final device, so the published size needs no more memory than the policy itself.
 
     Args:
         size: "tiny" (3 million weights), or "full": the published 7.5 billion.
         oft: OpenVLA-OFT for LIBERO, with a proprio projector, instead of OpenVLA.
         head: of OFT; None for discrete actions.
         cameras: names of the images; one for OpenVLA and two for OFT if None.
-        device: where to put it.
+        device: the policy's device.
         dtype: of all weights.
         attn_implementation: of the language model.
         seed: of the weights, which depend on the device too.

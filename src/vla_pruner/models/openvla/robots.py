@@ -1,4 +1,4 @@
-"""What an OFT checkpoint does not say about itself: how long its chunks are, how they are scaled, what it looks at.
+"""Facts that an OFT checkpoint does not hold: the length of its chunks, its scaling, and its cameras.
 
 The official code keeps these as constants of three platforms and picks one by the name of the script (constants.py).
 """
@@ -12,7 +12,7 @@ from vla_pruner.errors import CheckpointError
 from vla_pruner.models.openvla.actions import Bounds
 
 CAMERAS = {1: ("image",), 2: ("image", "wrist_image"), 3: ("image", "left_wrist_image", "right_wrist_image")}
-"""Names of the cameras, by how many there are, in the order of the visual tokens."""
+"""The names of the cameras by their number, in the order of the visual tokens."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Platform:
     """One of the official platforms.
 
     Attributes:
-        name: what the datasets' names contain.
+        name: a part of the datasets' names.
         action_dim: numbers in an action.
         proprio_dim: numbers in the robot's state.
         chunk: actions in a chunk.
         bounds: which statistics scale actions and states.
-        cameras: how many images the official checkpoints with a state take.
+        cameras: number of images that the official checkpoints with a state take.
     """
 
     name: str
@@ -44,15 +44,15 @@ PLATFORMS = (
 
 
 def find_platform(action_dim: int, proprio_dim: int | None, datasets: Iterable[str]) -> Platform | None:
-    """The official platform with these sizes; where the sizes leave a choice, the one that the datasets are named by.
+    """Return the official platform with these sizes; if several have them, the one in the datasets' names.
 
     Args:
         action_dim: numbers in an action.
-        proprio_dim: numbers in the robot's state; None where the policy does not read it.
+        proprio_dim: numbers in the robot's state; None if the policy does not read it.
         datasets: names of the datasets in the statistics.
 
     Returns:
-        the platform; None where none or several fit.
+        the platform; None if none or several fit.
     """
     fitting = [p for p in PLATFORMS if p.action_dim == action_dim and proprio_dim in (None, p.proprio_dim)]
     if len(fitting) > 1:
@@ -62,7 +62,7 @@ def find_platform(action_dim: int, proprio_dim: int | None, datasets: Iterable[s
 
 
 def camera_names(count: int, cameras: tuple[str, ...] | None) -> tuple[str, ...]:
-    """`cameras` if given, else the usual names of `count` cameras.
+    """Return `cameras` if given, else the usual names of `count` cameras.
 
     Raises:
         CheckpointError: `cameras` is empty, names one twice, or names more than three.

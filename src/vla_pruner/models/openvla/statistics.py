@@ -1,4 +1,4 @@
-"""The statistics that scale an OpenVLA policy's actions, looked at when they are read: each fault names its file."""
+"""The statistics that scale an OpenVLA policy's actions, checked when they are read: each fault names its file."""
 
 from __future__ import annotations
 

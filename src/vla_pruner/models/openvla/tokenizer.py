@@ -1,7 +1,7 @@
-"""Llama's tokenizer, read from a checkpoint's own files: what they say is done, in every version of transformers.
+"""Llama's tokenizer, read from a checkpoint's own files as they are, with every version of transformers.
 
-transformers 5 builds Llama's tokenizer anew from the vocabulary when it is asked by name, and asks for trust in remote
-code where a published OpenVLA config.json lies beside it. Reading tokenizer.json as it is avoids both.
+transformers 5 builds Llama's tokenizer anew from the vocabulary if it is loaded by name, and requires trust in remote
+code if a published OpenVLA config.json lies beside it. Reading tokenizer.json as it is avoids both.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ _NAMES = (*_DEFAULTS, "pad_token")
 
 
 class Tokenizer(Protocol):
-    """What of a transformers tokenizer is used."""
+    """The part of a transformers tokenizer's interface that is used."""
 
     @property
     def bos_token_id(self) -> Any:
         """Id of the token that begins every sequence."""
 
     def __call__(self, text: Any, *, add_special_tokens: bool) -> Any:
-        """A mapping with `input_ids`, without special tokens if they are not to be added."""
+        """Return a mapping with `input_ids`, without special tokens if they are not to be added."""
 
 
 class StandInTokenizer:
     """One token for each byte of the text: for models with random weights that come without a tokenizer.
 
-    Never for a real checkpoint: it would read gibberish. Ids are those that Llama's vocabulary has for single bytes, 3
-    to 258, so they are deterministic and never action tokens.
+    It is never used for a real checkpoint, which would read gibberish. Ids are those that Llama's vocabulary has for
+    single bytes, 3 to 258, so they are deterministic and never action tokens.
 
     Args:
         vocab_size: of the model; at least 259.
@@ -45,7 +45,7 @@ class StandInTokenizer:
         self.vocab_size = vocab_size
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """`input_ids` of one text."""
+        """Return `input_ids` of one text."""
         ids = [3 + byte for byte in text.encode()]
         return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
 
@@ -70,12 +70,12 @@ class SentencePieceTokenizer:
         self.bos_token_id = self._pieces.bos_id()
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """`input_ids` of one text."""
+        """Return `input_ids` of one text."""
         return {"input_ids": self._pieces.Encode(text, add_bos=add_special_tokens)}
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder: tokenizer.json if it is there, else tokenizer.model.
+    """Return the tokenizer of a checkpoint folder: tokenizer.json if it is there, else tokenizer.model.
 
     Returns:
         a `PreTrainedTokenizerFast` of transformers, or a `SentencePieceTokenizer`.

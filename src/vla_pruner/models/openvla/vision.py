@@ -2,8 +2,8 @@
 
 Facts from the official code and from timm's vision transformer (README.md of the golden checkpoints): features are the
 output of the last block but one, without a final norm and without prefix tokens. Modules are named as in the published
-checkpoints. What these hold beyond that (the last block, the final norm, SigLIP's attention pool) is neither built
-nor loaded.
+checkpoints. The rest of their content (the last block, the final norm, SigLIP's attention pool) is neither built nor
+loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class LayerScale(nn.Module):
-    """Scales each channel; the name `gamma` would be rewritten by transformers, so the checkpoints call it so."""
+    """Scales each channel. transformers would rewrite the name `gamma`, so the checkpoints call it `scale_factor`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         hidden = self.patch_embed(pixels) + self.pos_embed
         if self.size.prefix:
-            # Positions are the patches' alone: the class token and the registers come after they were added.
+            # Positions belong to the patches alone: the class token and the registers are added after them.
             prefix = torch.cat([self.cls_token, self.reg_token], dim=1).expand(len(hidden), -1, -1)
             hidden = torch.cat([prefix, hidden], dim=1)
         for block in self.blocks:
@@ -139,7 +139,7 @@ class Projector(nn.Module):
 
 
 def unused_weights(dino: TowerSize, siglip: TowerSize) -> list[str]:
-    """Patterns of the weights that published checkpoints hold and the policy does not use."""
+    """Return patterns of the weights that published checkpoints hold and the policy does not use."""
     towers = {"featurizer": dino, "fused_featurizer": siglip}
     last = [rf"^vision_backbone\.{name}\.blocks\.{size.depth - 1}\." for name, size in towers.items()]
     return [*last, r"^vision_backbone\.(fused_)?featurizer\.norm\.", r"^vision_backbone\.fused_featurizer\.attn_pool\."]

@@ -46,12 +46,12 @@ class ReferenceConfig:
 
     @property
     def visual(self) -> slice:
-        """Where the visual tokens are in the prompt."""
+        """The place of the visual tokens in the prompt."""
         return slice(1, 1 + self.num_visual_tokens)
 
     @property
     def text(self) -> slice:
-        """Where the instruction is in the prompt."""
+        """The place of the instruction in the prompt."""
         return slice(1 + self.num_visual_tokens, 1 + self.num_visual_tokens + self.instruction_length)
 
     @property
@@ -60,7 +60,7 @@ class ReferenceConfig:
 
     @property
     def first_action_token(self) -> int:
-        """Token id of the lowest action bin; the bins are the end of the vocabulary, shared by all dimensions."""
+        """The token id of the lowest action bin; the bins end the vocabulary and are shared by all dimensions."""
         return 2 + len(self.words)
 
     @property
@@ -72,7 +72,7 @@ class ReferenceConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ReferenceConfig:
-        """The inverse of `to_dict`, after a trip through JSON."""
+        """Make a configuration from the result of `to_dict`, after a trip through JSON."""
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}")
@@ -88,7 +88,7 @@ _TEXTS, _ROWS = ("words", "tasks", "cameras"), ("proprio_mean", "proprio_scale")
 
 
 def check_setting(name: str, value: Any) -> None:
-    """Refuse a setting that no reference policy can have: ValueError names it."""
+    """Refuse a setting that no reference policy can have: a ValueError names it."""
     if name in _TEXTS:
         rows: Any = value if isinstance(value, (list, tuple)) else [None]
         is_pair = name == "tasks"

@@ -16,11 +16,11 @@ SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 def load_autoregressive_policy(
     folder: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ReferencePolicy:
-    """The trained autoregressive policy, in eval mode.
+    """Load the trained autoregressive policy, in eval mode.
 
     Args:
         folder: with `model.safetensors` and `config.json`; the weights shipped with the package if None.
-        device: where to put it.
+        device: the policy's device.
         dtype: the parameters' type; the weights are stored in float32.
 
     Raises:
@@ -40,5 +40,5 @@ def load_autoregressive_policy(
 
 
 def save_policy(policy: ReferencePolicy, folder: str | Path) -> None:
-    """Writes `model.safetensors` (float32) and `config.json` into `folder`."""
+    """Write `model.safetensors` (float32) and `config.json` into `folder`."""
     save(policy, folder, torch.float32)

@@ -48,7 +48,7 @@ class VisionBlock(nn.Module):
 
 
 def stem(width: int) -> nn.Sequential:
-    """The convolutional stem of the reference policies: (B, 3, H, W) -> (B, width, H / 8, W / 8)."""
+    """Return the convolutional stem of the reference policies: (B, 3, H, W) -> (B, width, H / 8, W / 8)."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 5, stride=2, padding=2),
         nn.GroupNorm(4, 32),
@@ -80,8 +80,8 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(width, config.vision_heads) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(width)
         self.landmarks = Landmarks(width, side)
-        # What the encoder says about an average scene, measured once after it was trained and subtracted: most of an
-        # image never changes, and what does change would otherwise be small beside it.
+        # The encoder's output for an average scene, measured once after training and subtracted: most of an image never
+        # changes, and the changes would otherwise be small beside it.
         self.register_buffer("centre", torch.zeros(side * side, width))
         self.register_buffer("spread", torch.ones(width))
 
@@ -90,7 +90,7 @@ class VisionEncoder(nn.Module):
         return self.stem(pixels).flatten(2).transpose(1, 2)
 
     def mix(self, patches: Tensor) -> Tensor:
-        """(B, M, vision_width) patches -> (B, M, vision_width) tokens that know where they are and what is around."""
+        """Mix patches (B, M, vision_width) into tokens of the same shape that depend on place and surroundings."""
         x = patches + self.position
         for block in self.blocks:
             x = block(x)
@@ -106,10 +106,10 @@ class VisionEncoder(nn.Module):
 
 
 class Landmarks(nn.Module):
-    """Two learned heat maps over the patches (object and goal), and what they add to the tokens.
+    """Two learned heat maps over the patches (object and goal), and the tags that they add to the tokens.
 
-    A token that a heat map points at is told so, and where exactly the landmark is; all other tokens are left alone.
-    A small language model then finds the few tokens that matter, instead of averaging over all of them.
+    A token that a heat map points at gets a tag with the landmark's exact place; all other tokens are left alone. A
+    small language model then finds the few tokens that matter, instead of averaging over all of them.
     """
 
     frequencies: Tensor
@@ -135,12 +135,12 @@ class Landmarks(nn.Module):
         return self.tag((weights[..., None] * features).flatten(-2))
 
     def weigh(self, cells: Tensor) -> Tensor:
-        """Heat maps (B, M, count) -> how much of each landmark is in each patch: all of it is somewhere."""
+        """Heat maps (B, M, count) -> how much of each landmark is in each patch; the parts add up to one."""
         return cells.softmax(dim=1)
 
 
 def grid_positions(side: int, width: int) -> Tensor:
-    """(side * side, width) sines and cosines of row and column: a start that already tells positions apart."""
+    """Return (side * side, width) sines and cosines of row and column: a start that already distinguishes positions."""
     frequencies = math.pi * 2.0 ** torch.linspace(-1, 3, width // 4)
     line = torch.linspace(-1, 1, side)[:, None] * frequencies
     waves = torch.cat([line.sin(), line.cos()], dim=1)
@@ -177,7 +177,7 @@ class ProprioProjector(nn.Module):
 class ReferencePolicy(TrainedPolicy):
     """A small vision-language-action policy, shaped like OpenVLA.
 
-    The prompt is [BOS][visual tokens][instruction][proprio] (`config.visual` is where the visual tokens are). The
+    The prompt is [BOS][visual tokens][instruction][proprio] (`config.visual` has the place of the visual tokens). The
     action is decoded greedily, one token a dimension: one prefill of the whole prompt, whose last row gives dx, then
     one call of `language_model` a further dimension with the key-value cache.
     """
@@ -191,7 +191,7 @@ class ReferencePolicy(TrainedPolicy):
 
     def __init__(self, config: ReferenceConfig) -> None:
         super().__init__(config)
-        from transformers import LlamaConfig, LlamaForCausalLM  # heavy: only who builds a policy pays for it
+        from transformers import LlamaConfig, LlamaForCausalLM  # heavy: imported only if a policy is built
 
         self.vision = VisionEncoder(config)
         self.projector = nn.Sequential(
@@ -245,7 +245,7 @@ class ReferencePolicy(TrainedPolicy):
         return self.image_size, self.image_size, 3
 
     def visual_tokens(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, M, hidden): what the language model receives."""
+        """Return the visual inputs of the language model: (B, H, W, 3) uint8 -> (B, M, hidden)."""
         return self.projector(self.vision(self.pixels(images))) + self.visual_position
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -253,11 +253,11 @@ class ReferencePolicy(TrainedPolicy):
         return self.language_model.get_input_embeddings()(ids)
 
     def prompt(self, images: Tensor, instructions: Sequence[str], proprio: Tensor) -> Tensor:
-        """The prompt's embeddings, (B, config.prompt_length, hidden)."""
+        """Return the prompt's embeddings, (B, config.prompt_length, hidden)."""
         return self.embed_prompt(images, self.encode_instructions(instructions), proprio)
 
     def embed_prompt(self, images: Tensor, ids: Tensor, proprio: Tensor) -> Tensor:
-        """`prompt` of instructions that are token ids (B, config.instruction_length) already."""
+        """Return `prompt` of instructions that are token ids (B, config.instruction_length) already."""
         visual = self.visual_tokens(images)
         batch = visual.shape[0]
         bos = self.embed(torch.full((batch, 1), BOS, device=self.device))
@@ -283,7 +283,7 @@ class ReferencePolicy(TrainedPolicy):
             ObservationError: an argument does not fit; the message says which.
             CheckpointError: the network gives numbers that are not finite.
         """
-        frames, ids, states, single = self._prepared(images, instruction, proprio)
+        frames, ids, states, single = self.prepared(images, instruction, proprio)
         actions = finite_action(self.decode(self.embed_prompt(frames, ids, states)).float().cpu().numpy(), self)
         return actions[0] if single else actions
 
@@ -297,8 +297,8 @@ class ReferencePolicy(TrainedPolicy):
         chosen: list[Tensor] = []
         believed: list[Tensor] = []
         for step in range(self.config.action_dimensions):
-            # The mask is all ones but never None: transformers reads missing masks as "maybe packed sequences" and
-            # then cuts attention wherever positions are not consecutive, as they are not once tokens were pruned.
+            # The mask is all ones but never None: transformers reads missing masks as "maybe packed sequences" and then
+            # cuts attention wherever positions are not consecutive, which is the case after pruning.
             mask = torch.ones((batch, length + step), dtype=torch.long, device=prompt.device)
             output = self.language_model(
                 inputs_embeds=embeddings,

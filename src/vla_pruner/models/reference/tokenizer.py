@@ -17,12 +17,12 @@ def split_words(instruction: str) -> list[str]:
 
 
 def vocabulary(instructions: Iterable[str]) -> tuple[str, ...]:
-    """All words of the instructions, sorted."""
+    """Return all words of the instructions, sorted."""
     return tuple(sorted({word for instruction in instructions for word in split_words(instruction)}))
 
 
 def encode(instruction: str, words: tuple[str, ...], length: int) -> list[int]:
-    """Token ids of an instruction, padded on the left to `length`; a clear error for what was never trained."""
+    """Return the token ids of an instruction, padded on the left to `length`; untrained words raise a clear error."""
     ids = {word: number for number, word in enumerate(words, _FIRST_WORD)}
     found = split_words(instruction)
     unknown = [word for word in found if word not in ids]

@@ -1,4 +1,4 @@
-"""What the two reference policies share: their description, their words, and checks of what they are given."""
+"""The common base of the two reference policies: their description, their words, and checks of their inputs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class TrainedPolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of the weights."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype of the weights."""
         raise NotImplementedError
 
     @property
@@ -48,12 +48,12 @@ class TrainedPolicy(nn.Module):
 
     @property
     def vision_towers(self) -> tuple[nn.Module, ...]:
-        """What turns pixels into patch features."""
+        """The modules that turn pixels into patch features."""
         raise NotImplementedError
 
     @property
     def proprio_size(self) -> int:
-        """How many numbers of proprioception `act` takes."""
+        """The number of proprioception values that `act` takes."""
         return len(self.config.proprio_mean)
 
     @property
@@ -63,22 +63,22 @@ class TrainedPolicy(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the only images that it takes."""
+        """The side of the images; no other size is accepted."""
         return self.config.image_size
 
     @property
     def instructions(self) -> tuple[str, ...]:
-        """What it was trained on."""
+        """The instructions of the training."""
         return tuple(instruction for _, instruction in self.config.tasks)
 
     def example(self) -> Observation:
-        """Grey images of its size, its first instruction, and the mean state of its training."""
+        """Return grey images of its size, its first instruction, and the mean state of its training."""
         side = self.image_size
         images = {camera: np.full((side, side, 3), 128, np.uint8) for camera in self.cameras}
         return Observation(images, self.instructions[0], np.asarray(self.config.proprio_mean, np.float32))
 
     def reset(self) -> None:
-        """Begins a new episode. The policy itself remembers nothing."""
+        """Begin a new episode. The policy itself has no memory."""
 
     def pixels(self, images: Tensor) -> Tensor:
         """(..., H, W, 3) uint8 -> (..., 3, H, W), normalised."""
@@ -128,11 +128,11 @@ class TrainedPolicy(nn.Module):
         return self._as_chunks(self.predict_action(frames, list(instructions), np.stack(proprio)))
 
     def _as_chunks(self, actions: np.ndarray) -> np.ndarray:
-        """What `predict_action` returns, with the actions of a chunk in the last dimension but one."""
+        """Return the result of `predict_action` with the actions of a chunk in the last dimension but one."""
         return actions
 
     def _frame(self, images: Mapping[str, Any]) -> Any:
-        """One robot's images by camera as `predict_action` takes them."""
+        """Return one robot's images by camera as `predict_action` takes them."""
         check_images(images, self.cameras)
         if set(images) != set(self.cameras):
             raise ObservationError(
@@ -145,8 +145,8 @@ class TrainedPolicy(nn.Module):
             raise ObservationError(f"The cameras' images differ in shape: {shapes}.")
         return np.stack([np.asarray(images[name]) for name in self.cameras])
 
-    def _prepared(self, images: Any, instruction: Any, proprio: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """Checks what `predict_action` was given.
+    def prepared(self, images: Any, instruction: Any, proprio: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Check the arguments of `predict_action`.
 
         Returns:
             images (B, *frame_shape) uint8, instructions (B, instruction_length) int64 and states (B, P) on the device,
@@ -162,7 +162,7 @@ class TrainedPolicy(nn.Module):
             check_instruction(text)
         self._check_inputs(frames, instructions, states)
         ids = self.encode_instructions(instructions)
-        # Copies of one kind, whatever was given: a compiled call would be compiled anew for another.
+        # Copies of one kind, whatever the arguments: a compiled call would be compiled anew for another.
         laid_out = {"copy": True, "memory_format": torch.contiguous_format}
         return frames.to(self.device, **laid_out), ids, states.to(self.device, self.dtype, **laid_out), single
 

@@ -1,4 +1,4 @@
-"""A method: one frozen dataclass, whose fields are what --method takes after colons."""
+"""A method: one frozen dataclass, whose fields are the options of --method after colons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A toy policy around a decoder of transformers, and the family that says where things are in it."""
+"""A toy policy around a decoder of transformers, and the family that describes its prompt."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def load_toy(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 
 def toy_feed(policy: ToyPolicy, settings: Any, device: torch.device) -> Feed:
-    """What a benchmark gives it."""
+    """Return a benchmark's feed for it."""
     draw = torch.Generator().manual_seed(settings.seed)
     image = torch.randn(settings.batch, policy.tokens, 32, generator=draw).to(device)
     sentence = torch.randn(settings.batch, 5, 32, generator=draw).to(device)
@@ -96,5 +96,5 @@ def toy_feed(policy: ToyPolicy, settings: Any, device: torch.device) -> Feed:
 
 
 def toy_in_libero(policy: ToyPolicy, center_crop: bool) -> Convention:
-    """How it sees LIBERO."""
+    """Return its convention for LIBERO."""
     return Convention({"image": "agentview"}, proprio=False, horizon=3)

@@ -1,0 +1,290 @@
+"""Everything that is measured on a GPU, in ten minutes and without a network: docs/gpu.md.
+
+    python -m benchmarks.gpu --out DIR          # on a machine with a GPU
+    python -m benchmarks.gpu --out DIR --dry    # every line of it on the CPU, tiny
+
+Each item runs in a process of its own, which is killed at the item's limit, and is written to DIR/items/NAME.json
+before the next begins. DIR/gpu.json has all of them. An item whose file is there does not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.child import COMPILING_AT_ONCE, ROOT, write
+from benchmarks.gpu.plan import COMPILING, PLAN, TEN_MINUTES, Bar, Item, chosen, seconds, told
+
+FORMAT = "vla-pruner gpu 1"
+DONE, FAILED, STOPPED, ABSENT = "done", "failed", "stopped at its limit", "not here"
+
+Command = Callable[[Item, Path], list[str]]
+
+
+class Run:
+    """One run of the plan.
+
+    Args:
+        out: folder of the results.
+        dry: tiny, on the CPU.
+        limits: seconds of items, where they differ from the plan's.
+        budget: seconds of the whole run; an item gets no more than what is left of them.
+        backend: of compiled items.
+        command: of an item's process, for tests; (item, file) to its words.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        dry: bool = False,
+        limits: Mapping[str, int] | None = None,
+        budget: float = TEN_MINUTES,
+        backend: str = "inductor",
+        command: Command | None = None,
+    ) -> None:
+        self._out = out
+        self._dry = dry
+        self._limits = limits or {}
+        self._end = time.monotonic() + budget
+        self._backend = backend
+        self._command = command or self._own_command
+        (out / "items").mkdir(parents=True, exist_ok=True)
+
+    def file_of(self, item: Item) -> Path:
+        """Where an item is written."""
+        return self._out / "items" / f"{item.name}.json"
+
+    def run(self, items: Sequence[Item], again: bool = False) -> dict[str, Any]:
+        """Runs items that have no file yet (`again`: all of these), each written before the next begins; returns all
+        that is known now, those of earlier runs too.
+        """
+        for item in items:
+            if self.file_of(item).is_file() and not again:
+                print(f"{item.name}: there already; --again runs it anew.", flush=True)
+                continue
+            found = self._item(item)
+            write(self.file_of(item), found)
+            self.summary()
+            reason = f" ({found['reason']})" if found.get("reason") else ""
+            print(f"{item.name}: {found['status']}{reason}, {found['seconds']:.0f} s", flush=True)
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """All items that are written, with the bars; written to gpu.json."""
+        files = [self.file_of(item) for item in PLAN if self.file_of(item).is_file()]
+        items = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        conditions = next((item["conditions"] for item in items if item.get("conditions")), None)
+        found = {"format": FORMAT, "dry": self._dry, "conditions": conditions, "items": items}
+        write(self._out / "gpu.json", found)
+        return found
+
+    def _item(self, item: Item) -> dict[str, Any]:
+        head = {"item": item.name, "says": item.says, "dry": self._dry}
+        if item.missing is not None:
+            return {**head, "status": ABSENT, "reason": item.missing, "seconds": 0.0, "bars": judged(item, {}, None)}
+        limit = min(self._limits.get(item.name, item.limit), self._end - time.monotonic())
+        if limit < 1:
+            reason = "the time of the whole run was over"
+            return {**head, "status": STOPPED, "reason": reason, "seconds": 0.0, "bars": judged(item, {}, None)}
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            run = self._compile if item.name == COMPILING else self._one
+            status, reason, found = run(item, limit, Path(folder))
+        taken = round(time.monotonic() - start, 1)
+        bars = judged(item, found, (found.get("conditions") or {}).get("device_name"), self._dry)
+        return {**head, "status": status, "reason": reason, "seconds": taken, "limit": limit, **found, "bars": bars}
+
+    def _one(self, item: Item, limit: float, folder: Path) -> tuple[str, str | None, dict[str, Any]]:
+        file, log = folder / "found.json", self._out / "items" / f"{item.name}.log"
+        code = wait(start(self._command(item, file), log), time.monotonic() + limit)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return *ending(code, log), found
+
+    def _compile(self, item: Item, limit: float, folder: Path) -> tuple[str, str | None, dict[str, Any]]:
+        """The compiled items' programs, several processes at once; the limit is that of all together."""
+        end = time.monotonic() + limit
+        waiting = [one for one in PLAN if one.missing is None and any(job.options.get("compile") for job in one.jobs)]
+        if self._dry:
+            waiting = waiting[:2]  # a process more would show nothing more
+        running: list[tuple[Item, subprocess.Popen[bytes], Path, Path]] = []
+        found: dict[str, Any] = {"processes": []}
+        while waiting or running:
+            while waiting and len(running) < COMPILING_AT_ONCE and time.monotonic() < end:
+                one = waiting.pop(0)
+                file, log = folder / f"{one.name}.json", self._out / "items" / f"{COMPILING}-{one.name}.log"
+                running.append((one, start([*self._command(one, file), "--compile-only"], log), file, log))
+            over = time.monotonic() >= end
+            for entry in list(running):
+                one, process, file, log = entry
+                code = wait(process, 0.0) if over else process.poll()
+                if code is None and not over:
+                    continue
+                running.remove(entry)
+                status, reason = ending(code, log)
+                content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+                found["conditions"] = found.get("conditions") or content.get("conditions")
+                told = {"item": one.name, "status": status, "reason": reason, "jobs": content.get("compiled", [])}
+                found["processes"].append(told)
+            if over:
+                break
+            time.sleep(0.05)
+        found["processes"] += [{"item": one.name, "status": STOPPED, "reason": "never began"} for one in waiting]
+        states = [one["status"] for one in found["processes"]]
+        status = next((bad for bad in (FAILED, STOPPED) if bad in states), DONE)
+        return status, None, found
+
+    def _own_command(self, item: Item, file: Path) -> list[str]:
+        dry = ["--dry"] if self._dry else []
+        return [sys.executable, "-m", "benchmarks.gpu.child", item.name, str(file), *dry, "--backend", self._backend]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """A process with a group of its own, so that what it started goes with it, in the repository's root."""
+    paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+
+
+def wait(process: subprocess.Popen[bytes], end: float) -> int | None:
+    """The exit code; None where the process was killed, with all that it started, since it ran past `end`."""
+    try:
+        return process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        # A process that a driver holds may stay for a while; the next item does not wait for it.
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            print(f"Process {process.pid} does not go away.", flush=True)
+        return None
+
+
+def ending(code: int | None, log: Path) -> tuple[str, str | None]:
+    """Status and reason of a process that ended with this code; None: it was killed at its limit."""
+    if code is None:
+        return STOPPED, None
+    if code == 0:
+        return DONE, None
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return FAILED, lines[-1][:500] if lines else f"exit code {code}"
+
+
+def judged(item: Item, found: Mapping[str, Any], device: str | None, dry: bool = False) -> list[dict[str, Any]]:
+    """Every bar of an item, with the figure that was found and whether it meets the bar; `met` is None where there is
+    no figure that may be held against it.
+    """
+    jobs = {job["name"]: job["report"] for job in found.get("jobs", ())}
+
+    def one(bar: Bar) -> dict[str, Any]:
+        report = jobs.get(bar.job)
+        arm = None if report is None else next((arm for arm in report["arms"] if arm["name"] == bar.arm), None)
+        figure = None
+        if arm is not None:
+            figure = arm["speed"]["value"] if bar.figure == "speed" else arm["milliseconds"]["p50"]
+        other = bar.device is not None and bar.device not in (device or "")
+        met = None if figure is None or other or dry else bar.holds(figure)
+        return {"says": bar.says, "found": figure, "met": met}
+
+    return [one(bar) for bar in item.bars]
+
+
+def limits_of(words: Sequence[str]) -> dict[str, int]:
+    """NAME=SECONDS each.
+
+    Raises:
+        ValueError: one is not.
+    """
+    found = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        if not number.isdigit() or int(number) < 1:
+            raise ValueError(f"--limit is {word}; it is NAME=SECONDS, such as oft=200.")
+        chosen((name,))
+        found[name] = int(number)
+    return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the plan; 0 where every item that can run here was done, 1 where one failed or ran out of time, 2 where the
+    flags make no sense or there is no GPU.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", metavar="DIR", type=Path, required=True, help="folder of the results")
+    add("--dry", action="store_true", help="every line of it on the CPU, with tiny sizes")
+    add("--only", metavar="A,B", type=names, default=(), help="these items (default: all)")
+    add("--skip", metavar="A,B", type=names, default=(), help="not these")
+    add("--again", action="store_true", help="run items whose file is there, too")
+    add("--limit", metavar="ITEM=S", action="append", default=[], help="another limit of an item; may be repeated")
+    add(
+        "--budget",
+        metavar="S",
+        type=float,
+        default=TEN_MINUTES,
+        help="seconds of the whole run (default: %(default)s)",
+    )
+    add("--backend", default="inductor", help="of compiled items, as of torch.compile (default: %(default)s)")
+    add("--plan", action="store_true", help="print the plan, and run nothing")
+    given = parser.parse_args(arguments)
+    try:
+        items, limits = chosen(given.only, given.skip), limits_of(given.limit)
+        problem = None if given.plan else obstacle(given.out, given.dry)
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        print(f"benchmarks.gpu: {problem}", file=sys.stderr)
+        return 2
+    print(told(items, limits), flush=True)
+    if given.plan:
+        return 0
+    if seconds(items, limits) > given.budget:
+        print(f"The limits are more than the {given.budget:g} s of the run: the last items may find none left.")
+    run = Run(given.out, given.dry, limits, given.budget, given.backend)
+    found = run.run(items, given.again)
+    for item in found["items"]:
+        for bar in item["bars"]:
+            figure = "-" if bar["found"] is None else f"{bar['found']:.2f}"
+            print(f"{bar['says']}: {figure}, {MET[bar['met']]}")
+    mine = {item.name for item in items}
+    states = {item["status"] for item in found["items"] if item["item"] in mine}
+    return 0 if states <= {DONE, ABSENT} else 1
+
+
+MET = {True: "met", False: "not met", None: "not measured"}
+
+
+def obstacle(out: Path, dry: bool) -> str | None:
+    """Why a run into this folder makes no sense; None if it does."""
+    if out.exists() and not out.is_dir():
+        return f"--out is {out}, which is a file; give a folder."
+    file = out / "gpu.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("dry") is not dry:
+        kind = "no dry run, and this is one" if dry else "a dry run, and this is none"
+        return f"--out is {out}, which holds {kind}; give another folder."
+    if not dry:
+        import torch
+
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device here; --dry goes through everything on the CPU."
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""What the ten minutes on a GPU are spent on: the items in their order, their limits, and the bars of the day."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from vla_pruner.registry import row_named
+
+TEN_MINUTES = 600
+
+CORRECTNESS, COMPILING, CHOOSING = "correctness", "compiling", "choosing"
+"""Items that are no benchmark of a policy."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One benchmark of a policy.
+
+    Attributes:
+        name: unique within its item.
+        model: as of `vla-pruner bench --model`.
+        options: fields of `BenchSettings` beside those that all jobs share.
+    """
+
+    name: str
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self, dry: bool, backend: str = "inductor") -> dict[str, Any]:
+        """Fields of `BenchSettings`, the model left out.
+
+        Args:
+            dry: tiny sizes on the CPU, two steps an arm, "compiled" without compiling.
+            backend: of compiled jobs, as of `torch.compile`.
+        """
+        shared: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "iters": 60}
+        if dry:
+            shared = {"device": "cpu", "dtype": "float32", "size": "tiny", "layers": 4, "threads": 1}
+        compiled, last = self.options.get("compile", False), {"iters": 2} if dry else {}
+        return {**shared, **self.options, **last, "compile": ("eager" if dry else backend) if compiled else False}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure that the day is measured by.
+
+    Attributes:
+        says: the bar as a sentence's part.
+        job, arm: whose figure.
+        figure: "speed" (against unpruned) or "p50" (milliseconds of a control step).
+        at_least, at_most: the bar; one of them.
+        device: a part of the name of the GPU that it is meant for; None: any.
+    """
+
+    says: str
+    job: str
+    arm: str
+    figure: str
+    at_least: float | None = None
+    at_most: float | None = None
+    device: str | None = None
+
+    def holds(self, found: float) -> bool:
+        """Whether a figure meets it."""
+        return found >= self.at_least if self.at_least is not None else found <= (self.at_most or 0.0)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A part of the run, with a process and a file of its own.
+
+    Attributes:
+        name: of its file.
+        says: what it is.
+        limit: seconds after which its process is killed; what it has found by then is kept.
+        jobs: benchmarks, in their order.
+        needs: a module without which it says "not here".
+        bars: of its figures.
+    """
+
+    name: str
+    says: str
+    limit: int
+    jobs: tuple[Job, ...] = ()
+    needs: str | None = None
+    bars: tuple[Bar, ...] = ()
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot run on this machine; None if it can."""
+        if self.needs is not None and find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        unknown = [job.model for job in self.jobs if row_named(job.model) is None]
+        return f"this version knows no {unknown[0]}" if unknown else None
+
+
+def arm_named(keep: float, fate: str) -> str:
+    """The arm of `VLAPruner` at layer 3."""
+    return f"vla-pruner {keep:g} {fate} K=3"
+
+
+_QUARTER, _EIGHTH = (0.25,), (0.25, 0.125)
+
+PLAN: tuple[Item, ...] = (
+    Item(CORRECTNESS, "the tests marked `gpu`", 100),
+    Item(COMPILING, "the programs of the items below, several processes at once, into torch's own cache", 140),
+    Item(
+        "oft",
+        "OpenVLA-OFT, two cameras, dropped, compiled",
+        75,
+        (Job("compiled", "openvla-oft", {"cameras": 2, "keep": _EIGHTH, "pruned": ("drop",), "compile": True}),),
+        bars=(
+            Bar(
+                "OpenVLA-OFT, two cameras, .125 dropped: at least 2.0x",
+                "compiled",
+                arm_named(0.125, "drop"),
+                "speed",
+                2.0,
+            ),
+        ),
+    ),
+    Item(
+        "oft-frozen",
+        "OpenVLA-OFT, two cameras, frozen, compiled",
+        65,
+        (Job("compiled", "openvla-oft", {"cameras": 2, "keep": _EIGHTH, "pruned": ("freeze",), "compile": True}),),
+    ),
+    Item(
+        "oft-eager",
+        "OpenVLA-OFT, two cameras, dropped and frozen, eager",
+        35,
+        (Job("eager", "openvla-oft", {"cameras": 2, "keep": _EIGHTH, "pruned": ("drop", "freeze"), "iters": 24}),),
+    ),
+    Item(
+        "pi0",
+        "pi0, three cameras, compiled and eager",
+        60,
+        (
+            Job("compiled", "pi0", {"cameras": 3, "keep": _QUARTER, "pruned": ("drop",), "compile": True}),
+            Job("eager", "pi0", {"cameras": 3, "keep": _QUARTER, "pruned": ("drop", "freeze"), "iters": 24}),
+        ),
+        bars=(
+            Bar("pi0, three cameras, .25 dropped: at least 1.35x", "compiled", arm_named(0.25, "drop"), "speed", 1.35),
+            Bar(
+                "pi0, three cameras, .25 dropped: under 12 ms",
+                "compiled",
+                arm_named(0.25, "drop"),
+                "p50",
+                at_most=12.0,
+            ),
+        ),
+    ),
+    Item(
+        "pi05",
+        "LeRobot's pi0.5, three cameras, compiled",
+        60,
+        (Job("compiled", "lerobot-pi05", {"cameras": 3, "keep": _QUARTER, "pruned": ("drop",), "compile": True}),),
+        needs="lerobot",
+        bars=(
+            Bar(
+                "pi0.5, unpruned and compiled: within 1.2x of sglang's 43 ms on an H200",
+                "compiled",
+                "unpruned",
+                "p50",
+                at_most=1.2 * 43,
+                device="H200",
+            ),
+        ),
+    ),
+    Item(
+        "openvla-8",
+        "OpenVLA, eight robots in a call, compiled",
+        55,
+        (Job("compiled", "openvla-7b", {"batch": 8, "keep": _QUARTER, "pruned": ("drop",), "compile": True}),),
+        bars=(
+            Bar(
+                "OpenVLA, batch 8, .25 dropped: at least 2.0x",
+                "compiled",
+                arm_named(0.25, "drop"),
+                "speed",
+                2.0,
+            ),
+        ),
+    ),
+    Item(
+        "openvla-1",
+        "OpenVLA, one robot, compiled",
+        50,
+        (Job("compiled", "openvla-7b", {"batch": 1, "keep": _QUARTER, "pruned": ("drop",), "compile": True}),),
+    ),
+    Item(
+        "smolvla",
+        "LeRobot's SmolVLA, eager",
+        40,
+        (Job("eager", "lerobot-smolvla", {"keep": _QUARTER, "pruned": ("drop",)}),),
+        needs="lerobot",
+    ),
+    Item(
+        "molmoact2",
+        "LeRobot's MolmoAct2, eager",
+        40,
+        (Job("eager", "lerobot-molmoact2", {"keep": _QUARTER, "pruned": ("drop",)}),),
+        needs="lerobot",
+    ),
+    Item(CHOOSING, "the greedy filter alone, every form of it", 20),
+)
+"""Everything, in the order in which it is worth having."""
+
+
+def chosen(only: tuple[str, ...] = (), skip: tuple[str, ...] = ()) -> tuple[Item, ...]:
+    """Items by name, in the plan's order.
+
+    Raises:
+        ValueError: a name is none's.
+    """
+    known = [item.name for item in PLAN]
+    for name in (*only, *skip):
+        if name not in known:
+            raise ValueError(f"{name!r} is no item; there are {', '.join(known)}.")
+    return tuple(item for item in PLAN if (not only or item.name in only) and item.name not in skip)
+
+
+def seconds(items: tuple[Item, ...], limits: Mapping[str, int]) -> int:
+    """The sum of the limits of the items that can run here."""
+    return sum(limits.get(item.name, item.limit) for item in items if item.missing is None)
+
+
+def told(items: tuple[Item, ...], limits: Mapping[str, int]) -> str:
+    """The plan as text, with its sum."""
+    lines = [
+        f"{item.name:12} {'-' if item.missing else limits.get(item.name, item.limit):>4} s  {item.says}"
+        + (f" (not here: {item.missing})" if item.missing else "")
+        for item in items
+    ]
+    return "\n".join([*lines, f"{'sum':12} {seconds(items, limits):>4} s of at most {TEN_MINUTES}"])

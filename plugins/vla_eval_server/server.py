@@ -1,0 +1,88 @@
+"""A model server of vla-eval (PyPI: vla-eval 0.8) whose policy is pruned, with a memory for each of its sessions.
+
+    python plugins/vla_eval_server/server.py --args.policy CHECKPOINT --args.keep 0.25 --port 8000
+
+and `vla-eval run` with a configuration of one of its LIBERO benchmarks drives it. Its EPISODE_START begins an episode
+here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vla_eval.model_servers.base import SessionContext
+from vla_eval.model_servers.predict import PredictModelServer
+from vla_eval.specs import GRIPPER_CLOSE_POS, IMAGE_RGB, LANGUAGE, POSITION_DELTA, ROTATION_AA, DimSpec
+
+import vla_pruner as vp
+from vla_pruner.method_names import methods_of
+from vla_pruner.observations import Observation
+from vla_pruner.simulators.libero_conventions import AGENT, WRIST, libero_convention
+
+CAMERAS = {AGENT: "agentview", WRIST: "wrist"}
+"""What vla-eval's LIBERO benchmarks call the cameras."""
+
+
+class PrunedModelServer(PredictModelServer):
+    """A policy as it was evaluated on LIBERO (OpenVLA, OpenVLA-OFT, pi0, LeRobot's), pruned.
+
+    Args:
+        policy: a checkpoint's folder or hub name; or a policy that is loaded already.
+        method: as `--method` of vla-pruner's commands.
+        keep: visual tokens kept, a fraction or a number.
+        layer: the pruning layer.
+        device: where the policy runs.
+        options: of vla-eval's own server.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        method: str = "vla-pruner",
+        keep: float | int = 0.25,
+        layer: int = 3,
+        device: str = "cpu",
+        **options: Any,
+    ) -> None:
+        self.policy: Any = vp.load_policy(policy, device=device) if isinstance(policy, str) else policy
+        self.convention = libero_convention(self.policy)
+        (made,) = methods_of((method,), (keep,), (layer,))
+        self.session = made.method.attach(self.policy)
+        self.memories: dict[str, Any] = {}
+        # vla-eval hands a chunk out action by action, as many as the policy's own evaluation carries out.
+        super().__init__(chunk_size=self.convention.horizon or getattr(self.policy, "chunk", 1), **options)
+
+    async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
+        await super().on_episode_start(config, ctx)
+        self.memories[ctx.session_id] = None
+
+    async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
+        await super().on_episode_end(result, ctx)
+        self.memories.pop(ctx.session_id, None)
+
+    def predict(self, obs: dict[str, Any], ctx: SessionContext) -> dict[str, Any]:
+        images = {camera: obs["images"][name] for camera, name in CAMERAS.items() if name in obs["images"]}
+        state = obs.get("states", obs.get("state"))
+        proprio = None if state is None else np.asarray(state, np.float32)
+        seen = self.convention.observe(Observation(images, obs["task_description"], proprio))
+        self.session.memory = self.memories.get(ctx.session_id)
+        chunk = self.policy.act(seen.images, seen.instruction, seen.proprio)
+        self.memories[ctx.session_id] = self.session.memory
+        return {"actions": self.convention.plan(chunk)}
+
+    def get_observation_params(self) -> dict[str, Any]:
+        wrist = WRIST in self.convention.cameras.values()
+        return {"send_wrist_image": wrist, "send_state": self.convention.proprio}
+
+    def get_action_spec(self) -> dict[str, DimSpec]:
+        return {"position": POSITION_DELTA, "rotation": ROTATION_AA, "gripper": GRIPPER_CLOSE_POS}
+
+    def get_observation_spec(self) -> dict[str, DimSpec]:
+        return {"agentview": IMAGE_RGB, "language": LANGUAGE}
+
+
+if __name__ == "__main__":
+    from vla_eval.model_servers.serve import run_server
+
+    run_server(PrunedModelServer)

@@ -1,0 +1,436 @@
+"""Vision-language models of transformers with random weights as policies, for audits and benchmarks.
+
+They decode seven tokens, each of which stands for a number, from the images of all cameras and an instruction. Real
+checkpoints act through heads and code of their own: there methods attach to the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.errors import ObservationError
+from vla_pruner.models.drawn import draw_weights
+from vla_pruner.models.openvla.tokenizer import StandInTokenizer
+from vla_pruner.observations import check_images, check_instruction
+from vla_pruner.policies.pi0 import prepare_image
+
+ACTION_TOKENS = 7
+CAMERAS = ("image", "wrist_image")
+QWEN = ("qwen2_5_vl", "qwen3_vl")
+GLUED = ("paligemma",)
+MERGED = 2
+"""Qwen-VL makes one token of a square of so many patches a side, and repeats an image so often in time."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A vision-language model by the names of its classes, and its sizes.
+
+    Attributes:
+        classes: what they begin with.
+        tiny, full: arguments of the configuration; "full" is the published model in `published`.
+        side: pixels of the square images, tiny and full.
+        published: the checkpoint that has the full sizes.
+    """
+
+    classes: str
+    tiny: Mapping[str, Any]
+    full: Mapping[str, Any]
+    side: tuple[int, int]
+    published: str
+
+
+_TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 112,
+    "patch_size": 14,
+}
+_TINY_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
+_ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24]}
+_QWEN_TEXT = {name: value for name, value in _TEXT.items() if name != "head_dim"}
+_TINY_QWEN_VISION = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "out_hidden_size": 64,
+    "num_heads": 2,
+    "patch_size": 14,
+    "spatial_merge_size": MERGED,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+}
+_QWEN_IDS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
+_SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+KINDS = {
+    "llava": Kind(
+        "Llava",
+        tiny={
+            "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32},
+            "image_token_index": 500,
+        },
+        full={
+            "text_config": {
+                "model_type": "llama",
+                "vocab_size": 32064,
+                "hidden_size": 4096,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "max_position_embeddings": 4096,
+                "pad_token_id": 0,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+            },
+            "image_token_index": 32000,
+        },
+        side=(112, 336),
+        published="llava-hf/llava-1.5-7b-hf",
+    ),
+    "paligemma": Kind(
+        "PaliGemma",
+        tiny={
+            "text_config": {**_TEXT, "model_type": "gemma"},
+            "vision_config": {**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+            "projection_dim": 64,
+            "hidden_size": 64,
+            "image_token_index": 500,
+        },
+        full={
+            "text_config": {
+                "model_type": "gemma",
+                "vocab_size": 257216,
+                "hidden_size": 2048,
+                "intermediate_size": 16384,
+                "num_hidden_layers": 18,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+                "head_dim": 256,
+            },
+            "vision_config": _SIGLIP,
+            "projection_dim": 2048,
+            "hidden_size": 2048,
+            "image_token_index": 257152,
+        },
+        side=(112, 224),
+        published="google/paligemma-3b-pt-224",
+    ),
+    "smolvlm": Kind(
+        "SmolVLM",
+        tiny={
+            "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": _VISION,
+            "scale_factor": 2,
+            "image_token_id": 500,
+        },
+        full={
+            "text_config": {
+                "model_type": "llama",
+                "vocab_size": 49280,
+                "hidden_size": 960,
+                "intermediate_size": 2560,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 15,
+                "num_key_value_heads": 5,
+                "head_dim": 64,
+                "max_position_embeddings": 8192,
+                "pad_token_id": 2,
+            },
+            "vision_config": {
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "image_size": 512,
+                "patch_size": 16,
+            },
+            "scale_factor": 4,
+            "image_token_id": 49190,
+        },
+        side=(112, 512),
+        published="HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+    ),
+    "qwen2.5-vl": Kind(
+        "Qwen2_5_VL",
+        tiny={
+            "text_config": {**_QWEN_TEXT, "rope_parameters": _TINY_ROPE},
+            "vision_config": {**_TINY_QWEN_VISION, "window_size": 56, "fullatt_block_indexes": [2]},
+            **_QWEN_IDS,
+        },
+        full={
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 128000,
+                "rope_parameters": {**_ROPE, "rope_theta": 1e6},
+            },
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "out_hidden_size": 2048,
+                "num_heads": 16,
+                "patch_size": 14,
+                "spatial_merge_size": MERGED,
+                "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+                "tokens_per_second": 2,
+            },
+            "tie_word_embeddings": True,
+        },
+        side=(112, 448),
+        published="Qwen/Qwen2.5-VL-3B-Instruct",
+    ),
+    "qwen3-vl": Kind(
+        "Qwen3VL",
+        tiny={
+            "text_config": {**_TEXT, "rope_parameters": {**_TINY_ROPE, "mrope_interleaved": True}},
+            "vision_config": {
+                **_TINY_QWEN_VISION,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 1, 2],
+            },
+            **_QWEN_IDS,
+        },
+        full={
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "max_position_embeddings": 262144,
+                "rope_parameters": {
+                    **_ROPE,
+                    "rope_theta": 5e6,
+                    "mrope_section": [24, 20, 20],
+                    "mrope_interleaved": True,
+                },
+            },
+            "vision_config": {
+                "depth": 24,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "out_hidden_size": 2048,
+                "num_heads": 16,
+                "patch_size": 16,
+                "spatial_merge_size": MERGED,
+                "num_position_embeddings": 2304,
+                "deepstack_visual_indexes": [5, 11, 17],
+            },
+            "tie_word_embeddings": True,
+        },
+        side=(112, 448),
+        published="Qwen/Qwen3-VL-2B-Instruct",
+    ),
+}
+"""The models, by the names of their rows in `vla_pruner.registry`."""
+
+
+class RandomVLM:
+    """A vision-language model with random weights that acts: `ACTION_TOKENS` decoded tokens are one action.
+
+    Args:
+        module: a `...ForConditionalGeneration` of transformers.
+        side: pixels of the square images that it is given.
+        cameras: names of the images.
+    """
+
+    proprio_size = None
+
+    def __init__(self, module: nn.Module, side: int, cameras: Sequence[str] = CAMERAS) -> None:
+        self.module: Any = module
+        self.side = side
+        self.cameras = tuple(cameras)
+        self.tokenizer = StandInTokenizer(module.config.get_text_config().vocab_size)  # type: ignore[union-attr]
+
+    @property
+    def vision_towers(self) -> tuple[nn.Module, ...]:
+        """The vision encoder."""
+        inner = self.module.model
+        names = ("vision_tower", "visual", "vision_model")
+        return tuple(getattr(inner, name) for name in names if hasattr(inner, name))
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Visual tokens of one image."""
+        config = self.module.config
+        vision = config.vision_config
+        merged = MERGED if config.model_type in QWEN else getattr(config, "scale_factor", 1)
+        return (self.side // vision.patch_size // merged) ** 2
+
+    @property
+    def camera_tokens(self) -> tuple[int, ...]:
+        """Visual tokens of each camera."""
+        return (self.tokens_per_image,) * len(self.cameras)
+
+    def reset(self) -> None:
+        """Begins a new episode. The policy itself remembers nothing."""
+
+    def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
+        """One control step: an action (1, 7) float32 in [-1, 1].
+
+        Args:
+            images: (H, W, 3) uint8 of each camera; they are resized to fit and padded with black.
+            instruction: what to do.
+            proprio: None; the model reads no state.
+
+        Raises:
+            ObservationError: images or instruction are not as the policy takes them.
+        """
+        check_images(images, self.cameras)
+        check_instruction(instruction)
+        if set(images) != set(self.cameras):
+            raise ObservationError(
+                f"The images are {', '.join(map(repr, images)) or 'none'}; this policy takes exactly "
+                f"{', '.join(map(repr, self.cameras))}."
+            )
+        pixels = torch.stack([prepare_image(images[camera], self.side) for camera in self.cameras])[None]
+        text = torch.tensor([self.tokenizer(instruction, add_special_tokens=False)["input_ids"]])
+        tokens = self.decode(self.inputs(pixels, text), ACTION_TOKENS)
+        return (2 * tokens.cpu().numpy() / self.tokenizer.vocab_size - 1).astype(np.float32)
+
+    def inputs(self, pixels: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """What the model is called with.
+
+        Args:
+            pixels: (B, cameras, 3, side, side) float in [-1, 1].
+            text: (B, T) ids.
+        """
+        ids = torch.cat([self._image_ids().expand(len(text), -1), text], dim=1)
+        config = self.module.config
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        kind, flat = config.model_type, pixels.flatten(0, 1)
+        if kind in QWEN:
+            side = self.side // config.vision_config.patch_size
+            given["pixel_values"] = _patches(flat, config.vision_config).flatten(0, 1)
+            given["image_grid_thw"] = torch.tensor([[1, side, side]] * len(flat))
+            given["mm_token_type_ids"] = (ids == config.image_token_id).int()
+        elif kind == "smolvlm":
+            given["pixel_values"] = pixels
+            given["pixel_attention_mask"] = torch.ones(*pixels.shape[:2], *pixels.shape[3:], dtype=torch.int64)
+        else:
+            given["pixel_values"] = flat
+        if kind in GLUED:
+            given["token_type_ids"] = torch.zeros_like(ids)
+        weight = self.module.get_input_embeddings().weight
+        given["pixel_values"] = given["pixel_values"].to(weight.dtype)
+        return {name: value.to(weight.device) for name, value in given.items()}
+
+    def decode(self, given: dict[str, Tensor], tokens: int) -> Tensor:
+        """(B, tokens) ids, decoded greedily."""
+        made = self.module.generate(
+            **given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+        return made[:, -tokens:]
+
+    def _image_ids(self) -> Tensor:
+        """(1, n) ids in front of the text: BOS and the images, with tokens between them where the model has those."""
+        config = self.module.config
+        start, end = ([], []) if config.model_type in GLUED else ([2], [2])
+        image = [*start, *[config.image_token_id] * self.tokens_per_image, *end]
+        return torch.tensor([[*([] if config.model_type in GLUED else [1]), *image * len(self.cameras)]])
+
+
+def random_vlm(
+    name: str,
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    layers: int | None = None,
+    cameras: Sequence[str] = CAMERAS,
+) -> RandomVLM:
+    """One of `KINDS` with random weights; `layers` of its decoder, None as published. See `random_policy`."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    kind = KINDS[name]
+    settings = dict(kind.full if size == "full" else kind.tiny)
+    if layers is not None:
+        settings["text_config"] = {**settings["text_config"], "num_hidden_layers": layers}
+    config = getattr(transformers, f"{kind.classes}Config")(**settings)
+    make = getattr(transformers, f"{kind.classes}ForConditionalGeneration")
+    with torch.device(device), no_init_weights():
+        module: Any = make._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    draw_weights(module, seed)
+    return RandomVLM(module, kind.side[size == "full"], cameras)
+
+
+def random_llava(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """LLaVA; arguments as of `random_policy`."""
+    return random_vlm("llava", size, device, dtype, seed)
+
+
+def random_paligemma(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """PaliGemma; arguments as of `random_policy`."""
+    return random_vlm("paligemma", size, device, dtype, seed)
+
+
+def random_smolvlm(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """SmolVLM; arguments as of `random_policy`."""
+    return random_vlm("smolvlm", size, device, dtype, seed)
+
+
+def random_qwen2_5_vl(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """Qwen2.5-VL; arguments as of `random_policy`."""
+    return random_vlm("qwen2.5-vl", size, device, dtype, seed)
+
+
+def random_qwen3_vl(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """Qwen3-VL; arguments as of `random_policy`."""
+    return random_vlm("qwen3-vl", size, device, dtype, seed)
+
+
+def _patches(images: Tensor, vision: Any) -> Tensor:
+    """Images (n, 3, S, S) as Qwen-VL takes them: (n, patches, 3 x time x P x P), the patches of a token together."""
+    patch, merge, time = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    side = images.shape[-1] // patch // merge
+    cut = images.reshape(len(images), 3, side, merge, patch, side, merge, patch)
+    cut = cut.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, time, -1, -1)
+    return cut.reshape(len(images), (side * merge) ** 2, -1)
