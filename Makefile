@@ -10,6 +10,8 @@ LEROBOT_VENV ?= .venv-lerobot
 LIBERO_VENV ?= .venv-libero
 TRITON_VENV ?= .venv-triton
 OPENPI_VENV ?= .venv-openpi
+# What GR00T needs, without the rest of LeRobot's extra for it (a simulator, flash attention).
+LEROBOT_NO_DEPENDENCIES := diffusers==0.39.0 dm-tree==0.1.10
 PEERS_VENV ?= .venv-peers
 LIBERO_NO_DEPENDENCIES := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 ARGS ?=
@@ -122,6 +124,7 @@ $(LEROBOT_VENV)/.installed: pyproject.toml constraints/lerobot.txt plugins/lerob
 	@echo "==> Installing LeRobot into $(LEROBOT_VENV) (7 GB with torch for CUDA, which runs on the CPU too; minutes the first time)"
 	@$(call pip,$(LEROBOT_VENV)) -c constraints/lerobot.txt \
 		'lerobot[pi,smolvla,dataset]==0.6.1' grpcio protobuf pytest -e . -e plugins/lerobot_policy_vla_pruner
+	@$(call pip,$(LEROBOT_VENV)) --no-deps $(LEROBOT_NO_DEPENDENCIES)
 	@touch $@
 
 ifneq ($(LEROBOT_PYTHON),)

@@ -5,10 +5,11 @@
 Nothing is run or timed here. FLOPs are the cost of a compute-bound pass (a long prompt, a batch); bytes are the weights
 that every pass must read once, the cost of a pass of few tokens at batch 1 (decoding, denoising). Sizes are
 those of the published configs: openvla/openvla-7b, moojink/openvla-7b-oft-finetuned-libero-*, lerobot/pi0_base,
-lerobot/pi05_base, lerobot/pi0_fast_base, lerobot/smolvla_base; of MolmoAct2 two views, LeRobot's defaults, and Qwen3-4B
-for the text, as third parties have it; of vision-language models with an action head of one's own, whose cost is not
-counted, llava-hf/llava-1.5-7b-hf, google/paligemma-3b-pt-224, Qwen/Qwen3-VL-2B-Instruct and
-HuggingFaceTB/SmolVLM2-500M-Video-Instruct, with two images (of 448 x 448 pixels for Qwen) and 24 words.
+lerobot/pi05_base, lerobot/pi0_fast_base, lerobot/smolvla_base; of MolmoAct2, EO-1, GR00T and VLA-JEPA two views and
+LeRobot's defaults, with Qwen3-4B for MolmoAct2's text, as third parties have it, Qwen2.5-VL-3B, and Qwen3-VL-2B; of
+vision-language models with an action head of one's own, whose cost is not counted, llava-hf/llava-1.5-7b-hf,
+google/paligemma-3b-pt-224, Qwen/Qwen3-VL-2B-Instruct and HuggingFaceTB/SmolVLM2-500M-Video-Instruct, with two images
+(of 448 x 448 pixels for Qwen) and 24 words.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.cost import ContextExpert, ControlStep, DecoderShape, Expert, Tower
+from vla_pruner.cost import ContextExpert, ControlStep, DecoderShape, Expert, FeatureExpert, Tower
 
 OUT = Path(__file__).parent / "results" / "family_flops.json"
 LAYER = 3
@@ -36,6 +37,10 @@ QWEN3_4B = DecoderShape(layers=36, hidden=2560, heads=32, kv_heads=8, head_dim=1
 MOLMO_EXPERT = DecoderShape(layers=36, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=2816)
 # Of a token: it asks its 2 x 2 patches, whose features of two layers are 2304 wide, and goes through a gated MLP.
 MOLMO_PROJECTOR = 2.0 * (2304 * 1152 + 4 * 2 * 2304 * 1152 + 1152 * 1152 + 2 * 1152 * 9728 + 9728 * 2560)
+QWEN_VISION = DecoderShape(layers=32, hidden=1280, heads=16, kv_heads=16, head_dim=80, feed_forward=3420)
+QWEN25_3B = DecoderShape(layers=36, hidden=2048, heads=16, kv_heads=2, head_dim=128, feed_forward=11008)
+GROOT_SELF = DecoderShape(layers=4, hidden=2048, heads=32, kv_heads=32, head_dim=64, feed_forward=8192, matrices=2)
+GROOT_DIT = DecoderShape(layers=32, hidden=1536, heads=32, kv_heads=32, head_dim=48, feed_forward=6144, matrices=2)
 SMOL_VISION = DecoderShape(layers=12, hidden=768, heads=12, kv_heads=12, head_dim=64, feed_forward=3072, matrices=2)
 SMOL = DecoderShape(layers=16, hidden=960, heads=15, kv_heads=5, head_dim=64, feed_forward=2560)
 CLIP = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
@@ -109,6 +114,42 @@ FAMILIES = {
         ),
         remark="a prompt of a 4B model, most of it visual tokens; the vision tower, whose images are larger, remains",
     ),
+    "EO-1": Family(
+        ControlStep(
+            QWEN25_3B,
+            visual=2 * 121,
+            other=60,
+            # Its windows are 8 x 8 patches, in all layers but four.
+            towers=(Tower(QWEN_VISION, 484, 28, window=64), Tower(QWEN_VISION, 484, 4)),
+            cameras=2,
+            projector=2.0 * (5120 * 5120 + 5120 * 2048),
+            expert=Expert(QWEN25_3B, 8, 10),
+        ),
+        remark="the vision tower remains, and ten passes over eight rows read the 3B weights again",
+    ),
+    "GR00T N1.7": Family(
+        ControlStep(
+            replace(QWEN3, layers=16),
+            visual=2 * 64,
+            other=2 * 2 + 28,
+            towers=(Tower(QWEN3_VISION, 256, 24),),
+            cameras=2,
+            projector=4 * QWEN3_MERGER,
+            expert=FeatureExpert(GROOT_DIT, 41, 4, last=15, context=2048, before=GROOT_SELF),
+        ),
+        remark="64 tokens a view: passes as small as these wait for launches rather than FLOPs; expect little",
+    ),
+    "VLA-JEPA": Family(
+        ControlStep(
+            QWEN3,
+            visual=2 * 64,
+            other=2 * 2 + 120,
+            towers=(Tower(QWEN3_VISION, 256, 24),),
+            cameras=2,
+            projector=4 * QWEN3_MERGER,
+        ),
+        remark="as GR00T; its action head, which reads 32 rows, is left out here",
+    ),
     "SmolVLA": Family(
         ControlStep(
             SMOL,
@@ -178,8 +219,7 @@ def bytes_read(step: ControlStep) -> dict[str, float]:
     head = BYTES * shape.hidden * shape.vocabulary
     after = step.decoded * (weights(shape, shape.layers) + head)
     if step.expert is not None:
-        one_token = replace(step.expert, tokens=1).layer(0, 0).linear
-        after += step.expert.passes * BYTES * step.expert.shape.layers * one_token / 2
+        after += step.expert.passes * BYTES * step.expert.weights()
     return {
         "vision": sum(weights(tower.shape, tower.layers) for tower in step.towers),
         "prompt": weights(shape, shape.layers) + head,

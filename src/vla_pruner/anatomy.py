@@ -22,6 +22,7 @@ class Anatomy:
         language_model: the module that calls the decoder and then `lm_head`, its head over the vocabulary; None: no
             tokens are decoded.
         expert_calls: owners and names of the methods that hold all that the experts compute; empty: their own calls do.
+        acting_rows: rows of a call of the decoder itself after the prompt's.
         patched: whether the towers are given images that are cut into patches already, (B, images, patches, values) in
             place of (..., C, H, W).
         loop: the module whose `forward` runs the layers of decoder and expert itself, so that theirs never run; None:
@@ -35,6 +36,7 @@ class Anatomy:
     projectors: tuple[nn.Module, ...] = ()
     language_model: Any = None
     expert_calls: tuple[tuple[Any, str], ...] = ()
+    acting_rows: int = 1
     patched: bool = False
     loop: Any = None
 

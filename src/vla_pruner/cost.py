@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -158,14 +158,15 @@ def prefill_ratio(
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision encoder: its sizes, the tokens of one image, the number of its layers that run, and the FLOPs of cutting
-    one image into patches.
+    """A vision encoder: its sizes, the tokens of one image, the number of its layers that run, the FLOPs of cutting one
+    image into patches, and the number of tokens that each attends to; None: all of them.
     """
 
     shape: DecoderShape
     tokens: int
     layers: int
     patching: float = 0.0
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,13 @@ class Expert:
         whole = self.shape.layer(self.tokens, prompt)
         return Flops(whole.linear - own.linear + 2 * 2 * prompt * width * width, whole.quadratic)
 
-    def once(self, prompt: int) -> Flops:
+    def once(self, index: int, prompt: int) -> Flops:
         """What one layer computes of a cache of `prompt` tokens once a control step, before all passes."""
         return Flops()
+
+    def weights(self) -> float:
+        """Numbers in the matrices that one pass reads."""
+        return self.shape.layers * replace(self, tokens=1).layer(0, 0).linear / 2
 
 
 @dataclass(frozen=True)
@@ -210,8 +215,45 @@ class ContextExpert(Expert):
         second = Flops(2 * 2 * self.tokens * self.shape.hidden * width, 4 * self.tokens * prompt * width)
         return self.shape.layer(self.tokens, self.tokens) + second
 
-    def once(self, prompt: int) -> Flops:
+    def once(self, index: int, prompt: int) -> Flops:
         return Flops(2 * 2 * prompt * self.context * self.shape.heads * self.shape.head_dim)
+
+
+@dataclass(frozen=True)
+class FeatureExpert(Expert):
+    """An expert that reads what the decoder's last layer gives: layers of self-attention over it once a control step,
+    and then passes of blocks of which every second one attends to it and projects it anew, the others to themselves.
+
+    Attributes:
+        last: index of the decoder's last layer.
+        context: width of what it gives.
+        before: the layers of self-attention.
+    """
+
+    last: int = 0
+    context: int = 0
+    before: DecoderShape | None = None
+
+    def layer(self, index: int, prompt: int) -> Flops:
+        if index != self.last:
+            return Flops()
+        width = self.shape.heads * self.shape.head_dim
+        own = self.shape.layer(self.tokens, self.tokens)
+        projected = self.shape.layer(0, 0, frozen=self.tokens).linear
+        reading = Flops(
+            own.linear - projected + 2 * 2 * prompt * self.context * width, 4 * self.tokens * prompt * width
+        )
+        return (self.shape.layers // 2) * (own + reading)
+
+    def once(self, index: int, prompt: int) -> Flops:
+        if index != self.last or self.before is None:
+            return Flops()
+        return self.before.layers * self.before.layer(prompt, prompt)
+
+    def weights(self) -> float:
+        own, projected = self.shape.layer(1, 0).linear / 2, self.shape.layer(0, 0, frozen=1).linear / 2
+        width = self.shape.heads * self.shape.head_dim
+        return self.shape.layers // 2 * (2 * own - projected + 2 * self.context * width)
 
 
 @dataclass(frozen=True)
@@ -247,7 +289,8 @@ class ControlStep:
         shape, fate = self.decoder, Fate.of(pruned)
         vision = Flops(self.projector * self.visual)
         for tower in self.towers:
-            image = tower.layers * tower.shape.layer(tower.tokens, tower.tokens) + Flops(tower.patching)
+            image = tower.layers * tower.shape.layer(tower.tokens, tower.window or tower.tokens)
+            image += Flops(tower.patching)
             vision += self.cameras * image
         head = Flops(2 * shape.hidden * shape.vocabulary)
         before, deep, after = Flops(), head, self.decoded * head
@@ -260,7 +303,7 @@ class ControlStep:
             for position in range(1, self.decoded + 1):
                 after += shape.layer(1, seen + position)
             if self.expert is not None:
-                after += self.expert.passes * self.expert.layer(index, seen) + self.expert.once(seen)
+                after += self.expert.passes * self.expert.layer(index, seen) + self.expert.once(index, seen)
         return {
             "vision": vision.total,
             "prompt, layers before": (self.prompt_passes * before).total,

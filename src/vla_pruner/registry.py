@@ -237,6 +237,22 @@ ROWS = (
         ),
         conventions={"libero": "vla_pruner.simulators.libero_conventions:lerobot"},
     ),
+    *(
+        Row(
+            name=f"lerobot-{kind.replace('_', '-')}",
+            aliases=(kind.replace("_", "-"),),
+            title=f"LeRobot's {title}",
+            family=f"vla_pruner.families.{kind}:{family}",
+            policy="vla_pruner.policies.lerobot:LeRobotPolicy",
+            module=f"lerobot.policies.{kind}.modeling_{kind}:{module}",
+            random=f"vla_pruner.policies.{kind}_random:random_{kind}",
+        )
+        for kind, title, family, module in (
+            ("groot", "GR00T N1.7", "Groot", "GrootPolicy"),
+            ("eo1", "EO-1", "EO1", "EO1Policy"),
+            ("vla_jepa", "VLA-JEPA", "VLAJEPA", "VLAJEPAPolicy"),
+        )
+    ),
     Row(
         name="llama",
         title="a decoder-only language model of transformers",

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -161,14 +162,14 @@ class StageTimer(StageMeter):
         self.steps.append(StepTime(total=1e3 * total, **{name: 1e3 * stages.get(name, 0.0) for name in STAGES}))
 
 
-def prefill_or_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def prefill_or_decode(args: tuple[Any, ...], kwargs: dict[str, Any], acting_rows: int = 1) -> str:
     """Return the stage of a call of a language model, prefill or decode, from the number of its query tokens."""
     tokens = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = args[0]
-    return "prefill" if tokens.shape[1] > 1 else "decode"
+    return "prefill" if tokens.shape[1] > acting_rows else "decode"
 
 
 def always(stage: str) -> StageOf:
@@ -200,7 +201,8 @@ def watched_of(family: Family) -> Watched:
     owner = anatomy.decoder if anatomy.language_model is None else anatomy.language_model
     acting = anatomy.expert_calls or [(expert, "forward") for expert in anatomy.experts]
     experts = [(*call, always("decode")) for call in acting]
-    return [*seen, (owner, "forward", prefill_or_decode), *experts]
+    stage = partial(prefill_or_decode, acting_rows=anatomy.acting_rows)
+    return [*seen, (owner, "forward", stage), *experts]
 
 
 def _prefix_or_suffix(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

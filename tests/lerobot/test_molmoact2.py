@@ -256,3 +256,42 @@ def test_what_is_missing_is_named(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"Missing: .*att_proj\.weight.*Unexpected: model\.surplus"):
         vp.load_policy(folder)
+
+
+def test_the_plugin_loads_it(tmp_path):
+    plugin = pytest.importorskip("lerobot_policy_vla_pruner.modeling_vla_pruner", reason="the plugin is not installed")
+    policy = random_molmoact2_policy()
+    config = plugin.VLAPrunerConfig(device="cpu", keep=0.25, options={"window": 1})
+    pruned = plugin.VLAPrunerPolicy.from_pretrained(saved(policy, tmp_path), config=config)
+    for seed in range(2):
+        pruned.predict_action_chunk(batch_of(policy, seed))
+    assert pruned.session.kept.shape == (1, 32)
+
+
+@pytest.mark.parametrize("pruned", matrix.POLICIES)
+def test_real_time_chunking(pruned):
+    """It steers each denoising step towards what is left of the chunk before."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    policy = random_molmoact2_policy(rtc_config=RTCConfig(enabled=True, execution_horizon=4))
+
+    def run():
+        torch.manual_seed(0)
+        left, chunks = None, []
+        for seed in range(3):
+            batch = batch_of(policy, seed)
+            made = policy.module.predict_action_chunk(dict(batch), inference_delay=1, prev_chunk_left_over=left)
+            left = torch.nn.functional.pad(made[:, 3:], (0, 32 - made.shape[2]))
+            chunks.append(made)
+        return torch.stack(chunks)
+
+    untouched = run()
+    with vp.VLAPruner(keep=1.0, pruned=pruned).attach(policy):
+        assert torch.equal(run(), untouched)
+    with vp.VLAPruner(keep=0.25, window=1, pruned=pruned).attach(policy) as session:
+        assert (run() - untouched)[1:].abs().max() > 1e-3
+        assert session.kept.shape == (1, 32)
+        assert not session.scores["action"].requires_grad
+    plain = random_molmoact2_policy()
+    torch.manual_seed(0)
+    assert (plain.module.predict_action_chunk(batch_of(plain)) - untouched[0]).abs().max() < 1e-5

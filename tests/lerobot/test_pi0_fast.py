@@ -201,3 +201,11 @@ def test_a_checkpoint_whose_tokenizers_run_code_must_be_trusted(tmp_path):
         load_lerobot(tmp_path)
     with pytest.raises(CheckpointError, match=r"'lerobot/fast-action-tokenizer'.*could not be fetched"):
         load_lerobot(tmp_path, trust_processors=True)
+
+
+def test_the_plugin_asks_for_trust_with_its_flag(tmp_path):
+    plugin = pytest.importorskip("lerobot_policy_vla_pruner.modeling_vla_pruner", reason="the plugin is not installed")
+    random_lerobot("pi0_fast").module.save_pretrained(tmp_path)
+    config = plugin.VLAPrunerConfig(device="cpu")
+    with pytest.raises(CheckpointError, match=r"'lerobot/fast-action-tokenizer'.*--policy\.trust_processors=true"):
+        plugin.VLAPrunerPolicy.from_pretrained(tmp_path, config=config)

@@ -76,6 +76,8 @@ class Family:
             pixels a visual token covers, or if these tokens move in the prompt or run more than once in a step.
         cameras: the cameras' names; visual token ids run through them in this order. Empty if they were not named.
         one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
+        freezes: whether tokens may stay readable while they are no longer computed: not where something reads the
+            output of the last layer, of which they have none.
         called: whether calling the model itself (its `forward`) is part of a control step, as with language models.
             Else control steps are calls of its methods.
         kernel: the function that the decoder's attention modules compute if they do not ask transformers for an
@@ -93,6 +95,7 @@ class Family:
     eye: nn.Module | None = None
     cameras: tuple[str, ...] = ("image",)
     one_pass: bool = False
+    freezes: bool = True
     called: bool = False
     kernel: Callable[..., Any] | None = None
     compilable: bool = True
@@ -135,6 +138,11 @@ class Family:
     def backend(self) -> str:
         """The attention implementation that the decoder really runs."""
         return self.decoder.config._attn_implementation
+
+    @property
+    def in_half(self) -> bool:
+        """Whether the policy itself has its decoder computed in fewer digits than its weights have (autocast)."""
+        return False
 
     @property
     def camera_tokens(self) -> tuple[int, ...] | None:

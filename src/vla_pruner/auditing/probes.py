@@ -91,14 +91,19 @@ class TowerProbe(Probe):
 
 
 class LengthProbe(Probe):
-    """Records the sequence lengths that each layer of a decoder computes, in calls of more than one position.
+    """Records the sequence lengths that each layer of a decoder computes.
+
+    Args:
+        decoder: the decoder.
+        acting_rows: as of `Anatomy`.
 
     Attributes:
         lengths: a set for each layer.
     """
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, acting_rows: int = 1) -> None:
         super().__init__()
+        self._acting = acting_rows
         self._layers = list(layers_of(decoder))
         self.lengths: list[set[int]] = [set() for _ in self._layers]
 
@@ -108,8 +113,8 @@ class LengthProbe(Probe):
 
     @property
     def prompts(self) -> list[set[int]]:
-        """`lengths` without decoded tokens."""
-        return [{length for length in seen if length > 1} for seen in self.lengths]
+        """`lengths` without those of calls after the prompt's."""
+        return [{length for length in seen if length > self._acting} for seen in self.lengths]
 
 
 class HiddenProbe(Probe):

@@ -15,6 +15,7 @@ from vla_pruner.auditing.reference import FullLength
 from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.seeing import distance
 from vla_pruner.auditing.subject import Subject, identical
+from vla_pruner.fate import Fate
 
 EXACT = 1e-4
 """Tolerance in float32: absolute, or a share of the largest value compared if that is above 1."""
@@ -32,10 +33,10 @@ def lengths(subject: Subject) -> Check:
     """Every layer below the pruning layer computes the whole sequence, every other one the shortened one."""
     if subject.steps is None:
         return _never("lengths", subject)
-    plain = LengthProbe(subject.family.decoder)
+    plain = LengthProbe(subject.family.decoder, subject.family.anatomy.acting_rows)
     with plain:
         subject.act(subject.scene(0))
-    probe = LengthProbe(subject.family.decoder)
+    probe = LengthProbe(subject.family.decoder, subject.family.anatomy.acting_rows)
     with subject.attach() as session:
         subject.begin()
         for step in range(subject.steps - 1):
@@ -87,6 +88,10 @@ def reference(subject: Subject, pruned: str) -> Check:
     name = f"reference {pruned}"
     if subject.steps is None:
         return _never(name, subject)
+    if Fate.of(pruned).readable and not subject.family.freezes:
+        return Check(
+            name, None, "", f"{type(subject.family).__name__} reads outputs, of which frozen tokens have none."
+        )
     method = replace(subject.method, pruned=pruned)
     last = subject.steps - 1
     short, full, plain = (HiddenProbe(subject.family) for _ in range(3))

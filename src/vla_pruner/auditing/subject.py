@@ -100,7 +100,8 @@ class Subject:
     def exact(self) -> bool:
         """True if the decoder computes in full precision, with weights that are not quantised."""
         weight = projection_of(layers_of(self.family.decoder)[0]).weight
-        return weight.is_floating_point() and self.dtype in (torch.float32, torch.float64)
+        exact = weight.is_floating_point() and self.dtype in (torch.float32, torch.float64)
+        return exact and not self.family.in_half
 
     def flat(self, level: int) -> Images:
         """Return images of one colour for every camera."""

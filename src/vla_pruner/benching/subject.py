@@ -85,7 +85,7 @@ class Subject:
         if expert is None:
             return sum(_bytes(layers_of(expert)) for expert in self.anatomy.experts)
         # Its layers also hold what makes modulations, which are kept from step to step.
-        return self.element_bytes * expert.shape.layers * replace(expert, tokens=1).layer(0, 0).linear / 2
+        return self.element_bytes * expert.weights()
 
     @property
     def element_bytes(self) -> int:

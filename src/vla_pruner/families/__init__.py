@@ -82,9 +82,9 @@ def _found(model: Any) -> type[Family]:
     raise UnsupportedModelError(
         f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
         "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
-        "PI05Policy, PI0FastPolicy, SmolVLAPolicy and MolmoAct2Policy, vla_pruner.reference_policy(), transformers' "
-        "vision-language models that are called with input_ids and pixel_values (LLaVA, PaliGemma, SmolVLM, InternVL, "
-        "Gemma 3, Qwen-VL), and its decoder-only language models. "
+        "PI05Policy, PI0FastPolicy, SmolVLAPolicy, MolmoAct2Policy, GrootPolicy, EO1Policy and VLAJEPAPolicy, "
+        "vla_pruner.reference_policy(), transformers' vision-language models that are called with input_ids and "
+        "pixel_values (LLaVA, PaliGemma, SmolVLM, InternVL, Gemma 3, Qwen-VL), and its decoder-only language models. "
         "Adapters of PEFT, DistributedDataParallel and FullyShardedDataParallel are looked into; a policy inside of "
         "another wrapper, such as DataParallel, is attached to itself (its .module). "
         "See CONTRIBUTING.md on how a family is added." + "".join(f" {told}" for told in broken)

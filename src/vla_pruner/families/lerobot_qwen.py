@@ -1,0 +1,118 @@
+"""What LeRobot's policies around a Qwen-VL share: which of their prompt's tokens are images, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.attach.family import Call
+from vla_pruner.attach.layout import Layout, ensure
+from vla_pruner.errors import SessionError
+from vla_pruner.families.base import TransformersFamily, check_decoder
+from vla_pruner.families.lerobot_common import check_version
+from vla_pruner.replacements import Replacements
+
+
+class LeRobotQwen(TransformersFamily):
+    """A LeRobot policy whose prompt is run by transformers' Qwen-VL, each image between a start and an end.
+
+    LeRobot's processors put the views into an order of their own, so the images have no names: one budget for all.
+    """
+
+    cameras = ()
+    compilable = False
+    named: tuple[str, str] = ("", "")
+    """Module and name of the policy's class."""
+
+    def __init__(self, model: nn.Module) -> None:
+        check_version()
+        self._policy: Any = model
+        self.vlm = self.vlm_of(model)
+        self.decoder = check_decoder(self.vlm.model.language_model, model)
+        self._replaced = Replacements()
+        self._views: int | None = None
+        self._seen: tuple[Tensor, int] | None = None
+
+    @staticmethod
+    def vlm_of(model: Any) -> Any:
+        """The `...ForConditionalGeneration` of a policy of this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return any((kind.__module__, kind.__name__) == cls.named for kind in type(model).__mro__)
+
+    @property
+    def first_layer(self) -> int:
+        return 1
+
+    @property
+    def whole_steps(self) -> tuple[tuple[Any, str], ...]:
+        return (self._policy, "select_action"), (self._policy, "predict_action_chunk")
+
+    def opens_step(self, call: Call) -> bool:
+        return True
+
+    def action_rows(self, layout: Layout) -> Tensor | None:
+        return None
+
+    def layout(self, call: Call) -> Layout:
+        if self._seen is None or self._views is None:
+            raise SessionError(
+                "The prompt was run without images. Call select_action(batch) or predict_action_chunk(batch)."
+            )
+        (ids, count), self._seen = self._seen, None
+        each, rest = divmod(count, call.rows)
+        views, others = divmod(self._views, call.rows)
+        if rest or others or not views or each % views:
+            raise SessionError(
+                f"The prompts hold {count} visual tokens of {self._views} images in {call.rows} rows; every row must "
+                "have as many images, each of as many tokens."
+            )
+        config = self.vlm.config
+        is_visual = ids == config.image_token_id
+        ensure((is_visual.sum(dim=1) == each).all(), _UNEVEN)
+        visual = torch.sort((~is_visual).to(torch.int8), dim=1, stable=True).indices[:, :each]
+        starts = (ids == config.vision_start_token_id).cumsum(dim=1).gather(1, visual).view(call.rows, views, -1)
+        ensure((starts == starts[:, :, :1]).all() & (starts[:, 1:, 0] > starts[:, :-1, 0]).all(), _UNEVEN)
+        prompt = call.prompt()
+        return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt, cameras=(each // views,) * views)
+
+    def install(self) -> None:
+        self._replaced.put(self._policy, "forward", _refuse_training)
+        self._replaced.put(self.vlm.model, "get_image_features", self._see_images)
+        self._replaced.put(self.vlm.model, "get_placeholder_mask", self._see_tokens)
+
+    def remove(self) -> None:
+        self._replaced.remove()
+        self._views = self._seen = None
+
+    def _see_images(
+        self, original: Callable[..., Any], pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any
+    ) -> Any:
+        self._views = len(image_grid_thw)
+        return original(pixel_values, image_grid_thw, **kwargs)
+
+    def _see_tokens(self, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("video_features") is not None:
+            raise SessionError(
+                f"{type(self._policy).__name__} was given videos while a session is attached; give it images."
+            )
+        features = kwargs.get("image_features")
+        if features is not None:
+            # How many there are is known from a shape, without waiting for the device.
+            self._seen = input_ids, len(features)
+        return original(input_ids, *args, **kwargs)
+
+
+def _refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise SessionError("The loss was asked for while a session is attached; detach before training.")
+
+
+_UNEVEN = (
+    "The rows of a batch have different numbers of visual tokens, or images of different sizes; give every row as many "
+    "images, all of one size."
+)

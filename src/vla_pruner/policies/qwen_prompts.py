@@ -1,0 +1,42 @@
+"""Prompts of Qwen-VL's kind for policies with random weights, which have no tokenizer: images, then numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def pictured(config: Any, side: int, images: list[list[Tensor]], tails: list[list[int]]) -> dict[str, Tensor]:
+    """What a Qwen-VL is called with, for rows of images and of what comes behind them; padded on the left.
+
+    Args:
+        config: of the model.
+        side: to which images are resized, in pixels: a multiple of a merged patch.
+        images: (3, H, W) in [0, 1] each, as many in every row.
+        tails: ids.
+
+    Returns:
+        input_ids and attention_mask (B, N), pixel_values (patches, values), image_grid_thw (images, 3).
+    """
+    vision = config.vision_config
+    patch, merge = vision.patch_size, vision.spatial_merge_size
+    grid = side // patch
+    flat = torch.stack([image.float() for row in images for image in row])
+    resized = nn.functional.interpolate(flat, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+    twice = (resized * 2 - 1)[:, None].expand(-1, vision.temporal_patch_size, -1, -1, -1)
+    blocks = grid // merge
+    cut = twice.unflatten(4, (blocks, merge, patch)).unflatten(3, (blocks, merge, patch))
+    # Patches lie together by merge blocks; each is (channels, time, rows, columns).
+    pixels = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(len(flat) * grid * grid, -1)
+    image = [config.vision_start_token_id, *[config.image_token_id] * blocks**2, config.vision_end_token_id]
+    rows = [[1, *image * len(row), *tail] for row, tail in zip(images, tails, strict=True)]
+    length = max(map(len, rows))
+    ids = torch.tensor([[-1] * (length - len(row)) + row for row in rows], device="cpu")
+    return {
+        "input_ids": ids.clamp_min(0),
+        "attention_mask": (ids >= 0).long(),
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, grid, grid]] * len(flat), device="cpu"),
+    }

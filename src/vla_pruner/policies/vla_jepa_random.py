@@ -1,0 +1,167 @@
+"""LeRobot's VLA-JEPA with random weights, tiny or at its published size, without any download.
+
+While such a policy is built, the name in LeRobot's module of what holds its Qwen3-VL makes one of the size that is
+given here, with prompts that need no tokenizer; nothing of it stays behind.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.families.lerobot_common import IMAGES, check_version
+from vla_pruner.models.drawn import draw_weights
+from vla_pruner.policies.groot_random import tiny_qwen3_vl
+from vla_pruner.policies.qwen_prompts import pictured
+
+if TYPE_CHECKING:
+    from vla_pruner.policies.lerobot import LeRobotPolicy
+
+CAMERAS = ("image", "wrist_image")
+STATE, ACTION = 8, 7
+_SIDES = {"tiny": 64, "full": 256}
+_TINY = {
+    "chunk_size": 7,
+    "action_hidden_size": 32,
+    "action_num_layers": 2,
+    "action_num_heads": 2,
+    "action_attention_head_dim": 16,
+    "num_inference_timesteps": 2,
+    "num_embodied_action_tokens_per_instruction": 6,
+}
+MODULE = "lerobot.policies.vla_jepa.modeling_vla_jepa"
+
+
+def random_vla_jepa_policy(
+    size: str = "tiny",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    cameras: tuple[str, ...] | None = None,
+    **config: Any,
+) -> LeRobotPolicy:
+    """A VLA-JEPA without its world model, with random weights that fill the numbers' range, so that its actions depend
+    on what it sees.
+
+    Its prompts are put together by a stand-in: the images' tokens, then the bytes of the text, then the places of
+    actions. Nothing is normalised.
+
+    Args:
+        size: "tiny", or "full" for the published size.
+        device: where it is built.
+        dtype: torch.float32 or torch.bfloat16, of the weights; LeRobot computes the decoder under autocast.
+        seed: of the weights.
+        cameras: names of the images; None: two.
+        **config: fields of LeRobot's config that are to differ from its defaults.
+
+    Raises:
+        UnsupportedModelError: another size or dtype; or lerobot, or what it needs for VLA-JEPA, is missing.
+    """
+    from vla_pruner.policies.lerobot import LeRobotPolicy
+
+    check_version()
+    if size not in _SIDES or dtype not in (torch.float32, torch.bfloat16):
+        raise UnsupportedModelError(
+            f"A VLA-JEPA of size {size!r} and dtype={dtype} was asked for; size is 'tiny' or 'full', dtype "
+            "torch.float32 or torch.bfloat16."
+        )
+    modeling: Any = importlib.import_module(MODULE)
+    head: Any = importlib.import_module("lerobot.policies.vla_jepa.action_head")
+    try:
+        head.require_package("diffusers", extra="vla_jepa")
+    except ImportError as error:
+        raise UnsupportedModelError(f"VLA-JEPA needs packages that are not installed: {error}") from error
+    types: Any = importlib.import_module("lerobot.configs.types")
+    side = _SIDES[size]
+
+    def feature(kind: str, *shape: int) -> Any:
+        return types.PolicyFeature(types.FeatureType[kind], shape)
+
+    images = {f"{IMAGES}{name}": feature("VISUAL", 3, side, side) for name in cameras or CAMERAS}
+    defaults: dict[str, Any] = {"device": str(device), "torch_dtype": str(dtype).removeprefix("torch.")}
+    defaults |= {"enable_world_model": False, **(_TINY if size == "tiny" else {})}
+    given = modeling.VLAJEPAConfig(
+        input_features={**images, "observation.state": feature("STATE", STATE)},
+        output_features={"action": feature("ACTION", ACTION)},
+        **defaults | config,
+    )
+    known = modeling.Qwen3VLInterface
+    modeling.Qwen3VLInterface = lambda config: StandInQwen(config, size, side, dtype)
+    try:
+        with torch.device(device):
+            policy: Any = modeling.VLAJEPAPolicy(given)
+    finally:
+        modeling.Qwen3VLInterface = known
+    policy.to(device).eval()
+    draw_weights(policy, seed)
+    with torch.no_grad():
+        for layer in policy.model.qwen.model.model.language_model.layers:
+            layer.self_attn.q_norm.weight.fill_(2)
+    return LeRobotPolicy(policy, _Batches(device), lambda actions: actions.cpu())
+
+
+def random_vla_jepa(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
+    """VLA-JEPA; arguments as of `random_policy`."""
+    return random_vla_jepa_policy(size, device, dtype, seed)
+
+
+class StandInQwen(nn.Module):
+    """Stands in for LeRobot's `Qwen3VLInterface`: the same model, and prompts that need no tokenizer.
+
+    Args:
+        config: of the policy.
+        size: "tiny" or "full".
+        side: of the square images in pixels.
+        dtype: of the weights.
+    """
+
+    def __init__(self, config: Any, size: str, side: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        from transformers import Qwen3VLForConditionalGeneration
+
+        network: Any = importlib.import_module("lerobot.policies.groot.groot_n1_7")
+        sizes = tiny_qwen3_vl() if size == "tiny" else network._cosmos_reason2_qwen3_vl_config()
+        self.config = config
+        model: Any = Qwen3VLForConditionalGeneration._from_config(sizes, attn_implementation="sdpa")
+        self.model = model.to(dtype)
+        self.model.config.hidden_size = sizes.text_config.hidden_size
+        self._side = side
+        self._embodied = sizes.vision_end_token_id + 10
+
+    def expand_tokenizer(self) -> tuple[list[str], list[int], int]:
+        """Names and ids of the action tokens, and the id of the embodied one."""
+        count = self.config.chunk_size * 4
+        names = [self.config.special_action_token.format(number) for number in range(count)]
+        return names, [self._embodied + 1 + number for number in range(count)], self._embodied
+
+    def build_inputs(
+        self, images: Sequence[Sequence[Tensor]], instructions: Sequence[str], action_prompt: str, embodied_prompt: str
+    ) -> dict[str, Tensor]:
+        """What the model is called with."""
+        places = embodied_prompt.count(self.config.embodied_action_token)
+        tails = [[*(3 + byte % 400 for byte in text.encode()), *[self._embodied] * places, 3] for text in instructions]
+        rows = [[image.to("cpu") for image in row] for row in images]
+        found = pictured(self.model.config, self._side, rows, tails)
+        found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
+        return {name: value.to(self.model.device) for name, value in found.items()}
+
+    @staticmethod
+    def to_pixel_values(image: Tensor) -> Tensor:
+        """Images as they are, in float32."""
+        return image.detach().float()
+
+
+class _Batches:
+    """Stands in for LeRobot's preprocessor: a row becomes a batch of one."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        self._device = device
+
+    def __call__(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        batch = {name: value[None].to(self._device) for name, value in observation.items() if isinstance(value, Tensor)}
+        return {**batch, "task": [observation["task"]]}
