@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 
-from vla_pruner.statistics import mcnemar_p, paired_difference, percentile, wilson
+from vla_pruner.statistics import Pairs, mcnemar_p, paired_difference, percentile, wilson
 
 
 def _pairs(both: int, gained: int, lost: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -51,6 +52,38 @@ def test_wilson_refuses_impossible_counts(successes: int, total: int) -> None:
 def test_wilson_refuses_an_impossible_confidence() -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         wilson(1, 2, confidence=95)
+
+
+def test_tangos_interval_is_what_the_score_test_does_not_refuse() -> None:
+    """At its ends the score statistic is 1.96, with the nuisance share from a search over the likelihood."""
+    from scipy.optimize import minimize_scalar
+
+    for both, gained, lost, neither in [(36, 12, 2, 0), (176, 17, 7, 0), (1, 1, 7, 12), (0, 5, 0, 1), (3, 4, 4, 3)]:
+        n, pairs = both + gained + lost + neither, Pairs(((both, gained, lost, neither),))
+
+        def cost(share: float, d: float, counts: tuple[int, int, int] = (gained, lost, both + neither)) -> float:
+            shares = (share + d, share, 1 - 2 * share - d)
+            return -sum(count * math.log(max(p, 1e-300)) for count, p in zip(counts, shares, strict=True) if count)
+
+        for d in pairs.tango():
+            found: Any = minimize_scalar(
+                cost, bounds=(max(0.0, -d), (1 - d) / 2), args=(d,), method="bounded", options={"xatol": 1e-12}
+            )
+            variance = n * (2 * found.x + d * (1 - d))
+            assert abs(gained - lost - n * d) / math.sqrt(variance) == pytest.approx(1.959964, abs=1e-4)
+
+
+def test_tangos_interval_at_its_edges() -> None:
+    # Two other implementations (fieldtrial 0.3.0, robostats 0.2.0) give the same.
+    low, high = Pairs(((176, 17, 7, 0),)).tango()
+    assert (round(low, 4), round(high, 4)) == (0.0021, 0.1021)
+    mirrored = Pairs(((176, 7, 17, 0),)).tango()
+    assert mirrored == pytest.approx((-high, -low))
+    z = 1.959964
+    low, high = Pairs(((50, 0, 0, 0),)).tango()
+    assert (low, high) == pytest.approx((-z * z / (50 + z * z), z * z / (50 + z * z)), abs=1e-6)
+    assert Pairs(((0, 4, 0, 0),)).tango()[1] == 1.0
+    assert Pairs(()).tango() == (-1.0, 1.0)
 
 
 def test_paired_interval_matches_the_published_example() -> None:

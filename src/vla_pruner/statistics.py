@@ -202,6 +202,35 @@ class Pairs:
         high = self.value + ratio * spread(first.high - first.value, second.value - second.low)
         return max(-1.0, low), min(1.0, high)
 
+    def tango(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Tango's score interval of the difference, all pairs as of one stratum (Statistics in Medicine 17, 1998): what
+        peers report. Where tasks differ it is wider than `limits`; verdicts are of `limits`.
+
+        It ends where |T(d)| = z, with T(d) = (gained - lost - n d) / sqrt(n (2 q + d (1 - d))) and q the most likely
+        share of lost pairs if d is the truth: the larger root of 2 n q^2 + b q - lost d (1 - d), with
+        b = (2 n - gained + lost) d - gained - lost.
+
+        Raises:
+            PackageMissing: scipy is not installed.
+        """
+        _, gained, lost, _ = self.total
+        n, z = sum(self.total), _quantile(confidence)
+        if n == 0:
+            return -1.0, 1.0
+        brentq = _package("scipy.optimize").brentq
+
+        def outside(d: float) -> float:
+            b = (2 * n - gained + lost) * d - gained - lost
+            q = (sqrt(max(0.0, b * b + 8 * n * lost * d * (1 - d))) - b) / (4 * n)
+            return (gained - lost - n * d) ** 2 - z * z * n * max(0.0, 2 * q + d * (1 - d))
+
+        def limit(end: float) -> float:
+            # Just beyond the difference itself, which is a root too where no pair is discordant.
+            near = self.value + 1e-9 * (end - self.value)
+            return end if outside(near) >= 0.0 else float(brentq(outside, near, end, xtol=1e-12))
+
+        return limit(-1.0), limit(1.0)
+
     def variance(self) -> float:
         """Return the variance of one pair's difference (+1 gained, -1 lost, 0), within strata; smoothed, so never 0."""
         found, pairs = 0.0, 0.0

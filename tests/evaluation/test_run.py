@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,24 @@ def test_more_episodes_are_added_and_said(tmp_path: Path) -> None:
 )
 def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     run(settings(tmp_path, episodes=1))
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(EvaluationError, match=named):
         run(settings(tmp_path, **{"episodes": 1, **changes}))
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_each_arm_has_a_file_of_its_own(tmp_path: Path) -> None:
+    run(settings(tmp_path, episodes=1))
+    info = json.loads((tmp_path / "eval_info.json").read_text())
+    assert {path.name for path in (tmp_path / "arms").iterdir()} == set(info["arms"])
+    for key, content in info["arms"].items():
+        alone = json.loads((tmp_path / "arms" / key / "eval_info.json").read_text())
+        assert alone.pop("arm")["key"] == key
+        assert alone == content
+    shutil.rmtree(tmp_path / "arms")
+    (tmp_path / "arms").write_text("in the way")
+    with pytest.raises(EvaluationError, match=r"arms/unpruned cannot be made \(.*\)\. The episodes are safe"):
+        run(settings(tmp_path, episodes=1))
 
 
 def test_another_version_of_the_simulator_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.evaluation.fakes import FakeSuite, settings
 from vla_pruner.evaluation import Record, Summary, summarize
-from vla_pruner.evaluation.eval_info import eval_info
+from vla_pruner.evaluation.eval_info import eval_info, of_arms
 from vla_pruner.evaluation.manifest import Manifest, Plan, identity
 from vla_pruner.evaluation.records import latest, read_lines
 from vla_pruner.evaluation.run import Run
@@ -227,6 +227,34 @@ def test_eval_info_has_lerobots_keys(tmp_path: Path) -> None:
     assert info["arms"][PRUNED]["overall"]["pc_success"] == pytest.approx(100 * 104 / 120)
     assert info["summary"]["margin"] == 0.02
     assert info["run"]["run"] == run.manifest.run
+    alone = of_arms(info)
+    assert list(alone) == list(info["arms"])
+    for key, content in alone.items():
+        assert content["arm"]["key"] == key
+        assert {name: content[name] for name in ("per_task", "per_group", "overall")} == info["arms"][key]
+
+
+def test_an_arm_whose_key_is_no_file_name_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    run = made(tmp_path, usual)
+    summary = summarize(run)
+    info = eval_info(run, summary, sentences(summary))
+    key = "my/method:" + 200 * "x"
+    info["arms"] = {key: info["arms"][PRUNED], f"{key}y": info["arms"][PRUNED]}
+    info["run"]["identity"]["arms"] = [{"key": key}, {"key": f"{key}y"}]
+    folders = list(of_arms(info))
+    assert len(set(folders)) == 2
+    for folder in folders:
+        assert folder.startswith("my_method_xxx")
+        assert len(folder) < 200
+
+
+def test_tangos_interval_is_beside_newcombes(tmp_path: Path) -> None:
+    summary = summarize(made(tmp_path, usual))
+    assert summary.baseline.tango is None
+    row = summary.of("method")[0]
+    assert row.difference is not None
+    assert row.tango == Pairs(((104, 0, 4, 12),)).tango()
+    assert summary.to_json()["arms"][1]["tango"] == list(row.tango)
 
 
 def test_the_tables_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

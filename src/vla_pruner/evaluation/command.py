@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vla_pruner.evaluation.cluster import Cluster
 from vla_pruner.evaluation.errors import EvaluationError
-from vla_pruner.evaluation.eval_info import EVAL_INFO, eval_info
+from vla_pruner.evaluation.eval_info import ARMS, EVAL_INFO, eval_info, of_arms
 from vla_pruner.evaluation.manifest import MANIFEST, Manifest
 from vla_pruner.evaluation.merge import merge
 from vla_pruner.evaluation.records import Record, RecordFile, write_json, write_text
@@ -149,6 +149,17 @@ def _greet(run: Run, file: RecordFile, console: Console) -> None:
         remark(console, f"Going on: {done} of {counted(total, 'episode')} are done{again}.")
 
 
+def _write_arm(folder: Path, content: Mapping[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(
+            f"The folder {folder} cannot be made ({error.strerror}). The episodes are safe: make way for it and give "
+            "the same command again."
+        ) from error
+    write_json(folder / EVAL_INFO, content)
+
+
 def _say_untraced(run: Run, settings: EvalSettings, console: Console) -> None:
     traced = range(settings.first, settings.first + settings.trace)
     done = [one.key for one in run.records.values() if one.unit.initial_state in traced and not one.crashed]
@@ -198,7 +209,10 @@ def _show(run: Run, out: Path, console: Console) -> Summary:
     say(console)
     for sentence in said:
         say(console, f"- {sentence}")
-    write_json(out / EVAL_INFO, eval_info(run, summary, said))
+    info = eval_info(run, summary, said)
+    write_json(out / EVAL_INFO, info)
+    for name, content in of_arms(info).items():
+        _write_arm(out / ARMS / name, content)
     write_text(out / TABLE, to_markdown(summary, said))
     say(console)
     say(console, f"Records: {(out / 'episodes.jsonl').resolve()}", soft_wrap=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,10 @@ from vla_pruner.evaluation.run import Run
 from vla_pruner.evaluation.summary import Summary
 
 EVAL_INFO = "eval_info.json"
+ARMS = "arms"
+"""Folder of a run with a folder for each arm, which holds the same file as LeRobot would have written it."""
+
+_LONGEST_NAME = 150
 
 
 def eval_info(run: Run, summary: Summary, sentences: Sequence[str]) -> dict[str, Any]:
@@ -29,6 +35,24 @@ def eval_info(run: Run, summary: Summary, sentences: Sequence[str]) -> dict[str,
         "verdict": list(sentences),
         "errors": [_error(record) for record in run.records.values() if record.crashed],
     }
+
+
+def of_arms(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`eval_info.json` of each arm alone, for tools that read one policy a file: LeRobot's keys, and what arm it is.
+
+    Args:
+        info: as `eval_info` gives it.
+
+    Returns:
+        by the name of the arm's folder: its key, as far as a file's name may hold it.
+    """
+    identity = {arm["key"]: arm for arm in info["run"]["identity"]["arms"]}
+    return {_folder(key): {**content, "arm": identity[key]} for key, content in info["arms"].items()}
+
+
+def _folder(key: str) -> str:
+    readable = re.sub(r"[^A-Za-z0-9.+_-]", "_", key)[:_LONGEST_NAME]
+    return readable if readable == key else f"{readable}-{zlib.crc32(key.encode()):08x}"
 
 
 def _of_arm(run: Run, arm: str) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class ArmSummary:
     Attributes:
         success: of all episodes that did not crash.
         difference: to the unpruned policy, on the episodes that both finished, stratified by task.
+        tango: Tango's interval of the same difference, without strata: what peers report.
         p_adjusted: McNemar's p-value, adjusted by Holm over the arms of methods; None for controls.
         verdict: of methods.
         against_random: a method's difference to a random choice of as many tokens in the same steps.
@@ -76,6 +77,7 @@ class ArmSummary:
     kind: str
     success: Rate
     difference: PairedDifference | None
+    tango: tuple[float, float] | None
     p_adjusted: float | None
     verdict: Verdict | None
     against_random: PairedDifference | None
@@ -197,6 +199,7 @@ def summarize(run: Run) -> Summary:
                 arm,
                 mine,
                 difference=None if key == arms[0]["key"] else _difference(base, mine),
+                tango=None if key == arms[0]["key"] else pairs[key].tango(),
                 p_adjusted=p_adjusted.get(key),
                 verdict=verdicts.get(key),
                 against_random=None if random is None else _difference(outcomes[random], mine),
@@ -212,6 +215,7 @@ def _row(
     arm: Mapping[str, str],
     mine: _Outcomes,
     difference: PairedDifference | None,
+    tango: tuple[float, float] | None,
     p_adjusted: float | None,
     verdict: Verdict | None,
     against_random: PairedDifference | None,
@@ -233,6 +237,7 @@ def _row(
         kind=arm["kind"],
         success=wilson(sum(bool(record.success) for record in done), len(done)),
         difference=difference,
+        tango=tango,
         p_adjusted=p_adjusted,
         verdict=verdict,
         against_random=against_random,
