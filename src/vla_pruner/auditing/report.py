@@ -15,12 +15,14 @@ class Check:
         passed: None where it could not be asked; `detail` says why.
         figure: what was measured, in a few words.
         detail: what it means, what is compared, and what to do where it failed.
+        observations: control steps that it ran.
     """
 
     name: str
     passed: bool | None
     figure: str = ""
     detail: str = ""
+    observations: int = 0
 
 
 @dataclass(frozen=True)
