@@ -1,6 +1,4 @@
-"""What torch says of devices, whatever kind of accelerator they are: their names, their memory, their generators, and
-how long what they were given takes.
-"""
+"""Names, memory, random generators and timing of devices, for any kind of accelerator that torch knows."""
 
 from __future__ import annotations
 
@@ -14,37 +12,39 @@ from torch import Tensor
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Whether work on it is queued, so that a call that came back need not be done."""
+    """Return True if work on the device is queued, so that a call may return before its work is done."""
     return device.type not in ("cpu", "meta")
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Wait until the device has done all work that is queued on it, then return the time in seconds."""
     if is_accelerator(device):
         torch.accelerator.synchronize(device)
     return perf_counter()
 
 
 def available() -> list[torch.device]:
-    """The accelerators that this torch can use here."""
+    """Return the accelerators that this build of torch can use on this machine."""
     kind = torch.accelerator.current_accelerator(check_available=True)
     return [] if kind is None else [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
 
 
 def accelerators_of(parameters: Iterable[Tensor]) -> list[torch.device]:
-    """The accelerators that hold some of these tensors, each once and with its index."""
+    """Return the accelerators that hold any of these tensors, each once and with its index."""
     found = {one.device for one in parameters if is_accelerator(one.device)}
     return sorted((torch.device(one.type, one.index or 0) for one in found), key=str)
 
 
 def name_of(device: torch.device) -> str | None:
-    """The product's name, as far as torch knows it."""
+    """Return the product name of an accelerator; None if torch does not know it."""
     about = getattr(torch.get_device_module(device), "get_device_properties", None)
     return None if about is None or not is_accelerator(device) else getattr(about(device), "name", None)
 
 
 def described(device: torch.device) -> str:
-    """An accelerator in words: what it is called, its name, its memory, and on CUDA its compute capability."""
+    """Describe an accelerator in words: its torch name, its product name, its memory and, on CUDA, its compute
+    capability.
+    """
     known = getattr(torch.get_device_module(device), "get_device_properties", None)
     if known is None:
         return str(device)
@@ -56,26 +56,28 @@ def described(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes that torch had allocated there at the most since `forget_peak_memory`; None if it does not count them."""
+    """Return the most bytes that torch had allocated on the device since `forget_peak_memory`; None if it does not
+    count them.
+    """
     peak = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     return None if peak is None or not is_accelerator(device) else peak(device)
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Count the peak from now on, where it is counted at all."""
+    """Restart the count of peak memory, if torch counts it on this device."""
     forget = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
     if forget is not None and is_accelerator(device):
         forget(device)
 
 
 def generator_states(devices: Iterable[torch.device] = ()) -> list[Tensor]:
-    """Where torch's generators are, that of the CPU and those of accelerators: what draws at random changes it."""
+    """Return the states of torch's random generators: the CPU's first, then those of the accelerators."""
     return [torch.get_rng_state(), *map(_state, devices)]
 
 
 @contextmanager
 def generators_put_back(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Within it draws at random change nothing outside: afterwards the generators are where they were."""
+    """Restore the states of torch's random generators at the end of the block."""
     devices = list(devices)
     before = generator_states(devices)
     try:

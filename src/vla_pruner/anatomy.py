@@ -21,10 +21,11 @@ class Anatomy:
         projectors: modules that bring vision features to the decoder's width.
         language_model: the module that calls the decoder and then `lm_head`, its head over the vocabulary; None: no
             tokens are decoded.
-        expert_calls: owners and names of the methods that hold all that the experts compute; empty: their own calls do.
-        acting_rows: rows of a call of the decoder itself after the prompt's.
-        patched: whether the towers are given images that are cut into patches already, (B, images, patches, values) in
-            place of (..., C, H, W).
+        expert_calls: owners and names of the methods that do all of the experts' computation; empty: the experts' own
+            calls do.
+        acting_rows: rows of each call of the decoder after the prompt's.
+        patched: whether the towers take images that are already cut into patches, (B, images, patches, values) instead
+            of (..., C, H, W).
         loop: the module whose `forward` runs the layers of decoder and expert itself, so that theirs never run; None:
             they are called as modules.
     """
@@ -47,18 +48,18 @@ class Anatomy:
 
 
 def layers_of(decoder: Any) -> Any:
-    """The layers of a decoder or an expert: `layers`, as in transformers, or Molmo's `blocks`."""
+    """Return the layers of a decoder or an expert: `layers`, as in transformers, or Molmo's `blocks`."""
     return decoder.layers if hasattr(decoder, "layers") else decoder.blocks
 
 
 def norm_of(decoder: Any) -> Any:
-    """The norm behind the last layer of a decoder."""
+    """Return the norm after the last layer of a decoder."""
     return decoder.norm if hasattr(decoder, "norm") else decoder.ln_f
 
 
 def entry_of(layer: Any) -> Any:
-    """The module whose input a layer makes queries, keys and values of: its first norm, or its attention where it
-    norms what comes out of that.
+    """Return the module from whose input a layer computes queries, keys and values: its first norm, or its attention
+    if the layer normalises the attention's output instead.
     """
     if hasattr(layer, "input_layernorm"):
         return layer.input_layernorm
@@ -66,6 +67,6 @@ def entry_of(layer: Any) -> Any:
 
 
 def projection_of(layer: Any) -> Any:
-    """The projection that makes the queries of a layer, alone or together with keys and values."""
+    """Return the projection that computes the queries of a layer, alone or together with keys and values."""
     attention = layer.self_attn
     return attention.q_proj if hasattr(attention, "q_proj") else attention.att_proj

@@ -159,7 +159,7 @@ def prefill_ratio(
 @dataclass(frozen=True)
 class Tower:
     """A vision encoder: its sizes, the tokens of one image, the number of its layers that run, the FLOPs of cutting one
-    image into patches, and the number of tokens that each attends to; None: all of them.
+    image into patches, and the number of tokens that each token attends to (`window`; None: all of them).
     """
 
     shape: DecoderShape
@@ -191,18 +191,20 @@ class Expert:
         return Flops(whole.linear - own.linear + 2 * 2 * prompt * width * width, whole.quadratic)
 
     def once(self, index: int, prompt: int) -> Flops:
-        """What one layer computes of a cache of `prompt` tokens once a control step, before all passes."""
+        """Return the FLOPs that one layer spends on a cache of `prompt` tokens once per control step, before all
+        passes.
+        """
         return Flops()
 
     def weights(self) -> float:
-        """Numbers in the matrices that one pass reads."""
+        """Return the number of weights in the matrices that one pass reads."""
         return self.shape.layers * replace(self, tokens=1).layer(0, 0).linear / 2
 
 
 @dataclass(frozen=True)
 class ContextExpert(Expert):
-    """An expert whose layers attend to their own rows and then, in a second attention, to the prompt: each projects the
-    keys and values that the decoder cached once a control step.
+    """An expert whose layers attend to their own rows and then, in a second attention, to the prompt. Once per control
+    step, each layer projects the keys and values that the decoder cached.
 
     Attributes:
         context: width of the cached keys, and of the cached values.
@@ -221,13 +223,14 @@ class ContextExpert(Expert):
 
 @dataclass(frozen=True)
 class FeatureExpert(Expert):
-    """An expert that reads what the decoder's last layer gives: layers of self-attention over it once a control step,
-    and then passes of blocks of which every second one attends to it and projects it anew, the others to themselves.
+    """An expert that reads the output of the decoder's last layer. Layers of self-attention run over it once per
+    control step; then, in each pass, every second block attends to it and projects it anew, and the other blocks attend
+    to their own rows.
 
     Attributes:
         last: index of the decoder's last layer.
-        context: width of what it gives.
-        before: the layers of self-attention.
+        context: width of that layer's output.
+        before: the layers of self-attention; None: there are none.
     """
 
     last: int = 0

@@ -9,8 +9,8 @@ from typing import Any
 from vla_pruner.errors import SessionError
 
 WRITTEN = "_torchdynamo_orig_callable"
-"""The attribute in which torch keeps the function that it compiled. It compiles that one where it is given another with
-such an attribute.
+"""The attribute in which torch keeps the original of a function that it compiled. If a function with this attribute is
+compiled, torch compiles that original.
 """
 ATTACHED = "A policy with a session attached was copied or pickled; detach first."
 
@@ -28,7 +28,7 @@ class Replaced:
     def __init__(self, around: Callable[..., Any], owner: Any, name: str, refusal: str) -> None:
         original = getattr(owner, name)
         functools.update_wrapper(self, original)
-        vars(self).pop(WRITTEN, None)  # or it would be compiled in place of this
+        vars(self).pop(WRITTEN, None)  # or torch would compile the original instead of this object
         # Set last: if the original is such an object itself, its attributes were copied just now.
         self._around = around
         self._refusal = refusal

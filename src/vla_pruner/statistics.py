@@ -203,10 +203,10 @@ class Pairs:
         return max(-1.0, low), min(1.0, high)
 
     def tango(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Tango's score interval of the difference, all pairs as of one stratum (Statistics in Medicine 17, 1998): what
-        peers report. Where tasks differ it is wider than `limits`; verdicts are of `limits`.
+        """Return Tango's score interval of the difference, with all pairs in one stratum (Statistics in Medicine 17,
+        1998), as other tools report it. If tasks differ it is wider than `limits`; verdicts use `limits`.
 
-        It ends where |T(d)| = z, with T(d) = (gained - lost - n d) / sqrt(n (2 q + d (1 - d))) and q the most likely
+        Its ends solve |T(d)| = z, with T(d) = (gained - lost - n d) / sqrt(n (2 q + d (1 - d))) and q the most likely
         share of lost pairs if d is the truth: the larger root of 2 n q^2 + b q - lost d (1 - d), with
         b = (2 n - gained + lost) d - gained - lost.
 
@@ -225,7 +225,7 @@ class Pairs:
             return (gained - lost - n * d) ** 2 - z * z * n * max(0.0, 2 * q + d * (1 - d))
 
         def limit(end: float) -> float:
-            # Just beyond the difference itself, which is a root too where no pair is discordant.
+            # Just beyond the difference itself, which is also a root if no pair is discordant.
             near = self.value + 1e-9 * (end - self.value)
             return end if outside(near) >= 0.0 else float(brentq(outside, near, end, xtol=1e-12))
 

@@ -1,4 +1,4 @@
-"""Sequences that are no control step: a model that is called without an image runs untouched beside a session."""
+"""Sequences that are no control step: calls of the model without an image run untouched while a session is attached."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from vla_pruner.caches import held
 
 
 class Aside:
-    """Knows which calls of a decoder go on with a sequence that began without an image, by their caches."""
+    """The caches of sequences that began without an image, by which later calls of such a sequence are recognised."""
 
     def __init__(self) -> None:
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def takes(self, cache: Any, prompt_cache: Any) -> bool:
-        """Whether a call that shows the model no image begins such a sequence, or goes on with one.
+        """Return True if a call without an image begins or continues such a sequence.
 
         Args:
-            cache: the call's; None: it has none.
-            prompt_cache: that of the control step which is running, or was last.
+            cache: the call's cache; None: it has none.
+            prompt_cache: the cache of the control step that is running, or of the last one.
         """
         if cache is None or cache in self._caches:
             return True
@@ -30,11 +30,11 @@ class Aside:
         return begins
 
     def remember(self, cache: Any) -> None:
-        """A call of such a sequence returned this cache."""
+        """Remember a cache that a call of such a sequence returned."""
         if cache is not None:
             self._caches.add(cache)
 
     def forget(self, cache: Any) -> None:
-        """The prompt of a control step is run with this cache."""
+        """Forget a cache with which the prompt of a control step is run."""
         if cache is not None:
             self._caches.discard(cache)

@@ -72,7 +72,7 @@ class Compiled:
         """Put the compiled calls in place.
 
         Args:
-            model: the policy, where no session is attached, which would have set others' compiled calls aside.
+            model: the policy if no session is attached; a session has already set aside methods that others compiled.
 
         Raises:
             OptionError: torch has no such backend.
@@ -204,7 +204,7 @@ class Compiled:
 
 
 def why_not_compiled(family: Family, method: Method | None) -> str | None:
-    """Why a policy, with a method attached or without, cannot be compiled, and what to do; None if it can."""
+    """Return why a policy, with or without a method attached, cannot be compiled, and what to do; None if it can."""
     if not family.compilable:
         return (
             f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
@@ -250,15 +250,15 @@ def check_not_compiled(model: Any, family: Family) -> None:
 
 
 def set_aside(model: Any, family: Family, replaced: Replacements) -> None:
-    """Have methods that somebody compiled on single instances, and that run the decoder, run as they were written.
+    """Replace methods that others compiled on single instances, and that run the decoder, by the original functions.
 
-    LeRobot does that (`compile_model=True`, `--use_torch_compile`), and so do users: `model.forward =
-    torch.compile(model.forward)`. What was traced before hooks came would pass them by.
+    LeRobot compiles such methods (`compile_model=True`, `--use_torch_compile`), and so do users: `model.forward =
+    torch.compile(model.forward)`. A program that was traced before the hooks were registered would bypass them.
 
     Args:
         model: the policy.
         family: of the policy.
-        replaced: puts the compiled methods back.
+        replaced: records the replacements, to restore the compiled methods.
     """
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     for part in module.modules() if isinstance(module, nn.Module) else ():

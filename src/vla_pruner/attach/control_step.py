@@ -152,7 +152,7 @@ class ControlStep:
 
         Args:
             length: its positions.
-            still_acting: (B,) bool, the rows whose attention counts; None: all do.
+            still_acting: (B,) bool, the rows whose attention counts; None: all rows.
 
         Raises:
             SessionError: the step is in another phase.

@@ -1,4 +1,4 @@
-"""One control step, with what pruning does in it, as a program of tensors: what `Session.export` returns."""
+"""Export of one control step, pruning included, as a program of tensors: `Session.export`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from vla_pruner.attach.runner import Opened, Runner
 
 HISTORY, NEXT = "history_", "next_"
-"""Names of what crosses control steps begin with the first; as outputs with both."""
+"""Prefixes of the tensors that cross control steps: inputs begin with the first, outputs with the second and first."""
 
 
 @dataclass(frozen=True)
 class ExportedStep:
-    """One control step as a program that knows no Python: what it takes and gives are tensors of fixed shapes.
+    """One control step as a program that needs no Python: its inputs and outputs are tensors of fixed shapes.
 
     Attributes:
-        program: as torch.export has it, in torch's core operators. Called as `program.module()(**inputs)`; it returns a
-            dict of `outputs`.
-        inputs: an example of everything it takes, by name and in order: the policy's inputs, and the history.
-        outputs: names of what it gives, in order: the policy's output, "kept" ((B, k) int64, sorted ids of the visual
-            tokens that stay) where the step is pruned, and the history after the step ("next_history_...").
+        program: from torch.export, in torch's core operators. Called as `program.module()(**inputs)`, it returns a dict
+            of `outputs`.
+        inputs: an example of every input, by name and in order: the policy's inputs, then the history.
+        outputs: names of the outputs, in order: the policy's output, "kept" ((B, k) int64, sorted ids of the visual
+            tokens that stay) if the step is pruned, and the history after the step ("next_history_...").
     """
 
     program: ExportedProgram
@@ -44,7 +44,7 @@ class ExportedStep:
     outputs: tuple[str, ...]
 
     def start(self) -> dict[str, Tensor]:
-        """The history of an episode that begins; empty where the method remembers nothing."""
+        """Return the history at the beginning of an episode; empty if the method remembers nothing."""
         held = {name.removeprefix(HISTORY): value for name, value in self.inputs.items() if name.startswith(HISTORY)}
         if not held:
             return {}
@@ -52,23 +52,23 @@ class ExportedStep:
         return self.history(Memory.empty(rows, window, tokens, held["action"].device, semantic="semantic" in held))
 
     def history(self, memory: Memory) -> dict[str, Tensor]:
-        """What a session remembers (`session.memory`), as inputs of the program."""
+        """Return the memory of a session (`session.memory`) as inputs of the program."""
         given = _history_of(memory)
         return {name: given[name] for name in self.inputs if name.startswith(HISTORY)}
 
     def next(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The history after a step, out of what the program gave: inputs of the next step."""
+        """Return the history after a step, taken from the program's outputs, as inputs of the next step."""
         return {name: outputs[NEXT + name] for name in self.inputs if name.startswith(HISTORY)}
 
     def save_onnx(self, file: str | PathLike[str], **options: Any) -> None:
-        """Write the program as ONNX; inputs and outputs have their names and their order there.
+        """Write the program as ONNX, with the same names and order of inputs and outputs.
 
         Args:
-            file: where.
+            file: path to write to.
             **options: of `torch.onnx.export`, such as opset_version.
 
         Raises:
-            UnsupportedModelError: what writes ONNX is not installed.
+            UnsupportedModelError: onnx or onnxscript is not installed.
         """
         lacking = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
         if lacking:
@@ -89,7 +89,7 @@ class ExportedStep:
 def export_step(
     runner: Runner, family: Family, model: nn.Module, example: Mapping[str, Any], pruned: bool
 ) -> ExportedStep:
-    """One control step of a session as a program; arguments and errors as of `Session.export`."""
+    """Export one control step of a session as a program; arguments and errors as of `Session.export`."""
     if runner.reuse is not None:
         raise UnsupportedModelError(
             f"{type(runner.method).__name__} reuses keys and values of the last control step, which are no input of a "
@@ -103,7 +103,7 @@ def export_step(
             memory = empty
         held = _history_of(memory.to(function.call.device))
         names = [name for name in held if runner.method.history and held[name].numel()]
-        # Copies, since what was made in inference mode is none of a program's.
+        # Copies, since a program cannot hold tensors that were made in inference mode.
         inputs = {**function.inputs, **{name: held[name].clone() for name in names}}
         step = _Step(model, function, opened)
         try:
@@ -128,7 +128,7 @@ def export_step(
 
 
 class _Step(nn.Module):
-    """What is traced: the policy's step between opening and closing a control step of the session."""
+    """The module that is traced: the policy's step between opening and closing a control step of the session."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Step(nn.Module):
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         given = {name: value for name, value in inputs.items() if not name.startswith(HISTORY)}
         history = {name.removeprefix(HISTORY): value for name, value in inputs.items() if name.startswith(HISTORY)}
-        # Of copies no number is known while they are traced: whoever reads one on the host fails, and bakes nothing in.
+        # The values of copies are unknown during tracing: reading one on the host fails instead of baking it in.
         unknown = {name: value.clone() for name, value in self._opened.memory.state_dict().items()}
         memory = Memory(**{**unknown, **history})
         self._opened.begin(memory, memory.steps)
@@ -160,7 +160,7 @@ class _Step(nn.Module):
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Has a model afterwards the very attributes that it has now: torch.export puts equal ones in their places."""
+    """Restore the very same attributes of a model at the end of the block: torch.export replaces them by equal ones."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield
@@ -171,14 +171,14 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _history_of(memory: Memory) -> dict[str, Tensor]:
-    """What of a memory crosses control steps on the device, by the names of a program's inputs."""
+    """Return the tensors of a memory that cross control steps on the device, by the names of a program's inputs."""
     device = memory.action.device
     found = {"action": memory.action, "age": memory.age, "semantic": memory.semantic, "steps": memory.steps.to(device)}
     return {HISTORY + name: value for name, value in found.items()}
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """torch's own, and those of what other runtimes lack."""
+    """Return torch's own decompositions, with further ones for operators that other runtimes lack."""
     aten, table = torch.ops.aten, torch.export.default_decompositions()
     for name, form in PLAIN_FORMS.items():
         table[getattr(torch.ops.vla_pruner, name).default] = form
@@ -193,12 +193,14 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 def _stable_sort(
     values: Tensor, *, stable: bool | None = True, dim: int = -1, descending: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`torch.sort`, by counting what comes before each value: runtimes that sort break ties as they like."""
+    """Sort like `torch.sort`, by counting the values that come before each value, since the runtimes' own sorts break
+    ties in any order.
+    """
     if values.shape[dim] <= 1:
         return values.clone(), torch.zeros_like(values, dtype=torch.int64)
     line = values.transpose(dim, -1)
     mine, other = line.unsqueeze(-1), line.unsqueeze(-2)
-    # No runtime need compare narrow numbers.
+    # Runtimes need not implement comparisons of narrow numbers.
     if line.dtype in (torch.int8, torch.uint8, torch.int16, torch.bool):
         mine, other = mine.int(), other.int()
     places = torch.arange(line.shape[-1], device=line.device)
@@ -212,7 +214,7 @@ def _stable_sort(
 def _searchsorted(
     sorted_sequence: Tensor, values: Tensor, *, out_int32: bool = False, right: bool = False, **_: Any
 ) -> Tensor:
-    """`torch.searchsorted` of rows, by counting what is smaller."""
+    """Search rows like `torch.searchsorted`, by counting the smaller values."""
     line, mine = sorted_sequence.unsqueeze(-2), values.unsqueeze(-1)
     before = line <= mine if right else line < mine
     return before.to(torch.int32 if out_int32 else torch.int64).sum(dim=-1)

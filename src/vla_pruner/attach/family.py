@@ -52,11 +52,11 @@ class StepFunction:
     """A control step as a function of tensors, for `Session.export`.
 
     Attributes:
-        run: what it computes; its arguments are `inputs`, by name. It makes one prompt, and all of its calls of the
-            decoder are of this control step.
+        run: the function, called with `inputs` by name. It runs one prompt, and all of its calls of the decoder belong
+            to this control step.
         inputs: an example of each argument.
-        output: the name of what it returns.
-        call: the prompt, as the decoder is called with it.
+        output: the name of its result.
+        call: the prompt's call of the decoder.
     """
 
     run: Callable[..., Tensor]
@@ -76,12 +76,12 @@ class Family:
             pixels a visual token covers, or if these tokens move in the prompt or run more than once in a step.
         cameras: the cameras' names; visual token ids run through them in this order. Empty if they were not named.
         one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
-        freezes: whether tokens may stay readable while they are no longer computed: not where something reads the
-            output of the last layer, of which they have none.
+        freezes: whether tokens may stay readable while they are no longer computed; False if something reads the output
+            of the last layer, since frozen tokens have none.
         called: whether calling the model itself (its `forward`) is part of a control step, as with language models.
             Else control steps are calls of its methods.
-        kernel: the function that the decoder's attention modules compute if they do not ask transformers for an
-            attention function, called as those are; None: they do.
+        kernel: the function that the decoder's attention modules run, with the signature of transformers' attention
+            functions, if they do not ask transformers for one; None: they ask.
         compilable: whether the calls of decoder and readers can run as graphs, with the work of pruning in them.
         seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
             projector in it; compiled whole, in place of the encoders. None if there is no such method.
@@ -114,7 +114,7 @@ class Family:
 
     @property
     def encoders(self) -> tuple[nn.Module, ...]:
-        """The vision encoders, or those parts of them, whose calls can run as graphs."""
+        """The vision encoders, or their parts, whose calls can run as graphs."""
         return self.anatomy.towers
 
     @property
@@ -141,7 +141,7 @@ class Family:
 
     @property
     def in_half(self) -> bool:
-        """Whether the policy itself has its decoder computed in fewer digits than its weights have (autocast)."""
+        """True if the policy itself runs its decoder in a lower precision than that of its weights (autocast)."""
         return False
 
     @property
@@ -161,8 +161,8 @@ class Family:
         return None
 
     def shows_nothing(self, call: Call) -> bool:
-        """Whether the model was called without an image. A sequence that begins so is no control step and runs
-        untouched.
+        """Return True if the model was called without an image. A sequence that begins with such a call is no control
+        step and runs untouched.
         """
         return False
 
@@ -171,7 +171,7 @@ class Family:
         raise NotImplementedError
 
     def check_short_token(self) -> None:
-        """Look at a call that decodes a token over a cache of which every layer is short.
+        """Check a call that decodes a token with a cache that is short in every layer.
 
         Raises:
             SessionError: the model took the token's position from the cache's length.
@@ -184,8 +184,9 @@ class Family:
         return False
 
     def still_acting(self) -> Tensor | None:
-        """(B,) bool: the rows of a batch whose attention counts in the call after the prompt that begins now; None:
-        all do. Those that have emitted their last token, and are decoded on because others have not, do not.
+        """Return the rows of a batch whose attention counts in the call that now begins after the prompt, (B,) bool;
+        None: all rows. Rows that have emitted their last token do not count, even if they are decoded on because other
+        rows have not finished.
         """
         return None
 
@@ -216,14 +217,14 @@ class Family:
         raise NotImplementedError
 
     def exported(self, example: Mapping[str, Any]) -> StepFunction:
-        """A control step like this example as a function of tensors.
+        """Return a control step of the example's shapes as a function of tensors.
 
         Args:
             example: arguments of the policy's own call, by name; without padding.
 
         Raises:
-            UnsupportedModelError: this family has none.
-            OptionError: an argument is missing, or is not one of these.
+            UnsupportedModelError: this family cannot be exported.
+            OptionError: an argument is missing or unknown.
         """
         raise UnsupportedModelError(
             f"A control step of {type(self).__name__} cannot be exported; those of language models, of OpenVLA-OFT "
@@ -254,8 +255,8 @@ class Family:
         return self.decoder.rotary_emb(hidden, positions)
 
     def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
-        """Make the computation of the decoder or a reader, after hooks on it, go through `around(original, ...)`, with
-        its embeddings first or by name.
+        """Make the computation of the decoder or a reader, after its hooks, go through `around(original, ...)`, with
+        the embeddings as the first argument or by name.
         """
         replaced.put(module, "forward", around)
 

@@ -28,7 +28,7 @@ class Host(Protocol):
     - `leave_call`: the call came back.
     - `end_turn`: the call is over, whether it came back or failed.
 
-    A call that is no part of a control step is `enter_aside` and `end_turn`, with nothing in between.
+    A call that is no part of a control step makes only two calls: `enter_aside` and `end_turn`.
     """
 
     @property
@@ -86,7 +86,7 @@ class Host(Protocol):
         ...
 
     def enter_aside(self) -> None:
-        """A call of the decoder begins that is no part of a control step.
+        """Begin a call of the decoder that is no part of a control step.
 
         Raises:
             SessionError: another thread is within a control step.

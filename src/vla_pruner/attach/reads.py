@@ -62,7 +62,7 @@ class CallReads:
     A call that runs as a graph then starts from the same state each time, and nothing in it counts calls.
 
     Attributes:
-        still_acting: (B,) bool, the rows of the batch whose attention counts; None: all do.
+        still_acting: (B,) bool, the rows of the batch whose attention counts; None: all rows.
         columns: (B, P) float32 by the number of pruning stages before the layer's cache: attention to the prompt's
             columns, the mean over heads and rows, summed over layers.
         count: the number of layers summed there.
@@ -81,7 +81,7 @@ class CallReads:
         self.count += 1
 
     def counted(self, columns: Tensor) -> Tensor:
-        """(B, P): columns of the call, zero in the rows that do not count."""
+        """Return columns (B, P) of the call, zero in the rows that do not count."""
         if self.still_acting is None:
             return columns
         return columns * self.still_acting.to(columns.device)[:, None]
@@ -93,7 +93,7 @@ class LayerReads:
 
     Attributes:
         queries: (B, H, 1, d) each, oldest first; the oldest belongs to the prompt.
-        counted: (B,) bool for each of these, the rows of the batch that count; None: all do.
+        counted: (B,) bool for each query, the rows of the batch that count; None: all rows.
         visible: (B or 1, 1 or H, 1, P or more) mask of the newest row, bool or additive; None: it sees all.
         newest: the newest kernel call, whose keys hold those of all older ones.
     """
@@ -117,7 +117,7 @@ class DeferredReads:
 
         Args:
             row: one query row of every row of the batch.
-            counted: (B,) bool, the rows of the batch that count; None: all do.
+            counted: (B,) bool, the rows of the batch that count; None: all rows.
         """
         reads = self._layers.setdefault((row.layer, row.stage), LayerReads())
         reads.queries.append(row.query)

@@ -67,10 +67,10 @@ class Recorder:
         """Call `callback` after each kernel call of a transformers attention module that runs `backend`.
 
         Args:
-            module: with a config that names the attention function that it runs.
-            backend: this function.
-            callback: told of each call.
-            kernel: what the module computes where it does not ask transformers for a function of this name.
+            module: an attention module; its config names the attention function that it runs.
+            backend: name of this function.
+            callback: called with each kernel call.
+            kernel: the function that the module runs if it does not ask transformers for one by name; None: it asks.
         """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -44,7 +44,7 @@ class Runner:
         turn: lets one thread at a time into a control step.
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering.
         compiled: the compiled calls of the model; None if they are not compiled.
-        trial: times unpruned and pruned control steps in turns; None if nobody asked.
+        trial: times unpruned and pruned control steps in turns; None if no trial was requested.
         whole: True while a control step that is one graph runs, or is traced; it was opened before.
         aside: True while a call runs that is no part of a control step.
 
@@ -126,14 +126,14 @@ class Runner:
             return self.open_call(call)
 
     def enter_aside(self) -> None:
-        """A call of the decoder begins that is no part of a control step.
+        """Begin a call of the decoder that is no part of a control step.
 
         Raises:
             SessionError: another thread is within a control step.
         """
         self.turn.begin_call()
         if self._step is not None and self._step.running:
-            self._step.close()  # its own call failed, and what is read now is not its
+            self._step.close()  # its own call failed, and attention of this call is no part of it
         self.aside = True
 
     def enter_reader(self) -> None:
@@ -202,20 +202,21 @@ class Runner:
         self._step = ControlStep(layout, memory, steps, prunes, budgets, rows)
 
     def _check_text(self, layout: Layout) -> None:
-        """Raise SessionError where the method reads text and there is none, which a graph could not say."""
+        """Raise SessionError if the method reads text and there is none: a graph could not raise it."""
         methods = [stage.method for stage in self.stages.values()]
         if any(method.queries in ("text", "raters") or "relevance" in method.needs for method in methods):
             layout.text()
 
     @contextmanager
     def opened_for_export(self, call: Call, prunes: bool) -> Iterator[Opened]:
-        """Within it, control steps of this call are opened by hand, to be traced; afterwards all is as it was."""
+        """Yield functions that open and finish control steps of this call for tracing; restore the state afterwards."""
         before = self._step, self._memory, self.whole
         layout, rows, budgets = self._planner.plan(call)
         self._check_text(layout)
-        # Copies, since what the family keeps may have been made in inference mode, which no program can hold.
+        # Copies, since a program cannot hold tensors made in inference mode, and the family's layout may have some.
         held: dict[str, Any] = {field.name: getattr(layout, field.name) for field in fields(layout)}
-        layout = Layout(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()})
+        held |= {name: value.clone() for name, value in held.items() if isinstance(value, Tensor)}
+        layout = Layout(**held)
         rows = None if rows is None else rows.clone()
         empty = self._empty_memory(layout, call.device)
 
@@ -397,12 +398,12 @@ class Runner:
 
 @dataclass(frozen=True)
 class Opened:
-    """How a control step that is traced begins and ends.
+    """Functions that open and finish a control step that is traced.
 
     Attributes:
-        memory: of an episode that begins.
+        memory: the memory at the beginning of an episode.
         begin: opens the step with a memory and its steps (B,) int64 on the device.
-        finish: gives the tokens (B, k) that were kept (None: the step is not pruned), and what is remembered after it.
+        finish: returns the kept tokens (B, k) (None: the step is not pruned) and the scores remembered after the step.
     """
 
     memory: Memory

@@ -118,22 +118,22 @@ class Session:
         self._runner.compiled = compiled
 
     def export(self, example: Mapping[str, Any], pruned: bool = True) -> ExportedStep:
-        """One control step as a program of tensors (torch.export), scoring, choosing and gathering in it, for runtimes
-        that know no Python. What crosses control steps is an input and an output; the session is left as it was.
+        """Export one control step as a program of tensors (torch.export), for runtimes without Python. Scoring,
+        choosing and gathering are part of it, and the memory is both an input and an output. The session is unchanged.
 
-        Which steps of an episode run unpruned is for who runs the program to say: `Method.schedule` is Python. Such a
-        step is a program of its own (`pruned=False`) that takes and gives the same history.
+        The program does not know which steps of an episode run unpruned: `Method.schedule` is Python, so the caller
+        decides. An unpruned step is a program of its own (`pruned=False`) that takes and returns the same history.
 
         Args:
-            example: a step's inputs, by name, which fix all shapes. Of the reference policies "images", "instruction"
-                and "proprio", of OpenVLA-OFT "input_ids", "pixel_values" and "proprio", as `predict_action` takes them;
-                of a language model "inputs_embeds" (B, N, D), and "tokens", how many it decodes (1).
+            example: a step's inputs, by name, which fix all shapes. For the reference policies "images", "instruction"
+                and "proprio"; for OpenVLA-OFT "input_ids", "pixel_values" and "proprio", as `predict_action` takes
+                them; for a language model "inputs_embeds" (B, N, D), and "tokens", the number of decoded tokens (1).
             pruned: whether it is a pruned step.
 
         Raises:
             SessionError: the session is detached or compiled.
             UnsupportedModelError: the model or the method cannot be exported.
-            OptionError, ObservationError: the example is none of this model.
+            OptionError, ObservationError: the example does not fit this model.
         """
         if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
@@ -144,12 +144,12 @@ class Session:
             return export_step(self._runner, self.family, module, example, pruned)
 
     def detach_unless_faster(self) -> None:
-        """Time the control steps that come, unpruned and pruned in turns, and detach where pruning does not win.
+        """Time the next control steps, unpruned and pruned in turns, and detach if pruning is not faster.
 
-        Timed are calls of the policy that are one control step each, behind the warm-up of each episode; half of the
-        steps that would be pruned are not, until ten of each kind were timed. The host waits for the device at both
-        ends of a step that long. What came of it is `verdict`, and is logged ("vla_pruner"). A compiled policy
-        stays compiled, as it is without pruning, until `detach` is called.
+        Only calls of the policy that are exactly one control step are timed, after the warm-up of each episode. Until
+        enough steps of each kind have been timed (three that are discarded, then ten), half of the steps that would be
+        pruned run unpruned, and the host waits for the device at both ends of each step. The result is `verdict`, and
+        is logged ("vla_pruner"). A compiled policy stays compiled, without pruning, until `detach` is called.
 
         Raises:
             SessionError: the session is detached.
@@ -167,16 +167,16 @@ class Session:
 
     @property
     def verdict(self) -> Verdict | None:
-        """What `detach_unless_faster` found; None as long as it is not known."""
+        """The result of `detach_unless_faster`; None until it is known."""
         return None if self._runner.trial is None else self._runner.trial.verdict
 
     def timed_step(self, outermost: bool) -> AbstractContextManager[None]:
-        """Around a policy's own call, whose time counts if it is the outermost one."""
+        """Return a context that times a policy's own call if it is the outermost one."""
         trial = self._runner.trial
         return nullcontext() if trial is None or not outermost else trial.step()
 
     def heed_trial(self) -> bool:
-        """A control step is over: detach if it is known by now that pruning is not faster; returns whether it did."""
+        """Detach after a control step if the trial has found that pruning is not faster; return True if it did."""
         trial = self._runner.trial
         if trial is None or trial.verdict is None or trial.told or not self.attached:
             return False
@@ -288,7 +288,7 @@ class Session:
 
     @property
     def policy(self) -> Any:
-        """What the method was attached to, without what others put around it."""
+        """The model that the method was attached to, without wrappers of other libraries."""
         return self._policy
 
     @property

@@ -70,7 +70,7 @@ def _token_mask(mask: Any, shortening: Shortening, length: int, width: int | Non
         return torch.cat([mask.gather(1, shortening.prefix), mask[:, shortening.length :]], dim=1)
     if width is None and mask.shape[-1] == length:
         return shortening.reader_mask(mask, None)
-    # It was made of the cache's own length, by which padding of the whole prompt lies in other columns.
+    # The mask was made from the short cache's length, so its padding of the whole prompt is in other columns.
     return shortening.token_mask(mask, length - shortening.length, width)
 
 

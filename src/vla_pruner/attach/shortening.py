@@ -110,12 +110,12 @@ class Shortening:
         return None if mask is None else self._columns(mask, buffer)
 
     def token_mask(self, like: Tensor, decoded: int, buffer: int | None) -> Tensor:
-        """The mask (B, 1, 1, W) of a token that is decoded over a cache of which every layer is short: it sees all that
-        is real.
+        """Return the mask (B, 1, 1, W) of a token that is decoded with a cache that is short in every layer: all
+        columns but padding are visible.
 
         Args:
-            like: a mask, bool or additive.
-            decoded: tokens behind the prompt, this one included.
+            like: a mask, bool or additive, whose type and device the new one has.
+            decoded: tokens after the prompt, including this one.
             buffer: width of a static cache's key buffer, or None.
         """
         prompt = self._prompt.gather(1, self.prefix)

@@ -1,4 +1,4 @@
-"""Whether pruning pays here: a user's own control steps timed unpruned and pruned, in turns."""
+"""A trial of whether pruning is faster on a user's own control steps, timed unpruned and pruned in turns."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ log = logging.getLogger("vla_pruner")
 STEPS = 10
 """Control steps of each kind that are timed."""
 PASSED_OVER = 3
-"""Of each kind, the first ones: what is compiled, captured and allocated then is not what a step takes."""
+"""First control steps of each kind that are discarded: compiling, capturing and allocating are no part of a step."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of it.
+    """The result of a trial.
 
     Attributes:
-        unpruned_ms, pruned_ms: medians of whole control steps.
-        steps: of each kind that were timed.
-        rows: robots in each of them.
+        unpruned_ms, pruned_ms: medians of whole control steps, in milliseconds.
+        steps: timed control steps of each kind.
+        rows: robots in each control step.
     """
 
     unpruned_ms: float
@@ -33,7 +33,7 @@ class Verdict:
 
     @property
     def faster(self) -> bool:
-        """Whether pruned control steps are the faster ones."""
+        """True if pruned control steps are faster."""
         return self.pruned_ms < self.unpruned_ms
 
     def __str__(self) -> str:
@@ -46,15 +46,15 @@ class Verdict:
 
 @dataclass
 class Trial:
-    """Has every other control step that the method would prune run unpruned, until enough of both were timed.
+    """Runs every other control step that the method would prune unpruned, until enough of both kinds were timed.
 
-    Warm-up steps and others that the method leaves unpruned itself are not timed. To what is remembered, an unpruned
-    step is what a refresh is. Batches of different sizes are timed apart; the first that has enough decides.
+    Warm-up steps and other steps that the method itself leaves unpruned are not timed. For the memory, an unpruned step
+    counts as a refresh. Batches of different sizes are timed apart; the first size with enough steps decides.
 
     Attributes:
-        clock: seconds, once the device has done what it was given. Timing waits for it at both ends of a step.
-        verdict: None until it is known.
-        told: whether somebody heeded it.
+        clock: waits until the device is done and returns the time in seconds; called at both ends of a step.
+        verdict: the result; None until it is known.
+        told: whether the session has acted on the result.
     """
 
     clock: Callable[[], float]
@@ -64,10 +64,10 @@ class Trial:
     _opened: list[tuple[int, bool]] = field(default_factory=list)
 
     def prunes(self, rows: int, prunes: bool) -> bool:
-        """A control step opens; returns whether it is pruned.
+        """Register a control step that opens, and return True if it is pruned.
 
         Args:
-            rows: robots in it.
+            rows: robots in the control step.
             prunes: whether the method prunes it.
         """
         if not prunes or self.verdict is not None:
@@ -80,7 +80,7 @@ class Trial:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a policy's own call. One that fails, or that is no control step or several, counts for nothing."""
+        """Time a policy's own call. A call that fails, or that is not exactly one control step, does not count."""
         if self.verdict is not None:
             yield
             return

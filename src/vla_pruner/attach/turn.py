@@ -35,7 +35,7 @@ class Turn:
 
     @contextmanager
     def step(self) -> Iterator[bool]:
-        """Hold the turn within a policy's own call; yields whether it is the outermost one.
+        """Hold the turn within a policy's own call; yield True if it is the outermost one.
 
         Raises:
             SessionError: another thread is within a control step.
@@ -58,7 +58,7 @@ class Turn:
         self._take(0, True)
 
     def end_call(self) -> bool:
-        """End the call, which came back or failed; returns whether it had the turn."""
+        """End the call, which came back or failed; return True if this thread had the turn."""
         with self._lock:
             own = self._thread is threading.current_thread()
             if own:

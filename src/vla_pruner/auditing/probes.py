@@ -113,7 +113,7 @@ class LengthProbe(Probe):
 
     @property
     def prompts(self) -> list[set[int]]:
-        """`lengths` without those of calls after the prompt's."""
+        """`lengths` without those of calls after the prompt."""
         return [{length for length in seen if length > self._acting} for seen in self.lengths]
 
 
@@ -140,8 +140,8 @@ class HiddenProbe(Probe):
 
 
 def _images(pixels: Tensor, others: list[Tensor]) -> Iterable[Tensor]:
-    """The images (C, H, W) of a vision tower's call; or (C, 1, n), where it is given the patches (N, C x time x area)
-    of all images, and with them each image's (time, height, width) in patches.
+    """Return the images (C, H, W) of a vision tower's call; or (C, 1, n) if the tower takes the patches (N, C x time x
+    area) of all images together with each image's (time, height, width) in patches.
     """
     if pixels.dim() > 2:
         return pixels.reshape(-1, *pixels.shape[-3:])

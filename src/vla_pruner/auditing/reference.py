@@ -97,7 +97,7 @@ class FullLength:
         return visible & ~self._columns(gone, visible)[:, None]
 
     def _mask_out(self, gone: Tensor, mask: Tensor) -> Tensor:
-        """(B or 1, H or 1, Q, W) additive: the same without the columns that are gone."""
+        """Return an additive mask (B or 1, H or 1, Q, W) with the columns of the tokens that are gone masked out."""
         return torch.where(self._columns(gone, mask)[:, None, None], torch.finfo(mask.dtype).min, mask)
 
     def _gone_at(self, index: int) -> Tensor | None:

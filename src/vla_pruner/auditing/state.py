@@ -53,7 +53,7 @@ def detach(subject: Subject) -> Check:
     before = snapshot(subject)
     subject.act(subject.scene(1))
     subject.begin()
-    # What the policy keeps of its last prompt itself (Qwen-VL's positions) is no trace of a session.
+    # State that the policy itself keeps of its last prompt (Qwen-VL's positions) is not left by a session.
     own = _differences(before, snapshot(subject))
     with subject.attach():
         subject.begin()

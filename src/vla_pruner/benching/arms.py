@@ -68,7 +68,7 @@ class Turns:
 
     Attributes:
         kept: visual tokens kept of each row, by arm; None of the untouched model.
-        memories: what is remembered before a step that is pruned, by pruned arm.
+        memories: the memory before a pruned step, by pruned arm.
     """
 
     def __init__(self, subject: Subject, arms: Sequence[Arm]) -> None:

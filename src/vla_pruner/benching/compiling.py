@@ -37,8 +37,8 @@ class CompiledTurns(Turns):
         arms: as of `Turns`.
         backend: as in `torch.compile`.
         tell: called with each arm before it is compiled.
-        memories: by arm, what an episode of its own would leave before its first pruned step, from arms that are not
-            compiled; the programs of the steps before are not compiled then. None: each arm begins an episode.
+        memories: by arm, the memory of the uncompiled arm before its first pruned step; the programs of the unpruned
+            steps before it are then not compiled. None: each arm begins an episode of its own.
 
     Attributes:
         compiling: each arm's number of graphs, and the seconds that they took.
@@ -97,7 +97,7 @@ class CompiledTurns(Turns):
         self.compiling[arm.name] = Compiling(spent.graphs, spent.seconds)
 
     def _memory_before(self, arm: Arm, subject: Subject, session: Any) -> Any:
-        """Runs the arm up to a pruned step; returns the memory before it."""
+        """Run the arm up to a pruned step, and return the memory before it."""
         if self._given is None:
             return warm(subject, session)
         session.memory = memory = self._given[arm.name]

@@ -1,4 +1,4 @@
-"""What a session prunes, what it leaves, and which share of a control step it can touch (`vp.explain`)."""
+"""Explanation of what a session prunes, what it leaves alone, and its share of a control step (`vp.explain`)."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ FATES = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; `print` it, or read the fields.
+    """The result of `explain`; `print` it, or read the fields.
 
     Attributes:
-        method: as it is carried out on this model.
-        model: its class and its family.
-        pruned: where, to how much, and what becomes of the others.
+        method: the method with its options, as it runs on this model.
+        model: the model's class and family.
+        pruned: for each pruning layer, how many tokens stay and what becomes of the others.
         steps: which control steps are pruned.
-        untouched: parts that no method gains on here.
-        refused: what is not possible on this model, with the reason.
-        share: of a control step's FLOPs, unpruned, in the layers that are pruned; of the prompt's where the rest of a
-            control step is not known (`whole_step`). None before it is known how long a prompt is.
-        ceiling: unpruned FLOPs over pruned ones, without what choosing costs.
+        untouched: parts on which no method saves computation here.
+        refused: what this model or this method does not allow, each with its reason.
+        share: the pruned layers' share of an unpruned control step's FLOPs; of the prompt's FLOPs if the rest of a
+            control step is not known (`whole_step`). None until the length of a prompt is known.
+        ceiling: unpruned FLOPs over pruned ones, without the cost of choosing.
         whole_step: whether `share` and `ceiling` are of a whole control step.
-        verdict: what `only_if_faster` found, in words; None without it.
+        verdict: the result of `only_if_faster` in words; None without it.
     """
 
     method: str
@@ -55,7 +55,7 @@ class Explanation:
     verdict: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dump`."""
+        """Return the fields as a dict for `json.dump`."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -74,14 +74,14 @@ class Explanation:
 
 
 def explain(session: Session) -> Explanation:
-    """What a session prunes where, what is refused on its model and why, and what share of a control step it touches.
+    """Explain what a session prunes and where, what is refused on its model and why, and its share of a control step.
 
-    FLOPs are those of the formulas in `vla_pruner.cost`, for one robot; they are no milliseconds. No control step is
-    run. Where no benchmark knows the policy's inputs (a language model, a bare module of LeRobot), they are those of
+    FLOPs come from the formulas in `vla_pruner.cost`, for one robot; they are not milliseconds. No control step is
+    run. If no benchmark knows the policy's inputs (a language model, a bare module of LeRobot), the FLOPs are those of
     the last control step's prompt in the decoder alone.
 
     Raises:
-        OptionError: `session` is none.
+        OptionError: `session` is not a session.
     """
     if not isinstance(session, Session):
         raise OptionError(f"explain was given {a_type(session)}; give what method.attach(model) returned.")
@@ -117,7 +117,7 @@ def explain(session: Session) -> Explanation:
 
 
 def _tokens(session: Session) -> tuple[int, ...] | None:
-    """Visual tokens of each camera; None where they are not known yet."""
+    """Return the visual tokens of each camera; None if they are not known yet."""
     return session.family.camera_tokens if session.step is None else session.step.layout.cameras
 
 
@@ -184,7 +184,7 @@ def _share(
 
 
 def _subject(session: Session) -> Subject | None:
-    """What the policy's control step consists of; None where no benchmark knows it."""
+    """Return the policy's control step as the benchmark measures it; None if no benchmark knows the policy."""
     policy: Any = session.policy
     weight = session.family.decoder.norm.weight
     settings = BenchSettings(type(policy).__name__, loaded=True, dtype=str(weight.dtype).removeprefix("torch."))

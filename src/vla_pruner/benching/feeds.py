@@ -242,7 +242,7 @@ def pi0(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
 
 
 def vlm(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """A vision-language model of transformers."""
+    """Return the inputs of a vision-language model of transformers."""
     from vla_pruner.policies.vlm import ACTION_TOKENS
 
     rows, cameras, side = settings.batch, len(policy.cameras), policy.side
@@ -318,7 +318,7 @@ def _decoded(module: Any, step: Callable[[], Any]) -> int:
 
 
 def molmoact2(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """LeRobot's MolmoAct2."""
+    """Return the inputs of LeRobot's MolmoAct2."""
     from vla_pruner.policies.molmoact2_random import PromptMaker
 
     module, rows, cameras = policy.module, settings.batch, len(policy.cameras)

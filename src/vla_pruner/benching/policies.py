@@ -100,7 +100,7 @@ def pi0(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> An
 
 
 def vlm(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """A vision-language model of transformers."""
+    """Build a vision-language model of transformers."""
     from vla_pruner.policies.vlm import CAMERAS, random_vlm
 
     cameras = CAMERAS if settings.cameras is None else _cameras(settings.cameras)
@@ -127,7 +127,7 @@ def lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -
 
 
 def molmoact2(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """LeRobot's MolmoAct2."""
+    """Build LeRobot's MolmoAct2."""
     from vla_pruner.policies.molmoact2_random import random_molmoact2_policy
 
     cameras = None if settings.cameras is None else _cameras(settings.cameras)

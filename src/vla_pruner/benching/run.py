@@ -101,10 +101,10 @@ def bench_subject(subject: Subject, progress: Progress | None = None, whole_epis
     """Benchmark a policy that exists already; it is left as it was.
 
     Args:
-        subject: the policy and what it is fed.
+        subject: the policy and its inputs.
         progress: as of `bench`.
         whole_episodes: whether compiled arms begin with an episode of their own. If not, they begin with the memory of
-            the uncompiled ones: of the unpruned steps before nothing is compiled, and "compiling" has the rest alone.
+            the uncompiled arms: nothing is compiled for the unpruned steps before, and "compiling" does not count them.
     """
     settings, tell = subject.settings, progress or (lambda *_: None)
     conditions = conditions_of(subject)

@@ -80,11 +80,11 @@ class Subject:
         return {"vision": vision, "prefill": decoder * self.control_step.prompt_passes, "decode": after}
 
     def _expert_bytes(self) -> float:
-        """Bytes of weights that one denoising pass reads."""
+        """Return the bytes of weights that one denoising pass reads."""
         expert = self.feed.expert
         if expert is None:
             return sum(_bytes(layers_of(expert)) for expert in self.anatomy.experts)
-        # Its layers also hold what makes modulations, which are kept from step to step.
+        # Its layers also hold the weights of the modulations, which are computed once and kept from step to step.
         return self.element_bytes * expert.weights()
 
     @property

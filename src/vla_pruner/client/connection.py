@@ -37,8 +37,8 @@ _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 class PolicyClient:
     """One robot's connection to a policy server. A context manager; it connects when it is made.
 
-    Where the connection breaks, or the server is full or restarts, `infer` connects anew with growing pauses and sends
-    the same observation again. The server then knows nothing of the steps before, so pruning by action history warms up
+    If the connection breaks, or the server is full or restarts, `infer` connects anew with growing pauses and sends
+    the same observation again. The server then has no memory of the steps before, so pruning by action history warms up
     again: an episode begins. `reconnects` counts how often, the logger "vla_pruner.client" warns, `on_reconnect` is
     called, and `result["server_timing"]["episode_step"]` is 0.
 
@@ -54,7 +54,7 @@ class PolicyClient:
         proxy: address of a proxy that leads to the server; None: the server is asked directly, whatever proxies the
             environment names for the web.
         on_reconnect: called with this client after each connection but the first, before the observation is sent again.
-            What it raises ends the call of `infer`, for robots that should rather stop.
+            An exception from it ends the call of `infer`, for robots that should rather stop.
 
     Attributes:
         metadata: the server's description of itself at the last connection.

@@ -276,5 +276,5 @@ def describe(crash: BaseException) -> dict[str, str]:
 
 
 def generator_devices(policy: Any) -> list[torch.device]:
-    """Accelerators whose generators are put back: the policy's."""
+    """Return the accelerators whose random generators are restored: those that hold the policy."""
     return accelerators_of(getattr(getattr(policy, "module", policy), "parameters", list)())

@@ -13,7 +13,7 @@ from vla_pruner.evaluation.summary import Summary
 
 EVAL_INFO = "eval_info.json"
 ARMS = "arms"
-"""Folder of a run with a folder for each arm, which holds the same file as LeRobot would have written it."""
+"""Folder of a run that holds one folder per arm, each with the `eval_info.json` that LeRobot would write for it."""
 
 _LONGEST_NAME = 150
 
@@ -38,13 +38,14 @@ def eval_info(run: Run, summary: Summary, sentences: Sequence[str]) -> dict[str,
 
 
 def of_arms(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`eval_info.json` of each arm alone, for tools that read one policy a file: LeRobot's keys, and what arm it is.
+    """Return the contents of `eval_info.json` for each arm alone, for tools that read one policy per file: LeRobot's
+    keys, and the arm's identity.
 
     Args:
-        info: as `eval_info` gives it.
+        info: from `eval_info`.
 
     Returns:
-        by the name of the arm's folder: its key, as far as a file's name may hold it.
+        the contents by the name of the arm's folder: the arm's key in characters that a file name allows.
     """
     identity = {arm["key"]: arm for arm in info["run"]["identity"]["arms"]}
     return {_folder(key): {**content, "arm": identity[key]} for key, content in info["arms"].items()}

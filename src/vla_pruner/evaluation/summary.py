@@ -56,7 +56,7 @@ class ArmSummary:
     Attributes:
         success: of all episodes that did not crash.
         difference: to the unpruned policy, on the episodes that both finished, stratified by task.
-        tango: Tango's interval of the same difference, without strata: what peers report.
+        tango: Tango's interval of the same difference, without strata, as other tools report it.
         p_adjusted: McNemar's p-value, adjusted by Holm over the arms of methods; None for controls.
         verdict: of methods.
         against_random: a method's difference to a random choice of as many tokens in the same steps.

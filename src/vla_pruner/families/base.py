@@ -69,10 +69,10 @@ def tiles(images: Tensor, tokens: int) -> Tensor:
 
 
 def check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
-    """The cameras' names.
+    """Return the cameras' names as a tuple.
 
     Raises:
-        OptionError: they are no sequence of distinct names.
+        OptionError: `cameras` is not a sequence of distinct names.
     """
     names = () if isinstance(cameras, str) or not isinstance(cameras, Sequence) else tuple(cameras)
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
@@ -104,10 +104,10 @@ def check_decoder(decoder: nn.Module, owner: nn.Module) -> nn.Module:
 
 
 def check_example(example: Mapping[str, Any], names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """An example of a policy's call, by the names of its arguments.
+    """Return an example of a policy's call as a dict, by the names of its arguments.
 
     Raises:
-        OptionError: one is missing, or is not among them.
+        OptionError: an argument is missing or unknown.
     """
     if not isinstance(example, Mapping):
         raise OptionError(f"The example is {a_type(example)}; give a mapping with {', '.join(names)}.")
@@ -121,5 +121,5 @@ def check_example(example: Mapping[str, Any], names: tuple[str, ...], optional: 
 
 
 def shape_of(value: Any) -> str:
-    """A value as a message names it: a tensor by its shape."""
+    """Describe a value for an error message: a tensor by its shape, anything else by its type."""
     return f"of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_type(value)

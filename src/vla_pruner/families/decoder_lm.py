@@ -96,7 +96,7 @@ class DecoderLM(TransformersFamily):
         return call.length > self._last
 
     def exported(self, example: Mapping[str, Any]) -> StepFunction:
-        """Of a language model: a prompt and the tokens that are decoded after it, as the example's "tokens" says."""
+        """Return a language model's control step: a prompt and the tokens decoded after it (the example's "tokens")."""
         model, decoder = self._model, self.decoder
         if not self.called or getattr(decoder.config, "model_type", "") in MROPE_TYPES:
             return super().exported(example)
@@ -126,7 +126,7 @@ class DecoderLM(TransformersFamily):
                 start = end - embeds.shape[1]
                 output = model(
                     inputs_embeds=embeds,
-                    # Never None: transformers would read positions with gaps as several sequences.
+                    # Not None, or transformers would read positions with gaps as several sequences.
                     attention_mask=torch.ones(rows, end, dtype=torch.int64, device=embeds.device),
                     position_ids=torch.arange(start, end, device=embeds.device).expand(rows, -1),
                     **{name: cache},

@@ -1,8 +1,8 @@
 """LeRobot's EO-1 (`EO1Policy`): a Qwen2.5-VL whose own layers denoise the actions.
 
 The prompt [images][text][state] runs once per action chunk. Then the same decoder runs the chunk's rows in every
-denoising step, over the prompt's cache, from which their keys and values of the step before are cut off. Action
-attention is that of these rows, averaged over the denoising steps.
+denoising step, with the prompt's cache, from which the rows' keys and values of the previous step have been removed.
+Action attention is that of these rows, averaged over the denoising steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class EO1(LeRobotQwen):
 
     @staticmethod
     def anatomy_of(model: Any) -> Anatomy:
-        """The parts of an `EO1Policy`."""
+        """Return the parts of an `EO1Policy`."""
         seeing = model.model.vlm_backbone.model
         chunk = model.config.chunk_size
         return Anatomy(decoder=seeing.language_model, towers=(seeing.visual,), acting_rows=chunk)
@@ -45,11 +45,11 @@ class EO1(LeRobotQwen):
 
 
 class EO1Wiring(HookWiring):
-    """Hooks on the decoder; of its calls, those over a cache that holds something are what an expert's are elsewhere.
+    """Hooks on the decoder, whose calls with a filled cache take the place of an expert's calls in other families.
 
     Args:
-        host: told of every call.
-        family: whose model this is.
+        host: receives every call.
+        family: the model's family.
     """
 
     def __init__(self, host: Host, family: EO1) -> None:

@@ -1,10 +1,11 @@
 """LeRobot's GR00T N1.7 (`GrootPolicy`): the first layers of a Qwen3-VL, and a diffusion transformer that reads their
 output.
 
-The prompt runs once per action chunk. What the last of its layers gives goes through four layers of self-attention, and
-then every denoising step reads it: a quarter of the transformer's blocks attend to the images' tokens, and all of them
-to the very same features. A dropped token has none, so features and their masks are shortened together. Action
-attention is that of the action rows in the blocks that attend to images, averaged over the denoising steps.
+The prompt runs once per action chunk. The output of its last layer goes through four layers of self-attention, and
+every denoising step reads the result: a quarter of the transformer's blocks attend to the image tokens in it, another
+quarter to its other tokens, the rest to their own rows. A dropped token has no output, so features and masks are
+shortened together. Action attention is that of the action rows in the blocks that attend to images, averaged over the
+denoising steps.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Groot(LeRobotQwen):
 
     @staticmethod
     def anatomy_of(model: Any) -> Anatomy:
-        """The parts of a `GrootPolicy`."""
+        """Return the parts of a `GrootPolicy`."""
         backbone = model._groot_model.backbone
         return Anatomy(
             decoder=backbone.language_model,
@@ -68,12 +69,12 @@ class Groot(LeRobotQwen):
         return torch.arange(1, length, device=device).expand(rows, -1)
 
     def edit_expert_masks(self, layer: int, edit: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        """Have every mask (B, 1, 1, N) of what attends to the decoder's features go through `edit`.
+        """Make every mask (B, 1, 1, N) of the modules that attend to the decoder's features go through `edit`.
 
         For references that are computed without pruning.
 
         Returns:
-            What takes it away again.
+            a function that removes the edit.
         """
 
         def attend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,11 +98,11 @@ class Groot(LeRobotQwen):
 
 
 class GrootWiring(HookWiring):
-    """Hooks on the decoder as everywhere; what its last layer gives goes on short, with its masks.
+    """Hooks on the decoder as in other families; the output of its last layer stays short, and so do its masks.
 
     Args:
-        host: told of every call.
-        family: whose model this is.
+        host: receives every call.
+        family: the model's family.
     """
 
     def __init__(self, host: Host, family: Groot) -> None:
@@ -111,10 +112,10 @@ class GrootWiring(HookWiring):
         self._readers: list[Any] = []
 
     def install(self) -> None:
-        """Put everything in place.
+        """Put all hooks and replacements in place.
 
         Raises:
-            UnsupportedModelError: tokens are frozen, or the decoder is as `HookWiring` refuses it.
+            UnsupportedModelError: the method freezes tokens, or `HookWiring` refuses the decoder.
         """
         if self._host.method.fate.readable and not self._family.freezes:
             raise UnsupportedModelError(
@@ -164,11 +165,11 @@ class GrootWiring(HookWiring):
 
 
 class _Read:
-    """Tells a host of the attention of one block, whose queries and keys it notes as they are made.
+    """Reports the attention of one block to a host; keeps its queries and keys as they are computed.
 
     Args:
-        host: told of it.
-        layer: of the decoder, whose output the block reads.
+        host: receives the attention.
+        layer: index of the decoder's layer whose output the block reads.
     """
 
     def __init__(self, host: Host, layer: int) -> None:
@@ -177,11 +178,11 @@ class _Read:
         self._made: dict[str, Tensor] = {}
 
     def note(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        """The query or the key (B, N, H d) was made."""
+        """Keep the query or the key (B, N, H d) that was computed."""
         self._made[name] = output
 
     def record(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """The block attended."""
+        """Report the block's attention to the host after its call."""
         query, key = (
             self._made.pop(name).unflatten(-1, (module.heads, -1)).transpose(1, 2) for name in ("query", "key")
         )

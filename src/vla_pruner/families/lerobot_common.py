@@ -59,7 +59,9 @@ class LeRobotFamily(TransformersFamily):
     """The name of the policy's method that turns a batch into images."""
 
     embed = "embed_prefix"
-    """Name of the model's method that makes the prefix of them: embeddings first, then what in it is real."""
+    """Name of the model's method that makes the prefix of the images; it returns the embeddings first, then the mask of
+    its real tokens.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         check_version()

@@ -1,9 +1,9 @@
-"""LeRobot's pi0-FAST (`PI0FastPolicy`): a PaliGemma that decodes its chunk as tokens of actions.
+"""LeRobot's pi0-FAST (`PI0FastPolicy`): a PaliGemma that decodes its action chunk as tokens.
 
 The prefix [image blocks][text][BOS] runs once per action chunk, and every token after it reads its cache. Action
-attention is that of the rows that emit the tokens: the prefix' last one, then every decoded one. Rows of a batch are
-decoded until all of them have emitted the end marker, or, with a temperature, until the configured length: what a row
-emits after its marker is cut off, so its attention no longer counts then.
+attention is that of the positions that emit the tokens: the prefix's last one, then every decoded token. The rows of a
+batch are decoded until all of them have emitted the end marker or, with a temperature, until the configured length.
+Tokens after a row's marker are discarded, so the row's attention does not count after it.
 """
 
 from __future__ import annotations

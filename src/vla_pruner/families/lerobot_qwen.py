@@ -1,4 +1,4 @@
-"""What LeRobot's policies around a Qwen-VL share: which of their prompt's tokens are images, and what they refuse."""
+"""The base of families of LeRobot policies around a Qwen-VL: the places of their visual tokens, and their refusals."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vla_pruner.replacements import Replacements
 
 
 class LeRobotQwen(TransformersFamily):
-    """A LeRobot policy whose prompt is run by transformers' Qwen-VL, each image between a start and an end.
+    """A LeRobot policy whose prompt is run by transformers' Qwen-VL, each image between a start and an end token.
 
-    LeRobot's processors put the views into an order of their own, so the images have no names: one budget for all.
+    LeRobot's processors put the views into an order of their own, so the images have no names and share one budget.
     """
 
     cameras = ()
@@ -38,7 +38,7 @@ class LeRobotQwen(TransformersFamily):
 
     @staticmethod
     def vlm_of(model: Any) -> Any:
-        """The `...ForConditionalGeneration` of a policy of this family."""
+        """Return the `...ForConditionalGeneration` of a policy of this family."""
         raise NotImplementedError
 
     @classmethod
@@ -103,7 +103,7 @@ class LeRobotQwen(TransformersFamily):
             )
         features = kwargs.get("image_features")
         if features is not None:
-            # How many there are is known from a shape, without waiting for the device.
+            # A shape says how many there are, without waiting for the device.
             self._seen = input_ids, len(features)
         return original(input_ids, *args, **kwargs)
 

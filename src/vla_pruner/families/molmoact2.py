@@ -1,8 +1,8 @@
 """LeRobot's MolmoAct2 (`MolmoAct2Policy`): a Molmo prompt and a flow-matching expert that reads its cache.
 
-The prompt [BOS][views][text] runs once per action chunk, and each of its layers ends in keys and values, which the
-expert projects once. In every denoising step a block of the expert attends to its own rows, and then to what the
-decoder's layer of the same index cached. Action attention is that of the expert's rows in this second attention,
+The prompt [BOS][views][text] runs once per action chunk, and each of its layers caches keys and values, which the
+expert projects once. In every denoising step a block of the expert attends to its own rows, and then to the keys and
+values of the decoder's layer of the same index. Action attention is that of the expert's rows in this second attention,
 averaged over the denoising steps.
 """
 
@@ -45,7 +45,7 @@ _GRAPHS = (("action_cuda_graph_manager", "can_use_action_flow"), ("depth_decode_
 class MolmoAct2(Family):
     """LeRobot's `MolmoAct2Policy` with continuous actions; every chunk that it predicts is one control step.
 
-    Its own CUDA graphs would replay what was chosen when they were captured, so they are set aside.
+    Its own CUDA graphs would replay the choice of tokens that was made during capture, so they are disabled.
     """
 
     compilable = False
@@ -81,7 +81,7 @@ class MolmoAct2(Family):
 
     @staticmethod
     def anatomy_of(model: Any) -> Anatomy:
-        """The parts of a `MolmoAct2Policy`."""
+        """Return the parts of a `MolmoAct2Policy`."""
         backbone = model._backbone()
         expert = backbone.action_expert
         blocks = () if expert is None else layers_of(expert)
@@ -103,7 +103,7 @@ class MolmoAct2(Family):
 
     @property
     def camera_tokens(self) -> tuple[int, ...] | None:
-        # The processor decides it, which the model does not know of: as many as in the last prompt.
+        # The processor decides the number, and the model does not know it: as many as in the last prompt.
         return None if self._tokens is None else (self._tokens,) * len(self.cameras)
 
     @property
@@ -135,7 +135,7 @@ class MolmoAct2(Family):
         is_visual = ids == config.image_patch_id
         ensure((is_visual.sum(dim=1) == each).all(), _UNEVEN)
         visual = torch.sort((~is_visual).to(torch.int8), dim=1, stable=True).indices[:, :each]
-        # An image is what lies between two ends.
+        # The tokens between two end tokens are one image.
         ends = (ids == config.image_end_token_id).cumsum(dim=1).gather(1, visual).view(call.rows, views, -1)
         ensure((ends == ends[:, :, :1]).all() & (ends[:, 1:, 0] > ends[:, :-1, 0]).all(), _UNEVEN)
         self._tokens = each // views
@@ -170,12 +170,12 @@ class MolmoAct2(Family):
         return rotate(key, key, *position_embeddings)[1], value.view(shape).transpose(1, 2)
 
     def edit_expert_masks(self, layer: int, edit: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        """Have every mask (B, 1, 1, N) of the expert's attention to the prompt from `layer` on go through `edit`.
+        """Make every mask (B, 1, 1, N) of the expert's attention to the prompt from `layer` on go through `edit`.
 
         For references that are computed without pruning.
 
         Returns:
-            What takes it away again.
+            a function that removes the edit.
         """
 
         def attend(original: Callable[..., Any], *args: Any, attn_mask: Tensor, **kwargs: Any) -> Any:
@@ -207,7 +207,7 @@ class MolmoAct2(Family):
         self._shown = self._views = self._seen = self._tokens = None
 
     def _order(self, views: int) -> tuple[int, ...]:
-        """The cameras of the prompt's images."""
+        """Return the indices of the cameras of the prompt's images, in their order."""
         shown, self._shown = self._shown, None
         if shown is None or len(shown) != views:
             # Without a batch (a direct call of the model) the images are taken to be those of the config.
@@ -232,7 +232,7 @@ class MolmoAct2(Family):
 
     def _see_prompt(self, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         embeddings, features = original(input_ids, *args, **kwargs)
-        # How many there are is known from a shape, without waiting for the device.
+        # A shape says how many there are, without waiting for the device.
         self._seen = None if features is None else (input_ids, len(features))
         return embeddings, features
 
@@ -250,11 +250,11 @@ class MolmoAct2(Family):
 
 
 class MolmoAct2Wiring(HookWiring):
-    """Hooks on the decoder as everywhere, and the expert's attention to the prompt, which is a method of its own.
+    """Hooks on the decoder as in other families, and on the expert's attention to the prompt, a method of its own.
 
     Args:
-        host: told of every call.
-        family: whose model this is.
+        host: receives every call.
+        family: the model's family.
     """
 
     def __init__(self, host: Host, family: MolmoAct2) -> None:
@@ -292,7 +292,7 @@ class MolmoAct2Wiring(HookWiring):
     def _attend(
         self, index: int, original: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None
     ) -> Any:
-        """The attention of the expert's rows (B, T, H, d) to the prompt's (B, S, H, d)."""
+        """Run the attention of the expert's rows (B, T, H, d) to the prompt's (B, S, H, d), and record it."""
         short = None if attn_mask is None else self._reader.read(index, attn_mask, None)
         mask = attn_mask if short is None else short
         output = original(query, key, value, attn_mask=mask)
@@ -312,7 +312,7 @@ class MolmoAct2Wiring(HookWiring):
 def _sdpa(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """What MolmoAct2's attention computes itself where its config says "sdpa"."""
+    """Compute attention as MolmoAct2's own code does if its config says "sdpa"."""
     repeat = sys.modules[type(module).__module__].repeat_kv
     groups = module.num_key_value_groups
     output = nn.functional.scaled_dot_product_attention(

@@ -91,7 +91,12 @@ class OpenVLAOFT(OpenVLA):
         self._replaced.remove()
 
     def exported(self, example: Mapping[str, Any]) -> StepFunction:
-        """Of a policy with an L1 head: from pixels, prompt and state to the normalised chunk."""
+        """Return the control step of a policy with an L1 head: from pixels, prompt and state to the normalised chunk.
+
+        Raises:
+            UnsupportedModelError: the policy has no L1 head.
+            OptionError: an argument is missing or unknown, or the prompts are of unequal length.
+        """
         policy = self._policy
         if policy.diffusion or policy.action_head is None:
             return Family.exported(self, example)

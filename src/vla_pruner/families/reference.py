@@ -47,7 +47,7 @@ class Reference(DecoderLM):
 
 
 def trained_step(policy: Any, example: Mapping[str, Any], length: int) -> StepFunction:
-    """A control step of a reference policy, from images (B, ...) uint8, ids of the instruction and state to actions.
+    """Return a reference policy's control step: from images (B, ...) uint8, instruction ids and state to actions.
 
     Args:
         policy: the reference policy.
@@ -55,7 +55,7 @@ def trained_step(policy: Any, example: Mapping[str, Any], length: int) -> StepFu
         length: positions of its prompt.
 
     Raises:
-        OptionError, ObservationError: the example is none.
+        OptionError, ObservationError: the example does not fit the policy.
     """
     given = check_example(example, ("images", "instruction", "proprio"))
     frames, ids, states, _ = policy.prepared(given["images"], given["instruction"], given["proprio"])

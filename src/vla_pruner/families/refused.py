@@ -1,6 +1,6 @@
-"""Policies that are known, and not pruned for a reason: what a user is told instead of a list of others.
+"""Policies that are known and, for a reason, not supported; the error gives this reason instead of a general one.
 
-They are told by the names of their classes, so nothing that they need has to be installed.
+They are recognised by the names of their classes, so nothing that they need has to be installed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ REASONS = {
     ("lerobot.policies.wall_x.modeling_wall_x", "WallXPolicy"): WALL_X,
     ("lerobot.policies.wall_x.modeling_wall_x", "Qwen2_5_VLMoEForAction"): WALL_X,
 }
-"""By module and name of the class."""
+"""Reasons by module and name of the class."""
 TYPES = {"xvla": XVLA, "wall_x": WALL_X}
-"""By the type in a LeRobot checkpoint's config.json."""
+"""Reasons by the type in a LeRobot checkpoint's config.json."""
 
 
 def check_not_refused(model: nn.Module) -> None:
-    """Raise UnsupportedModelError, with the reason, if a model is one of those that are not pruned."""
+    """Raise UnsupportedModelError, with the reason, if a model is one of these policies."""
     for kind in type(model).__mro__:
         reason = REASONS.get((kind.__module__, kind.__name__))
         if reason is not None:

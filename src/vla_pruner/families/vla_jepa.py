@@ -1,7 +1,7 @@
 """LeRobot's VLA-JEPA (`VLAJEPAPolicy`): a Qwen3-VL whose rows for embodied actions are read by a diffusion transformer.
 
-The prompt [images][text][action tokens][embodied action tokens] runs once per action chunk. Of what its last layer
-gives the head reads the embodied action tokens alone. Action attention is that of these rows, in the same pass.
+The prompt [images][text][action tokens][embodied action tokens] runs once per action chunk. The head reads only the
+embodied action tokens of the last layer's output. Action attention is that of these rows, in the same pass.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class VLAJEPA(LeRobotQwen):
 
     @staticmethod
     def anatomy_of(model: Any) -> Anatomy:
-        """The parts of a `VLAJEPAPolicy`."""
+        """Return the parts of a `VLAJEPAPolicy`."""
         seeing = model.model.qwen.model.model
         return Anatomy(decoder=seeing.language_model, towers=(seeing.visual,))
 
@@ -49,7 +49,7 @@ class VLAJEPA(LeRobotQwen):
 
     @property
     def in_half(self) -> bool:
-        return True  # it runs its decoder under autocast, whatever its weights are
+        return True  # it runs its decoder under autocast, whatever the dtype of its weights
 
     def wiring(self, host: Host) -> Wiring:
         return VLAJEPAWiring(host, self)
@@ -72,12 +72,12 @@ class VLAJEPA(LeRobotQwen):
 
 
 class VLAJEPAWiring(HookWiring):
-    """Hooks on the decoder as everywhere; what its last layer gives is put back at the prompt's positions, of which the
-    head reads none that was dropped.
+    """Hooks on the decoder as in other families; the last layer's output is put back at the prompt's positions. The
+    head reads no dropped position.
 
     Args:
-        host: told of every call.
-        family: whose model this is.
+        host: receives every call.
+        family: the model's family.
     """
 
     def __init__(self, host: Host, family: VLAJEPA) -> None:

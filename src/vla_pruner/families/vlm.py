@@ -1,8 +1,8 @@
 """Vision-language models of transformers that are called with `input_ids` and `pixel_values`: LLaVA, PaliGemma,
 SmolVLM, InternVL, Gemma 3, Qwen-VL.
 
-A control step is a call that shows the model images, and the tokens decoded after it. Visual tokens are where the ids
-are `config.image_token_id`. A call without an image that begins a sequence of its own runs untouched.
+A control step is a call with images and the tokens decoded after it. Visual tokens are the positions whose id is
+`config.image_token_id`. A call without an image that begins a sequence of its own runs untouched.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from vla_pruner.families.wrappers import unwrapped
 SEPARATE = ("llava", "llava_next", "internvl", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Model types whose processors put tokens between images, so that each run of image tokens is an image."""
 GLUED = ("paligemma",)
-"""Model types whose images, of equally many tokens each, stand side by side."""
+"""Model types whose images, of equally many tokens each, follow one another without tokens between them."""
 TILED = ("smolvlm", "idefics3")
-"""Model types that cut one image into tiles, a run of image tokens each."""
+"""Model types that cut one image into tiles, each a run of image tokens."""
 COUNTING = ("paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Model types that take a token's position from the cache's length, unless they are told."""
+"""Model types that take a token's position from the cache's length, unless position_ids are given."""
 KINDS = (*SEPARATE, *GLUED, *TILED)
 
 _IMAGES = ("pixel_values", "image_hidden_states", "mm_encoder_outputs")
-"""Arguments that bring images, or what an encoder made of them."""
+"""Arguments that hold images, or an encoder's output for them."""
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What the model is called with, as long as the call runs.
+    """The arguments of a call of the model, kept while the call runs.
 
     Attributes:
-        is_image: (B, N) bool on the CPU, where the image tokens are; None: there is no image.
-        prompt: (B, N) bool on the CPU, True for real tokens; None where the mask is another.
-        has_positions: whether the caller says where the tokens are.
+        is_image: (B, N) bool on the CPU, True for image tokens; None: there is no image.
+        prompt: (B, N) bool on the CPU, True for real tokens; None: the call has no mask of this shape.
+        has_positions: whether the caller gave position_ids.
     """
 
     is_image: Tensor | None
@@ -60,11 +60,11 @@ class VLM(DecoderLM):
 
     Args:
         model: the vision-language model.
-        cameras: names of the images in the order of their tokens; or names with their numbers of tokens, where the
-            images cannot be told apart by the prompt (`TILED`). Needed only where `keep` is per camera.
+        cameras: names of the images in the order of their tokens; or names with their numbers of tokens, if the
+            prompt does not tell images apart (`TILED`). Needed only if `keep` is per camera.
 
     Raises:
-        OptionError: `cameras` is neither, or the images of this model cannot be told apart by names alone.
+        OptionError: `cameras` is neither, or names alone do not tell the images of this model apart.
         UnsupportedModelError: the model's type, or its decoder's, is not supported.
     """
 
@@ -110,7 +110,7 @@ class VLM(DecoderLM):
 
     @property
     def encoders(self) -> tuple[nn.Module, ...]:
-        return ()  # The calls of some depend on what is in the images, or on their sizes.
+        return ()  # The calls of some depend on the images' contents or sizes.
 
     @property
     def camera_tokens(self) -> tuple[int, ...] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -148,7 +148,7 @@ class VLM(DecoderLM):
             )
         if given.prompt is None and call.attention_mask is not None:
             return self._place(given.is_image, call.prompt(), call.device)
-        # Where images and padding are where they were, nothing moves from step to step.
+        # If images and padding are at the same places as before, the layout is not copied to the device again.
         key = (call.device, torch.is_inference_mode_enabled())
         if self._known is None or self._known[0] != key or not _same(self._known[1], given):
             prompt = call.prompt() if given.prompt is None else given.prompt.to(call.device)
@@ -157,7 +157,7 @@ class VLM(DecoderLM):
 
     @property
     def _given(self) -> _Given | None:
-        """What this thread's call was given; None outside of one."""
+        """The arguments of this thread's call; None outside of a call."""
         return getattr(self._call, "given", None)
 
     def install(self) -> None:
@@ -172,8 +172,8 @@ class VLM(DecoderLM):
         self._call.given = self._known = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes what the model is called with. Ids are read on the host before the vision encoder has begun, where
-        transformers itself waits for them to count the image tokens.
+        """Note the arguments of the model's call. Ids are read on the host before the vision encoder begins, at a point
+        where transformers itself waits for them to count the image tokens.
         """
         given = {**kwargs, **self._signature.bind_partial(*args).arguments}
         ids = given.get("input_ids")
@@ -212,7 +212,7 @@ class VLM(DecoderLM):
         )
 
     def _of_cameras(self, is_image: Tensor, count: int) -> tuple[int, ...]:
-        """Image tokens of each camera, which are `count` together."""
+        """Return the image tokens of each camera, `count` in total."""
         names, shown = self.cameras, ", ".join(map(repr, self.cameras))
         if self._tokens is not None:
             if sum(self._tokens) != count:
@@ -241,7 +241,7 @@ class VLM(DecoderLM):
 
 
 def _inner_of(model: Any) -> Any:
-    """The model that is given ids and pixels and calls the decoder."""
+    """Return the model that takes ids and pixels and calls the decoder."""
     inner = getattr(model, "model", None)
     return model if not isinstance(inner, nn.Module) or _decoder_in(inner) is None else inner
 
@@ -263,12 +263,12 @@ def _same(one: _Given, other: _Given) -> bool:
 
 
 def _runs(row: Tensor) -> tuple[int, ...]:
-    """The lengths of the runs of True in a row (N,) bool."""
+    """Return the lengths of the runs of True in a row (N,) bool."""
     return tuple(len(list(run)) for value, run in groupby(row.tolist()) if value)
 
 
 def _checked(cameras: Any, kind: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """The cameras' names, and the tokens of each where they were given."""
+    """Return the cameras' names, and the tokens of each if they were given."""
     if cameras is None:
         return (), None
     if isinstance(cameras, Mapping):

@@ -97,7 +97,7 @@ def max_min_order_in_tensors(distance: Tensor, candidates: Tensor, k: int) -> Te
     tokens = torch.arange(distance.shape[-1], device=distance.device)
     rows = torch.arange(distance.shape[0], device=distance.device)
     outside = ~candidates
-    # Of torch.eye torch.export makes numbers of 16 bits, with which torch itself computes nothing.
+    # Not torch.eye, which torch.export turns into 16-bit numbers that torch itself cannot compute with.
     itself = tokens[:, None] == tokens
     nearest = distance.masked_fill(outside[:, None, :] | itself, torch.inf).amin(dim=-1)
     # `argmax` returns the first of equals, which is the smallest id. A token at distance -inf from itself is never
@@ -163,7 +163,7 @@ def _shape_of_order(distance: Tensor, candidates: Tensor, k: int) -> Tensor:
 _library = torch.library.Library("vla_pruner", "FRAGMENT")
 
 PLAIN_FORMS: dict[str, Callable[..., Tensor]] = {}
-"""By the name of an operator, the same of torch's own operators alone, for programs that leave Python."""
+"""By the name of an operator, the same function in torch's own operators alone, for programs that leave Python."""
 
 
 def define_op(

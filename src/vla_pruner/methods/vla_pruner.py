@@ -101,7 +101,8 @@ class VLAPruner(Method):
 
     def fitted(self, one_pass: bool) -> Method:
         found = replace(self, preset="official-chunk") if one_pass and self.preset == "official" else self
-        # What carries it out compares layers, and a compiler takes a number of another type for another number.
+        # A plain int: layers are compared in compiled code, and a compiler takes a number of another type for another
+        # number.
         return replace(found, layer=int(found.layer))
 
     def for_cameras(self, names: tuple[str, ...]) -> tuple[VLAPruner, ...] | None:

@@ -1,4 +1,4 @@
-"""OpenVLA's and OpenVLA-OFT's own LIBERO evaluations, `run_libero_eval.py`, on the policies of this package, by two
+"""OpenVLA's and OpenVLA-OFT's own LIBERO evaluations, `run_libero_eval.py`, on the policies of this package, with two
 lines at the top of the script:
 
     import vla_pruner.official

@@ -1,4 +1,4 @@
-"""What a script evaluates: the policy that its configuration names, with a method attached, and what was counted."""
+"""The evaluation of a script: the policy that its configuration names, with a method attached, and its counts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class OfficialModel:
         return getattr(self.policy, name)
 
     def predict_action(self, *args: Any, **kwargs: Any) -> Any:
-        """As the policy's. OFT's original returns hidden states beside the actions, so here OFT's gives the pair of the
-        actions and None.
+        """Call the policy's `predict_action`. For OFT, whose original returns hidden states beside the actions, return
+        the pair of the actions and None.
         """
         found = self.policy.predict_action(*args, **kwargs)
         return (found, None) if isinstance(self.policy, OpenVLAOFT) else found
@@ -47,14 +47,14 @@ class Evaluation:
     """The policy of one run of a script.
 
     Args:
-        method: what is attached to the policy; None: nothing.
-        policy: one that is loaded already; None: what the script's configuration names.
-        options: for `load_policy`, before what the configuration says.
+        method: the method to attach to the policy; None: no method.
+        policy: a policy that is already loaded; None: the policy that the script's configuration names.
+        options: for `load_policy`; they override the configuration.
 
     Attributes:
-        model: what the script holds; None before it asked for it.
-        session: the method's session; None before, or without a method.
-        episodes, steps, pruned: how many were begun, taken, and taken with fewer visual tokens.
+        model: the model that the script holds; None until it was loaded.
+        session: the method's session; None until the model was loaded, or without a method.
+        episodes, steps, pruned: episodes begun, control steps taken, and control steps with fewer visual tokens.
         kept: visual tokens kept in the last pruned control step.
     """
 
@@ -68,12 +68,12 @@ class Evaluation:
         self._fresh = False
 
     def load(self, cfg: Any) -> OfficialModel:
-        """The policy that a script's configuration names, with the method attached.
+        """Load the policy that a script's configuration names, and attach the method.
 
         Raises:
             OptionError: the configuration does not describe the policy.
-            UnsupportedModelError: it is neither OpenVLA nor OpenVLA-OFT.
-            VLAPrunerError: what `load_policy` and `attach` raise.
+            UnsupportedModelError: the policy is neither OpenVLA nor OpenVLA-OFT.
+            VLAPrunerError: as of `load_policy` and `attach`.
         """
         check_family(cfg)
         self.close()
@@ -102,17 +102,17 @@ class Evaluation:
 
     @property
     def policy(self) -> Any:
-        """The policy that `load` made.
+        """The policy that `load` returned.
 
         Raises:
-            SessionError: it was not called yet.
+            SessionError: `load` was not called yet.
         """
         if self.model is None:
             raise SessionError("No model is loaded; call get_model(cfg) first, as the official scripts do.")
         return self.model.policy
 
     def begin_episode(self) -> None:
-        """An environment was reset."""
+        """Begin an episode: an environment was reset."""
         self._fresh = True
         if self.model is not None:
             self.model.policy.reset()
@@ -120,14 +120,14 @@ class Evaluation:
     def act(
         self, cfg: Any, model: Any, observation: Mapping[str, Any], instruction: str, heads: Mapping[str, Any]
     ) -> Any:
-        """One control step.
+        """Run one control step.
 
         Args:
             cfg: the script's configuration: `center_crop` and `unnorm_key`.
-            model: what `load` returned.
+            model: the model that `load` returned.
             observation: "full_image" and, for OFT, images with "wrist" in their names, (224, 224, 3) uint8, upright;
                 "state" in its own units.
-            instruction: what to do.
+            instruction: the task in words.
             heads: OFT's modules by name; the policy's own, or None.
 
         Returns:
@@ -135,7 +135,7 @@ class Evaluation:
 
         Raises:
             SessionError: it is another model, or no environment was reset yet.
-            ObservationError: the images are not the policy's, or what `act` raises.
+            ObservationError: the images or heads are not the policy's, or the policy's `act` raises it.
         """
         policy = self.policy
         if model is not self.model:
@@ -177,7 +177,7 @@ class Evaluation:
             self.kept = kept.shape[1]
 
     def summary(self) -> str:
-        """What was counted, in one line."""
+        """Return the counts in one line."""
         told = f"{counted(self.episodes, 'episode')}, {counted(self.steps, 'control step')}"
         if self.method is None:
             return f"{told}, unpruned"
@@ -193,7 +193,7 @@ class Evaluation:
 
 
 def is_oft(cfg: Any) -> bool:
-    """Whether a configuration is that of OFT's script, which takes chunks."""
+    """Return True if a configuration is that of OFT's script, which takes chunks."""
     return hasattr(cfg, "num_images_in_input")
 
 
@@ -201,7 +201,7 @@ def check_family(cfg: Any) -> None:
     """Refuse configurations of other models.
 
     Raises:
-        UnsupportedModelError: `cfg.model_family` is another one.
+        UnsupportedModelError: `cfg.model_family` is not "openvla".
     """
     family = getattr(cfg, "model_family", "openvla")
     if family != "openvla":
@@ -209,7 +209,7 @@ def check_family(cfg: Any) -> None:
 
 
 def _check_described(cfg: Any, policy: Any) -> None:
-    """The configuration of OFT's script says what the policy is; what it says has to be so."""
+    """Raise OptionError if the script's configuration does not describe the policy."""
     if not is_oft(cfg):
         if isinstance(policy, OpenVLAOFT):
             raise OptionError(

@@ -1,4 +1,4 @@
-"""Puts the stand-ins where the official scripts import from, and takes them away again."""
+"""Installing the stand-ins for the modules that the official scripts import, and removing them again."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _current: Installation | None = None
 
 
 class Installation:
-    """What `install` put in place. As a context manager it is taken away at the end.
+    """The stand-ins that `install` put in place. As a context manager it removes them at the end.
 
     Attributes:
-        evaluation: the run's policy, and what was counted: `episodes`, `steps`, `pruned`, `kept`.
+        evaluation: the run's policy and its counts: `episodes`, `steps`, `pruned`, `kept`.
     """
 
     def __init__(self, evaluation: Evaluation, environment: Any) -> None:
@@ -46,11 +46,11 @@ class Installation:
 
     @property
     def session(self) -> Session | None:
-        """The method's session; None before the script loaded its model, or without a method."""
+        """The method's session; None until the script has loaded its model, or without a method."""
         return self.evaluation.session
 
     def remove(self) -> None:
-        """Detach the method, and leave the modules of the process as they were. Twice does nothing."""
+        """Detach the method, and restore the modules of the process. A second call does nothing."""
         global _current
         if _current is self:
             _current = None
@@ -64,7 +64,7 @@ class Installation:
         )
 
     def _replace(self, environment: type, name: str, then: Any = None) -> None:
-        """Have `name` of LIBERO's environments stop the run where it fails, and call `then` where it does not."""
+        """Make the method `name` of LIBERO's environments stop the run if it fails, and call `then` if it does not."""
         owner = next(cls for cls in environment.__mro__ if name in vars(cls))
         original = vars(owner)[name]
 
@@ -83,25 +83,25 @@ class Installation:
 
 
 def install(method: Method | None, *, policy: Any = None, **options: Any) -> Installation:
-    """Have the official LIBERO scripts of OpenVLA and OpenVLA-OFT evaluate policies of this package.
+    """Make the official LIBERO scripts of OpenVLA and OpenVLA-OFT evaluate policies of this package.
 
-    Call it at the top of the script, before its other imports. In this process it stands in for the modules
+    Call it at the top of the script, before its other imports. In this process, stand-ins replace the modules
     `experiments.robot.openvla_utils`, `.robot_utils` and `.libero.libero_utils` and `prismatic.vla.constants`, and the
-    policy begins an episode whenever an environment of LIBERO is reset. An error in one of them, or of the environment,
-    ends the run with exit code 1: the scripts would count it as an episode that failed. What was counted is printed at
-    the end.
+    policy begins an episode whenever an environment of LIBERO is reset. An error in one of them, or in the environment,
+    ends the run with exit code 1, because the scripts would count it as a failed episode. The counts are printed at the
+    end.
 
     Args:
-        method: what is attached to the policy; None: nothing, for the unpruned run.
-        policy: one that is loaded already, in place of the script's `pretrained_checkpoint`.
+        method: the method to attach to the policy; None: no method, for the unpruned run.
+        policy: a policy that is already loaded, in place of the script's `pretrained_checkpoint`.
         options: for `load_policy`, such as `dtype`. Without them the policy is on the first CUDA device if there is
             one, and `load_in_8bit`, `load_in_4bit` and `num_diffusion_steps_inference` are the script's.
 
     Returns:
-        what was put in place; a script does not need it.
+        the installation; a script does not need it.
 
     Raises:
-        OptionError: `method` is none, or both a policy and options were given.
+        OptionError: `method` is not a method, or both a policy and options were given.
         SessionError: it is installed already, or the script imported an official module before.
         SimulatorUnavailable: LIBERO is missing; or it is hf-libero, and lacks something or has another version.
     """
@@ -126,7 +126,7 @@ def install(method: Method | None, *, policy: Any = None, **options: Any) -> Ins
 
 
 def _environment() -> Any:
-    """LIBERO's OffScreenRenderEnv. Where it is hf-libero, LIBERO asks nothing and finds its data."""
+    """Return LIBERO's OffScreenRenderEnv. With hf-libero, LIBERO is set up to find its data without a prompt."""
     try:
         version("hf-libero")
     except PackageNotFoundError:

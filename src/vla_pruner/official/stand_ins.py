@@ -1,7 +1,8 @@
-"""The modules of the official repositories that their LIBERO scripts import, with what the scripts take from them.
+"""Stand-ins for the modules of the official repositories that their LIBERO scripts import, with the names that the
+scripts use.
 
-Written from what the official functions do; the images go through `preprocessing.libero`, so that no TensorFlow is
-needed.
+They are written from the behaviour of the official functions; images go through `preprocessing.libero`, so TensorFlow
+is not needed.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class StandIn(ModuleType):
     """A module that stands in for an official one.
 
     Args:
-        name: the official module's.
-        names: what can be imported from it.
+        name: name of the official module.
+        names: the names that can be imported from it, with their values.
     """
 
     def __init__(self, name: str, names: Mapping[str, Any]) -> None:
@@ -63,12 +64,12 @@ class StandIn(ModuleType):
 
 
 def stopping(evaluation: Evaluation, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, with errors that end the run: the official scripts catch every Exception, and count its episode as
-    one that failed.
+    """Wrap `function` so that an error ends the run: the official scripts catch every Exception and count the episode
+    as failed.
 
     Args:
-        evaluation: whose run it is.
-        function: what the script calls.
+        evaluation: the evaluation of the run.
+        function: the function that the script calls.
     """
 
     @functools.wraps(function)
@@ -87,7 +88,7 @@ def stopping(evaluation: Evaluation, function: Callable[..., Any]) -> Callable[.
 
 
 def stand_ins(evaluation: Evaluation) -> dict[str, StandIn]:
-    """The stand-ins by the names of their modules, all of one run."""
+    """Return the stand-ins of one run by the names of their modules."""
     everywhere = {
         "ACTION_DIM": LIBERO.action_dim,
         "DATE": time.strftime("%Y_%m_%d"),
@@ -111,7 +112,7 @@ def stand_ins(evaluation: Evaluation) -> dict[str, StandIn]:
 
 def _constants() -> dict[str, Any]:
     class NormalizationType(StrEnum):
-        """How the official code names what -1 and 1 stand for."""
+        """The official code's names for the values that -1 and 1 stand for."""
 
         NORMAL = "normal"
         BOUNDS = "bounds"
@@ -243,7 +244,7 @@ def _libero_utils() -> dict[str, Any]:
 
 
 def _resized(image: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
-    """(224, 224, 3) uint8: as the training data was stored and read."""
+    """Resize an image to (224, 224, 3) uint8 as the training data was stored and read."""
     if (tuple(size) if isinstance(size, Sequence) else (size, size)) != (IMAGE_SIZE, IMAGE_SIZE):
         raise ObservationError(f"resize_size={size!r} was given; the policy sees {IMAGE_SIZE} x {IMAGE_SIZE} pixels.")
     return lanczos3_resize(jpeg_round_trip(np.ascontiguousarray(image)))
@@ -252,7 +253,9 @@ def _resized(image: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
 def _save_video(
     images: Sequence[np.ndarray], number: int, success: bool, task_description: str, log_file: Any
 ) -> str | None:
-    """The film of an episode under ./rollouts, where the official scripts put it; None where it cannot be encoded."""
+    """Save the video of an episode under ./rollouts, like the official scripts, and return its path; None if it cannot
+    be encoded.
+    """
     day, now = time.strftime("%Y_%m_%d"), time.strftime("%Y_%m_%d-%H_%M_%S")
     task = "".join(letter if letter.isalnum() else "_" for letter in task_description.lower())[:50]
     path = Path("rollouts") / day / f"{now}--episode={number}--success={success}--task={task}.mp4"
@@ -262,7 +265,7 @@ def _save_video(
         with imageio.get_writer(str(path), fps=FRAMES_PER_SECOND, codec="libx264") as writer:
             for image in images:
                 writer.append_data(image)
-    except Exception as error:  # encoders fail in every way, and no episode is lost for its film
+    except Exception as error:  # encoders fail in many ways, and no episode may be lost for its video
         told, saved = f"No video was saved ({said_by(error)}); it takes: pip install 'imageio[ffmpeg]'", None
     else:
         told, saved = f"Saved the video {path}", str(path)

@@ -46,7 +46,7 @@ _TINY_VISION = {
     "fullatt_block_indexes": [2],
     "tokens_per_second": 2,
 }
-# Qwen2.5-VL-3B: what differs from the defaults of transformers.
+# Qwen2.5-VL-3B, as far as it differs from the defaults of transformers.
 _FULL_TEXT = {
     "hidden_size": 2048,
     "intermediate_size": 11008,
@@ -59,7 +59,7 @@ _FULL_TEXT = {
 }
 _FULL_VISION = {"hidden_size": 1280, "out_hidden_size": 2048}
 _SIDES = {"tiny": 64, "full": 308}
-"""Pixels of the square images: 308 are 121 tokens, the most that LeRobot's processor allows in a square."""
+"""Side of the square images in pixels: 308 pixels make 121 tokens, the most that LeRobot's processor allows."""
 
 
 def random_eo1_policy(
@@ -71,19 +71,19 @@ def random_eo1_policy(
     layers: int | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
-    """An EO-1 with random weights that fill the numbers' range, so that its actions depend on what it sees.
+    """Make an EO-1 with random weights, drawn so that its actions depend on its images.
 
-    Its preprocessor is a stand-in: the images' tokens, then the bytes of the text, the state and the places of actions.
-    Nothing is normalised.
+    Its preprocessor is a stand-in. The prompt is the images' tokens, the bytes of the text, the state and one
+    placeholder per action. Nothing is normalised.
 
     Args:
         size: "tiny", or "full" for the published size.
-        device: where it is built.
+        device: the device on which it is built.
         dtype: torch.float32 or torch.bfloat16.
         seed: of the weights.
         cameras: names of the images; None: two.
         layers: depth of the decoder; None: that of the size.
-        **config: fields of LeRobot's config that are to differ from its defaults.
+        **config: fields of LeRobot's config, in place of its defaults.
 
     Raises:
         UnsupportedModelError: another size or dtype, or lerobot is missing or of an untested version.
@@ -131,21 +131,21 @@ def random_eo1_policy(
 
 
 def random_eo1(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    """EO-1; arguments as of `random_policy`."""
+    """Make an EO-1; arguments as of `random_policy`."""
     return random_eo1_policy(size, device, dtype, seed)
 
 
 class EO1PromptMaker:
-    """Stands in for LeRobot's preprocessor, which needs a tokenizer: images, text and state to what the model takes.
+    """Stands in for LeRobot's preprocessor, which needs a tokenizer: turns images, text and state into model inputs.
 
     Args:
-        policy: whose cameras and sizes count.
-        side: of the square images in pixels.
+        policy: the policy whose cameras and sizes are used.
+        side: side of the square images in pixels.
         first: the first of the special tokens.
-        device: where the tensors go.
+        device: the device of the tensors.
 
     Attributes:
-        side: of the square images in pixels.
+        side: side of the square images in pixels.
     """
 
     def __init__(self, policy: Any, side: int, first: int, device: str | torch.device) -> None:
@@ -157,13 +157,17 @@ class EO1PromptMaker:
         self._device = device
 
     def __call__(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of one row; images (3, H, W) in [0, 1] by "observation.images.NAME", "task", "observation.state"."""
+        """Return a batch of one row.
+
+        Args:
+            observation: images (3, H, W) in [0, 1] by "observation.images.NAME", "task" and "observation.state".
+        """
         images = [observation[key].to("cpu") for key in self._keys if key in observation]
         state = observation["observation.state"].to("cpu")
         return self.batch([images], [list(observation["task"].encode())], state[None])
 
     def batch(self, images: list[list[Tensor]], texts: list[list[int]], states: Tensor) -> dict[str, Any]:
-        """The model's inputs of rows of images (3, H, W), of texts, which are numbers, and of states (B, d)."""
+        """Return the model's inputs for rows of images (3, H, W), texts as lists of numbers, and states (B, d)."""
         places = [self._action_word] * self._chunk
         tails = [[*(3 + number % 390 for number in text), self._state_word, *places] for text in texts]
         found = pictured(self._config, self.side, images, tails)

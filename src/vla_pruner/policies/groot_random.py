@@ -1,7 +1,7 @@
 """LeRobot's GR00T N1.7 with random weights, tiny or at its published size, without any download.
 
-While such a policy is built, the name in LeRobot's module that would read a checkpoint makes one of the size that is
-given here; nothing of it stays behind.
+While such a policy is built, the class in LeRobot's module that would read a checkpoint is replaced by one that builds
+a model of the size that is given here; afterwards it is restored.
 """
 
 from __future__ import annotations
@@ -96,20 +96,20 @@ def random_groot_policy(
     cameras: tuple[str, ...] | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
-    """A GR00T N1.7 with random weights that fill the numbers' range, so that its actions depend on what it sees.
+    """Make a GR00T N1.7 with random weights, drawn so that its actions depend on its images.
 
-    Its preprocessor is a stand-in: the images' tokens, then the bytes of the text. Nothing is normalised.
+    Its preprocessor is a stand-in. The prompt is the images' tokens and the bytes of the text. Nothing is normalised.
 
     Args:
         size: "tiny", or "full" for the published size.
-        device: where it is built.
+        device: the device on which it is built.
         dtype: torch.float32, or torch.bfloat16, in which LeRobot runs it under autocast.
         seed: of the weights.
         cameras: names of the images; None: three.
-        **config: fields of LeRobot's config that are to differ from its defaults.
+        **config: fields of LeRobot's config, in place of its defaults.
 
     Raises:
-        UnsupportedModelError: another size or dtype; or lerobot, or what it needs for GR00T, is missing.
+        UnsupportedModelError: another size or dtype; or lerobot, or a package that it needs for GR00T, is missing.
     """
     from vla_pruner.policies.lerobot import LeRobotPolicy
 
@@ -157,7 +157,7 @@ def random_groot_policy(
 
 
 def random_groot(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    """GR00T N1.7; arguments as of `random_policy`."""
+    """Make a GR00T N1.7; arguments as of `random_policy`."""
     return random_groot_policy(size, device, dtype, seed)
 
 
@@ -169,7 +169,7 @@ def _build(network: Any, kind: Any, size: str) -> nn.Module:
 
 
 def tiny_qwen3_vl() -> Any:
-    """The config of a tiny Qwen3-VL."""
+    """Return the config of a tiny Qwen3-VL."""
     from transformers import Qwen3VLConfig
 
     return Qwen3VLConfig(
@@ -185,7 +185,9 @@ def tiny_qwen3_vl() -> Any:
 
 @torch.no_grad()
 def _draw_others(policy: Any, seed: int) -> None:
-    """The layers of each embodiment, which are parameters and no modules of their own, and larger normed queries."""
+    """Draw the weights of each embodiment's layers, which are parameters without modules, and enlarge the normed
+    queries.
+    """
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
     head = policy._groot_model.action_head
     for name, weight in head.named_parameters():
@@ -196,12 +198,12 @@ def _draw_others(policy: Any, seed: int) -> None:
 
 
 class GrootPromptMaker:
-    """Stands in for LeRobot's preprocessor, which needs a tokenizer: images, text and state to what the model takes.
+    """Stands in for LeRobot's preprocessor, which needs a tokenizer: turns images, text and state into model inputs.
 
     Args:
-        policy: whose cameras and sizes count.
-        side: of the square images in pixels.
-        device: where the tensors go.
+        policy: the policy whose cameras and sizes are used.
+        side: side of the square images in pixels.
+        device: the device of the tensors.
     """
 
     def __init__(self, policy: Any, side: int, device: str | torch.device) -> None:
@@ -212,14 +214,18 @@ class GrootPromptMaker:
         self._device = device
 
     def __call__(self, observation: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A batch of one row; images (3, H, W) in [0, 1] by "observation.images.NAME", "task", "observation.state"."""
+        """Return a batch of one row.
+
+        Args:
+            observation: images (3, H, W) in [0, 1] by "observation.images.NAME", "task" and "observation.state".
+        """
         images = [observation[key].to("cpu") for key in self._keys if key in observation]
         state = observation["observation.state"].to("cpu")
         return self.batch([images], [list(observation["task"].encode())], state[None])
 
     def batch(self, images: list[list[Tensor]], texts: list[list[int]], states: Tensor) -> dict[str, Tensor]:
-        """The model's inputs of rows of images (3, H, W), of texts, which are numbers, and of states (B, d); padded on
-        the left.
+        """Return the model's inputs for rows of images (3, H, W), texts as lists of numbers, and states (B, d); padded
+        on the left.
         """
         tails = [[3 + number % 400 for number in text] for text in texts]
         found = pictured(self._config, self._side, images, tails)

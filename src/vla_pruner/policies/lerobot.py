@@ -35,16 +35,16 @@ _MOST = 10_000
 """The largest accepted chunk, number of denoising steps and text; those of published policies are smaller."""
 
 KINDS = {"pi0": "PI0", "pi05": "PI05", "pi0_fast": "PI0Fast", "smolvla": "SmolVLA", "molmoact2": "MolmoAct2"}
-"""LeRobot's names of the supported policies, and how their classes begin."""
+"""LeRobot's names of the policies that can be loaded, and the beginnings of their classes' names."""
 
 
 class LeRobotPolicy:
     """A LeRobot policy with the processors around it.
 
     Attributes:
-        takes_absent_cameras: that `act` may be given fewer images than there are cameras.
-        module: the policy as LeRobot's users hold it; this is what a method attaches to.
-        preprocessor, postprocessor: LeRobot's pipelines; None where the checkpoint has none.
+        takes_absent_cameras: True: `act` accepts fewer images than there are cameras.
+        module: the policy as LeRobot's users hold it; a method attaches to this.
+        preprocessor, postprocessor: LeRobot's pipelines; None if the checkpoint has none.
     """
 
     takes_absent_cameras = True
@@ -222,8 +222,8 @@ def load_module(
     trust: bool = False,
     flag: str = "load_policy(..., trust_processors=True)",
 ) -> nn.Module:
-    """Load the policy alone, for a config that was read already; see `load_lerobot`, and `check_steps` for the last
-    two.
+    """Load the policy alone, for a config that was read already; see `load_lerobot`, and `check_steps` for `trust` and
+    `flag`.
     """
     kind = config.type
     if kind in TYPES:
@@ -273,8 +273,8 @@ def _check_headers(policy_type: Any, folder: Path, config: Any, headers: Mapping
 
 
 def _check_molmoact2(folder: Path, config: Any) -> None:
-    """Find the checkpoint of transformers that LeRobot builds a MolmoAct2 from, and have it give continuous actions,
-    the only ones that a session knows, where its config leaves open which.
+    """Check the checkpoint of transformers that LeRobot builds a MolmoAct2 from. If the config leaves the kind of
+    actions open, set it to continuous, the only kind that a session supports.
     """
     if config.inference_action_mode is None and config.action_mode != "discrete":
         config.inference_action_mode = "continuous"

@@ -137,7 +137,7 @@ def random_lerobot(
     cameras: tuple[str, ...] | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
-    """Make a LeRobot policy with random weights that fill the numbers' range, so that its actions depend on its images.
+    """Make a LeRobot policy with random weights, drawn so that its actions depend on its images.
 
     Its processors are LeRobot's own without statistics, so nothing is normalised, and their tokenizer is a stand-in:
     the bytes of the text. Both need no download.
@@ -180,7 +180,7 @@ def random_lerobot(
         cameras = cameras or CAMERAS[kind]
         defaults |= {"image_resolution": (sizes.image, sizes.image), "dtype": str(dtype).removeprefix("torch.")}
     if kind == "pi0_fast":
-        # Nothing that random weights decode begins as actions do, or ends.
+        # Tokens that random weights decode neither begin like actions nor end with the marker.
         defaults |= {"validate_action_token_prefix": False, "max_decoding_steps": 8 if is_tiny else 60}
     given = lerobot_config(kind, cameras, sizes.image, STATE, ACTION, **defaults | config)
     # LeRobot prints what it builds.
@@ -197,22 +197,22 @@ def random_lerobot(
 
 
 def random_pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    """LeRobot's pi0; arguments as of `random_policy`."""
+    """Make LeRobot's pi0; arguments as of `random_policy`."""
     return _random("pi0", size, device, dtype, seed)
 
 
 def random_pi05(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    """LeRobot's pi0.5; arguments as of `random_policy`."""
+    """Make LeRobot's pi0.5; arguments as of `random_policy`."""
     return _random("pi05", size, device, dtype, seed)
 
 
 def random_pi0_fast(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    """LeRobot's pi0-FAST; arguments as of `random_policy`."""
+    """Make LeRobot's pi0-FAST; arguments as of `random_policy`."""
     return _random("pi0_fast", size, device, dtype, seed)
 
 
 def random_smolvla(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    """LeRobot's SmolVLA; arguments as of `random_policy`."""
+    """Make LeRobot's SmolVLA; arguments as of `random_policy`."""
     return _random("smolvla", size, device, dtype, seed)
 
 
@@ -283,11 +283,11 @@ class ByteTokenizer:
 
 
 class WordTokenizer:
-    """Stands in for pi0-FAST's text tokenizer, which names the tokens that were decoded: each is its number.
+    """Stands in for pi0-FAST's text tokenizer, which turns decoded tokens into words: each word is the token's number.
 
     Args:
         vocabulary: number of ids that the model knows.
-        marker: the id that ends a chunk; None: one that the model cannot emit.
+        marker: the id that ends a chunk; None: an id that the model cannot emit.
     """
 
     bos_token_id = 2
@@ -297,32 +297,32 @@ class WordTokenizer:
         self.marker = vocabulary if marker is None else marker
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of the text's bytes."""
+        """Return the ids of the text's bytes."""
         return [2 + byte % (self.vocab_size - 2) for byte in text.encode()]
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        """Ids as words."""
+        """Convert ids to words."""
         return ["|" if number == self.marker else f"<{number}>" for number in ids]
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
-        """Words as ids."""
+        """Convert words to ids."""
         if isinstance(tokens, str):
             return self.marker if tokens == "|" else int(tokens[1:-1])
         return [self.marker if token == "|" else int(token[1:-1]) for token in tokens]
 
 
 class CoefficientTokenizer:
-    """Stands in for the FAST tokenizer, which pi0-FAST's actions are decoded with: one coefficient a token."""
+    """Stands in for the FAST tokenizer, with which pi0-FAST's actions are decoded: one coefficient per token."""
 
     min_token, scale = -50, 10.0
 
     @property
     def bpe_tokenizer(self) -> CoefficientTokenizer:
-        """What has `decode`."""
+        """The object with the method `decode`: this one."""
         return self
 
     def decode(self, ids: Tensor) -> str:
-        """Ids as characters, whose numbers are coefficients less `min_token`."""
+        """Convert ids to characters, whose code points are the coefficients minus `min_token`."""
         return "".join(chr(number % 101) for number in ids.tolist())
 
 
@@ -356,7 +356,7 @@ def _pi_names(kind: str, size: PiSize) -> list[tuple[Any, str, Any]]:
     ]
     if kind != "pi0_fast":
         return [*names, (module, "PiGemmaForCausalLM", build_gemma)]
-    # It has no expert, and asks the hub for two tokenizers.
+    # pi0-FAST has no expert, and loads two tokenizers from the hub.
     text, actions = WordTokenizer(size.vocabulary or _PALIGEMMA_WORDS), CoefficientTokenizer()
     return [
         *names,
@@ -405,7 +405,7 @@ def _processors(kind: str, config: Any, vocabulary: int) -> tuple[Any, Any]:
         return known(tokenizer=ByteTokenizer(vocabulary), **options)
 
     module.TokenizerProcessorStep = step
-    if actions is not None:  # it makes tokens of the actions that a policy is trained on, with a tokenizer of the hub
+    if actions is not None:  # a training step, which turns actions into tokens with a tokenizer from the hub
         identity = importlib.import_module("lerobot.processor").IdentityProcessorStep
         module.ActionTokenizerProcessorStep = lambda **_: identity()
     try:

@@ -1,7 +1,7 @@
 """LeRobot's MolmoAct2 with random weights, tiny or at its published size, without any download.
 
-LeRobot builds it from a checkpoint of transformers. While such a policy is built, the names in its module that would
-read one answer with what is given here; nothing of it stays behind.
+LeRobot builds it from a checkpoint of transformers. While such a policy is built, the names in LeRobot's module that
+would read a checkpoint are replaced by ones that return the sizes given here; afterwards they are restored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CAMERAS = ("camera1", "camera2")
 STATE, ACTION = 8, 7
 _SPECIALS = ("start", "end", "patch", "col", "low_res_start", "low_res", "frame_start", "frame_end")
-"""The tokens around and within images, in the order of their ids, the first of which is the vocabulary's size."""
+"""The tokens around and within images in the order of their ids; the first id equals the size of the vocabulary."""
 _BOS = 1
 
 
@@ -101,21 +101,21 @@ def random_molmoact2_policy(
     model: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
-    """A MolmoAct2 with random weights that fill the numbers' range, so that its actions depend on what it sees.
+    """Make a MolmoAct2 with random weights, drawn so that its actions depend on its images.
 
-    Its preprocessor is a stand-in that puts the prompt together as LeRobot's does: the images' tokens, then the bytes
-    of the text and the bins of the state. Nothing is normalised.
+    Its preprocessor is a stand-in that assembles the prompt like LeRobot's: the images' tokens, then the bytes of the
+    text and the bins of the state. Nothing is normalised.
 
     Args:
         size: "tiny", or "full" for the published size.
-        device: where it is built.
+        device: the device on which it is built.
         dtype: torch.float32 or torch.bfloat16.
         seed: of the weights.
         layers: depth of the decoder and of the expert; None: that of the size.
         cameras: names of the images; None: two.
-        backend: of the text's attention.
-        text, model: fields of the text's and of the model's config that are to differ.
-        **config: fields of LeRobot's config that are to differ from its defaults.
+        backend: attention backend of the model.
+        text, model: fields of the text's and of the model's config, in place of those of the size.
+        **config: fields of LeRobot's config, in place of its defaults.
 
     Raises:
         UnsupportedModelError: another size or dtype, or lerobot is missing or of an untested version.
@@ -146,13 +146,15 @@ def random_molmoact2_policy(
 
 
 def random_molmoact2(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    """MolmoAct2; arguments as of `random_policy`."""
+    """Make a MolmoAct2; arguments as of `random_policy`."""
     return random_molmoact2_policy(size, device, dtype, seed)
 
 
 @torch.no_grad()
 def _draw_others(policy: Any, seed: int) -> None:
-    """What is no matrix of a Linear; and larger queries, which are made in one with the values, and normed."""
+    """Draw the weights that are no matrix of a Linear, and enlarge queries and keys, which share a matrix with the
+    values and are normed.
+    """
     backbone = policy._backbone()
     words, vit = backbone.transformer.wte, backbone.vision_backbone.image_vit
     for number, weight in enumerate((words.embedding, words.new_embedding, vit.positional_embedding)):
@@ -197,7 +199,7 @@ def _config(size: MolmoSize, backend: str, fields: dict[str, Any]) -> Any:
     vision = {"image_default_input_size": (size.image, size.image), "image_num_pos": (size.image // patch) ** 2}
     norms = {"use_qk_norm": True, "qk_norm_type": "qwen3", "qkv_bias": False}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # LeRobot asks transformers for a check that it no longer makes
+        warnings.simplefilter("ignore", FutureWarning)  # LeRobot requests a check that transformers no longer makes
         text = kinds.MolmoAct2TextConfig(
             **{**norms, "additional_vocab_size": 128, "attn_implementation": backend, **size.text}
         )
@@ -227,11 +229,11 @@ def _config(size: MolmoSize, backend: str, fields: dict[str, Any]) -> Any:
 
 
 class PromptMaker:
-    """Stands in for LeRobot's preprocessor, which needs a tokenizer: images, text and state to what the model takes.
+    """Stands in for LeRobot's preprocessor, which needs a tokenizer: turns images, text and state into model inputs.
 
     Args:
-        policy: whose cameras and sizes count.
-        device: where the tensors go.
+        policy: the policy whose cameras and sizes are used.
+        device: the device of the tensors.
     """
 
     def __init__(self, policy: Any, device: str | torch.device) -> None:
@@ -241,7 +243,11 @@ class PromptMaker:
         self._action_dim = policy.config.action_feature.shape[0]
 
     def __call__(self, observation: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A batch of one row; images (3, H, W) in [0, 1] by "observation.images.NAME", "task", "observation.state"."""
+        """Return a batch of one row.
+
+        Args:
+            observation: images (3, H, W) in [0, 1] by "observation.images.NAME", "task" and "observation.state".
+        """
         keys = [key for key in self._keys if key in observation]
         images = [observation[key].to("cpu") for key in keys]
         text = [*observation["task"].encode(), *self._bins(observation["observation.state"])]
@@ -250,7 +256,7 @@ class PromptMaker:
         return found
 
     def batch(self, images: list[list[Tensor]], texts: list[list[int]]) -> dict[str, Tensor]:
-        """The model's inputs of rows of images (3, H, W) and of texts, which are numbers; padded on the left."""
+        """Return the model's inputs for rows of images (3, H, W) and texts as lists of numbers; padded on the left."""
         config = self._config
         side, patch = config.vit_config.image_default_input_size[0], config.vit_config.image_patch_size
         grid = side // patch
@@ -286,12 +292,12 @@ class PromptMaker:
         return {name: value.to(self._device) for name, value in found.items()}
 
     def _bins(self, state: Tensor) -> list[int]:
-        """A state in [-1, 1], as 256 bins each."""
+        """Return the bins of a state in [-1, 1], 256 for each number, as values from 256 to 511."""
         return [256 + int(number) for number in ((state.clamp(-1, 1) + 1) * 127.5).round().tolist()]
 
 
 def _pooling(grid: int) -> Tensor:
-    """(tokens, 4) int64: the patches behind each token, two by two; -1 beyond the edge."""
+    """Return the patches (tokens, 4) int64 of each token, two by two; -1 beyond the edge."""
     numbers = torch.arange(grid * grid, device="cpu").view(1, 1, grid, grid).float()
     padded = nn.functional.pad(numbers, (0, grid % 2, 0, grid % 2), value=-1)
     return nn.functional.unfold(padded, 2, stride=2)[0].T.long()

@@ -57,7 +57,7 @@ class TransformersPI0:
     """transformers' pi0 with its preparation of images, text and state.
 
     Attributes:
-        takes_absent_cameras: that `act` may be given fewer images than there are cameras.
+        takes_absent_cameras: True: `act` accepts fewer images than there are cameras.
 
     Args:
         module: a `PI0ForConditionalGeneration`.
@@ -111,8 +111,8 @@ class TransformersPI0:
 
         Args:
             images: (H, W, 3) uint8 by camera; they are resized to fit and padded on both sides with black. Cameras may
-                be left out, but not all of them: they are masked, as openpi does it.
-            instruction: what to do.
+                be left out, but not all of them: absent ones are masked, as in openpi.
+            instruction: the task in words.
             proprio: (d,) the robot's state, d at most `proprio_size`.
 
         Raises:
@@ -143,8 +143,8 @@ class TransformersPI0:
         return finite_action(self._scaled(actions[0].float().cpu().numpy()), self.module)
 
     def _tokens(self, instruction: str, present: int) -> tuple[Tensor, Tensor]:
-        """(1, N) int64 each: image tokens of the `present` cameras, BOS, the instruction, a new line and, for each
-        absent camera, as much padding as it has tokens; and their mask.
+        """Return ids and mask, (1, N) int64 each: image tokens of the `present` cameras, BOS, the instruction, a new
+        line and, for each absent camera, as much padding as it has tokens.
         """
         if self.tokenizer is None:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Prompts of Qwen-VL's kind for policies with random weights, which have no tokenizer: images, then numbers."""
+"""Prompts in Qwen-VL's form for policies with random weights, which have no tokenizer: images, then numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def pictured(config: Any, side: int, images: list[list[Tensor]], tails: list[list[int]]) -> dict[str, Tensor]:
-    """What a Qwen-VL is called with, for rows of images and of what comes behind them; padded on the left.
+    """Return a Qwen-VL's inputs for rows of images, each followed by its ids; padded on the left.
 
     Args:
         config: of the model.
-        side: to which images are resized, in pixels: a multiple of a merged patch.
+        side: side in pixels to which images are resized: a multiple of a merged patch.
         images: (3, H, W) in [0, 1] each, as many in every row.
-        tails: ids.
+        tails: ids that follow the images, by row.
 
     Returns:
         input_ids and attention_mask (B, N), pixel_values (patches, values), image_grid_thw (images, 3).
@@ -28,7 +28,7 @@ def pictured(config: Any, side: int, images: list[list[Tensor]], tails: list[lis
     twice = (resized * 2 - 1)[:, None].expand(-1, vision.temporal_patch_size, -1, -1, -1)
     blocks = grid // merge
     cut = twice.unflatten(4, (blocks, merge, patch)).unflatten(3, (blocks, merge, patch))
-    # Patches lie together by merge blocks; each is (channels, time, rows, columns).
+    # The patches of a merge block are consecutive; each is (channels, time, rows, columns).
     pixels = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(len(flat) * grid * grid, -1)
     image = [config.vision_start_token_id, *[config.image_token_id] * blocks**2, config.vision_end_token_id]
     rows = [[1, *image * len(row), *tail] for row, tail in zip(images, tails, strict=True)]

@@ -107,21 +107,21 @@ def random_chunk(size: str, device: torch.device, dtype: torch.dtype, seed: int)
 
 
 def random_openvla_7b(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """OpenVLA; arguments as of `random_policy`."""
+    """Make an OpenVLA; arguments as of `random_policy`."""
     from vla_pruner.models.openvla import random_openvla
 
     return random_openvla(size, oft=False, device=device, dtype=dtype, seed=seed)  # type: ignore[arg-type]
 
 
 def random_openvla_oft(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """OpenVLA-OFT; arguments as of `random_policy`."""
+    """Make an OpenVLA-OFT; arguments as of `random_policy`."""
     from vla_pruner.models.openvla import random_openvla
 
     return random_openvla(size, oft=True, device=device, dtype=dtype, seed=seed)  # type: ignore[arg-type]
 
 
 def random_pi0(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """pi0 of transformers; arguments as of `random_policy`."""
+    """Make a pi0 of transformers; arguments as of `random_policy`."""
     from transformers import PI0Config
 
     from vla_pruner.models.openvla.tokenizer import StandInTokenizer

@@ -1,7 +1,7 @@
 """LeRobot's VLA-JEPA with random weights, tiny or at its published size, without any download.
 
-While such a policy is built, the name in LeRobot's module of what holds its Qwen3-VL makes one of the size that is
-given here, with prompts that need no tokenizer; nothing of it stays behind.
+While such a policy is built, the class in LeRobot's module that holds its Qwen3-VL is replaced by one that builds a
+model of the size given here, with prompts that need no tokenizer; afterwards it is restored.
 """
 
 from __future__ import annotations
@@ -45,22 +45,21 @@ def random_vla_jepa_policy(
     cameras: tuple[str, ...] | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
-    """A VLA-JEPA without its world model, with random weights that fill the numbers' range, so that its actions depend
-    on what it sees.
+    """Make a VLA-JEPA without its world model, with random weights, drawn so that its actions depend on its images.
 
-    Its prompts are put together by a stand-in: the images' tokens, then the bytes of the text, then the places of
-    actions. Nothing is normalised.
+    A stand-in makes its prompts: the images' tokens, then the bytes of the text, then the embodied action tokens.
+    Nothing is normalised.
 
     Args:
         size: "tiny", or "full" for the published size.
-        device: where it is built.
-        dtype: torch.float32 or torch.bfloat16, of the weights; LeRobot computes the decoder under autocast.
+        device: the device on which it is built.
+        dtype: torch.float32 or torch.bfloat16, of the weights; LeRobot runs the decoder under autocast.
         seed: of the weights.
         cameras: names of the images; None: two.
-        **config: fields of LeRobot's config that are to differ from its defaults.
+        **config: fields of LeRobot's config, in place of its defaults.
 
     Raises:
-        UnsupportedModelError: another size or dtype; or lerobot, or what it needs for VLA-JEPA, is missing.
+        UnsupportedModelError: another size or dtype; or lerobot, or a package that it needs for VLA-JEPA, is missing.
     """
     from vla_pruner.policies.lerobot import LeRobotPolicy
 
@@ -106,7 +105,7 @@ def random_vla_jepa_policy(
 
 
 def random_vla_jepa(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    """VLA-JEPA; arguments as of `random_policy`."""
+    """Make a VLA-JEPA; arguments as of `random_policy`."""
     return random_vla_jepa_policy(size, device, dtype, seed)
 
 
@@ -116,7 +115,7 @@ class StandInQwen(nn.Module):
     Args:
         config: of the policy.
         size: "tiny" or "full".
-        side: of the square images in pixels.
+        side: side of the square images in pixels.
         dtype: of the weights.
     """
 
@@ -134,7 +133,7 @@ class StandInQwen(nn.Module):
         self._embodied = sizes.vision_end_token_id + 10
 
     def expand_tokenizer(self) -> tuple[list[str], list[int], int]:
-        """Names and ids of the action tokens, and the id of the embodied one."""
+        """Return the names and ids of the action tokens, and the id of the embodied action token."""
         count = self.config.chunk_size * 4
         names = [self.config.special_action_token.format(number) for number in range(count)]
         return names, [self._embodied + 1 + number for number in range(count)], self._embodied
@@ -142,7 +141,7 @@ class StandInQwen(nn.Module):
     def build_inputs(
         self, images: Sequence[Sequence[Tensor]], instructions: Sequence[str], action_prompt: str, embodied_prompt: str
     ) -> dict[str, Tensor]:
-        """What the model is called with."""
+        """Return the model's inputs."""
         places = embodied_prompt.count(self.config.embodied_action_token)
         tails = [[*(3 + byte % 400 for byte in text.encode()), *[self._embodied] * places, 3] for text in instructions]
         rows = [[image.to("cpu") for image in row] for row in images]
@@ -152,7 +151,7 @@ class StandInQwen(nn.Module):
 
     @staticmethod
     def to_pixel_values(image: Tensor) -> Tensor:
-        """Images as they are, in float32."""
+        """Return the images unchanged, in float32."""
         return image.detach().float()
 
 

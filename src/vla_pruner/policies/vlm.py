@@ -1,7 +1,7 @@
 """Vision-language models of transformers with random weights as policies, for audits and benchmarks.
 
-They decode seven tokens, each of which stands for a number, from the images of all cameras and an instruction. Real
-checkpoints act through heads and code of their own: there methods attach to the model itself.
+From the images of all cameras and an instruction they decode seven tokens, each of which stands for a number. Real
+checkpoints act through heads and code of their own: a method then attaches to the model itself.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ CAMERAS = ("image", "wrist_image")
 QWEN = ("qwen2_5_vl", "qwen3_vl")
 GLUED = ("paligemma",)
 MERGED = 2
-"""Qwen-VL makes one token of a square of so many patches a side, and repeats an image so often in time."""
+"""Side, in patches, of the square that Qwen-VL merges into one token; it also repeats each image so often in time."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A vision-language model by the names of its classes, and its sizes.
+    """The names of a vision-language model's classes, and its sizes.
 
     Attributes:
-        classes: what they begin with.
-        tiny, full: arguments of the configuration; "full" is the published model in `published`.
-        side: pixels of the square images, tiny and full.
-        published: the checkpoint that has the full sizes.
+        classes: the beginning of the classes' names.
+        tiny, full: arguments of the configuration; "full" is the model in `published`.
+        side: side of the square images in pixels, tiny and full.
+        published: the checkpoint with the full sizes.
     """
 
     classes: str
@@ -273,11 +273,11 @@ KINDS = {
 
 
 class RandomVLM:
-    """A vision-language model with random weights that acts: `ACTION_TOKENS` decoded tokens are one action.
+    """A policy around a vision-language model with random weights: `ACTION_TOKENS` decoded tokens are one action.
 
     Args:
         module: a `...ForConditionalGeneration` of transformers.
-        side: pixels of the square images that it is given.
+        side: side in pixels of the square images that the model takes.
         cameras: names of the images.
     """
 
@@ -310,18 +310,18 @@ class RandomVLM:
         return (self.tokens_per_image,) * len(self.cameras)
 
     def reset(self) -> None:
-        """Begins a new episode. The policy itself remembers nothing."""
+        """Begin a new episode. The policy itself has no memory."""
 
     def act(self, images: Mapping[str, np.ndarray], instruction: str, proprio: np.ndarray | None = None) -> np.ndarray:
-        """One control step: an action (1, 7) float32 in [-1, 1].
+        """Run one control step: return an action (1, 7) float32 in [-1, 1].
 
         Args:
             images: (H, W, 3) uint8 of each camera; they are resized to fit and padded with black.
-            instruction: what to do.
-            proprio: None; the model reads no state.
+            instruction: the task in words.
+            proprio: ignored; the model reads no state.
 
         Raises:
-            ObservationError: images or instruction are not as the policy takes them.
+            ObservationError: images or instruction do not fit the policy.
         """
         check_images(images, self.cameras)
         check_instruction(instruction)
@@ -336,7 +336,7 @@ class RandomVLM:
         return (2 * tokens.cpu().numpy() / self.tokenizer.vocab_size - 1).astype(np.float32)
 
     def inputs(self, pixels: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """What the model is called with.
+        """Return the model's inputs.
 
         Args:
             pixels: (B, cameras, 3, side, side) float in [-1, 1].
@@ -363,14 +363,16 @@ class RandomVLM:
         return {name: value.to(weight.device) for name, value in given.items()}
 
     def decode(self, given: dict[str, Tensor], tokens: int) -> Tensor:
-        """(B, tokens) ids, decoded greedily."""
+        """Decode ids (B, tokens) greedily."""
         made = self.module.generate(
             **given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
         return made[:, -tokens:]
 
     def _image_ids(self) -> Tensor:
-        """(1, n) ids in front of the text: BOS and the images, with tokens between them where the model has those."""
+        """Return the ids (1, n) before the text: the images and, except for `GLUED` models, BOS and a token on either
+        side of each image.
+        """
         config = self.module.config
         start, end = ([], []) if config.model_type in GLUED else ([2], [2])
         image = [*start, *[config.image_token_id] * self.tokens_per_image, *end]
@@ -386,7 +388,10 @@ def random_vlm(
     layers: int | None = None,
     cameras: Sequence[str] = CAMERAS,
 ) -> RandomVLM:
-    """One of `KINDS` with random weights; `layers` of its decoder, None as published. See `random_policy`."""
+    """Make one of `KINDS` with random weights and `layers` layers in its decoder (None: as many as its size has).
+
+    Other arguments as of `random_policy`.
+    """
     import transformers
     from transformers.initialization import no_init_weights
 
@@ -403,32 +408,32 @@ def random_vlm(
 
 
 def random_llava(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
-    """LLaVA; arguments as of `random_policy`."""
+    """Make a LLaVA; arguments as of `random_policy`."""
     return random_vlm("llava", size, device, dtype, seed)
 
 
 def random_paligemma(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
-    """PaliGemma; arguments as of `random_policy`."""
+    """Make a PaliGemma; arguments as of `random_policy`."""
     return random_vlm("paligemma", size, device, dtype, seed)
 
 
 def random_smolvlm(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
-    """SmolVLM; arguments as of `random_policy`."""
+    """Make a SmolVLM; arguments as of `random_policy`."""
     return random_vlm("smolvlm", size, device, dtype, seed)
 
 
 def random_qwen2_5_vl(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
-    """Qwen2.5-VL; arguments as of `random_policy`."""
+    """Make a Qwen2.5-VL; arguments as of `random_policy`."""
     return random_vlm("qwen2.5-vl", size, device, dtype, seed)
 
 
 def random_qwen3_vl(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
-    """Qwen3-VL; arguments as of `random_policy`."""
+    """Make a Qwen3-VL; arguments as of `random_policy`."""
     return random_vlm("qwen3-vl", size, device, dtype, seed)
 
 
 def _patches(images: Tensor, vision: Any) -> Tensor:
-    """Images (n, 3, S, S) as Qwen-VL takes them: (n, patches, 3 x time x P x P), the patches of a token together."""
+    """Cut images (n, 3, S, S) into patches (n, patches, 3 x time x P x P) for Qwen-VL, a token's patches together."""
     patch, merge, time = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     side = images.shape[-1] // patch // merge
     cut = images.reshape(len(images), 3, side, merge, patch, side, merge, patch)

@@ -107,7 +107,7 @@ class Engine:
 
     Attributes:
         policy: the one that acts.
-        method: the one that prunes; None: none does, or pruning turned out not to be faster.
+        method: the method that prunes; None: nothing is pruned, or pruning was found not to be faster.
         reader: of the observations; its image and action transforms are applied here.
         settings: of the server.
         actions_shape: (chunk, dim) of the policy's actions; known after the warm-up.
@@ -177,7 +177,9 @@ class Engine:
         return self._session.method.prunes(memory)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterable[list[Job]]:
-        """Jobs that one pass can take: all pruned or none, the same cameras, images and states of one shape each."""
+        """Yield groups of jobs that one pass can take: all pruned or none, with the same cameras, and images and states
+        of one shape each.
+        """
         alike: dict[Any, list[Job]] = {}
         for number, job in enumerate(jobs):
             seen = job.seen
@@ -292,7 +294,7 @@ class Engine:
                     )
 
     def _pays(self) -> bool:
-        """Whether pruned control steps of one robot are faster than unpruned ones."""
+        """Return True if pruned control steps of one robot are faster than unpruned ones."""
         assert self._session is not None
         self._session.detach_unless_faster()
         example = example_of(self.policy)
@@ -306,7 +308,7 @@ class Engine:
         return self._session.verdict.faster
 
     def _prompts(self, usual: str) -> Iterable[str]:
-        """The instructions that are run before the port opens, each once."""
+        """Return the instructions that are run before the port opens, each once."""
         default = self.settings.default_prompt
         # A default prompt that the policy cannot read is refused now, and not by every step.
         defaults = () if default is None else (default,)

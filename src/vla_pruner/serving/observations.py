@@ -35,9 +35,9 @@ class ObservationLayout:
             same key.
         state: keys of the robot's state, joined in this order.
         channels_first: whether images are (3, H, W) instead of (H, W, 3).
-        optional: keys of images that observations may lack, where the policy takes cameras as absent.
-        absent: the policy's names of cameras that this robot has not.
-        action_dim: numbers of an action that the robot takes; None: all that the policy gives.
+        optional: keys of images that observations may lack, if the policy accepts absent cameras.
+        absent: the policy's names of cameras that this robot does not have.
+        action_dim: numbers of an action that the robot takes; None: all numbers of the policy's actions.
     """
 
     images: Mapping[str, str]
@@ -85,8 +85,8 @@ LAYOUTS: dict[str, ObservationLayout] = {
         action_dim=14,
     ),
 }
-"""The keys of openpi's clients, and "cameras": observation/<the policy's own name> for each image. What may be absent,
-and how wide actions are, is as in openpi's own transforms for these robots.
+"""The keys of openpi's clients, and "cameras": observation/<the policy's own name> for each image. Absent cameras and
+the width of actions are as in openpi's own transforms for these robots.
 """
 
 
@@ -111,12 +111,12 @@ class ObservationReader:
 
     Attributes:
         keys: the key of each of the policy's cameras that the robot may have, in the policy's order.
-        state: keys of the state; empty where the policy takes none.
+        state: keys of the state; empty if the policy takes none.
         channels_first: as of the layout.
-        optional: keys of images that an observation may lack: the policy takes these cameras as absent.
-        known: keys of all images of the layout, also of those that the policy does not look at.
-        image: what an image goes through, (H, W, 3) uint8 -> the same; done where the model runs.
-        actions: what a chunk goes through, (chunk, dim) -> (chunk, dim).
+        optional: keys of images that an observation may lack: the policy then treats these cameras as absent.
+        known: keys of all images of the layout, including those that the policy does not read.
+        image: prepares an image, (H, W, 3) uint8 -> the same; called in the model's thread.
+        actions: converts a chunk, (chunk, dim) -> (chunk, dim); may leave out its last actions and numbers.
         default_prompt: the instruction of observations that have none; None: they are refused.
     """
 
@@ -159,7 +159,7 @@ class ObservationReader:
             raise ObservationError(
                 f"{key!r} is an image of shape {shape}, of uint8 or of floats from 0 to 1; found {_what(image)}."
             )
-        # As openpi, by where the three colours are.
+        # Like openpi, tell the order from the place of the three colours.
         first = self.channels_first or (image.shape[0] == 3 and image.shape[2] != 3)
         upright = image.transpose(1, 2, 0) if first else image
         height, width, channels = upright.shape
@@ -168,13 +168,13 @@ class ObservationReader:
                 f"{key!r} is an image of shape {shape} with sides of 1 to {LONGEST_SIDE}; found {_what(image)}."
             )
         if image.dtype == np.uint8:
-            return np.array(upright, order="C")  # messages are read-only, and torch wants memory that it may write
+            return np.array(upright, order="C")  # messages are read-only, and torch needs writable memory
         if not ((upright >= 0) & (upright <= 1)).all():
             raise ObservationError(
                 f"{key!r} is an image of floats, which are colours from 0 to 1; found others, or NaN. Send uint8, or "
                 "divide by 255."
             )
-        return np.ascontiguousarray((255 * upright).astype(np.uint8))  # cut off and not rounded, as openpi does
+        return np.ascontiguousarray((255 * upright).astype(np.uint8))  # truncated and not rounded, as in openpi
 
     def _has(self, observation: dict[str, Any], key: str) -> bool:
         if key in observation:
@@ -187,7 +187,9 @@ class ObservationReader:
         return True
 
     def _check_names(self, observation: dict[str, Any], absent: str) -> None:
-        """A camera is absent where nobody named it otherwise: a name that the layout does not know may be a slip."""
+        """Raise ObservationError if a camera is missing while the observation has an image that the layout does not
+        know: the name may be misspelled.
+        """
         folder = f"{absent.rpartition('/')[0]}/"
         inside = observation.get(folder[:-1])
         found = [f"{folder}{name}" for name in inside] if isinstance(inside, dict) else []
@@ -242,8 +244,8 @@ def reader_of(
 ) -> ObservationReader:
     """Return the reader of `layout` for `policy`.
 
-    LIBERO's images and actions go through what the policy's family was evaluated with there (OpenVLA: its image chain,
-    and the gripper's sign). Actions are cut to what the layout's robot takes.
+    LIBERO's images and actions are converted as in the evaluation of the policy's family there (OpenVLA: its image
+    chain, and the gripper's sign). Actions are cut to the numbers that the layout's robot takes.
 
     Args:
         policy: the one whose cameras and state are read.
@@ -305,8 +307,8 @@ def _first_of(
     action_horizon: int | None,
     actions: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """`actions`, of which the first `action_horizon` are sent, and of each the first `action_dim` numbers or those that
-    the layout's robot takes.
+    """Return `actions`, cut to the first `action_horizon` of a chunk, and each action to its first `action_dim` numbers
+    or, if that is None, to those that the layout's robot takes.
     """
     size = getattr(policy, "action_size", None)
     if action_dim is not None and size is not None and action_dim > size:

@@ -50,11 +50,11 @@ class ServerSettings:
         default_prompt: the instruction of observations that have none; None: they are refused.
         episode_gap: seconds without an observation after which a robot's next one begins an episode; None: silence
             does not.
-        episode_jump: how far one number of the robot's state may be from the observation before; what goes further
-            begins an episode; None: no state does.
-        action_dim: numbers of an action that clients are sent, the first ones; None: those that the layout's robot
-            takes (libero 7, droid 8, aloha 14), or all.
-        action_horizon: actions of a chunk that clients are sent, the first ones; None: all.
+        episode_jump: how far one number of the robot's state may be from the observation before; a larger jump begins
+            an episode; None: no state does.
+        action_dim: how many numbers of an action are sent, the first ones; None: those that the layout's robot takes
+            (libero 7, droid 8, aloha 14), or all.
+        action_horizon: how many actions of a chunk are sent, the first ones; None: all.
         center_crop: for OpenVLA and OFT with the layout "libero": whether the checkpoint was trained with image
             augmentation, as published ones.
     """

@@ -33,7 +33,7 @@ rest.
 """
 
 ABSENT = "right_wrist_0_rgb"
-"""openpi's third camera, on a hand that LIBERO's robot has not: policies that take absent cameras mask it there."""
+"""openpi's third camera, on a hand that LIBERO's robot does not have: policies that accept absent cameras mask it."""
 
 
 def libero_convention(policy: Any, center_crop: bool = True) -> Convention:

@@ -208,8 +208,8 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
     def prepared(
         self, input_ids: Tensor, pixel_values: Tensor, proprio: Any = None, attention_mask: Tensor | None = None
     ) -> dict[str, Tensor] | None:
-        """Arguments of `predict_action` as those of `chunk_of`; None where the prompts are of unequal length. Errors as
-        there.
+        """Convert arguments of `predict_action` to those of `chunk_of`; return None if the prompts are of unequal
+        length. Errors as of `predict_action`.
         """
         prompt = read_prompt(input_ids, attention_mask, self.config)
         if not prompt.even:
@@ -222,23 +222,24 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
         }
         state = _as_tensor(proprio)
         check_inputs(proprio=state)
-        self._state_token(state, features)  # raises what does not fit
+        self._state_token(state, features)  # raises if the state does not fit
         if state is not None:
             inputs["proprio"] = moved(state[None] if state.dim() == 1 else state, weight.device, weight.dtype)
         return inputs
 
     def length_of(self, input_ids: Tensor) -> int:
-        """Positions of the sequence of `chunk_of`."""
+        """Return the number of positions of the sequence of `chunk_of`."""
         visual = self.visual_slice.stop - self.visual_slice.start
         return visual + (self.proprio_projector is not None) + input_ids.shape[1] + self.action_tokens + 1
 
     def chunk_of(self, input_ids: Tensor, pixel_values: Tensor, proprio: Tensor | None = None) -> Tensor:
-        """The normalised actions (B, chunk, dim) float32 of a policy with an L1 head, by tensors alone.
+        """Return the normalised actions (B, chunk, dim) float32 of a policy with an L1 head, computed from tensors
+        alone.
 
         Args:
             input_ids: (B, T) prompts of one length that end in the empty token.
             pixel_values: (B, 6 * cameras, 224, 224).
-            proprio: (B, dim) the robot's state, normalised, where the policy reads it.
+            proprio: (B, dim) the robot's state, normalised, if the policy reads it.
         """
         features = self.projector(self.vision_backbone(pixel_values))
         embedding: Any = self.get_input_embeddings()
@@ -254,7 +255,7 @@ class OpenVLAOFT(OpenVLAForActionPrediction):
             use_cache=False,
             headless=True,
         )
-        # What acts are the rows one to the left of the placeholders.
+        # Actions are read from the rows one to the left of the placeholders.
         end = embeds.shape[1] - 2
         return self._read_out(output.last_hidden_state[:, end - self.action_tokens : end])
 
