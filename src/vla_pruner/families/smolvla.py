@@ -80,7 +80,7 @@ class SmolVLA(LeRobotFamily):
     @property
     def encoders(self) -> tuple[nn.Module, ...]:
         # Positions of patches are picked by a mask, whose size is data: that stays outside of graphs.
-        towers: tuple[Any, ...] = self.anatomy.towers
+        towers: Any = self.anatomy.towers
         return tuple(tower.encoder for tower in towers)
 
     def wiring(self, host: Host) -> Wiring:
