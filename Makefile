@@ -62,7 +62,7 @@ help:
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
 	@echo "make test-triton  run the Triton kernels, interpreted, in $(TRITON_VENV) (700 MB)"
 	@echo "make test-openpi  drive the server with openpi's own client, which lives in $(OPENPI_VENV) (400 MB, no torch)"
-	@echo "make test-peers   read records with robostats and fieldtrial, and serve vla-eval, in $(PEERS_VENV) (250 MB)"
+	@echo "make test-peers   read records with robostats and fieldtrial, serve vla-eval, and run in inspect-robots, in $(PEERS_VENV) (250 MB)"
 	@echo "make test-package build wheel and sdist, and try the wheel in an empty environment (2.5 GB)"
 	@echo "make docs         build the documentation in build/site, with $(DOCS_VENV); links are checked, nothing is fetched"
 
@@ -173,14 +173,14 @@ $(OPENPI_VENV)/.installed: constraints/openpi.txt
 test-openpi: $(VENV)/.installed $(OPENPI_VENV)/.installed
 	OPENPI_PYTHON=$(abspath $(OPENPI_VENV))/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/serving/test_openpi.py $(ARGS)
 
-# Statistics and an evaluation framework that others wrote. What they share with $(VENV) is borrowed from it.
+# Statistics and evaluation frameworks that others wrote. What they share with $(VENV) is borrowed from it.
 $(PEERS_VENV)/.installed: $(VENV)/.installed constraints/peers.txt
 	@test -x $(PEERS_VENV)/bin/python || { echo "==> Creating $(PEERS_VENV)"; $(PY) -m venv --without-pip $(PEERS_VENV); }
-	@echo "==> Installing robostats, fieldtrial and vla-eval into $(PEERS_VENV) (250 MB)"
+	@echo "==> Installing robostats, fieldtrial, vla-eval and inspect-robots into $(PEERS_VENV) (250 MB)"
 	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; echo "import site; site.addsitedir('$$($(PY) -c "$$packages")')" \
 		> "$$($(PEERS_VENV)/bin/python -c "$$packages")/borrowed.pth"
 	@$(PY) -m pip --python $(PEERS_VENV)/bin/python install --quiet --disable-pip-version-check -c constraints/default.txt -c constraints/peers.txt \
-		robostats fieldtrial vla-eval
+		robostats fieldtrial vla-eval inspect-robots
 	@touch $@
 
 test-peers: $(PEERS_VENV)/.installed

@@ -87,7 +87,7 @@ def test_the_cpu_has_no_queue_and_a_generator():
 def test_stages_wait_for_whatever_accelerator_holds_the_weights(use):
     module, device = use("xpu"), torch.device("xpu", 0)
     part = torch.nn.Identity()
-    part.parameters = lambda: iter([SimpleNamespace(device=torch.device("xpu"))])
+    part.parameters = lambda: iter([SimpleNamespace(device=torch.device("xpu"))])  # pyright: ignore[reportAttributeAccessIssue]
     with StageTimer(None, [(part, "forward", lambda *_: "vision")]) as timer, timer.step():
         part(torch.zeros(1))
     assert set(module.waited) == {device}

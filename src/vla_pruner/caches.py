@@ -7,6 +7,7 @@ growing cache (DynamicCache) holds as many columns as positions were seen; a sta
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Hashable, Mapping
@@ -93,6 +94,13 @@ def cut_back(cache: Any, index: int, length: int) -> None:
         return
     layer.keys = layer.keys[..., :length, :]
     layer.values = layer.values[..., :length, :]
+
+
+def lent(cache: Any) -> Any:
+    """A cache of the same tensors, from which what is added to it is gone with it."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in layers_of(cache)]
+    return other
 
 
 def held(cache: Any) -> int | None:

@@ -255,6 +255,16 @@ def _add_audit(commands: Any) -> None:
     command.add_argument(
         "--json", metavar="FILE", help="write the report there too; '-' is standard output (default: no report)"
     )
+    command.add_argument(
+        "--certificate",
+        metavar="FILE",
+        help="write what was proven of these weights on this machine, with their hashes (default: no certificate)",
+    )
+    command.add_argument(
+        "--compare",
+        metavar="FILE",
+        help="a certificate of another machine; exit code 1 if this audit contradicts it (default: none)",
+    )
     command.set_defaults(run=_audit)
 
 
@@ -278,6 +288,8 @@ def _audit(options: argparse.Namespace) -> int:
         options=dict(options.option),
         details=options.details,
         json=options.json,
+        certificate=options.certificate,
+        compare=options.compare,
     )
     return run_audit(settings, Console(highlight=False, stderr=options.json == "-"))
 

@@ -246,11 +246,24 @@ ROWS = (
             policy="vla_pruner.policies.lerobot:LeRobotPolicy",
             module=f"lerobot.policies.{kind}.modeling_{kind}:{module}",
             random=f"vla_pruner.policies.{kind}_random:random_{kind}",
+            bench=bench,
         )
-        for kind, title, family, module in (
-            ("groot", "GR00T N1.7", "Groot", "GrootPolicy"),
-            ("eo1", "EO-1", "EO1", "EO1Policy"),
-            ("vla_jepa", "VLA-JEPA", "VLAJEPA", "VLAJEPAPolicy"),
+        for kind, title, family, module, bench in (
+            ("groot", "GR00T N1.7", "Groot", "GrootPolicy", None),
+            (
+                "eo1",
+                "EO-1",
+                "EO1",
+                "EO1Policy",
+                Benchmark(
+                    feed="vla_pruner.benching.feeds:eo1",
+                    build="vla_pruner.benching.policies:eo1",
+                    layers=36,
+                    options=_EXPERT_OPTIONS,
+                    first_layer=1,
+                ),
+            ),
+            ("vla_jepa", "VLA-JEPA", "VLAJEPA", "VLAJEPAPolicy", None),
         )
     ),
     Row(

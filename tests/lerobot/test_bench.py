@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.bench.conftest import subject_of
+from tests.lerobot.test_audit import NAMES
 from tests.state import whole_state
 from vla_pruner.benching.arms import Turns, arms_of
+from vla_pruner.benching.feeds import feed
 from vla_pruner.benching.measure import count_stages, time_stages
 from vla_pruner.benching.roofline import least_work
 from vla_pruner.benching.settings import BenchSettings
@@ -19,6 +22,7 @@ CASES = (
     BenchSettings("pi05", size="tiny", layers=4, cameras=2, denoise_steps=2, pruned=("drop", "freeze")),
     BenchSettings("smolvla", size="tiny", batch=2, denoise_steps=2, pruned=("drop", "freeze")),
     BenchSettings("molmoact2", size="tiny", batch=2, denoise_steps=2, pruned=("drop", "freeze")),
+    BenchSettings("eo1", size="tiny", layers=4, batch=2, denoise_steps=2, pruned=("drop", "freeze")),
     BenchSettings("pi0-fast", size="tiny", layers=4, cameras=2, decode_tokens=4, pruned=("drop", "freeze")),
 )
 
@@ -45,9 +49,7 @@ def test_stages_are_found(settings: BenchSettings) -> None:
         assert min(found["vision"], found["prefill"], found["decode"], found["other"]) > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["lerobot-pi0", "lerobot-pi05", "lerobot-pi0-fast", "lerobot-smolvla", "lerobot-molmoact2"]
-)
+@pytest.mark.parametrize("name", [*NAMES, "lerobot-eo1"])
 def test_every_kind_has_its_own_row(name: str) -> None:
     policy = random_policy(name)
     row = row_of(policy)
@@ -62,3 +64,18 @@ def test_depth_and_cameras_are_those_asked_for() -> None:
     assert (subject.family.depth, len(subject.anatomy.experts[0].layers)) == (4, 4)
     assert subject.policy.cameras == ("camera1", "camera2")
     assert subject_of(BenchSettings("smolvla", size="tiny", layers=4)).family.depth == 4
+
+
+def test_a_chunk_that_ends_early_is_counted_as_it_is() -> None:
+    policy = random_policy("pi0-fast")
+    settings = BenchSettings(type(policy).__name__, loaded=True)
+    assert feed(policy, settings, torch.device("cpu")).decoded == 7
+    tokens = []
+    inner = policy.module.model  # type: ignore[attr-defined]
+    head = inner.paligemma_with_expert.paligemma.lm_head
+    hook = head.register_forward_hook(lambda _, __, logits: tokens.append(int(logits.argmax())))
+    feed(policy, settings, torch.device("cpu"))
+    hook.remove()
+    inner._paligemma_tokenizer.marker = tokens[3]
+    first = tokens.index(tokens[3])
+    assert feed(policy, settings, torch.device("cpu")).decoded == first

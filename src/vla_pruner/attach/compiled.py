@@ -199,7 +199,7 @@ class Compiled:
         options: dict[str, Any] = {"guard_filter_fn": _guards_of_arguments}
         if self.backend == "inductor":
             # Calls of small policies are short: on the CPU Python between the kernels would take a third of them.
-            options["triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"] = True
+            options |= {"cuda": {"triton.cudagraphs": True}, "cpu": {"cpp_wrapper": True}}.get(device.type, {})
         return torch.compile(call, backend=self.backend, options=options, fullgraph=True, dynamic=False)
 
 

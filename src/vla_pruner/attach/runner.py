@@ -215,7 +215,8 @@ class Runner:
         self._check_text(layout)
         # Copies, since a program cannot hold tensors made in inference mode, and the family's layout may have some.
         held: dict[str, Any] = {field.name: getattr(layout, field.name) for field in fields(layout)}
-        layout = Layout(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()})
+        held |= {name: value.clone() for name, value in held.items() if isinstance(value, Tensor)}
+        layout = Layout(**held)
         rows = None if rows is None else rows.clone()
         empty = self._empty_memory(layout, call.device)
 

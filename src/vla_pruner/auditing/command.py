@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from vla_pruner.auditing.certificate import Certificate, certificate, differences, read_certificate
 from vla_pruner.auditing.report import AuditReport
 from vla_pruner.auditing.run import audit
 from vla_pruner.auditing.subject import check_request
@@ -46,6 +47,8 @@ class AuditSettings:
         options: for `load_policy`.
         details: whether every check is explained.
         json: file for the report, "-" for standard output, None for none.
+        certificate: file for what was proven of these weights on this machine; None: none is written.
+        compare: a certificate of another machine, with which this audit is compared; None: with none.
     """
 
     model: str
@@ -62,10 +65,13 @@ class AuditSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     details: bool = False
     json: str | None = None
+    certificate: str | None = None
+    compare: str | None = None
 
 
 def run_audit(settings: AuditSettings, console: Console) -> int:
-    """Audit, print the checklist and write the report; return the exit code: 0, or 1 if a check failed.
+    """Audit, print the checklist and write the report; return the exit code: 0, or 1 if a check failed or another
+    machine's certificate differs.
 
     Raises:
         VLAPrunerError: the settings, the checkpoint or the policy do not allow an audit.
@@ -78,10 +84,14 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     device = usable_device(settings.device, "--device")
     if settings.json not in (None, "-"):
         check_file(str(settings.json))
+    if settings.certificate is not None:
+        check_file(settings.certificate, "--certificate")
+    there = None if settings.compare is None else read_certificate(settings.compare)
     # Standard output is the report's alone if it was asked for; policies' own libraries print things, too.
     with redirect_stdout(sys.stderr) if settings.json == "-" else nullcontext():
+        policy = _policy(settings, device)
         report = audit(
-            _policy(settings, device),
+            policy,
             method,
             instruction=settings.instruction,
             seed=settings.seed,
@@ -90,7 +100,25 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     say(console, summary(report), style="bold green" if report.passed else "bold red", soft_wrap=True)
     if settings.json is not None:
         _write(report, settings)
-    return 0 if report.passed else 1
+    same = True
+    if settings.certificate is not None or there is not None:
+        here = certificate(report, policy, settings.model)
+        if settings.certificate is not None:
+            _write_text(settings.certificate, here.to_json(), "--certificate")
+        if there is not None:
+            same = _compare(here, there, console)
+    return 0 if report.passed and same else 1
+
+
+def _compare(here: Certificate, there: Certificate, console: Console) -> bool:
+    wrong, others = differences(here, there)
+    for line in others:
+        say(console, f"differs: {line}", soft_wrap=True)
+    for line in wrong:
+        say(console, f"WRONG: {line}", style="bold red", soft_wrap=True)
+    if not wrong:
+        say(console, "Nothing here contradicts that certificate.", style="bold green", soft_wrap=True)
+    return not wrong
 
 
 def _policy(settings: AuditSettings, device: torch.device) -> Policy:
@@ -121,11 +149,15 @@ def _write(report: AuditReport, settings: AuditSettings) -> None:
     model = {"model": settings.model, "random_weights": settings.random_weights}
     if settings.random_weights:
         model["size"] = settings.size or "tiny"
-    text = json.dumps({**model, **report.to_json()}, indent=2) + "\n"
+    content = {**model, **report.to_json()}
     if settings.json == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
-        try:
-            Path(str(settings.json)).write_text(text)
-        except OSError as error:  # a full disk, for instance
-            raise unwritable(str(settings.json), error) from error
+        _write_text(str(settings.json), content, "--json")
+
+
+def _write_text(name: str, content: dict[str, Any], flag: str) -> None:
+    try:
+        Path(name).write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:  # a full disk, for instance
+        raise unwritable(name, error, flag) from error

@@ -15,12 +15,14 @@ class Check:
         passed: None if it could not be checked; `detail` says why.
         figure: the measurement, in a few words.
         detail: its meaning, the comparison, and the fix if it failed.
+        observations: the number of control steps that it ran.
     """
 
     name: str
     passed: bool | None
     figure: str = ""
     detail: str = ""
+    observations: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
@@ -64,11 +65,13 @@ def audit(
     subject = Subject(policy, VLAPruner(keep=0.25) if method is None else method, instruction, seed)
     done = []
     for name, ask in CHECKS.items():
+        before = subject.acted
         try:
             check = ask(subject)
         except Exception as error:  # any error that a policy raises half-way is a finding about it
             text = " ".join(str(error).split())
             check = Check(name, False, "", f"It broke off with {type(error).__name__}: {text}")
+        check = replace(check, observations=subject.acted - before)
         done.append(check)
         if progress is not None:
             progress(check)

@@ -59,6 +59,9 @@ class Subject:
         OptionError: `method` is no method or does not fit the model, or `seed` is no seed.
         ObservationError: the instruction is empty, or not one for this policy.
         SessionError: a session is attached to it already.
+
+    Attributes:
+        acted: control steps so far.
     """
 
     def __init__(self, policy: Policy, method: Method, instruction: str | None = None, seed: int = 0) -> None:
@@ -70,6 +73,7 @@ class Subject:
         self.method = method.fitted(self.family.one_pass)
         self.example = example_of(policy)
         self.instruction = self.example.instruction if instruction is None else instruction
+        self.acted = 0
         self._broke: Exception | None = None
         self._steps = self._first_pruned()
 
@@ -120,6 +124,7 @@ class Subject:
 
     def act(self, images: Images, step: int = 0) -> np.ndarray:
         """Run one control step: (chunk, dim) float64. The noise of a flow depends on the seed and on `step` alone."""
+        self.acted += 1
         state = self.example.proprio
         proprio = None if state is None else np.asarray(state, dtype=np.float64)
         with generators_put_back(accelerators_of(module_of(self.policy).parameters())):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vla_pruner.accelerators import is_accelerator, name_of
 from vla_pruner.anatomy import norm_of
 from vla_pruner.benching.measure import STEPS_A_TURN, WARM_UP_ROUNDS
 from vla_pruner.benching.subject import Subject
@@ -28,10 +29,11 @@ def conditions_of(subject: Subject) -> dict[str, Any]:
         "steps_a_turn": STEPS_A_TURN,
         "warm_up_rounds": WARM_UP_ROUNDS,
     }
+    if is_accelerator(device):
+        found["device_name"] = name_of(device) or str(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
-            "device_name": torch.cuda.get_device_name(device),
             "device_memory": properties.total_memory,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "driver": _driver(),

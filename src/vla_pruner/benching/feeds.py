@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.caches import cache_name
-from vla_pruner.cost import ContextExpert, DecoderShape
+from vla_pruner.cost import ContextExpert, DecoderShape, Expert
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.feed import Feed, on_host
 from vla_pruner.plugins import object_at
@@ -20,7 +21,7 @@ from vla_pruner.registry import ROWS, row_of
 INSTRUCTION = "pick up the red block and put it into the bowl"
 LLAMA_TEXT, LLAMA_CAMERA, LLAMA_DECODED = 24, 256, 7
 PI0_TEXT, PI05_TEXT, SMOLVLA_TEXT, PI0_FAST_TEXT = 48, 200, 48, 200
-MOLMO_TEXT = 100
+MOLMO_TEXT, EO1_TEXT = 100, 53
 OPENVLA_TEXT = 25
 VLM_TEXT = 24
 _SIDE = 224
@@ -291,10 +292,29 @@ def lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
 
     if decodes:
         # The head over the vocabulary runs outside of any module's call that is timed.
-        return Feed(step, visual, other, decoded=config.max_decoding_steps - 1, uses_head=False)
+        return Feed(step, visual, other, decoded=_decoded(module, step), uses_head=False)
     passes = config.num_steps if smol else config.num_inference_steps
     suffix = config.chunk_size + (kind == "pi0")
     return Feed(step, visual, other, denoised=(suffix, passes), uses_head=False)
+
+
+def _decoded(module: Any, step: Callable[[], Any]) -> int:
+    """Tokens that a pi0-FAST decodes after the first in this control step: it ends when all rows have."""
+    inner, found = module.model, []
+    original = inner.sample_actions_fast_kv_cache
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        found.append(original(*args, **kwargs))
+        return found[-1]
+
+    inner.sample_actions_fast_kv_cache = watched
+    try:
+        step()
+    finally:
+        del inner.sample_actions_fast_kv_cache
+    # The places behind the last token are zero, which is the id of padding.
+    places = (found[0] != 0).any(dim=0).nonzero()
+    return int(places.max()) if len(places) else 0
 
 
 def molmoact2(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
@@ -328,6 +348,40 @@ def molmoact2(policy: Any, settings: BenchSettings, device: torch.device) -> Fee
     tokens, context = module.config.chunk_size, text.num_key_value_heads * text.head_dim
     reader = ContextExpert(shape, tokens, passes, context=context)
     return Feed(step, visual, other, denoised=(tokens, passes), expert=reader, uses_head=False)
+
+
+def eo1(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """LeRobot's EO-1, with random weights: another's processor, which needs a tokenizer, knows no length.
+
+    Raises:
+        UnsupportedModelError: it is not one that `random_policy` makes.
+    """
+    from vla_pruner.policies.eo1_random import EO1PromptMaker
+
+    module, rows, maker = policy.module, settings.batch, policy.preprocessor
+    if not isinstance(maker, EO1PromptMaker):
+        raise UnsupportedModelError("A benchmark of EO-1 is of random weights: vla-pruner bench --model eo1.")
+    draw = _draw(settings)
+    images = [list(torch.rand(len(policy.cameras), 3, maker.side, maker.side, generator=draw)) for _ in range(rows)]
+    states, chunk = torch.zeros(rows, 8), module.config.chunk_size
+    empty = maker.batch(images[:1], [[]], states[:1])
+    ids = empty["input_ids"]
+    visual = int((ids == module.model.vlm_backbone.config.image_token_id).sum())
+    # The places of actions are no part of the prompt.
+    beside = ids.shape[1] - chunk - visual
+    other = _other(settings, visual, EO1_TEXT + beside, beside + 1)
+    texts = torch.randint(0, 250, (rows, other - beside), generator=draw).tolist()
+    batch = maker.batch(images, texts, states)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        torch.manual_seed(settings.seed)
+        return on_host(module.predict_action_chunk(dict(batch)))
+
+    shape = dataclasses.replace(DecoderShape.of(module.model.vlm_backbone.config.text_config), vocabulary=0)
+    passes = module.config.num_denoise_steps
+    expert = Expert(shape, chunk, passes)
+    return Feed(step, visual, other, denoised=(chunk, passes), expert=expert, uses_head=False)
 
 
 def _lerobot_tokens(module: Any, smol: bool) -> tuple[int, int]:

@@ -137,5 +137,16 @@ def molmoact2(settings: BenchSettings, device: torch.device, dtype: torch.dtype)
     return random_molmoact2_policy(settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields)
 
 
+def eo1(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """LeRobot's EO-1."""
+    from vla_pruner.policies.eo1_random import random_eo1_policy
+
+    cameras = None if settings.cameras is None else _cameras(settings.cameras)
+    fields: dict[str, Any] = {}
+    if settings.denoise_steps is not None:
+        fields["num_denoise_steps"] = settings.denoise_steps
+    return random_eo1_policy(settings.size, device, dtype, settings.seed, cameras, settings.layers, **fields)
+
+
 def _cameras(count: int) -> tuple[str, ...]:
     return tuple(f"camera{number}" for number in range(1, count + 1))

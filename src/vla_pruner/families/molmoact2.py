@@ -208,7 +208,7 @@ class MolmoAct2(Family):
 
     def _order(self, views: int) -> tuple[int, ...]:
         """Return the indices of the cameras of the prompt's images, in their order."""
-        shown = self._shown
+        shown, self._shown = self._shown, None
         if shown is None or len(shown) != views:
             # Without a batch (a direct call of the model) the images are taken to be those of the config.
             shown = tuple(range(len(self.cameras)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,10 +23,13 @@ from vla_pruner.attach.family import Call
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.short_layers import LayerInput, ShortLayers
-from vla_pruner.caches import PromptCache, cache_in
+from vla_pruner.caches import PromptCache, cache_in, lent
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import LeRobotFamily
 from vla_pruner.replacements import Replacements
+
+METHODS = ("forward", "forward_attn_layer", "forward_cross_attn_layer", "eager_attention_forward")
+"""What LeRobot calls, once a call or once a layer."""
 
 
 class SmolVLA(LeRobotFamily):
@@ -33,7 +37,6 @@ class SmolVLA(LeRobotFamily):
 
     classes = frozenset({("lerobot.policies.smolvla.modeling_smolvla", "SmolVLAPolicy")})
     prepare = "prepare_images"
-    compilable = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -42,6 +45,8 @@ class SmolVLA(LeRobotFamily):
                 "SmolVLAPolicy has use_cache=False, without which its expert sees no prefix; set use_cache=True."
             )
         self.both = self._inner.vlm_with_expert
+        self.passes = _Passes()
+        self._routed = False
         self.decoder = self.anatomy.decoder
         config = self.both.config
         self._pixels_per_token = config.vision_config.patch_size * config.scale_factor
@@ -72,8 +77,38 @@ class SmolVLA(LeRobotFamily):
     def around_block(self) -> tuple[int, int]:
         return (2, 1) if self._inner.add_image_special_tokens else (0, 0)
 
+    @property
+    def encoders(self) -> tuple[nn.Module, ...]:
+        # Positions of patches are picked by a mask, whose size is data: that stays outside of graphs.
+        towers: Any = self.anatomy.towers
+        return tuple(tower.encoder for tower in towers)
+
     def wiring(self, host: Host) -> Wiring:
         return SmolVLAWiring(host, self)
+
+    def install(self) -> None:
+        super().install()
+        self._routed = True  # the wiring leads the loop's calls through `passes`
+
+    def remove(self) -> None:
+        super().remove()
+        self._routed = False
+
+    def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
+        def stands(seam: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if module is not self.decoder:
+                # What a denoising step adds to the cache and LeRobot takes out again would make others of its tensors.
+                kwargs = {**kwargs, "past_key_values": lent(cache_in(kwargs))}
+            return around(partial(seam, original), *args, **kwargs)
+
+        names = _names(self.both.forward)
+
+        def route(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return self.passes(original, _given(names, args, kwargs))
+
+        if not self._routed and module is self.decoder:
+            replaced.put(self.both, "forward", route)
+        replaced.put(self.passes, "prompt" if module is self.decoder else "expert", stands)
 
     def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         attention: Any = layer.self_attn
@@ -108,6 +143,35 @@ class SmolVLA(LeRobotFamily):
         return (height // self._pixels_per_token) * (width // self._pixels_per_token)
 
 
+class _Passes:
+    """The two calls of the loop over the layers, each with its one sequence of embeddings first."""
+
+    def __call__(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """Lead a call of the loop, `original(**given)`, through `prompt` or `expert`."""
+        others = {name: value for name, value in given.items() if name != "inputs_embeds"}
+        prefix, suffix = given["inputs_embeds"]
+        if prefix is None:
+            return self.expert(original, suffix, **others)
+        return original(**given) if suffix is not None else self.prompt(original, prefix, **others)
+
+    def prompt(self, original: Callable[..., Any], prefix: Tensor, **given: Any) -> Any:
+        """The prefix runs."""
+        return original(inputs_embeds=[prefix, None], **given)
+
+    def expert(self, original: Callable[..., Any], suffix: Tensor, **given: Any) -> Any:
+        """A denoising step runs."""
+        return original(inputs_embeds=[None, suffix], **given)
+
+
+def _names(method: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(method).parameters)
+
+
+def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; a compiler could not trace what `inspect` does for it."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 class SmolVLAWiring:
     """Maps the methods that SmolVLA calls for each layer onto `ShortLayers`, and their attention onto the host.
 
@@ -120,6 +184,7 @@ class SmolVLAWiring:
         self._host = host
         self._family = family
         self._both = family.both
+        self._names = {name: _names(getattr(family.both, name)) for name in METHODS}
         self._short = ShortLayers(host, family)
         self._replaced = Replacements()
         self._prompt_cache = PromptCache()
@@ -147,6 +212,10 @@ class SmolVLAWiring:
                     f"Action attention is to be read at layers {wanted}, but none of them has an expert layer in this "
                     f"model ({both.num_expert_layers} expert layers for {both.num_vlm_layers})."
                 )
+        if self._names["forward_attn_layer"] != self._names["forward_cross_attn_layer"]:
+            raise UnsupportedModelError(
+                "SmolVLA's two kinds of layers take other arguments than in LeRobot 0.6.1; install that version."
+            )
         self._replaced.put(self._both, "forward", self._forward)
         self._replaced.put(self._both, "forward_attn_layer", self._attend)
         self._replaced.put(self._both, "forward_cross_attn_layer", self._attend)
@@ -159,7 +228,7 @@ class SmolVLAWiring:
         self._prompt_cache.remember(None)
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        given = _given(self._names["forward"], args, kwargs)
         prefix = given["inputs_embeds"][0]
         self._short.forget()
         try:
@@ -173,7 +242,8 @@ class SmolVLAWiring:
             message = "A denoising step was given another cache than the prefix; steps cannot be interleaved."
             self._prompt_cache.check_same(cache_in(given), message)
         self._host.enter_reader()
-        result = original(**given)
+        self._cut(cache_in(given))
+        result = self._family.passes(original, given)
         self._host.leave_call()
         return result
 
@@ -187,15 +257,21 @@ class SmolVLAWiring:
             )
         self._host.enter_decoder(Call(prefix.shape[1], None, prefix.shape[0], prefix.device))
         self._host.see_embeddings(prefix)
-        outputs, cache = original(**given)
+        outputs, cache = self._family.passes(original, given)
         self._prompt_cache.remember(cache)
         self._host.leave_call()
         hidden = self._short.leave_prompt(outputs[0], cache)
         return outputs if hidden is None else [hidden, *outputs[1:]], cache
 
+    def _cut(self, cache: Any) -> None:
+        """Cut the layers of the cache that are short back to the prompt."""
+        for index in range(self._short.layer, self._family.depth):
+            self._short.cut(index, cache)
+
     def _attend(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One layer's attention, self or cross: everything in front of it is made short here."""
-        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        # Both kinds have the same arguments.
+        given = _given(self._names["forward_attn_layer"], args, kwargs)
         self._index = index = given["layer_idx"]
         step = self._host.step
         if step is not None and index >= self._short.layer:
@@ -227,7 +303,6 @@ class SmolVLAWiring:
         short = self._short.read(index, self._short.once("mask", mask, lambda: mask[:, None]), cache)
         if short is not None:
             given["attention_mask"] = _flat(short)
-        self._short.cut(index, cache)
 
     def _kernel(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
@@ -236,7 +311,7 @@ class SmolVLAWiring:
             return output
         prompt = step.in_prompt()
         if self._index in (self._semantic if prompt else self._action):
-            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            given = _given(self._names["eager_attention_forward"], args, kwargs)
             attention = Attention(
                 query=given["query_states"].transpose(1, 2),
                 key=given["key_states"].transpose(1, 2),

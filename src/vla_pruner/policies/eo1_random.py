@@ -68,6 +68,7 @@ def random_eo1_policy(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     cameras: tuple[str, ...] | None = None,
+    layers: int | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
     """Make an EO-1 with random weights, drawn so that its actions depend on its images.
@@ -81,6 +82,7 @@ def random_eo1_policy(
         dtype: torch.float32 or torch.bfloat16.
         seed: of the weights.
         cameras: names of the images; None: two.
+        layers: depth of the decoder; None: that of the size.
         **config: fields of LeRobot's config, in place of its defaults.
 
     Raises:
@@ -103,8 +105,11 @@ def random_eo1_policy(
 
     images = {f"{IMAGES}{name}": feature("VISUAL", 3, side, side) for name in cameras or CAMERAS}
     first = 400 if is_tiny else 151_000
+    text = dict(_TINY_TEXT if is_tiny else _FULL_TEXT)
+    if layers is not None:
+        text["num_hidden_layers"] = layers
     vlm = {
-        "text_config": _TINY_TEXT if is_tiny else _FULL_TEXT,
+        "text_config": text,
         "vision_config": _TINY_VISION if is_tiny else _FULL_VISION,
         **{name: first + number for name, number in _WORDS.items()},
     }
@@ -138,13 +143,16 @@ class EO1PromptMaker:
         side: side of the square images in pixels.
         first: the first of the special tokens.
         device: the device of the tensors.
+
+    Attributes:
+        side: side of the square images in pixels.
     """
 
     def __init__(self, policy: Any, side: int, first: int, device: str | torch.device) -> None:
         self._config = policy.model.vlm_backbone.config
         self._keys = list(policy.config.image_features)
         self._chunk = policy.config.chunk_size
-        self._side = side
+        self.side = side
         self._state_word, self._action_word = first + _STATE_WORD, first + _ACTION_WORD
         self._device = device
 
@@ -162,7 +170,7 @@ class EO1PromptMaker:
         """Return the model's inputs for rows of images (3, H, W), texts as lists of numbers, and states (B, d)."""
         places = [self._action_word] * self._chunk
         tails = [[*(3 + number % 390 for number in text), self._state_word, *places] for text in texts]
-        found = pictured(self._config, self._side, images, tails)
+        found = pictured(self._config, self.side, images, tails)
         found["mm_token_type_ids"] = (found["input_ids"] == self._config.image_token_id).int()
         found["observation.state"] = states.float()
         moved: dict[str, Any] = {name: value.to(self._device) for name, value in found.items()}
