@@ -51,7 +51,7 @@ class PolicyClient:
         ca_file: with "wss", a certificate to trust besides the system's, such as the server's own.
         timeout: seconds that one answer may take.
         patience: seconds of trying to (re)connect before giving up; 0: one try.
-        proxy: address of a proxy that leads to the server; None: the server is asked directly, whatever proxies the
+        proxy: address of a proxy that leads to the server; None: the client connects directly, whatever proxies the
             environment names for the web.
         on_reconnect: called with this client after each connection but the first, before the observation is sent again.
             An exception from it ends the call of `infer`, for robots that should rather stop.
@@ -115,7 +115,7 @@ class PolicyClient:
             ServerError: the server answered with an error, or does not read observations of that length; the next call
                 connects anew.
             ConnectionLost: no answer came, also after connecting anew.
-            CodecError: the observation cannot be packed, or the answer is none of the protocol.
+            CodecError: the observation cannot be packed, or the answer does not follow the protocol.
         """
         with self._turn:
             # Taken before the answer is waited for: an episode that begins meanwhile is not lost.
