@@ -255,6 +255,25 @@ def test_an_adapted_model_is_pruned_as_itself() -> None:
         assert torch.equal(kept, session.kept)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("pruned", ["drop", "freeze"])
+def test_lora_of_peft(pruned: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped, given = peft.get_peft_model(vlms.vlm("qwen3_vl"), config).eval(), vlms.inputs("qwen3_vl")
+    untouched = vlms.logits(wrapped, given)
+    check_reference(wrapped, given, vp.FastV(keep=0.5, pruned=pruned), untouched=untouched)
+
+
+def test_beams() -> None:
+    """Of one image: before transformers 5.6 or so, beams of a prompt with several get the wrong ones."""
+    model, given = vlms.vlm("llava"), vlms.inputs("llava", images=1)
+    untouched = vlms.logits(model, given, num_beams=2)
+    with vp.VLAPruner(keep=1.0, warmup="semantic").attach(model):
+        assert torch.equal(vlms.logits(model, given, num_beams=2), untouched)
+    check_reference(model, given, vp.FastV(keep=0.5), untouched=untouched, num_beams=2)
+
+
 @pytest.mark.parametrize("kind", ["paligemma", "qwen3_vl"])
 def test_a_token_without_a_position_is_refused_over_a_short_cache(kind: str) -> None:
     model, given = vlms.vlm(kind), vlms.inputs(kind, rows=slice(0, 1))

@@ -180,7 +180,8 @@ class VLM(DecoderLM):
         if ids is None:
             raise SessionError(
                 f"{type(self._model).__name__} was called without input_ids, and where its visual tokens are is read "
-                "from these; give input_ids, not inputs_embeds."
+                "from these; give input_ids, not inputs_embeds. If they have a fixed place, attach to the decoder: "
+                "attach(decoder, visual=slice(start, stop))."
             )
         if given.get("pixel_values_videos") is not None:
             raise SessionError(
