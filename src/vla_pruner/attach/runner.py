@@ -196,7 +196,7 @@ class Runner:
         layout, rows, budgets = self._planner.plan(call)
         self._check_text(layout)
         # Copies, since what the family keeps may have been made in inference mode, which no program can hold.
-        held = {field.name: getattr(layout, field.name) for field in fields(layout)}
+        held: dict[str, Any] = {field.name: getattr(layout, field.name) for field in fields(layout)}
         layout = Layout(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()})
         rows = None if rows is None else rows.clone()
         empty = self._empty_memory(layout, call.device)
