@@ -118,7 +118,7 @@ class DecoderLM(TransformersFamily):
         prompt = prompt.detach().to(weight.device, weight.dtype)
         rows, length, _ = prompt.shape
         name = cache_name(model)
-        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicCache
 
         def run(inputs_embeds: Tensor) -> Tensor:
             cache, embeds, found = DynamicCache(config=decoder.config), inputs_embeds, []
