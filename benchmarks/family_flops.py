@@ -5,11 +5,11 @@
 Nothing is run or timed here. FLOPs are the cost of a compute-bound pass (a long prompt, a batch); bytes are the weights
 that every pass must read once, the cost of a pass of few tokens at batch 1 (decoding, denoising). Sizes are
 those of the published configs: openvla/openvla-7b, moojink/openvla-7b-oft-finetuned-libero-*, lerobot/pi0_base,
-lerobot/pi05_base, lerobot/pi0_fast_base, lerobot/smolvla_base; of MolmoAct2, EO-1, GR00T and VLA-JEPA two views and
-LeRobot's defaults, with Qwen3-4B for MolmoAct2's text, as third parties have it, Qwen2.5-VL-3B, and Qwen3-VL-2B; of
-vision-language models with an action head of one's own, whose cost is not counted, llava-hf/llava-1.5-7b-hf,
-google/paligemma-3b-pt-224, Qwen/Qwen3-VL-2B-Instruct and HuggingFaceTB/SmolVLM2-500M-Video-Instruct, with two images
-(of 448 x 448 pixels for Qwen) and 24 words.
+lerobot/pi05_base, lerobot/pi0_fast_base, lerobot/smolvla_base. MolmoAct2, EO-1, GR00T and VLA-JEPA have two views and
+LeRobot's defaults, with Qwen3-4B for MolmoAct2's text (according to third parties), Qwen2.5-VL-3B for EO-1, and
+Qwen3-VL-2B for the last two. Vision-language models with an action head of one's own, whose cost is not counted, are
+llava-hf/llava-1.5-7b-hf, google/paligemma-3b-pt-224, Qwen/Qwen3-VL-2B-Instruct and
+HuggingFaceTB/SmolVLM2-500M-Video-Instruct, with two images (of 448 x 448 pixels for Qwen) and 24 words.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SIGLIP = DecoderShape(layers=27, hidden=1152, heads=16, kv_heads=16, head_dim=72
 LLAMA = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, feed_forward=11008, vocabulary=32064)
 GEMMA = DecoderShape(layers=18, hidden=2048, heads=8, kv_heads=1, head_dim=256, feed_forward=16384)
 GEMMA_HEADED = replace(GEMMA, vocabulary=257152)
-PI0_FAST_TOKENS = 60  # of a chunk: how many there are depends on the motion
+PI0_FAST_TOKENS = 60  # per chunk; the real number depends on the motion
 GEMMA_EXPERT = DecoderShape(layers=18, hidden=1024, heads=8, kv_heads=1, head_dim=256, feed_forward=4096)
 QWEN3_4B = DecoderShape(layers=36, hidden=2560, heads=32, kv_heads=8, head_dim=128, feed_forward=9728)
 MOLMO_EXPERT = DecoderShape(layers=36, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=2816)
-# Of a token: it asks its 2 x 2 patches, whose features of two layers are 2304 wide, and goes through a gated MLP.
+# Per token: it attends to its 2 x 2 patches, whose features of two layers are 2304 wide, and goes through a gated MLP.
 MOLMO_PROJECTOR = 2.0 * (2304 * 1152 + 4 * 2 * 2304 * 1152 + 1152 * 1152 + 2 * 1152 * 9728 + 9728 * 2560)
 QWEN_VISION = DecoderShape(layers=32, hidden=1280, heads=16, kv_heads=16, head_dim=80, feed_forward=3420)
 QWEN25_3B = DecoderShape(layers=36, hidden=2048, heads=16, kv_heads=2, head_dim=128, feed_forward=11008)
@@ -47,7 +47,7 @@ CLIP = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, 
 QWEN3 = DecoderShape(layers=28, hidden=2048, heads=16, kv_heads=8, head_dim=128, feed_forward=6144)
 QWEN3_VISION = DecoderShape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
 QWEN3_MERGER = 2.0 * (4096 * 4096 + 4096 * 2048)
-"""Of one token; three more bring DeepStack's features."""
+"""FLOPs of one merger per token; three more mergers make DeepStack's features."""
 SMOL_EXPERT = DecoderShape(layers=16, hidden=720, heads=15, kv_heads=5, head_dim=64, feed_forward=2048)
 
 
@@ -119,7 +119,7 @@ FAMILIES = {
             QWEN25_3B,
             visual=2 * 121,
             other=60,
-            # Its windows are 8 x 8 patches, in all layers but four.
+            # Windows are 8 x 8 patches, in all layers but four.
             towers=(Tower(QWEN_VISION, 484, 28, window=64), Tower(QWEN_VISION, 484, 4)),
             cameras=2,
             projector=2.0 * (5120 * 5120 + 5120 * 2048),

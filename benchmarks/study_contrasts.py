@@ -1,11 +1,11 @@
-"""What the study's arms say together: differences between two methods, or two fates, over all budgets at once.
+"""Contrasts of the study: differences between two methods, or two fates, over all budgets at once.
 
     python -m benchmarks.study_contrasts        reads results/study/grid, writes contrasts.json and contrasts.md there
 
 An episode's figure is the mean over the settings (keep and fate) that both sides have; their differences are averaged
-over the episodes, with Student's interval within tasks. All intervals that are shown hold together, by Bonferroni. Two
-episodes that nobody ran, in one of which either side solves one setting more, widen each: where hardly an episode tells
-the sides apart, what was seen says little of how many would.
+over the episodes, with Student's interval within tasks. All intervals that are shown hold together, by Bonferroni. Each
+is widened by two imaginary episodes, in one of which either side solves one setting more: if hardly any episode tells
+the sides apart, the observed episodes say little about how many would.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _of_fate(found: Outcomes, fate: str) -> dict[str, Mapping[Unit, bool]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """As Markdown, in percentage points."""
+    """Return the contrasts as a Markdown table, in percentage points."""
     lines = ["| question | difference | all budgets | .5 | .25 | .125 |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = [_cell(row[name]) for name in ("all", "0.5", "0.25", "0.125")]

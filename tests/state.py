@@ -17,7 +17,7 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if key == "rope_deltas":
-                continue  # Qwen-VL's own, of the last prompt
+                continue  # kept by Qwen-VL itself, of the last prompt
             plain = dict(value) if isinstance(value, dict) else value
             state[f"{name}.{key}"] = (id(value), repr(plain) if "hook" in key else None)
         if hasattr(module, "config"):

@@ -1,4 +1,4 @@
-"""Devices of any kind are asked through torch's own names: a stand-in has what CUDA has, another what MPS has."""
+"""Devices of any kind are queried through torch's own names: one stand-in has those of CUDA, another those of MPS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Module:
-    """`torch.cuda`, or what another kind of accelerator has of it."""
+    """A stand-in for `torch.cuda`, or for the module of another accelerator, which has less."""
 
     def __init__(self, indexed=True):
         self.states = {0: torch.tensor([1]), 1: torch.tensor([2])}

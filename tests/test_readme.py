@@ -49,7 +49,7 @@ def test_flops_left_are_the_counted_ones() -> None:
     table = _table(README, "| model |")
     for name in counted:
         if name.endswith("own head"):
-            continue  # no policy, but what one of the reader's own would cost
+            continue  # no policy, but the cost of one that a reader would build
         (row,) = [cells for cells in table if cells[0] == name]
         assert row[2] == f"{_left(name)} %"
 

@@ -55,7 +55,7 @@ def test_wilson_refuses_an_impossible_confidence() -> None:
 
 
 def test_tangos_interval_is_what_the_score_test_does_not_refuse() -> None:
-    """At its ends the score statistic is 1.96, with the nuisance share from a search over the likelihood."""
+    """At the interval's ends the score statistic is 1.96, with the nuisance share from a search over the likelihood."""
     from scipy.optimize import minimize_scalar
 
     for both, gained, lost, neither in [(36, 12, 2, 0), (176, 17, 7, 0), (1, 1, 7, 12), (0, 5, 0, 1), (3, 4, 4, 3)]:
@@ -74,7 +74,7 @@ def test_tangos_interval_is_what_the_score_test_does_not_refuse() -> None:
 
 
 def test_tangos_interval_at_its_edges() -> None:
-    # Two other implementations (fieldtrial 0.3.0, robostats 0.2.0) give the same.
+    # Two other implementations (fieldtrial 0.3.0, robostats 0.2.0) return the same.
     low, high = Pairs(((176, 17, 7, 0),)).tango()
     assert (round(low, 4), round(high, 4)) == (0.0021, 0.1021)
     mirrored = Pairs(((176, 7, 17, 0),)).tango()

@@ -1,9 +1,10 @@
-"""A stand-in for an accelerator on a CPU, which sees whatever would make the host wait for the device.
+"""A stand-in for an accelerator on a CPU, which detects everything that would make the host wait for the device.
 
-Tensors stay where they are and compute as they do; the stand-in notes which of them would be on the device, says so
-where code asks (`tensor.device`), and follows them through every call. A wait is what blocks the host on CUDA: numbers
-that are read (`item`, `tolist`, `bool`, `float`), copies to the host, copies to the device that are not `non_blocking`
-(a list that becomes a tensor or an index is one), and sizes that depend on data. What only a copy may mix raises.
+Tensors stay on the CPU and compute as usual. The stand-in notes which of them would be on the device, reports this
+device as `tensor.device`, and follows them through every call. A wait is anything that blocks the host on CUDA: reading
+numbers (`item`, `tolist`, `bool`, `float`), copies to the host, copies to the device that are not `non_blocking` (a
+list that becomes a tensor or an index is one), and sizes that depend on data. Calls other than copies that mix device
+and host raise an error.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ READS = {
     "bincount",
     "_linalg_check_errors",
 }
-"""Operators that read the device, or whose size depends on what is there."""
+"""Operators that read values on the device, or whose result's size depends on such values."""
 CALLS = {
     "item",
     "tolist",
@@ -72,7 +73,7 @@ CALLS = {
     "empty",
     "scalar_tensor",
 }
-"""Calls that do."""
+"""Calls that read such values."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class Wait:
     """One wait of the host.
 
     Attributes:
-        what: the call.
-        site: file and line outside of torch.
-        stack: all such, the innermost first.
+        what: name of the call.
+        site: innermost file and line outside of torch.
+        stack: all files and lines outside of torch, the innermost first.
     """
 
     what: str
@@ -94,10 +95,10 @@ class Wait:
 
 
 class StandIn(TorchFunctionMode):
-    """Within it, tensors that are placed on the device, and all that is computed from them, are watched.
+    """A context that watches the tensors placed on the device, and all tensors that are computed from them.
 
     Attributes:
-        waits: of the host so far.
+        waits: waits of the host so far.
     """
 
     def __init__(self) -> None:
@@ -115,7 +116,7 @@ class StandIn(TorchFunctionMode):
         super().__exit__(*args)
 
     def place(self, value: Any) -> Any:
-        """Put the tensors in a value, or all of a module's, on the device."""
+        """Place the tensors in a value, or all tensors of a module, on the device."""
         if isinstance(value, nn.Module):
             for module in value.modules():
                 for part in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
@@ -126,7 +127,7 @@ class StandIn(TorchFunctionMode):
         return value
 
     def note(self, what: str) -> None:
-        """The host waits here."""
+        """Record a wait of the host, with the place in the code."""
         frame, found = sys._getframe(1), list[str]()
         while frame is not None:
             path = frame.f_code.co_filename
@@ -170,7 +171,7 @@ class StandIn(TorchFunctionMode):
                 if _on_host(tensor):
                     raise RuntimeError(f"{name} was given tensors on the device and on the host.")
         result = func(*args, **kwargs)
-        # In inference mode torch's own code calls past its dispatcher.
+        # In inference mode torch's own code bypasses its dispatcher.
         reads = placed and (name in CALLS or name.startswith("linalg_") or (name == "where" and len(args) == 1))
         if (copies and result.numel()) or (reads and len(self.waits) == seen):
             self.note(name)
@@ -194,13 +195,13 @@ class StandIn(TorchFunctionMode):
     def _moved(self, tensor: Tensor, goes: bool, dtype: torch.dtype, non_blocking: bool) -> Tensor:
         if goes == is_placed(tensor):
             return _marked(tensor.to(dtype), goes)
-        if tensor.numel() and not (goes and non_blocking):  # of nothing, nothing is copied
+        if tensor.numel() and not (goes and non_blocking):  # an empty tensor needs no copy
             self.note("a copy to the device" if goes else "a copy to the host")
         return _marked(tensor.to(dtype, copy=True), goes)
 
 
 class _Operators(TorchDispatchMode):
-    """What torch's own code does within a call."""
+    """Watches the operators that torch's own code runs within a call."""
 
     def __init__(self, stand_in: StandIn) -> None:
         super().__init__()
@@ -222,19 +223,19 @@ class _Operators(TorchDispatchMode):
 
 
 def is_placed(value: Any) -> bool:
-    """Whether a tensor is on the device."""
+    """Return True for a tensor on the device."""
     return isinstance(value, Tensor) and getattr(value, _MARK, False)
 
 
 def added(attached: list[Wait], untouched: list[Wait]) -> list[Wait]:
-    """The waits of a control step that the model itself did not have, one for each place and kind."""
+    """Return the waits of a control step that the model itself did not have, one for each place and kind."""
     most = Counter((wait.what, wait.site) for wait in untouched)
     more = Counter((wait.what, wait.site) for wait in attached) - most
     return [next(wait for wait in attached if (wait.what, wait.site) == key) for key in more]
 
 
 def _on_host(value: Any) -> bool:
-    """Whether it is a tensor that a call on the device cannot take (it takes single numbers)."""
+    """Return True for a host tensor that a call on the device cannot take (single numbers are allowed)."""
     return isinstance(value, Tensor) and value.dim() > 0 and not is_placed(value)
 
 

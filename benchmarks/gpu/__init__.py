@@ -1,4 +1,4 @@
-"""Everything that is measured on a lent GPU, in one command that fits into ten minutes; see docs/gpu.md."""
+"""All checks and measurements on a GPU in one command that fits into ten minutes; see docs/gpu.md."""
 
 import sys
 from importlib.util import find_spec

@@ -35,11 +35,11 @@ class Run:
 
     Args:
         out: folder of the results.
-        dry: tiny, on the CPU.
-        limits: seconds of items, where they differ from the plan's.
-        budget: seconds of the whole run; an item gets no more than what is left of them.
+        dry: tiny sizes on the CPU.
+        limits: seconds for items whose limit differs from the plan's.
+        budget: seconds for the whole run; an item gets at most the rest of them.
         backend: of compiled items.
-        command: of an item's process, for tests; (item, file) to its words.
+        command: for tests, a function (item, file) that returns the command line of an item's process.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Run:
         (out / "items").mkdir(parents=True, exist_ok=True)
 
     def file_of(self, item: Item) -> Path:
-        """Where an item is written."""
+        """Return the path of an item's results."""
         return self._out / "items" / f"{item.name}.json"
 
     def run(self, items: Sequence[Item], again: bool = False) -> dict[str, Any]:
-        """Runs items that have no file yet (`again`: all of these), each written before the next begins; returns all
-        that is known now, those of earlier runs too.
+        """Run items that have no file yet (`again`: all items), and write each before the next begins; return the
+        results of all items, including those of earlier runs.
         """
         for item in items:
             if self.file_of(item).is_file() and not again:
@@ -79,7 +79,7 @@ class Run:
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
-        """All items that are written, with the bars; written to gpu.json."""
+        """Write all items that have a file, with their bars, to gpu.json, and return them."""
         files = [self.file_of(item) for item in PLAN if self.file_of(item).is_file()]
         items = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         conditions = next((item["conditions"] for item in items if item.get("conditions")), None)
@@ -110,13 +110,13 @@ class Run:
         return *ending(code, log), found
 
     def _compile(self, item: Item, limit: float, folder: Path) -> tuple[str, str | None, dict[str, Any]]:
-        """The compiled items' programs, several processes at once; the limit is that of all together."""
+        """Compile the compiled items' programs in several processes at once, within one limit for all of them."""
         end = time.monotonic() + limit
         waiting = [
             (one, job.name) for one in PLAN for job in one.jobs if one.missing is None and job.options.get("compile")
         ]
         if self._dry:
-            waiting = waiting[:2]  # a process more would show nothing more
+            waiting = waiting[:2]  # more processes would show nothing new
         running: list[tuple[str, subprocess.Popen[bytes], Path, Path]] = []
         found: dict[str, Any] = {"processes": []}
         while waiting or running:
@@ -154,7 +154,9 @@ class Run:
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """A process with a group of its own, so that what it started goes with it, in the repository's root."""
+    """Start a process in the repository's root, in its own process group, so that its children can be killed with
+    it.
+    """
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as output:
@@ -164,12 +166,12 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait(process: subprocess.Popen[bytes], end: float) -> int | None:
-    """The exit code; None where the process was killed, with all that it started, since it ran past `end`."""
+    """Return the exit code; None if the process ran past `end` and was killed together with its children."""
     try:
         return process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        # A process that a driver holds may stay for a while; the next item does not wait for it.
+        # A process that is blocked in a driver may stay for a while; the next item does not wait for it.
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
@@ -178,7 +180,7 @@ def wait(process: subprocess.Popen[bytes], end: float) -> int | None:
 
 
 def ending(code: int | None, log: Path) -> tuple[str, str | None]:
-    """Status and reason of a process that ended with this code; None: it was killed at its limit."""
+    """Return status and reason of a process that ended with this code; None: it was killed at its limit."""
     if code is None:
         return STOPPED, None
     if code == 0:
@@ -188,8 +190,8 @@ def ending(code: int | None, log: Path) -> tuple[str, str | None]:
 
 
 def judged(item: Item, found: Mapping[str, Any], device: str | None, dry: bool = False) -> list[dict[str, Any]]:
-    """Every bar of an item, with the figure that was found and whether it meets the bar; `met` is None where there is
-    no figure that may be held against it.
+    """Return every bar of an item, with the measured figure and whether it meets the bar; `met` is None if there is no
+    figure that can be compared with it.
     """
     jobs = {job["name"]: job["report"] for job in found.get("jobs", ())}
 
@@ -207,10 +209,10 @@ def judged(item: Item, found: Mapping[str, Any], device: str | None, dry: bool =
 
 
 def limits_of(words: Sequence[str]) -> dict[str, int]:
-    """NAME=SECONDS each.
+    """Read limits, each written as NAME=SECONDS.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a limit is written otherwise, or its name is unknown.
     """
     found = {}
     for word in words:
@@ -223,13 +225,13 @@ def limits_of(words: Sequence[str]) -> dict[str, int]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Words between commas."""
+    """Split a text at its commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the plan; 0 where every item that can run here was done, 1 where one failed or ran out of time, 2 where the
-    flags make no sense or there is no GPU.
+    """Run the plan; return 0 if every item that can run here was done, 1 if one failed or ran out of time, and 2 if the
+    flags are wrong or there is no GPU.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -277,7 +279,7 @@ MET = {True: "met", False: "not met", None: "not measured"}
 
 
 def obstacle(out: Path, dry: bool) -> str | None:
-    """Why a run into this folder makes no sense; None if it does."""
+    """Return why a run cannot write to this folder or cannot run here; None if it can."""
     if out.exists() and not out.is_dir():
         return f"--out is {out}, which is a file; give a folder."
     file = out / "gpu.json"

@@ -23,42 +23,42 @@ ROOT = Path(__file__).parents[2]
 GPU_TESTS = ("tests/gpu", "tests/methods/test_greedy_triton.py", "tests/bench/test_measure.py")
 DRY_TESTS = ("tests/gpu/test_on_device.py",)
 COMPILING_AT_ONCE = 4
-"""Processes that compile beside each other: three times OpenVLA's weights and pi0's fit into 78 GB."""
+"""Processes that compile at the same time: three times OpenVLA's weights and pi0's fit into 78 GB."""
 
 
 class Found:
-    """What an item has found so far, in a file that always holds the whole of it."""
+    """The results of an item so far, in a file that always holds all of them."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self.content: dict[str, Any] = {}
 
     def add(self, **fields: Any) -> None:
-        """Set fields, and write."""
+        """Set fields, and write the file."""
         self.content |= fields
         write(self._file, self.content)
 
     def append(self, field: str, value: Any) -> None:
-        """Add to a list, and write."""
+        """Append to a list, and write the file."""
         self.add(**{field: [*self.content.get(field, ()), value]})
 
 
 def write(file: Path, content: Any) -> None:
-    """A JSON file that is never half of one."""
+    """Write a JSON file atomically."""
     part = file.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     part.replace(file)
 
 
 def run_tests(found: Found, dry: bool) -> None:
-    """The tests marked `gpu`; dry: some of the same file, on the CPU."""
+    """Run the tests marked `gpu`; dry: some tests of the same file, on the CPU."""
     import pytest
 
     class Recorder:
-        """Notes every test as it ends."""
+        """Records every test when it ends."""
 
         def pytest_runtest_logreport(self, report: Any) -> None:
-            # A test that is skipped never gets to its call.
+            # A skipped test has no report of its call.
             if report.when == "call" or report.outcome != "passed":
                 told = {"name": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
                 if report.outcome == "failed":
@@ -67,10 +67,10 @@ def run_tests(found: Found, dry: bool) -> None:
                     told["why"] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
                 found.append("tests", told)
 
-    # Plugins of others that are installed beside pytest have warnings of their own, and warnings fail a test here.
+    # Other plugins of the installed pytest may warn, and in this project warnings fail a test.
     options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--rootdir", str(ROOT)]
     files = [str(ROOT / name) for name in (DRY_TESTS if dry else GPU_TESTS)]
-    # Dry, one model stands for all: the others run on the CPU with the other tests.
+    # In a dry run one model stands for all: the others run on the CPU with the usual tests.
     which = ["-m", "not gpu", "-k", "llama"] if dry else ["-m", "gpu"]
     code = pytest.main([*options, *which, *files], plugins=[Recorder()])
     found.add(pytest_exit_code=int(code))
@@ -80,7 +80,7 @@ def run_tests(found: Found, dry: bool) -> None:
 
 
 def run_jobs(found: Found, item: Item, dry: bool, compile_only: str | None, backend: str) -> None:
-    """The benchmarks of an item, one after the other; of one of them nothing but its programs, if it is named."""
+    """Run the benchmarks of an item, one after the other; if one is named, only compile its programs."""
     import torch
 
     from vla_pruner.benching.arms import Turns, arms_of
@@ -91,7 +91,7 @@ def run_jobs(found: Found, item: Item, dry: bool, compile_only: str | None, back
     from vla_pruner.benching.subject import Subject
 
     def say(what: str, done: int, of: int) -> None:
-        # Every round would be a line.
+        # Otherwise every round would print a line.
         if of <= 1 or done == 1 or what.startswith("compiling"):
             print(f"{item.name}: {what}", flush=True)
 
@@ -123,7 +123,7 @@ def run_jobs(found: Found, item: Item, dry: bool, compile_only: str | None, back
 
 
 def run_choosing(found: Found, dry: bool) -> None:
-    """The greedy filter, every form of it on the device."""
+    """Time every form of the greedy filter on the device."""
     import torch
 
     from benchmarks.greedy import SIZES, forms_on, problem, summary, time_forms
@@ -137,7 +137,7 @@ def run_choosing(found: Found, dry: bool) -> None:
 
 
 def conditions(dry: bool) -> dict[str, Any]:
-    """The machine, its device and the versions."""
+    """Return the machine, its device and the versions."""
     import torch
 
     from vla_pruner.conditions import machine_conditions
@@ -154,7 +154,7 @@ def conditions(dry: bool) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the item; the exit code is 0 where all of it ran."""
+    """Run the item; return the exit code 0 if all of it ran."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("item", choices=[item.name for item in PLAN])
     parser.add_argument("file", type=Path)

@@ -1,4 +1,4 @@
-"""What the ten minutes on a GPU are spent on: the items in their order, their limits, and the bars of the day."""
+"""The plan of the ten minutes on a GPU: the items in their order, their limits, and the bars for their figures."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, dry: bool, backend: str = "inductor") -> dict[str, Any]:
-        """Fields of `BenchSettings`, the model left out.
+        """Return the fields of `BenchSettings` except the model.
 
         Args:
-            dry: tiny sizes on the CPU, two steps an arm, "compiled" without compiling.
+            dry: tiny sizes on the CPU, two steps per arm, "compiled" without compiling.
             backend: of compiled jobs, as of `torch.compile`.
         """
         shared: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "iters": 60}
@@ -47,14 +47,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure that the day is measured by.
+    """A limit that a figure of the run should meet.
 
     Attributes:
-        says: the bar as a sentence's part.
-        job, arm: whose figure.
+        says: the bar in words.
+        job, arm: the job and the arm of the figure.
         figure: "speed" (against unpruned) or "p50" (milliseconds of a control step).
-        at_least, at_most: the bar; one of them.
-        device: a part of the name of the GPU that it is meant for; None: any.
+        at_least, at_most: the limit; one of them is given.
+        device: a part of the name of the GPU for which the bar is meant; None: any.
     """
 
     says: str
@@ -66,7 +66,7 @@ class Bar:
     device: str | None = None
 
     def holds(self, found: float) -> bool:
-        """Whether a figure meets it."""
+        """Return True if a figure meets the bar."""
         return found >= self.at_least if self.at_least is not None else found <= (self.at_most or 0.0)
 
 
@@ -75,12 +75,12 @@ class Item:
     """A part of the run, with a process and a file of its own.
 
     Attributes:
-        name: of its file.
-        says: what it is.
-        limit: seconds after which its process is killed; what it has found by then is kept.
+        name: name of the item and of its file.
+        says: description of the item.
+        limit: seconds after which its process is killed; the results until then are kept.
         jobs: benchmarks, in their order.
-        needs: a module without which it says "not here".
-        bars: of its figures.
+        needs: a module without which the item's status is "not here".
+        bars: the bars for its figures.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Item:
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot run on this machine; None if it can."""
+        """The reason why the item cannot run on this machine; None if it can."""
         if self.needs is not None and find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
         unknown = [job.model for job in self.jobs if row_named(job.model) is None]
@@ -100,7 +100,7 @@ class Item:
 
 
 def arm_named(keep: float, fate: str) -> str:
-    """The arm of `VLAPruner` at layer 3."""
+    """Return the name of the arm of `VLAPruner` at layer 3."""
     return f"vla-pruner {keep:g} {fate} K=3"
 
 
@@ -176,14 +176,14 @@ PLAN: tuple[Item, ...] = (
     ),
     Item(CHOOSING, "the greedy filter alone, every form of it", 20),
 )
-"""Everything, in the order in which it is worth having."""
+"""All items, the most valuable first."""
 
 
 def chosen(only: tuple[str, ...] = (), skip: tuple[str, ...] = ()) -> tuple[Item, ...]:
-    """Items by name, in the plan's order.
+    """Return items by name, in the plan's order.
 
     Raises:
-        ValueError: a name is none's.
+        ValueError: there is no item of a given name.
     """
     known = [item.name for item in PLAN]
     for name in (*only, *skip):
@@ -193,12 +193,12 @@ def chosen(only: tuple[str, ...] = (), skip: tuple[str, ...] = ()) -> tuple[Item
 
 
 def seconds(items: tuple[Item, ...], limits: Mapping[str, int]) -> int:
-    """The sum of the limits of the items that can run here."""
+    """Return the sum of the limits of the items that can run here."""
     return sum(limits.get(item.name, item.limit) for item in items if item.missing is None)
 
 
 def told(items: tuple[Item, ...], limits: Mapping[str, int]) -> str:
-    """The plan as text, with its sum."""
+    """Return the plan as text, with the sum of its limits."""
     lines = [
         f"{item.name:12} {'-' if item.missing else limits.get(item.name, item.limit):>4} s  {item.says}"
         + (f" (not here: {item.missing})" if item.missing else "")

@@ -1,4 +1,4 @@
-"""The tables of docs/gpu.md: the plan, and what was measured, from the committed run.
+"""The tables of docs/gpu.md: the plan, and the figures of the committed runs.
 
 python -m benchmarks.gpu.table      # writes them into docs/gpu.md
 """
@@ -14,7 +14,7 @@ from benchmarks.gpu.plan import PLAN, Item
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "gpu"
-"""A folder a machine, each with the gpu.json of its run."""
+"""One folder per machine, each with the gpu.json of its run."""
 DOCUMENT = ROOT / "docs" / "gpu.md"
 NONE = "not measured"
 MET = {True: "met", False: "not met", None: NONE}
@@ -26,7 +26,7 @@ FIGURES = (
 
 
 def plan_table() -> str:
-    """What runs, in its order."""
+    """Return the table of the items, in the plan's order."""
     lines = _head(("item", "what", "limit, s"))
     for item in PLAN:
         where = f", where {item.needs} is installed" if item.needs else ""
@@ -35,7 +35,7 @@ def plan_table() -> str:
 
 
 def bars_table(run: dict[str, Any] | None) -> str:
-    """Every bar, with the figure that was found."""
+    """Return the table of the bars, each with the measured figure."""
     found = {bar["says"]: bar for item in _items(run).values() for bar in item["bars"]}
     lines = _head(("bar", "found", ""))
     for bar in (bar for item in PLAN for bar in item.bars):
@@ -48,7 +48,7 @@ def bars_table(run: dict[str, Any] | None) -> str:
 
 
 def figures_table(run: dict[str, Any] | None) -> str:
-    """Every arm of every benchmark; an item without any says why."""
+    """Return the table of every arm of every benchmark; an item without results gives the reason."""
     items, lines = _items(run), _head(FIGURES)
     for item in PLAN:
         if item.jobs:
@@ -58,7 +58,7 @@ def figures_table(run: dict[str, Any] | None) -> str:
 
 
 def tests_line(run: dict[str, Any] | None) -> str:
-    """How many of the tests marked `gpu` passed."""
+    """Return the line with the outcomes of the tests marked `gpu`."""
     item = _items(run).get("correctness")
     if item is None or not item.get("tests"):
         return f"Tests marked `gpu`: {NONE}.\n"
@@ -68,7 +68,7 @@ def tests_line(run: dict[str, Any] | None) -> str:
 
 
 def section(run: dict[str, Any] | None) -> str:
-    """All that is said of a run."""
+    """Return the whole section of a run."""
     title = "No GPU has run this yet.\n"
     if run is not None:
         made = run["conditions"]
@@ -116,12 +116,12 @@ def _rows(item: Item, found: dict[str, Any] | None) -> Iterator[str]:
 
 
 def runs() -> list[dict[str, Any]]:
-    """Every committed run."""
+    """Return every committed run."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(COMMITTED.glob("*/gpu.json"))]
 
 
 def rewritten(text: str) -> str:
-    """The document with its tables made anew."""
+    """Return the document with new tables."""
     measured = "\n".join(section(run) for run in runs() or [None])
     for name, content in (("plan", plan_table()), ("measured", measured)):
         begin, end = f"<!-- {name}: python -m benchmarks.gpu.table -->\n", f"<!-- end of {name} -->"
@@ -134,7 +134,7 @@ def rewritten(text: str) -> str:
 
 
 def main() -> None:
-    """Writes the tables."""
+    """Write the tables into the document."""
     DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -2,8 +2,7 @@
 
     python plugins/vla_eval_server/server.py --args.policy CHECKPOINT --args.keep 0.25 --port 8000
 
-and `vla-eval run` with a configuration of one of its LIBERO benchmarks drives it. Its EPISODE_START begins an episode
-here.
+`vla-eval run` with a configuration of one of its LIBERO benchmarks drives it; an EPISODE_START begins an episode.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from vla_pruner.observations import Observation
 from vla_pruner.simulators.libero_conventions import AGENT, WRIST, libero_convention
 
 CAMERAS = {AGENT: "agentview", WRIST: "wrist"}
-"""What vla-eval's LIBERO benchmarks call the cameras."""
+"""The names of the cameras in vla-eval's LIBERO benchmarks."""
 
 
 class PrunedModelServer(PredictModelServer):
-    """A policy as it was evaluated on LIBERO (OpenVLA, OpenVLA-OFT, pi0, LeRobot's), pruned.
+    """Serves a pruned policy with the observations of its evaluation on LIBERO (OpenVLA, OpenVLA-OFT, pi0, LeRobot's).
 
     Args:
-        policy: a checkpoint's folder or hub name; or a policy that is loaded already.
+        policy: a checkpoint's folder or hub name; or a loaded policy.
         method: as `--method` of vla-pruner's commands.
         keep: visual tokens kept, a fraction or a number.
         layer: the pruning layer.
@@ -50,7 +49,7 @@ class PrunedModelServer(PredictModelServer):
         (made,) = methods_of((method,), (keep,), (layer,))
         self.session = made.method.attach(self.policy)
         self.memories: dict[str, Any] = {}
-        # vla-eval hands a chunk out action by action, as many as the policy's own evaluation carries out.
+        # vla-eval returns a chunk action by action, as many as the policy's own evaluation carries out.
         super().__init__(chunk_size=self.convention.horizon or getattr(self.policy, "chunk", 1), **options)
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:

@@ -97,7 +97,7 @@ def cut_back(cache: Any, index: int, length: int) -> None:
 
 
 def lent(cache: Any) -> Any:
-    """A cache of the same tensors, from which what is added to it is gone with it."""
+    """Return a copy of a cache with the same tensors; columns that are added to the copy do not reach the original."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in layers_of(cache)]
     return other

@@ -1,4 +1,4 @@
-"""A control step as a program of tensors: it does what the session does, and so does its ONNX."""
+"""A control step as a program of tensors computes the same as the session, and so does its ONNX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.attach.tiny import VISUAL, prompt, tiny_lm
 from tests.state import whole_state
 from vla_pruner.attach.exported import ExportedStep, _searchsorted, _stable_sort
 
-# Exporting warns of torch itself, and ONNX of what nobody uses here.
+# torch's export raises warnings about torch itself, and ONNX about features that are not used here.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -76,19 +76,19 @@ METHOD = vp.VLAPruner(keep=6, layer=1, window=2)
 
 
 def by_session(case: Case, session: vp.Session, scene: int) -> Tensor:
-    """What a control step of the session gives, where a program gives it, too."""
+    """Run a control step of the session and return the output that the program returns, too."""
     function = session.family.exported(case.example(scene))
     with torch.no_grad():
         return function.run(**function.inputs)
 
 
 def inputs_of(case: Case, session: vp.Session, scene: int) -> dict[str, Tensor]:
-    """A program's inputs of a scene, without the history."""
+    """Return a program's inputs for a scene, without the history."""
     return session.family.exported(case.example(scene)).inputs
 
 
 def output_of(step: ExportedStep) -> str:
-    """The name of the policy's own output."""
+    """Return the name of the policy's own output."""
     return step.outputs[0]
 
 
@@ -193,7 +193,9 @@ def test_exporting_leaves_the_session_and_the_model_as_they_were() -> None:
 
 
 def test_a_memory_of_other_calls_is_the_history() -> None:
-    """Of a policy's own call, which runs in inference mode; and of another batch, which is none."""
+    """A memory from the policy's own calls, which run in inference mode, is the history; that of another batch size is
+    not.
+    """
     case = trained("reference-chunk")
     with METHOD.attach(case.model) as session:
         for scene in range(3):
@@ -247,7 +249,7 @@ def test_sorting_by_counting_is_sorting(dtype: torch.dtype, dim: int, descending
 
 
 class ReadsOnTheHost(vp.FastV):
-    """A method that no program can carry out."""
+    """A method that reads a score on the host, so that no program can run it."""
 
     def select(self, evidence: vp.Evidence, k: int) -> Tensor:
         assert evidence.semantic is not None

@@ -18,12 +18,12 @@ from vla_pruner.attach.compiled import compiled_on
 from vla_pruner.attach.trial import PASSED_OVER, STEPS
 
 METHOD = vp.VLAPruner(keep=0.25, layer=1, window=2)
-# Importing the compiler warns of itself.
+# Importing the compiler raises a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 class Clock:
-    """Control steps take what is said: it reads which kind the last one was."""
+    """A clock by which control steps take given milliseconds, depending on whether the last step was pruned."""
 
     def __init__(self, session, pruned, unpruned):
         self.session, self.pruned, self.unpruned, self.now, self.running = session, pruned, unpruned, 0.0, False
@@ -108,7 +108,7 @@ def test_an_unpruned_step_is_to_the_memory_what_a_refresh_is():
     found = []
     for every in (None, 2):
         method = vp.VLAPruner(keep=0.25, layer=1, window=1, refresh_every=every)
-        # With a refresh at steps 0 and 2 the pruned ones are 1 and 3, as in turns behind a warm-up of one.
+        # With a refresh at steps 0 and 2 the pruned steps are 1 and 3, as in turns after a warm-up of one.
         session = method.attach(model) if every else attach(model, 2.0, 3.0, method)
         with session:
             found.append([record(session, case.step(model, scene, matrix.BOTH)) for scene in range(4)])

@@ -41,7 +41,7 @@ def act(policy):
 
 
 def state(policy):
-    """Everything but what Qwen-VL itself keeps of the last prompt."""
+    """Return the whole state, except what Qwen-VL itself keeps of the last prompt."""
     found = whole_state(module_of(policy))
     return {place: value for place, value in found.items() if not place.endswith("rope_deltas")}
 
@@ -50,7 +50,7 @@ def state(policy):
 def test_passes_on_every_family(name):
     policy = vp.random_policy(name)
     if name in VLMS:
-        act(policy)  # transformers puts hooks of its own on some models in their first call
+        act(policy)  # transformers registers hooks of its own on some models in their first call
     before = state(policy)
     heard = []
     report = vp.audit(policy, vp.VLAPruner(keep=0.25, window=1), progress=heard.append)

@@ -1,4 +1,4 @@
-"""`audit --certificate` and `--compare`: what one machine proved, another can hold its own audit against."""
+"""`audit --certificate` and `--compare`: a machine can compare its own audit with another machine's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def policy():
 
 @pytest.fixture
 def audited(monkeypatch, policy):
-    """Runs the command with a report that is there already; returns the exit code and what was printed."""
+    """A function that runs the command with a prepared report, and returns the exit code and the printed text."""
 
     def run(found=None, **settings):
         console = Console(record=True, width=200)

@@ -1,4 +1,4 @@
-"""`explain`: what a session prunes and what share of a control step it can touch."""
+"""`explain`: what a session prunes, and its share of a control step."""
 
 from __future__ import annotations
 

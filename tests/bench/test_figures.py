@@ -136,7 +136,7 @@ def test_what_holds_it_up_is_named(base: Timed, arm: Timed, reason: str) -> None
 
 
 def test_what_a_graph_hides_is_not_blamed_apart() -> None:
-    """Of a compiled arm, "pruning" is the work around the graphs, and freezing is part of its prompt."""
+    """In a compiled arm, "pruning" is the work around the graphs, and freezing is part of its prompt."""
     slow = why(timed(10, 8e9, prefill=9), timed(7, 4e9, prefill=6, pruning=2), PEAKS, "", 0, compiled=True)
     assert "outside of the graphs, cost 2.00 ms of that" in slow
     assert "takes 6.00 ms where its FLOPs say 4.50: choosing and gathering are part of its graph" in slow

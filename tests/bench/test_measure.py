@@ -38,7 +38,7 @@ def test_counted_flops_are_those_of_the_formula(subject: Any) -> None:
 
 @pytest.mark.parametrize("model", ["paligemma", "qwen2.5-vl", "qwen3-vl"])
 def test_counted_flops_of_a_vision_language_model(model: str) -> None:
-    """Qwen's encoder has windows, or mergers for DeepStack, and no formula."""
+    """Qwen's encoder has windows, or mergers for DeepStack, and no formula covers it."""
     subject = subject_of(BenchSettings(model, size="tiny", cameras=1, decode_tokens=2))
     assert subject.vision_by_formula == (model == "paligemma")
     turns = turns_of(subject)

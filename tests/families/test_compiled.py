@@ -181,7 +181,7 @@ def test_parts_of_a_compiled_policy_are_compiled_already():
 
 
 def test_a_layer_that_nobody_named_is_pruned_at():
-    """The published layer is an int of a type of its own, which a compiler finds in no dict of layers."""
+    """The published layer is an int of its own type, which compiled code would not find in a dict of layers."""
     for case in (small(), cases.pi0("sdpa"), cases.chunk()):
         model = case.build()
         with vp.VLAPruner(keep=0.25, window=1).attach(model) as session:

@@ -1,4 +1,4 @@
-"""Policies that are refused for a reason of their own, also where nothing that they need is installed."""
+"""Policies that are refused for a reason of their own, even if nothing that they need is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vision-language models attached to as a whole: every class, through `generate`, and what is special to them."""
+"""Sessions on whole vision-language models: every class, through `generate`, and its special cases."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CACHES: dict[str, Any] = {"dynamic": {}, "static": {"cache_implementation": "sta
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model but what Qwen's keep of the last prompt."""
+    """Return the whole state of a model, except what Qwen's models keep of the last prompt."""
     return {place: value for place, value in whole_state(model).items() if not place.endswith("rope_deltas")}
 
 
 def check_reference(model: Any, given: dict[str, Any], method: Any, *, untouched: Tensor, **options: Any) -> None:
-    """What is pruned agrees with the model at full length, and differs from the model as it is."""
+    """Assert that a pruned step agrees with the model at full length and differs from the untouched model."""
     with method.attach(model) as session:
         actual = vlms.logits(model, given, **options)
         kept, layout = session.kept, session.step.layout
@@ -91,7 +91,7 @@ def test_pruned_before_the_decoder(kind: str, cache: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_cameras(kind: str) -> None:
-    """Of models that tell images apart by names alone, of the others with the tokens of each."""
+    """Names are enough for models whose prompts tell images apart; the others need the tokens of each image."""
     model, given = vlms.vlm(kind), vlms.inputs(kind)
     each = vlms.each(kind)
     method = vp.FastV(keep=TWO)
@@ -139,7 +139,7 @@ def test_cameras_that_cannot_be_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "smolvlm"])
 def test_the_model_inside_is_attached_to_as_itself(kind: str) -> None:
-    """Its hidden states have the prompt's own length, and so do the logits of a model around it."""
+    """The inner model's hidden states have the prompt's own length, and so do the logits of a model around it."""
     whole = vlms.vlm(kind)
     given = vlms.inputs(kind)
     inner = whole.model
@@ -166,7 +166,7 @@ def test_the_model_inside_is_attached_to_as_itself(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl", "gemma3"])
 @pytest.mark.parametrize("failed", [False, True])
 def test_calls_without_an_image_run_untouched(kind: str, failed: bool) -> None:
-    """They leave the control steps around them alone, one that failed, too."""
+    """Such calls leave the control steps around them unchanged, including one that failed."""
     model, given = vlms.vlm(kind), vlms.inputs(kind)
     words = {"input_ids": torch.tensor([[1, 10, 11, 12]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
     untouched = vlms.logits(model, words)
@@ -291,7 +291,7 @@ def test_a_token_without_a_position_is_refused_over_a_short_cache(kind: str) -> 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_compiled_calls_agree() -> None:
-    """Words alone run past the graphs of the control steps."""
+    """Calls with words alone do not run in the graphs of the control steps."""
     model, given = vlms.vlm("llava"), vlms.inputs("llava")
     words = {"input_ids": torch.tensor([[1, 10, 11, 12]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
     untouched = vlms.logits(model, words, 2)

@@ -24,7 +24,7 @@ FAMILIES = {
 }
 
 
-# Importing the compiler warns of itself.
+# Importing the compiler raises a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
@@ -37,7 +37,7 @@ def test_no_wait(family, method, pruned, compiled):
 
 
 def test_vla_cache_waits_for_one_answer():
-    """Whether enough is static, as its documentation says; and for nothing else."""
+    """VLA-Cache waits to know whether enough tokens are static, as documented, and for nothing else."""
     method = "VLA-Cache"
     with pytest.raises(AssertionError, match=r"vla_cache\.py"):
         check_no_wait(FAMILIES["chunk"], method, "reuse")

@@ -49,21 +49,21 @@ CLASSES = {
     "qwen3_vl": "Qwen3VL",
 }
 EACH = {"smolvlm": 4, "idefics3": 4, "internvl": 4, "gemma3": 4, "llava_next": 9 + 36 + 6}
-"""Tokens of an image, where these are not 9 or, of Qwen's, 6."""
+"""Tokens of an image, if these are not 9 or, for Qwen's models, 6."""
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 GLUED = ("paligemma", "paligemma2")
 
 
 def each(kind: str) -> int:
-    """Visual tokens of one image."""
+    """Return the visual tokens of one image."""
     return EACH.get(kind, 6 if kind in QWEN else 9)
 
 
 def vlm(kind: str, backend: str | None = None, inner: bool = False, **text: Any) -> Any:
-    """A model of one kind; `inner`: without its head."""
+    """Build a model of one kind; `inner`: without its head."""
     family = CLASSES[kind]
     make = getattr(transformers, family + ("Model" if inner else "ForConditionalGeneration"))
-    # Not every one of transformers' classes runs every backend.
+    # Not every class of transformers supports every backend.
     backend = backend or ("eager" if kind == "paligemma2" else "sdpa")
     torch.manual_seed(0)
     model = make._from_config(config_of(kind, **text), attn_implementation=backend).eval()
@@ -76,7 +76,7 @@ def vlm(kind: str, backend: str | None = None, inner: bool = False, **text: Any)
 
 
 def config_of(kind: str, **text: Any) -> Any:
-    """Its configuration; `text` changes that of the decoder."""
+    """Return the configuration of one kind; `text` changes fields of the decoder's."""
     make = getattr(transformers, CLASSES[kind] + "Config")
     texts: dict[str, Any] = {**TEXT, **text}
     image = {"image_token_id": IMAGE}
@@ -124,7 +124,7 @@ def _qwen_vision(kind: str) -> dict[str, Any]:
 
 
 def prompt_ids(kind: str, images: int = 2) -> Tensor:
-    """(2, N) ids of two prompts; the second lacks two words, and is padded on the left."""
+    """Return the ids (2, N) of two prompts; the second lacks two words, and is padded on the left."""
     around = ([], []) if kind in GLUED else ([BEGIN], [END])
     image = [*around[0], *[IMAGE] * each(kind), *around[1]]
     before = [] if kind in GLUED else [1]
@@ -133,7 +133,7 @@ def prompt_ids(kind: str, images: int = 2) -> Tensor:
 
 
 def inputs(kind: str, scene: int = 0, rows: slice = slice(0, 2), images: int = 2) -> dict[str, Any]:
-    """What the model is called with for two robots, each of which has other images in every scene."""
+    """Return the model's inputs for two robots, each with different images in every scene."""
     generator = torch.Generator().manual_seed(scene)
 
     def pixels(*shape: int) -> Tensor:
@@ -165,14 +165,14 @@ def inputs(kind: str, scene: int = 0, rows: slice = slice(0, 2), images: int = 2
 
 
 def logits(model: Any, given: dict[str, Any], tokens: int = 1 + DECODED, **options: Any) -> Tensor:
-    """(B, n, V) of the tokens that `generate` decodes greedily."""
+    """Return the logits (B, n, V) of the tokens that `generate` decodes greedily."""
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **options}
     made = model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, **options)
     return torch.stack(made.logits, dim=1)
 
 
 def case(kind: str, **options: Any) -> Case:
-    """A case of the matrix."""
+    """Return a case of the matrix."""
 
     def step(model: Any, scene: int, rows: slice) -> Tensor:
         return logits(model, inputs(kind, scene, rows), **options)

@@ -1,5 +1,5 @@
-"""No control step of a session may make the host wait for the device where the model itself does not: see
-`tests/waits.py` for how that is seen on a CPU.
+"""No control step of a session may make the host wait for the device if the model itself does not; `tests/waits.py`
+detects waits on a CPU.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ REUSE = {"VLA-Cache": lambda first, _: vp.VLACache(keep=0.9, threshold=-0.99, la
 
 
 FEW = ("VLA-Pruner", "by text", "SparseVLM", "TextQuery")
-"""Methods for families that see and decode as another one does: every kind of evidence."""
+"""Methods for families that see and decode like another family: every kind of evidence."""
 
 
 def possible(family: str, method: str, pruned: str, compiled: bool) -> bool:
-    """Whether a case is run; only families without an expert can be pruned before the decoder."""
+    """Return True if a case is run; only families without an expert can be pruned before the decoder."""
     if any(name in family for name in ("reference", "openvla-", "diffusion", "None", "qwen3_vl", "gemma3", "lerobot")):
         return method in FEW
     return method != "before the decoder" or "pi0" not in family
 
 
 class Fed:
-    """A model that is given what a test has, as its users would: on the device."""
+    """A model whose inputs are placed on the device first, as its users would do."""
 
     def __init__(self, model: Any, stand_in: StandIn) -> None:
         self._model, self._stand_in = model, stand_in
@@ -94,14 +94,15 @@ class Fed:
 
 
 def check_no_wait(case: Case, method: str, pruned: str = "drop", compiled: bool = False, allowed: str = "") -> None:
-    """Warm-up, pruned steps, a row that starts anew and a memory that was put back wait no more than the model does.
+    """Assert that warm-up, pruned steps, a row that starts anew and a restored memory wait no more than the model does.
 
     Args:
-        case: of the family.
-        method: one of `METHODS`.
-        pruned: what becomes of the others.
-        compiled: run what a compiled session does around its graphs; in them nothing can wait, or they would break.
-        allowed: part of the place of a wait that the method documents.
+        case: case of the family.
+        method: one of `METHODS` or `REUSE`.
+        pruned: fate of the other tokens.
+        compiled: run the code of a compiled session around its graphs; within a graph nothing can wait, or it would
+            break.
+        allowed: part of the location of a wait that the method documents.
     """
     model = case.build()
     first = max(case.first, 1)
@@ -115,7 +116,7 @@ def check_no_wait(case: Case, method: str, pruned: str = "drop", compiled: bool 
             return stand_in.waits[before:]
 
         def own() -> list[Wait]:
-            run(0)  # what is made once and kept, such as positions on the device
+            run(0)  # makes what is kept afterwards, such as positions on the device
             return run(1)
 
         if compiled:
@@ -130,7 +131,7 @@ def check_no_wait(case: Case, method: str, pruned: str = "drop", compiled: bool 
             prunes = []
             for number in range(6):
                 more = added(run(number), untouched)
-                # The first step makes what is kept.
+                # The first step makes what is kept afterwards.
                 more = [wait for wait in more if number and not (allowed and any(allowed in at for at in wait.stack))]
                 assert not more, f"control step {number}: " + "\n".join(map(str, more))
                 prunes.append(session.kept is not None)

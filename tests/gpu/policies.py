@@ -1,4 +1,4 @@
-"""Tiny policies on any device: control steps that differ by their scene, and what a step computes as one tensor."""
+"""Tiny policies on any device: control steps that differ by their scene, and the result of a step as one tensor."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ MODELS = {
     "reference-chunk": BenchSettings("reference-chunk", size="tiny"),
 }
 CONTINUOUS = ("oft", "pi0", "reference-chunk")
-"""Whose actions are no tokens."""
+"""Policies whose actions are not tokens."""
 
 
 @dataclass
 class Subject:
-    """A policy with one control step a scene.
+    """A policy with one control step per scene.
 
     Attributes:
-        name: of `MODELS`.
-        policy: what methods attach to.
-        device: where it is.
+        name: a name of `MODELS`.
+        policy: the policy to which methods attach.
+        device: the policy's device.
         steps: control steps of scenes that look different.
-        options: what `attach` must be told.
+        options: options of the family for `attach`.
     """
 
     name: str
@@ -50,16 +50,16 @@ class Subject:
 
     @property
     def family(self) -> Any:
-        """A new adapter of it."""
+        """A new adapter of the policy."""
         return family_of(self.policy, **self.options)
 
     def attach(self, method: vp.Method) -> vp.Session:
-        """The method, attached."""
+        """Attach a method to the policy."""
         return method.attach(self.policy, **self.options)
 
     def result(self, scene: int) -> Tensor:
-        """What the control step of a scene computes: the last row of its first prompt as it leaves the decoder, and the
-        actions where they are numbers and no tokens. (n,) float32 on the CPU.
+        """Run the control step of a scene, and return (n,) float32 on the CPU: the last row of its first prompt after
+        the decoder, and the actions if they are numbers and not tokens.
         """
         seen: list[Tensor] = []
         handle = self.family.decoder.norm.register_forward_hook(lambda _, __, hidden: seen.append(hidden[:, -1]))
@@ -74,7 +74,7 @@ class Subject:
 
 
 def subject(name: str, device: str, dtype: torch.dtype = torch.float32, scenes: int = 4) -> Subject:
-    """A tiny policy with random weights, made on the device."""
+    """Build a tiny policy with random weights on the device."""
     settings = replace(MODELS[name], device=device, dtype=str(dtype).removeprefix("torch."))
     place = torch.device(device)
     policy = build(settings, place, dtype)
@@ -93,12 +93,12 @@ def _cuda_waits_for_nothing() -> Any:
 
 
 def waits_for_nothing(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, whatever makes the host wait for a GPU raises RuntimeError; a CPU is never waited for."""
+    """Return a context in which any wait of the host for a GPU raises RuntimeError; the host never waits for a CPU."""
     return _cuda_waits_for_nothing() if device.type == "cuda" else nullcontext()
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes of tensors that are alive: on a GPU all that torch has given away, on a CPU those that Python knows."""
+    """Return the bytes of live tensors: on a GPU all that torch has allocated, on a CPU those that Python tracks."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What must hold on a GPU, on tiny policies; on the CPU the same with the same code, so that it cannot rot.
+"""Tests that must pass on a GPU, with tiny policies; the same code runs on the CPU, so that it stays correct.
 
 `python -m benchmarks.gpu` runs those that are marked `gpu`.
 """
@@ -25,7 +25,7 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
     ),
 ]
-# Importing the compiler warns of itself, and torch looks at .grad of every tensor that it traces.
+# Importing the compiler raises a warning, and torch reads .grad of every tensor that it traces.
 pytestmark = [
     pytest.mark.parametrize("device", DEVICES),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
@@ -35,7 +35,7 @@ FATES = ("drop", "freeze")
 
 
 def steps_of(device: str, on_gpu: int, on_cpu: int) -> int:
-    """How many control steps a test takes."""
+    """Return the number of control steps of a test."""
     return on_gpu if device == "cuda" else on_cpu
 
 
@@ -100,7 +100,7 @@ def test_nothing_that_pruning_does_waits_for_the_device(name: str, fate: str, de
 
     one.steps[0]()
     with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate)) as session:
-        # Once without, since Triton compiles its kernels at their first call.
+        # First without the clock, since Triton compiles its kernels at their first call.
         for scene in range(3):
             one.steps[scene]()
         session.reset()
@@ -126,7 +126,7 @@ def test_a_session_adds_no_wait_to_those_of_the_policy(device: str) -> None:
 
 
 def waits(step) -> int:
-    """How often the host waits for the device in a control step."""
+    """Return how often the host waits for the device in a control step."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:
@@ -178,7 +178,7 @@ def test_graphs_do_what_eager_steps_do_for_two_episodes(name: str, device: str) 
 
 
 def memory_of_steps(one, count: int) -> int:
-    """Bytes that `count` control steps leave behind."""
+    """Return the bytes that `count` control steps leave allocated."""
     before = memory_in_use(one.device)
     for index in range(count):
         one.steps[index % 4]()
@@ -186,12 +186,12 @@ def memory_of_steps(one, count: int) -> int:
 
 
 def episodes(one, session: vp.Session):
-    """Two episodes, as `episode` each."""
+    """Run two episodes; the results are as of `episode`."""
     return [*episode(one, session), *episode(one, session)]
 
 
 def episode(one, session: vp.Session):
-    """Actions, and the tokens that were kept, of an episode of four control steps."""
+    """Run an episode of four control steps; return the actions and the kept tokens of each."""
     session.reset()
     found = []
     for step in one.steps:

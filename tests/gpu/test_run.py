@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: its plan, its limits, what it writes, and a dry run of all of it."""
+"""`python -m benchmarks.gpu`: its plan, its limits, its files, and a dry run of everything."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ITEM = Item("oft", "something", limit=60)
 
 
 def command(code: str) -> gpu.Command:
-    """A process that runs `code`, in which `add(**fields)` writes what it found."""
+    """Return the command of a process that runs `code`, in which `add(**fields)` writes results."""
     head = "import json, sys, time; file = sys.argv[1]\ndef add(**f): open(file, 'w').write(json.dumps(f))\n"
     return lambda item, file: [sys.executable, "-c", head + code, str(file)]
 
 
 def one(tmp_path: Path, code: str, **options: Any) -> dict[str, Any]:
-    """The file of an item whose process runs `code`."""
+    """Run an item whose process runs `code`, and return the content of its file."""
     run = gpu.Run(tmp_path, command=command(code), **options)
     run.run([ITEM], again=True)
     return json.loads(run.file_of(ITEM).read_text())
@@ -155,7 +155,7 @@ def test_the_document_is_current() -> None:
 
 
 def test_nothing_but_what_the_document_names_is_imported(tmp_path: Path) -> None:
-    """On a machine that lacks what else the package can use."""
+    """The command runs without the other packages that vla-pruner can use."""
     absent = ("rich", "scipy", "statsmodels", "PIL", "websockets", "msgpack", "mujoco", "gymnasium", "sentencepiece")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
@@ -189,7 +189,7 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
                 assert arm["reached"] > 0
                 assert arm["memory"]["bytes"]
         for bar in written["bars"]:
-            # Tiny sizes on a CPU are held against no bar.
+            # Tiny sizes on a CPU are compared with no bar.
             assert bar["found"] > 0
             assert bar["met"] is None
             assert f"{bar['says']}: {bar['found']:.2f}, {MET[None]}" in done.stdout
@@ -197,7 +197,7 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
     assert {test["outcome"] for test in by_name["correctness"]["tests"]} == {"passed"}
     assert by_name[COMPILING]["processes"][0]["jobs"][0]["arms"]["unpruned"]["graphs"] > 0
     assert all(form["forms"] for form in by_name["choosing"]["forms"])
-    # The document's tables can be made of it.
+    # The document's tables can be made from it.
     found["conditions"]["device_name"] = "a GPU"
     text = section(found)
     assert f"| oft, dropped | {PLAN[2].bars[0].arm} |" in text

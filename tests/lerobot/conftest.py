@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items):
     try:
         metadata.version("lerobot")
-        # LeRobot's MolmoAct2 asks transformers for a check that it no longer makes.
+        # LeRobot's MolmoAct2 requests a check that transformers no longer makes.
         quiet = pytest.mark.filterwarnings("ignore:.*rope_config_validation:FutureWarning")
         marks = [pytest.mark.lerobot, quiet]
     except metadata.PackageNotFoundError:

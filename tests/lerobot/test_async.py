@@ -24,7 +24,7 @@ CHUNK = 5
 
 @pytest.fixture
 def names(tmp_path, monkeypatch) -> dict[str, Any]:
-    """What the page's block defines. LeRobot writes a folder of logs into the working directory."""
+    """The names that the page's block defines. LeRobot writes a folder of logs into the working directory."""
     monkeypatch.chdir(tmp_path)
     block = next(block for block in blocks(page("lerobot.md")) if "policy_server" in block)
     definitions, _ = block.split("policy_server.serve()")
@@ -84,6 +84,6 @@ def test_a_robot_client_gets_pruned_chunks(names, golden, tmp_path):
     assert chunks[0][0].get_action().shape == (7,)
     tokens = serving.session.step.layout.tokens
     assert kept == [(1, tokens // 4)] * 6
-    serving.session.reset()  # as the page says: nobody else begins an episode
+    serving.session.reset()  # as the page says: nothing else begins an episode
     assert serving.session.memory is None
     vp.detach(serving.policy)

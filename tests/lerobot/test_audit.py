@@ -26,7 +26,7 @@ def few_repeats(monkeypatch):
 
 NAMES = ("lerobot-pi0", "lerobot-pi05", "lerobot-pi0-fast", "lerobot-smolvla", "lerobot-molmoact2")
 BARE = ("lerobot-groot", "lerobot-eo1", "lerobot-vla-jepa")
-"""Without a loader."""
+"""Policies without a loader."""
 TWO_CAMERAS = ("lerobot-molmoact2", "lerobot-eo1", "lerobot-vla-jepa")
 EAGER = ("lerobot-pi0", "lerobot-pi05", "lerobot-smolvla")
 

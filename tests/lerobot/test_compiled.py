@@ -30,7 +30,7 @@ def test_smolvla_is_same_as_uncompiled_and_makes_no_graph_after_the_first_episod
 
 
 def test_programs_of_a_control_step_of_smolvla():
-    """The vision encoder, the prefix and one program for all denoising steps; of a pruned step the last two anew."""
+    """There are programs for the vision encoder, the prefix and all denoising steps; pruned steps add the last two."""
     one = case("smolvla")
     policy = one.build()
     counters.clear()

@@ -1,4 +1,4 @@
-"""Policies that LeRobot compiled: its compiled methods are set aside while something is attached."""
+"""Policies that LeRobot compiled: its compiled methods are set aside while a session is attached."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.lerobot.test_sessions import build, noise, scene
 from tests.lerobot.tiny import KINDS
 from tests.state import whole_state
 
-# Importing the compiler warns of itself.
+# Importing the compiler raises a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 def compiled_methods(module):
-    """By name, what is compiled on the policy and on its network."""
+    """Return the compiled methods on the policy and on its network, by name."""
     parts = {"policy": module, "model": module.model}
     return {
         (part, name): value
@@ -33,7 +33,7 @@ def chunks(policy, count=3):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_compiled_methods_are_set_aside_and_put_back(kind):
-    """As `compile_model=True` makes them, and as `lerobot-rollout --use_torch_compile` does."""
+    """The methods are those that `compile_model=True` and `lerobot-rollout --use_torch_compile` compile."""
     method = vp.VLAPruner(keep=0.25, window=1)
     plain = build(kind)
     untouched = chunks(plain)

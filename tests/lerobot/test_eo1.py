@@ -1,4 +1,4 @@
-"""LeRobot's EO-1: its own layers denoise, over the prompt's cache."""
+"""LeRobot's EO-1: its own layers denoise, with the prompt's cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ each_pruned = pytest.mark.parametrize("pruned", matrix.POLICIES)
 
 
 def step(policy, scene, rows):
-    """Two robots, whose prompts differ in length; the noise of each is its own."""
+    """Run a control step of two robots, whose prompts differ in length, each with its own noise."""
     generator = torch.Generator().manual_seed(scene)
     pictures = [list(torch.rand(len(policy.cameras), 3, 80, 100, generator=generator)) for _ in range(2)]
     texts = [list(b"put the bowl on the plate"), list(b"open it")]
@@ -78,7 +78,7 @@ def test_rows_are_what_single_robots_are(pruned):
 
 
 def test_action_score_is_that_of_the_rows_that_are_denoised():
-    """The score, computed here from the weights of a second, unattached run."""
+    """The score equals one that is computed here from the attention weights of a second run without a session."""
     policy = CASE.build()
     with vp.ActionOnly(keep=1.0).attach(policy) as session:
         step(policy, 0, BOTH)
@@ -103,7 +103,7 @@ def test_action_score_is_that_of_the_rows_that_are_denoised():
 
 @each_pruned
 def test_columns_of_the_step_before_are_gone(pruned):
-    """Short layers of the cache hold the prompt and the rows that run, and nothing of the denoising step before."""
+    """Short layers of the cache hold the prompt and the current rows, and nothing of the previous denoising step."""
     policy = CASE.build()
     decoder, seen = policy.module.model.vlm_backbone.model.language_model, []
     layers = {index: decoder.layers[index] for index in (0, 3, 5)}

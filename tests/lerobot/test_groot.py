@@ -19,7 +19,7 @@ BOTH = slice(0, 2)
 
 
 def step(policy, scene, rows):
-    """Two robots. Their prompts have one length: LeRobot has the features of padding attended to."""
+    """Run a control step of two robots with prompts of one length, since LeRobot attends to features of padding."""
     generator = torch.Generator().manual_seed(scene)
     pictures = [list(torch.rand(len(policy.cameras), 3, 80, 100, generator=generator)) for _ in range(2)]
     texts = [list(b"put the bowl on the plate"), list(b"open the drawer and look.")]
@@ -50,7 +50,7 @@ def test_keep_all_changes_no_bit():
 
 @pytest.mark.parametrize("keep", matrix.KEEPS)
 def test_pruned_agrees_with_the_full_length_reference(keep):
-    """There the dropped tokens' features are there, and nothing of the action head may attend to them."""
+    """The reference has the dropped tokens' features, and nothing in the action head may attend to them."""
     matrix.check_reference(CASE, keep, DROP)
 
 

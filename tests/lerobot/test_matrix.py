@@ -18,7 +18,7 @@ STEPS = {"pi0": "num_inference_steps", "pi05": "num_inference_steps", "smolvla":
 
 
 def scene_of(policy, scene):
-    """A batch of two robots, whose texts and states stay what they are: what the scenes change is what is seen."""
+    """Return a batch of two robots; scenes change the images alone, not texts or states."""
     side = policy.module.config.image_features["observation.images." + policy.cameras[0]].shape[-1]
     images = random_batch(scene, 2, policy.cameras, side)
     batch = {**random_batch(0, 2, (), side), **{key: images[key] for key in images if "images" in key}}
@@ -39,7 +39,7 @@ def case(kind):
 
 
 def pi0_fast():
-    """What is compared are the logits of every token that is decoded."""
+    """Return the case of pi0-FAST, whose result is the logits of every decoded token."""
 
     def step(policy, scene, rows):
         batch, head = scene_of(policy, scene), policy.module.model.paligemma_with_expert.paligemma.lm_head
@@ -55,7 +55,7 @@ def pi0_fast():
 
 
 def molmoact2(**options):
-    """Two robots, whose prompts differ in length."""
+    """Return the case of MolmoAct2: two robots, whose prompts differ in length."""
 
     def step(policy, scene, rows):
         generator = torch.Generator().manual_seed(scene)
@@ -77,13 +77,13 @@ def molmoact2(**options):
 
 
 def by_image(policy, value, rows, of_images):
-    """The part of a tensor, by row or by image, that belongs to some rows of two."""
+    """Return the part of a tensor, by row or by image, that belongs to the given rows of two."""
     return value.unflatten(0, (2, -1))[rows].flatten(0, 1) if of_images else value[rows]
 
 
 @contextmanager
 def drawn_as(noise):
-    """Here torch.randn draws this: MolmoAct2 draws the noise of all rows from one generator."""
+    """Make torch.randn return this noise in the block: MolmoAct2 draws the noise of all rows from one generator."""
     original = torch.randn
     torch.randn = lambda *_, **__: noise
     try:

@@ -22,7 +22,7 @@ BOTH = slice(0, 2)
 
 
 def batch_of(policy, seed=0, cameras=None):
-    """A batch of one robot, as LeRobot's processors leave it."""
+    """Return a batch of one robot in the form that LeRobot's processors return."""
     names = policy.cameras if cameras is None else cameras
     generator = torch.Generator().manual_seed(seed)
     images = {f"observation.images.{name}": torch.rand(3, 80, 100, generator=generator) for name in names}
@@ -36,7 +36,7 @@ def chunk(policy, batch):
 
 
 def test_action_score_is_the_experts_attention_to_the_prompt():
-    """The score, computed here from softmax weights of a second, unattached run."""
+    """The score equals one that is computed here from softmax weights of a second run without a session."""
     policy = random_molmoact2_policy()
     batch = batch_of(policy)
     with vp.ActionOnly(keep=1.0).attach(policy) as session:
@@ -80,7 +80,7 @@ VARIANTS = {
 @pytest.mark.parametrize("pruned", matrix.POLICIES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant, pruned):
-    """The letter e is masked for the expert where it stands for the end of a text."""
+    """In one variant the letter e stands for the end of a text, which is masked for the expert."""
     case = molmoact2(**VARIANTS[variant])
     matrix.check_keep_all(case, pruned)
     model = case.build()
@@ -149,7 +149,7 @@ def test_its_cuda_graphs_are_set_aside_and_put_back():
         module.select_action(batch_of(policy))
     handle.remove()
     with vp.VLAPruner(keep=0.5).attach(policy):
-        module.select_action(batch_of(policy))  # it calls eval(), which puts graphs on
+        module.select_action(batch_of(policy))  # it calls eval(), which enables graphs
         assert managers[0].enabled
     assert not asked
     del managers[0].can_use_action_flow, managers[0].run_action_flow
@@ -219,7 +219,7 @@ def test_rows_with_other_numbers_of_images_are_refused():
 
 
 def saved(policy, folder):
-    """A LeRobot checkpoint in `folder`, and what LeRobot builds it from beside it."""
+    """Save a LeRobot checkpoint in `folder`, beside the base checkpoint that LeRobot builds it from."""
     policy.module._hf_model().save_pretrained(folder / "base")
     policy.module.config.checkpoint_path = str(folder / "base")
     policy.module.save_pretrained(folder / "policy")
@@ -239,7 +239,7 @@ def test_loaded_policy(tmp_path):
     assert all(torch.equal(own[name], other[name]) for name in own)
     policy.module.config.inference_action_mode = "continuous"
     batch = batch_of(policy)
-    # Its vision tower has another attention function.
+    # The loaded policy's vision tower has another attention function.
     assert (chunk(policy, batch) - chunk(loaded, batch)).abs().max() < 1e-5
     assert vp.load_policy(folder, dtype="bfloat16").dtype == torch.bfloat16
 
@@ -270,7 +270,7 @@ def test_the_plugin_loads_it(tmp_path):
 
 @pytest.mark.parametrize("pruned", matrix.POLICIES)
 def test_real_time_chunking(pruned):
-    """It steers each denoising step towards what is left of the chunk before."""
+    """Real-time chunking steers each denoising step towards the rest of the previous chunk."""
     from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
     policy = random_molmoact2_policy(rtc_config=RTCConfig(enabled=True, execution_horizon=4))

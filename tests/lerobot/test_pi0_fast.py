@@ -1,4 +1,4 @@
-"""LeRobot's pi0-FAST: rows that act, rows that have ended, absent cameras, layer 0, what does and does not matter."""
+"""LeRobot's pi0-FAST: rows that act, rows that have ended, absent cameras, layer 0, options with and without effect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOTH = slice(0, 2)
 
 
 def tokens_of(module, batch):
-    """The tokens (B, T) that are decoded."""
+    """Return the decoded tokens (B, T)."""
     found = []
     original = module.model.sample_actions_fast_kv_cache
 
@@ -38,7 +38,7 @@ def tokens_of(module, batch):
 
 
 def attention_of_rows(module, layout, batch):
-    """(B, T, M) float32: what each acting row attends to, the mean over heads and the later half of the layers."""
+    """Return each acting row's attention (B, T, M) float32, the mean over heads and the later half of the layers."""
     decoder = module.model.paligemma_with_expert.paligemma.model.language_model
     backend, decoder.config._attn_implementation = decoder.config._attn_implementation, "eager"
     later, found = decoder.layers[len(decoder.layers) // 2 :], []
@@ -89,7 +89,7 @@ def test_rows_that_have_ended_do_not_count(temperature):
     with vp.ActionOnly(keep=1.0).attach(policy) as session:
         torch.manual_seed(0)
         module.predict_action_chunk(dict(batch))
-        session.detach()  # what was put off is computed now
+        session.detach()  # deferred reads are computed now
         assert (session.scores["action"] - score).abs().max() < 1e-6
 
 
@@ -133,9 +133,9 @@ def test_before_the_decoder(pruned):
     assert (actual - expected).abs().max() < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # importing the compiler warns of itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # importing the compiler raises a warning
 def test_what_has_no_effect_is_no_reason_to_refuse():
-    """`compile_model` compiles the path without a cache, and `rtc_config` steers denoising, of which there is none."""
+    """`compile_model` compiles the path without a cache, and `rtc_config` steers denoising, which pi0-FAST lacks."""
     policy = random_lerobot("pi0_fast", compile_model=True)
     module = policy.module
     before = whole_state(module)

@@ -1,4 +1,4 @@
-"""Real-time chunking: each chunk is steered towards what is left of the one before."""
+"""Real-time chunking: each chunk is steered towards the rest of the previous one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vla_pruner.policies.lerobot import random_lerobot
 
 CALLS = 5
 each_kind = pytest.mark.parametrize("kind", KINDS)
-# Importing the compiler warns of itself.
+# Importing the compiler raises a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
@@ -32,7 +32,7 @@ def build(kind):
 
 
 def chunk(policy, number, left_over):
-    """One control step as the rollout's thread runs it; what is left over are the rows that were not executed."""
+    """Run one control step like the rollout's thread; `left_over` are the rows that were not executed."""
     return policy.module.predict_action_chunk(
         scene(policy, number), noise=noise(seed=number), inference_delay=2, prev_chunk_left_over=left_over
     )
@@ -80,7 +80,7 @@ def test_pruned_agrees_with_the_full_length_reference(kind, pruned):
 
 @each_kind
 def test_without_gradients_of_the_weights_it_is_the_same_chunk(kind):
-    """What docs/lerobot.md advises: the guidance never reaches the weights."""
+    """The advice of docs/lerobot.md is right: the guidance never reaches the weights."""
     policy = build(kind)
     with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session:
         found = episode(policy, session)

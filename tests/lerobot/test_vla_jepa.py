@@ -23,12 +23,12 @@ each_pruned = pytest.mark.parametrize("pruned", matrix.POLICIES)
 
 @pytest.fixture
 def in_float32(monkeypatch):
-    """LeRobot computes the decoder in half precision, whatever its weights are."""
+    """Run the decoder in float32: LeRobot runs it in half precision, whatever the dtype of its weights."""
     monkeypatch.setattr(modeling_vla_jepa, "_get_autocast_context", lambda *_: contextlib.nullcontext())
 
 
 def step(policy, scene, rows):
-    """Two robots, whose prompts differ in length; the noise of each is its own."""
+    """Run a control step of two robots, whose prompts differ in length, each with its own noise."""
     generator = torch.Generator().manual_seed(scene)
     batch = {key: torch.rand(2, 3, 80, 100, generator=generator)[rows] for key in policy.module.config.image_features}
     batch["observation.state"] = torch.zeros(2, 8)[rows]

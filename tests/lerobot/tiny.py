@@ -11,7 +11,7 @@ from vla_pruner.policies.lerobot import load_lerobot
 from vla_pruner.policies.lerobot_random import PiSize, SmolVLASize, built_with
 
 KINDS = ("pi0", "pi05", "smolvla")
-"""Those that golden vectors are of."""
+"""The policies for which there are golden vectors."""
 K = 3
 
 

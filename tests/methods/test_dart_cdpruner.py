@@ -97,7 +97,7 @@ def determinant(kernel, ids):
 
 
 def test_the_greedy_choice_is_near_the_best_determinant():
-    """Of all sets of three, the greedy one is among the best tenth here, and never better than the best."""
+    """The greedy set of three is among the best tenth of all such sets here, and never better than the best."""
     seen = evidence(tokens=10)
     unit = torch.nn.functional.normalize(seen.features, dim=-1)
     kernel = unit @ unit.transpose(1, 2)

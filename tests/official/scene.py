@@ -1,5 +1,5 @@
-"""What the tests of `vla_pruner.official` share: checkpoints as the scripts name them, the scripts with their two
-lines, and a package in LIBERO's place that knows no physics.
+"""Helpers of the tests of `vla_pruner.official`: checkpoints as the scripts name them, the scripts with their two
+lines, and a package without physics in LIBERO's place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TWO_LINES = "import vla_pruner.official\nvla_pruner.official.install(vla_pruner.
 
 
 def checkpoint(folder: Path, oft: bool) -> Path:
-    """A tiny random policy in the published layout, with a tokenizer of single bytes."""
+    """Write a tiny random policy in the published layout, with a tokenizer of single bytes."""
     policy: Any = random_openvla(oft=oft)
     statistics = {"libero_object_no_noops" if oft else "libero_object": policy.norm_stats["random"]}
     write_checkpoint(folder, policy)
@@ -31,7 +31,7 @@ def checkpoint(folder: Path, oft: bool) -> Path:
 
 
 def script(name: str, folder: Path, lines: str = TWO_LINES) -> Path:
-    """A script of `scripts/` with the lines at its top."""
+    """Write a script of `scripts/` with the lines at its top."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run_libero_eval.py"
     path.write_text(lines + (SCRIPTS / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
@@ -39,7 +39,7 @@ def script(name: str, folder: Path, lines: str = TWO_LINES) -> Path:
 
 
 def write_libero(folder: Path) -> Path:
-    """A package `libero` whose environment draws noise and is never solved."""
+    """Write a package `libero` whose environment draws noise and is never solved."""
     package = folder / "libero" / "libero"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").write_text("")

@@ -33,7 +33,7 @@ def libero() -> None:
     ],
 )
 def test_a_script_runs_in_libero_by_two_lines(name, flags, counted, tmp_path):
-    """Standard input is closed: LIBERO by itself would ask there where its data shall be."""
+    """Standard input is closed: by itself, LIBERO would prompt there for the folder of its data."""
     weights = checkpoint(tmp_path / "weights", oft=name == "oft")
     command = [sys.executable, str(script(name, tmp_path / "run")), "--pretrained_checkpoint", str(weights), *flags]
     home = tmp_path / "home"

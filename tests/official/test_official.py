@@ -1,6 +1,6 @@
-"""Scripts with the shape of the official ones run on policies of this package by two lines, and an error ends them.
+"""Scripts in the form of the official ones run on policies of this package with two more lines; an error ends them.
 
-LIBERO is a package that knows no physics here; test_libero.py has the real one.
+LIBERO is a package without physics here; test_libero.py uses the real one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def libero(tmp_path, monkeypatch):
-    """The modules of a package in LIBERO's place; afterwards the process has neither it nor the stand-ins."""
+    """The modules of a package in LIBERO's place; it and the stand-ins are removed from the process afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(write_libero(tmp_path / "site")))
     monkeypatch.chdir(tmp_path)
@@ -88,7 +88,7 @@ def test_a_script_runs_pruned_by_two_lines(name, counted, kept, folders, libero,
 
 @pytest.mark.parametrize("name", ["openvla", "oft"])
 def test_the_actions_are_those_of_act(name, folders, libero, tmp_path):
-    """The first chunk that reaches the environment, against images and gripper made by this package's own chain."""
+    """The first chunk that reaches the environment equals that of `act` on images of this package's own chain."""
     trials = ("--num_trials_per_task", "1")
     run(script(name, tmp_path / "run"), "--pretrained_checkpoint", str(folders[name]), *trials)
     log = libero.ControlEnv.made[0].log

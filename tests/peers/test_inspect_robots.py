@@ -1,4 +1,4 @@
-"""The policy of docs/serving.md runs in inspect-robots' mock world, and each of its trials is an episode."""
+"""The policy of docs/serving.md runs in inspect-robots' mock world, and each trial is an episode."""
 
 from __future__ import annotations
 

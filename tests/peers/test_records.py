@@ -1,4 +1,4 @@
-"""docs/records.md: what an evaluation leaves is read by SciPy, fieldtrial and robostats, whose numbers are ours."""
+"""docs/records.md: SciPy, fieldtrial and robostats read an evaluation's records, and their numbers equal ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLES = [(36, 12, 2, 0), (176, 17, 7, 0), (1, 1, 7, 12), (50, 0, 0, 0), (0, 5, 
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the page's first block leaves, of an evaluation's folder."""
+    """The names that the page's first block defines, run on an evaluation's folder."""
     run = made(tmp_path, usual)
     summary = summarize(run)
     info = eval_info(run, summary, sentences(summary))

@@ -31,14 +31,14 @@ def module() -> Any:
 
 
 def observation(robot: int, step: int) -> dict[str, Any]:
-    """As vla-eval's LIBERO benchmark makes it: upright, 256 pixels."""
+    """Return an observation in the form of vla-eval's LIBERO benchmark: upright, 256 pixels."""
     random = np.random.default_rng((robot, step))
     images = {name: random.integers(0, 256, (256, 256, 3), dtype=np.uint8) for name in ("agentview", "wrist")}
     return {"images": images, "task_description": f"task {robot}", "states": random.uniform(-0.3, 0.3, 8)}
 
 
 async def served(server: Any, drive: Any) -> Any:
-    """What `drive(url)` gives, while vla-eval serves."""
+    """Return the result of `drive(url)`, awaited while vla-eval serves."""
     from vla_eval.model_servers.serve import serve_async
 
     async with anyio.create_task_group() as group:
@@ -49,7 +49,9 @@ async def served(server: Any, drive: Any) -> Any:
 
 
 async def episodes(url: str, turns: list[list[int]]) -> dict[int, list[np.ndarray]]:
-    """Actions of robots that take turns, each with a connection of its own and two episodes of `STEPS` // 2 steps."""
+    """Return the actions of robots that take turns, each with its own connection and two episodes of `STEPS` // 2
+    steps.
+    """
     from vla_eval.connection import Connection
 
     found: dict[int, list[np.ndarray]] = {}
@@ -72,7 +74,7 @@ async def episodes(url: str, turns: list[list[int]]) -> dict[int, list[np.ndarra
 
 @pytest.mark.parametrize("name", ["openvla-7b", "openvla-oft"])
 def test_sessions_do_not_know_of_each_other(name: str, module: Any) -> None:
-    """Two sessions in turns give the actions of each alone, and a second episode begins anew."""
+    """Two sessions in turns get the same actions as each alone, and a second episode begins anew."""
     made: Any = vp.random_policy(name)
     server = module.PrunedModelServer(made)
     kept: list[bool] = []

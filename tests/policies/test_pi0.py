@@ -201,7 +201,7 @@ def test_refusals(folder):
 @pytest.mark.parametrize("present", [("one", "three"), ("two",)])
 @pytest.mark.parametrize("method", [None, vp.Unpruned(), vp.VLAPruner(keep=1.0)])
 def test_an_absent_camera_is_one_that_the_model_has_not(present, method):
-    """Its tokens are padding and nobody sees them: the actions are those of the cameras that are there."""
+    """An absent camera's tokens are padding that nothing attends to: the actions are those of the present cameras."""
     random = np.random.default_rng(0)
     images = {name: random.integers(0, 256, (112, 112, 3), dtype=np.uint8) for name in present}
     chunks = []
@@ -212,7 +212,7 @@ def test_an_absent_camera_is_one_that_the_model_has_not(present, method):
             method.attach(policy)
         torch.manual_seed(1)
         chunks.append(policy.act(images, "lift", np.zeros(8)))
-    np.testing.assert_allclose(chunks[0], chunks[1], rtol=0, atol=1e-4)  # products of other lengths round otherwise
+    np.testing.assert_allclose(chunks[0], chunks[1], rtol=0, atol=1e-4)  # products of other lengths round differently
 
 
 def test_an_absent_camera_takes_no_budget():

@@ -1,4 +1,4 @@
-"""A reverse proxy for tests: it passes TCP connections on, each to the server with the fewest that can be reached."""
+"""A reverse proxy for tests: it forwards each TCP connection to the reachable server with the fewest connections."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import suppress
 
 
 class Relay:
-    """Listens on a free port of the loopback.
+    """Listens on a free port of the loopback interface.
 
     Args:
-        ports: of the servers.
+        ports: ports of the servers.
 
     Attributes:
-        port: what is listened on.
+        port: the port of the proxy.
     """
 
     def __init__(self, *ports: int) -> None:
@@ -26,7 +26,7 @@ class Relay:
         self._threads[0].start()
 
     def close(self) -> None:
-        """Listens no more, and waits for the connections to end."""
+        """Stop listening, and wait for the connections to end."""
         self._listener.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()

@@ -1,4 +1,4 @@
-"""What openpi's LIBERO, DROID and ALOHA-sim programs send, sent by openpi's own client, where there is no torch.
+"""Observations of openpi's LIBERO, DROID and ALOHA-sim programs, sent by openpi's own client, without torch.
 
     python tests/serving/stock_shapes.py LAYOUT HOST PORT OUT.npz
 
@@ -28,7 +28,7 @@ def small(image: np.ndarray) -> np.ndarray:
 
 
 def observation(layout: str, step: int) -> dict[str, Any]:
-    """As the example's main.py makes it."""
+    """Return an observation in the form of the example's main.py."""
     if layout == "libero":
         return {
             "observation/image": small(np.ascontiguousarray(picture(step, 256, 256)[::-1, ::-1])),

@@ -1,4 +1,4 @@
-"""ALOHA's simulation sends one camera of three: the server masks the others, says so, and prunes what is there."""
+"""ALOHA's simulation sends one camera of three: the server masks the others, logs it, and prunes the one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_one_camera_of_three(
     assert told.count(first) == 1
     assert told.count("Robot 1 sends no images/cam_right_wrist; the policy takes it as absent.") == 1
     server.stop()
-    # As the policy itself does with the one image, from the noise that the server draws for a robot's first step.
+    # The same as the policy itself with this one image, from the noise of the server for a robot's first step.
     torch.manual_seed(3 * 1_000_003**2)
     alone = three_cameras.act(
         {CAMERAS[0]: sent(0, "cam_high")["images"]["cam_high"].transpose(1, 2, 0)},

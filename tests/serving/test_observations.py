@@ -187,8 +187,8 @@ def test_refused(change: dict[str, Any], message: str) -> None:
 )
 @pytest.mark.parametrize("key", [*("observation/image", "observation/state", "prompt"), "reset"])
 def test_what_is_no_number_never_reaches_numpy(key: str, value: list[Any]) -> None:
-    """Of one long text and many short ones it would make an array in which each is as long as the longest: 230 MiB of
-    60 kB, here.
+    """From one long text and many short ones NumPy would make an array whose items are all as long as the longest: here
+    230 MiB from 60 kB.
     """
     reader = reader_of(fake(("image",), 4))
     tracemalloc.start()

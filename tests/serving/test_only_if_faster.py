@@ -1,4 +1,4 @@
-"""`--only-if-faster`: the policy is served unpruned where pruning is not faster. The clock is the test's own."""
+"""`--only-if-faster`: the policy is served unpruned if pruning is not faster. The clock is the test's own."""
 
 from __future__ import annotations
 

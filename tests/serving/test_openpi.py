@@ -70,8 +70,8 @@ def test_a_closed_loop_with_openpis_client(tmp_path: Path) -> None:
 def test_what_openpis_programs_send_is_served_unchanged(
     layout: str, width: int, state: int, cameras: int, tmp_path: Path
 ) -> None:
-    """A pi0 of three cameras; a hand that the robot has not is absent, and ALOHA's simulation sends one camera and no
-    prompt.
+    """The policy is a pi0 with three cameras. A hand that the robot lacks is absent, and ALOHA's simulation sends one
+    camera and no prompt.
     """
     out = tmp_path / "chunks.npz"
     made: Any = vp.random_policy("pi0")

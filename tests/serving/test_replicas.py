@@ -29,7 +29,7 @@ HAPROXY = os.environ.get("HAPROXY") or shutil.which("haproxy")
 
 
 class Replica:
-    """A `vla-pruner serve` of its own process."""
+    """A `vla-pruner serve` in its own process."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "vla_pruner.cli", "serve", "--policy", "reference", "--random-weights"]
@@ -45,7 +45,7 @@ class Replica:
             found = re.search(r"at ws://127\.0\.0\.1:(\d+)", line)
             if found is not None:
                 self.port = int(found[1])
-                # What comes later is read on, so that the process never waits for a reader.
+                # The rest is read, too, so that the process never blocks on its pipe.
                 self._reader = threading.Thread(target=self.process.stderr.read, daemon=True)
                 self._reader.start()
                 return
@@ -73,7 +73,7 @@ def replicas() -> Iterator[list[Replica]]:
 
 
 def haproxy(ports: list[int], folder: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """The configuration of docs/serving.md, with this machine's ports."""
+    """Start HAProxy with the configuration of docs/serving.md and this machine's ports; return it and its port."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     text = page.split("```haproxy\n")[1].split("```")[0]
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -165,7 +165,7 @@ def test_what_is_not_of_libero_is_refused():
     with pytest.raises(SuiteError, match="this policy's camera 'cam_high' is neither"):
         libero_convention(policy_like("pi0", cameras=("base_0_rgb", "cam_high"), proprio_size=8))
     three = policy_like("pi0", cameras=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), proprio_size=8)
-    assert tuple(libero_convention(three).cameras) == ("base_0_rgb", "left_wrist_0_rgb")  # it masks its second hand
+    assert tuple(libero_convention(three).cameras) == ("base_0_rgb", "left_wrist_0_rgb")  # the second hand is masked
     with pytest.raises(SuiteError, match="state has 8 numbers; this policy takes 14"):
         libero_convention(policy_like("pi0", cameras=("image",), proprio_size=14))
     with pytest.raises(SuiteError, match="How a ReferencePolicy sees LIBERO is not known"):

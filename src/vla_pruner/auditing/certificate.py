@@ -1,4 +1,4 @@
-"""What an audit proved on this machine for one checkpoint, as JSON that another machine can compare with its own."""
+"""Certificate of an audit on this machine for one checkpoint, as JSON that another machine can compare with its own."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from vla_pruner.policies.base import module_of
 
 FORMAT = "vla-pruner certificate 1"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.json")
-"""Files of a checkpoint's folder that decide what it computes."""
+"""Files of a checkpoint's folder that determine its computation."""
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one check said.
+    """The result of one check.
 
     Attributes:
-        name: of the check.
-        passed: None where it could not be asked.
-        figure: what was measured.
-        observations: control steps that it ran.
+        name: name of the check.
+        passed: None if the check could not be run.
+        figure: the measurement, in a few words.
+        observations: the number of control steps that it ran.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was proven, of what, and where.
+    """The results of an audit, with the policy, its weights and the machine.
 
     Attributes:
-        model: as it was named.
-        policy: its class.
+        model: the model as it was named for the audit.
+        policy: class of the policy.
         weights: SHA-256 of all tensors as they were loaded, with their names, shapes and types.
-        files: SHA-256 of the checkpoint's files by their name in its folder; empty where there is no folder.
-        method: as Python shows it.
-        passed: no check failed.
+        files: SHA-256 of the checkpoint's files by their names in its folder; empty if there is no folder.
+        method: the method's repr.
+        passed: True if no check failed.
         settings: device, dtype, attention backend, sizes and versions.
-        checks: what each said.
+        checks: the result of each check.
     """
 
     model: str
@@ -65,17 +65,17 @@ class Certificate:
     checks: tuple[Verdict, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dump`."""
+        """Return the certificate as a dict for `json.dump`."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
 def certificate(report: AuditReport, policy: Any, model: str) -> Certificate:
-    """The certificate of an audit.
+    """Return the certificate of an audit.
 
     Args:
-        report: of the audit.
-        policy: that was audited.
-        model: what it was loaded from.
+        report: report of the audit.
+        policy: the audited policy.
+        model: the folder or name from which it was loaded.
     """
     folder = Path(model)
     return Certificate(
@@ -91,10 +91,10 @@ def certificate(report: AuditReport, policy: Any, model: str) -> Certificate:
 
 
 def read_certificate(path: str) -> Certificate:
-    """The certificate in a file.
+    """Read the certificate in a file.
 
     Raises:
-        OptionError: it cannot be read, or is none.
+        OptionError: the file cannot be read, or holds no certificate.
     """
     try:
         return read_format(Path(path), FORMAT, lambda content: typed(Certificate, content, "the certificate"))
@@ -106,7 +106,9 @@ def read_certificate(path: str) -> Certificate:
 
 
 def differences(here: Certificate, there: Certificate) -> tuple[list[str], list[str]]:
-    """Where two certificates differ: what contradicts the other one, and what may differ between machines."""
+    """Return the differences of two certificates: those that contradict the other one, and those that machines may
+    have.
+    """
     wrong, others = [], []
     if here.weights != there.weights:
         wrong.append(f"the weights are others: {here.weights[:12]} here, {there.weights[:12]} there")
@@ -130,7 +132,7 @@ def differences(here: Certificate, there: Certificate) -> tuple[list[str], list[
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors with their names, shapes and types, wherever they are."""
+    """Return the SHA-256 of tensors with their names, shapes and types, on whatever device they are."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -144,7 +146,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's files by their name."""
+    """Return the SHA-256 of a checkpoint's files by their names."""
     return {str(path.relative_to(folder)): _of_file(path) for path in _files(folder)}
 
 

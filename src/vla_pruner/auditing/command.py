@@ -47,8 +47,8 @@ class AuditSettings:
         options: for `load_policy`.
         details: whether every check is explained.
         json: file for the report, "-" for standard output, None for none.
-        certificate: file for what was proven of these weights on this machine; None: none is written.
-        compare: a certificate of another machine, with which this audit is compared; None: with none.
+        certificate: file for the certificate of this audit; None: none is written.
+        compare: file with a certificate of another machine, with which this audit is compared; None: no comparison.
     """
 
     model: str
@@ -70,8 +70,8 @@ class AuditSettings:
 
 
 def run_audit(settings: AuditSettings, console: Console) -> int:
-    """Audit, print the checklist and write the report; return the exit code: 0, or 1 if a check failed or another
-    machine's certificate differs.
+    """Audit, print the checklist and write the report; return the exit code: 0, or 1 if a check failed or the audit
+    contradicts another machine's certificate.
 
     Raises:
         VLAPrunerError: the settings, the checkpoint or the policy do not allow an audit.

@@ -299,7 +299,9 @@ def lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
 
 
 def _decoded(module: Any, step: Callable[[], Any]) -> int:
-    """Tokens that a pi0-FAST decodes after the first in this control step: it ends when all rows have."""
+    """Return the number of tokens that a pi0-FAST decodes after the first in this control step, which ends when all
+    rows have ended.
+    """
     inner, found = module.model, []
     original = inner.sample_actions_fast_kv_cache
 
@@ -312,7 +314,7 @@ def _decoded(module: Any, step: Callable[[], Any]) -> int:
         step()
     finally:
         del inner.sample_actions_fast_kv_cache
-    # The places behind the last token are zero, which is the id of padding.
+    # The places after the last token are zero, which is the id of padding.
     places = (found[0] != 0).any(dim=0).nonzero()
     return int(places.max()) if len(places) else 0
 
@@ -351,10 +353,11 @@ def molmoact2(policy: Any, settings: BenchSettings, device: torch.device) -> Fee
 
 
 def eo1(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
-    """LeRobot's EO-1, with random weights: another's processor, which needs a tokenizer, knows no length.
+    """Return the inputs of LeRobot's EO-1 with random weights. With LeRobot's own processor, which needs a tokenizer,
+    the length of the prompt would not be known.
 
     Raises:
-        UnsupportedModelError: it is not one that `random_policy` makes.
+        UnsupportedModelError: the policy was not made by `random_policy`.
     """
     from vla_pruner.policies.eo1_random import EO1PromptMaker
 
@@ -367,7 +370,7 @@ def eo1(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     empty = maker.batch(images[:1], [[]], states[:1])
     ids = empty["input_ids"]
     visual = int((ids == module.model.vlm_backbone.config.image_token_id).sum())
-    # The places of actions are no part of the prompt.
+    # The placeholders of actions are no part of the prompt.
     beside = ids.shape[1] - chunk - visual
     other = _other(settings, visual, EO1_TEXT + beside, beside + 1)
     texts = torch.randint(0, 250, (rows, other - beside), generator=draw).tolist()

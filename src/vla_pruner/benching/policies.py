@@ -138,7 +138,7 @@ def molmoact2(settings: BenchSettings, device: torch.device, dtype: torch.dtype)
 
 
 def eo1(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """LeRobot's EO-1."""
+    """Build LeRobot's EO-1."""
     from vla_pruner.policies.eo1_random import random_eo1_policy
 
     cameras = None if settings.cameras is None else _cameras(settings.cameras)

@@ -29,7 +29,7 @@ from vla_pruner.families.lerobot_common import LeRobotFamily
 from vla_pruner.replacements import Replacements
 
 METHODS = ("forward", "forward_attn_layer", "forward_cross_attn_layer", "eager_attention_forward")
-"""What LeRobot calls, once a call or once a layer."""
+"""The methods that LeRobot calls, once per call of the model or once per layer."""
 
 
 class SmolVLA(LeRobotFamily):
@@ -79,7 +79,7 @@ class SmolVLA(LeRobotFamily):
 
     @property
     def encoders(self) -> tuple[nn.Module, ...]:
-        # Positions of patches are picked by a mask, whose size is data: that stays outside of graphs.
+        # The embedding picks positions of patches by a mask, so sizes depend on data: it stays outside of graphs.
         towers: Any = self.anatomy.towers
         return tuple(tower.encoder for tower in towers)
 
@@ -88,7 +88,7 @@ class SmolVLA(LeRobotFamily):
 
     def install(self) -> None:
         super().install()
-        self._routed = True  # the wiring leads the loop's calls through `passes`
+        self._routed = True  # the wiring routes the loop's calls through `passes`
 
     def remove(self) -> None:
         super().remove()
@@ -97,7 +97,7 @@ class SmolVLA(LeRobotFamily):
     def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
         def stands(seam: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if module is not self.decoder:
-                # What a denoising step adds to the cache and LeRobot takes out again would make others of its tensors.
+                # A copy: LeRobot removes what a denoising step adds to the cache, which would replace its tensors.
                 kwargs = {**kwargs, "past_key_values": lent(cache_in(kwargs))}
             return around(partial(seam, original), *args, **kwargs)
 
@@ -144,10 +144,10 @@ class SmolVLA(LeRobotFamily):
 
 
 class _Passes:
-    """The two calls of the loop over the layers, each with its one sequence of embeddings first."""
+    """The two kinds of calls of the loop over the layers, each with its one sequence of embeddings first."""
 
     def __call__(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Lead a call of the loop, `original(**given)`, through `prompt` or `expert`."""
+        """Route a call of the loop, `original(**given)`, through `prompt` or `expert`."""
         others = {name: value for name, value in given.items() if name != "inputs_embeds"}
         prefix, suffix = given["inputs_embeds"]
         if prefix is None:
@@ -155,11 +155,11 @@ class _Passes:
         return original(**given) if suffix is not None else self.prompt(original, prefix, **others)
 
     def prompt(self, original: Callable[..., Any], prefix: Tensor, **given: Any) -> Any:
-        """The prefix runs."""
+        """Run the prefix."""
         return original(inputs_embeds=[prefix, None], **given)
 
     def expert(self, original: Callable[..., Any], suffix: Tensor, **given: Any) -> Any:
-        """A denoising step runs."""
+        """Run a denoising step."""
         return original(inputs_embeds=[None, suffix], **given)
 
 
@@ -168,7 +168,7 @@ def _names(method: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; a compiler could not trace what `inspect` does for it."""
+    """Return the arguments of a call by name; a compiler could not trace `inspect`."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
