@@ -316,6 +316,25 @@ def test_examples_that_are_none_are_refused() -> None:
             session.export(given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("example", [None, 3, "prompt", [torch.ones(1, 31, 32)], torch.ones(1, 31, 32)])
+@pytest.mark.parametrize("name", ["decoder_lm", "reference"])
+def test_an_example_is_a_mapping(name: str, example: Any) -> None:
+    case = CASES[name]()
+    with METHOD.attach(case.model, **case.options) as session, pytest.raises(vp.OptionError, match="give a mapping"):
+        session.export(example)
+
+
+@pytest.mark.parametrize(
+    "prompt", [torch.ones(1, 31, 7), torch.ones(0, 31, 32), torch.ones(1, 31, 32).long(), torch.ones(1, 31, 32).cfloat()]
+)
+def test_embeddings_that_no_prompt_of_the_model_has_are_refused(prompt: Tensor) -> None:
+    """Of another width or type: a method is not to blame, and nothing is made a number of."""
+    case = decoder_lm()
+    with METHOD.attach(case.model, **case.options) as session:
+        with pytest.raises(vp.OptionError, match=r"prompt of floats \(B, N, 32\)"):
+            session.export({"inputs_embeds": prompt})
+
+
 def test_sessions_that_are_compiled_or_detached_are_refused() -> None:
     case = decoder_lm()
     with METHOD.attach(case.model, **case.options) as session:
