@@ -80,9 +80,18 @@ class DecoderLM(TransformersFamily):
 
     def check_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        for name in SPECULATIVE:
+
+        def asked(name: str) -> Any:
             held = (getattr(config, name, None) for config in (given, getattr(self._model, "generation_config", None)))
-            if kwargs.get(name, next((value for value in held if value is not None), None)) is not None:
+            return kwargs.get(name, next((value for value in held if value is not None), None))
+
+        if asked("use_cache") is False and asked("max_new_tokens") != 1:
+            raise SessionError(
+                "generate was called with use_cache=False, which runs the whole prompt again for every token, and each "
+                "of these runs would be a control step of its own. Leave it out: the same tokens are decoded."
+            )
+        for name in SPECULATIVE:
+            if asked(name) is not None:
                 raise SessionError(
                     f"generate was called with {name}, which is speculative decoding: several positions a call, some "
                     "taken back. It is not supported together with pruning; leave it out, or detach first."
