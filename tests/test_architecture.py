@@ -105,3 +105,12 @@ def test_what_make_test_oldest_leaves_out_knows_nothing_of_transformers(folder: 
     models = re.compile(r"\b(transformers|families|policies)\b|\.attach\(")
     tests = (ROOT / "tests" / folder).glob("*.py")
     assert [path.name for path in tests if models.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_what_may_be_traced_imports_no_lazy_module() -> None:
+    """Up to torch 2.11 a compiler refuses `from transformers import ...` in a function: the package is no module."""
+    files = [PACKAGE / "caches.py", *(PACKAGE / "attach").glob("*.py"), *(PACKAGE / "methods").glob("*.py")]
+    assert len(files) > 30
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.module == "transformers"), f"{path}:{node.lineno}"

@@ -112,19 +112,23 @@ class Run:
     def _compile(self, item: Item, limit: float, folder: Path) -> tuple[str, str | None, dict[str, Any]]:
         """Compile the compiled items' programs in several processes at once, within one limit for all of them."""
         end = time.monotonic() + limit
-        waiting = [one for one in PLAN if one.missing is None and any(job.options.get("compile") for job in one.jobs)]
+        waiting = [
+            (one, job.name) for one in PLAN for job in one.jobs if one.missing is None and job.options.get("compile")
+        ]
         if self._dry:
             waiting = waiting[:2]  # more processes would show nothing new
-        running: list[tuple[Item, subprocess.Popen[bytes], Path, Path]] = []
+        running: list[tuple[str, subprocess.Popen[bytes], Path, Path]] = []
         found: dict[str, Any] = {"processes": []}
         while waiting or running:
             while waiting and len(running) < COMPILING_AT_ONCE and time.monotonic() < end:
-                one = waiting.pop(0)
-                file, log = folder / f"{one.name}.json", self._out / "items" / f"{COMPILING}-{one.name}.log"
-                running.append((one, start([*self._command(one, file), "--compile-only"], log), file, log))
+                one, job = waiting.pop(0)
+                name = f"{one.name}-{job}"
+                file, log = folder / f"{name}.json", self._out / "items" / f"{COMPILING}-{name}.log"
+                words = [*self._command(one, file), "--compile-only", job]
+                running.append((name, start(words, log), file, log))
             over = time.monotonic() >= end
             for entry in list(running):
-                one, process, file, log = entry
+                name, process, file, log = entry
                 code = wait(process, 0.0) if over else process.poll()
                 if code is None and not over:
                     continue
@@ -132,12 +136,14 @@ class Run:
                 status, reason = ending(code, log)
                 content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
                 found["conditions"] = found.get("conditions") or content.get("conditions")
-                told = {"item": one.name, "status": status, "reason": reason, "jobs": content.get("compiled", [])}
+                told = {"name": name, "status": status, "reason": reason, "jobs": content.get("compiled", [])}
                 found["processes"].append(told)
             if over:
                 break
             time.sleep(0.05)
-        found["processes"] += [{"item": one.name, "status": STOPPED, "reason": "never began"} for one in waiting]
+        found["processes"] += [
+            {"name": f"{one.name}-{job}", "status": STOPPED, "reason": "never began"} for one, job in waiting
+        ]
         states = [one["status"] for one in found["processes"]]
         status = next((bad for bad in (FAILED, STOPPED) if bad in states), DONE)
         return status, None, found

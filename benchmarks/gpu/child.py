@@ -1,6 +1,6 @@
 """One item of the plan, in a process of its own: `benchmarks.gpu` starts it and kills it at its limit.
 
-    python -m benchmarks.gpu.child ITEM FILE [--dry] [--compile-only] [--backend NAME]
+    python -m benchmarks.gpu.child ITEM FILE [--dry] [--compile-only JOB] [--backend NAME]
 
 What it finds stands in FILE after every step, so that what was found before a kernel hung is not lost.
 """
@@ -79,8 +79,8 @@ def run_tests(found: Found, dry: bool) -> None:
         raise SystemExit(f"pytest ended with {int(code)}")
 
 
-def run_jobs(found: Found, item: Item, dry: bool, compile_only: bool, backend: str) -> None:
-    """Run the benchmarks of an item, one after the other."""
+def run_jobs(found: Found, item: Item, dry: bool, compile_only: str | None, backend: str) -> None:
+    """Run the benchmarks of an item, one after the other; if one is named, only compile its programs."""
     import torch
 
     from vla_pruner.benching.arms import Turns, arms_of
@@ -95,14 +95,18 @@ def run_jobs(found: Found, item: Item, dry: bool, compile_only: bool, backend: s
         if of <= 1 or done == 1 or what.startswith("compiling"):
             print(f"{item.name}: {what}", flush=True)
 
+    policies: dict[tuple[Any, ...], Any] = {}
     for job in item.jobs:
-        settings = BenchSettings(model=job.model, **job.settings(dry, backend))
-        if compile_only and settings.backend is None:
+        if compile_only not in (None, job.name):
             continue
+        settings = BenchSettings(model=job.model, **job.settings(dry, backend))
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         start, device = time.perf_counter(), torch.device(settings.device)
-        policy = build(settings, device, getattr(torch, settings.dtype))
+        key = (settings.model, settings.cameras)
+        if key not in policies:
+            policies[key] = build(settings, device, getattr(torch, settings.dtype))
+        policy = policies[key]
         subject = Subject(policy, feed(policy, settings, device), settings, device)
         built = time.perf_counter() - start
         if compile_only:
@@ -112,7 +116,8 @@ def run_jobs(found: Found, item: Item, dry: bool, compile_only: bool, backend: s
         else:
             report = bench_subject(subject, say, whole_episodes=False).to_json()
             found.append("jobs", {"name": job.name, "building_s": built, "report": report})
-        del policy, subject
+        # Programs and the memory of their CUDA graphs go with the job.
+        torch._dynamo.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -154,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("item", choices=[item.name for item in PLAN])
     parser.add_argument("file", type=Path)
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--compile-only", metavar="JOB")
     parser.add_argument("--backend", default="inductor")
     given = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"

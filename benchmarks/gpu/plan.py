@@ -38,7 +38,9 @@ class Job:
         """
         shared: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "iters": 60}
         if dry:
-            shared = {"device": "cpu", "dtype": "float32", "size": "tiny", "layers": 4, "threads": 1}
+            row = row_named(self.model)
+            shallow = {"layers": 4} if row is not None and row.bench and "layers" in row.bench.options else {}
+            shared = {"device": "cpu", "dtype": "float32", "size": "tiny", "threads": 1, **shallow}
         compiled, last = self.options.get("compile", False), {"iters": 2} if dry else {}
         return {**shared, **self.options, **last, "compile": ("eager" if dry else backend) if compiled else False}
 
@@ -102,62 +104,50 @@ def arm_named(keep: float, fate: str) -> str:
     return f"vla-pruner {keep:g} {fate} K=3"
 
 
-_QUARTER, _EIGHTH = (0.25,), (0.25, 0.125)
+_QUARTER, _BOTH = (0.25,), (0.25, 0.125)
+_DROPPED = {"keep": _QUARTER, "pruned": ("drop",)}
+_AT_QUARTER, _AT_EIGHTH = arm_named(0.25, "drop"), arm_named(0.125, "drop")
 
 PLAN: tuple[Item, ...] = (
     Item(CORRECTNESS, "the tests marked `gpu`", 100),
     Item(COMPILING, "the programs of the items below, several processes at once, into torch's own cache", 140),
     Item(
         "oft",
-        "OpenVLA-OFT, two cameras, dropped, compiled",
-        75,
-        (Job("compiled", "openvla-oft", {"cameras": 2, "keep": _EIGHTH, "pruned": ("drop",), "compile": True}),),
+        "OpenVLA-OFT, two cameras: dropped and frozen, compiled and eager",
+        150,
+        (
+            Job("dropped", "openvla-oft", {"cameras": 2, "keep": _BOTH, "pruned": ("drop",), "compile": True}),
+            Job("eager", "openvla-oft", {"cameras": 2, "keep": _BOTH, "pruned": ("drop", "freeze"), "iters": 24}),
+            Job("frozen", "openvla-oft", {"cameras": 2, "keep": _BOTH, "pruned": ("freeze",), "compile": True}),
+        ),
         bars=(
             Bar(
                 "OpenVLA-OFT, two cameras, .125 dropped: at least 2.0x",
-                "compiled",
-                arm_named(0.125, "drop"),
+                "dropped",
+                _AT_EIGHTH,
                 "speed",
                 2.0,
             ),
         ),
     ),
     Item(
-        "oft-frozen",
-        "OpenVLA-OFT, two cameras, frozen, compiled",
-        65,
-        (Job("compiled", "openvla-oft", {"cameras": 2, "keep": _EIGHTH, "pruned": ("freeze",), "compile": True}),),
-    ),
-    Item(
-        "oft-eager",
-        "OpenVLA-OFT, two cameras, dropped and frozen, eager",
-        35,
-        (Job("eager", "openvla-oft", {"cameras": 2, "keep": _EIGHTH, "pruned": ("drop", "freeze"), "iters": 24}),),
-    ),
-    Item(
         "pi0",
-        "pi0, three cameras, compiled and eager",
-        60,
+        "pi0, three cameras: compiled and eager",
+        80,
         (
-            Job("compiled", "pi0", {"cameras": 3, "keep": _QUARTER, "pruned": ("drop",), "compile": True}),
+            Job("compiled", "pi0", {"cameras": 3, **_DROPPED, "compile": True}),
             Job("eager", "pi0", {"cameras": 3, "keep": _QUARTER, "pruned": ("drop", "freeze"), "iters": 24}),
         ),
         bars=(
-            Bar("pi0, three cameras, .25 dropped: at least 1.35x", "compiled", arm_named(0.25, "drop"), "speed", 1.35),
-            Bar(
-                "pi0, three cameras, .25 dropped: under 12 ms",
-                "compiled",
-                arm_named(0.25, "drop"),
-                "p50",
-                at_most=12.0,
-            ),
+            Bar("pi0, three cameras, .25 dropped: at least 1.35x", "compiled", _AT_QUARTER, "speed", 1.35),
+            Bar("pi0, three cameras, .25 dropped: under 12 ms", "compiled", _AT_QUARTER, "p50", at_most=12.0),
         ),
     ),
     Item(
         "pi05",
-        "LeRobot's pi0.5, three cameras, compiled",
-        60,
-        (Job("compiled", "lerobot-pi05", {"cameras": 3, "keep": _QUARTER, "pruned": ("drop",), "compile": True}),),
+        "LeRobot's pi0.5, three cameras: compiled",
+        80,
+        (Job("compiled", "lerobot-pi05", {"cameras": 3, **_DROPPED, "compile": True}),),
         needs="lerobot",
         bars=(
             Bar(
@@ -171,39 +161,18 @@ PLAN: tuple[Item, ...] = (
         ),
     ),
     Item(
-        "openvla-8",
-        "OpenVLA, eight robots in a call, compiled",
-        55,
-        (Job("compiled", "openvla-7b", {"batch": 8, "keep": _QUARTER, "pruned": ("drop",), "compile": True}),),
-        bars=(
-            Bar(
-                "OpenVLA, batch 8, .25 dropped: at least 2.0x",
-                "compiled",
-                arm_named(0.25, "drop"),
-                "speed",
-                2.0,
-            ),
+        "openvla",
+        "OpenVLA, eight robots in a call and one: compiled",
+        110,
+        (
+            Job("eight", "openvla-7b", {"batch": 8, **_DROPPED, "compile": True}),
+            Job("one", "openvla-7b", {"batch": 1, **_DROPPED, "compile": True}),
         ),
+        bars=(Bar("OpenVLA, batch 8, .25 dropped: at least 2.0x", "eight", _AT_QUARTER, "speed", 2.0),),
     ),
+    Item("smolvla", "LeRobot's SmolVLA: eager", 50, (Job("eager", "lerobot-smolvla", _DROPPED),), needs="lerobot"),
     Item(
-        "openvla-1",
-        "OpenVLA, one robot, compiled",
-        50,
-        (Job("compiled", "openvla-7b", {"batch": 1, "keep": _QUARTER, "pruned": ("drop",), "compile": True}),),
-    ),
-    Item(
-        "smolvla",
-        "LeRobot's SmolVLA, eager",
-        40,
-        (Job("eager", "lerobot-smolvla", {"keep": _QUARTER, "pruned": ("drop",)}),),
-        needs="lerobot",
-    ),
-    Item(
-        "molmoact2",
-        "LeRobot's MolmoAct2, eager",
-        40,
-        (Job("eager", "lerobot-molmoact2", {"keep": _QUARTER, "pruned": ("drop",)}),),
-        needs="lerobot",
+        "molmoact2", "LeRobot's MolmoAct2: eager", 60, (Job("eager", "lerobot-molmoact2", _DROPPED),), needs="lerobot"
     ),
     Item(CHOOSING, "the greedy filter alone, every form of it", 20),
 )

@@ -59,8 +59,8 @@ def cache_of(output: Any) -> Any:
 
 
 def new_cache() -> Any:
-    """Return an empty growing cache."""
-    from transformers import DynamicCache
+    """Return an empty growing cache. It may be made in a compiled call."""
+    from transformers.cache_utils import DynamicCache  # up to torch 2.11 compilers do not look into lazy modules
 
     return DynamicCache()
 
@@ -161,7 +161,7 @@ def check_prompt_cache(cache: Any) -> None:
     """
     if cache is None:
         return
-    from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import DynamicCache, StaticCache
 
     if not isinstance(cache, (DynamicCache, StaticCache)) or getattr(cache, "offloading", False):
         raise UnsupportedModelError(

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import DTYPES, add_output, budget, names, option
+from vla_pruner.flags import DTYPES, Help, add_output, budget, names, option
 from vla_pruner.wording import readable
 
 WRONG_INPUT = 2
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="vla-pruner",
         description="Prune the visual tokens of vision-language-action policies.",
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this, torch and transformers")
     commands = parser.add_subparsers(dest="command", parser_class=_Parser, metavar="COMMAND")
@@ -115,7 +115,7 @@ def _add_demo(commands: Any) -> None:
             "Runs a trained policy in a simulator on the same episodes: unpruned, with the recommended setting, with\n"
             "the paper's, and with a random choice of visual tokens. Prints one table and writes a report."
         ),
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     command.add_argument(
         "--suite",
@@ -200,13 +200,13 @@ def _add_audit(commands: Any) -> None:
             "Runs a policy on drawn images, alone and pruned, and proves that it sees, that the pruner prunes what it\n"
             "says and that nothing else changes. Exit code: 0 all passed, 1 a check failed, 2 wrong input."
         ),
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n"
-        f"with --random-weights:\n{', '.join(names)} or {last}",
+        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n\n"
+        f"with --random-weights: {', '.join(names)} or {last}",
     )
     command.add_argument("--random-weights", action="store_true", help="no checkpoint: weights drawn (default: off)")
     command.add_argument(
@@ -332,7 +332,7 @@ def _add_env(commands: Any) -> None:
             "Prints versions, devices, what each extra lacks, attention backends and whether MuJoCo draws. It names\n"
             "no user, no host and no path."
         ),
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     command.add_argument("--json", action="store_true", help="as JSON (default: as text)")
     command.set_defaults(run=_env)

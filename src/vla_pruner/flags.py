@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,28 @@ from vla_pruner.errors import OptionError
 DTYPES = ("float32", "bfloat16", "float16")
 """Types of weights that commands take, by torch's names."""
 _FLAGS = {"methods": "method", "suites": "suite", "source": "from", "cameras": "camera"}
+
+
+class Help(argparse.HelpFormatter):
+    """Help that fits the terminal. Texts are filled to its width; a blank line in a text begins a new line.
+
+    Lines break between words alone: argparse also breaks at hyphens, which would tear flags and names of methods apart.
+    """
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        options.setdefault("width", min(shutil.get_terminal_size().columns, 120) - 2)
+        super().__init__(prog, **options)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return _filled(text, width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in _filled(text, width - len(indent)))
+
+
+def _filled(text: str, width: int) -> list[str]:
+    parts = [" ".join(part.split()) for part in text.split("\n\n")]
+    return [line for part in parts for line in textwrap.wrap(part, width, break_on_hyphens=False)]
 
 
 def budget(text: str) -> float | int:

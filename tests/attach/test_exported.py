@@ -15,6 +15,7 @@ import vla_pruner as vp
 from tests.attach.tiny import VISUAL, prompt, tiny_lm
 from tests.state import whole_state
 from vla_pruner.attach.exported import ExportedStep, _searchsorted, _stable_sort
+from vla_pruner.methods.memory import Memory
 
 # torch's export raises warnings about torch itself, and ONNX about features that are not used here.
 pytestmark = [
@@ -316,6 +317,45 @@ def test_examples_that_are_none_are_refused() -> None:
     ):
         with METHOD.attach(case.model, **case.options) as session, pytest.raises(kind, match=says):
             session.export(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("example", [None, 3, "prompt", [torch.ones(1, 31, 32)], torch.ones(1, 31, 32)])
+@pytest.mark.parametrize("name", ["decoder_lm", "reference"])
+def test_an_example_is_a_mapping(name: str, example: Any) -> None:
+    case = CASES[name]()
+    with METHOD.attach(case.model, **case.options) as session, pytest.raises(vp.OptionError, match="give a mapping"):
+        session.export(example)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [torch.ones(1, 31, 7), torch.ones(0, 31, 32), torch.ones(1, 31, 32).long(), torch.ones(1, 31, 32).cfloat()],
+)
+def test_embeddings_that_no_prompt_of_the_model_has_are_refused(prompt: Tensor) -> None:
+    """Of another width or type: a method is not to blame, and nothing is made a number of."""
+    case, says = decoder_lm(), r"prompt of floats \(B, N, 32\)"
+    with METHOD.attach(case.model, **case.options) as session, pytest.raises(vp.OptionError, match=says):
+        session.export({"inputs_embeds": prompt})
+
+
+def test_a_history_is_one_of_the_program() -> None:
+    case = decoder_lm()
+    with METHOD.attach(case.model, **case.options) as session:
+        step = session.export(case.example(0))
+        for pruned in ("no", None, 1):
+            with pytest.raises(vp.OptionError, match="pruned="):
+                session.export(case.example(0), pruned=pruned)  # type: ignore[arg-type]
+        assert session.memory is None
+        for name, value in step.history(session.memory).items():
+            assert torch.equal(value, step.start()[name])
+    for rows, window, tokens in ((1, 2, 24), (2, 3, 24), (2, 2, 23)):
+        with pytest.raises(vp.SessionError, match="'action' has the shape"):
+            step.history(Memory.empty(rows, window, tokens))
+    with pytest.raises(vp.SessionError, match="history was given a dict"):
+        step.history({})  # type: ignore[arg-type]
+    for outputs in ({}, {"next_history_age": torch.ones(1)}, None):
+        with pytest.raises(vp.SessionError, match="no next_history_action"):
+            step.next(outputs)  # type: ignore[arg-type]
 
 
 def test_sessions_that_are_compiled_or_detached_are_refused() -> None:

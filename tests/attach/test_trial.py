@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from tests.attach.tiny import VISUAL, tiny_lm
+from tests.attach.tiny import VISUAL, prompt, tiny_lm
 from tests.families import cases, matrix
 from tests.families.compiled import record
 from tests.state import whole_state
@@ -152,6 +152,24 @@ def test_batches_of_other_sizes_are_timed_apart():
             1: (1, 1),
             2: (1, 0),
         }
+
+
+def test_steps_that_nobody_times_leave_nothing_behind():
+    """Those after the verdict, and those of a model that is called by hand."""
+    case = small()
+    model = case.build()
+    with attach(model, 2.0, 3.0) as session:
+        trial = session._runner.trial
+        kinds(case, model, session, 2 + NEEDED)
+        held = len(trial._opened)
+        kinds(case, model, session, 5)
+        assert len(trial._opened) == held
+    language_model = tiny_lm()
+    with vp.FastV(keep=0.25).attach(language_model, visual=VISUAL, only_if_faster=True) as session:
+        for _ in range(3):
+            language_model(inputs_embeds=prompt(1)[0])
+            assert session.kept is not None
+        assert not session._runner.trial._opened
 
 
 def test_a_compiled_policy_stays_compiled_until_it_is_detached():

@@ -70,6 +70,18 @@ def test_several_layers_a_schedule_and_a_verdict():
         assert (found.pruned, found.share) == (("nothing",), None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_any_type_have_the_same_share(dtype):
+    policy, language_model = vp.random_policy("reference", "tiny"), tiny_lm()
+    shares = []
+    for kind in (torch.float32, dtype):
+        with vp.FastV(keep=0.5, layer=2).attach(policy.to(kind)) as session:
+            shares.append(vp.explain(session).share)
+        with vp.FastV(keep=0.5).attach(language_model.to(kind), visual=VISUAL) as session:
+            assert vp.explain(session).share is None
+    assert shares[0] == shares[1] is not None
+
+
 def test_what_is_no_session_is_refused():
     with pytest.raises(vp.OptionError, match="explain was given"):
         vp.explain("session")  # type: ignore[arg-type]

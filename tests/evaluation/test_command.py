@@ -135,7 +135,7 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["eval", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "10 episodes a task and arm: a look, not for claims" in text
+    assert "10 episodes a task and arm: a look, not for claims" in " ".join(text.split())
     required = ("policy", "suite", "out", "merge")
     for flag in text.split("\n  --")[1:]:
         name = flag.split()[0]

@@ -354,3 +354,13 @@ def test_freezing_is_compared_with_the_same_dropped(tmp_path: Path) -> None:
     assert len(said) == 2
     assert all(sentence.endswith("freezing solves more.") for sentence in said)
     assert said[0].startswith("vla-pruner 0.25 freeze K=3 against the same dropped: +40 points")
+
+
+@pytest.mark.parametrize("key", ["", ".", "..", "a/../b", "/etc", "..\\x", "é" * 300])
+def test_an_arm_of_any_name_has_a_folder_of_its_own(key):
+    """Those of a merged run were named by somebody else."""
+    info = {"run": {"identity": {"arms": [{"key": key}, {"key": "unpruned"}]}}, "arms": {key: {}, "unpruned": {}}}
+    first, second = of_arms(info)
+    assert second == "unpruned"
+    assert len(first) < 200
+    assert (Path("run") / first).resolve().parent == Path("run").resolve()

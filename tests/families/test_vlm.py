@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 import vla_pruner as vp
-from tests.attach.tiny import CACHE
+from tests.attach.tiny import CACHE, VISUAL, prompt, tiny_lm
 from tests.families import vlms
 from tests.families.test_wrapped import PeftModel
 from tests.state import whole_state
@@ -244,6 +245,34 @@ def test_what_cannot_be_pruned_is_refused_in_a_sentence() -> None:
         vp.FastV().attach(vlms.vlm("llava"), visual=slice(1, 10))
 
 
+@pytest.mark.parametrize("said", ["call", "config", "model"])
+def test_decoding_without_a_cache_would_be_a_control_step_for_each_token(said: str) -> None:
+    model, given = vlms.vlm("llava"), vlms.inputs("llava")
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    if said == "model":
+        model.generation_config.use_cache = False
+    elif said == "config":
+        options["generation_config"] = GenerationConfig(use_cache=False)
+    else:
+        options["use_cache"] = False
+    with vp.VLAPruner(keep=0.5, window=1).attach(model) as session:
+        with pytest.raises(vp.SessionError, match="use_cache=False"):
+            model.generate(**given, **options)
+        assert session.memory is None
+        model.generate(**given, **{**options, "max_new_tokens": 1})
+        assert session.memory.steps.tolist() == [1, 1]  # type: ignore[union-attr]
+    decoder = tiny_lm()
+    with vp.FastV(keep=0.5).attach(decoder, visual=VISUAL), pytest.raises(vp.SessionError, match="use_cache=False"):
+        decoder.generate(inputs_embeds=prompt(1)[0], max_new_tokens=2, use_cache=False)
+
+
+@pytest.mark.parametrize("ids", [[[1, 60, 60]], "ids", 3])
+def test_ids_that_are_no_tensor_are_refused(ids: Any) -> None:
+    model = vlms.vlm("llava")
+    with vp.FastV(keep=0.5).attach(model), pytest.raises(vp.SessionError, match="give a tensor"):
+        model(input_ids=ids)
+
+
 def test_an_adapted_model_is_pruned_as_itself() -> None:
     model, given = vlms.vlm("llava"), vlms.inputs("llava")
     with vp.FastV(keep=0.5).attach(model) as session:
@@ -253,6 +282,25 @@ def test_an_adapted_model_is_pruned_as_itself() -> None:
     with vp.FastV(keep=0.5).attach(wrapped) as session:
         assert torch.equal(vlms.logits(wrapped, given), expected)
         assert torch.equal(kept, session.kept)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pruned", ["drop", "freeze"])
+def test_lora_of_peft(pruned: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped, given = peft.get_peft_model(vlms.vlm("qwen3_vl"), config).eval(), vlms.inputs("qwen3_vl")
+    untouched = vlms.logits(wrapped, given)
+    check_reference(wrapped, given, vp.FastV(keep=0.5, pruned=pruned), untouched=untouched)
+
+
+def test_beams() -> None:
+    """Of one image: before transformers 5.6 or so, beams of a prompt with several get the wrong ones."""
+    model, given = vlms.vlm("llava"), vlms.inputs("llava", images=1)
+    untouched = vlms.logits(model, given, num_beams=2)
+    with vp.VLAPruner(keep=1.0, warmup="semantic").attach(model):
+        assert torch.equal(vlms.logits(model, given, num_beams=2), untouched)
+    check_reference(model, given, vp.FastV(keep=0.5), untouched=untouched, num_beams=2)
 
 
 @pytest.mark.parametrize("kind", ["paligemma", "qwen3_vl"])

@@ -32,7 +32,7 @@ def step(policy, scene, rows):
             given[key] = value[rows]
     inner = policy.module.model
     noise = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(3))[rows]
-    inner.sample_noise = lambda *_: noise
+    inner.sample_noise = lambda _, device: noise.to(device)
     try:
         return policy.module.predict_action_chunk(given)
     finally:

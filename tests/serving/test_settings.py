@@ -25,6 +25,9 @@ from vla_pruner.serving import ServerSettings, ServingError
         ({"tls_cert": Path("x")}, "go together"),
         ({"api_key": ""}, "API key is empty"),
         ({"api_key": "a b"}, "has blanks"),
+        ({"compile": "no"}, "--compile is 'no'"),
+        ({"only_if_faster": 1}, "--only-if-faster is 1"),
+        ({"center_crop": None}, "center_crop is None"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from vla_pruner.attach.family import Family, StepFunction
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.selection import PLAIN_FORMS
-from vla_pruner.wording import install
+from vla_pruner.wording import a_type, install
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -51,14 +51,38 @@ class ExportedStep:
         rows, window, tokens = held["action"].shape
         return self.history(Memory.empty(rows, window, tokens, held["action"].device, semantic="semantic" in held))
 
-    def history(self, memory: Memory) -> dict[str, Tensor]:
-        """Return the memory of a session (`session.memory`) as inputs of the program."""
+    def history(self, memory: Memory | None) -> dict[str, Tensor]:
+        """Return the memory of a session (`session.memory`; None before its first step) as inputs of the program.
+
+        Raises:
+            SessionError: it is no memory, or one of other rows, visual tokens or control steps than the program's.
+        """
+        if memory is None:
+            return self.start()
+        if not isinstance(memory, Memory):
+            raise SessionError(f"history was given {a_type(memory)}; give session.memory.")
         given = _history_of(memory)
-        return {name: given[name] for name in self.inputs if name.startswith(HISTORY)}
+        held = {name: given[name] for name in self.inputs if name.startswith(HISTORY)}
+        for name, value in held.items():
+            if value.shape != self.inputs[name].shape:
+                raise SessionError(
+                    f"The memory's {name.removeprefix(HISTORY)!r} has the shape {tuple(value.shape)}, and the program "
+                    f"takes {tuple(self.inputs[name].shape)}: rows, control steps and visual tokens are fixed in it. "
+                    "Give the memory of a session like the one that was exported, or export a step of that session."
+                )
+        return held
 
     def next(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the history after a step, taken from the program's outputs, as inputs of the next step."""
-        return {name: outputs[NEXT + name] for name in self.inputs if name.startswith(HISTORY)}
+        """Return the history after a step, taken from the program's outputs, as inputs of the next step.
+
+        Raises:
+            SessionError: something of it is missing.
+        """
+        names = [name for name in self.inputs if name.startswith(HISTORY)]
+        missing = [NEXT + name for name in names if not isinstance(outputs, Mapping) or NEXT + name not in outputs]
+        if missing:
+            raise SessionError(f"next was given no {', '.join(missing)}; give what the program returned.")
+        return {name: outputs[NEXT + name] for name in names}
 
     def save_onnx(self, file: str | PathLike[str], **options: Any) -> None:
         """Write the program as ONNX, with the same names and order of inputs and outputs.

@@ -21,7 +21,7 @@ from vla_pruner.attach.family import Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.runner import Clock, Runner
 from vla_pruner.attach.trial import Trial, Verdict, log
-from vla_pruner.errors import SessionError, UnsupportedModelError
+from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
 from vla_pruner.methods.base import Method
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.numbers import plain
@@ -133,12 +133,14 @@ class Session:
         Raises:
             SessionError: the session is detached or compiled.
             UnsupportedModelError: the model or the method cannot be exported.
-            OptionError, ObservationError: the example does not fit this model.
+            OptionError, ObservationError: the example does not fit this model, or `pruned` is no bool.
         """
         if not self.attached:
             raise SessionError("This session is detached; attach the method anew.")
         if self._runner.compiled is not None:
             raise SessionError("This session is compiled; export a step of one that is not.")
+        if not isinstance(pruned, bool):
+            raise OptionError(f"pruned={pruned!r} was given; it is True or False.")
         with self._runner.turn.step():
             module = self._policy if isinstance(self._policy, nn.Module) else self._policy.module
             return export_step(self._runner, self.family, module, example, pruned)

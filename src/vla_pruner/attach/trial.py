@@ -62,6 +62,7 @@ class Trial:
     told: bool = False
     _taken: dict[int, dict[bool, list[float]]] = field(default_factory=dict)
     _opened: list[tuple[int, bool]] = field(default_factory=list)
+    _timing: bool = False
 
     def prunes(self, rows: int, prunes: bool) -> bool:
         """Register a control step that opens, and return True if it is pruned.
@@ -70,9 +71,11 @@ class Trial:
             rows: robots in the control step.
             prunes: whether the method prunes it.
         """
-        if not prunes or self.verdict is not None:
-            self._opened.append((0, prunes))
-            return prunes
+        if not self._timing:
+            return prunes  # the model was called by hand, or the verdict is known
+        if not prunes:
+            self._opened.append((0, False))
+            return False
         taken = self._taken.setdefault(rows, {True: [], False: []})
         pruned = len(taken[True]) <= len(taken[False])
         self._opened.append((rows, pruned))
@@ -85,9 +88,13 @@ class Trial:
             yield
             return
         self._opened.clear()
-        start = self.clock()
-        yield
-        seconds = self.clock() - start
+        self._timing = True
+        try:
+            start = self.clock()
+            yield
+            seconds = self.clock() - start
+        finally:
+            self._timing = False
         if len(self._opened) != 1:
             return
         ((rows, pruned),) = self._opened

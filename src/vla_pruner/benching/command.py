@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.benching.settings import NAMED, SIZES, BenchSettings
-from vla_pruner.flags import DTYPES, add_methods
+from vla_pruner.flags import DTYPES, Help, add_methods
 from vla_pruner.json_file import check_file, check_folder, unwritable
 from vla_pruner.method_names import LAYER
 from vla_pruner.terminal import literal, say
@@ -33,7 +33,7 @@ def add_bench(commands: Any) -> None:
             "of each stage, the FLOPs counted and by formula, the roofline of the device and what pruning can reach\n"
             "at most. Weights are drawn on the device unless MODEL is a checkpoint."
         ),
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add_flags(command)
     add = command.add_argument

@@ -8,7 +8,7 @@ from typing import Any
 
 from vla_pruner.calibration.settings import CalibrateSettings
 from vla_pruner.evaluation.flags import add_arms, policy_source
-from vla_pruner.flags import add_weights, names, refuse_unused
+from vla_pruner.flags import Help, add_weights, names, refuse_unused
 
 _FIELDS = (
     "source", "results", "methods", "keep", "layer", "pruned", "controls", "tasks", "episodes", "every", "max_steps",
@@ -26,7 +26,7 @@ def add_calibrate(commands: Any) -> None:
             "Replays recorded observations through a policy, unpruned and pruned in every way that is asked for, open\n"
             "loop, and says how far the action moves and how long a control step takes. No simulator and no robot."
         ),
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add = command.add_argument
     add(

@@ -53,7 +53,8 @@ def of_arms(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _folder(key: str) -> str:
     readable = re.sub(r"[^A-Za-z0-9.+_-]", "_", key)[:_LONGEST_NAME]
-    return readable if readable == key else f"{readable}-{zlib.crc32(key.encode()):08x}"
+    # Dots alone are no name, but a way out of the folder.
+    return readable if readable == key and key.strip(".") else f"{readable}-{zlib.crc32(key.encode()):08x}"
 
 
 def _of_arm(run: Run, arm: str) -> dict[str, Any]:

@@ -11,7 +11,17 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.recipes import RECIPES
 from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
-from vla_pruner.flags import add_methods, add_output, add_weights, check_weights, flag, names, option, refuse_unused
+from vla_pruner.flags import (
+    Help,
+    add_methods,
+    add_output,
+    add_weights,
+    check_weights,
+    flag,
+    names,
+    option,
+    refuse_unused,
+)
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
@@ -30,7 +40,7 @@ def add_eval(commands: Any) -> None:
             "turns. Each episode is on the disk when it ends: the same command goes on where a run stopped.\n"
             "Exit code: 0 all episodes ran, 1 some crashed (the same command tries them again), 2 wrong input."
         ),
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add = command.add_argument
     add(
@@ -53,7 +63,7 @@ def add_eval(commands: Any) -> None:
         "--preset",
         choices=tuple(PRESETS),
         default="quick",
-        help="\n".join(f"{name}: {preset.what}" for name, preset in PRESETS.items()) + "\n(default: %(default)s)",
+        help="\n\n".join(f"{name}: {preset.what}" for name, preset in PRESETS.items()) + "\n\n(default: %(default)s)",
     )
     add("--episodes", metavar="N", type=int, help="of each task and arm (default: the preset's)")
     add(
@@ -67,9 +77,9 @@ def add_eval(commands: Any) -> None:
     add(
         "--recipe",
         choices=tuple(RECIPES),
-        help="arms of a whole experiment, in place of --method, --keep, --layer, --pruned and --controls;\n"
-        + "\n".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
-        + "\n(default: none)",
+        help="arms of a whole experiment, in place of --method, --keep, --layer, --pruned and --controls;\n\n"
+        + "\n\n".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
+        + "\n\n(default: none)",
     )
     add_arms(command)
     add(

@@ -80,9 +80,18 @@ class DecoderLM(TransformersFamily):
 
     def check_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        for name in SPECULATIVE:
+
+        def asked(name: str) -> Any:
             held = (getattr(config, name, None) for config in (given, getattr(self._model, "generation_config", None)))
-            if kwargs.get(name, next((value for value in held if value is not None), None)) is not None:
+            return kwargs.get(name, next((value for value in held if value is not None), None))
+
+        if asked("use_cache") is False and asked("max_new_tokens") != 1:
+            raise SessionError(
+                "generate was called with use_cache=False, which runs the whole prompt again for every token, and each "
+                "of these runs would be a control step of its own. Leave it out: the same tokens are decoded."
+            )
+        for name in SPECULATIVE:
+            if asked(name) is not None:
                 raise SessionError(
                     f"generate was called with {name}, which is speculative decoding: several positions a call, some "
                     "taken back. It is not supported together with pruning; leave it out, or detach first."
@@ -100,25 +109,25 @@ class DecoderLM(TransformersFamily):
         model, decoder = self._model, self.decoder
         if not self.called or getattr(decoder.config, "model_type", "") in MROPE_TYPES:
             return super().exported(example)
-        given = {**example}
-        tokens = given.pop("tokens", 1)
-        prompt = check_example(given, ("inputs_embeds",))["inputs_embeds"]
+        given = check_example(example, ("inputs_embeds",), ("tokens",))
+        tokens, prompt = given.get("tokens", 1), given["inputs_embeds"]
         headed = self.anatomy.language_model is not None
         if not is_count(tokens, 1) or (tokens > 1 and not headed):
             raise OptionError(
                 f"tokens={tokens!r} was given; it is how many tokens the step decodes, an int of 1 or more, and 1 for "
                 "a model without a head."
             )
-        if not isinstance(prompt, Tensor) or prompt.dim() != 3 or prompt.shape[1] <= self._last:
-            raise OptionError(
-                f"inputs_embeds of the example is {shape_of(prompt)}; it is a prompt (B, N, D) that holds all visual "
-                "tokens."
-            )
         weight = decoder.norm.weight
+        if not isinstance(prompt, Tensor) or not prompt.is_floating_point() or not self._is_prompt(prompt.shape):
+            found = f" and of {prompt.dtype}" if isinstance(prompt, Tensor) and not prompt.is_floating_point() else ""
+            raise OptionError(
+                f"inputs_embeds of the example is {shape_of(prompt)}{found}; it is a prompt of floats (B, N, "
+                f"{len(weight)}) that holds all visual tokens, {self._last + 1} positions or more."
+            )
         prompt = prompt.detach().to(weight.device, weight.dtype)
         rows, length, _ = prompt.shape
         name = cache_name(model)
-        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicCache
 
         def run(inputs_embeds: Tensor) -> Tensor:
             cache, embeds, found = DynamicCache(config=decoder.config), inputs_embeds, []
@@ -140,6 +149,11 @@ class DecoderLM(TransformersFamily):
 
         call = Call(length, None, rows, prompt.device)
         return StepFunction(run, {"inputs_embeds": prompt}, "logits" if headed else "hidden", call)
+
+    def _is_prompt(self, shape: torch.Size) -> bool:
+        """Whether embeddings of this shape are a prompt (B, N, D) of the decoder's that holds all visual tokens."""
+        width = self.decoder.norm.weight.shape[0]
+        return len(shape) == 3 and shape[0] > 0 and shape[1] > self._last and shape[2] == width
 
     def layout(self, call: Call) -> Layout:
         if call.attention_mask is not None:

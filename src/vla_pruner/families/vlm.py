@@ -25,6 +25,7 @@ from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
 from vla_pruner.families.base import check_cameras, check_decoder
 from vla_pruner.families.decoder_lm import DecoderLM
 from vla_pruner.families.wrappers import unwrapped
+from vla_pruner.wording import a_type
 
 SEPARATE = ("llava", "llava_next", "internvl", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Model types whose processors put tokens between images, so that each run of image tokens is an image."""
@@ -180,7 +181,12 @@ class VLM(DecoderLM):
         if ids is None:
             raise SessionError(
                 f"{type(self._model).__name__} was called without input_ids, and where its visual tokens are is read "
-                "from these; give input_ids, not inputs_embeds."
+                "from these; give input_ids, not inputs_embeds. If they have a fixed place, attach to the decoder: "
+                "attach(decoder, visual=slice(start, stop))."
+            )
+        if not isinstance(ids, Tensor):
+            raise SessionError(
+                f"{type(self._model).__name__} was called with input_ids that are {a_type(ids)}; give a tensor (B, N)."
             )
         if given.get("pixel_values_videos") is not None:
             raise SessionError(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.flags import names
+from vla_pruner.flags import Help, names
 
 
 def add_report(commands: Any) -> None:
@@ -19,7 +19,7 @@ def add_report(commands: Any) -> None:
             "all arms, plots with intervals, and, where episodes were traced, a player of what was pruned with both\n"
             "score maps. It needs nothing else, so it can be mailed. Exit code: 0 written, 2 wrong input."
         ),
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     command.add_argument("folder", metavar="DIR", type=Path, help="the --out of vla-pruner eval")
     command.add_argument("--out", metavar="FILE", type=Path, help="the file (default: report.html in DIR)")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import add_weights, budget, check_weights
+from vla_pruner.flags import Help, add_weights, budget, check_weights
 from vla_pruner.serving.observations import BY_CAMERA, LAYOUTS
 
 KEY_VARIABLE = "VLA_PRUNER_API_KEY"
@@ -31,7 +31,7 @@ def add_serve(commands: Any) -> None:
             "share a forward pass. Also there: /healthz, and /metrics for Prometheus. Ctrl-C answers what is under\n"
             "way and stops, and a second one stops at once. Exit code: 0 stopped, 1 ended by itself, 2 wrong input."
         ),
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add = command.add_argument
     add(

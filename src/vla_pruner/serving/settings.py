@@ -110,6 +110,13 @@ class ServerSettings:
         for name, value in {"--action-dim": self.action_dim, "--action-horizon": self.action_horizon}.items():
             if value is not None and not _is_count(value):
                 raise ServingError(f"{name} is {value!r}; it is a whole number of 1 or more.")
+        for name, value in {
+            "--compile": self.compile,
+            "--only-if-faster": self.only_if_faster,
+            "center_crop": self.center_crop,
+        }.items():
+            if not isinstance(value, bool):
+                raise ServingError(f"{name} is {value!r}; it is True or False.")
         self._check_metadata()
         if self.default_prompt is not None and not self.default_prompt.strip():
             raise ServingError("--default-prompt is empty; give the instruction that your policy was trained on.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vla_pruner.caches import cache_name
+from vla_pruner.caches import cache_name, new_cache
 from vla_pruner.checkpoints.numbers import finite_action
 from vla_pruner.models.reference.configuration import ReferenceConfig
 from vla_pruner.models.reference.tokenizer import BOS
@@ -289,10 +289,8 @@ class ReferencePolicy(TrainedPolicy):
 
     def decode(self, prompt: Tensor) -> Tensor:
         """Prompt embeddings (B, N, hidden) -> actions (B, action_dimensions); NaN where a logit is not finite."""
-        from transformers import DynamicCache
-
         batch, length, _ = prompt.shape
-        cache = DynamicCache()
+        cache = new_cache()
         embeddings, positions = prompt, torch.arange(length, device=prompt.device)
         chosen: list[Tensor] = []
         believed: list[Tensor] = []
