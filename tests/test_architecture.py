@@ -108,7 +108,7 @@ def test_what_make_test_oldest_leaves_out_knows_nothing_of_transformers(folder: 
 
 
 def test_what_may_be_traced_imports_no_lazy_module() -> None:
-    """Up to torch 2.11 a compiler refuses `from transformers import ...` in a function: the package is no module."""
+    """Up to torch 2.11 a compiler refuses `from transformers import ...` in a function, since the package is lazy."""
     files = [PACKAGE / "caches.py", *(PACKAGE / "attach").glob("*.py"), *(PACKAGE / "methods").glob("*.py")]
     assert len(files) > 30
     for path in files:

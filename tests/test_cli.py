@@ -125,10 +125,10 @@ def test_help_fits_the_terminal(
         cli.main([*command.split(), "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= min(columns, 120)
-    if command == "eval":  # what a blank line separates in a help text stands on lines of its own
+    if command == "eval":  # parts that a blank line separates in a help text are on lines of their own
         presets = [line.split(":")[0].strip() for line in lines if line.startswith(24 * " ")]
         assert {"smoke", "quick", "standard", "freeze-vs-drop"} <= set(presets)
-    assert not [line for line in lines if line.endswith("-") and " --" not in line]  # no name is torn apart
+    assert not [line for line in lines if line.endswith("-") and " --" not in line]  # no name is split
 
 
 def test_no_command_is_the_help_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,5 +4,5 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("vla_pruner") is None:  # it need not be installed
+if find_spec("vla_pruner") is None:  # the package need not be installed
     sys.path.insert(0, str(Path(__file__).parents[2] / "src"))

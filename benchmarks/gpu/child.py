@@ -80,7 +80,7 @@ def run_tests(found: Found, dry: bool) -> None:
 
 
 def run_jobs(found: Found, item: Item, dry: bool, compile_only: str | None, backend: str) -> None:
-    """Run the benchmarks of an item, one after the other; if one is named, only compile its programs."""
+    """Run the benchmarks of an item, one after the other; if `compile_only` names one, only compile its programs."""
     import torch
 
     from vla_pruner.benching.arms import Turns, arms_of
@@ -116,7 +116,7 @@ def run_jobs(found: Found, item: Item, dry: bool, compile_only: str | None, back
         else:
             report = bench_subject(subject, say, whole_episodes=False).to_json()
             found.append("jobs", {"name": job.name, "building_s": built, "report": report})
-        # Programs and the memory of their CUDA graphs go with the job.
+        # Programs and the memory of their CUDA graphs are freed after the job.
         torch._dynamo.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()

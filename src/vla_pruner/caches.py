@@ -59,8 +59,8 @@ def cache_of(output: Any) -> Any:
 
 
 def new_cache() -> Any:
-    """Return an empty growing cache. It may be made in a compiled call."""
-    from transformers.cache_utils import DynamicCache  # up to torch 2.11 compilers do not look into lazy modules
+    """Return an empty growing cache. This may be called in a compiled call."""
+    from transformers.cache_utils import DynamicCache  # up to torch 2.11 compilers cannot trace lazy modules
 
     return DynamicCache()
 

@@ -18,7 +18,7 @@ _FLAGS = {"methods": "method", "suites": "suite", "source": "from", "cameras": "
 class Help(argparse.HelpFormatter):
     """Help that fits the terminal. Texts are filled to its width; a blank line in a text begins a new line.
 
-    Lines break between words alone: argparse also breaks at hyphens, which would tear flags and names of methods apart.
+    Lines break only between words: argparse also breaks at hyphens, which would split flags and names of methods.
     """
 
     def __init__(self, prog: str, **options: Any) -> None:

@@ -332,7 +332,7 @@ def test_an_example_is_a_mapping(name: str, example: Any) -> None:
     [torch.ones(1, 31, 7), torch.ones(0, 31, 32), torch.ones(1, 31, 32).long(), torch.ones(1, 31, 32).cfloat()],
 )
 def test_embeddings_that_no_prompt_of_the_model_has_are_refused(prompt: Tensor) -> None:
-    """Of another width or type: a method is not to blame, and nothing is made a number of."""
+    """Embeddings of another width or type are refused as such: the error does not blame the method."""
     case, says = decoder_lm(), r"prompt of floats \(B, N, 32\)"
     with METHOD.attach(case.model, **case.options) as session, pytest.raises(vp.OptionError, match=says):
         session.export({"inputs_embeds": prompt})

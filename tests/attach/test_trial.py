@@ -155,7 +155,7 @@ def test_batches_of_other_sizes_are_timed_apart():
 
 
 def test_steps_that_nobody_times_leave_nothing_behind():
-    """Those after the verdict, and those of a model that is called by hand."""
+    """Steps after the verdict, and those of a model that is called by hand, are not kept."""
     case = small()
     model = case.build()
     with attach(model, 2.0, 3.0) as session:

@@ -358,7 +358,7 @@ def test_freezing_is_compared_with_the_same_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["", ".", "..", "a/../b", "/etc", "..\\x", "é" * 300])
 def test_an_arm_of_any_name_has_a_folder_of_its_own(key):
-    """Those of a merged run were named by somebody else."""
+    """The arms of a merged run may have any names."""
     info = {"run": {"identity": {"arms": [{"key": key}, {"key": "unpruned"}]}}, "arms": {key: {}, "unpruned": {}}}
     first, second = of_arms(info)
     assert second == "unpruned"

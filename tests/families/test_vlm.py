@@ -295,7 +295,7 @@ def test_lora_of_peft(pruned: str) -> None:
 
 
 def test_beams() -> None:
-    """Of one image: before transformers 5.6 or so, beams of a prompt with several get the wrong ones."""
+    """The prompt has one image: before transformers 5.6 or so, beams of a prompt with several get the wrong ones."""
     model, given = vlms.vlm("llava"), vlms.inputs("llava", images=1)
     untouched = vlms.logits(model, given, num_beams=2)
     with vp.VLAPruner(keep=1.0, warmup="semantic").attach(model):

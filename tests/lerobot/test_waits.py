@@ -18,7 +18,7 @@ from tests.lerobot.test_matrix import case, molmoact2, pi0_fast
 from tests.lerobot.tiny import KINDS
 from tests.pairwise import pairwise
 
-# Importing the compiler warns of itself.
+# Importing the compiler raises a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 OTHERS = {str(one): one for one in (pi0_fast(), molmoact2(), test_eo1.CASE)}
@@ -27,7 +27,7 @@ OTHERS = {str(one): one for one in (pi0_fast(), molmoact2(), test_eo1.CASE)}
 
 @pytest.fixture(autouse=True)
 def able(monkeypatch):
-    """LeRobot asks whether the device, which does not exist, has 64 bits."""
+    """Give the stand-in device, which does not exist, the 64 bits that LeRobot asks torch about."""
     monkeypatch.setattr(torch.xpu, "get_device_capability", lambda *_: {"has_fp64": True})
 
 

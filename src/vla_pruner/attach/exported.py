@@ -55,7 +55,7 @@ class ExportedStep:
         """Return the memory of a session (`session.memory`; None before its first step) as inputs of the program.
 
         Raises:
-            SessionError: it is no memory, or one of other rows, visual tokens or control steps than the program's.
+            SessionError: it is not a memory, or has other rows, visual tokens or control steps than the program's.
         """
         if memory is None:
             return self.start()
@@ -76,7 +76,7 @@ class ExportedStep:
         """Return the history after a step, taken from the program's outputs, as inputs of the next step.
 
         Raises:
-            SessionError: something of it is missing.
+            SessionError: `outputs` lacks a part of the history.
         """
         names = [name for name in self.inputs if name.startswith(HISTORY)]
         missing = [NEXT + name for name in names if not isinstance(outputs, Mapping) or NEXT + name not in outputs]

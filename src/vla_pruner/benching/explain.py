@@ -187,7 +187,7 @@ def _subject(session: Session) -> Subject | None:
     """Return the policy's control step as the benchmark measures it; None if no benchmark knows the policy."""
     policy: Any = session.policy
     weight = session.family.decoder.norm.weight
-    # Operations are counted, and not bytes: of which type the weights are makes no difference.
+    # Operations are counted, not bytes, so the type of the weights makes no difference.
     settings = BenchSettings(type(policy).__name__, loaded=True)
     try:
         with torch.no_grad():

@@ -53,7 +53,7 @@ def of_arms(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _folder(key: str) -> str:
     readable = re.sub(r"[^A-Za-z0-9.+_-]", "_", key)[:_LONGEST_NAME]
-    # Dots alone are no name, but a way out of the folder.
+    # Dots alone are not a name, but would lead out of the folder.
     return readable if readable == key and key.strip(".") else f"{readable}-{zlib.crc32(key.encode()):08x}"
 
 
