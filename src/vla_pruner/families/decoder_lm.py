@@ -151,7 +151,7 @@ class DecoderLM(TransformersFamily):
         return StepFunction(run, {"inputs_embeds": prompt}, "logits" if headed else "hidden", call)
 
     def _is_prompt(self, shape: torch.Size) -> bool:
-        """Return True if embeddings of this shape are a prompt (B, N, D) of the decoder that holds all visual tokens."""
+        """Return True if embeddings of this shape are a prompt (B, N, D) that holds all visual tokens."""
         width = self.decoder.norm.weight.shape[0]
         return len(shape) == 3 and shape[0] > 0 and shape[1] > self._last and shape[2] == width
 
