@@ -207,8 +207,8 @@ def why_not_compiled(family: Family, method: Method | None) -> str | None:
     """Return why a policy, with or without a method attached, cannot be compiled, and what to do; None if it can."""
     if not family.compilable:
         return (
-            f"{type(family).__name__} runs its layers in a loop of its own, outside of any module's call, so they "
-            "cannot be compiled with what pruning does in them; leave compile out."
+            f"{type(family).__name__} runs its layers or its action head in a loop of its own, outside of any call "
+            "that is compiled with what pruning does in it; leave compile out."
         )
     if method is not None and method.fate.needs_last_step:
         return (

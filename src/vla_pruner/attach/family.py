@@ -226,9 +226,10 @@ class Family:
             UnsupportedModelError: this family cannot be exported.
             OptionError: an argument is missing or unknown.
         """
+        instead = " Use session.compile() here." if self.compilable else ""
         raise UnsupportedModelError(
             f"A control step of {type(self).__name__} cannot be exported; those of language models, of OpenVLA-OFT "
-            "with an L1 head and of the reference policies can. Use session.compile() here."
+            f"with an L1 head and of the reference policies can.{instead}"
         )
 
     def keys_values(

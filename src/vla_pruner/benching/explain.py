@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vla_pruner.anatomy import layers_of, norm_of
 from vla_pruner.attach.compiled import why_not_compiled
 from vla_pruner.attach.session import Session, described
 from vla_pruner.attach.stages import budgets_of, stages_of
@@ -100,6 +102,8 @@ def explain(session: Session) -> Explanation:
         untouched.append(f"decoder layers 0 to {layers[0] - 1}, which run on every token")
     if anatomy.experts:
         untouched.append("the expert's own rows in every denoising step; its attention to the prompt gets shorter")
+    elif anatomy.acting_rows > 1:
+        untouched.append("the chunk's own rows in every denoising step; their attention to the prompt gets shorter")
     elif not family.one_pass:
         untouched.append("decoding, which reads all weights for each token; its attention to the prompt gets shorter")
     return Explanation(
@@ -151,14 +155,17 @@ def _steps(method: Any) -> str:
 def _refused(session: Session) -> list[tuple[str, str]]:
     family, found = session.family, []
     if family.first_layer:
-        found.append((f"layers below {family.first_layer}", "an expert reads the first layer's cache whole"))
+        why = "what acts after the prompt counts on a first layer that ran on every token"
+        found.append((f"layers below {family.first_layer}", why))
     if family.eye is None:
         found.append(("reuse (VLA-Cache)", "it is not known which pixels a visual token covers here"))
     reason = why_not_compiled(family, session.method)
     if reason is not None:
         found.append(("compile", reason))
     if not family.cameras:
-        found.append(("keep per camera", "this model does not name its cameras; attach(model, cameras=(...))"))
+        takes = "cameras" in inspect.signature(type(family)).parameters
+        fix = "attach(model, cameras=(...))" if takes else "its images have an order of their own"
+        found.append(("keep per camera", f"this model does not name its cameras; {fix}"))
     return found
 
 
@@ -177,7 +184,7 @@ def _share(
     if session.step is None:
         return None, None, False
     decoder = session.family.decoder
-    shape = dataclasses.replace(DecoderShape.of(decoder.config), layers=len(decoder.layers), vocabulary=0)
+    shape = dataclasses.replace(DecoderShape.of(decoder.config), layers=len(layers_of(decoder)), vocabulary=0)
     step = StepShape(sum(tokens), session.step.layout.length - sum(tokens), 1)
     share = 1 - first[0] / shape.layers
     return share, decoder_flops(shape, step).total / decoder_flops(shape, step, **budget).total, False
@@ -186,7 +193,7 @@ def _share(
 def _subject(session: Session) -> Subject | None:
     """Return the policy's control step as the benchmark measures it; None if no benchmark knows the policy."""
     policy: Any = session.policy
-    weight = session.family.decoder.norm.weight
+    weight = norm_of(session.family.decoder).weight
     # Operations are counted, not bytes, so the type of the weights makes no difference.
     settings = BenchSettings(type(policy).__name__, loaded=True)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.anatomy import Anatomy
+from vla_pruner.anatomy import Anatomy, norm_of
 from vla_pruner.attach.family import Call, StepFunction
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.caches import cache_name
@@ -117,7 +117,7 @@ class DecoderLM(TransformersFamily):
                 f"tokens={tokens!r} was given; it is how many tokens the step decodes, an int of 1 or more, and 1 for "
                 "a model without a head."
             )
-        weight = decoder.norm.weight
+        weight = norm_of(decoder).weight
         if not isinstance(prompt, Tensor) or not prompt.is_floating_point() or not self._is_prompt(prompt.shape):
             found = f" and of {prompt.dtype}" if isinstance(prompt, Tensor) and not prompt.is_floating_point() else ""
             raise OptionError(
@@ -152,7 +152,7 @@ class DecoderLM(TransformersFamily):
 
     def _is_prompt(self, shape: torch.Size) -> bool:
         """Return True if embeddings of this shape are a prompt (B, N, D) that holds all visual tokens."""
-        width = self.decoder.norm.weight.shape[0]
+        width = norm_of(self.decoder).weight.shape[0]
         return len(shape) == 3 and shape[0] > 0 and shape[1] > self._last and shape[2] == width
 
     def layout(self, call: Call) -> Layout:

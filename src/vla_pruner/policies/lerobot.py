@@ -38,16 +38,17 @@ KINDS = {"pi0": "PI0", "pi05": "PI05", "pi0_fast": "PI0Fast", "smolvla": "SmolVL
 """LeRobot's names of the policies that can be loaded, and the beginnings of their classes' names."""
 
 
+NEED_ALL_CAMERAS = ("eo1", "vla_jepa")
+"""LeRobot's names of the policies that have no place for an absent camera."""
+
+
 class LeRobotPolicy:
     """A LeRobot policy with the processors around it.
 
     Attributes:
-        takes_absent_cameras: True: `act` accepts fewer images than there are cameras.
         module: the policy as LeRobot's users hold it; a method attaches to this.
         preprocessor, postprocessor: LeRobot's pipelines; None if the checkpoint has none.
     """
-
-    takes_absent_cameras = True
 
     def __init__(self, module: nn.Module, preprocessor: Any = None, postprocessor: Any = None) -> None:
         self.module: Any = module
@@ -59,6 +60,11 @@ class LeRobotPolicy:
         """The policy's cameras, without LeRobot's "observation.images." and its empty cameras."""
         names = camera_names(self.module.config)
         return tuple(name for name in names if not name.startswith("empty_camera_"))
+
+    @property
+    def takes_absent_cameras(self) -> bool:
+        """Whether `act` may be given fewer images than there are cameras."""
+        return getattr(self.module.config, "type", None) not in NEED_ALL_CAMERAS
 
     @property
     def vision_towers(self) -> tuple[nn.Module, ...]:
@@ -104,7 +110,8 @@ class LeRobotPolicy:
         The noise that the flow starts from is drawn from torch's global generator; seed it for repeatable actions.
 
         Args:
-            images: (H, W, 3) uint8 by camera; cameras may be left out, as LeRobot allows, but not all of them.
+            images: (H, W, 3) uint8 by camera; cameras may be left out where LeRobot allows it
+                (`takes_absent_cameras`), but not all of them.
             instruction: the task in words.
             proprio: (d,) the robot's state, in the checkpoint's own units.
 
@@ -133,6 +140,12 @@ class LeRobotPolicy:
             raise ObservationError(
                 f"Images of {', '.join(map(repr, images)) or 'no camera'} were given; the policy's cameras are "
                 f"{', '.join(map(repr, self.cameras))}."
+            )
+        missing = [name for name in self.cameras if name not in images]
+        if missing and not self.takes_absent_cameras:
+            raise ObservationError(
+                f"No image of {', '.join(map(repr, missing))} was given; LeRobot's {type(self.module).__name__} takes "
+                "images of all of its cameras."
             )
         observation = {}
         for name, image in images.items():

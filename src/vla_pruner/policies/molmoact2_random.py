@@ -261,8 +261,9 @@ class PromptMaker:
         side, patch = config.vit_config.image_default_input_size[0], config.vit_config.image_patch_size
         grid = side // patch
         tokens = -(-grid // 2)
-        flat = torch.stack([image.float() for row in images for image in row])
-        resized = nn.functional.interpolate(flat, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+        flat = [image.float()[None] for row in images for image in row]  # of sizes of their own
+        seen = [nn.functional.interpolate(image, (side, side), mode="bilinear", antialias=True) for image in flat]
+        resized = torch.cat(seen).clamp(0, 1)
         cut = nn.functional.unfold(resized * 2 - 1, patch, stride=patch)
         pixels = cut.unflatten(1, (3, patch * patch)).permute(0, 3, 2, 1).flatten(2)
         line = [config.image_patch_id] * tokens + [config.image_col_id]

@@ -23,8 +23,9 @@ def pictured(config: Any, side: int, images: list[list[Tensor]], tails: list[lis
     vision = config.vision_config
     patch, merge = vision.patch_size, vision.spatial_merge_size
     grid = side // patch
-    flat = torch.stack([image.float() for row in images for image in row])
-    resized = nn.functional.interpolate(flat, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+    flat = [image.float()[None] for row in images for image in row]  # of sizes of their own
+    seen = [nn.functional.interpolate(image, (side, side), mode="bilinear", antialias=True) for image in flat]
+    resized = torch.cat(seen).clamp(0, 1)
     twice = (resized * 2 - 1)[:, None].expand(-1, vision.temporal_patch_size, -1, -1, -1)
     blocks = grid // merge
     cut = twice.unflatten(4, (blocks, merge, patch)).unflatten(3, (blocks, merge, patch))
