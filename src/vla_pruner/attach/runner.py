@@ -197,7 +197,8 @@ class Runner:
         self._check_text(layout)
         # Copies, since what the family keeps may have been made in inference mode, which no program can hold.
         held: dict[str, Any] = {field.name: getattr(layout, field.name) for field in fields(layout)}
-        layout = Layout(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()})
+        held |= {name: value.clone() for name, value in held.items() if isinstance(value, Tensor)}
+        layout = Layout(**held)
         rows = None if rows is None else rows.clone()
         empty = self._empty_memory(layout, call.device)
 
