@@ -25,6 +25,8 @@ from benchmarks.gpu.child import COMPILING_AT_ONCE, ROOT, write
 from benchmarks.gpu.plan import COMPILING, PLAN, TEN_MINUTES, Bar, Item, chosen, seconds, told
 
 FORMAT = "vla-pruner gpu 1"
+DRY_PATIENCE = 10
+"""By how much a dry run may take longer than the plan: the limits are a GPU machine's."""
 DONE, FAILED, STOPPED, ABSENT = "done", "failed", "stopped at its limit", "not here"
 
 Command = Callable[[Item, Path], list[str]]
@@ -54,7 +56,8 @@ class Run:
         self._out = out
         self._dry = dry
         self._limits = limits or {}
-        self._end = time.monotonic() + budget
+        self._patience = DRY_PATIENCE if dry else 1
+        self._end = time.monotonic() + budget * self._patience
         self._backend = backend
         self._command = command or self._own_command
         (out / "items").mkdir(parents=True, exist_ok=True)
@@ -91,7 +94,7 @@ class Run:
         head = {"item": item.name, "says": item.says, "dry": self._dry}
         if item.missing is not None:
             return {**head, "status": ABSENT, "reason": item.missing, "seconds": 0.0, "bars": judged(item, {}, None)}
-        limit = min(self._limits.get(item.name, item.limit), self._end - time.monotonic())
+        limit = min(self._limits.get(item.name, item.limit) * self._patience, self._end - time.monotonic())
         if limit < 1:
             reason = "the time of the whole run was over"
             return {**head, "status": STOPPED, "reason": reason, "seconds": 0.0, "bars": judged(item, {}, None)}
