@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vla_pruner import __version__, cli, installation
+from vla_pruner.wording import counted
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,7 @@ def test_text_and_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["vla_pruner"] == __version__
     assert found["packages"]["torch"] == metadata.version("torch")
-    assert found["devices"][0] == f"cpu ({torch.get_num_threads()} threads)"
+    assert found["devices"][0] == f"cpu ({counted(torch.get_num_threads(), 'thread')})"
     for told in (found["python"], found["processor"], found["packages"]["transformers"], *found["devices"]):
         assert told in text
     assert str(Path.home()) not in text

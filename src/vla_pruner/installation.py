@@ -17,7 +17,7 @@ from vla_pruner.checks import ATTENTION
 from vla_pruner.conditions import git_commit, processor, version
 from vla_pruner.plugins import FAMILIES, METHODS, plugins
 from vla_pruner.versions import transformers_problem
-from vla_pruner.wording import one_line
+from vla_pruner.wording import counted, one_line
 
 PACKAGES = (
     "torch",
@@ -106,7 +106,7 @@ def _devices() -> dict[str, Any]:
         "cudnn": cuda.cudnn_sdp_enabled(),
         "math": cuda.math_sdp_enabled(),
     }
-    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices = [f"cpu ({counted(torch.get_num_threads(), 'thread')})"]
     try:
         devices += map(described, available())
     except RuntimeError as error:

@@ -146,3 +146,23 @@ def test_a_json_file_that_cannot_be_written_is_told_first(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "which is a folder" in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_narrow_terminal_breaks_no_word_of_the_table(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    arms = ["--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "1"]
+    assert main(["bench", "--model", "llama:64,3", "--iters", "2", *arms]) == 0
+    table = capsys.readouterr().out.split("AMD")[0].split("2 rounds")[0]
+    lines = [line for line in table.splitlines() if not line.startswith(("vla-pruner ", "Warning"))]
+    assert sum(line.split().count("vla-pruner") for line in lines) == 6
+    assert sum(line.startswith(" visual tokens") for line in lines) == 2  # two tables
+
+
+def test_a_log_tells_how_far_a_long_benchmark_is(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from vla_pruner import terminal
+    from vla_pruner.benching import command
+
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(command, "LogLines", lambda *all: terminal.LogLines(*all, clock=lambda: float(next(clock))))
+    assert main(["bench", "--model", "llama:64,4", "--iters", "6"]) == 0
+    assert "2 of 5 rounds, 40 s; about 1 min left" in capsys.readouterr().out

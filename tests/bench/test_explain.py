@@ -27,7 +27,7 @@ def test_a_policy_whose_control_step_is_known():
     assert found.share == pytest.approx(whole["prompt, layers pruned"] / sum(whole.values()))
     assert found.ceiling == pytest.approx(sum(whole.values()) / sum(pruned.values()))
     assert found.pruned == (
-        f"from decoder layer 2 of {step.decoder.layers} on 128 of {tokens} visual tokens stay; the others are gone "
+        f"from decoder layer 2 of {step.decoder.layers} on, 128 of {tokens} visual tokens stay; the others are gone "
         "from there on",
     )
     assert found.steps == "the first 1 of an episode are not pruned"
@@ -59,7 +59,7 @@ def test_several_layers_a_schedule_and_a_verdict():
     method = vp.SparseVLM(keep=0.75, layer=1, then=((2, 0.5), (3, 0.125)))
     with method.attach(policy) as session:
         found = vp.explain(session)
-        assert [line.split(" on ")[0] for line in found.pruned] == [f"from decoder layer {n} of 6" for n in (1, 2, 3)]
+        assert [line.split(" on, ")[0] for line in found.pruned] == [f"from decoder layer {n} of 6" for n in (1, 2, 3)]
         assert any("decoding" in part for part in found.untouched)
     with vp.TextQuery(keep=0.25, layer=1, gate=3).attach(policy) as session:
         assert "session.moved" in vp.explain(session).steps

@@ -15,7 +15,7 @@ from vla_pruner.benching.settings import NAMED, SIZES, BenchSettings
 from vla_pruner.flags import DTYPES, Help, add_methods
 from vla_pruner.json_file import check_file, check_folder, unwritable
 from vla_pruner.method_names import LAYER
-from vla_pruner.terminal import literal, say
+from vla_pruner.terminal import LogLines, literal, say
 
 _FIELDS = (
     "model", "size", "layers", "keep", "methods", "pruned", "layer", "batch", "cameras", "dtype", "device", "compile",
@@ -124,13 +124,25 @@ def _run(settings: BenchSettings, console: Console) -> Any:
     from vla_pruner.benching.table import notes, to_rich
 
     options = {name: getattr(settings, name) for name in _FIELDS if name != "model"}
+    timed: list[LogLines] = []
     with console.status("loading") as status:
 
         def progress(what: str, done: int, of: int) -> None:
-            status.update(literal(what if of <= 1 else f"{what}, round {done} of {of}"))
+            compiling = what.startswith("compiling")
+            each = "" if compiling else "round "
+            status.update(literal(what if of <= 1 else f"{what}, {each}{done} of {of}"))
+            if console.is_interactive or of <= 1:
+                return
+            if compiling:
+                say(console, f"{what}, {done} of {of}")
+                return
+            if not timed:
+                timed.append(LogLines(console, of, "rounds"))
+            timed[0].at(done)
 
         report = bench(settings.model, progress=progress, **options)
-    console.print(to_rich(report))
+    for table in to_rich(report, console.width):
+        console.print(table)
     for note in notes(report):
         say(console, note, soft_wrap=True)
     for warning in report.warnings:

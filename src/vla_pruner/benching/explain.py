@@ -132,7 +132,7 @@ def _pruned(layers: list[int], kept: list[int] | None, tokens: Any, family: Any,
     for number, layer in enumerate(layers):
         amount = "fewer" if kept is None or tokens is None else f"{kept[number]} of {sum(tokens)}"
         found.append(
-            f"from decoder layer {layer} of {family.depth} on {amount} visual tokens stay; the others are "
+            f"from decoder layer {layer} of {family.depth} on, {amount} visual tokens stay; the others are "
             f"{FATES[method.pruned]}"
         )
     return found

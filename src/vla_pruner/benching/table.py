@@ -11,6 +11,8 @@ from vla_pruner.terminal import add_column, add_row, simple_table
 from vla_pruner.wording import counted
 
 _NONE = "-"
+_GAP = 2
+"""Characters between two columns in the terminal."""
 
 
 def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
@@ -61,15 +63,33 @@ def rows(report: BenchReport) -> list[tuple[str, list[str]]]:
     ]
 
 
-def to_rich(report: BenchReport) -> Table:
-    """For the terminal: one column an arm."""
-    table = simple_table(None, padding=(0, 1, 0, 1))
-    add_column(table, "", right=False, no_wrap=True)
-    for arm in report.arms:
-        add_column(table, arm.name.replace(" ", "\n", 1), right=True)
-    for title, cells in rows(report):
-        add_row(table, (title, *cells))
-    return table
+def to_rich(report: BenchReport, width: int) -> list[Table]:
+    """For a terminal of `width` columns: one column an arm, in as many tables as it takes without breaking a word."""
+    lines = rows(report)
+    columns = zip(*(cells for _, cells in lines), strict=True)
+    words = [[*arm.name.split(), *" ".join(cells).split()] for arm, cells in zip(report.arms, columns, strict=True)]
+    widths = [max(map(len, each)) for each in words]
+    titles = max(len(title) for title, _ in lines)
+    tables = []
+    for part in _parts(widths, width - titles - _GAP):
+        table = simple_table(None)
+        add_column(table, "", right=False, no_wrap=True)
+        for i in part:
+            add_column(table, report.arms[i].name.replace(" ", "\n", 1), right=True, min_width=widths[i])
+        for title, cells in lines:
+            add_row(table, (title, *(cells[i] for i in part)))
+        tables.append(table)
+    return tables
+
+
+def _parts(widths: list[int], width: int) -> list[range]:
+    """Return which columns stand in one table, so that none is wider than `width`; one column at least is in each."""
+    parts, first = [], 0
+    for end in range(1, len(widths) + 1):
+        if end == len(widths) or sum(widths[first : end + 1]) + _GAP * (end + 1 - first) > width:
+            parts.append(range(first, end))
+            first = end
+    return parts
 
 
 def to_markdown(report: BenchReport) -> str:

@@ -77,7 +77,7 @@ def _choosing(arm: Timed, promised: float, compiled: bool) -> list[str]:
     cost = arm.stages["pruning"]
     what = "Remembering scores and opening steps, outside of the graphs, cost" if compiled else _CHOOSING
     if cost > promised:
-        return [f"{what} {cost:.2f} ms, more than the shorter prompt saves."]
+        return [f"{what} {cost:.2f} ms, more than these FLOPs would save."]
     if cost > NOTICEABLE * promised:
         return [f"{what} {cost:.2f} ms of that."]
     return []
