@@ -26,7 +26,7 @@ from vla_pruner.policies.loading import load_policy
 from vla_pruner.policies.options import as_dtype, usable_device
 from vla_pruner.policies.random import random_policy
 from vla_pruner.registry import random_names, row_named
-from vla_pruner.terminal import say
+from vla_pruner.terminal import say, waiting
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,10 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
         check_file(str(settings.json))
     # Standard output is the report's alone if it was asked for; policies' own libraries print things, too.
     with redirect_stdout(sys.stderr) if settings.json == "-" else nullcontext():
+        with waiting(console, f"loading {settings.model}"):
+            policy = _policy(settings, device)
         report = audit(
-            _policy(settings, device),
+            policy,
             method,
             instruction=settings.instruction,
             seed=settings.seed,
