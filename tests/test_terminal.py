@@ -24,6 +24,7 @@ from vla_pruner.terminal import (
     remark,
     say,
     simple_table,
+    waiting,
 )
 
 SOURCE = Path(__file__).parents[1] / "src" / "vla_pruner"
@@ -69,6 +70,14 @@ def test_a_bar_is_drawn_on_terminals_alone() -> None:
         shown = kind(file=io.StringIO(), force_terminal=terminal, force_interactive=terminal)
         with progress(shown) as bar:
             assert bar.disable is not drawn
+
+
+def test_what_is_waited_for_is_shown_on_terminals_alone() -> None:
+    for kind, terminal, shown in ((Console, True, True), (Console, False, False), (Brief, True, False)):
+        out = io.StringIO()
+        with waiting(kind(file=out, force_terminal=terminal, force_interactive=terminal), "loading [x]"):
+            pass
+        assert ("loading [x]" in out.getvalue()) is shown
 
 
 def test_a_brief_console_leaves_progress_out() -> None:

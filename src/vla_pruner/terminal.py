@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
@@ -36,6 +37,16 @@ def output(brief: bool = False, no_color: bool = False, stderr: bool = False) ->
     """
     kind = Brief if brief else Console
     return kind(highlight=False, no_color=no_color or None, stderr=stderr)
+
+
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """Show in a terminal what a command waits for, until it is done; nothing in a file, a pipe or a brief console."""
+    if isinstance(console, Brief) or not console.is_interactive:
+        yield
+        return
+    with console.status(literal(what)):
+        yield
 
 
 def remark(console: Console, text: str) -> None:

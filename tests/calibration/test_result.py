@@ -178,6 +178,9 @@ def test_other_weights_and_other_results_are_said() -> None:
     assert "up to 0.01 from those that were recorded with the same weights" in sentences(same, None, None)[0]
     still = dataclasses.replace(same, left_out=[3, 4], against_recorded=0.0)
     assert sentences(still, None, None) == ["The recorded actions never change in dimension 3, 4, which is left out."]
+    short = calibration(dataclasses.replace(arm("a", None), pruned_steps=0), arm("b", 0.1, 0.2))
+    (told,) = sentences(short, None, None)
+    assert told.startswith("a: no control step was pruned, so nothing moved")
 
 
 def test_a_file_reads_as_it_was_written(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from vla_pruner.policies.loading import load_policy
 from vla_pruner.policies.options import as_dtype, usable_device
 from vla_pruner.policies.random import random_policy
 from vla_pruner.registry import random_names, row_named
-from vla_pruner.terminal import say
+from vla_pruner.terminal import say, waiting
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     there = None if settings.compare is None else read_certificate(settings.compare)
     # Standard output is the report's alone if it was asked for; policies' own libraries print things, too.
     with redirect_stdout(sys.stderr) if settings.json == "-" else nullcontext():
-        policy = _policy(settings, device)
+        with waiting(console, f"loading {settings.model}"):
+            policy = _policy(settings, device)
         report = audit(
             policy,
             method,

@@ -23,7 +23,7 @@ from vla_pruner.evaluation.policies import fingerprint
 from vla_pruner.evaluation.table import to_rich
 from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.statistics import wilson
-from vla_pruner.terminal import progress, say
+from vla_pruner.terminal import progress, say, waiting
 from vla_pruner.wording import counted
 
 HEADS = ("arm", "moved", "in units", "pruned", "p50 ms", "closed-loop loss")
@@ -87,7 +87,8 @@ def _calibrate(settings: CalibrateSettings, console: Console) -> Calibration:
     arms = settings.arms()
     if settings.against:
         check_shared(arms, settings.against)
-    policy = settings.policy.load(None)
+    with waiting(console, f"loading {settings.policy.name}"):
+        policy = settings.policy.load(None)
     if settings.against:
         closed_loop_losses(settings.against, fingerprint(policy))  # refused now, and not after the replay
     recordings = find_recordings(
@@ -155,6 +156,12 @@ def sentences(found: Calibration, tolerance: float | None, agreed: Agreement | N
         said.append(
             f"The unpruned policy's actions are up to {distance:.3g} from those that were recorded with the same "
             "weights: another device, precision or version computed them."
+        )
+    unpruned = [arm.title for arm in found.arms if arm.kind == "method" and not arm.pruned_steps]
+    if unpruned:
+        said.append(
+            f"{', '.join(unpruned)}: no control step was pruned, so nothing moved: the recorded episodes end before "
+            "the history is full, or all tokens are kept."
         )
     return said
 

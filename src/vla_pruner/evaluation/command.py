@@ -35,7 +35,7 @@ from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
 from vla_pruner.statistics import wilson
-from vla_pruner.terminal import LogLines, progress, remark, say
+from vla_pruner.terminal import LogLines, progress, remark, say, waiting
 from vla_pruner.wording import counted, readable, span
 
 TABLE = "table.md"
@@ -91,7 +91,8 @@ def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -
     try:
         file = stack.enter_context(open_records(settings.out))
         try:
-            run, records = _start(settings, file, stack, find)
+            with waiting(console, f"loading {settings.policy.name}"):
+                run, records = _start(settings, file, stack, find)
         except BaseException:
             if not was_there:
                 _leave_nothing(file)

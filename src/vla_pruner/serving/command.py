@@ -161,6 +161,7 @@ def run_serve(options: argparse.Namespace) -> int:
     from vla_pruner.serving.logs import told_operator
     from vla_pruner.serving.server import PolicyServer
     from vla_pruner.serving.settings import ServerSettings
+    from vla_pruner.terminal import output, waiting
 
     settings = ServerSettings(
         host=options.host,
@@ -192,7 +193,8 @@ def run_serve(options: argparse.Namespace) -> int:
     method = _method(options)
     tls_context(settings)
     asyncio.run(check_address(settings))  # refused now, and not after the policy is loaded
-    policy = _policy(options)
+    with waiting(output(stderr=True), f"loading {options.policy}"):
+        policy = _policy(options)
     server = PolicyServer(policy, method, settings)
     stop = threading.Event()
 
