@@ -285,7 +285,7 @@ def test_reused_keys_and_values_are_refused() -> None:
         session.export(case.example(0))
 
 
-@pytest.mark.parametrize("name", ["openvla-7b", "pi0"])
+@pytest.mark.parametrize("name", ["openvla-7b", "pi0", "llava", "paligemma", "qwen3-vl"])
 def test_other_families_are_refused(name: str) -> None:
     policy = vp.random_policy(name)
     refused = pytest.raises(vp.UnsupportedModelError, match="cannot be exported; those of language models")
