@@ -327,7 +327,7 @@ def test_an_example_is_a_mapping(name: str, example: Any) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    [torch.ones(1, 31, 7), torch.ones(0, 31, 32), torch.ones(1, 31, 32).long(), torch.ones(1, 31, 32).cfloat()],
+    [torch.ones(1, 31, 7), torch.ones(0, 31, 32), torch.ones(1, 31, 32).long(), torch.ones(1, 31, 32) * 1j],
 )
 def test_embeddings_that_no_prompt_of_the_model_has_are_refused(prompt: Tensor) -> None:
     """Of another width or type: a method is not to blame, and nothing is made a number of."""
