@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -257,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         items, limits = chosen(given.only, given.skip), limits_of(given.limit)
         problem = None if given.plan else obstacle(given.out, given.dry)
+        if not (given.budget > 0 and math.isfinite(given.budget)):
+            problem = f"--budget is {given.budget:g}; it is a number of seconds above 0."
     except ValueError as error:
         problem = str(error)
     if problem is not None:
@@ -285,8 +288,16 @@ def obstacle(out: Path, dry: bool) -> str | None:
     """Return why a run cannot write to this folder or cannot run here; None if it can."""
     if out.exists() and not out.is_dir():
         return f"--out is {out}, which is a file; give a folder."
-    file = out / "gpu.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("dry") is not dry:
+    summary = out / "gpu.json"
+    held: dict[Path, Any] = {}
+    for file in (summary, *sorted((out / "items").glob("*.json"))):
+        try:
+            held[file] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"dry": dry}
+        except (OSError, ValueError):
+            held[file] = None
+        if not isinstance(held[file], dict):
+            return f"{file} cannot be read; move it away, and what it is of runs again."
+    if held[summary].get("dry") is not dry:
         kind = "no dry run, and this is one" if dry else "a dry run, and this is none"
         return f"--out is {out}, which holds {kind}; give another folder."
     if not dry:

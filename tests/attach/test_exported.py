@@ -287,7 +287,7 @@ def test_reused_keys_and_values_are_refused() -> None:
         session.export(case.example(0))
 
 
-@pytest.mark.parametrize("name", ["openvla-7b", "pi0"])
+@pytest.mark.parametrize("name", ["openvla-7b", "pi0", "llava", "paligemma", "qwen3-vl"])
 def test_other_families_are_refused(name: str) -> None:
     policy = vp.random_policy(name)
     refused = pytest.raises(vp.UnsupportedModelError, match="cannot be exported; those of language models")
@@ -329,7 +329,7 @@ def test_an_example_is_a_mapping(name: str, example: Any) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    [torch.ones(1, 31, 7), torch.ones(0, 31, 32), torch.ones(1, 31, 32).long(), torch.ones(1, 31, 32).cfloat()],
+    [torch.ones(1, 31, 7), torch.ones(0, 31, 32), torch.ones(1, 31, 32).long(), torch.ones(1, 31, 32) * 1j],
 )
 def test_embeddings_that_no_prompt_of_the_model_has_are_refused(prompt: Tensor) -> None:
     """Embeddings of another width or type are refused as such: the error does not blame the method."""

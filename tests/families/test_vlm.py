@@ -261,7 +261,7 @@ def test_decoding_without_a_cache_would_be_a_control_step_for_each_token(said: s
         assert session.memory is None
         model.generate(**given, **{**options, "max_new_tokens": 1})
         assert session.memory.steps.tolist() == [1, 1]  # type: ignore[union-attr]
-    decoder = tiny_lm()
+    decoder: Any = tiny_lm()
     with vp.FastV(keep=0.5).attach(decoder, visual=VISUAL), pytest.raises(vp.SessionError, match="use_cache=False"):
         decoder.generate(inputs_embeds=prompt(1)[0], max_new_tokens=2, use_cache=False)
 

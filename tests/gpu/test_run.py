@@ -132,12 +132,26 @@ def test_flags_that_make_no_sense_are_sentences(tmp_path: Path, capsys: pytest.C
         (["--limit", "oft"], "--limit is oft; it is NAME=SECONDS"),
         (["--limit", "oft=0"], "--limit is oft=0; it is NAME=SECONDS"),
         (["--limit", "oftt=9"], "'oftt' is no item"),
+        *((["--budget", budget, "--dry"], "it is a number of seconds above 0") for budget in ("0", "-5", "nan", "inf")),
         (["--out", str(tmp_path / "file"), "--dry"], "which is a file; give a folder."),
         ([], "holds a dry run, and this is none; give another folder."),
     ):
         assert gpu.main(["--out", str(tmp_path), *flags]) == 2
         assert says in capsys.readouterr().err
     assert [item.name for item in chosen(("pi0", "oft"), ("pi0",))] == ["oft"]
+
+
+@pytest.mark.parametrize("held", ["", "[]", '{"dry": tr', "\udc80"])
+@pytest.mark.parametrize("name", ["gpu.json", "items/oft.json"])
+def test_a_damaged_file_of_an_earlier_run_is_named_before_anything_runs(
+    name: str, held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(held.encode(errors="surrogateescape"))
+    assert gpu.main(["--out", str(tmp_path), "--dry", "--only", "oft"]) == 2
+    assert f"{file} cannot be read; move it away" in capsys.readouterr().err
+    assert file.read_bytes() == held.encode(errors="surrogateescape")
 
 
 def test_without_a_gpu_it_says_so(

@@ -212,6 +212,22 @@ def test_a_control_step_needs_a_reset_before_it(libero):
             utils.get_action(cfg, utils.get_model(cfg), {}, "stop")
 
 
+@pytest.mark.parametrize("how", ["session", "everything"])
+def test_steps_behind_a_detached_method_are_not_counted_as_pruned(how, libero):
+    policy = vp.random_policy("openvla-7b")
+    cfg = SimpleNamespace(pretrained_checkpoint="", model_family="openvla", center_crop=True, unnorm_key=None)
+    observation = {"full_image": np.zeros((224, 224, 3), np.uint8)}
+    with official.install(vp.FastV(keep=0.5, layer=1), policy=policy) as installed:
+        utils = importlib.import_module(ROBOT_UTILS)
+        model = utils.get_model(cfg)
+        installed.evaluation.begin_episode()
+        utils.get_action(cfg, model, observation, "lift")
+        installed.session.detach() if how == "session" else installed.remove()
+        with pytest.raises(SystemExit, match="The method was detached while the script runs"):
+            utils.get_action(cfg, model, observation, "lift")
+        assert (installed.evaluation.steps, installed.evaluation.pruned) == (1, 1)
+
+
 def test_install_refuses_what_it_cannot_stand_in_for(libero, monkeypatch):
     with pytest.raises(OptionError, match="install was given a str; give a method"):
         official.install("vla-pruner")  # type: ignore[arg-type]

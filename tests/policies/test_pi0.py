@@ -190,6 +190,8 @@ def test_refusals(folder):
         untyped.act(image, "lift", np.zeros(8))
     with pytest.raises(vp.ObservationError, match=r"instruction is a string, .* found NoneType"):
         untyped.act(both, None, np.zeros(8))
+    with pytest.raises(vp.ObservationError, match="character 2 is half of one"):
+        policy.act(both, "li\ud800ft", np.zeros(8))
     with pytest.raises(vp.ObservationError, match="proprio holds numbers that are not finite"):
         policy.act(both, "lift", np.array([0.0, np.nan]))
     with pytest.raises(vp.ObservationError, match="proprio is an array of numbers; found str"):

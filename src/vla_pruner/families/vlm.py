@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
-from vla_pruner.attach.family import Call
+from vla_pruner.attach.family import Call, Family, StepFunction
 from vla_pruner.attach.layout import Layout
 from vla_pruner.checks import is_count
 from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
@@ -160,6 +160,9 @@ class VLM(DecoderLM):
     def _given(self) -> _Given | None:
         """The arguments of this thread's call; None outside of a call."""
         return getattr(self._call, "given", None)
+
+    def exported(self, example: Mapping[str, Any]) -> StepFunction:
+        return Family.exported(self, example)
 
     def install(self) -> None:
         self._handles = [

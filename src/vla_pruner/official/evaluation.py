@@ -134,12 +134,17 @@ class Evaluation:
             (7,) for openvla's script, and a list of the chunk's actions for OFT's.
 
         Raises:
-            SessionError: it is another model, or no environment was reset yet.
+            SessionError: it is another model, the method was detached, or no environment was reset yet.
             ObservationError: the images or heads are not the policy's, or the policy's `act` raises it.
         """
         policy = self.policy
         if model is not self.model:
             raise SessionError(f"get_action was given {a_type(model)} that get_model did not return.")
+        if self.session is not None and not self.session.attached:
+            raise SessionError(
+                "The method was detached while the script runs, so further control steps would be counted as pruned "
+                "and are not; call get_model(cfg) again, or leave the detaching to remove()."
+            )
         if not self.episodes and not self._fresh:
             raise SessionError(
                 "get_action was called before any environment was reset, so the policy would not know where an episode "
