@@ -121,6 +121,23 @@ def test_an_empty_folder_is_no_checkpoint(tmp_path: Path, capsys: pytest.Capture
     assert "config.json" in capsys.readouterr().err
 
 
+def test_a_name_on_the_hub_is_loaded_as_every_command_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def fetch(name: str, **_: Any) -> str:
+        asked.append(name)
+        raise OSError("there is no network here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert main(["bench", "--model", "owner/policy"]) == 2
+    assert asked == ["owner/policy"]
+    assert "owner/policy is no folder here and could not be fetched" in capsys.readouterr().err
+
+
 def test_lerobot_s_policies_need_lerobot() -> None:
     from importlib.util import find_spec
 

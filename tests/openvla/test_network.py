@@ -224,7 +224,7 @@ def test_statistics_are_chosen_by_name():
     policy.unnorm_key = "wide"
     np.testing.assert_array_equal(policy.predict_action(**inputs), wider)
     policy.unnorm_key = None
-    with pytest.raises(ObservationError, match=r"several datasets; give unnorm_key, one of: narrow, wide"):
+    with pytest.raises(ObservationError, match=r"several datasets; .* one of: narrow, wide .*--option unnorm_key=NAME"):
         policy.predict_action(**inputs)
     with pytest.raises(ObservationError, match=r"unnorm_key='other' was given, .* narrow, wide"):
         policy.predict_action(**inputs, unnorm_key="other")

@@ -55,7 +55,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "--model",
         metavar="MODEL",
         required=True,
-        help=f"{', '.join(NAMED)},\nllama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB], reference:NAME, or a folder",
+        help=f"{', '.join(NAMED)},\nllama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB], reference:NAME, "
+        "or the folder of a checkpoint or its hub name",
     )
     add("--size", choices=SIZES, default="full", help="of random weights: published or tiny (default: %(default)s)")
     add("--layers", metavar="N", type=int, help="depth of the decoder, and of an expert (default: as published)")

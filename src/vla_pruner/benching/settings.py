@@ -10,6 +10,7 @@ from typing import Any
 
 from vla_pruner.attach.compiled import check_backend
 from vla_pruner.attach.stages import check_depth
+from vla_pruner.checkpoints.files import may_be_on_hub
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.flags import DTYPES
 from vla_pruner.method_names import LAYER, Named, methods_of
@@ -52,7 +53,7 @@ class BenchSettings:
 
     Attributes:
         model: one of `NAMED` or an alias, "llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB]", "reference:NAME", or a
-            checkpoint's folder; the class of a policy that is loaded already.
+            checkpoint's folder or hub name; the class of a policy that is loaded already.
         size: "full" (published) or "tiny", of models with random weights.
         layers: depth of the decoder, and of an expert beside it; None: as published.
         keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and VLA-Cache's published
@@ -230,10 +231,11 @@ class BenchSettings:
             and not self.loaded
             and not self.model.startswith(SHIPPED)
             and not Path(self.model).exists()
+            and not may_be_on_hub(self.model)
         ):
             raise UnsupportedModelError(
                 f"--model is {self.model}, which is neither a folder nor one of {', '.join(NAMED)}, reference:NAME and "
-                "llama:HIDDEN,LAYERS."
+                "llama:HIDDEN,LAYERS, nor a name on the Hugging Face hub (owner/name)."
             )
         options = ("prompt_tokens",) if self._bench is None else self._bench.options
         refused = {"size": self.size != "full" and kind in ("checkpoint", "llama")}

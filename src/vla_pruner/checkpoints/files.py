@@ -31,7 +31,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError):  # a name that is too long, has a NUL, or begins with ~nobody
         is_folder, exists, folder = False, False, Path()
     if not is_folder:
-        if exists or re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or name.startswith("."):
+        if exists or not may_be_on_hub(name):
             raise CheckpointError(
                 f"{shown(name)} is no folder, nor a name on the Hugging Face hub (owner/name). Give the folder that "
                 "holds config.json and the *.safetensors files."
@@ -40,6 +40,11 @@ def checkpoint_folder(path: str | Path) -> Path:
     _refuse_pointers(folder)
     _refuse_adapters(folder)
     return folder
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Return whether a name has the form of those on the Hugging Face hub, owner/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
 
 
 def _fetched(name: str) -> Path:

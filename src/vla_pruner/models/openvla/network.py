@@ -365,7 +365,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 raise CheckpointError(f"The policy has no statistics, so {NO_STATISTICS}")
             if len(self.norm_stats) != 1:
                 raise ObservationError(
-                    f"The policy has statistics of several datasets; give unnorm_key, one of: {known}."
+                    f"The policy has statistics of several datasets; give unnorm_key, one of: {known} (to a command: "
+                    "--option unnorm_key=NAME)."
                 )
             return next(iter(self.norm_stats))
         if key not in self.norm_stats:
