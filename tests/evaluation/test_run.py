@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from rich.console import Console
 
 from tests.evaluation.fakes import FakeEnvironment, FakeSource, FakeSuite, ToyFlow, find_fake, settings
 from vla_pruner.attach.session import Session
-from vla_pruner.errors import OptionError, VLAPrunerError
+from vla_pruner.errors import ObservationError, OptionError, VLAPrunerError
 from vla_pruner.evaluation import EvaluationError, Record, Unit, read_records
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.command import run_eval
 from vla_pruner.evaluation.episode import run_episode
+from vla_pruner.evaluation.policies import check_fits
 from vla_pruner.evaluation.records import EPISODES, TIMES
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import plan, shard
@@ -338,7 +340,7 @@ def test_tasks_and_suites_are_chosen_by_name_and_number(tmp_path: Path) -> None:
 def test_presets(tmp_path: Path) -> None:
     source = FakeSource("flow")
     smoke = EvalSettings(source, ("fake",), tmp_path, preset="smoke")
-    assert (smoke.tasks_a_suite, smoke.episodes_a_task, smoke.step_limit, smoke.for_claims) == (1, 1, 20, False)
+    assert (smoke.tasks_a_suite, smoke.episodes_a_task, smoke.step_limit, smoke.for_claims) == (1, 1, 40, False)
     quick = EvalSettings(source, ("fake",), tmp_path)
     assert (quick.tasks_a_suite, quick.episodes_a_task, quick.step_limit, quick.for_claims) == (None, 10, None, False)
     standard = EvalSettings(source, ("libero",), tmp_path, preset="standard")
@@ -392,3 +394,13 @@ def test_a_record_reads_as_it_was_written() -> None:
         policy, FakeSuite().make(0), FakeSuite().convention(policy), arm, UNIT, run="x", versions={"torch": "2"}
     )
     assert Record.from_line(record.to_line()) == record
+
+
+def test_a_policy_whose_actions_cannot_be_scaled_is_refused_before_the_first_episode() -> None:
+    def statistics() -> None:
+        raise ObservationError("The policy has statistics of several datasets; give unnorm_key.")
+
+    policy: Any = SimpleNamespace(cameras=("image",), action_size=None, get_action_stats=statistics)
+    suite: Any = SimpleNamespace(name="fake", cameras=("front",), action_size=7)
+    with pytest.raises(ObservationError, match="several datasets"):
+        check_fits(policy, suite, Convention({"image": "front"}, proprio=False))

@@ -91,7 +91,7 @@ def add_eval(commands: Any) -> None:
         "(default: %(default)g)",
     )
     add("--horizon", metavar="N", type=int, help="actions of a chunk carried out (default: the policy's convention)")
-    add("--max-steps", metavar="N", type=int, help="of an episode (default: the suite's; smoke: 20)")
+    add("--max-steps", metavar="N", type=int, help="of an episode (default: the suite's; smoke: 40)")
     add("--max-errors", metavar="N", type=int, default=10, help="crashes that end the run (default: %(default)s)")
     add(
         "--shard", metavar="I/N", type=_shard, help="run the I-th of N parts; --merge puts them together (default: all)"

@@ -100,6 +100,8 @@ def check_fits(policy: Any, suite: Suite, convention: Convention) -> None:
 
     Raises:
         SuiteError: its cameras are not those that it is shown, or its actions have another size than the suite's.
+        CheckpointError, ObservationError: its actions cannot be scaled, for instance because it has statistics of
+            several datasets and none was chosen.
     """
     cameras, shown = tuple(policy.cameras), convention.cameras
     missing = [name for name in cameras if name not in shown] + [
@@ -110,6 +112,9 @@ def check_fits(policy: Any, suite: Suite, convention: Convention) -> None:
             f"{suite.name} has the cameras {', '.join(map(repr, suite.cameras))}, and this policy takes "
             f"{', '.join(map(repr, cameras))}: nothing is known of {missing[0]!r}. Give a policy trained on this suite."
         )
+    statistics = getattr(policy, "get_action_stats", None)
+    if callable(statistics):
+        statistics()
     size = action_size(policy)
     if size is None:
         return

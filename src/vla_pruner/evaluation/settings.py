@@ -41,7 +41,7 @@ class Preset:
 
 
 PRESETS = {
-    "smoke": Preset(1, 1, 20, "1 task a suite, 1 episode of 20 steps: does everything run?"),
+    "smoke": Preset(1, 1, 40, "1 task a suite, 1 episode of 40 steps: does everything run?"),
     "quick": Preset(None, 10, None, "10 episodes a task and arm: a look, not for claims"),
     "standard": Preset(None, CLAIM_EPISODES, None, "50 episodes a task and arm: what is published"),
 }
