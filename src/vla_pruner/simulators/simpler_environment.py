@@ -74,7 +74,8 @@ class SimplerEnvironment:
         values = np.asarray(action, dtype=np.float32)
         if values.shape != (ACTION_SIZE,) or not np.isfinite(values).all():
             raise SuiteError(f"SIMPLER's WidowX takes actions of {ACTION_SIZE} finite numbers; found {action!r}.")
-        seen, *_, info = self.simulator.step(values)
+        with quiet():
+            seen, *_, info = self.simulator.step(values)
         self._steps += 1
         success = solved(info["success"].item())
         self._over = self._steps >= self.task.max_steps

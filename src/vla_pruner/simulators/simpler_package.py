@@ -27,9 +27,11 @@ INSTALL_ASSETS = " && ".join(
 """The command takes one asset at a time. It writes to MS_ASSET_DIR, ~/.maniskill by default."""
 
 INSTALL_VULKAN = (
-    "install a Vulkan driver that draws on the CPU, Mesa 25 or newer (Debian 12: sudo apt-get install -y -t "
-    "bookworm-backports mesa-vulkan-drivers), and name its file in VK_ICD_FILENAMES"
+    "sudo apt-get install -y mesa-vulkan-drivers  (Mesa 25 or newer, which Debian 12 has in its backports alone: see "
+    "docs/simpler.md; VK_ICD_FILENAMES names the file of a driver that is elsewhere)"
 )
+"""Mesa's llvmpipe draws on the CPU; 22.3 lacks the indexing of descriptors that SAPIEN needs."""
+
 _BRIDGE = "tasks/bridge_v2_real2sim_dataset"
 _IN_ASSETS = (f"{_BRIDGE}/custom", f"{_BRIDGE}/real_inpainting", f"{_BRIDGE}/stages", "robots/widowx")
 
@@ -76,13 +78,13 @@ def make(name: str) -> Any:
         SimulatorUnavailable: ManiSkill3 cannot be imported, or nothing can draw on this machine.
     """
     os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's threads only compete with the policy's
-    logging.getLogger("mani_skill").setLevel(logging.ERROR)
     with quiet():
         try:
             importlib.import_module("mani_skill.envs")  # it registers the environments
             gymnasium = importlib.import_module("gymnasium")
         except (ImportError, OSError) as error:
             raise SimulatorUnavailable(f"ManiSkill3 cannot be imported ({error})", INSTALL) from error
+        importlib.import_module("mani_skill.utils.logging_utils").logger.setLevel(logging.ERROR)
         try:
             # Without segmentation ManiSkill3 could not lay the scene over the photograph of the real one.
             made = gymnasium.make(
