@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.simulators.carrier import Carrier
 from vla_pruner import cli
@@ -190,6 +191,44 @@ def test_impossible_actions_and_closed_environments_are_refused(suite: SimplerSu
     for use in (lambda: cube.reset(initial_state=0), lambda: cube.step(STILL)):
         with pytest.raises(SessionError):
             use()
+
+
+@pytest.mark.parametrize(
+    "missing", ["info_bridge_custom_v0.json", "collision.obj", "textured.*", "*.glb", "bridge_real_eval_1.png"]
+)
+def test_an_incomplete_download_is_named(
+    suite: SimplerSuite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
+) -> None:
+    from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval import base_env
+
+    there = base_env.BRIDGE_DATASET_ASSET_PATH
+    shutil.copytree(there, tmp_path / "bridge", ignore=shutil.ignore_patterns(missing))
+    monkeypatch.setattr(base_env, "BRIDGE_DATASET_ASSET_PATH", tmp_path / "bridge")
+    with pytest.raises(SimulatorUnavailable, match=r"cannot build PutCarrot.*download_asset bridge_v2_real2sim"):
+        suite.make("widowx_carrot_on_plate")
+
+
+def test_an_incomplete_robot_is_named(suite: SimplerSuite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mani_skill.agents.robots.widowx.widowx import WidowX250S
+
+    there = Path(WidowX250S.urdf_path)
+    shutil.copytree(there.parent, tmp_path / "robot", ignore=shutil.ignore_patterns("*Finger.stl"))
+    monkeypatch.setattr(WidowX250S, "urdf_path", str(tmp_path / "robot" / there.name))
+    with pytest.raises(SimulatorUnavailable, match=r"no collision mesh of .*Finger\.stl.*download_asset widowx250s"):
+        suite.make("widowx_carrot_on_plate")
+
+
+def test_global_generators_are_left_alone(suite: SimplerSuite) -> None:
+    def states() -> list[Any]:
+        return [*np.random.get_state()[1:3], *torch.get_rng_state()]  # noqa: NPY002
+
+    before = states()
+    spoon = suite.make("widowx_spoon_on_towel")
+    spoon.reset(initial_state=1)
+    spoon.step(STILL)
+    for one, two in zip(before, states(), strict=True):
+        assert np.array_equal(one, two)
+    spoon.close()
 
 
 def facts(folder: Path) -> list[dict[str, Any]]:

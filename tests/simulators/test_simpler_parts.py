@@ -17,6 +17,7 @@ from vla_pruner.policies.random import random_policy
 from vla_pruner.simulators import SimulatorUnavailable, Suite, SuiteError, find_suite, simpler_package
 from vla_pruner.simulators.simpler import SimplerSuite
 from vla_pruner.simulators.simpler_conventions import CAMERA, axis_angle, simpler_convention, widowx_actions
+from vla_pruner.wording import a_type
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_other_statistics_are_refused_unless_they_are_named() -> None:
 @pytest.mark.parametrize("name", ["openvla-oft", "pi0", "reference", "reference-chunk"])
 def test_families_without_a_published_convention_are_refused(name: str) -> None:
     policy = random_policy(name)
-    with pytest.raises(SuiteError, match=rf"How a {type(policy).__name__} sees SIMPLER is not known here; OpenVLA's"):
+    with pytest.raises(SuiteError, match=rf"How {a_type(policy)} sees SIMPLER is not known here; OpenVLA's"):
         simpler_convention(policy)
 
 

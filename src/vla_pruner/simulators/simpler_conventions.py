@@ -14,7 +14,7 @@ import numpy as np
 
 from vla_pruner.errors import ObservationError, VLAPrunerError
 from vla_pruner.simulators.base import Convention, SeesTheState, SimulatorUnavailable, SuiteError, convention_of
-from vla_pruner.wording import install
+from vla_pruner.wording import a_type, install
 
 INSTALL = install("simpler")
 
@@ -49,7 +49,7 @@ def simpler_convention(policy: Any, dataset: str = DATASET) -> Convention:
     if convention is not None:
         return convention
     raise SuiteError(
-        f"How a {type(policy).__name__} sees SIMPLER is not known here; OpenVLA's published scripts are, and policies "
+        f"How {a_type(policy)} sees SIMPLER is not known here; OpenVLA's published scripts are, and policies "
         "that see the simulator's state. Run an OpenVLA checkpoint (openvla-7b, or one fine-tuned on bridge data)."
     )
 

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -67,36 +68,63 @@ def check_packages() -> None:
 
 def assets_folder() -> Path:
     """Return the folder in which ManiSkill3 looks for its assets."""
-    home = os.environ.get("MS_ASSET_DIR") or Path.home() / ".maniskill"
-    return Path(home) / "data"
+    return Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
 
 
 def make(name: str) -> Any:
     """Return ManiSkill3's environment of this name, drawn and simulated on the CPU.
 
     Raises:
-        SimulatorUnavailable: ManiSkill3 cannot be imported, or nothing can draw on this machine.
+        SimulatorUnavailable: ManiSkill3 cannot be imported, nothing can draw on this machine, or a file of the assets
+            is missing or damaged.
     """
     os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's threads only compete with the policy's
     with quiet():
         try:
             importlib.import_module("mani_skill.envs")  # it registers the environments
-            gymnasium = importlib.import_module("gymnasium")
+            gymnasium, sapien = (importlib.import_module(name) for name in ("gymnasium", "sapien"))
         except (ImportError, OSError) as error:
             raise SimulatorUnavailable(f"ManiSkill3 cannot be imported ({error})", INSTALL) from error
         importlib.import_module("mani_skill.utils.logging_utils").logger.setLevel(logging.ERROR)
+        try:
+            sapien.render.RenderSystem(sapien.Device("cpu"))
+        except RuntimeError as error:
+            raise SimulatorUnavailable(f"SAPIEN cannot draw on this machine ({error})", INSTALL_VULKAN) from error
         try:
             # Without segmentation ManiSkill3 could not lay the scene over the photograph of the real one.
             made = gymnasium.make(
                 name, obs_mode="rgb+segmentation", num_envs=1, sim_backend="cpu", render_backend="cpu"
             )
-        except RuntimeError as error:
-            raise SimulatorUnavailable(f"SAPIEN cannot draw on this machine ({error})", INSTALL_VULKAN) from error
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise _unbuilt(name, str(error)) from error
     environment = made.unwrapped
+    if immaterial := _immaterial(environment):
+        environment.close()
+        raise _unbuilt(name, f"no collision mesh of {', '.join(immaterial)}")
     # ManiSkill3 3.0.1 keeps the photographs of all environments in one table of the class, by the camera's name, so
     # an environment that is made later would replace the photograph of this one.
     environment._rgb_overlay_images = dict(environment._rgb_overlay_images)
     return environment
+
+
+def _unbuilt(name: str, why: str) -> SimulatorUnavailable:
+    return SimulatorUnavailable(
+        f"ManiSkill3 cannot build {name} from the assets in {assets_folder()} ({why})", INSTALL_ASSETS
+    )
+
+
+def _immaterial(environment: Any) -> list[str]:
+    """Return the things that everything passes through: SAPIEN goes on without the collision meshes that it lacks."""
+    urdf = Path(environment.agent.urdf_path)
+    meshes = re.findall(r'filename="([^"]+)"', urdf.read_text(encoding="utf-8"))
+    return [
+        *(mesh for mesh in dict.fromkeys(meshes) if not (urdf.parent / mesh).is_file()),
+        *(
+            name
+            for name, actor in environment.scene.actors.items()
+            if not any(getattr(part, "collision_shapes", ()) for part in actor._objs[0].components)
+        ),
+    ]
 
 
 @contextlib.contextmanager
