@@ -1,5 +1,5 @@
-# make install | demo | test | check | test-oldest | test-newest | test-quantization | test-lerobot | test-libero | test-simpler | test-triton |
-# test-openpi | test-peers.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-newest | test-quantization | test-lerobot | test-libero |
+# test-simpler | test-triton | test-openpi | test-peers.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 NEWEST_VENV ?= .venv-newest
