@@ -1,5 +1,5 @@
-# make install | demo | test | check | test-oldest | test-newest | test-quantization | test-lerobot | test-libero | test-triton | test-openpi |
-# test-peers.   make demo ARGS=--quick passes flags on.
+# make install | demo | test | check | test-oldest | test-newest | test-quantization | test-lerobot | test-libero |
+# test-simpler | test-triton | test-openpi | test-peers.   make demo ARGS=--quick passes flags on.
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 NEWEST_VENV ?= .venv-newest
@@ -8,6 +8,7 @@ NEWEST_TORCH ?= torch
 QUANTIZATION_VENV ?= .venv-quantization
 LEROBOT_VENV ?= .venv-lerobot
 LIBERO_VENV ?= .venv-libero
+SIMPLER_VENV ?= .venv-simpler
 TRITON_VENV ?= .venv-triton
 OPENPI_VENV ?= .venv-openpi
 # What GR00T needs, without the rest of LeRobot's extra for it (a simulator, flash attention).
@@ -35,7 +36,7 @@ LEROBOT_PYTHON ?= $(shell for p in $(LEROBOT_VENV)/bin/python python3.12 python3
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 
 export HF_HUB_OFFLINE = 1
-test test-oldest test-newest test-quantization test-lerobot test-libero test-triton test-peers: export OMP_NUM_THREADS = 1
+test test-oldest test-newest test-quantization test-lerobot test-libero test-simpler test-triton test-peers: export OMP_NUM_THREADS = 1
 export MUJOCO_GL ?= egl
 
 # A virtual environment, unless it is there: $(call create,FOLDER).
@@ -48,7 +49,7 @@ endef
 # What is installed into one, and from which pins: $(call pip,FOLDER) -c constraints/NAME.txt PACKAGES.
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo test check format test-oldest test-newest test-quantization test-lerobot test-libero test-triton test-openpi test-peers
+.PHONY: help install demo test check format test-oldest test-newest test-quantization test-lerobot test-libero test-simpler test-triton test-openpi test-peers
 help:
 	@echo "make install      create $(VENV) and install everything, pinned by constraints/default.txt"
 	@echo "make demo         run the demo (make demo ARGS=--quick; make demo ARGS=--help lists the flags)"
@@ -60,6 +61,7 @@ help:
 	@echo "make test-quantization  run the tests with accelerate, bitsandbytes and torchao, in $(QUANTIZATION_VENV)"
 	@echo "make test-lerobot run LeRobot's tests in $(LEROBOT_VENV) (Python 3.12, 7 GB; LEROBOT=optional: none is no error)"
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
+	@echo "make test-simpler run SIMPLER's tests in $(SIMPLER_VENV) (2 GB); they skip without its assets or a Vulkan driver"
 	@echo "make test-triton  run the Triton kernels, interpreted, in $(TRITON_VENV) (700 MB)"
 	@echo "make test-openpi  drive the server with openpi's own client, which lives in $(OPENPI_VENV) (400 MB, no torch)"
 	@echo "make test-peers   read records with robostats and fieldtrial, serve vla-eval, and run in inspect-robots, in $(PEERS_VENV) (250 MB)"
@@ -147,6 +149,17 @@ $(LIBERO_VENV)/.installed: pyproject.toml constraints/libero.txt
 
 test-libero: $(LIBERO_VENV)/.installed
 	$(LIBERO_VENV)/bin/python -m pytest tests/simulators tests/official $(ARGS)
+
+# Without a GPU ManiSkill3 draws through Mesa's Vulkan driver, which .ci/vulkan brings.
+$(SIMPLER_VENV)/.installed: pyproject.toml constraints/simpler.txt
+	$(call create,$(SIMPLER_VENV))
+	@echo "==> Installing ManiSkill3 into $(SIMPLER_VENV) (2 GB; minutes the first time)"
+	@$(call pip,$(SIMPLER_VENV)) -c constraints/simpler.txt -e '.[simpler,eval]' pytest
+	@sh .ci/vulkan $(SIMPLER_VENV)/bin/python $(SIMPLER_VENV)/vulkan
+	@touch $@
+
+test-simpler: $(SIMPLER_VENV)/.installed
+	$(SIMPLER_VENV)/bin/python -m pytest tests/simulators/test_simpler.py tests/simulators/test_simpler_parts.py $(ARGS)
 
 # Triton is 700 MB, and torch for the CPU comes without it. All else is borrowed from $(VENV).
 $(TRITON_VENV)/.installed: $(VENV)/.installed constraints/triton.txt

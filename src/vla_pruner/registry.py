@@ -59,7 +59,7 @@ class Row:
         bench: how it is benchmarked; None: it is not.
         conventions: by simulator, a function that returns a `vla_pruner.simulators.base.Convention`, or None if the
             policy was not trained for it. Of "libero" it is given (policy, center_crop); of "metaworld", (policy,
-            suite).
+            suite); of "simpler", (policy, dataset), the name of the statistics that scale its actions.
     """
 
     name: str
@@ -132,7 +132,10 @@ ROWS = (
             layers=32,
             options=_DECODING_OPTIONS,
         ),
-        conventions={"libero": "vla_pruner.simulators.libero_conventions:openvla"},
+        conventions={
+            "libero": "vla_pruner.simulators.libero_conventions:openvla",
+            "simpler": "vla_pruner.simulators.simpler_conventions:openvla",
+        },
     ),
     Row(
         name="openvla-oft",

@@ -15,13 +15,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.evaluation.fakes import FakeEnvironment, FakeSource, FakeSuite, ToyFlow, find_fake, settings
+from tests.evaluation.fakes import FakeEnvironment, FakeSource, FakeSuite, ToyFlow, find_fake, settings, tiny_policy
 from vla_pruner.attach.session import Session
 from vla_pruner.errors import ObservationError, OptionError, VLAPrunerError
 from vla_pruner.evaluation import EvaluationError, Record, Unit, read_records
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.command import run_eval
 from vla_pruner.evaluation.episode import run_episode
+from vla_pruner.evaluation.lockstep import run_together
 from vla_pruner.evaluation.policies import check_fits
 from vla_pruner.evaluation.records import EPISODES, TIMES
 from vla_pruner.evaluation.settings import EvalSettings
@@ -99,6 +100,44 @@ def test_the_noise_is_the_units_and_the_steps_alone() -> None:
     torch.random.set_rng_state(torch_before)
     run_episode(ToyFlow(), environment, FakeSuite().convention(ToyFlow()), Arm("a", "a", "baseline"), UNIT, run="x")
     assert torch.equal(torch.random.get_rng_state(), torch_before)
+
+
+class Wavering(FakeEnvironment):
+    """Solved in the second and third step, and from the fifth on if the start is 1; its task goes on."""
+
+    def __init__(self, ends_at_success: bool) -> None:
+        task = dataclasses.replace(FakeSuite().tasks[0], ends_at_success=ends_at_success)
+        super().__init__(task, 0.0, None)
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        seen, *_ = super().step(action)
+        steps = len(self._actions)
+        success = steps in (2, 3) or (steps >= 5 and self.resets[-1] == 1)
+        over = steps == self.task.max_steps
+        return seen, float(success), success and over, over and not success, {"success": success}
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_last_step_counts_where_success_does_not_end_an_episode(together: bool) -> None:
+    def ran(ends_at_success: bool, start: int, max_steps: int | None = None) -> tuple[Any, ...]:
+        environment, policy = Wavering(ends_at_success), ToyFlow(0.01)
+        unit = dataclasses.replace(UNIT, initial_state=start)
+        arm, convention = Arm("unpruned", "unpruned", "baseline"), FakeSuite().convention(policy)
+        if together:
+            batch = tiny_policy()
+            convention = FakeSuite().convention(batch)
+            ((_, record),) = run_together(
+                batch, [environment], convention, arm, [unit], run="x", attempts=[1], max_steps=max_steps
+            )
+        else:
+            record = run_episode(policy, environment, convention, arm, unit, run="x", max_steps=max_steps)
+        return record.success, record.termination, record.steps, record.max_reward
+
+    assert ran(True, 0) == (True, "success", 2, 1.0)
+    assert ran(False, 0) == (False, "max_steps", 6, 1.0), "it was solved, and then no longer"
+    assert ran(False, 1) == (True, "success", 6, 1.0)
+    assert ran(False, 0, max_steps=3) == (True, "success", 3, 1.0)
+    assert ran(False, 1, max_steps=4) == (False, "max_steps", 4, 1.0)
 
 
 def test_the_blank_arm_sees_black() -> None:

@@ -108,7 +108,8 @@ class Course:
             self.steps += 1
             self._rewards.append(reward)
             self._success = success
-            self.over = over or success or self.steps >= self._limit
+            solved = success and self._environment.task.ends_at_success
+            self.over = over or solved or self.steps >= self._limit
             if self.over:
                 break
 

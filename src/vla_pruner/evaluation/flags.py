@@ -34,7 +34,7 @@ def add_eval(commands: Any) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "eval",
-        help="success rates on LIBERO or Meta-World: paired, resumable, with verdicts",
+        help="success rates on LIBERO, Meta-World or SIMPLER: paired, resumable, with verdicts",
         description=(
             "Runs a policy on a benchmark, unpruned, pruned and under controls, every arm on the same episodes in\n"
             "turns. Each episode is on the disk when it ends: the same command goes on where a run stopped.\n"
@@ -55,7 +55,7 @@ def add_eval(commands: Any) -> None:
         metavar="A,B",
         type=names,
         help="libero_spatial, libero_object, libero_goal, libero_10 (libero: these four), libero_90,\n"
-        "metaworld:mt8, metaworld:mt6 or metaworld:mt4",
+        "metaworld:mt8, metaworld:mt6, metaworld:mt4 or simpler_widowx",
     )
     add("--out", metavar="DIR", type=Path, required=True, help="folder of the run; an unfinished one is continued")
     add("--tasks", metavar="A,B", type=names, help="names or numbers of tasks (default: as the preset says)")
@@ -128,8 +128,8 @@ def add_eval(commands: Any) -> None:
         action="append",
         default=[],
         type=option,
-        help="for the suites: image_size=N; of LIBERO also assets=DIR, seed=N and center_crop=false; may be repeated\n"
-        "(default: none)",
+        help="for the suites: of LIBERO and Meta-World image_size=N; of LIBERO also assets=DIR, seed=N and\n"
+        "center_crop=false; of SIMPLER dataset=NAME; may be repeated (default: none)",
     )
     add_output(command)
     command.set_defaults(run=run_command, parser=command)

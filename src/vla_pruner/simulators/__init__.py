@@ -1,4 +1,5 @@
-"""Simulators behind one interface (`base`): Meta-World, which the reference policies were trained in, and LIBERO.
+"""Simulators behind one interface (`base`): Meta-World, which the reference policies were trained in, LIBERO, and
+SIMPLER's bridge tasks.
 
 Importing this imports no simulator.
 """
@@ -47,6 +48,12 @@ def _metaworld(name: str, **options: Any) -> Suite:
     return MetaWorldSuite(name, **options)
 
 
+def _simpler(name: str, **options: Any) -> Suite:
+    from vla_pruner.simulators.simpler import SimplerSuite
+
+    return SimplerSuite(name, **options)
+
+
 SUITES: dict[str, Callable[..., Suite]] = {
     "libero_spatial": _libero,
     "libero_object": _libero,
@@ -56,8 +63,15 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "metaworld:mt8": _metaworld,
     "metaworld:mt6": _metaworld,
     "metaworld:mt4": _metaworld,
+    "simpler_widowx": _simpler,
 }
 """The factory of each suite by its name; called with the name and the options."""
+
+_OPTIONS = {
+    _libero: ("assets", "image_size", "seed", "center_crop"),
+    _metaworld: ("image_size",),
+    _simpler: ("dataset",),
+}
 
 
 def find_suite(name: str, **options: Any) -> Suite:
@@ -65,15 +79,20 @@ def find_suite(name: str, **options: Any) -> Suite:
 
     Args:
         name: a key of `SUITES`.
-        **options: of `LiberoSuite` (assets, image_size, seed) or `MetaWorldSuite` (image_size).
+        **options: of `LiberoSuite` (assets, image_size, seed, center_crop), `MetaWorldSuite` (image_size) or
+            `SimplerSuite` (dataset).
 
     Raises:
         SuiteError: there is no such suite, or it has no such option.
         SimulatorUnavailable: a package that it needs is not installed, is of an untested version, or has no assets.
     """
+    if name.startswith("simpler_google"):
+        from vla_pruner.simulators.simpler import GOOGLE_ROBOT
+
+        raise SuiteError(GOOGLE_ROBOT)
     if name not in SUITES:
         raise SuiteError(f"There is no suite {name!r}; the suites are {', '.join(SUITES)}.")
-    known = ("image_size",) if SUITES[name] is _metaworld else ("assets", "image_size", "seed", "center_crop")
+    known = _OPTIONS[SUITES[name]]
     unknown = sorted(set(options) - set(known))
     if unknown:
         found = ", ".join(map(repr, unknown))

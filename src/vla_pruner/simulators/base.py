@@ -130,6 +130,10 @@ class Task:
     """Control steps after which an episode is truncated; settling steps are not among them."""
     initial_states: int | None
     """The number of initial states; None: any number from 0 on."""
+    ends_at_success: bool = True
+    """Whether an episode is over once it is solved. If not, it runs for `max_steps`, and its last step says whether it
+    was solved.
+    """
 
     def check_initial_state(self, number: int) -> None:
         """Refuse an initial state that the task does not have.
@@ -180,8 +184,9 @@ class Environment(Protocol):
             action: (action_size,) float, in the simulator's units.
 
         Returns:
-            observation; reward (1.0 on success, else 0.0; finite); terminated (the task is solved); truncated
-            (`max_steps` are over, and it is not solved); `info` with "success" (bool). See `outcome`.
+            observation; reward (1.0 on success, else 0.0; finite); terminated (the episode is over, solved); truncated
+            (`max_steps` are over, and it is not solved); `info` with "success" (bool): solved in this step. See
+            `outcome` and `Task.ends_at_success`.
         """
         ...
 
