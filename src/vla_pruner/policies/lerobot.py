@@ -63,7 +63,7 @@ class LeRobotPolicy:
 
     @property
     def takes_absent_cameras(self) -> bool:
-        """Whether `act` may be given fewer images than there are cameras."""
+        """True if `act` accepts fewer images than there are cameras."""
         return getattr(self.module.config, "type", None) not in NEED_ALL_CAMERAS
 
     @property

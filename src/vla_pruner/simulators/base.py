@@ -131,7 +131,7 @@ class Task:
     initial_states: int | None
     """The number of initial states; None: any number from 0 on."""
     ends_at_success: bool = True
-    """Whether an episode is over once it is solved. If not, it runs for `max_steps`, and its last step says whether it
+    """True if an episode is over once it is solved. If not, it runs for `max_steps`, and its last step says whether it
     was solved.
     """
 

@@ -12,7 +12,7 @@ from vla_pruner.simulators.simpler_conventions import ACTION_SIZE, CAMERA, avera
 from vla_pruner.simulators.simpler_package import make, quiet
 
 SEED = 0
-"""Of every reset; the number of an episode alone places the objects."""
+"""The seed of every reset; the number of an episode alone places the objects."""
 
 
 class SimplerEnvironment:
