@@ -16,7 +16,9 @@ from vla_pruner.simulators.simpler_package import check_packages, installed_vers
 
 NAME = "simpler_widowx"
 EPISODES = 24
-"""Episodes of a task, as published. In all but the eggplant's task ManiSkill3 repeats an episode if the number is larger."""
+"""Episodes of a task, as published. In all tasks but the eggplant's, ManiSkill3 repeats an episode if the number is
+larger.
+"""
 
 _TASKS = (
     ("widowx_spoon_on_towel", "put the spoon on the towel", 60, "PutSpoonOnTableClothInScene-v1"),
