@@ -49,6 +49,11 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
     return None
 
 
+def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """Return the arguments of a call with `cache` in the place of theirs, by the name that the caller used."""
+    return {name: cache if name in NAMES and given is not None else given for name, given in arguments.items()}
+
+
 def cache_of(output: Any) -> Any:
     """Return the cache that a decoder's call returned; None if it returned none."""
     for name in NAMES:

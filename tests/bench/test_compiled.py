@@ -141,9 +141,9 @@ def test_a_failure_leaves_nothing_compiled(small: Any, monkeypatch: pytest.Monke
 
 
 def test_a_family_that_cannot_be_compiled_says_so(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SmolVLA, for instance."""
+    """MolmoAct2, for instance."""
     monkeypatch.setattr(type(small.family), "compilable", False)
-    with pytest.raises(UnsupportedModelError, match="cannot be compiled with what pruning does in them"):
+    with pytest.raises(UnsupportedModelError, match="in a loop of its own, outside of any call"):
         CompiledTurns(small, arms_of(small.settings), "eager")
 
 

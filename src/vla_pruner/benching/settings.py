@@ -217,9 +217,9 @@ class BenchSettings:
             check_backend(self.compile)
         if self.compile and self.row is not None and not class_at(self.row.family).compilable:
             raise UnsupportedModelError(
-                f"--compile does not go with {self.model}: {self.row.title} runs its layers in a loop of its own, "
-                "outside of any module's call, so they cannot be compiled with what pruning does in them; leave "
-                "--compile out."
+                f"--compile does not go with {self.model}: {self.row.title} runs its layers or its action head in a "
+                "loop of its own, outside of any call that is compiled with what pruning does in it; leave --compile "
+                "out."
             )
 
     def _check_model(self) -> None:

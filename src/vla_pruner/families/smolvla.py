@@ -98,7 +98,7 @@ class SmolVLA(LeRobotFamily):
         def stands(seam: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if module is not self.decoder:
                 # A copy: LeRobot removes what a denoising step adds to the cache, which would replace its tensors.
-                kwargs = {**kwargs, "past_key_values": lent(cache_in(kwargs))}
+                kwargs = with_cache(kwargs, lent(cache_in(kwargs)))
             return around(partial(seam, original), *args, **kwargs)
 
         names = _names(self.both.forward)
