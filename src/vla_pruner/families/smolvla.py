@@ -23,7 +23,7 @@ from vla_pruner.attach.family import Call
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.short_layers import LayerInput, ShortLayers
-from vla_pruner.caches import PromptCache, cache_in, lent
+from vla_pruner.caches import PromptCache, cache_in, lent, with_cache
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import LeRobotFamily
 from vla_pruner.replacements import Replacements
