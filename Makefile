@@ -17,7 +17,7 @@ PEERS_VENV ?= .venv-peers
 LIBERO_NO_DEPENDENCIES := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 ARGS ?=
 # Tests run in two processes of one thread each; make test WORKERS= runs them in one.
-WORKERS ?= -n 2
+WORKERS ?= -n 2 --dist worksteal
 PY := $(VENV)/bin/python
 GL_PACKAGES := libegl1 libgl1 libgles2 libgl1-mesa-dri libegl-mesa0
 BROWSER_PACKAGES := chromium chromium-driver fonts-dejavu-core
