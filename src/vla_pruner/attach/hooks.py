@@ -255,6 +255,16 @@ class HookWiring:
     def _leave_reader(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._host.leave_call()
 
+    def _run_reader(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a call of an expert that is a method, on which no hook can be placed."""
+        try:
+            self._host.enter_reader()
+            result = original(*args, **kwargs)
+            self._host.leave_call()
+        finally:
+            self._host.end_turn()
+        return result
+
     def _enter_reader_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:

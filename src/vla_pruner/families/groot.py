@@ -124,7 +124,7 @@ class GrootWiring(HookWiring):
             )
         super().install()
         self._replaced.put(self._groot.backbone, "forward", self._see)
-        self._replaced.put(self._groot.head.model, "forward", self._denoise)
+        self._replaced.put(self._groot.head.model, "forward", self._run_reader)
 
     def remove(self) -> None:
         while self._readers:
@@ -153,15 +153,6 @@ class GrootWiring(HookWiring):
             for name in ("backbone_attention_mask", "image_mask"):
                 output[name] = short.live_rows(output[name])
         return output
-
-    def _denoise(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            self._host.enter_reader()
-            result = original(*args, **kwargs)
-            self._host.leave_call()
-        finally:
-            self._host.end_turn()
-        return result
 
 
 class _Read:

@@ -5,7 +5,7 @@ while a session is attached.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from typing import Any
 
@@ -76,7 +76,7 @@ class LeRobotFamily(TransformersFamily):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return any((kind.__module__, kind.__name__) in cls.classes for kind in type(model).__mro__)
+        return is_one_of(model, cls.classes)
 
     @staticmethod
     def anatomy_of(model: Any) -> Anatomy:
@@ -137,7 +137,7 @@ class LeRobotFamily(TransformersFamily):
     def install(self) -> None:
         self._replaced.put(self._policy, self.prepare, self._prepare_images)
         self._replaced.put(self._inner, self.embed, self._embed_prefix)
-        self._replaced.put(self._inner, "forward", _refuse_training)
+        self._replaced.put(self._inner, "forward", refuse_training)
 
     def remove(self) -> None:
         self._replaced.remove()
@@ -173,5 +173,11 @@ class LeRobotFamily(TransformersFamily):
         return found
 
 
-def _refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def is_one_of(model: nn.Module, classes: Collection[tuple[str, str]]) -> bool:
+    """Return True if the class of `model`, or one that it inherits from, is in `classes` by its module and name."""
+    return any((kind.__module__, kind.__name__) in classes for kind in type(model).__mro__)
+
+
+def refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a policy's loss while a session is attached: raise SessionError."""
     raise SessionError("The loss was asked for while a session is attached; detach before training.")

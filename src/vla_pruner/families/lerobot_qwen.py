@@ -12,7 +12,7 @@ from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
-from vla_pruner.families.lerobot_common import check_version
+from vla_pruner.families.lerobot_common import check_version, is_one_of, refuse_training
 from vla_pruner.replacements import Replacements
 
 
@@ -43,7 +43,7 @@ class LeRobotQwen(TransformersFamily):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return any((kind.__module__, kind.__name__) == cls.named for kind in type(model).__mro__)
+        return is_one_of(model, {cls.named})
 
     @property
     def first_layer(self) -> int:
@@ -82,7 +82,7 @@ class LeRobotQwen(TransformersFamily):
         return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt, cameras=(each // views,) * views)
 
     def install(self) -> None:
-        self._replaced.put(self._policy, "forward", _refuse_training)
+        self._replaced.put(self._policy, "forward", refuse_training)
         self._replaced.put(self.vlm.model, "get_image_features", self._see_images)
         self._replaced.put(self.vlm.model, "get_placeholder_mask", self._see_tokens)
 
@@ -106,10 +106,6 @@ class LeRobotQwen(TransformersFamily):
             # A shape says how many there are, without waiting for the device.
             self._seen = input_ids, len(features)
         return original(input_ids, *args, **kwargs)
-
-
-def _refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    raise SessionError("The loss was asked for while a session is attached; detach before training.")
 
 
 _UNEVEN = (

@@ -25,7 +25,7 @@ from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.short_layers import ShortLayers
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import BACKENDS
-from vla_pruner.families.lerobot_common import IMAGES, check_version
+from vla_pruner.families.lerobot_common import IMAGES, check_version, is_one_of, refuse_training
 from vla_pruner.replacements import Replacements
 from vla_pruner.versions import check_transformers
 
@@ -77,7 +77,7 @@ class MolmoAct2(Family):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return any((kind.__module__, kind.__name__) == (MODULE, "MolmoAct2Policy") for kind in type(model).__mro__)
+        return is_one_of(model, {(MODULE, "MolmoAct2Policy")})
 
     @staticmethod
     def anatomy_of(model: Any) -> Anatomy:
@@ -188,7 +188,7 @@ class MolmoAct2(Family):
 
     def install(self) -> None:
         put = self._replaced.put
-        put(self._policy, "forward", _refuse_training)
+        put(self._policy, "forward", refuse_training)
         put(self._policy, "_model_inputs", self._see_batch)
         put(self._policy, "_resolve_inference_action_mode", self._check_mode)
         put(self._backbone, "merge_visual_inputs", self._see_images)
@@ -281,13 +281,7 @@ class MolmoAct2Wiring(HookWiring):
 
     def _denoise(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._reader.forget()
-        try:
-            self._host.enter_reader()
-            result = original(*args, **kwargs)
-            self._host.leave_call()
-        finally:
-            self._host.end_turn()
-        return result
+        return self._run_reader(original, *args, **kwargs)
 
     def _attend(
         self, index: int, original: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None
@@ -328,10 +322,6 @@ def _sdpa(
 
 def _no_graph(original: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
     return False
-
-
-def _refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    raise SessionError("The loss was asked for while a session is attached; detach before training.")
 
 
 def _refuse_decoding(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vla_pruner.errors import UnsupportedModelError
-from vla_pruner.families.lerobot_common import IMAGES, check_version
+from vla_pruner.families.lerobot_common import check_version
 from vla_pruner.models.drawn import draw_weights
 from vla_pruner.policies.qwen_prompts import pictured
 
@@ -88,7 +88,7 @@ def random_eo1_policy(
     Raises:
         UnsupportedModelError: another size or dtype, or lerobot is missing or of an untested version.
     """
-    from vla_pruner.policies.lerobot import LeRobotPolicy
+    from vla_pruner.policies.lerobot import LeRobotPolicy, lerobot_features
 
     check_version()
     if size not in _SIDES or dtype not in (torch.float32, torch.bfloat16):
@@ -97,13 +97,8 @@ def random_eo1_policy(
             "or torch.bfloat16."
         )
     modeling: Any = importlib.import_module("lerobot.policies.eo1.modeling_eo1")
-    types: Any = importlib.import_module("lerobot.configs.types")
     side, is_tiny = _SIDES[size], size == "tiny"
-
-    def feature(kind: str, *shape: int) -> Any:
-        return types.PolicyFeature(types.FeatureType[kind], shape)
-
-    images = {f"{IMAGES}{name}": feature("VISUAL", 3, side, side) for name in cameras or CAMERAS}
+    features = lerobot_features(cameras or CAMERAS, side, STATE, ACTION)
     first = 400 if is_tiny else 151_000
     text = dict(_TINY_TEXT if is_tiny else _FULL_TEXT)
     if layers is not None:
@@ -118,8 +113,7 @@ def random_eo1_policy(
     if is_tiny:
         defaults |= {"num_denoise_steps": 3}
     given = modeling.EO1Config(
-        input_features={**images, "observation.state": feature("STATE", STATE)},
-        output_features={"action": feature("ACTION", ACTION)},
+        **features,
         **defaults | config,
     )
     with torch.device(device):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vla_pruner.errors import UnsupportedModelError
 from vla_pruner.families.groot import MODULE
-from vla_pruner.families.lerobot_common import IMAGES, check_version
+from vla_pruner.families.lerobot_common import check_version
 from vla_pruner.models.drawn import draw_weights
 from vla_pruner.policies.qwen_prompts import pictured
 
@@ -111,7 +111,7 @@ def random_groot_policy(
     Raises:
         UnsupportedModelError: another size or dtype; or lerobot, or a package that it needs for GR00T, is missing.
     """
-    from vla_pruner.policies.lerobot import LeRobotPolicy
+    from vla_pruner.policies.lerobot import LeRobotPolicy, lerobot_features
 
     check_version()
     if size not in _SIDES or dtype not in (torch.float32, torch.bfloat16):
@@ -126,19 +126,13 @@ def random_groot_policy(
         network.require_package("dm-tree", extra="groot", import_name="tree")
     except ImportError as error:
         raise UnsupportedModelError(f"GR00T needs packages that are not installed: {error}") from error
-    types: Any = importlib.import_module("lerobot.configs.types")
     side = _SIDES[size]
-
-    def feature(kind: str, *shape: int) -> Any:
-        return types.PolicyFeature(types.FeatureType[kind], shape)
-
-    images = {f"{IMAGES}{name}": feature("VISUAL", 3, side, side) for name in cameras or CAMERAS}
+    features = lerobot_features(cameras or CAMERAS, side, STATE, ACTION)
     defaults = {"device": str(device), "use_bf16": dtype == torch.bfloat16}
     if size == "tiny":
         defaults |= {"chunk_size": 10, "n_action_steps": 10, "max_state_dim": 12, "max_action_dim": 12}
     given = modeling.GrootConfig(
-        input_features={**images, "observation.state": feature("STATE", STATE)},
-        output_features={"action": feature("ACTION", ACTION)},
+        **features,
         **defaults | config,
     )
     known, config_of = modeling.GR00TN17, network._cosmos_reason2_qwen3_vl_config

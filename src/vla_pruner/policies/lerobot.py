@@ -366,17 +366,21 @@ def policy_class(kind: str) -> Any:
 
 def lerobot_config(kind: str, cameras: tuple[str, ...], image: int, state: int, action: int, **fields: Any) -> Any:
     """LeRobot's config of this kind for cameras of `image` pixels, a state and an action of so many numbers."""
+    return policy_class(kind).config_class(**lerobot_features(cameras, image, state, action), **fields)
+
+
+def lerobot_features(cameras: tuple[str, ...], image: int, state: int, action: int) -> dict[str, Any]:
+    """Return the fields of a LeRobot config that describe inputs and outputs; arguments as of `lerobot_config`."""
     types = _lerobot("configs.types")
 
     def feature(kind: str, *shape: int) -> Any:
         return types.PolicyFeature(types.FeatureType[kind], shape)
 
     features = {f"{IMAGES}{name}": feature("VISUAL", 3, image, image) for name in cameras}
-    return policy_class(kind).config_class(
-        input_features={**features, "observation.state": feature("STATE", state)},
-        output_features={"action": feature("ACTION", action)},
-        **fields,
-    )
+    return {
+        "input_features": {**features, "observation.state": feature("STATE", state)},
+        "output_features": {"action": feature("ACTION", action)},
+    }
 
 
 def _lerobot(module: str) -> Any:

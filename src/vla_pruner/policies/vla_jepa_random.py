@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.errors import UnsupportedModelError
-from vla_pruner.families.lerobot_common import IMAGES, check_version
+from vla_pruner.families.lerobot_common import check_version
 from vla_pruner.models.drawn import draw_weights
 from vla_pruner.policies.groot_random import tiny_qwen3_vl
 from vla_pruner.policies.qwen_prompts import pictured
@@ -61,7 +61,7 @@ def random_vla_jepa_policy(
     Raises:
         UnsupportedModelError: another size or dtype; or lerobot, or a package that it needs for VLA-JEPA, is missing.
     """
-    from vla_pruner.policies.lerobot import LeRobotPolicy
+    from vla_pruner.policies.lerobot import LeRobotPolicy, lerobot_features
 
     check_version()
     if size not in _SIDES or dtype not in (torch.float32, torch.bfloat16):
@@ -75,18 +75,12 @@ def random_vla_jepa_policy(
         head.require_package("diffusers", extra="vla_jepa")
     except ImportError as error:
         raise UnsupportedModelError(f"VLA-JEPA needs packages that are not installed: {error}") from error
-    types: Any = importlib.import_module("lerobot.configs.types")
     side = _SIDES[size]
-
-    def feature(kind: str, *shape: int) -> Any:
-        return types.PolicyFeature(types.FeatureType[kind], shape)
-
-    images = {f"{IMAGES}{name}": feature("VISUAL", 3, side, side) for name in cameras or CAMERAS}
+    features = lerobot_features(cameras or CAMERAS, side, STATE, ACTION)
     defaults: dict[str, Any] = {"device": str(device), "torch_dtype": str(dtype).removeprefix("torch.")}
     defaults |= {"enable_world_model": False, **(_TINY if size == "tiny" else {})}
     given = modeling.VLAJEPAConfig(
-        input_features={**images, "observation.state": feature("STATE", STATE)},
-        output_features={"action": feature("ACTION", ACTION)},
+        **features,
         **defaults | config,
     )
     known = modeling.Qwen3VLInterface
