@@ -19,11 +19,12 @@ from vla_pruner.models.chunk.network import CameraEncoder
 class TrainingHeads(nn.Module):
     """Finds marks in the images, from patches and from tokens, and the places of things, from the decoder."""
 
-    def __init__(self, config: ChunkConfig) -> None:
+    def __init__(self, config: ChunkConfig, asked: int) -> None:
+        """`asked` is the number of things whose places the decoder is asked for by one question."""
         super().__init__()
         self.side, self.patch = config.image_size // config.patch_size, config.patch_size
         self.local_cells = nn.Linear(config.vision_width, config.landmarks)
-        self.places = nn.Linear(config.hidden_size, len(config.cameras) * config.landmarks * 2)
+        self.places = nn.Linear(config.hidden_size, len(config.cameras) * asked * 2)
         nn.init.constant_(self.local_cells.bias, -4.0)
 
     def where(self, encoder: CameraEncoder, patches: Tensor, tokens: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,9 +60,22 @@ class TrainingHeads(nn.Module):
         near = (column - cells[..., 0]).abs().maximum((row - cells[..., 1]).abs()) <= 1
         return loss, near[seen].float().mean()
 
-    def placing(self, hidden: Tensor, marks: Tensor) -> Tensor:
-        """Mean squared error of the marks read from the decoder's proprio rows (B, S, hidden), in image sides."""
-        guess = self.places(hidden).float().unflatten(-1, marks.shape[1:])
-        target = (marks / (self.side * self.patch) - 0.5)[:, None].expand_as(guess)
-        seen = ~target.isnan()
-        return F.mse_loss(guess[seen], target[seen])
+    def placing(self, hidden: Tensor, marks: Tensor, asked: Tensor, imagined: Tensor) -> Tensor:
+        """Return the mean distance, in image sides, between the places read from the decoder's proprio rows and the
+        places of the things that each question is about.
+
+        The instruction decides which things those are, so this teaches the decoder to find what it read.
+
+        Args:
+            hidden: (B, S, hidden). marks: (B, C, K, 2) pixels, NaN where a thing is out of view.
+            asked: (B, S, J) landmarks. imagined: (B, S) bool, the questions that only see the first camera.
+        """
+        count, suffixes, things = asked.shape
+        cameras = marks.shape[1]
+        guess = self.places(hidden).float().view(count, suffixes, cameras, things, 2)
+        index = asked[:, :, None, :, None].expand(-1, -1, cameras, -1, 2)
+        places = marks / (self.side * self.patch) - 0.5
+        target = places[:, None].expand(-1, suffixes, -1, -1, -1).gather(3, index)
+        seen = ~target[..., 0].isnan()
+        seen[:, :, 1:] &= ~imagined[:, :, None, None]
+        return (guess - target)[seen].abs().mean()

@@ -49,6 +49,8 @@ class Batch:
     """(B, S) bool: the hand is not where the images show it, so the wrist camera must not be read."""
     marks: Tensor
     """(B, C, K, 2) float32 pixels, NaN where a thing is out of view."""
+    asked: Tensor
+    """(B, S, J) int64: the things that each question is about, whose places the decoder is asked for."""
 
 
 class Questions:
@@ -71,6 +73,11 @@ class Questions:
         weights *= np.where(corpus.fresh[self.train_rows], FRESH_SHARE, 1.0)
         self.weights = weights / weights.sum()
 
+    @classmethod
+    def asked(cls, config: ChunkConfig) -> int:
+        """The number of things that one question is about."""
+        return config.landmarks
+
     def sample(self, size: int) -> np.ndarray:
         """(size,) training rows."""
         return self.rng.choice(self.train_rows, size, p=self.weights)
@@ -87,9 +94,10 @@ class Questions:
         chunks: np.ndarray,
         weight: np.ndarray,
         imagined: np.ndarray,
+        asked: np.ndarray,
     ) -> Batch:
         """A batch of arrays; `questions` (B, S) are numbers of tasks, the others as in `Batch`."""
-        arrays = (self.ids[questions], proprio, chunks, weight, imagined, self.corpus.marks[rows])
+        arrays = (self.ids[questions], proprio, chunks, weight, imagined, self.corpus.marks[rows], asked)
         return Batch(rows, *map(torch.from_numpy, arrays))
 
     def images(self, rows: np.ndarray) -> Tensor:
@@ -132,7 +140,8 @@ class MetaWorldQuestions(Questions):
             chunks[where, which], weight[where, which] = answer, trusted
             questions[where, which], proprio[where, which] = tasks, states[:, :4]
             imagined[where, which] = True
-        return self.batch_of(rows, questions, proprio, chunks, weight, imagined)
+        asked = np.broadcast_to(np.arange(config.landmarks), (count, suffixes, config.landmarks)).copy()
+        return self.batch_of(rows, questions, proprio, chunks, weight, imagined, asked)
 
 
 class LiberoQuestions(Questions):
@@ -143,6 +152,10 @@ class LiberoQuestions(Questions):
         things = [thing for thing in libero_things.THINGS if thing in libero_things.TASKS]
         self.tasks = np.array([libero_things.TASKS.index(thing) for thing in things])
         """The task about each thing, by the number that recordings give it."""
+
+    @classmethod
+    def asked(cls, config: ChunkConfig) -> int:
+        return 2  # the object and the basket
 
     def batch(self, rows: np.ndarray, suffixes: int) -> Batch:
         corpus, size = self.corpus, len(self.config.proprio_mean)
@@ -160,7 +173,10 @@ class LiberoQuestions(Questions):
         imagined = states[:, recorded * size :][at, picked] > 0.5
         chunks = corpus.chunks[rows][at, picked]
         weight = np.repeat(asked[:, :, None].astype(np.float32), self.config.chunk, axis=2)
-        return self.batch_of(rows, questions, proprio, chunks, weight, imagined)
+        basket = libero_things.THINGS.index("basket")
+        target = np.where(asked, things, things[:, :1]).astype(np.int64)
+        about = np.stack([target, np.full_like(target, basket)], axis=-1)
+        return self.batch_of(rows, questions, proprio, chunks, weight, imagined, about)
 
 
 def imagined_chunks(tasks: np.ndarray, states: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -69,7 +69,8 @@ class Trainer:
         torch.manual_seed(args.seed + args.worker)
         self.args, self.stage = args, str(args.stage)
         self.config = CONFIGS[args.suite]
-        self.policy, self.heads = ChunkPolicy(self.config), TrainingHeads(self.config)
+        questions = QUESTIONS[args.suite]
+        self.policy, self.heads = ChunkPolicy(self.config), TrainingHeads(self.config, questions.asked(self.config))
         AttentionInterface.register("training", decoder_attention)
         self.policy.decoder.config._attn_implementation = "training"
         blocks: list[Any] = list(self.policy.vision.blocks)
@@ -88,7 +89,7 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
         corpus = Corpus(args.data or [DATA_ROOT / args.suite, DATA_ROOT / f"{args.suite}-dagger"])
         print(f"{len(corpus)} control steps, {int(corpus.fresh.sum())} of them from DAgger", flush=True)
-        self.data = QUESTIONS[args.suite](corpus, self.config, args.seed + self.step + 1_000_000 * args.worker)
+        self.data = questions(corpus, self.config, args.seed + self.step + 1_000_000 * args.worker)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.partner = Partner(self.path.with_suffix(".shared"), args.worker) if args.pair else None
         self.side = self.config.image_size // self.config.patch_size
@@ -125,8 +126,11 @@ class Trainer:
             return None
         saved = torch.load(self.folder / f"{start}.pt", weights_only=True)
         self.policy.load_state_dict(saved["policy"])
-        self.heads.load_state_dict(saved["heads"])
-        print(f"starting from {start}.pt")
+        own = self.heads.state_dict()
+        fits = {name: value for name, value in saved["heads"].items() if own[name].shape == value.shape}
+        self.heads.load_state_dict(fits, strict=False)
+        new = f", with new heads {sorted(own.keys() - fits)}" if own.keys() - fits else ""
+        print(f"starting from {start}.pt{new}")
         return None
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -164,14 +168,14 @@ class Trainer:
             sees = mask(self.config, batch.imagined, self.pooled)
             where = positions(self.config, batch.text.shape[1], self.pooled)
             chunks, hidden = packed_forward(self.policy, visual, batch.text, batch.proprio, sees, where)
-            placing = self.heads.placing(hidden, batch.marks)
+            placing = self.heads.placing(hidden, batch.marks, batch.asked, batch.imagined)
         error = (chunks - batch.chunks).abs().mean(-1)
         acting = (error * batch.weight).sum() / batch.weight.sum()
         numbers |= {
             "l1": acting.item(),
             "own": error[:, 0].mean().item(),
             "first": error[:, 0, :4].mean().item(),
-            "place": placing.item() ** 0.5,
+            "place": placing.item(),
         }
         return acting + self.args.place_weight * placing + self.args.find_weight * finding, numbers
 

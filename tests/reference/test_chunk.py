@@ -79,7 +79,7 @@ def test_pooled_tokens_are_means_of_blocks() -> None:
 
 
 def test_a_thing_out_of_view_is_asked_of_no_patch(policy: ChunkPolicy) -> None:
-    heads = TrainingHeads(CONFIG)
+    heads = TrainingHeads(CONFIG, 2)
     marks = torch.full((1, 2, 2, 2), float("nan"))
     marks[0, 0, 0] = torch.tensor([12.0, 20.0])
     patches = torch.randn(1, 2, 16, 32, generator=torch.Generator().manual_seed(0))
@@ -87,6 +87,29 @@ def test_a_thing_out_of_view_is_asked_of_no_patch(policy: ChunkPolicy) -> None:
         loss, found = heads.where(policy.vision, patches, patches, marks)
     assert loss.isfinite()
     assert found.item() in (0.0, 1.0)  # one thing is in view
+
+
+def test_the_decoder_is_asked_for_the_places_of_the_things_that_a_question_is_about() -> None:
+    heads = TrainingHeads(CONFIG, 1)
+    torch.nn.init.zeros_(heads.places.weight)
+    torch.nn.init.zeros_(heads.places.bias)  # it always guesses the middle of the image
+    side = CONFIG.image_size
+    marks = torch.full((1, 2, 2, 2), side / 2)
+    marks[0, 0, 1] = 0.75 * side
+    marks[0, 1, 1] = 0.25 * side
+    marks[0, 1, 0] = float("nan")
+    hidden = torch.ones(1, 1, CONFIG.hidden_size)
+
+    def distance(thing: int, imagined: bool) -> float:
+        asked, moved = torch.tensor([[[thing]]]), torch.tensor([[imagined]])
+        with torch.no_grad():
+            return heads.placing(hidden, marks, asked, moved).item()
+
+    assert distance(0, False) == 0.0  # out of the second camera's view
+    assert distance(1, False) == 0.25
+    marks[0, 1, 1] = side / 2
+    assert distance(1, False) == 0.125
+    assert distance(1, True) == 0.25  # the second camera shows another place of the hand
 
 
 def _row(episode: int) -> dict[str, object]:
