@@ -256,3 +256,29 @@ def test_a_method_that_is_replaced_twice_calls_both():
     first.remove()
     assert owner.double(3) == 6
     assert not vars(owner)
+
+
+@pytest.mark.parametrize("pruned", ["drop", "freeze"])
+def test_a_frame_of_nan_leaves_no_trace_in_the_memory(pruned):
+    """A camera's driver that gives NaN once must not decide what is kept in the control steps after it."""
+    model = tiny_lm()
+    embeds = prompt()[0]
+    spoiled = embeds.clone()
+    spoiled[:, VISUAL] = torch.nan
+    method = vp.VLAPruner(keep=0.25, layer=K, pruned=pruned, window=3)
+
+    def act(inputs):
+        return decode(model, inputs, None, make_cache("dynamic", model), 2)[1]
+
+    with method.attach(model, visual=VISUAL) as session:
+        act(embeds)
+        before = session.memory
+        act(spoiled)
+        after = session.memory
+        assert torch.equal(after.action[:, -1], before.action[:, -1])
+        assert torch.equal(after.age[:, -1], before.age[:, -1] + 1)
+        assert all(value.isfinite().all() for value in (after.action, after.semantic))
+        act(embeds)
+        act(embeds)
+        assert session.kept is not None
+        assert all(value.isfinite().all() for value in (session.memory.action, session.memory.semantic))

@@ -86,6 +86,9 @@ def test_cameras_that_a_robot_lacks_are_absent_where_the_policy_takes_that() -> 
         reader.read({**sent, "images": {**sent["images"], "cam_left": image(1, 3, 6, 8)}})
     with pytest.raises(ObservationError, match="'images/wrist' is none of the layout's images"):
         reader.read({**sent, "images/wrist": image(1, 3, 6, 8)})
+    for misplaced in ({"image": {"cam_left_wrist": image(1, 3, 6, 8)}}, {"cam_left_wrist": image(1, 3, 6, 8)}):
+        with pytest.raises(ObservationError, match="cam_left_wrist' is none of the layout's images"):
+            reader.read({**sent, **misplaced})
     with pytest.raises(ObservationError, match="has no 'images/cam_left_wrist'"):
         reader_of(fake(cameras, 14), "aloha").read(sent)
     # DROID's and LIBERO's robots have one hand.

@@ -120,19 +120,21 @@ class Memory:
     ) -> dict[str, Tensor]:
         """Return the fields that `push` changes on the device of the scores, by name. It may be part of a graph.
         Arguments are those of `push`.
+
+        A score that is not finite, as a camera's NaN makes it, means nothing: the token counts as not seen, so that one
+        bad frame does not spoil the choice of the next `window` control steps.
         """
         if scores is None or not self.window:
             return {}
-        age = torch.zeros_like(self.age[:, -1])
-        if seen is not None:
-            scores = torch.where(seen, scores, self.action[:, -1])
-            age = torch.where(seen, age, self.age[:, -1] + 1)
+        known = _known(scores, seen)
+        age = torch.where(known, 0, self.age[:, -1] + 1)
+        scores = torch.where(known, scores, self.action[:, -1])
         after = {
             "action": torch.cat([self.action[:, 1:], scores[:, None]], dim=1),
             "age": torch.cat([self.age[:, 1:], age[:, None]], dim=1),
         }
         if self.holds_semantic and semantic is not None:
-            newest = semantic if seen is None else torch.where(seen, semantic, self.semantic[:, -1])
+            newest = torch.where(_known(semantic, seen), semantic, self.semantic[:, -1])
             after["semantic"] = torch.cat([self.semantic[:, 1:], newest[:, None]], dim=1)
         return after
 
@@ -190,6 +192,11 @@ class Memory:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors by name, for `torch.save` or `safetensors`; `Memory(**state)` restores them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _known(scores: Tensor, seen: Tensor | None) -> Tensor:
+    finite = scores.isfinite()
+    return finite if seen is None else seen & finite
 
 
 def _index(rows: list[int], tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -191,10 +191,12 @@ class ObservationReader:
         know: the name may be misspelled.
         """
         folder = f"{absent.rpartition('/')[0]}/"
-        inside = observation.get(folder[:-1])
-        found = [f"{folder}{name}" for name in inside] if isinstance(inside, dict) else []
-        found += [name for name in observation if isinstance(name, str) and name.startswith(folder)]
-        strange = [name for name in found if name not in self.known]
+        strange = [
+            name
+            for name, value in _arrays(observation)
+            if name not in self.known
+            and (name.startswith(folder) or (isinstance(value, np.ndarray) and value.ndim == 3))
+        ]
         if strange:
             raise ObservationError(
                 f"The observation has no {absent!r}, and {shown(strange[0])} is none of the layout's images "
@@ -315,6 +317,15 @@ def _first_of(
         raise ServingError(f"--action-dim is {action_dim}, and the policy's actions have {size} numbers.")
     width = of_layout if action_dim is None else action_dim
     return actions if width is action_horizon is None else lambda chunk: actions(chunk)[:action_horizon, :width]
+
+
+def _arrays(observation: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of a message's entries, and of those of the maps in it."""
+    for name, value in observation.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", part) for inner, part in value.items())
+        else:
+            yield str(name), value
 
 
 def _flag(value: Any) -> bool:
