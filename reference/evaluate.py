@@ -114,7 +114,9 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "metaworld", "mujoco", "gymnasium")}
+    named = ("torch", "transformers", "metaworld", "mujoco", "gymnasium", "robosuite", "hf-libero")
+    installed = {found.metadata["Name"] for found in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in named if name in installed}
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
 
 
