@@ -44,8 +44,11 @@ _DAGGER_SEED, _ROUND_SEEDS = 200_000, 20_000
 
 
 class Expert(LiberoObjectExpert):
-    """The scripted expert as nearly a function of the scene: it goes up again if it was pushed aside, and lifts as soon
-    as the fingers rest.
+    """The scripted expert as nearly a function of the scene: it goes up again if it was pushed aside, closes as soon as
+    the hand rests on the object, and lifts as soon as the fingers rest.
+
+    `LiberoObjectExpert` counts steps instead, which no policy can see: while it waited its labels said "stay", and a
+    policy that learned from them stayed for good.
     """
 
     ground = 0.0
@@ -58,12 +61,15 @@ class Expert(LiberoObjectExpert):
 
     def reset(self) -> None:
         super().reset()
-        self._width = np.inf
+        self._width = self._sunk = np.inf
 
     def _sink(self, truth: Any) -> np.ndarray:
-        way = self._way_to_grip(truth, self._tips(truth.points(self._object)))
+        way, height = self._way_to_grip(truth, self._tips(truth.points(self._object))), truth.hand().position[2]
         if np.linalg.norm(way[:2]) > 0.02:
             self._enter(_Phase.COME)
+        elif self._steps > 1 and way[2] > -0.014 and abs(self._sunk - height) < 5e-4:
+            self._enter(_Phase.GRASP)
+        self._sunk = height
         return super()._sink(truth)
 
     def _grasp(self, truth: Any) -> np.ndarray:
