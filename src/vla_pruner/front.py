@@ -12,11 +12,16 @@ from vla_pruner.attach.session import Session
 from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.families import family_of
 from vla_pruner.families.wrappers import unwrapped
-from vla_pruner.methods import Method
+from vla_pruner.methods import EncoderReuse, Method
 
 
 def attach(
-    method: Method, model: Any, compile: bool = False, only_if_faster: bool = False, **family_options: Any
+    method: Method,
+    model: Any,
+    compile: bool = False,
+    only_if_faster: bool = False,
+    encoder: EncoderReuse | None = None,
+    **family_options: Any,
 ) -> Session:
     """Attach a method to `model` in place; arguments, result and errors as of `Method.attach`."""
     if not isinstance(compile, bool):
@@ -27,7 +32,7 @@ def attach(
     if not isinstance(only_if_faster, bool):
         raise OptionError(f"only_if_faster={only_if_faster!r} was given; it is True or False.")
     family = family_of(model, **family_options)
-    session = Session(method.fitted(family.one_pass), unwrapped(model), family)
+    session = Session(method.fitted(family.one_pass), unwrapped(model), family, encoder)
     try:
         if compile:
             session.compile()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import vla_pruner as vp
 from tests.families import cases, text_decoders
 from tests.families.waits import COMPILED, FATES, METHODS, check_no_wait, possible
 from tests.pairwise import pairwise
@@ -34,6 +35,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 )
 def test_no_wait(family, method, pruned, compiled):
     check_no_wait(FAMILIES[family], method, pruned, compiled)
+
+
+@pytest.mark.parametrize("family", ["chunk", "reference", "pi0-sdpa"])
+@pytest.mark.parametrize("method", ["VLA-Pruner", "FastV"])
+def test_no_wait_with_reused_patches(family, method):
+    check_no_wait(FAMILIES[family], method, encoder=vp.EncoderReuse(keep=0.25))
 
 
 def test_vla_cache_waits_for_one_answer():

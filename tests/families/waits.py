@@ -93,7 +93,14 @@ class Fed:
         return fed
 
 
-def check_no_wait(case: Case, method: str, pruned: str = "drop", compiled: bool = False, allowed: str = "") -> None:
+def check_no_wait(
+    case: Case,
+    method: str,
+    pruned: str = "drop",
+    compiled: bool = False,
+    allowed: str = "",
+    encoder: vp.EncoderReuse | None = None,
+) -> None:
     """Assert that warm-up, pruned steps, a row that starts anew and a restored memory wait no more than the model does.
 
     Args:
@@ -103,6 +110,7 @@ def check_no_wait(case: Case, method: str, pruned: str = "drop", compiled: bool 
         compiled: run the code of a compiled session around its graphs; within a graph nothing can wait, or it would
             break.
         allowed: part of the location of a wait that the method documents.
+        encoder: the patches that the vision encoder encodes; it must reuse some.
     """
     model = case.build()
     first = max(case.first, 1)
@@ -125,16 +133,17 @@ def check_no_wait(case: Case, method: str, pruned: str = "drop", compiled: bool 
                 untouched = own()
         else:
             untouched = own()
-        with {**METHODS, **REUSE}[method](first, pruned).attach(model, **case.options) as session:
+        with {**METHODS, **REUSE}[method](first, pruned).attach(model, encoder=encoder, **case.options) as session:
             if compiled:
                 session.compile("eager")
-            prunes = []
+            prunes, reuses = [], []
             for number in range(6):
                 more = added(run(number), untouched)
                 # The first step makes what is kept afterwards.
                 more = [wait for wait in more if number and not (allowed and any(allowed in at for at in wait.stack))]
                 assert not more, f"control step {number}: " + "\n".join(map(str, more))
                 prunes.append(session.kept is not None)
+                reuses += [ids is not None for ids in session.encoded]
                 repr(session)
                 if session.method.motion:
                     session.moved(torch.tensor([0.5 + number, 1.0 + number]))
@@ -142,6 +151,7 @@ def check_no_wait(case: Case, method: str, pruned: str = "drop", compiled: bool 
                     session.reset(rows=[1])
                 if number == 4:
                     session.memory = session.memory
+    assert any(reuses) == (encoder is not None), "patches must be reused, or this test could not fail"
     assert any(prunes) == (method != "Unpruned"), "it must prune, or this test could not fail"
 
 

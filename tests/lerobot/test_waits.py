@@ -12,6 +12,7 @@ pytest.importorskip("lerobot", reason="lerobot is not installed; make test-lerob
 
 import torch
 
+import vla_pruner as vp
 from tests.families.waits import COMPILED, FATES, FEW, check_no_wait
 from tests.lerobot import test_eo1, test_matrix
 from tests.lerobot.test_matrix import case, molmoact2, pi0_fast
@@ -34,6 +35,11 @@ def able(monkeypatch):
 @pytest.mark.parametrize(("kind", "method", "pruned", "compiled"), pairwise(KINDS, FEW, FATES, COMPILED))
 def test_no_wait(kind, method, pruned, compiled):
     check_no_wait(case(kind), method, pruned, compiled)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_wait_with_reused_patches(kind):
+    check_no_wait(case(kind), "VLA-Pruner", encoder=vp.EncoderReuse(keep=0.25))
 
 
 @pytest.mark.parametrize(("family", "method", "pruned"), pairwise(list(OTHERS), list(FEW), FATES))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy, layers_of
+from vla_pruner.attach.encoder import Encoder
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import UnsupportedModelError
@@ -74,6 +75,7 @@ class Family:
             expert).
         eye: the module that is given the pixels of all cameras, once before each prompt; None if it is not known which
             pixels a visual token covers, or if these tokens move in the prompt or run more than once in a step.
+        encoder: the parts of the vision encoder for `EncoderReuse`; None: its patches cannot be reused.
         cameras: the cameras' names; visual token ids run through them in this order. Empty if they were not named.
         one_pass: whether actions are rows of the prompt's own pass, instead of decoded tokens or rows of an expert.
         freezes: whether tokens may stay readable while they are no longer computed; False if something reads the output
@@ -93,6 +95,7 @@ class Family:
     decoder: Any
     readers: tuple[Any, ...] = ()
     eye: nn.Module | None = None
+    encoder: Encoder | None = None
     cameras: tuple[str, ...] = ("image",)
     one_pass: bool = False
     freezes: bool = True

@@ -83,8 +83,7 @@ class Recorder:
         if not self._configs:
             _users += 1
             ALL_ATTENTION_FUNCTIONS[NAME] = _record
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        kernel = kernel or ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
+        kernel = kernel or kernel_of(module, backend)
         tapped = copy.copy(config)
         # The property's setter would also reach into configs that the copy shares with the original.
         tapped._attn_implementation_internal = NAME
@@ -105,6 +104,14 @@ class Recorder:
         _users -= 1
         if _users == 0:
             del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def kernel_of(module: nn.Module, backend: str) -> Callable[..., Any]:
+    """Return the attention function that a transformers attention module runs under this name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
 
 
 def _record(

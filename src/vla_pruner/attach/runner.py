@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vla_pruner.attach.arithmetic import own_arithmetic
 from vla_pruner.attach.control_step import NOT_OPEN, ControlStep, Phase
+from vla_pruner.attach.encoder import PatchReuse, encoder_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.recorder import Attention
@@ -21,6 +22,7 @@ from vla_pruner.attach.stages import Planner, Stage, stages_of
 from vla_pruner.attach.turn import Turn
 from vla_pruner.errors import SessionError
 from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.methods.encoder_reuse import EncoderReuse
 from vla_pruner.methods.memory import Memory
 from vla_pruner.wording import a_type
 
@@ -37,10 +39,12 @@ class Runner:
     Args:
         method: chooses the tokens.
         family: of the model.
+        encoder: the choice of the patches that the vision encoder encodes; None: all.
 
     Attributes:
         stages: the stages of the method by their layer, the first one first.
         reuse: the keys and values of the last control step, for methods that reuse them.
+        encoder: the patches that the vision encoder reuses; None: it is as it was.
         turn: lets one thread at a time into a control step.
         clock: None, or a function that is entered as `with clock("pruning")` around scoring, selecting and gathering.
         compiled: the compiled calls of the model; None if they are not compiled.
@@ -50,14 +54,19 @@ class Runner:
 
     Raises:
         BudgetError: the method does not fit the model.
-        UnsupportedModelError: the method reuses keys and values, and the family does not know its images.
+        UnsupportedModelError: the method reuses keys and values, and the family does not know its images; or patches
+            are to be reused, and it does not know its vision encoder.
+        OptionError: `encoder` is no EncoderReuse, or does not go with the method.
     """
 
-    def __init__(self, method: Method, family: Family) -> None:
+    def __init__(self, method: Method, family: Family, encoder: EncoderReuse | None = None) -> None:
         self.method = method
         self.family = family
         self.stages = stages_of(method, family)
         self.reuse = Reuse(family) if method.fate.needs_last_step else None
+        self.encoder = None
+        if encoder is not None:
+            self.encoder = PatchReuse(encoder, encoder_of(family, method, encoder), self._last_action)
         self.turn = Turn()
         self.clock: Clock | None = None
         self.compiled: Compiled | None = None
@@ -324,8 +333,7 @@ class Runner:
         if memory is not None:
             check_memory(memory, self.method)
         self._memory = memory
-        if self.reuse is not None:
-            self.reuse.forget()
+        self._forget_last_step()
         if self._step is not None:
             self._step.close()
 
@@ -337,8 +345,7 @@ class Runner:
         if self._step is not None:
             self._step.close()
         self._memory = self._step = None
-        if self.reuse is not None:
-            self.reuse.forget()
+        self._forget_last_step()
 
     def finish(self) -> None:
         """The last call of a control step that is one graph came back: its memory's update is part of the graph."""
@@ -358,6 +365,20 @@ class Runner:
     def _scores_after(self, step: ControlStep) -> dict[str, Tensor]:
         semantic = step.semantic if self.method.remembers_semantic else None
         return step.memory.scores_after(step.action, step.seen, semantic)
+
+    def _forget_last_step(self) -> None:
+        for held in (self.reuse, self.encoder):
+            if held is not None:
+                held.forget()
+
+    def _last_action(self) -> tuple[Tensor, tuple[int, ...]] | None:
+        """Return the action scores (B, M) of the last control step and its visual tokens by camera; None if the method
+        reads none.
+        """
+        step, memory = self._step, self.memory
+        if step is None or memory is None or not memory.window:
+            return None
+        return memory.action[:, -1], step.layout.cameras
 
     def _memory_for(self, layout: Layout, device: torch.device) -> Memory:
         """Return the memory with which a control step of this layout opens.

@@ -15,6 +15,7 @@ from vla_pruner.anatomy import norm_of
 from vla_pruner.attach import attached
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, set_aside
 from vla_pruner.attach.control_step import ControlStep
+from vla_pruner.attach.encoder import refuse_with_encoder
 from vla_pruner.attach.entries import follow_resets, watch_steps
 from vla_pruner.attach.exported import ExportedStep, export_step
 from vla_pruner.attach.family import Family
@@ -23,6 +24,7 @@ from vla_pruner.attach.runner import Clock, Runner
 from vla_pruner.attach.trial import Trial, Verdict, log
 from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
 from vla_pruner.methods.base import Method
+from vla_pruner.methods.encoder_reuse import EncoderReuse
 from vla_pruner.methods.memory import Memory
 from vla_pruner.methods.numbers import plain
 from vla_pruner.replacements import Replacements, undo
@@ -42,18 +44,20 @@ class Session:
 
     _left: Compiled | None = None
 
-    def __init__(self, method: Method, model: Any, family: Family) -> None:
+    def __init__(self, method: Method, model: Any, family: Family, encoder: EncoderReuse | None = None) -> None:
         self.method = method
         self.family = family
         self._policy = model
         self._decoder = family.decoder
-        self._runner = Runner(method, family)
+        self._runner = Runner(method, family, encoder)
         attached.check_free(self._decoder, model)
         check_not_compiled(model, family)
         self._wiring = family.wiring(self._runner) or HookWiring(self._runner, family)
         self._replaced = Replacements()
         try:
             set_aside(model, family, self._replaced)
+            if self._runner.encoder is not None:
+                self._runner.encoder.install()  # within what the family puts around the same calls
             family.install()
             if self._runner.reuse is not None:
                 self._runner.reuse.install()
@@ -76,6 +80,8 @@ class Session:
             tokens, kept = step.layout.tokens, step.kept
             amount = f"all {tokens}" if kept is None else f"{kept.shape[1]} of {tokens}"
             done = f"{number}, {amount} visual tokens kept"
+        if self._runner.encoder is not None:
+            done += f", {_encoded(self._runner.encoder.chosen)}"
         ended = "" if self.attached else ", detached"
         if self.verdict is not None:
             ended += f"; {self.verdict}"
@@ -113,6 +119,11 @@ class Session:
             raise SessionError("This session is detached; attach the method anew.")
         if self._runner.compiled is not None:
             raise SessionError("This session is compiled already.")
+        refuse_with_encoder(
+            self._runner.encoder,
+            "compile()",
+            "keys, values and outputs of the last control step are held, which a static graph would overwrite",
+        )
         compiled = Compiled(self.family, backend, self._runner)
         compiled.install()
         self._runner.compiled = compiled
@@ -139,6 +150,7 @@ class Session:
             raise SessionError("This session is detached; attach the method anew.")
         if self._runner.compiled is not None:
             raise SessionError("This session is compiled; export a step of one that is not.")
+        refuse_with_encoder(self._runner.encoder, "export(...)", "a program has no inputs for what the encoder holds")
         if not isinstance(pruned, bool):
             raise OptionError(f"pruned={pruned!r} was given; it is True or False.")
         with self._runner.turn.step():
@@ -164,6 +176,9 @@ class Session:
                 f"{type(self._policy).__name__} has no call that is a whole control step, so there is nothing to time; "
                 "attach to the policy around it, or to a language model with generate(...)."
             )
+        refuse_with_encoder(
+            self._runner.encoder, "detach_unless_faster()", "the unpruned steps that are timed would reuse patches, too"
+        )
         device = norm_of(self._decoder).weight.device
         self._runner.trial = Trial(partial(now, device))
 
@@ -260,6 +275,18 @@ class Session:
         return None if step is None or step.kept is None else self._runner.own(step.kept)
 
     @property
+    def encoder(self) -> EncoderReuse | None:
+        """The choice of the patches that the vision encoder encodes; None: all."""
+        return None if self._runner.encoder is None else self._runner.encoder.options
+
+    @property
+    def encoded(self) -> tuple[Tensor | None, ...]:
+        """Ids (I, k) int64, sorted, of the patches that the vision encoder encoded in the last control step, one for
+        each of its calls with I images; None: all patches. Empty before the first control step and without `encoder`.
+        """
+        return () if self._runner.encoder is None else self._runner.encoder.chosen
+
+    @property
     def scores(self) -> dict[str, Tensor]:
         """Scores (B, M) float32 of the last control step, those of "semantic" and "action" that the method reads.
 
@@ -311,8 +338,14 @@ class Session:
 
     def _remove(self) -> None:
         compiled, self._runner.compiled = self._runner.compiled, None
-        parts = (compiled, self._replaced, self._wiring, self._runner.reuse, self.family)
+        parts = (compiled, self._replaced, self._wiring, self._runner.reuse, self.family, self._runner.encoder)
         undo(*(part.remove for part in parts if part is not None))
+
+
+def _encoded(chosen: tuple[Tensor | None, ...]) -> str:
+    """Return how many patches of each image were encoded."""
+    counts = sorted({ids.shape[1] for ids in chosen if ids is not None})
+    return f"{' or '.join(map(str, counts))} patches of each image encoded" if counts else "all patches encoded"
 
 
 def described(method: Method) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vla_pruner.attach.encoder import Encoder
 from vla_pruner.attach.family import Family
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.versions import check_transformers
@@ -66,6 +67,20 @@ def tiles(images: Tensor, tokens: int) -> Tensor:
     """Square images (B, 3, S, S) cut into as many square tiles as there are tokens, in raster order: (B, tokens, P)."""
     size = images.shape[-1] // math.isqrt(tokens)
     return nn.functional.unfold(images.float(), kernel_size=size, stride=size).transpose(1, 2)
+
+
+def siglip_encoder(tower: Any, seeing: tuple[Any, str], config: Any, **options: Any) -> Encoder:
+    """Return the parts of a SigLIP of transformers, which has no token besides the patches.
+
+    Args:
+        tower: `SiglipVisionModel`.
+        seeing: as of `Encoder`.
+        config: of the tower.
+        **options: other attributes of `Encoder`.
+    """
+    patches = (config.image_size // config.patch_size) ** 2
+    layers = getattr(tower, "vision_model", tower).encoder.layers  # one module less in newer versions
+    return Encoder(tower, layers, config.patch_size, seeing, **{"patches": patches, **options})
 
 
 def check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
+from vla_pruner.attach.encoder import Encoder
 from vla_pruner.attach.family import Call, StepFunction
 from vla_pruner.attach.layout import Layout
 from vla_pruner.families.base import tiles
@@ -27,6 +28,14 @@ class Chunk(DecoderLM):
         super().__init__(policy.decoder, visual=policy.config.visual)
         self.eye = policy.vision
         self.seeing, self.acting = (policy, "embed_prompt"), (policy, "decode")
+        self.encoder = Encoder(
+            tower=policy.vision,
+            layers=policy.vision.blocks,
+            patch=policy.config.patch_size,
+            seeing=self.seeing,
+            patches=policy.config.patches,
+            attend="attend",
+        )
         self._policy = policy
         self._patches, self._rows = policy.config.patches, policy.config.chunk
 

@@ -151,7 +151,6 @@ class LeRobotFamily(TransformersFamily):
 
     def _embed_prefix(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = list(inspect.signature(original).bind(*args, **kwargs).arguments.values())
-        found = original(*args, **kwargs)
         images: list[Tensor] = given[0]
         cameras = range(len(self.cameras))
         # Without a batch (a direct call of sample_actions) the images are taken to be those of the config.
@@ -164,12 +163,14 @@ class LeRobotFamily(TransformersFamily):
                 f"sample_actions was called with {len(images)} images, but the policy's cameras are "
                 f"{', '.join(map(repr, self.cameras))}."
             )
+        self._in_order = (order, frozenset(missing))
+        found = original(*args, **kwargs)
         before, behind = self.around_block()
         self._blocks, end = [], 0
         for count in self.block_lengths(images):
             self._blocks.append((end + before, count))
             end += before + count + behind
-        self._in_order, self._prompt = (order, frozenset(missing)), found[1]
+        self._prompt = found[1]
         return found
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
-from vla_pruner.families.base import check_decoder
+from vla_pruner.families.base import check_decoder, siglip_encoder
 from vla_pruner.families.lerobot_common import LeRobotFamily
 from vla_pruner.replacements import Replacements
 
@@ -34,6 +34,9 @@ class LeRobotPi(LeRobotFamily):
         self.readers = tuple(check_decoder(expert, model) for expert in anatomy.experts)
         vision = self._inner.paligemma_with_expert.paligemma.config.vision_config
         self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
+        self.encoder = siglip_encoder(
+            anatomy.towers[0], (self._inner, self.embed), vision, shown=lambda: self._in_order
+        )
         # The suffix of pi0 is [state][actions]; pi0.5 has the state in its text.
         self._first_action_row = 1 if hasattr(self._inner, "state_proj") else 0
         self._led: dict[nn.Module, _ThroughModule] = {}

@@ -17,7 +17,7 @@ from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import SessionError
-from vla_pruner.families.base import TransformersFamily, check_cameras, check_decoder
+from vla_pruner.families.base import TransformersFamily, check_cameras, check_decoder, siglip_encoder
 from vla_pruner.replacements import Replacements
 
 
@@ -37,6 +37,7 @@ class PI0(TransformersFamily):
         self.readers = tuple(check_decoder(expert, model) for expert in anatomy.experts)
         vision = policy.config.vlm_config.vision_config
         self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
+        self.encoder = siglip_encoder(anatomy.towers[0], (self._pi0, "embed_prefix"), vision)
         self._image_token = policy.config.vlm_config.image_token_id
         self._is_image: Tensor | None = None
         self._shown: Tensor | None = None

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
+from vla_pruner.attach.encoder import Encoder
 from vla_pruner.attach.family import Call, StepFunction
 from vla_pruner.families.base import check_example, tiles
 from vla_pruner.families.decoder_lm import DecoderLM
@@ -24,6 +25,14 @@ class Reference(DecoderLM):
         super().__init__(policy.language_model, visual=slice(1, 1 + policy.config.num_visual_tokens))
         self.eye = policy.vision
         self.seeing, self.acting = (policy, "embed_prompt"), (policy, "decode")
+        self.encoder = Encoder(
+            tower=policy.vision,
+            layers=policy.vision.blocks,
+            patch=policy.config.patch_size,
+            seeing=self.seeing,
+            patches=policy.config.num_visual_tokens,
+            attend="attend",
+        )
         self._policy, self._tokens = policy, policy.config.num_visual_tokens
 
     @property

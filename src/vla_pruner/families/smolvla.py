@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
+from vla_pruner.attach.encoder import Encoder
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
@@ -49,6 +50,16 @@ class SmolVLA(LeRobotFamily):
         self._routed = False
         self.decoder = self.anatomy.decoder
         config = self.both.config
+        size, vision = self._policy.config.resize_imgs_with_padding, config.vision_config
+        self.encoder = Encoder(
+            tower=self.anatomy.towers[0],
+            layers=self.anatomy.towers[0].encoder.layers,  # type: ignore[union-attr]
+            patch=vision.patch_size,
+            seeing=(self._inner, self.embed),
+            patches=None if size is None else (size[0] // vision.patch_size) * (size[1] // vision.patch_size),
+            token_side=config.scale_factor,
+            shown=lambda: self._in_order,
+        )
         self._pixels_per_token = config.vision_config.patch_size * config.scale_factor
 
     @staticmethod

@@ -7,6 +7,7 @@ from vla_pruner.methods.cdpruner import CDPruner
 from vla_pruner.methods.controls import KeepFixed, RandomKeep, Unpruned
 from vla_pruner.methods.dart import DART
 from vla_pruner.methods.divprune import DivPrune
+from vla_pruner.methods.encoder_reuse import EncoderReuse
 from vla_pruner.methods.fastv import FastV
 from vla_pruner.methods.max_min_diversity import MaxMinDiversity
 from vla_pruner.methods.memory import Memory
@@ -24,6 +25,7 @@ __all__ = [
     "ActionOnly",
     "CDPruner",
     "DivPrune",
+    "EncoderReuse",
     "Evidence",
     "FastV",
     "KeepFixed",

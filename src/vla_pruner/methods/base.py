@@ -19,6 +19,7 @@ from vla_pruner.registry import ATTACH
 
 if TYPE_CHECKING:
     from vla_pruner import Session
+    from vla_pruner.methods.encoder_reuse import EncoderReuse
 
 Keep = float | int | Mapping[str, float | int]
 
@@ -309,7 +310,14 @@ class Method:
             f"{type(self).__name__} does not say which tokens it keeps: define select(evidence, k)."
         )
 
-    def attach(self, model: Any, compile: bool = False, only_if_faster: bool = False, **family_options: Any) -> Session:
+    def attach(
+        self,
+        model: Any,
+        compile: bool = False,
+        only_if_faster: bool = False,
+        encoder: EncoderReuse | None = None,
+        **family_options: Any,
+    ) -> Session:
         """Attach to `model` in place and return the session, which is also a context manager.
 
         Args:
@@ -317,17 +325,19 @@ class Method:
             compile: call `session.compile()` at once.
             only_if_faster: call `session.detach_unless_faster()` at once: control steps are timed, and the session
                 detaches itself if pruned ones are not faster.
+            encoder: the patches that the vision encoder encodes, the others being reused from the last control step;
+                None: all. It does not go with `compile` and `only_if_faster`.
             **family_options: options of the model's family, for instance `visual=slice(1, 257)` for a language model;
                 and `family=MyFamily` for a family of the caller's own that no installed distribution names.
 
         Raises:
             UnsupportedModelError: the model, its version or its attention backend is not supported.
             BudgetError: `keep` or `layer` does not fit this model.
-            OptionError: an option is not one of the model's family.
+            OptionError: an option is not one of the model's family, or `encoder` does not go with the method.
             SessionError: a session is attached to this model already.
         """
         # Users hold a method, so attaching starts here although `attach` is a layer above.
-        return object_at(ATTACH)(self, model, compile, only_if_faster, **family_options)
+        return object_at(ATTACH)(self, model, compile, only_if_faster, encoder, **family_options)
 
 
 def rows_at(rows: Tensor, ids: Tensor) -> Tensor:
