@@ -23,6 +23,7 @@ KINDS = (
         "python -m benchmarks.bootstrap_coverage",
     ),
     ("demo", "The demo in Meta-World", "vla-pruner demo"),
+    ("encoder_flops", "FLOPs with reuse in the vision encoder", "python -m benchmarks.encoder_flops"),
     ("family_flops", "FLOPs of each family at its published size", "python -m benchmarks.family_flops"),
     ("frozen_products", "Keys and values of frozen tokens, two ways", "python -m benchmarks.frozen_products"),
     ("interval_coverage", "How often paired intervals miss the truth", "python -m benchmarks.interval_coverage"),

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from vla_pruner.caches import cache_name, cache_of
-from vla_pruner.cost import ControlStep, DecoderShape, Flops, StepShape, count_flops, decoder_flops, prefill_ratio
+from vla_pruner.cost import (
+    ControlStep,
+    DecoderShape,
+    Flops,
+    StepShape,
+    Tower,
+    count_flops,
+    decoder_flops,
+    prefill_ratio,
+)
 
 LLAMA_7B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, feed_forward=11008)
 GEMMA_2B = DecoderShape(layers=18, hidden=2048, heads=8, kv_heads=1, head_dim=256, feed_forward=16384)
@@ -95,6 +104,19 @@ def test_the_formula_agrees_with_what_torch_counts(attention: str) -> None:
 
     expected = decoder_flops(DecoderShape.of(config), StepShape(visual=16, other=5, actions=4)).total
     assert count_flops(step) == pytest.approx(expected, rel=0.005)  # rotary angles are counted as a product
+
+
+def test_a_tower_that_reuses_patches() -> None:
+    tower = Tower(SMALL, tokens=16, layers=2, patching=100.0)
+    step = ControlStep(SMALL, visual=16, other=5, towers=(tower,), cameras=3, projector=7.0)
+    whole, reusing = step.flops(), step.flops(encoded=4)
+    assert whole["vision"] == step.flops(encoded=16)["vision"]
+    layer = SMALL.layer(4, 16)
+    assert reusing["vision"] == 16 * 7.0 + 3 * (100.0 + 2 * layer.total)
+    assert {**whole, "vision": 0} == {**reusing, "vision": 0}
+    for wrong in (0, 17):
+        with pytest.raises(ValueError, match="between 1 and the 16 tokens of a tower"):
+            step.flops(encoded=wrong)
 
 
 def test_counting_a_product() -> None:

@@ -286,13 +286,31 @@ class ControlStep:
     prompt_passes: int = 1
 
     def flops(
-        self, kept: int | None = None, layer: int = 0, pruned: str = "drop", then: Sequence[tuple[int, int]] = ()
+        self,
+        kept: int | None = None,
+        layer: int = 0,
+        pruned: str = "drop",
+        then: Sequence[tuple[int, int]] = (),
+        encoded: int | None = None,
     ) -> dict[str, float]:
-        """Return the FLOPs of the parts by name. Arguments and errors as in `decoder_flops`."""
+        """Return the FLOPs of the parts by name. Other arguments and errors as in `decoder_flops`.
+
+        Args:
+            encoded: patches of each image that run through the layers of the towers, in a control step that reuses the
+                others; they attend to all. None: all of them. Towers that attend in windows cannot reuse any.
+
+        Raises:
+            ValueError: `encoded` is no number of a tower's patches.
+        """
         shape, fate = self.decoder, Fate.of(pruned)
         vision = Flops(self.projector * self.visual)
         for tower in self.towers:
-            image = tower.layers * tower.shape.layer(tower.tokens, tower.window or tower.tokens)
+            live = tower.tokens if encoded is None else encoded
+            if not 0 < live <= tower.tokens:
+                raise ValueError(
+                    f"encoded is {encoded}; it must lie between 1 and the {tower.tokens} tokens of a tower."
+                )
+            image = tower.layers * tower.shape.layer(live, tower.window or tower.tokens)
             image += Flops(tower.patching)
             vision += self.cameras * image
         head = Flops(2 * shape.hidden * shape.vocabulary)

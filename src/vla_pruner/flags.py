@@ -110,6 +110,17 @@ def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
     )
 
 
+def add_encoder(command: argparse.ArgumentParser) -> None:
+    """Add the flag for reuse inside the vision encoder: an arm for every method and budget. It is None if not given."""
+    command.add_argument(
+        "--encoder-keep",
+        metavar="X,Y",
+        type=listed(budget),
+        help="patches of each image that the vision encoder encodes, the others staying as in the last control step;\n"
+        "fractions such as 0.25 or numbers such as 64, 1.0 is all; one arm each (default: all, in every arm)",
+    )
+
+
 def add_weights(command: argparse.ArgumentParser) -> None:
     """Add the flags that, beside --policy, name the source of a policy."""
     add = command.add_argument

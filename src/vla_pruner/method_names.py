@@ -9,7 +9,7 @@ own methods.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from vla_pruner import methods, plugins
 from vla_pruner.errors import OptionError, PluginError, VLAPrunerError
 from vla_pruner.fate import Fate
-from vla_pruner.methods import Method, RandomKeep, Scored
+from vla_pruner.methods import EncoderReuse, Method, RandomKeep, Scored
 from vla_pruner.methods.presets import Published
 
 FRESH = 8
@@ -278,7 +278,58 @@ def method_name(kind: type) -> str:
     return "random" if kind is RandomKeep else kind.__module__.rpartition(".")[2].replace("_", "-")
 
 
-def attached(method: Method | None, policy: Any, seed: int) -> AbstractContextManager[Any]:
+def encoders_of(
+    keep: Sequence[float | int] | None, refresh_every: int | None = None
+) -> tuple[EncoderReuse | None, ...]:
+    """Return one choice of the vision encoder's patches for each budget; None encodes all of them.
+
+    Args:
+        keep: budgets, as of `EncoderReuse`; 1.0, and None in place of all, is an encoder that is left alone.
+        refresh_every: control steps of which one encodes everything; None: as published by `EncoderReuse`.
+
+    Raises:
+        OptionError: a budget or `refresh_every` is out of its range, or it is given without a budget.
+    """
+    if keep is None:
+        if refresh_every is not None:
+            raise OptionError("--encoder-refresh is for --encoder-keep; give that too, or leave it out.")
+        return (None,)
+    refresh = {} if refresh_every is None else {"refresh_every": refresh_every}
+    made = [EncoderReuse(keep=amount, **refresh) for amount in keep]
+    return tuple(None if one.keep == 1.0 and isinstance(one.keep, float) else one for one in made)
+
+
+def with_encoders(
+    made: Sequence[Named], encoders: Sequence[EncoderReuse | None]
+) -> Iterator[tuple[Named, EncoderReuse | None]]:
+    """Yield every method with every choice of patches. If patches are reused at all, a method that keeps all tokens is
+    left out where the encoder is left alone: it would be the unpruned policy once more.
+    """
+    for one in made:
+        for encoder in encoders:
+            keep = getattr(one.method, "keep", None)
+            if not any(encoders) or encoder is not None or not isinstance(keep, float) or keep < 1:
+                yield one, encoder
+
+
+def encoder_title(encoder: EncoderReuse | None) -> str:
+    """Return what the title of an arm's method is followed by in tables; empty if the encoder is left alone."""
+    if encoder is None:
+        return ""
+    refresh = "" if encoder.refresh_every == EncoderReuse.refresh_every else f" refresh={encoder.refresh_every}"
+    return f" encoder={encoder.keep!r}{refresh}"
+
+
+def was_pruned(session: Any) -> bool:
+    """Return True if visual tokens were pruned in a session's last control step, or patches of the vision encoder were
+    reused. None is no session.
+    """
+    return session is not None and (session.kept is not None or any(ids is not None for ids in session.encoded))
+
+
+def attached(
+    method: Method | None, policy: Any, seed: int, encoder: EncoderReuse | None = None
+) -> AbstractContextManager[Any]:
     """Return a context manager that gives a session, or None for the untouched model.
 
     A method that draws at random gets `seed` on top of its own, so that no draw repeats from episode to episode.
@@ -287,4 +338,4 @@ def attached(method: Method | None, policy: Any, seed: int) -> AbstractContextMa
         return nullcontext(None)
     if isinstance(method, RandomKeep):
         method = dataclasses.replace(method, seed=(method.seed + seed) % 2**31)
-    return method.attach(policy)
+    return method.attach(policy, encoder=encoder)

@@ -109,6 +109,47 @@ def test_an_encoder_that_is_called_by_hand_is_untouched():
             assert None not in session.encoded
 
 
+def test_a_failed_control_step_and_a_cut_are_followed_by_a_whole_one():
+    case = cases.chunk()
+    policy = case.build()
+
+    def fail(*_):
+        raise RuntimeError("robot fell over")
+
+    with vp.Unpruned().attach(policy, encoder=REUSE) as session:
+        case.step(policy, 0, BOTH)
+        handle = policy.decoder.layers[-1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="fell over"):
+            case.step(policy, 1, BOTH)
+        handle.remove()
+        whole = []
+        for cut_before in (False, False, True, False):
+            if cut_before:
+                session.forget_images()
+            case.step(policy, 1, BOTH)
+            whole.append(session.encoded == (None,))
+    assert whole == [True, False, True, False]
+
+
+def test_an_image_that_is_not_finite_spoils_no_later_step():
+    case = cases.pi0("sdpa")
+    policy = case.build()
+    spoilt = policy.model.vlm.vision_tower
+    expected = case.step(policy, 1, BOTH)
+    with vp.Unpruned().attach(policy, encoder=REUSE) as session:
+        for scene in (0, 1):
+            case.step(policy, scene, BOTH)
+        handle = spoilt.register_forward_pre_hook(
+            lambda _, args, kwargs: (tuple(pixels * torch.nan for pixels in args), kwargs),
+            with_kwargs=True,
+            prepend=True,
+        )
+        assert not case.step(policy, 1, BOTH).isfinite().all()
+        handle.remove()
+        assert torch.equal(case.step(policy, 1, BOTH), expected)
+        assert session.encoded == (None,)
+
+
 def test_patches_that_were_not_encoded_are_compared_with_what_they_were():
     """A change too small for its turn is not forgotten: it adds up."""
     policy = vp.random_policy("reference-chunk")

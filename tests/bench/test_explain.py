@@ -38,6 +38,24 @@ def test_a_policy_whose_control_step_is_known():
     assert json.loads(json.dumps(found.to_json()))["share"] == found.share
 
 
+def test_a_vision_encoder_that_reuses_patches():
+    policy = vp.random_policy("pi0", "tiny")
+    step = feed(policy, BenchSettings("pi0", size="tiny"), torch.device("cpu")).step
+    method = vp.VLAPruner(keep=0.25, layer=2, window=1)
+    with method.attach(policy) as session:
+        step()
+        without = vp.explain(session)
+    with method.attach(policy, encoder=vp.EncoderReuse(keep=0.25)) as session:
+        step()
+        found = vp.explain(session)
+    assert "the vision encoder, which sees every patch" in without.untouched
+    assert "the vision encoder, which sees every patch" not in found.untouched
+    assert any("in the vision encoder, " in part and "every 8th after it encodes all" in part for part in found.pruned)
+    assert found.share > without.share
+    assert found.ceiling > without.ceiling
+    assert "static graph" in dict(found.refused)["compile"]
+
+
 def test_a_language_model_of_which_only_the_prompt_is_known():
     model = tiny_lm()
     with vp.FastV(keep=6, layer=3, pruned="freeze").attach(model, visual=VISUAL) as session:

@@ -15,6 +15,7 @@ from vla_pruner.benching.arms import BASELINE, Turns, arms_of, turn
 from vla_pruner.benching.measure import STEPS_A_TURN, WARM_UP_ROUNDS, count_stages, time_stages, time_steps
 from vla_pruner.benching.roofline import least_work
 from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.benching.table import notes
 from vla_pruner.errors import OptionError, SessionError
 from vla_pruner.method_names import known_methods
 
@@ -48,6 +49,49 @@ def test_counted_flops_of_a_vision_language_model(model: str) -> None:
         for stage in ("prefill", "decode"):
             assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
         assert counted["vision"] > 0
+
+
+@pytest.mark.parametrize("model", ["pi0", "reference-chunk"])
+def test_an_encoder_that_reuses_patches_computes_what_the_formula_says(model: str) -> None:
+    settings = BenchSettings(model, size="tiny", batch=2, keep=(1.0, 0.25), encoder_keep=(1.0, 0.25))
+    subject = subject_of(settings)
+    before = whole_state(subject.module)
+    turns = turns_of(subject)
+    reuse = vp.EncoderReuse(keep=0.25, refresh_every=None)
+    assert [arm.encoder for arm in turns.arms] == [None, reuse, None, reuse], "keep=1.0 alone is the unpruned policy"
+    vision = []
+    for arm in turns.arms:
+        counted = count_stages(turns, arm)
+        formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned, encoder=arm.encoder).flops
+        for stage in ("prefill", "decode", *(("vision",) if subject.vision_by_formula else ())):
+            assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
+        vision.append(counted["vision"])
+    assert vision[0] == vision[2]
+    assert vision[1] == vision[3] < vision[0]
+    for arm in turns.arms[1:]:
+        with turns.open(arm) as session:
+            turns.ready(arm, session)
+            subject.step()
+            turns.check(arm, session)
+            assert None not in session.encoded
+            if arm.encoder is not None:
+                session.reset()
+                subject.step()
+                with pytest.raises(SessionError, match=r"visual tokens, not|encoded all patches"):
+                    turns.check(arm, session)
+    assert whole_state(subject.module) == before
+
+
+def test_a_report_of_an_encoder_that_reuses_patches(quick: None) -> None:
+    report = run.bench("reference-chunk", size="tiny", keep=1.0, encoder_keep=(0.25,), iters=2)
+    base, arm = report.arms
+    assert (base.encoder, arm.encoder) == (None, "EncoderReuse(keep=0.25, refresh_every=None, attended=0.5)")
+    assert arm.name == "vla-pruner 1.0 drop K=3 encoder=0.25"
+    assert arm.flops.counted["vision"] < base.flops.counted["vision"]
+    assert arm.ceiling is not None
+    assert arm.ceiling > 1
+    assert "The vision encoder takes" in arm.why
+    assert any("every step that is timed reuses patches" in note for note in notes(report))
 
 
 def test_every_arm_keeps_what_it_says(subject: Any) -> None:

@@ -88,8 +88,10 @@ class Off:
         self.told: list[float] = []
 
     @contextmanager
-    def attach(self, policy: Any) -> Iterator[Any]:
-        session = SimpleNamespace(method=self, reset=lambda: None, kept=None, moved=self.told.append, acted=0)
+    def attach(self, policy: Any, **_: Any) -> Iterator[Any]:
+        session = SimpleNamespace(
+            method=self, reset=lambda: None, kept=None, encoded=(), moved=self.told.append, acted=0
+        )
         act = policy.act
 
         def acting(*given: Any) -> np.ndarray:

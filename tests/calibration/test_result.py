@@ -318,7 +318,9 @@ def test_evaluations_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> Non
 
 def test_the_arms_of_an_evaluation_are_made_anew(tmp_path: Path) -> None:
     names = ("vla-pruner:unseen=carry:window=5", "fastv", "max-min-diversity:metric=euclidean:warmup_steps=3", "random")
-    arms = all_arms(method_arms(names, (0.5, 64), (3, 2), ("drop", "freeze")), ("again", "random", "blank"))
+    methods = method_arms(names, (0.5, 64), (3, 2), ("drop", "freeze"), (1.0, 0.5))
+    methods += method_arms(("fastv:warmup_steps=2",), (0.5,), (3,), ("drop",), (9,), 4)
+    arms = all_arms(methods, ("again", "random", "blank"))
     identity = {"weights": "abc", "arms": [one.to_json() for one in arms]}
     path = tmp_path / "eval_info.json"
     path.write_text(json.dumps({"run": {"identity": identity}, "summary": {"arms": []}}))
@@ -326,6 +328,7 @@ def test_the_arms_of_an_evaluation_are_made_anew(tmp_path: Path) -> None:
     assert set(made) == {one.key for one in arms[1:]}
     for one in arms[1:]:
         assert (made[one.key].method, made[one.key].kind) == (one.method, one.kind)
+        assert made[one.key].encoder == one.encoder
     identity["arms"][1]["title"] = "magic 0.5 drop K=3"
     path.write_text(json.dumps({"run": {"identity": identity}, "summary": {"arms": []}}))
     with pytest.raises(CalibrationError, match=r"has the arm 'magic 0.5 drop K=3', which this version cannot make"):

@@ -24,6 +24,16 @@ def test_counted_flops_are_those_of_the_committed_file() -> None:
     assert table(counted) in text
 
 
+def test_counted_flops_of_the_encoder_are_those_of_the_committed_file() -> None:
+    from benchmarks.encoder_flops import NAMES, result, table
+    from benchmarks.family_flops import FAMILIES
+
+    counted = json.loads((RESULTS / "encoder_flops.json").read_text(encoding="utf-8"))["families"]
+    assert counted == {name: result(FAMILIES[name].step) for name in NAMES}
+    assert table(counted) in page("methods.md")
+    assert table(counted) == (RESULTS / "encoder_flops.md").read_text(encoding="utf-8").strip()
+
+
 @pytest.mark.parametrize(
     ("name", "families"),
     [("start-openvla-oft.md", ["OpenVLA-OFT"]), ("start-lerobot.md", ["pi0", "pi0.5", "SmolVLA"])],

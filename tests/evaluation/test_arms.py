@@ -13,10 +13,12 @@ from tests.evaluation.fakes import tiny_policy
 from tests.evaluation.test_run import UNIT
 from vla_pruner.errors import OptionError
 from vla_pruner.evaluation import EvaluationError
-from vla_pruner.evaluation.arms import all_arms, method_arms
+from vla_pruner.evaluation.arms import all_arms, check_layers, method_arms
 from vla_pruner.evaluation.flags import add_eval, settings_of
+from vla_pruner.evaluation.lockstep import shares
 from vla_pruner.evaluation.settings import EvalSettings
-from vla_pruner.methods import FastV, Memory, Method, RandomKeep
+from vla_pruner.method_names import was_pruned
+from vla_pruner.methods import EncoderReuse, FastV, Memory, Method, RandomKeep
 
 
 def test_arms_are_every_combination_once() -> None:
@@ -78,6 +80,57 @@ def test_one_token_and_all_of_them_are_two_arms() -> None:
     arms = method_arms(("fastv",), (1.0, 1), (3,), ("drop",))
     assert [arm.title for arm in arms] == ["fastv 1.0 drop K=3", "fastv 1 drop K=3"]
     assert len(all_arms(arms, ("random",))) == 1 + 2 + 2
+
+
+def test_the_vision_encoder_makes_arms_of_its_own() -> None:
+    methods = method_arms(("fastv",), (0.5,), (1,), ("drop",), (1.0, 0.5, 4), 3)
+    arms = all_arms(methods, ("random",))
+    assert [arm.title for arm in arms] == [
+        "unpruned",
+        "fastv 0.5 drop K=1",
+        "fastv 0.5 drop K=1 encoder=0.5 refresh=3",
+        "fastv 0.5 drop K=1 encoder=4 refresh=3",
+        "random 0.5 drop K=1",
+        "random 0.5 drop K=1 encoder=0.5 refresh=3",
+        "random 0.5 drop K=1 encoder=4 refresh=3",
+    ]
+    assert arms[2].key == "fastv-0.5-drop-K1-encoder0.5-refresh3"
+    assert arms[2].random == arms[5].key
+    assert [arm.encoder for arm in arms[1:4]] == [None, EncoderReuse(0.5, 3), EncoderReuse(4, 3)]
+    assert arms[5].encoder == arms[2].encoder
+    assert "encoder" not in arms[1].to_json()
+    assert arms[2].to_json()["encoder"] == repr(arms[2].encoder)
+    assert [shares(arm) for arm in arms[:3]] == [True, True, False]
+    whole = method_arms(("fastv",), (1.0, 1), (1,), ("drop",), (1.0, 0.5))
+    assert [arm.title for arm in whole] == [
+        "fastv 1.0 drop K=1 encoder=0.5",
+        "fastv 1 drop K=1",
+        "fastv 1 drop K=1 encoder=0.5",
+    ]
+    (default,) = method_arms(("fastv",), (0.5,), (1,), ("drop",), (0.5,))
+    assert (default.title, default.encoder) == ("fastv 0.5 drop K=1 encoder=0.5", EncoderReuse(0.5, 8))
+    with pytest.raises(OptionError, match="--encoder-refresh is for --encoder-keep"):
+        method_arms(("fastv",), (0.5,), (1,), ("drop",), None, 3)
+
+
+def test_an_arm_that_only_reuses_patches_is_no_unpruned_one() -> None:
+    """Its steps count as pruned, or its verdict would be that it is the unpruned policy once more."""
+    (arm,) = method_arms(("vla-pruner:window=1",), (1.0,), (1,), ("drop",), (0.5,))
+    policy = tiny_policy()
+    found = []
+    with arm.attach(policy, UNIT) as session:
+        for _ in range(3):
+            policy.act({"image": np.zeros((32, 32, 3), np.uint8)}, "reach the ball", np.zeros(4, np.float32))
+            assert session.kept is None
+            found.append(was_pruned(session))
+    assert found == [False, True, True]
+    assert not was_pruned(None)
+
+
+def test_a_vision_encoder_that_cannot_is_refused_before_anything_runs() -> None:
+    (arm,) = method_arms(("fastv",), (0.5,), (1,), ("drop",), (1000,))
+    with pytest.raises(EvaluationError, match=r"'fastv 0\.5 drop K=1 encoder=1000' does not fit .* has 16"):
+        check_layers([arm], tiny_policy())
 
 
 def test_two_different_arms_of_one_name_are_refused() -> None:

@@ -53,9 +53,9 @@ class Subject:
         """A new adapter of the policy."""
         return family_of(self.policy, **self.options)
 
-    def attach(self, method: vp.Method) -> vp.Session:
-        """Attach a method to the policy."""
-        return method.attach(self.policy, **self.options)
+    def attach(self, method: vp.Method, **more: Any) -> vp.Session:
+        """Attach a method to the policy; `more` options of `attach`."""
+        return method.attach(self.policy, **more, **self.options)
 
     def result(self, scene: int) -> Tensor:
         """Run the control step of a scene, and return (n,) float32 on the CPU: the last row of its first prompt after

@@ -150,6 +150,27 @@ def test_memory_is_flat(name: str, device: str) -> None:
         assert session.kept is not None
 
 
+@pytest.mark.parametrize("name", ["pi0", "reference", "reference-chunk"])
+def test_reused_patches_wait_for_nothing_and_memory_is_flat(name: str, device: str) -> None:
+    one = subject(name, device)
+    one.steps[0]()
+    alone = 0 if device == "cpu" else waits(one.steps[1])
+    expected = [one.result(scene) for scene in range(4)]
+    method, reuse = vp.VLAPruner(keep=1.0, layer=1, window=1), vp.EncoderReuse(keep=0.25, refresh_every=None)
+    with one.attach(method, encoder=reuse) as session:
+        for scene in (0, 0, 0):
+            assert torch.allclose(one.result(scene), expected[scene], rtol=1e-4, atol=1e-4)
+        assert None not in session.encoded
+        for scene in range(4):
+            one.steps[scene]()
+        before = memory_in_use(one.device)
+        for index in range(steps_of(device, 50, 8)):
+            one.steps[index % 4]()
+        assert memory_in_use(one.device) == before
+        assert device == "cpu" or waits(one.steps[1]) <= alone
+        assert None not in session.encoded
+
+
 @pytest.mark.parametrize("name", ["llama", "pi0", "oft"])
 def test_graphs_do_what_eager_steps_do_for_two_episodes(name: str, device: str) -> None:
     if device == "cpu" and name != "llama":

@@ -41,6 +41,19 @@ def test_counted_flops_are_those_of_the_formula(settings: BenchSettings) -> None
     assert whole_state(subject.module) == before
 
 
+@pytest.mark.parametrize("model", ["pi05", "smolvla"])
+def test_an_encoder_that_reuses_patches_computes_what_the_formula_says(model: str) -> None:
+    subject = subject_of(BenchSettings(model, size="tiny", denoise_steps=2, encoder_keep=(0.25,)))
+    turns = Turns(subject, arms_of(subject.settings))
+    seen = []
+    for arm in turns.arms:
+        counted = count_stages(turns, arm)
+        formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned, encoder=arm.encoder).flops
+        assert counted["vision"] == pytest.approx(formula["vision"], rel=0.01), arm.name
+        seen.append(counted["vision"])
+    assert seen[1] < 0.5 * seen[0]
+
+
 @pytest.mark.parametrize("settings", CASES, ids=lambda settings: settings.model)
 def test_stages_are_found(settings: BenchSettings) -> None:
     turns = Turns(subject_of(settings), arms_of(settings))

@@ -77,7 +77,9 @@ class PatchReuse:
     """Carries `EncoderReuse` out on a model's vision encoder.
 
     What it holds belongs to the rows as they are: to reset rows or exchange their memory is to `forget`. Keys and
-    values are never changed in place, and a control step whose images could not all be encoded forgets everything.
+    values are never changed in place, and a control step whose images could not all be encoded forgets everything. So
+    does one with an output that is not finite, which others would read for as long as it is held; on an accelerator
+    nobody looks, and it goes with the next refresh.
 
     Args:
         options: the choice.
@@ -103,7 +105,7 @@ class PatchReuse:
         self._held: list[_Held] = []
         self._steps = 0
         self._shown: Any = None
-        self._seeing = False
+        self._seeing = self._spoilt = False
         self._attention: tuple[Tensor, tuple[int, ...]] | None = None
         self._call: tuple[_Held, Tensor | None] | None = None
         if encoder.patches is not None:
@@ -153,7 +155,7 @@ class PatchReuse:
             self.forget()
         self._shown, self.chosen = shown, ()
         self._attention = self._last_attention() if self._held else None
-        self._seeing = True
+        self._seeing, self._spoilt = True, False
         try:
             result = original(*args, **kwargs)
         except BaseException:
@@ -162,6 +164,8 @@ class PatchReuse:
         finally:
             self._seeing, self._call, self._attention = False, None, None
         self._steps += 1
+        if self._spoilt:
+            self.forget()
         return result
 
     def _enter_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -220,17 +224,19 @@ class PatchReuse:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._call is None or self._call[1] is None:
             return None
-        return (rows_at(args[0], self._call[1]), *args[1:]), kwargs
+        return (rows_at(args[0], self._call[1].to(args[0].device)), *args[1:]), kwargs
 
     def _leave_last(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._call is None:
             return None
         held, ids = self._call
+        if output.device.type == "cpu" and not output.isfinite().all():  # elsewhere the host would wait for it
+            self._spoilt = True
         if ids is None:
             held.output = output.detach()
             return None
         assert held.output is not None
-        held.output = _put(held.output, 1, ids[..., None], output.detach())
+        held.output = _put(held.output, 1, ids[..., None].to(output.device), output.detach())
         return held.output
 
     def _attend(self, index: int, run: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -241,7 +247,7 @@ class PatchReuse:
             if ids is None:
                 held.keys[index], held.values[index] = new_key, new_value
             else:
-                place = ids[:, None, :, None]
+                place = ids[:, None, :, None].to(key.device)
                 key = held.keys[index] = _put(held.keys[index], 2, place, new_key)
                 value = held.values[index] = _put(held.values[index], 2, place, new_value)
         return run(query, key, value)
@@ -257,11 +263,9 @@ class PatchReuse:
         mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        if mask is not None and self._call is not None and self._call[1] is not None:
-            rows = self._call[1][:, None, :, None]
-            mask = mask.expand(len(query), *mask.shape[1:])
-            mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
-        return self._attend(index, lambda *given: kernel(module, *given, mask, **kwargs), query, key, value)
+        ids = None if self._call is None else self._call[1]
+        rows = mask if mask is None or ids is None else _rows_of(mask, ids.to(mask.device))
+        return self._attend(index, lambda *given: kernel(module, *given, rows, **kwargs), query, key, value)
 
 
 def encoder_of(family: Any, method: Method, options: object) -> Encoder:
@@ -279,7 +283,7 @@ def encoder_of(family: Any, method: Method, options: object) -> Encoder:
             "encoder=EncoderReuse(...), too; the two were not tested together. Choose a method that drops or freezes, "
             "or leave encoder out."
         )
-    if family.encoder is None:
+    if family.encoder is None or not len(family.encoder.layers):
         raise UnsupportedModelError(
             f"encoder=EncoderReuse(...) was given, and {type(family).__name__} does not say where the patches of its "
             "vision encoder are; supported are LeRobot's SmolVLAPolicy, PI0Policy, PI05Policy and PI0FastPolicy, "
@@ -308,6 +312,12 @@ def cut(images: Tensor, side: int) -> Tensor:
 def _put(whole: Tensor, dim: int, places: Tensor, rows: Tensor) -> Tensor:
     """Return `whole` with `rows` in these places along a dimension."""
     return whole.scatter(dim, places.expand_as(rows), rows)
+
+
+def _rows_of(mask: Tensor, ids: Tensor) -> Tensor:
+    """Return the rows `ids` (I, k) of a mask (I or 1, H or 1, P, P): (I, H or 1, k, P)."""
+    whole = mask.expand(len(ids), *mask.shape[1:])
+    return whole.gather(2, ids[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3]))
 
 
 def _ignore(_: Any) -> None:

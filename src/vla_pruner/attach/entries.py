@@ -34,6 +34,7 @@ def watch_steps(session: Session, family: Family, turn: Turn, replaced: Replacem
                     result = original(*args, **kwargs)
                 gave_up = outermost and session.heed_trial()
         except Exception as error:
+            session.forget_images()
             if session.attached:
                 raise
             raise SessionError(_DETACHED) from error

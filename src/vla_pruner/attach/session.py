@@ -245,6 +245,13 @@ class Session:
             raise SessionError(f"reset(rows={rows}) was called, but the batch has rows 0 to {memory.rows - 1}.")
         self.memory = memory.reset(rows)
 
+    def forget_images(self) -> None:
+        """Have the vision encoder encode all patches in the next control step, if it reuses any; the memory stays. Call
+        it where the image changes as a whole within an episode. A control step that fails does so.
+        """
+        if self._runner.encoder is not None:
+            self._runner.encoder.forget()
+
     def moved(self, distance: float | Tensor) -> None:
         """Report how far the arm moved in the last control step, for methods that prune by it (`Method.motion`). Call
         it once after each step, before the next one: the code that commands the robot has the distance, and the model

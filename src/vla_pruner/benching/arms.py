@@ -11,6 +11,8 @@ from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.subject import Subject, warm
 from vla_pruner.errors import SessionError
 from vla_pruner.fate import Fate
+from vla_pruner.method_names import encoder_title, with_encoders
+from vla_pruner.methods import EncoderReuse
 
 BASELINE = "unpruned"
 
@@ -23,11 +25,14 @@ class Arm:
         name: its name in reports; unique.
         kind: the method's name, or "unpruned".
         method: the method that is attached; None runs the untouched model.
+        encoder: the patches that the vision encoder encodes; None: all. It never refreshes by itself, so that every
+            step that is measured reuses patches.
     """
 
     name: str
     kind: str
     method: Any
+    encoder: EncoderReuse | None = None
 
     @property
     def layer(self) -> int:
@@ -48,12 +53,15 @@ class Arm:
 def arms_of(settings: BenchSettings) -> tuple[Arm, ...]:
     """Return the untouched model first, then every method that the settings name."""
     arms = [Arm(BASELINE, BASELINE, None)]
-    for made in settings.chosen_methods():
-        if any(made.method == arm.method for arm in arms):
+    for made, chosen in with_encoders(settings.chosen_methods(), settings.chosen_encoders()):
+        # Every step that is measured reuses patches: no step but the first encodes all of them.
+        encoder = None if chosen is None else replace(chosen, refresh_every=None)
+        if any((made.method, encoder) == (arm.method, arm.encoder) for arm in arms):
             continue
+        title = made.title + encoder_title(chosen)
         # Third-party methods may differ in options that no title shows.
-        same = sum(arm.name.partition(" #")[0] == made.title for arm in arms)
-        arms.append(Arm(f"{made.title} #{same + 1}" if same else made.title, made.name, made.method))
+        same = sum(arm.name.partition(" #")[0] == title for arm in arms)
+        arms.append(Arm(f"{title} #{same + 1}" if same else title, made.name, made.method, encoder))
     return tuple(arms)
 
 
@@ -86,12 +94,12 @@ class Turns:
     def _begin(self, arm: Arm) -> None:
         """Run an episode's first steps, which some methods do not prune."""
         self.kept[arm.name] = None
-        with self.subject.attach(arm.method) as session:
+        with self.subject.attach(arm.method, arm.encoder) as session:
             if session is None:
                 self.subject.step()
                 return
             self.memories[arm.name] = warm(self.subject, session)
-            self.kept[arm.name] = int(session.kept.shape[1])
+            self.kept[arm.name] = _kept(session)
 
     @contextmanager
     def open(self, arm: Arm) -> Iterator[Any]:
@@ -99,7 +107,7 @@ class Turns:
 
         This is the one place where an arm gets ready.
         """
-        with self.subject.attach(arm.method) as session:
+        with self.subject.attach(arm.method, arm.encoder) as session:
             if session is not None:
                 session.memory = self.memories[arm.name]
             self.subject.step()
@@ -121,10 +129,17 @@ class Turns:
         """Check that the step that was just measured is one of its arm.
 
         Raises:
-            SessionError: it was not pruned, or not to as many tokens as before.
+            SessionError: it was not pruned, or not to as many tokens as before, or it encoded all patches although the
+                arm reuses some.
         """
-        kept = None if session is None or session.kept is None else int(session.kept.shape[1])
+        kept = None if session is None else _kept(session)
         if kept != self.kept[arm.name]:
             raise SessionError(
                 f"A step of {arm.name} kept {kept} visual tokens, not {self.kept[arm.name]}; it cannot be compared."
             )
+        if arm.encoder is not None and session is not None and None in (session.encoded or (None,)):
+            raise SessionError(f"A step of {arm.name} encoded all patches; it cannot be compared.")
+
+
+def _kept(session: Any) -> int | None:
+    return None if session.kept is None else int(session.kept.shape[1])

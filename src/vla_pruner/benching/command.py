@@ -12,14 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.benching.settings import NAMED, SIZES, BenchSettings
-from vla_pruner.flags import DTYPES, Help, add_methods
+from vla_pruner.flags import DTYPES, Help, add_encoder, add_methods
 from vla_pruner.json_file import check_file, check_folder, unwritable
 from vla_pruner.method_names import LAYER
 from vla_pruner.terminal import LogLines, literal, say
 
 _FIELDS = (
-    "model", "size", "layers", "keep", "methods", "pruned", "layer", "batch", "cameras", "dtype", "device", "compile",
-    "prompt_tokens", "decode_tokens", "denoise_steps", "refresh_every", "iters", "threads", "seed",
+    "model", "size", "layers", "keep", "methods", "pruned", "layer", "encoder_keep", "batch", "cameras", "dtype",
+    "device", "compile", "prompt_tokens", "decode_tokens", "denoise_steps", "refresh_every", "iters", "threads", "seed",
 )  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add("--size", choices=SIZES, default="full", help="of random weights: published or tiny (default: %(default)s)")
     add("--layers", metavar="N", type=int, help="depth of the decoder, and of an expert (default: as published)")
     add_methods(command)
+    add_encoder(command)
     command.set_defaults(methods=("vla-pruner",), layer=LAYER)
     add("--cameras", metavar="N", type=int, help="images of each robot (default: as published)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")

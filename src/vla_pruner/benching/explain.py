@@ -96,7 +96,7 @@ def explain(session: Session) -> Explanation:
     share, ceiling, whole = _share(session, layers, kept, tokens)
     anatomy = family.anatomy
     untouched = []
-    if anatomy.towers:
+    if anatomy.towers and session.encoder is None:
         untouched.append("the vision encoder, which sees every patch")
     if layers[0]:
         untouched.append(f"decoder layers 0 to {layers[0] - 1}, which run on every token")
@@ -109,7 +109,7 @@ def explain(session: Session) -> Explanation:
     return Explanation(
         method=described(method),
         model=f"{type(session.policy).__name__} ({type(family).__name__})",
-        pruned=tuple(_pruned(layers, kept, tokens, family, method)),
+        pruned=(*_pruned(layers, kept, tokens, family, method), *_reused(session)),
         steps=_steps(method),
         untouched=tuple(untouched),
         refused=tuple(_refused(session)),
@@ -138,6 +138,20 @@ def _pruned(layers: list[int], kept: list[int] | None, tokens: Any, family: Any,
     return found
 
 
+def _reused(session: Session) -> list[str]:
+    """Return the sentence on the vision encoder, if it reuses patches."""
+    encoder = session.encoder
+    if encoder is None:
+        return []
+    patches = session.family.encoder.patches if session.family.encoder is not None else None
+    amount = f"{encoder.keep!r}" if patches is None else f"{encoder.budget(patches)} of {patches}"
+    every = "" if encoder.refresh_every is None else f" and every {encoder.refresh_every}th after it"
+    return [
+        f"in the vision encoder, {amount} patches of each image run through the layers, and the others stay as in the "
+        f"last control step; the first step of an episode{every} encodes all"
+    ]
+
+
 def _steps(method: Any) -> str:
     schedule = method.schedule
     if schedule.warm_up is None:
@@ -162,6 +176,10 @@ def _refused(session: Session) -> list[tuple[str, str]]:
     reason = why_not_compiled(family, session.method)
     if reason is not None:
         found.append(("compile", reason))
+    if session.encoder is not None:
+        found.append(("compile", "the vision encoder holds what a static graph would overwrite"))
+    elif family.encoder is None and family.anatomy.towers:
+        found.append(("reuse in the vision encoder", "it is not known where the patches of this one are"))
     if not family.cameras:
         takes = "cameras" in inspect.signature(type(family)).parameters
         fix = "attach(model, cameras=(...))" if takes else "its images have an order of their own"
@@ -178,9 +196,12 @@ def _share(
     budget: dict[str, Any] = {"kept": first[1], "layer": first[0], "pruned": session.method.pruned, "then": then}
     subject = _subject(session)
     if subject is not None and subject.control_step.visual == sum(tokens):
+        encoded = subject.encoded(session.encoder)
         whole = subject.control_step.flops(None, first[0])
-        total = sum(whole.values())
-        return whole["prompt, layers pruned"] / total, total / sum(subject.control_step.flops(**budget).values()), True
+        total, reached = sum(whole.values()), whole["prompt, layers pruned"]
+        reached += whole["vision"] if encoded is not None else 0.0
+        left = sum(subject.control_step.flops(**budget, encoded=encoded).values())
+        return reached / total, total / left, True
     if session.step is None:
         return None, None, False
     decoder = session.family.decoder

@@ -109,6 +109,8 @@ class ArmResult:
         refresh: the cost of a whole cycle, of a method that runs every n-th step unpruned; else None. All other figures
             are those of pruned steps.
         compiling: None if nothing is compiled.
+        encoder: the choice of the vision encoder's patches as Python shows it; None: all are encoded. All figures are
+            those of steps that reuse patches.
         why: the source of the saving, and its limits.
     """
 
@@ -130,6 +132,7 @@ class ArmResult:
     memory: dict[str, Any]
     refresh: Refresh | None = None
     compiling: Compiling | None = None
+    encoder: str | None = None
     why: str = ""
 
     def to_json(self) -> dict[str, Any]:

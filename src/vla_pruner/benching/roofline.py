@@ -10,6 +10,7 @@ import torch
 from vla_pruner.accelerators import is_accelerator, name_of, now
 from vla_pruner.benching.subject import Subject
 from vla_pruner.fate import Fate
+from vla_pruner.methods import EncoderReuse
 
 DATA_SHEETS: dict[str, tuple[float, float]] = {
     "H200": (989e12, 4.8e12),
@@ -100,7 +101,12 @@ class Work:
 
 
 def least_work(
-    subject: Subject, kept: int | None, layer: int, pruned: str, counted_vision: float | None = None
+    subject: Subject,
+    kept: int | None,
+    layer: int,
+    pruned: str,
+    counted_vision: float | None = None,
+    encoder: EncoderReuse | None = None,
 ) -> Work:
     """Return the least work of one control step, by the formulas of `cost`.
 
@@ -109,9 +115,10 @@ def least_work(
         kept: visual tokens kept; None: all.
         layer, pruned: of the arm.
         counted_vision: FLOPs of the vision encoder if no formula has it.
+        encoder: of the arm.
     """
     step, rows = subject.control_step, subject.rows
-    parts = step.flops(kept, layer, pruned)
+    parts = step.flops(kept, layer, pruned, encoded=subject.encoded(encoder))
     cache = step.cache_elements(kept, layer, pruned)
     vision = rows * parts["vision"]
     if not subject.vision_by_formula and counted_vision is not None:

@@ -32,7 +32,7 @@ from vla_pruner.benching.measure import (
 )
 from vla_pruner.benching.policies import build
 from vla_pruner.benching.report import ArmResult, BenchReport, Compiling, FlopCount, Refresh, Speed
-from vla_pruner.benching.roofline import Peaks, least_work, measure_peaks
+from vla_pruner.benching.roofline import Peaks, Work, least_work, measure_peaks
 from vla_pruner.benching.settings import NAMED, BenchSettings, flag
 from vla_pruner.benching.subject import Subject
 from vla_pruner.benching.verdict import Timed, why
@@ -184,12 +184,19 @@ def _results(turns: Turns, measured: Measured, peaks: Peaks) -> tuple[ArmResult,
     subject, base_name = turns.subject, turns.arms[0].name
     timings, stages, compiled = measured.timings, measured.stages, bool(measured.compiling)
     counted = {arm.name: count_stages(turns, arm) for arm in turns.arms}
-    work = {
-        arm.name: least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned, counted[base_name]["vision"])
-        for arm in turns.arms
-    }
+
+    def work_of(arm: Arm) -> Work:
+        seeing = arm.name if arm.encoder is not None else base_name
+        return least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned, counted[seeing]["vision"], arm.encoder)
+
+    work = {arm.name: work_of(arm) for arm in turns.arms}
 
     base_p50 = percentile(timings.steps[base_name], 50)
+
+    def saved_by_encoder(arm: Arm) -> float:
+        """Return the part of an unpruned step that reusing patches can save: the counted FLOPs' part of the encoder."""
+        seen, taken = counted[base_name]["vision"], stages[base_name]
+        return taken["vision"] / taken["total"] * (1 - counted[arm.name]["vision"] / seen) if arm.encoder else 0.0
 
     def timed(name: str) -> Timed:
         # The speed gives the saving, since it compares steps of the same round; two medians may disagree.
@@ -216,13 +223,23 @@ def _results(turns: Turns, measured: Measured, peaks: Peaks) -> tuple[ArmResult,
             bytes_moved=work[name].bytes,
             roofline=roofline,
             reached=sum(roofline.values()) / p50,
-            ceiling=None if is_base else _ceiling(subject, kept, measured.shares[arm.layer]),
+            ceiling=None if is_base else _ceiling(subject, kept, measured.shares[arm.layer], saved_by_encoder(arm)),
             memory=measured.memory[name],
             refresh=_refresh(arm, timings, base_name),
             compiling=measured.compiling.get(name),
+            encoder=None if arm.encoder is None else repr(arm.encoder),
             why=""
             if is_base
-            else why(timed(base_name), timed(name), peaks, subject.acting, passes, compiled, subject.one_graph),
+            else why(
+                timed(base_name),
+                timed(name),
+                peaks,
+                subject.acting,
+                passes,
+                compiled,
+                subject.one_graph,
+                encodes=arm.encoder is None,
+            ),
         )
 
     return tuple(result(arm) for arm in turns.arms)
@@ -249,11 +266,13 @@ def _refresh(arm: Arm, timings: Timings, base_name: str) -> Refresh | None:
     return Refresh(every, fresh, amortised, base / amortised)
 
 
-def _ceiling(subject: Subject, kept: int | None, share: float | None) -> float | None:
+def _ceiling(subject: Subject, kept: int | None, share: float | None, in_encoder: float) -> float | None:
+    if kept is None and in_encoder:
+        return 1 / (1 - in_encoder)
     if share is None or kept is None:
         return None
     gone = (subject.feed.visual - kept) / (subject.feed.visual + subject.feed.other)
-    return 1 / (1 - share * gone)
+    return 1 / (1 - share * gone - in_encoder)
 
 
 def _shape(subject: Subject) -> dict[str, Any]:

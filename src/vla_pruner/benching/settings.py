@@ -13,8 +13,8 @@ from vla_pruner.attach.stages import check_depth
 from vla_pruner.checkpoints.files import may_be_on_hub
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.flags import DTYPES
-from vla_pruner.method_names import LAYER, Named, methods_of
-from vla_pruner.methods import Method
+from vla_pruner.method_names import LAYER, Named, encoders_of, methods_of
+from vla_pruner.methods import EncoderReuse, Method
 from vla_pruner.plugins import class_at
 from vla_pruner.registry import ROWS, Benchmark, Row, row_named
 
@@ -33,6 +33,7 @@ _LISTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("methods", (str, Method), "a method's name such as 'vla-pruner', or a method such as VLAPruner(keep=0.25)"),
     ("pruned", (str,), "'drop', 'freeze' or 'reuse'"),
     ("layer", (int,), "a layer such as 3"),
+    ("encoder_keep", (int, float), "a fraction such as 0.25 or a number such as 64"),
 )
 
 
@@ -62,6 +63,8 @@ class BenchSettings:
         pruned: the fate of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: the first of each
             method's fates.
         layer: pruning layers; one arm each.
+        encoder_keep: budgets of patches of each image that the vision encoder encodes, with every method; one arm each.
+            None, and 1.0: all. It does not go with `compile`.
         batch: robots in one call.
         cameras: number of images; None: as published.
         dtype: of the weights.
@@ -77,7 +80,7 @@ class BenchSettings:
         seed: of weights and inputs.
         loaded: whether the policy is loaded already.
 
-    Of `keep`, `methods`, `pruned` and `layer` a single value stands for a tuple of one.
+    Of `keep`, `methods`, `pruned`, `layer` and `encoder_keep` a single value stands for a tuple of one.
     """
 
     model: str
@@ -87,6 +90,7 @@ class BenchSettings:
     methods: tuple[str | Method, ...] = ("vla-pruner",)
     pruned: tuple[str, ...] | None = None
     layer: tuple[int, ...] = LAYER
+    encoder_keep: tuple[float | int, ...] | None = None
     batch: int = 1
     cameras: int | None = None
     dtype: str = "float32"
@@ -112,11 +116,17 @@ class BenchSettings:
         for name, known in (("size", SIZES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{flag(name)} is {getattr(self, name)}; it is {' or '.join(known)}.")
-        for name in ("keep", "methods", "pruned", "layer"):
+        for name in ("keep", "methods", "pruned", "layer", "encoder_keep"):
             if getattr(self, name) is not None and not getattr(self, name):
                 raise OptionError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
         self._check_backend()
         self._check_model()
+        encoders = self.chosen_encoders()
+        if self.compile and any(encoders):
+            raise OptionError(
+                "--encoder-keep does not go with --compile: what the vision encoder holds from the last control step "
+                "is no part of a static graph. Leave one of them out."
+            )
         methods, depth = self.chosen_methods(), self._depth
         if depth is not None:
             for made in methods:
@@ -194,6 +204,14 @@ class BenchSettings:
                 )
         return tuple(found)
 
+    def chosen_encoders(self) -> tuple[EncoderReuse | None, ...]:
+        """Return the choice of patches of every pruned arm; None: the encoder is left alone.
+
+        Raises:
+            OptionError: a budget is out of its range.
+        """
+        return encoders_of(self.encoder_keep)
+
     def to_json(self) -> dict[str, Any]:
         """Return the settings for `json.dump`, methods as Python shows them."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "loaded"}
@@ -253,7 +271,7 @@ def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[
     Raises:
         OptionError: it is of another kind.
     """
-    if value is None and name in ("keep", "pruned"):
+    if value is None and name in ("keep", "pruned", "encoder_keep"):
         return None
     several = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     for each in several:

@@ -16,7 +16,8 @@ from vla_pruner.cost import ControlStep, DecoderShape, Expert, Tower
 from vla_pruner.errors import BudgetError
 from vla_pruner.families import family_of
 from vla_pruner.feed import Feed
-from vla_pruner.methods import Method
+from vla_pruner.method_names import was_pruned
+from vla_pruner.methods import EncoderReuse, Method
 from vla_pruner.timing import Watched, watched_of
 
 
@@ -62,9 +63,14 @@ class Subject:
         """True if it is compiled, and prompt and decoding are then one graph."""
         return self.settings.backend is not None and self.family.acting is not None
 
-    def attach(self, method: Method | None) -> Any:
+    def attach(self, method: Method | None, encoder: EncoderReuse | None = None) -> Any:
         """Return a context manager that gives a session of `method`, or None for the untouched model."""
-        return nullcontext(None) if method is None else method.attach(self.policy, **self.feed.attach)
+        return nullcontext(None) if method is None else method.attach(self.policy, encoder=encoder, **self.feed.attach)
+
+    def encoded(self, encoder: EncoderReuse | None) -> int | None:
+        """Return the patches of each image that are encoded; None: all, or the sizes of a tower are not known."""
+        towers = self.control_step.towers
+        return None if encoder is None or not towers else encoder.budget(towers[0].tokens)
 
     def watched(self) -> Watched:
         """Return the modules of each stage, for `StageTimer`."""
@@ -127,6 +133,8 @@ def warm(subject: Subject, session: Session) -> Any:
         subject.step()
         if session.kept is not None:
             return session.memory
+    if was_pruned(session):
+        return session.memory  # all visual tokens stay, and patches are reused
     raise BudgetError(
         f"{session.method!r} pruned none of the first {session.method.history + 16} control steps, so there is "
         "nothing to compare; give a smaller keep."

@@ -153,6 +153,12 @@ def notes(report: BenchReport) -> Iterator[str]:
                 f"{arm.name} runs every {arm.refresh.every}th step unpruned ({arm.refresh.milliseconds:.2f} ms): "
                 f"{arm.refresh.amortised:.2f} ms a step over the whole cycle, {arm.refresh.speed:.2f}x."
             )
+        if arm.encoder is not None:
+            yield (
+                f"{arm.name}: every step that is timed reuses patches in the vision encoder. A step that encodes all "
+                "patches, as the first of an episode and, by default, every 8th do, takes as long there as the "
+                "unpruned one."
+            )
         if arm.why:
             yield f"{arm.name}: {arm.why}"
 

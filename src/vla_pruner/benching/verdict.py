@@ -41,6 +41,7 @@ def why(
     passes: int,
     compiled: bool = False,
     one_graph: bool = False,
+    encodes: bool = True,
 ) -> str:
     """Compare the saving with that of the prompt's FLOPs, and say what limits it.
 
@@ -52,6 +53,7 @@ def why(
         passes: passes after the prompt.
         compiled: whether the prompt is one graph, choosing, gathering and freezing in it.
         one_graph: whether decoding is part of that graph, and of the stage "prefill".
+        encodes: whether the vision encoder encodes all patches.
     """
     ratio = _flops(arm, one_graph) / _flops(base, one_graph)
     promised = base.stages["prefill"] * (1 - ratio)
@@ -65,9 +67,11 @@ def why(
         *_choosing(arm, promised, compiled),
         *(_one_graph(base, arm, ratio) if one_graph else _prompt(base, arm, peaks, compiled)),
         *_acting(base, peaks, acting, passes),
-        *_vision(base),
+        *(_vision(base) if encodes else ()),
         *_other(base),
     ]
+    if not encodes:
+        first += f" The vision encoder takes {arm.stages['vision']:.2f} ms instead of {base.stages['vision']:.2f}."
     if not reasons:
         reasons = ["Here a saved token is a saved millisecond."] if saved >= promised / SLACK else []
     return " ".join([first, *reasons])

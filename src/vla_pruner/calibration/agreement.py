@@ -215,9 +215,11 @@ def _unranked(moved: Sequence[float], losses: Sequence[float]) -> str:
 
 
 def _named(title: str) -> tuple[str, str]:
-    """Return method and setting of an arm: "fastv 0.25 drop K=3" is of "fastv" and "0.25 drop"."""
-    name, _, rest = title.partition(" ")
-    return name, " ".join(rest.split(" ")[:2])
+    """Return method and setting of an arm: "fastv 0.25 drop K=3" is of "fastv" and "0.25 drop", and with "encoder=0.5"
+    behind it of "0.25 drop encoder=0.5".
+    """
+    name, *words = title.split(" ")
+    return name, " ".join([*words[:2], *(word for word in words if word.startswith(("encoder=", "refresh=")))])
 
 
 def arms_of(folders: Sequence[Path]) -> list[Arm]:
@@ -248,7 +250,17 @@ def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
         )
     try:
         name, keep, fate, layer, *options = arm["title"].split(" ")
-        (made,) = method_arms([":".join([name, *options])], [budget(keep)], [int(layer.removeprefix("K="))], [fate])
+        encoder = [number for number, option in enumerate(options) if option.startswith("encoder=")]
+        encoding = [word.partition("=")[2] for word in options[encoder[0] :]] if encoder else []
+        own = options[: encoder[0]] if encoder else options
+        (made,) = method_arms(
+            [":".join([name, *own])],
+            [budget(keep)],
+            [int(layer.removeprefix("K="))],
+            [fate],
+            [budget(encoding[0])] if encoding else None,
+            int(encoding[1]) if len(encoding) > 1 else None,
+        )
     except (ValueError, TypeError, OptionError, EvaluationError, PluginError) as error:
         raise _unknown(arm["title"], folder) from error
     if made.key != arm["key"]:

@@ -11,8 +11,8 @@ from vla_pruner.evaluation.flags import add_arms, policy_source
 from vla_pruner.flags import Help, add_weights, names, refuse_unused
 
 _FIELDS = (
-    "source", "results", "methods", "keep", "layer", "pruned", "controls", "tasks", "episodes", "every", "max_steps",
-    "seed", "tolerance", "json",
+    "source", "results", "methods", "keep", "layer", "pruned", "encoder_keep", "encoder_refresh", "controls", "tasks",
+    "episodes", "every", "max_steps", "seed", "tolerance", "json",
 )  # fmt: skip
 _READING = frozenset({"results", "tolerance", "against", "json"})
 

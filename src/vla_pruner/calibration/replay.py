@@ -16,6 +16,7 @@ from vla_pruner.calibration.recordings import TRACES, Recording, Recordings
 from vla_pruner.errors import ObservationError
 from vla_pruner.evaluation.arms import BASELINE, Arm, check_layers
 from vla_pruner.evaluation.episode import generator_devices
+from vla_pruner.method_names import was_pruned
 
 Progress = Callable[[str, str], None]
 """A function that is called with the name of an episode and of an arm that has replayed it."""
@@ -28,7 +29,7 @@ class Played:
     Attributes:
         chunks: (T, chunk, dim) float64.
         milliseconds: of each `act`.
-        pruned: (T,) bool.
+        pruned: (T,) bool, whether visual tokens were pruned or patches of the vision encoder reused.
     """
 
     chunks: np.ndarray
@@ -145,7 +146,7 @@ def _play(policy: Any, arm: Arm, recording: Recording, steps: int | None = None)
                 ) from error
             milliseconds.append(1e3 * (perf_counter() - start))
             chunks.append(np.atleast_2d(np.array(chunk, float)))
-            pruned.append(session is not None and session.kept is not None)
+            pruned.append(was_pruned(session))
             if session is not None and session.method.motion and recording.paths is not None:
                 session.moved(float(recording.paths[step]))
     return Played(np.stack(chunks), milliseconds, np.array(pruned))

@@ -23,7 +23,8 @@ class CalibrateSettings:
         policy: the policy's source; None with `results`.
         source: folder of the recordings; None with `results`.
         results: file of an earlier calibration, in place of a new one.
-        methods, keep, layer, pruned, controls: as of an evaluation. Without any of them, `against` says which arms run.
+        methods, keep, layer, pruned, encoder_keep, encoder_refresh, controls: as of an evaluation. Without any of them,
+            `against` says which arms run.
         tasks, episodes, every, max_steps, cameras, seed: as of `find_recordings`.
         tolerance: largest upper bound that is accepted, in standard deviations of the recorded actions.
         against: folders of evaluations whose losses are compared.
@@ -37,6 +38,8 @@ class CalibrateSettings:
     keep: tuple[float | int, ...] | None = None
     layer: tuple[int, ...] | None = None
     pruned: tuple[str, ...] | None = None
+    encoder_keep: tuple[float | int, ...] | None = None
+    encoder_refresh: int | None = None
     controls: tuple[str, ...] | None = None
     tasks: tuple[str, ...] | None = None
     episodes: int = EPISODES
@@ -75,9 +78,10 @@ class CalibrateSettings:
         Raises:
             VLAPrunerError: a method, an option or a control is unknown, or an evaluation's arm cannot be made.
         """
-        given = (self.methods, self.keep, self.layer, self.pruned, self.controls)
+        encoder = self.encoder_keep, self.encoder_refresh
+        given = (self.methods, self.keep, self.layer, self.pruned, *encoder, self.controls)
         if self.against and all(one is None for one in given):
             return arms_of(self.against)
         names = () if self.methods == NO_METHOD else self.methods or DEFAULT_METHODS
-        methods = method_arms(names, self.keep, self.layer or LAYER, self.pruned)
+        methods = method_arms(names, self.keep, self.layer or LAYER, self.pruned, *encoder)
         return list(all_arms(methods, CONTROLS if self.controls is None else self.controls)[1:])

@@ -12,8 +12,8 @@ from vla_pruner.errors import OptionError
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.fate import WITHIN_A_STEP, Fate
-from vla_pruner.method_names import attached, methods_of
-from vla_pruner.methods import Method, RandomKeep
+from vla_pruner.method_names import attached, encoder_title, encoders_of, methods_of, with_encoders
+from vla_pruner.methods import EncoderReuse, Method, RandomKeep
 from vla_pruner.methods.schedule import Schedule
 from vla_pruner.plugins import source_of
 
@@ -31,6 +31,7 @@ class Arm:
         kind: "baseline", "method", or the control: "again", "random", "blank".
         method: the method that is attached; None runs the untouched model.
         random: of a method, the key of the control that draws as many tokens at random; None: there is none.
+        encoder: the patches that the vision encoder encodes; None: all.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Arm:
     kind: str
     method: Method | None = None
     random: str | None = None
+    encoder: EncoderReuse | None = None
 
     @property
     def is_blank(self) -> bool:
@@ -59,13 +61,15 @@ class Arm:
 
         A method that draws at random gets a seed of its own for each unit, so that no draw repeats.
         """
-        return attached(self.method, policy, unit.noise_seed(0))
+        return attached(self.method, policy, unit.noise_seed(0), self.encoder)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything that makes this arm the same in another run; for a method from outside of this package with
         its origin, as of `plugins.source_of`.
         """
         found: dict[str, Any] = {"key": self.key, "title": self.title, "kind": self.kind, "method": repr(self.method)}
+        if self.encoder is not None:
+            found["encoder"] = repr(self.encoder)
         if self.random is not None:
             found["random"] = self.random
         if self.source is not None:
@@ -78,19 +82,28 @@ def method_arms(
     keep: Sequence[float | int] | None,
     layers: Sequence[int],
     pruned: Sequence[str] | None,
+    encoder_keep: Sequence[float | int] | None = None,
+    encoder_refresh: int | None = None,
 ) -> list[Arm]:
-    """One arm for each method, keep, layer and fate of the other tokens; arguments and errors as of `methods_of`."""
+    """One arm for each method, keep, layer, fate of the other tokens and budget of the vision encoder; arguments and
+    errors as of `methods_of` and `encoders_of`.
+    """
+    encoders = encoders_of(encoder_keep, encoder_refresh)
     return [
-        Arm(made.title.replace(" ", "-").replace("=", ""), made.title, "method", made.method)
-        for made in methods_of(methods, keep, layers, pruned)
+        Arm(_key(title := made.title + encoder_title(encoder)), title, "method", made.method, encoder=encoder)
+        for made, encoder in with_encoders(methods_of(methods, keep, layers, pruned), encoders)
     ]
+
+
+def _key(title: str) -> str:
+    return title.replace(" ", "-").replace("=", "")
 
 
 def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]:
     """Return the unpruned policy first, then the methods, then the controls.
 
     The random control is one for each budget, layer and fate of the methods, and prunes the same steps: it warms up as
-    long as the method does, and refreshes as often. It has no motion gate.
+    long as the method does, and refreshes as often, with the same patches of the vision encoder. It has no motion gate.
 
     Raises:
         EvaluationError: a control is unknown.
@@ -102,7 +115,7 @@ def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]
     if "random" in controls:
         for place, arm in enumerate(chosen):
             if not isinstance(arm.method, RandomKeep):
-                randoms.append(_random(arm.method))
+                randoms.append(_random(arm.method, arm.encoder))
                 chosen[place] = dataclasses.replace(arm, random=randoms[-1].key)
     arms = [Arm(BASELINE, "unpruned", "baseline"), *chosen]
     if "again" in controls:
@@ -112,12 +125,13 @@ def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]
         arms.append(Arm(BLANK, "blank image", "blank"))
     different: dict[str, Arm] = {}
     for arm in arms:
-        if different.setdefault(arm.key, arm).method != arm.method:
+        same = different.setdefault(arm.key, arm)
+        if (same.method, same.encoder) != (arm.method, arm.encoder):
             raise EvaluationError(f"Two different arms are both called {arm.title!r}; leave one of them out.")
     return tuple(different.values())
 
 
-def _random(method: Any) -> Arm:
+def _random(method: Any, encoder: EncoderReuse | None) -> Arm:
     schedule: Schedule = method.schedule
     warm_up, refresh = schedule.warm_up or 0, schedule.refresh_every
     if type(method).prunes is not Method.prunes:
@@ -131,7 +145,8 @@ def _random(method: Any) -> Arm:
         title += f" after {warm_up}"
     if refresh is not None:
         title += f" refresh_every={refresh}"
-    return Arm(title.replace(" ", "-").replace("=", ""), title, "random", control)
+    title += encoder_title(encoder)
+    return Arm(_key(title), title, "random", control, encoder=encoder)
 
 
 def check_layers(arms: Sequence[Arm], policy: Any) -> None:
@@ -144,7 +159,7 @@ def check_layers(arms: Sequence[Arm], policy: Any) -> None:
         if arm.method is None:
             continue
         try:
-            with arm.method.attach(policy):
+            with arm.method.attach(policy, encoder=arm.encoder):
                 pass
         except OptionError as error:
             raise EvaluationError(f"The arm {arm.title!r} does not fit this policy: {error}") from error

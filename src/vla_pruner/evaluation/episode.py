@@ -21,6 +21,7 @@ from vla_pruner.evaluation.policies import sees_images
 from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.traces import Tracer
 from vla_pruner.evaluation.units import Unit
+from vla_pruner.method_names import was_pruned
 from vla_pruner.simulators.base import Convention, Environment, Observation, OutcomeError, SimulatorUnavailable, outcome
 from vla_pruner.statistics import percentile
 from vla_pruner.wording import readable, said_by
@@ -59,6 +60,7 @@ class Course:
         self._rewards: list[float] = []
         self._latency: list[float] = []
         self._kept: list[int | None] = []
+        self._pruned_steps = 0
         self._visual_tokens: int | None = None
         self._error: dict[str, str] | None = None
         self._started = datetime.now(UTC)
@@ -92,6 +94,7 @@ class Course:
         if session is None:
             return
         self._kept.append(None if session.kept is None else int(session.kept.shape[1]))
+        self._pruned_steps += was_pruned(session)
         if session.step is not None:
             self._visual_tokens = session.step.layout.tokens
 
@@ -176,7 +179,7 @@ class Course:
             latency_p99_ms=round(percentile(latency, 99), 3) if latency else None,
             visual_tokens=self._visual_tokens,
             kept_tokens=[min(pruned), max(pruned)] if pruned else [],
-            pruned_steps=len(pruned),
+            pruned_steps=self._pruned_steps,
             error=error,
             attempt=attempt,
             seconds=round(self.seconds, 3),

@@ -13,6 +13,7 @@ from vla_pruner.evaluation.recipes import RECIPES
 from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
 from vla_pruner.flags import (
     Help,
+    add_encoder,
     add_methods,
     add_output,
     add_weights,
@@ -25,7 +26,7 @@ from vla_pruner.flags import (
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
-    "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace", "batch",
+    "encoder_keep", "encoder_refresh", "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace", "batch",
 )  # fmt: skip
 _MERGING = frozenset({"merge", "out", "quiet", "no_color"})
 
@@ -139,6 +140,14 @@ def add_eval(commands: Any) -> None:
 def add_arms(command: argparse.ArgumentParser) -> None:
     """Add the flags of the arms that run: methods and their settings, and controls."""
     add_methods(command, ", or none")
+    add_encoder(command)
+    command.add_argument(
+        "--encoder-refresh",
+        metavar="N",
+        type=int,
+        help="encode everything in the first control step of an episode and every N-th after it, with --encoder-keep\n"
+        "(default: 8)",
+    )
     command.add_argument(
         "--controls",
         metavar="A,B",

@@ -26,9 +26,11 @@ def shares(arm: Arm) -> bool:
     """Return True if episodes of an arm can share passes: its method's decisions and memory are each robot's own.
 
     A random method has a seed for each unit; a motion gate opens for one robot and not for another; and keys and values
-    of the last control step are not kept for each robot.
+    of the last control step, of the decoder or the vision encoder, are not kept for each robot.
     """
     method = arm.method
+    if arm.encoder is not None:
+        return False
     if method is None:
         return True
     return not (isinstance(method, RandomKeep) or method.motion or method.fate.needs_last_step)

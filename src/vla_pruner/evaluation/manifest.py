@@ -230,6 +230,7 @@ def check_arms(content: Any) -> list[dict[str, Any]]:
             if not field_of(arm, name, str).strip():
                 raise ValueError(f"an arm has an empty {name}")
         typed(str | None, arm.get("random"), "random")
+        typed(str | None, arm.get("encoder"), "encoder")
         typed(dict[str, str] | None, arm.get("source"), "source")
     return arms
 

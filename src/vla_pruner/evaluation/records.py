@@ -58,6 +58,7 @@ class Record:
     kept_tokens: list[int] = field(default_factory=list)
     """Fewest and most visual tokens kept in a pruned step; empty if none was pruned."""
     pruned_steps: int = 0
+    """Control steps in which visual tokens were pruned, or patches of the vision encoder reused."""
     error: dict[str, str] | None = None
     """Type, message and place of a crash."""
     attempt: int = 1

@@ -60,7 +60,8 @@ class EvalSettings:
         episodes, max_steps: in place of the preset's.
         first: the first initial state.
         seed: of the policy's draws.
-        methods, keep, layer, pruned: every combination is an arm.
+        methods, keep, layer, pruned, encoder_keep: every combination is an arm.
+        encoder_refresh: control steps of which one encodes every patch, with `encoder_keep`; None: the default.
         controls: some of `CONTROLS`.
         margin: loss of success rate, as a fraction, below which an arm counts as not worse; declared beforehand.
         horizon: actions of a chunk that are carried out before the policy acts again; None: the suite's convention.
@@ -86,6 +87,8 @@ class EvalSettings:
     keep: tuple[float | int, ...] | None = None
     layer: tuple[int, ...] | None = None
     pruned: tuple[str, ...] | None = None
+    encoder_keep: tuple[float | int, ...] | None = None
+    encoder_refresh: int | None = None
     controls: tuple[str, ...] | None = None
     margin: float = DEFAULT_MARGIN
     horizon: int | None = None
@@ -113,14 +116,15 @@ class EvalSettings:
             )
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise EvaluationError(f"--shard is {self.shard[0]}/{self.shard[1]}; the first of two is 1/2, the last 2/2.")
-        for name in ("suites", "tasks", "methods", "keep", "layer", "pruned"):
+        for name in ("suites", "tasks", "methods", "keep", "layer", "pruned", "encoder_keep"):
             if getattr(self, name) is not None and not getattr(self, name):
                 raise EvaluationError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
-        asked = [name for name in ("methods", "keep", "layer", "pruned") if getattr(self, name) is not None]
+        choosing = ("methods", "keep", "layer", "pruned", "encoder_keep", "encoder_refresh")
+        asked = [name for name in choosing if getattr(self, name) is not None]
         if self.policy.scripted and (asked or set(self.controls or ()) - {"again"}):
             raise EvaluationError(
                 f"--policy is {self.policy.name}, which sees no images, so nothing can be pruned or blanked; leave out "
-                "--method, --keep, --layer, --pruned and --controls."
+                "--method, --keep, --layer, --pruned, --encoder-keep, --encoder-refresh and --controls."
             )
         self.arms()
 
@@ -158,7 +162,9 @@ class EvalSettings:
         if self.policy.scripted:
             return all_arms([], ("again",) if self.controls is None else self.controls)
         names = () if self.methods == NO_METHOD else self.methods or DEFAULT_METHODS
-        methods = method_arms(names, self.keep, self.layer or LAYER, self.pruned)
+        methods = method_arms(
+            names, self.keep, self.layer or LAYER, self.pruned, self.encoder_keep, self.encoder_refresh
+        )
         return all_arms(methods, CONTROLS if self.controls is None else self.controls)
 
     def with_out(self, out: Path) -> EvalSettings:
