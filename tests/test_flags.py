@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vla_pruner import cli
+from vla_pruner.simulators.libero_names import check_read
 
 CHECKPOINT = ("--policy", "nowhere")
 DRAWN = ("--policy", "openvla", "--random-weights")
@@ -55,3 +56,27 @@ def test_flags_that_a_mode_does_not_read(
 def test_a_mode_with_what_it_reads_goes_on_to_its_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "--out", "whole", "--merge", "a", "b", "--quiet", "--no-color"]) == 2
     assert "does not read" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("suites", "given", "readers"),
+    [
+        ("libero", "strength=0.5", "strength is read by BASE:camera, BASE:light alone"),
+        ("libero_object:background,libero_object_lan", "strength=0.5", "strength is read by BASE:camera, BASE:light"),
+        (
+            "libero_object,libero_object:light",
+            "pro=folder",
+            "pro is read by BASE_swap, BASE_object, BASE_lan",
+        ),
+    ],
+)
+def test_an_option_that_no_suite_of_the_run_reads(
+    suites: str, given: str, readers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", "--policy", "expert", "--suite", suites, "--suite-option", given, "--out", "run"]) == 2
+    assert readers in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_option_that_one_suite_of_the_run_reads() -> None:
+    names = ("libero_object", "libero_object:camera", "libero_object_swap")
+    check_read(("strength", "pro", "seed"), names)

@@ -38,11 +38,11 @@ def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vla_pruner.evaluation.command.run_eval", lambda settings, _: seen.append(settings) or 0)
     monkeypatch.setattr("vla_pruner.evaluation.command.run_merge", lambda *_: 0)
     commands = [line.split("#")[0] for line in TEXT.splitlines() if line.startswith("vla-pruner eval")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         words = shlex.split(command.replace(" ... ", " --policy CHECKPOINT --suite libero "))[1:]
         assert cli.main(words) == 0, command
-    assert len(seen) == 8
+    assert len(seen) == 9
 
 
 def test_the_figures_of_the_simulation_are_those_of_its_file() -> None:

@@ -12,6 +12,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.flags import flag
 from vla_pruner.method_names import KEEP, LAYER
+from vla_pruner.simulators.libero_names import check_read
 
 DEFAULT_METHODS = ("vla-pruner",)
 NO_METHOD = ("none",)
@@ -119,6 +120,7 @@ class EvalSettings:
         for name in ("suites", "tasks", "methods", "keep", "layer", "pruned", "encoder_keep"):
             if getattr(self, name) is not None and not getattr(self, name):
                 raise EvaluationError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
+        check_read(self.suite_options, self.suite_names)
         choosing = ("methods", "keep", "layer", "pruned", "encoder_keep", "encoder_refresh")
         asked = [name for name in choosing if getattr(self, name) is not None]
         if self.policy.scripted and (asked or set(self.controls or ()) - {"again"}):

@@ -6,6 +6,7 @@ A perturbed suite has the tasks of one of the four published suites. LIBERO-PRO'
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -74,6 +75,12 @@ PATTERNS = tuple(
 
 BASES = f"BASE one of {', '.join(_PERTURBED)}"
 
+_READ_BY = {
+    "pro": tuple(kind for kind, origin in KINDS.items() if origin is Origin.PRO),
+    "strength": ("camera", "light"),
+}
+"""The options of a suite that perturbations of some kinds alone read."""
+
 LIBERO_PLUS = (
     "LIBERO-Plus is not supported: its lights, its textures and its new objects are an archive on Hugging Face "
     "(Sylvest/LIBERO-plus, assets.zip) that no package on PyPI has, its code replaces LIBERO's, and it takes the "
@@ -113,3 +120,18 @@ def refuse_known(name: str) -> None:
             f"LIBERO-PRO names {name!r} and its wheel has neither the tasks nor the initial states; floors and walls "
             f"change in {base}:background."
         )
+
+
+def check_read(options: Iterable[str], suites: Iterable[str]) -> None:
+    """Refuse options that none of several suites reads.
+
+    Raises:
+        SuiteError: it names the option and the suites that read it.
+    """
+    kinds = {PERTURBATIONS[name].kind for name in suites if name in PERTURBATIONS}
+    for option in options:
+        if option in _READ_BY and not kinds & set(_READ_BY[option]):
+            readers = ", ".join(Perturbation("BASE", kind).suite for kind in _READ_BY[option])
+            raise SuiteError(
+                f"{option} is read by {readers} alone ({BASES}), and none of them runs; leave it out, or add one."
+            )
