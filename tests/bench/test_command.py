@@ -82,7 +82,6 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--method", "vla-cache"], "it is not known where DecoderLM has them"),
         (["--method", "vla-pruner:speed=2"], "has the option 'speed=2'; vla-pruner takes"),
         (["--method", "text-query:gate=3"], "in a benchmark no arm moves"),
-        (["--model", "lerobot-molmoact2", "--compile"], "--compile does not go with lerobot-molmoact2"),
         (["--batch", "0"], "--batch is 0; it is a whole number of 1 or more"),
         (["--prompt-tokens", "256"], "give 258 or more"),
         (["--denoise-steps", "4"], "--denoise-steps does not apply to llama"),
