@@ -22,6 +22,11 @@ KINDS = (
         "How often bootstrap intervals miss the truth",
         "python -m benchmarks.bootstrap_coverage",
     ),
+    (
+        "compile_seconds/*",
+        "Seconds of the first compiled episode, with an empty and a filled cache",
+        "python -m benchmarks.compile_seconds",
+    ),
     ("demo", "The demo in Meta-World", "vla-pruner demo"),
     ("encoder_flops", "FLOPs with reuse in the vision encoder", "python -m benchmarks.encoder_flops"),
     ("family_flops", "FLOPs of each family at its published size", "python -m benchmarks.family_flops"),

@@ -14,6 +14,9 @@ TEN_MINUTES = 600
 CORRECTNESS, COMPILING, CHOOSING = "correctness", "compiling", "choosing"
 """Items that are no benchmark of a policy."""
 
+_FEW = {"layers": 4, "decode_tokens": 2, "denoise_steps": 2}
+"""Sizes of a dry run, where the policy has the setting."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -33,15 +36,19 @@ class Job:
         """Return the fields of `BenchSettings` except the model.
 
         Args:
-            dry: tiny sizes on the CPU, two steps per arm, "compiled" without compiling.
+            dry: tiny sizes on the CPU, the last budget alone, at most two robots, two steps per arm, "compiled" without
+                compiling.
             backend: of compiled jobs, as of `torch.compile`.
         """
         shared: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "iters": 60}
+        last: dict[str, Any] = {}
         if dry:
             row = row_named(self.model)
-            shallow = {"layers": 4} if row is not None and row.bench and "layers" in row.bench.options else {}
-            shared = {"device": "cpu", "dtype": "float32", "size": "tiny", "threads": 1, **shallow}
-        compiled, last = self.options.get("compile", False), {"iters": 2} if dry else {}
+            known = row.bench.options if row is not None and row.bench else ()
+            shared = {"device": "cpu", "dtype": "float32", "size": "tiny", "threads": 1}
+            last = {"iters": 2, "batch": min(2, self.options.get("batch", 1)), "keep": self.options["keep"][-1:]}
+            last |= {name: few for name, few in _FEW.items() if name in known}
+        compiled = self.options.get("compile", False)
         return {**shared, **self.options, **last, "compile": ("eager" if dry else backend) if compiled else False}
 
 
@@ -170,9 +177,25 @@ PLAN: tuple[Item, ...] = (
         ),
         bars=(Bar("OpenVLA, batch 8, .25 dropped: at least 2.0x", "eight", _AT_QUARTER, "speed", 2.0),),
     ),
-    Item("smolvla", "LeRobot's SmolVLA: eager", 50, (Job("eager", "lerobot-smolvla", _DROPPED),), needs="lerobot"),
     Item(
-        "molmoact2", "LeRobot's MolmoAct2: eager", 60, (Job("eager", "lerobot-molmoact2", _DROPPED),), needs="lerobot"
+        "smolvla",
+        "LeRobot's SmolVLA: compiled and eager",
+        90,
+        (
+            Job("compiled", "lerobot-smolvla", {**_DROPPED, "compile": True}),
+            Job("eager", "lerobot-smolvla", {**_DROPPED, "iters": 24}),
+        ),
+        needs="lerobot",
+    ),
+    Item(
+        "molmoact2",
+        "LeRobot's MolmoAct2: compiled and eager",
+        110,
+        (
+            Job("compiled", "lerobot-molmoact2", {**_DROPPED, "compile": True}),
+            Job("eager", "lerobot-molmoact2", {**_DROPPED, "iters": 24}),
+        ),
+        needs="lerobot",
     ),
     Item(CHOOSING, "the greedy filter alone, every form of it", 20),
 )

@@ -82,7 +82,6 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--method", "vla-cache"], "it is not known where DecoderLM has them"),
         (["--method", "vla-pruner:speed=2"], "has the option 'speed=2'; vla-pruner takes"),
         (["--method", "text-query:gate=3"], "in a benchmark no arm moves"),
-        (["--model", "lerobot-molmoact2", "--compile"], "--compile does not go with lerobot-molmoact2"),
         (["--encoder-keep", "1.5"], "keep=1.5 was given; of a vision encoder"),
         (["--encoder-keep", ","], "--encoder-keep names nothing"),
         (["--encoder-keep", "0.5"], "DecoderLM does not say where the patches of its vision encoder are"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,10 +142,12 @@ def test_a_failure_leaves_nothing_compiled(small: Any, monkeypatch: pytest.Monke
 
 
 def test_a_family_that_cannot_be_compiled_says_so(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MolmoAct2, for instance."""
+    """One of another distribution, for instance."""
     monkeypatch.setattr(type(small.family), "compilable", False)
     with pytest.raises(UnsupportedModelError, match="in a loop of its own, outside of any call"):
         CompiledTurns(small, arms_of(small.settings), "eager")
+    with pytest.raises(UnsupportedModelError, match=f"--compile does not go with {small.settings.model}"):
+        replace(small.settings, compile=True)
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -16,6 +16,8 @@ from benchmarks.gpu.plan import COMPILING, PLAN, TEN_MINUTES, Bar, Item, chosen,
 from benchmarks.gpu.table import COMMITTED, DOCUMENT, MET, rewritten, section
 from vla_pruner.benching.arms import arms_of
 from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.plugins import class_at
+from vla_pruner.registry import row_named
 
 ROOT = Path(__file__).parents[2]
 ITEM = Item("oft", "something", limit=60)
@@ -56,6 +58,40 @@ def test_every_job_is_a_benchmark_that_can_be_asked_for_and_every_bar_one_of_its
                 arms[job.name] = [arm.name for arm in arms_of(settings)]
             for bar in item.bars:
                 assert bar.arm in arms[bar.job]
+
+
+def test_a_dry_run_is_as_the_real_one_but_for_sizes_repeats_and_the_backend() -> None:
+    smaller = {
+        "device",
+        "dtype",
+        "iters",
+        "size",
+        "threads",
+        "layers",
+        "decode_tokens",
+        "denoise_steps",
+        "batch",
+        "keep",
+    }
+    for item in PLAN:
+        for job in item.jobs:
+            if item.missing is None:
+                real, dry = job.settings(False), job.settings(True)
+                differ = {name for name in real | dry if real.get(name) != dry.get(name)}
+                assert differ <= smaller | {"compile"}, item.name
+                assert bool(real["compile"]) == bool(dry["compile"])
+                # Several robots stay several, and the bar's arm stays.
+                assert (dry["batch"] > 1) == (real.get("batch", 1) > 1)
+                assert set(dry["keep"]) <= set(real["keep"])
+
+
+def test_policies_that_compile_are_measured_compiled() -> None:
+    """A family that learns to compile must not stay eager here."""
+    for item in PLAN:
+        for job in item.jobs:
+            row = row_named(job.model)
+            if item.missing is None and row is not None and class_at(row.family).compilable:
+                assert any(other.options.get("compile") for other in item.jobs if other.model == job.model), item.name
 
 
 def test_what_an_item_found_is_written_with_its_end(tmp_path: Path) -> None:

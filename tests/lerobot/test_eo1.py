@@ -132,8 +132,6 @@ def test_what_is_not_supported_is_refused():
     before = whole_state(policy.module)
     with pytest.raises(vp.BudgetError, match="a layer from 1 to 5"):
         vp.VLAPruner(layer=0, refresh_every=9).attach(policy)
-    with pytest.raises(vp.UnsupportedModelError, match="compile"):
-        vp.VLAPruner().attach(policy, compile=True)
     assert whole_state(policy.module) == before
     with vp.VLAPruner().attach(policy), pytest.raises(vp.SessionError, match="detach before training"):
         policy.module.forward({})

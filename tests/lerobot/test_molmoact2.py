@@ -193,8 +193,6 @@ def test_what_is_not_supported_is_refused():
     policy = random_molmoact2_policy()
     with pytest.raises(vp.BudgetError, match="a layer from 1 to 5"):
         vp.VLAPruner(layer=0, refresh_every=9).attach(policy)
-    with pytest.raises(vp.UnsupportedModelError, match="compile"):
-        vp.VLAPruner().attach(policy, compile=True)
     batch = batch_of(policy)
     with vp.VLAPruner().attach(policy):
         with pytest.raises(vp.UnsupportedModelError, match="inference_action_mode='continuous'"):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import norm_of
+from vla_pruner.attach.deepstack import add_at_fixed_sizes
 from vla_pruner.attach.family import Call, Family
-from vla_pruner.caches import allocate, cache_in, cache_key, cache_of, filled_columns, lay_out, vary_length
+from vla_pruner.caches import allocate, cache_in, cache_key, cache_of, filled_columns, held, lay_out, vary_length
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.methods.base import Method
 from vla_pruner.replacements import WRITTEN, Replacements
@@ -87,14 +88,18 @@ class Compiled:
         if family.acting is not None:
             self._replaced.put(*family.acting, self._act)
         else:
+            add_at_fixed_sizes(family.decoder, self._replaced)
             family.put_around(family.decoder, self._decode, self._replaced)
         for index, expert in enumerate(family.anatomy.experts):
             family.put_around(expert, partial(self._read, index), self._replaced)
         if family.seeing is not None:
             self._replaced.put(*family.seeing, partial(self._see, "prompt"))
         else:
-            for index, encoder in enumerate(family.encoders):
-                self._replaced.put(encoder, "forward", partial(self._see, index))
+            for index, (owner, name) in enumerate(family.encoding):
+                self._replaced.put(owner, name, partial(self._see, index))
+            family.encode_together(self._replaced)
+        for index, module in enumerate(family.denoising):
+            self._replaced.put(module, "forward", partial(self._see, ("denoising", index)))
         _compiled[family.decoder] = ref(self)
 
     def remove(self) -> None:
@@ -142,6 +147,8 @@ class Compiled:
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._runner is not None and self._runner.aside:
             return original(*args, **kwargs)
+        if self._family.denoises and held(cache_in(kwargs)):
+            return self._read("decoder", original, *args, **kwargs)
         given, step = _first_tensor(args, kwargs), None if self._runner is None else self._runner.step
         prompt = given.shape[1] > 1 if step is None else step.in_prompt()
         if prompt:
@@ -152,7 +159,7 @@ class Compiled:
         key = ("decoder", prompt, *given.shape[:2], self._step_key(), cache_key(cache_in(kwargs)))
         return self._run(key, given, original, args, kwargs, varies=not prompt)
 
-    def _read(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _read(self, index: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, cache = _first_tensor(args, kwargs), cache_in(kwargs)
         key = ("reader", index, *given.shape[:2], self._step_key(), cache_key(cache), filled_columns(cache))
         return self._run(key, given, original, args, kwargs)

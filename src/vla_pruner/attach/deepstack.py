@@ -42,6 +42,28 @@ class DeepStack:
         if shortening is None or hidden.shape[1] == mask.shape[1]:
             return original(hidden, mask, added)
         with self._host.timed():
-            whole = hidden.new_zeros(*mask.shape, hidden.shape[2])
-            added = added.to(hidden.device, hidden.dtype)
-            return hidden + shortening.live_rows(whole.masked_scatter(mask.to(hidden.device)[..., None], added))
+            return hidden + shortening.live_rows(_spread(hidden, mask, added))
+
+
+def add_at_fixed_sizes(decoder: Any, replaced: Replacements) -> None:
+    """Make a decoder that adds to its visual tokens between layers do so without picking rows by a mask: their number
+    would depend on data, so no graph can do that. The sums are the same.
+
+    Args:
+        decoder: of transformers.
+        replaced: records the replacement.
+    """
+
+    def add(original: Callable[..., Tensor], hidden: Tensor, mask: Tensor, added: Tensor) -> Tensor:
+        if hidden.shape[1] != mask.shape[1]:
+            return original(hidden, mask, added)  # a session's, see `DeepStack`
+        return hidden + _spread(hidden, mask, added)
+
+    if hasattr(decoder, "_deepstack_process"):
+        replaced.put(decoder, "_deepstack_process", add)
+
+
+def _spread(hidden: Tensor, mask: Tensor, added: Tensor) -> Tensor:
+    """Return (B, N, D): rows of `added` (M', D) at the positions that `mask` (B, N) marks, zeros elsewhere."""
+    whole = hidden.new_zeros(*mask.shape, hidden.shape[2])
+    return whole.masked_scatter(mask.to(hidden.device)[..., None], added.to(hidden.device, hidden.dtype))

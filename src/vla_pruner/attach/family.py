@@ -84,6 +84,8 @@ class Family:
             Else control steps are calls of its methods.
         kernel: the function that the decoder's attention modules run, with the signature of transformers' attention
             functions, if they do not ask transformers for one; None: they ask.
+        denoises: whether all calls of the decoder after the prompt's denoise actions: each runs the same rows over the
+            prompt's cache, and leaves nothing in it.
         compilable: whether the calls of decoder and readers can run as graphs, with the work of pruning in them.
         seeing: owner and name of a method that makes the prompt's embeddings of tensors alone, vision encoders and
             projector in it; compiled whole, in place of the encoders. None if there is no such method.
@@ -101,6 +103,7 @@ class Family:
     freezes: bool = True
     called: bool = False
     kernel: Callable[..., Any] | None = None
+    denoises: bool = False
     compilable: bool = True
     seeing: tuple[Any, str] | None = None
     acting: tuple[Any, str] | None = None
@@ -116,9 +119,16 @@ class Family:
         return Anatomy(self.decoder, self.readers)
 
     @property
-    def encoders(self) -> tuple[nn.Module, ...]:
-        """The vision encoders, or their parts, whose calls can run as graphs."""
-        return self.anatomy.towers
+    def encoding(self) -> tuple[tuple[Any, str], ...]:
+        """Owners and names of the methods, of vision encoders or their parts, whose calls can run as graphs."""
+        return tuple((tower, "forward") for tower in self.anatomy.towers)
+
+    @property
+    def denoising(self) -> tuple[Any, ...]:
+        """Modules of an action head, beside `anatomy.experts`, whose calls can run as graphs; a session does nothing in
+        them.
+        """
+        return ()
 
     @property
     def depth(self) -> int:
@@ -263,6 +273,12 @@ class Family:
         the embeddings as the first argument or by name.
         """
         replaced.put(module, "forward", around)
+
+    def encode_together(self, replaced: Replacements) -> None:
+        """Replace what makes the policy encode each camera in a call of its own, so that one call encodes all of them.
+
+        Compiled policies are put together in this way, with a session and without one. The features agree to rounding.
+        """
 
     def install(self) -> None:
         """Put in place whatever the family needs besides hooks on its decoders."""

@@ -112,11 +112,10 @@ def lerobot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -
     from vla_pruner.families.lerobot_common import check_version
     from vla_pruner.policies.lerobot_random import random_lerobot
 
-    check_version()
-
+    kind = settings.kind.removeprefix("lerobot-").replace("-", "_")
+    check_version(kind)
     if dtype == torch.float16:
         raise UnsupportedModelError("--dtype is float16; LeRobot has its policies in float32 and bfloat16.")
-    kind = settings.kind.removeprefix("lerobot-").replace("-", "_")
     fields: dict[str, Any] = {}
     if settings.decode_tokens is not None:
         fields["max_decoding_steps"] = settings.decode_tokens

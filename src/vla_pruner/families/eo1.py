@@ -7,6 +7,7 @@ Action attention is that of these rows, averaged over the denoising steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,14 +17,16 @@ from vla_pruner.anatomy import Anatomy, layers_of
 from vla_pruner.attach.hooks import Arguments, HookWiring
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
-from vla_pruner.caches import cache_in, held
+from vla_pruner.caches import cache_in, held, lent, with_cache
 from vla_pruner.families.lerobot_qwen import LeRobotQwen
+from vla_pruner.replacements import Replacements
 
 
 class EO1(LeRobotQwen):
     """LeRobot's `EO1Policy`; every chunk that it predicts is one control step."""
 
     named = ("lerobot.policies.eo1.modeling_eo1", "EO1Policy")
+    denoises = True
 
     @staticmethod
     def vlm_of(model: Any) -> Any:
@@ -39,6 +42,15 @@ class EO1(LeRobotQwen):
     @property
     def anatomy(self) -> Anatomy:
         return self.anatomy_of(self._policy)
+
+    def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
+        def decode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if held(cache_in(kwargs)):
+                # A copy: EO-1 removes what a denoising step adds to the cache, which would change its shapes.
+                kwargs = with_cache(kwargs, lent(cache_in(kwargs)))
+            return around(original, *args, **kwargs)
+
+        replaced.put(module, "forward", decode)
 
     def wiring(self, host: Host) -> Wiring:
         return EO1Wiring(host, self)

@@ -22,7 +22,7 @@ from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.errors import UnsupportedModelError
-from vla_pruner.families.lerobot_qwen import LeRobotQwen
+from vla_pruner.families.lerobot_qwen import HooksAfterCalls, LeRobotQwen
 from vla_pruner.replacements import Replacements
 
 MODULE = "lerobot.policies.groot.modeling_groot"
@@ -58,8 +58,28 @@ class Groot(LeRobotQwen):
         return self.anatomy_of(self._policy)
 
     @property
+    def denoising(self) -> tuple[Any, ...]:
+        return (self.head.vl_self_attention,)
+
+    @property
     def in_half(self) -> bool:
         return self._policy.config.use_bf16
+
+    def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
+        if module is not self.decoder:
+            super().put_around(module, around, replaced)
+            return
+        after = HooksAfterCalls(self.decoder, replaced)
+
+        def decode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            # GR00T asks for all hidden states, reads the last of them, and then prefers what its own hook saw.
+            asked = kwargs.pop("output_hidden_states", False)
+            output = after.run(lambda: around(original, *args, **kwargs))
+            if asked:
+                output["hidden_states"] = (output.last_hidden_state,)
+            return output
+
+        replaced.put(module, "forward", decode)
 
     def wiring(self, host: Host) -> Wiring:
         return GrootWiring(host, self)
@@ -124,7 +144,12 @@ class GrootWiring(HookWiring):
             )
         super().install()
         self._replaced.put(self._groot.backbone, "forward", self._see)
-        self._replaced.put(self._groot.head.model, "forward", self._run_reader)
+        reader = self._groot.head.model
+        self._readers += [
+            reader.register_forward_pre_hook(self._enter_reader, with_kwargs=True),
+            reader.register_forward_hook(self._leave_reader),
+            reader.register_forward_hook(self._end_turn, always_call=True),
+        ]
 
     def remove(self) -> None:
         while self._readers:

@@ -17,15 +17,28 @@ from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import TransformersFamily
-from vla_pruner.replacements import Replacements
+from vla_pruner.replacements import Replaced, Replacements
 
 VERSIONS = ((0, 6), (0, 7))
-INSTALL = "pip install 'lerobot[pi,smolvla]>=0.6,<0.7'"
+EXTRAS = {
+    "pi0": "pi",
+    "pi05": "pi",
+    "pi0_fast": "pi",
+    "smolvla": "smolvla",
+    "molmoact2": "molmoact2",
+    "groot": "groot",
+    "eo1": "eo1",
+    "vla_jepa": "vla-jepa",
+}
+"""The extra of lerobot that brings the packages of a policy, by LeRobot's name of the policy."""
 IMAGES = "observation.images."
 
 
-def check_version() -> str:
+def check_version(kind: str | None = None) -> str:
     """Return the installed lerobot's version.
+
+    Args:
+        kind: LeRobot's name of the policy, whose extra the message then names; None: all of them.
 
     Raises:
         UnsupportedModelError: none is installed, or one that was not tested.
@@ -33,11 +46,18 @@ def check_version() -> str:
     try:
         version = metadata.version("lerobot")
     except metadata.PackageNotFoundError:
-        raise UnsupportedModelError(f"lerobot is not installed. It needs Python 3.12: {INSTALL}") from None
+        raise UnsupportedModelError(f"lerobot is not installed. It needs Python 3.12: {install(kind)}") from None
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if not VERSIONS[0] <= numbers < VERSIONS[1]:
-        raise UnsupportedModelError(f"lerobot {version} is installed; 0.6 is supported. Run: {INSTALL}")
+        raise UnsupportedModelError(f"lerobot {version} is installed; 0.6 is supported. Run: {install(kind)}")
     return version
+
+
+def install(kind: str | None = None) -> str:
+    """Return the command that installs lerobot with what a policy needs; `kind` as of `check_version`."""
+    found = EXTRAS.get(kind or "")
+    extras = ",".join(dict.fromkeys(EXTRAS.values())) if found is None else found
+    return f"pip install 'lerobot[{extras}]>=0.6,<0.7'"
 
 
 def camera_names(config: Any) -> tuple[str, ...]:
@@ -63,8 +83,11 @@ class LeRobotFamily(TransformersFamily):
     its real tokens.
     """
 
+    paired = "paligemma_with_expert"
+    """The name of the model's part that holds the decoder, and whose method `embed_image` encodes an image."""
+
     def __init__(self, model: nn.Module) -> None:
-        check_version()
+        check_version(kind_of(model))
         self._policy: Any = model
         self._inner = self._policy.model
         self.cameras = camera_names(self._policy.config)
@@ -134,6 +157,13 @@ class LeRobotFamily(TransformersFamily):
             absent=absent,
         )
 
+    def encode_together(self, replaced: Replacements) -> None:
+        seeing = getattr(self._inner, self.paired)
+        if _is_lerobots(self._inner, self.embed) and _is_lerobots(seeing, "embed_image"):
+            together = _Together()
+            replaced.put(self._inner, self.embed, together.embed)
+            replaced.put(seeing, "embed_image", together.encode)
+
     def install(self) -> None:
         self._replaced.put(self._policy, self.prepare, self._prepare_images)
         self._replaced.put(self._inner, self.embed, self._embed_prefix)
@@ -174,9 +204,55 @@ class LeRobotFamily(TransformersFamily):
         return found
 
 
+class _Together:
+    """Encodes all images of a prefix when the first of them is to be encoded."""
+
+    def __init__(self) -> None:
+        self._images: list[Tensor] = []
+        self._features: tuple[Tensor, ...] = ()
+
+    def embed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Make the prefix of the images, whose calls of `embed_image` go through `encode`."""
+        images = _images_of(original, args, kwargs)
+        alike = len({(image.shape, image.dtype, image.device) for image in images}) == 1
+        self._images = images if alike else []
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._images, self._features = [], ()
+
+    def encode(self, original: Callable[..., Tensor], image: Tensor) -> Tensor:
+        """Return the features (B, n, D) of an image (B, 3, H, W)."""
+        place = next((place for place, one in enumerate(self._images) if one is image), None)
+        if place is None:
+            return original(image)
+        if not self._features:
+            self._features = original(torch.cat(self._images)).chunk(len(self._images))
+        return self._features[place]
+
+
+def _images_of(embed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the images (B, 3, H, W) of a call that makes a prefix."""
+    return list(next(iter(inspect.signature(embed).bind(*args, **kwargs).arguments.values())))
+
+
+def _is_lerobots(owner: Any, name: str) -> bool:
+    """Return True if a method is LeRobot's own, neither overridden nor replaced by other code."""
+    found = getattr(owner, name)
+    while isinstance(found, Replaced):
+        found = found.original
+    written = getattr(found, "__func__", None)
+    return getattr(written, "__globals__", {}).get("__name__", "").startswith("lerobot.policies.")
+
+
 def is_one_of(model: nn.Module, classes: Collection[tuple[str, str]]) -> bool:
     """Return True if the class of `model`, or one that it inherits from, is in `classes` by its module and name."""
     return any((kind.__module__, kind.__name__) in classes for kind in type(model).__mro__)
+
+
+def kind_of(model: Any) -> str:
+    """Return LeRobot's name of a policy."""
+    return str(getattr(type(model), "name", ""))
 
 
 def refuse_training(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import layers_of
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder
-from vla_pruner.families.lerobot_common import check_version, is_one_of, refuse_training
+from vla_pruner.families.lerobot_common import check_version, is_one_of, kind_of, refuse_training
 from vla_pruner.replacements import Replacements
 
 
@@ -23,12 +24,11 @@ class LeRobotQwen(TransformersFamily):
     """
 
     cameras = ()
-    compilable = False
     named: tuple[str, str] = ("", "")
     """Module and name of the policy's class."""
 
     def __init__(self, model: nn.Module) -> None:
-        check_version()
+        check_version(kind_of(model))
         self._policy: Any = model
         self.vlm = self.vlm_of(model)
         self.decoder = check_decoder(self.vlm.model.language_model, model)
@@ -44,6 +44,10 @@ class LeRobotQwen(TransformersFamily):
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         return is_one_of(model, {cls.named})
+
+    @property
+    def encoding(self) -> tuple[tuple[Any, str], ...]:
+        return ()  # The lengths of the sequences that the encoder attends within are read from a tensor.
 
     @property
     def first_layer(self) -> int:
@@ -106,6 +110,48 @@ class LeRobotQwen(TransformersFamily):
             # A shape says how many there are, without waiting for the device.
             self._seen = input_ids, len(features)
         return original(input_ids, *args, **kwargs)
+
+
+class HooksAfterCalls:
+    """Runs the hooks that a policy puts on the last layer for one call of its decoder after that call: it registers
+    them anew each time, and a program would run those of the call in which it was traced.
+
+    Args:
+        decoder: whose calls are compiled.
+        replaced: records what is replaced.
+    """
+
+    def __init__(self, decoder: nn.Module, replaced: Replacements) -> None:
+        self._last: Any = layers_of(decoder)[-1]
+        self._known = frozenset(self._last._forward_hooks)
+        self._output: Any = None
+        replaced.put(self._last, "forward", self._keep)
+
+    def _keep(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._output = original(*args, **kwargs)
+        return self._output
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Return `call()`, which calls the decoder, with the hooks run after it.
+
+        Raises:
+            SessionError: one of them changes the layer's output.
+        """
+        hooks = self._last._forward_hooks
+        new = {key: hooks.pop(key) for key in list(hooks) if key not in self._known}
+        try:
+            result = call()
+        finally:
+            hooks.update(new)
+        output, self._output = self._output, None
+        for key, hook in new.items():
+            given = ((), {}) if key in self._last._forward_hooks_with_kwargs else ((),)
+            if hook(self._last, *given, output) is not None:
+                raise SessionError(
+                    "A hook on the decoder's last layer, registered after the policy was compiled, changes what the "
+                    "layer returns; register it before, or take away what is compiled first."
+                )
+        return result
 
 
 _UNEVEN = (

@@ -25,7 +25,7 @@ from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.short_layers import ShortLayers
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import BACKENDS
-from vla_pruner.families.lerobot_common import IMAGES, check_version, is_one_of, refuse_training
+from vla_pruner.families.lerobot_common import IMAGES, check_version, is_one_of, kind_of, refuse_training
 from vla_pruner.replacements import Replacements
 from vla_pruner.versions import check_transformers
 
@@ -48,10 +48,8 @@ class MolmoAct2(Family):
     Its own CUDA graphs would replay the choice of tokens that was made during capture, so they are disabled.
     """
 
-    compilable = False
-
     def __init__(self, model: nn.Module) -> None:
-        check_version()
+        check_version(kind_of(model))
         check_transformers()
         self._policy: Any = model
         self._model, self._backbone = self._policy._hf_model(), self._policy._backbone()
@@ -74,6 +72,7 @@ class MolmoAct2(Family):
         self._views: int | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._tokens: int | None = None
+        self._routed = False
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -100,6 +99,11 @@ class MolmoAct2(Family):
     @property
     def first_layer(self) -> int:
         return 1
+
+    @property
+    def encoding(self) -> tuple[tuple[Any, str], ...]:
+        # The pooling after it picks tokens by a mask, so sizes depend on data: it stays outside of graphs.
+        return ((self._backbone.vision_backbone, "encode_image"),)
 
     @property
     def camera_tokens(self) -> tuple[int, ...] | None:
@@ -169,6 +173,19 @@ class MolmoAct2(Family):
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         return rotate(key, key, *position_embeddings)[1], value.view(shape).transpose(1, 2)
 
+    def denoise(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a denoising step, `original(*args, **kwargs)`, within what a session does around it."""
+        return original(*args, **kwargs)
+
+    def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
+        if module is not self.expert:
+            super().put_around(module, around, replaced)
+        elif self._routed:
+            replaced.put(self, "denoise", lambda _, original, *args, **kwargs: around(original, *args, **kwargs))
+        else:
+            self._set_graphs_aside(replaced)
+            replaced.put(module, "forward_with_context", around)
+
     def edit_expert_masks(self, layer: int, edit: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         """Make every mask (B, 1, 1, N) of the expert's attention to the prompt from `layer` on go through `edit`.
 
@@ -187,6 +204,7 @@ class MolmoAct2(Family):
         return replaced.remove
 
     def install(self) -> None:
+        self._routed = True  # the wiring leads denoising steps through `denoise`
         put = self._replaced.put
         put(self._policy, "forward", refuse_training)
         put(self._policy, "_model_inputs", self._see_batch)
@@ -196,15 +214,19 @@ class MolmoAct2(Family):
         for name in _DECODES:
             if hasattr(self._model, name):
                 put(self._model, name, _refuse_decoding)
-        for name, can_use in _GRAPHS:
-            for owner in (self._backbone, self._model):
-                manager = getattr(owner, name, None)
-                if manager is not None:
-                    put(manager, can_use, _no_graph)
+        self._set_graphs_aside(self._replaced)
 
     def remove(self) -> None:
         self._replaced.remove()
         self._shown = self._views = self._seen = self._tokens = None
+        self._routed = False
+
+    def _set_graphs_aside(self, replaced: Replacements) -> None:
+        for name, can_use in _GRAPHS:
+            for owner in (self._backbone, self._model):
+                manager = getattr(owner, name, None)
+                if manager is not None:
+                    replaced.put(manager, can_use, _no_graph)
 
     def _order(self, views: int) -> tuple[int, ...]:
         """Return the indices of the cameras of the prompt's images, in their order."""
@@ -259,6 +281,7 @@ class MolmoAct2Wiring(HookWiring):
 
     def __init__(self, host: Host, family: MolmoAct2) -> None:
         super().__init__(host, family)
+        self._molmo = family
         self._expert = family.expert
         self._reader = ShortLayers(host, family)
         self._replaced = Replacements()
@@ -281,7 +304,7 @@ class MolmoAct2Wiring(HookWiring):
 
     def _denoise(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._reader.forget()
-        return self._run_reader(original, *args, **kwargs)
+        return self._run_reader(partial(self._molmo.denoise, original), *args, **kwargs)
 
     def _attend(
         self, index: int, original: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None

@@ -38,6 +38,7 @@ class SmolVLA(LeRobotFamily):
 
     classes = frozenset({("lerobot.policies.smolvla.modeling_smolvla", "SmolVLAPolicy")})
     prepare = "prepare_images"
+    paired = "vlm_with_expert"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -89,10 +90,10 @@ class SmolVLA(LeRobotFamily):
         return (2, 1) if self._inner.add_image_special_tokens else (0, 0)
 
     @property
-    def encoders(self) -> tuple[nn.Module, ...]:
+    def encoding(self) -> tuple[tuple[Any, str], ...]:
         # The embedding picks positions of patches by a mask, so sizes depend on data: it stays outside of graphs.
         towers: Any = self.anatomy.towers
-        return tuple(tower.encoder for tower in towers)
+        return tuple((tower.encoder, "forward") for tower in towers)
 
     def wiring(self, host: Host) -> Wiring:
         return SmolVLAWiring(host, self)

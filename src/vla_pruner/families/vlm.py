@@ -110,7 +110,7 @@ class VLM(DecoderLM):
         )
 
     @property
-    def encoders(self) -> tuple[nn.Module, ...]:
+    def encoding(self) -> tuple[tuple[Any, str], ...]:
         return ()  # The calls of some depend on the images' contents or sizes.
 
     @property

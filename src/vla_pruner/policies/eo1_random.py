@@ -90,7 +90,7 @@ def random_eo1_policy(
     """
     from vla_pruner.policies.lerobot import LeRobotPolicy, lerobot_features
 
-    check_version()
+    check_version("eo1")
     if size not in _SIDES or dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModelError(
             f"An EO-1 of size {size!r} and dtype={dtype} was asked for; size is 'tiny' or 'full', dtype torch.float32 "

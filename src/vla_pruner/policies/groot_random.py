@@ -113,7 +113,7 @@ def random_groot_policy(
     """
     from vla_pruner.policies.lerobot import LeRobotPolicy, lerobot_features
 
-    check_version()
+    check_version("groot")
     if size not in _SIDES or dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModelError(
             f"A GR00T of size {size!r} and dtype={dtype} was asked for; size is 'tiny' or 'full', dtype torch.float32 "

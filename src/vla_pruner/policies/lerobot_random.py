@@ -157,9 +157,9 @@ def random_lerobot(
     """
     from vla_pruner.policies.lerobot import KINDS, LeRobotPolicy, lerobot_config, policy_class
 
-    if kind == "molmoact2":
+    if kind in ("molmoact2", "eo1", "vla_jepa"):
         raise UnsupportedModelError(
-            "MolmoAct2 is made by vla_pruner.policies.molmoact2_random.random_molmoact2_policy."
+            f"random_lerobot({kind!r}) was called; vla_pruner.policies.{kind}_random.random_{kind}_policy makes it."
         )
     if kind not in KINDS or size not in ("tiny", "full") or dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModelError(
@@ -217,7 +217,7 @@ def random_smolvla(size: str, device: torch.device, dtype: torch.dtype, seed: in
 
 
 def _random(kind: str, size: str, device: torch.device, dtype: torch.dtype, seed: int) -> LeRobotPolicy:
-    check_version()
+    check_version(kind)
     return random_lerobot(kind, size, device, dtype, seed)
 
 

@@ -122,7 +122,7 @@ def random_molmoact2_policy(
     """
     from vla_pruner.policies.lerobot import LeRobotPolicy, lerobot_config, policy_class
 
-    check_version()
+    check_version("molmoact2")
     if size not in SIZES or dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModelError(
             f"A MolmoAct2 of size {size!r} and dtype={dtype} was asked for; size is 'tiny' or 'full', dtype "

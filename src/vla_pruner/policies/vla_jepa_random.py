@@ -63,7 +63,7 @@ def random_vla_jepa_policy(
     """
     from vla_pruner.policies.lerobot import LeRobotPolicy, lerobot_features
 
-    check_version()
+    check_version("vla_jepa")
     if size not in _SIDES or dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModelError(
             f"A VLA-JEPA of size {size!r} and dtype={dtype} was asked for; size is 'tiny' or 'full', dtype "
