@@ -25,6 +25,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+class _Commands:
+    """The subcommands of a parser, to which one of a given summary is added."""
+
+    def __init__(self, commands: Any, summary: str) -> None:
+        self._commands, self._summary = commands, summary
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
+        return self._commands.add_parser(name, help=self._summary, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (0 done, 1 a check failed, 2 wrong input, 130 interrupted)."""
     parser = _Parser(
@@ -34,14 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this, torch and transformers")
     commands = parser.add_subparsers(dest="command", parser_class=_Parser, metavar="COMMAND")
-    _add_demo(commands)
-    _add_audit(commands)
-    _add_bench(commands)
-    _add_eval(commands)
-    _add_report(commands)
-    _add_calibrate(commands)
-    _add_serve(commands)
-    _add_env(commands)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    asked = next((word for word in arguments if word in _COMMANDS), None)
+    for name, (add, summary) in _COMMANDS.items():
+        if name == asked:  # only its flags, since those of most commands import torch
+            add(_Commands(commands, summary))
+        else:
+            commands.add_parser(name, help=summary)
     options = parser.parse_args(arguments)
     if options.version:
         _print_versions()
@@ -110,7 +119,6 @@ def _add_demo(commands: Any) -> None:
 
     command = commands.add_parser(
         "demo",
-        help="a trained policy in a simulator, unpruned and pruned, in one table",
         description=(
             "Runs a trained policy in a simulator on the same episodes: unpruned, with the recommended setting, with\n"
             "the paper's, and with a random choice of visual tokens. Prints one table and writes a report."
@@ -195,7 +203,6 @@ def _add_audit(commands: Any) -> None:
     *names, last = random_names()
     command = commands.add_parser(
         "audit",
-        help="does a policy see, and is pruning exact: a checklist with figures",
         description=(
             "Runs a policy on drawn images, alone and pruned, and proves that it sees, that the pruner prunes what it\n"
             "says and that nothing else changes. Exit code: 0 all passed, 1 a check failed, 2 wrong input."
@@ -327,7 +334,6 @@ def _add_serve(commands: Any) -> None:
 def _add_env(commands: Any) -> None:
     command = commands.add_parser(
         "env",
-        help="what is installed here, for a report of a fault",
         description=(
             "Prints versions, devices, what each extra lacks, attention backends and whether MuJoCo draws. It names\n"
             "no user, no host and no path."
@@ -344,6 +350,22 @@ def _env(options: argparse.Namespace) -> int:
     found = installation()
     print(as_json(found) if options.json else as_text(found))
     return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "demo": (_add_demo, "a trained policy in a simulator, unpruned and pruned, in one table"),
+    "audit": (_add_audit, "does a policy see, and is pruning exact: a checklist with figures"),
+    "bench": (_add_bench, "how fast is a policy, unpruned and pruned, and why not faster"),
+    "eval": (_add_eval, "success rates on LIBERO, Meta-World or SIMPLER: paired, resumable, with verdicts"),
+    "report": (_add_report, "an evaluation's folder as one HTML file: verdict, plots, and what was pruned"),
+    "calibrate": (
+        _add_calibrate,
+        "how far pruning moves a policy's action on recorded observations, and the fastest setting in tolerance",
+    ),
+    "serve": (_add_serve, "a policy server that openpi's clients use unchanged, with a memory for each robot"),
+    "env": (_add_env, "what is installed here, for a report of a fault"),
+}
+"""What adds each subcommand, and its summary."""
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def _made(shown: str, kind: type[Method], options: dict[str, Any]) -> Method:
     except VLAPrunerError:
         raise
     except Exception as error:
-        if plugins.source_of(kind) is None:
+        if not plugins.is_foreign(kind):
             raise
         told = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise OptionError(f"{shown} refuses {told}: {type(error).__name__}: {error}") from error

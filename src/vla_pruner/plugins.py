@@ -126,6 +126,11 @@ def object_at(path: str, what: str = "object") -> Any:
     return found
 
 
+def is_foreign(kind: type) -> bool:
+    """Return True for a class from outside of this package."""
+    return kind.__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
 def source_of(kind: type) -> dict[str, str] | None:
     """Return the origin of a class, as plain JSON values; None for those of this package.
 
@@ -133,9 +138,7 @@ def source_of(kind: type) -> dict[str, str] | None:
         "class" (its module and name), and "distribution" and "version" if an installed distribution brings it, else
         "sha256", the first digits of that of its module's file.
     """
-    if kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
-        return None
-    return dict(_source(kind))
+    return dict(_source(kind)) if is_foreign(kind) else None
 
 
 @lru_cache(maxsize=256)

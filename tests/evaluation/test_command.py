@@ -146,10 +146,19 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_line_starts_without_scipy_and_simulators() -> None:
-    check = (
-        "import sys; from vla_pruner import cli; cli.main(['--version']);"
-        "heavy = {'scipy', 'statsmodels', 'mujoco', 'metaworld', 'ray', 'libero'} & set(sys.modules);"
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
+    check = """
+import sys
+from contextlib import suppress
+from vla_pruner import cli
+
+heavy = {"scipy", "statsmodels", "mujoco", "metaworld", "ray", "libero"}
+for command in ([], ["report"], ["serve"], ["demo"], ["audit"], ["bench"], ["eval"], ["calibrate"]):
+    with suppress(SystemExit):
+        cli.main([*command, "--help"])
+    if not command:
+        assert "torch" not in sys.modules, "the list of commands is printed at once"
+cli.main(["--version"])
+sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)
+"""
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import BudgetError
 from vla_pruner.methods.base import Evidence, Method
-from vla_pruner.plugins import source_of
+from vla_pruner.plugins import is_foreign
 from vla_pruner.wording import counted
 
 VISUAL_LAST = (
@@ -86,7 +86,7 @@ def stages_of(method: Method, family: Family) -> dict[int, Stage]:
     for stage in method.stages():
         check_needs(stage, method.fate.needs_last_step)
     stages = {
-        int(stage.layer): Stage(stage, stage.for_cameras(family.cameras), source_of(type(stage)) is not None)
+        int(stage.layer): Stage(stage, stage.for_cameras(family.cameras), is_foreign(type(stage)))
         for stage in method.stages()
     }
     check_depth(method, family.depth, family.first_layer)

@@ -27,7 +27,6 @@ def add_bench(commands: Any) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "bench",
-        help="how fast is a policy, unpruned and pruned, and why not faster",
         description=(
             "Times whole control steps of a policy, unpruned and pruned, in one process and in turns, with the time\n"
             "of each stage, the FLOPs counted and by formula, the roofline of the device and what pruning can reach\n"

@@ -21,7 +21,6 @@ def add_calibrate(commands: Any) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "calibrate",
-        help="how far pruning moves a policy's action on recorded observations, and the fastest setting in tolerance",
         description=(
             "Replays recorded observations through a policy, unpruned and pruned in every way that is asked for, open\n"
             "loop, and says how far the action moves and how long a control step takes. No simulator and no robot."

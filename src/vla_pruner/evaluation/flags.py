@@ -35,7 +35,6 @@ def add_eval(commands: Any) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "eval",
-        help="success rates on LIBERO, Meta-World or SIMPLER: paired, resumable, with verdicts",
         description=(
             "Runs a policy on a benchmark, unpruned, pruned and under controls, every arm on the same episodes in\n"
             "turns. Each episode is on the disk when it ends: the same command goes on where a run stopped.\n"

@@ -13,7 +13,6 @@ def add_report(commands: Any) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "report",
-        help="an evaluation's folder as one HTML file: verdict, plots, and what was pruned",
         description=(
             "Makes one HTML file of an evaluation's folder, finished, unfinished or merged: the verdict, a table of\n"
             "all arms, plots with intervals, and, where episodes were traced, a player of what was pruned with both\n"

@@ -24,7 +24,6 @@ def add_serve(commands: Any) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "serve",
-        help="a policy server that openpi's clients use unchanged, with a memory for each robot",
         description=(
             "Serves a policy, pruned, over openpi's websocket protocol: a map of images, state and prompt in, actions\n"
             "and timings out. Each connection is a robot with a memory of its own; control steps that come together\n"
