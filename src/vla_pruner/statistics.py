@@ -1,7 +1,7 @@
 """Success rates with honest intervals: of one rate, and of the difference between arms that ran the same episodes.
 
-All intervals are 95 % unless `confidence` says otherwise. Wilson's interval and binomial tests are scipy's; what scipy
-lacks (Holm's procedure, and paired proportions with tasks as strata) is here, with its paper.
+All intervals are 95 % unless `confidence` says otherwise. Wilson's interval, binomial tests and Holm's procedure are
+scipy's and statsmodels'; a method that those lack (paired proportions, with tasks as strata) is here, with its paper.
 """
 
 from __future__ import annotations
@@ -361,19 +361,16 @@ def paired_mean_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values, in the order given: each may be compared with the level as if it were the only
-    one.
+    """Return Holm's adjusted p-values, in the order given, by statsmodels: each may be compared with the level as if it
+    were the only one.
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on; none is smaller than the one before it, or above
-    1. statsmodels computes the same, to the last bit, but collects all of Python's garbage at every call, which takes
-    longer than the rest of a report.
+    Raises:
+        PackageMissing: statsmodels is not installed.
     """
-    adjusted = [0.0] * len(p_values)
-    reached = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        reached = max(reached, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = reached
-    return adjusted
+    if len(p_values) < 2:
+        return list(p_values)
+    adjusted = _package("statsmodels.stats.multitest").multipletests(list(p_values), method="holm")[1]
+    return [float(p) for p in adjusted]
 
 
 def solved_within(steps: Sequence[float], solved: Sequence[bool]) -> list[tuple[float, float]]:

@@ -167,7 +167,7 @@ def summarize(run: Run) -> Summary:
     """Sum up a run's results so far.
 
     Raises:
-        PackageMissing: scipy is not installed.
+        PackageMissing: scipy or statsmodels is not installed.
     """
     plan, limit = run.manifest.plan, run.manifest.identity["max_steps"]
     longest = {

@@ -173,7 +173,7 @@ def read_results(folder: Path) -> Results:
 
     Raises:
         EvaluationError: the folder is missing, is no evaluation, has no episode yet, or holds a damaged record.
-        PackageMissing: scipy is not installed.
+        PackageMissing: scipy or statsmodels is not installed.
     """
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
