@@ -5,6 +5,7 @@ They are defined here and are not LIBERO-Plus's. Objects, robot, instruction and
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +123,7 @@ class CameraMoved(Scene):
 
     def after_reset(self, sim: Any, places: np.ndarray, initial_state: int) -> None:
         """See `Scene.after_reset`."""
-        import mujoco
-
+        mujoco: Any = importlib.import_module("mujoco")
         model = sim.model._model
         camera = sim.model.camera_name2id(AGENT)
         rotation, quaternion = np.empty(9), np.empty(4)
