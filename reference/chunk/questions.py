@@ -21,6 +21,7 @@ from vla_pruner.simulators.metaworld import TASKS
 FRESH_SHARE = 2.0
 """The weight of control steps that were recorded while the policy acted, in drawing."""
 SHARES = {"push": 1.5, "pick-place": 2.0, "coffee-push": 1.5, "plate-slide": 3.0}
+LIBERO_SHARES = {libero_things.instruction("salad_dressing").replace(" ", "_"): 3.0}
 """The weight of a task's steps in drawing, 1 if not named."""
 
 _NAMES = list(TASKS)
@@ -146,6 +147,8 @@ class MetaWorldQuestions(Questions):
 
 class LiberoQuestions(Questions):
     """Every question and answer is recorded: other objects of the scene, then moved hands (`libero_record.answers`)."""
+
+    shares = LIBERO_SHARES
 
     def __init__(self, corpus: Corpus, config: ChunkConfig, seed: int) -> None:
         super().__init__(corpus, config, seed)
