@@ -92,6 +92,13 @@ class Expert(LiberoObjectExpert):
             # The height of its middle if it stood on the ground.
             self._height = self.ground + centre[2] - points[:, 2].min()
             self._enter(_Phase.CARRY if points[:, 2].min() > self.ground + 0.02 else _Phase.LIFT)
+            return
+        self._steps = 1
+        self._come(truth)  # plans the grip
+        way = self._way_to_grip(truth, points[:, 2].max() + libero_expert._ABOVE)
+        if self._phase is _Phase.COME and np.linalg.norm(way[:2]) < 0.01 and way[2] > 0:
+            self._height = centre[2]
+            self._enter(_Phase.SINK)
 
 
 _OPEN_WIDTH = 0.078
