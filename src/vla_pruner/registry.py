@@ -248,6 +248,8 @@ ROWS = (
             family=f"vla_pruner.families.{kind}:{family}",
             policy="vla_pruner.policies.lerobot:LeRobotPolicy",
             module=f"lerobot.policies.{kind}.modeling_{kind}:{module}",
+            config=None if kind == "groot" else {"type": kind, "model_type": None},
+            load=None if kind == "groot" else "vla_pruner.policies.lerobot:load_lerobot",
             random=f"vla_pruner.policies.{kind}_random:random_{kind}",
             bench=bench,
         )

@@ -22,19 +22,31 @@ from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
 from vla_pruner.errors import CheckpointError, ObservationError, OptionError, UnsupportedModelError
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
-from vla_pruner.families.refused import TYPES
+from vla_pruner.families.refused import NOT_LOADED
 from vla_pruner.observations import check_images, check_instruction, state_of
 from vla_pruner.plugins import class_at
+from vla_pruner.policies import lerobot_backbones as backbones
 from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors, state_size
 from vla_pruner.policies.lerobot_random import random_lerobot
 from vla_pruner.registry import row_of
 
 __all__ = ["KINDS", "LeRobotPolicy", "load_lerobot", "random_lerobot"]
 
+_DTYPE_FIELDS = {"molmoact2": "model_dtype", "vla_jepa": "torch_dtype"}
+"""The field of the config that has the dtype, by kind, where it is not "dtype"."""
+
 _MOST = 10_000
 """The largest accepted chunk, number of denoising steps and text; those of published policies are smaller."""
 
-KINDS = {"pi0": "PI0", "pi05": "PI05", "pi0_fast": "PI0Fast", "smolvla": "SmolVLA", "molmoact2": "MolmoAct2"}
+KINDS = {
+    "pi0": "PI0",
+    "pi05": "PI05",
+    "pi0_fast": "PI0Fast",
+    "smolvla": "SmolVLA",
+    "molmoact2": "MolmoAct2",
+    "eo1": "EO1",
+    "vla_jepa": "VLAJEPA",
+}
 """LeRobot's names of the policies that can be loaded, and the beginnings of their classes' names."""
 
 
@@ -199,10 +211,23 @@ def load_lerobot(
             f"trust_processors={trust_processors!r} was given; it is True or False (on the command line 1 or 0)."
         )
     folder = checkpoint_folder(path)
+    check_kind(folder)
     check_steps(folder, trust_processors)
     config = read_config(folder)
     policy = load_module(folder, config, device, dtype, trust_processors)
     return LeRobotPolicy(policy, *read_processors(folder, config, device, unnorm_key, trust_processors))
+
+
+def check_kind(folder: Path) -> None:
+    """Refuse the folder of a policy that is not loaded, with its own reason, before anything else of it is read.
+
+    Raises:
+        UnsupportedModelError: it is one of those.
+        CheckpointError: config.json is missing or damaged.
+    """
+    kind = read_json(folder / "config.json").get("type")
+    if isinstance(kind, str) and kind in NOT_LOADED:
+        raise UnsupportedModelError(f"{folder}: {NOT_LOADED[kind]}")
 
 
 def read_config(path: str | Path, flags: list[str] | None = None) -> Any:
@@ -239,8 +264,8 @@ def load_module(
     `flag`.
     """
     kind = config.type
-    if kind in TYPES:
-        raise UnsupportedModelError(f"{path}: {TYPES[kind]}")
+    if kind in NOT_LOADED:
+        raise UnsupportedModelError(f"{path}: {NOT_LOADED[kind]}")
     if kind not in KINDS:
         raise UnsupportedModelError(f"{path} is a policy of type {kind!r}; supported are {', '.join(KINDS)}.")
     if kind == "pi0_fast" and not trust:
@@ -253,8 +278,9 @@ def load_module(
     if dtype is not None and kind != "smolvla":
         if dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedModelError(f"dtype={dtype} was given; LeRobot has {kind} in float32 and bfloat16.")
-        setattr(config, "model_dtype" if kind == "molmoact2" else "dtype", str(dtype).removeprefix("torch."))
+        setattr(config, _DTYPE_FIELDS.get(kind, "dtype"), str(dtype).removeprefix("torch."))
     folder = checkpoint_folder(path)
+    backbones.prepare(folder, config)
     headers = read_headers(folder)
     if kind == "molmoact2":
         _check_molmoact2(folder, config)
@@ -310,7 +336,13 @@ def _described(policy_type: Any, folder: Path, config: Any) -> Any:
     if hasattr(there, "load_vlm_weights"):
         there.load_vlm_weights = False  # the checkpoint's own weights take their place; only shapes are wanted here
     try:
-        with torch.device("meta"), no_remote_code(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            torch.device("meta"),
+            no_remote_code(),
+            contextlib.redirect_stdout(io.StringIO()),
+            backbones.without_weights(config.type),
+            backbones.distributions_unchecked(),
+        ):
             return policy_type(there)
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
@@ -323,6 +355,8 @@ def _described(policy_type: Any, folder: Path, config: Any) -> Any:
                 f"({reason(error.__cause__ or error)}). Run once with a connection, or name their folders in "
                 "config.json (action_tokenizer_name, text_tokenizer_name)."
             ) from error
+        if config.type == "vla_jepa":
+            raise backbones.refusal(folder, config.qwen_model_name, error) from error
         backbone = getattr(config, "vlm_model_name", None)
         raise CheckpointError(
             f"{folder} needs files that are not in it: LeRobot builds the policy from those of {shown(backbone)}, and "
@@ -337,7 +371,8 @@ def _described(policy_type: Any, folder: Path, config: Any) -> Any:
 def _named_as(policy: Any, headers: Mapping[str, Stored], config: Any) -> dict[str, Stored]:
     """Return the headers by the names that LeRobot's `from_pretrained` gives the weights."""
     if not hasattr(policy, "_fix_pytorch_state_dict_keys"):
-        return dict(headers)
+        unread = backbones.TRAINING_ONLY.get(config.type, ())
+        return {name: stored for name, stored in headers.items() if not name.startswith(unread)}
     state = {
         name: torch.empty(stored.shape, dtype=stored.dtype or torch.uint8, device="meta")
         for name, stored in headers.items()
@@ -360,7 +395,7 @@ def _named_as(policy: Any, headers: Mapping[str, Stored], config: Any) -> dict[s
 
 def policy_class(kind: str) -> Any:
     """LeRobot's class of this kind."""
-    check_version()
+    check_version(kind)
     return getattr(_lerobot(f"policies.{kind}.modeling_{kind}"), f"{KINDS[kind]}Policy")
 
 
@@ -391,7 +426,12 @@ def _checked(policy_type: Any, path: str | Path, config: Any) -> Any:
     """Load the policy and watch its loading: warnings that LeRobot would print and forget are errors here."""
     printed = io.StringIO()
     try:
-        with _watched(policy_type) as loads, no_remote_code(), contextlib.redirect_stdout(printed):
+        with (
+            _watched(policy_type) as loads,
+            no_remote_code(),
+            contextlib.redirect_stdout(printed),
+            backbones.without_weights(config.type),
+        ):
             policy = policy_type.from_pretrained(str(path), config=config)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(NO_WEIGHTS.format(path=path, reason=error)) from error
@@ -411,6 +451,7 @@ def _checked(policy_type: Any, path: str | Path, config: Any) -> Any:
 def _watched(policy_type: Any) -> Iterator[list[tuple[list[str], list[str], list[str]]]]:
     """Notes, for each load of a policy of this type, the missing, unexpected and misshapen weights."""
     loads: list[tuple[list[str], list[str], list[str]]] = []
+    unread = backbones.TRAINING_ONLY.get(policy_type.name, ())
     original = policy_type.load_state_dict
 
     def load_state_dict(self: nn.Module, state: Mapping[str, Tensor], strict: bool = True, **options: Any) -> Any:
@@ -427,7 +468,8 @@ def _watched(policy_type: Any) -> Iterator[list[tuple[list[str], list[str], list
             for name, tensor in state.items()
             if name in own and tensor.shape != own[name].shape
         ]
-        loads.append((missing, [name for name in state if name not in own], wrong))
+        unexpected = [name for name in state if name not in own and not name.startswith(unread)]
+        loads.append((missing, unexpected, wrong))
         return _NOTHING if wrong else original(self, state, strict=False, **options)
 
     policy_type.load_state_dict = load_state_dict

@@ -23,11 +23,12 @@ from vla_pruner.checkpoints.files import (
     shown,
 )
 from vla_pruner.errors import CheckpointError, OptionError
+from vla_pruner.policies.lerobot_backbones import fetching, processor_overrides
 
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 _OWN = (
     "lerobot.processor.",
-    *(f"lerobot.policies.{kind}." for kind in ("pi0", "pi05", "pi0_fast", "smolvla", "molmoact2")),
+    *(f"lerobot.policies.{kind}." for kind in ("pi0", "pi05", "pi0_fast", "smolvla", "molmoact2", "eo1", "vla_jepa")),
 )
 _NOT_OURS = ("lerobot.processor.hil_processor",)
 """The modules with steps for training beside a robot; one loads a classifier that may be anything."""
@@ -52,7 +53,8 @@ def read_processors(
         unnorm_key, trust: `unnorm_key` and `trust_processors` of `load_lerobot`.
 
     Raises:
-        CheckpointError: a file is damaged, names a step that is not LeRobot's own, or lacks statistics.
+        CheckpointError: a file is damaged, names a step that is not LeRobot's own, or lacks statistics; or files that a
+            step reads are missing.
         OptionError: `unnorm_key` was given, and no statistics are by dataset, or not that one's.
     """
     if not all(is_file(folder / name) for name in FILES):
@@ -61,8 +63,9 @@ def read_processors(
         return None, None
     check_steps(folder, trust)
     make = importlib.import_module("lerobot.policies.factory").make_pre_post_processors
-    overrides = {"device_processor": {"device": str(device)}}
-    with described_by(folder / FILES[0]), no_remote_code():
+    first = folder / FILES[0]
+    overrides = {"device_processor": {"device": str(device)}, **processor_overrides(folder, first)}
+    with described_by(first), fetching(folder, first), no_remote_code():
         both = make(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
     with described_by(folder / FILES[1]):
         _settle_statistics(folder, both, unnorm_key, getattr(config, "max_state_dim", 0))

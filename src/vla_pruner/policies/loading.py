@@ -11,7 +11,7 @@ import torch
 
 from vla_pruner.checkpoints.files import checkpoint_folder, read_json, shown
 from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
-from vla_pruner.families.refused import TYPES
+from vla_pruner.families.refused import NOT_LOADED
 from vla_pruner.families.vlm import KINDS
 from vla_pruner.plugins import object_at
 from vla_pruner.policies.base import Policy
@@ -74,8 +74,8 @@ def _row(folder: Path, config: dict[str, Any]) -> Row:
             "act of its own. Load it with transformers, AutoModelForImageTextToText.from_pretrained(...), and attach "
             "to it: VLAPruner(keep=0.25).attach(model). See docs/vlm.md."
         )
-    if model_type is None and isinstance(kind, str) and kind in TYPES:
-        raise UnsupportedModelError(f"{folder / 'config.json'}: {TYPES[kind]}")
+    if model_type is None and isinstance(kind, str) and kind in NOT_LOADED:
+        raise UnsupportedModelError(f"{folder / 'config.json'}: {NOT_LOADED[kind]}")
     if model_type is not None:
         found = f"is of a model of type {shown(repr(model_type))}"
     elif kind is not None:

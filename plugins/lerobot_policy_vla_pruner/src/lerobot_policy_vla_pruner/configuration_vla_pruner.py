@@ -23,7 +23,8 @@ class FlagError(VLAPrunerError):
 @PreTrainedConfig.register_subclass("vla_pruner")
 @dataclass
 class VLAPrunerConfig(PreTrainedConfig):
-    """A pi0, pi0.5, pi0-FAST, SmolVLA or MolmoAct2 checkpoint, named by `pretrained_path`, and how it is pruned.
+    """A checkpoint, named by `pretrained_path`, and how it is pruned: pi0, pi0.5, pi0-FAST, SmolVLA, MolmoAct2, EO-1 or
+    VLA-JEPA.
 
     Attributes:
         method: as --method of vla-pruner's own commands: a name such as "vla_pruner" or "fastv", one of an installed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lerobot_policy_vla_pruner.configuration_vla_pruner import NOT_TRAINED, VLAPrunerConfig
 from vla_pruner.checkpoints.files import checkpoint_folder
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
-from vla_pruner.policies.lerobot import load_module, read_config
+from vla_pruner.policies.lerobot import check_kind, load_module, read_config
 from vla_pruner.policies.lerobot_processors import check_steps
 
 
@@ -53,6 +53,7 @@ class VLAPrunerPolicy(PreTrainedPolicy):
                 "same; download the revision and name its folder."
             )
         folder = checkpoint_folder(pretrained_name_or_path)
+        check_kind(folder)
         # LeRobot's tools load the policy before its processors, and would run what those name.
         flag = "--policy.trust_processors=true"
         check_steps(folder, config.trust_processors, flag=flag)
