@@ -14,6 +14,7 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     state: dict[str, Any] = {"attention functions": sorted(ALL_ATTENTION_FUNCTIONS)}
+    shown: dict[int, str] = {}  # one config is held by many modules
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if key == "rope_deltas":
@@ -21,5 +22,7 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
             plain = dict(value) if isinstance(value, dict) else value
             state[f"{name}.{key}"] = (id(value), repr(plain) if "hook" in key else None)
         if hasattr(module, "config"):
-            state[f"{name}.config values"] = repr(sorted(vars(module.config).items(), key=lambda item: item[0]))
+            if id(module.config) not in shown:
+                shown[id(module.config)] = repr(sorted(vars(module.config).items(), key=lambda item: item[0]))
+            state[f"{name}.config values"] = shown[id(module.config)]
     return state
