@@ -9,7 +9,8 @@ Arms are `policy`; the controls `blank` (both images grey), `blank_wrist`, `wron
 episode's scene, in which the same actions are carried out, with the true proprioception), `wrong_instruction` (another
 task's; in LIBERO, of another object in the scene); or a method with its options, `vla-pruner:keep=0.25:layer=2`. Every
 arm of a task runs on the same seeds. In LIBERO a seed is the number of a stored initial state, or, with `--generated`,
-of a scene of LIBERO's generator. Finished (task, arm) pairs are kept in the output file, so an interrupted run goes on.
+of a scene of LIBERO's generator. Finished (task, arm) pairs are kept in the output file, so an interrupted run goes on,
+and one with more `--episodes` adds to it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +86,9 @@ def wrong_scene(suite: str, seed: int, generated: bool) -> int:
     return (seed + 25) % 50 if stored else seed + 50
 
 
-def evaluate_arm(suite: str, task: str, arm: str, seeds: range, weights: Path, generated: bool) -> dict[str, Any]:
+def evaluate_arm(
+    suite: str, task: str, arm: str, seeds: Sequence[int], weights: Path, generated: bool
+) -> dict[str, Any]:
     """Run one arm of one task; return its figures."""
     import torch
 
@@ -130,18 +134,36 @@ def evaluate_arm(suite: str, task: str, arm: str, seeds: range, weights: Path, g
     for opened in (place, other):
         if opened is not None:
             opened.environment.close()
-    total = sum(success)
+    outcomes = {str(seed): value for seed, value in zip(seeds, success, strict=True)}
+    steps = {str(seed): value for seed, value in zip(seeds, looks, strict=True)}
+    return entry_of(task, arm, outcomes, steps, float(np.median(milliseconds)))
+
+
+def entry_of(
+    task: str, arm: str, outcomes: dict[str, bool], steps: dict[str, int], milliseconds: float
+) -> dict[str, Any]:
+    """Return the figures of one arm of one task from its episodes' outcomes and control steps by seed."""
+    total, count = sum(outcomes.values()), len(outcomes)
     return {
         "task": task,
         "arm": arm,
-        "episodes": len(success),
+        "episodes": count,
         "successes": total,
-        "success_rate": round(total / len(success), 4),
-        "wilson_95": [round(value, 4) for value in wilson(total, len(success))],
-        "mean_control_steps": round(float(np.mean(looks)), 2),
-        "milliseconds_per_control_step_p50": round(float(np.median(milliseconds)), 2),
-        "success_by_seed": {str(seed): value for seed, value in zip(seeds, success, strict=True)},
+        "success_rate": round(total / count, 4),
+        "wilson_95": [round(value, 4) for value in wilson(total, count)],
+        "mean_control_steps": round(float(np.mean(list(steps.values()))), 2),
+        "milliseconds_per_control_step_p50": round(milliseconds, 2),
+        "success_by_seed": outcomes,
+        "control_steps_by_seed": steps,
     }
+
+
+def joined(before: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of an arm with more episodes; the milliseconds are those of the newest ones."""
+    if before is None:
+        return more
+    outcomes, steps = (before[name] | more[name] for name in ("success_by_seed", "control_steps_by_seed"))
+    return entry_of(more["task"], more["arm"], outcomes, steps, more["milliseconds_per_control_step_p50"])
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -176,13 +198,19 @@ def main() -> None:
     if report.get("weights_sha256", weights) != weights or report.get("first_seed", seeds.start) != seeds.start:
         parser.error(f"{args.out} holds figures of other weights or seeds; give another file.")
     report |= {"weights_sha256": weights, "suite": args.suite, "first_seed": seeds.start, "machine": machine()}
-    finished = {(entry["task"], entry["arm"]) for entry in report["results"]}
-    jobs = [(task, arm) for arm in args.arms for task in tasks if (task, arm) not in finished]
+    found = {(entry["task"], entry["arm"]): entry for entry in report["results"]}
+    jobs: list[tuple[str, str, list[int]]] = []
+    for task, arm in ((task, arm) for arm in args.arms for task in tasks):
+        before = found.get((task, arm), {"success_by_seed": {}})["success_by_seed"]
+        if left := [seed for seed in seeds if str(seed) not in before]:
+            jobs.append((task, arm, left))
     with ProcessPoolExecutor(args.workers) as pool:
-        running = [pool.submit(evaluate_arm, args.suite, *job, seeds, args.weights, args.generated) for job in jobs]
+        running = [pool.submit(evaluate_arm, args.suite, *job, args.weights, args.generated) for job in jobs]
         for future in as_completed(running):
             entry = future.result()
-            report["results"].append(entry)
+            key = entry["task"], entry["arm"]
+            found[key] = entry = joined(found.get(key), entry)
+            report["results"] = list(found.values())
             report["summary"] = summarise(report["results"])
             low, high = entry["wilson_95"]
             print(

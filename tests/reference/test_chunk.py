@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 
 from reference.chunk.attention import attend, decoder_attention
 from reference.chunk.corpus import Corpus, Recorder
+from reference.chunk.evaluate import entry_of, joined, wrong_scene
 from reference.chunk.heads import TrainingHeads
 from reference.chunk.packing import mask, packed_forward, pool, positions
 from reference.chunk.questions import MetaWorldQuestions, imagined_chunks
@@ -163,3 +164,22 @@ def test_an_imagined_hand_goes_to_the_goal_and_is_not_trusted_once_it_touches() 
     assert trusted[0].all()
     assert trusted[1, 0] == 1
     assert trusted[1, -1] == 0
+
+
+def test_an_evaluation_grows_by_episodes() -> None:
+    first = entry_of("reach", "policy", {"0": True, "1": False}, {"0": 10, "1": 40}, 50.0)
+    more = entry_of("reach", "policy", {"2": True, "3": True}, {"2": 20, "3": 30}, 40.0)
+    assert joined(None, more) == more
+    both = joined(first, more)
+    assert (both["successes"], both["episodes"], both["mean_control_steps"]) == (3, 4, 25.0)
+    assert both["success_by_seed"] == {"0": True, "1": False, "2": True, "3": True}
+    assert both["wilson_95"][0] < 0.75 < both["wilson_95"][1]
+
+
+@pytest.mark.parametrize(
+    ("suite", "seed", "generated", "wrong"),
+    [("metaworld", 7, False, 57), ("libero_object", 7, True, 57), ("libero_object", 7, False, 32)],
+)
+def test_the_wrong_scene_is_another_of_the_same_kind(suite: str, seed: int, generated: bool, wrong: int) -> None:
+    assert wrong_scene(suite, seed, generated) == wrong
+    assert wrong_scene("libero_object", 40, False) == 15
