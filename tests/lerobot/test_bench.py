@@ -51,7 +51,7 @@ def test_an_encoder_that_reuses_patches_computes_what_the_formula_says(model: st
         formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned, encoder=arm.encoder).flops
         assert counted["vision"] == pytest.approx(formula["vision"], rel=0.01), arm.name
         seen.append(counted["vision"])
-    assert seen[1] < 0.5 * seen[0]
+    assert seen[1] < 0.75 * seen[0], "patching and the projector run whole"
 
 
 @pytest.mark.parametrize("settings", CASES, ids=lambda settings: settings.model)
