@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vla_pruner.simulators import SUITES, SimulatorUnavailable, SuiteError, find_suite, libero_package, libero_pro
+from vla_pruner.simulators.libero_check import check_task
 from vla_pruner.simulators.libero_names import KINDS, MAX_STEPS, PERTURBATIONS, Origin, check_name
 from vla_pruner.simulators.libero_pro import find_pro
 from vla_pruner.simulators.libero_scene import (
@@ -247,3 +248,28 @@ def test_an_instruction_is_free_of_typographers_marks(monkeypatch):
     found = libero_pro.read_instruction(SimpleNamespace())  # type: ignore[arg-type]
     assert found == "open the cabinet's middle drawer"
     assert re.fullmatch("[a-z' ]+", found)
+
+
+@pytest.mark.parametrize("solved_after", [2, None])
+def test_the_check_names_a_task_that_is_solved_though_nothing_was_done(solved_after):
+    steps = []
+
+    def step(action):
+        assert solved_after is None or len(steps) < solved_after  # an episode that is over takes no further step
+        steps.append(action)
+        done = len(steps) == solved_after
+        return None, float(done), done, False, {"success": done}
+
+    truth = SimpleNamespace(objects=("milk",), pose=lambda name: SimpleNamespace(position=np.zeros(3)))
+    seen = SimpleNamespace(images={"agentview": np.full((2, 2, 3), 140, np.uint8)})
+    environment = SimpleNamespace(
+        task=SimpleNamespace(suite="libero_object_task"),
+        truth=truth,
+        step=step,
+        reset=lambda initial_state: (seen, {"success": False, "settling": 0.0}),
+        close=lambda: None,
+    )
+    suite: Any = SimpleNamespace(make=lambda task: environment)
+    problems = check_task(suite, 0, steps=5).problems
+    assert problems == ([] if solved_after is None else ["it is solved though nothing was done"])
+    assert len(steps) == (solved_after or 5)
