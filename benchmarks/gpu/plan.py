@@ -182,8 +182,8 @@ PLAN: tuple[Item, ...] = (
         "LeRobot's SmolVLA: compiled and eager",
         90,
         (
-            Job("compiled", "lerobot-smolvla", {**_DROPPED, "compile": True}),
             Job("eager", "lerobot-smolvla", {**_DROPPED, "iters": 24}),
+            Job("compiled", "lerobot-smolvla", {**_DROPPED, "compile": True}),
         ),
         needs="lerobot",
     ),
@@ -192,8 +192,8 @@ PLAN: tuple[Item, ...] = (
         "LeRobot's MolmoAct2: compiled and eager",
         110,
         (
-            Job("compiled", "lerobot-molmoact2", {**_DROPPED, "compile": True}),
             Job("eager", "lerobot-molmoact2", {**_DROPPED, "iters": 24}),
+            Job("compiled", "lerobot-molmoact2", {**_DROPPED, "compile": True}),
         ),
         needs="lerobot",
     ),

@@ -178,3 +178,50 @@ def test_features_of_one_call_for_all_cameras_are_those_of_a_call_for_each(kind)
             actual = getattr(policy.module.model, name)(*args, **kwargs)
     assert (actual[0] - expected[0]).abs().max() < 1e-5 * expected[0].abs().max()
     assert torch.equal(actual[1], expected[1])
+
+
+def test_images_of_different_sizes_are_encoded_one_by_one():
+    policy = TOGETHER["smolvla"].build()
+    name, (images, *args), kwargs = prefix_arguments(TOGETHER["smolvla"], policy)
+    images = [images[0], images[1][..., ::2, ::2]]
+    (tower,) = family_of(policy).anatomy.towers
+    with together(policy), calls_of(tower) as shapes, torch.no_grad():
+        getattr(policy.module.model, name)(images, *args, **kwargs)
+    assert shapes == [tuple(image.shape) for image in images]
+
+
+@pytest.mark.parametrize("overridden", ["embed_image", "embed_prefix", "on the instance"])
+def test_an_encoder_that_is_not_lerobots_own_is_called_as_it_is(overridden):
+    """A subclass may treat cameras differently, so nothing is known of its calls."""
+    policy = TOGETHER["pi0"].build()
+    inner = policy.module.model
+    owner = inner if overridden == "embed_prefix" else inner.paligemma_with_expert
+    name = "embed_prefix" if overridden == "embed_prefix" else "embed_image"
+    own = getattr(type(owner), name)
+
+    def other(self, *args, **kwargs):
+        return own(self, *args, **kwargs)
+
+    if overridden == "on the instance":
+        setattr(owner, name, other.__get__(owner))
+    else:
+        owner.__class__ = type("Own", (type(owner),), {name: other})
+    (tower,) = family_of(policy).anatomy.towers
+    with calls_of(tower) as shapes, vp.compiled(policy, "eager"):
+        TOGETHER["pi0"].step(policy, 0, slice(0, 2))
+    assert len(shapes) == len(policy.cameras)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("eo1", [(2, 2), (4, 4), (4, 4), (2, 2)]),
+        ("groot", [(3, 3), (6, 6), (6, 6), (3, 3)]),
+        ("vla_jepa", [(2, 2), (3, 3), (3, 3), (2, 2)]),
+    ],
+)
+def test_programs_of_policies_around_qwen(name, expected):
+    """The prompt and the denoising steps, and both again for pruned steps; the encoder stays as it is. GR00T's layers
+    between decoder and transformer are a third program; VLA-JEPA's transformer sees no visual token and has one.
+    """
+    assert programs_of(FURTHER[name], vp.VLAPruner(keep=0.25, layer=3, window=1), steps=3) == expected
