@@ -303,7 +303,7 @@ def test_a_whole_step_under_autocast_is_chosen_in_float32():
     from tests.families import cases
     from tests.families.matrix import BOTH
 
-    case = cases.reference()
+    case = cases.small_reference()
     policy = case.build()
     with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session, torch.autocast("cpu", torch.bfloat16):
         session.compile("eager")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -35,10 +34,6 @@ class Clock:
         return self.now
 
 
-def small():
-    return replace(cases.reference(), build=lambda: vp.random_policy("reference", "tiny"))
-
-
 def attach(model, pruned, unpruned, method=METHOD, **options):
     session = method.attach(model, only_if_faster=True, **options)
     session._runner.trial.clock = Clock(session, pruned, unpruned)
@@ -57,7 +52,7 @@ NEEDED = 2 * (PASSED_OVER + STEPS)
 
 
 def test_steps_of_both_kinds_take_turns_behind_the_warm_up():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     with attach(model, 2.0, 3.0) as session:
         found = kinds(case, model, session, 2 + NEEDED + 3)
@@ -68,7 +63,7 @@ def test_steps_of_both_kinds_take_turns_behind_the_warm_up():
 
 
 def test_where_pruning_is_not_faster_the_session_detaches_itself_and_says_so(caplog):
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     untouched, before = case.step(model, 9, matrix.BOTH), whole_state(model)
     session = attach(model, 3.04, 3.0)
@@ -87,7 +82,7 @@ def test_where_pruning_is_not_faster_the_session_detaches_itself_and_says_so(cap
 
 
 def test_equal_medians_are_no_gain_and_outliers_none():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     session = attach(model, 3.0, 3.0)
     kinds(case, model, session, 2 + NEEDED)
@@ -103,7 +98,7 @@ def test_equal_medians_are_no_gain_and_outliers_none():
 
 def test_an_unpruned_step_is_to_the_memory_what_a_refresh_is():
     """The same steps with a schedule that prunes every other one leave the same memories."""
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     found = []
     for every in (None, 2):
@@ -120,7 +115,7 @@ def test_an_unpruned_step_is_to_the_memory_what_a_refresh_is():
 
 
 def test_episodes_are_respected_and_failed_steps_count_for_nothing():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     with attach(model, 2.0, 3.0) as session:
         found = kinds(case, model, session, 4)
@@ -142,7 +137,7 @@ def fail(*_):
 
 
 def test_batches_of_other_sizes_are_timed_apart():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     with attach(model, 2.0, 3.0, vp.FastV(keep=0.25, layer=1)) as session:
         for rows in (slice(0, 1), matrix.BOTH, slice(0, 1)):
@@ -156,7 +151,7 @@ def test_batches_of_other_sizes_are_timed_apart():
 
 def test_steps_that_nobody_times_leave_nothing_behind():
     """Steps after the verdict, and those of a model that is called by hand, are not kept."""
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     with attach(model, 2.0, 3.0) as session:
         trial = session._runner.trial
@@ -173,7 +168,7 @@ def test_steps_that_nobody_times_leave_nothing_behind():
 
 
 def test_a_compiled_policy_stays_compiled_until_it_is_detached():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     untouched, before = case.step(model, 9, matrix.BOTH), whole_state(model)
     with METHOD.attach(model) as session:

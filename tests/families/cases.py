@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,30 @@ def reference() -> Case:
     return Case("reference", lambda: vp.reference_policy("autoregressive"), step)
 
 
+def shallow(name: str, layers: int, **settings: Any) -> Any:
+    """The first layers of a reference policy with random weights. A program is traced layer by layer, token by token.
+
+    Args:
+        name: of the policy.
+        layers: of its decoder.
+        **settings: other changes to its configuration, such as the number of action tokens.
+    """
+    deep: Any = vp.random_policy(name)
+    policy = type(deep)(replace(deep.config, num_layers=layers, **settings)).eval()
+    policy.load_state_dict(deep.state_dict(), strict=False)
+    return policy
+
+
+def small_reference() -> Case:
+    """The autoregressive reference policy: four layers, 64 visual tokens and three action tokens of it."""
+    return replace(reference(), build=lambda: shallow("reference", 4, action_dimensions=3))
+
+
+def small_chunk() -> Case:
+    """The two-camera reference policy, four layers of it."""
+    return replace(chunk(), build=lambda: shallow("reference-chunk", 4))
+
+
 def chunk() -> Case:
     """The two-camera reference policy; its chunk before it is clipped."""
 
@@ -55,7 +80,7 @@ def chunk() -> Case:
     return Case("chunk", lambda: vp.random_policy("reference-chunk"), step, noisy=8)
 
 
-def openvla(backend: str) -> Case:
+def openvla(backend: str, **text: Any) -> Case:
     from vla_pruner.models.openvla import random_openvla
 
     def step(model: Any, scene: int, rows: slice) -> Tensor:
@@ -72,12 +97,12 @@ def openvla(backend: str) -> Case:
         return torch.cat([first[:, None], logits[:, len(ends) :]], dim=1)
 
     def build() -> Any:
-        return random_openvla(size="tiny", attn_implementation=backend)
+        return random_openvla(size="tiny", attn_implementation=backend, **text)
 
     return Case(f"openvla-{backend}", build, step)
 
 
-def openvla_oft(head: str | None, backend: str = "sdpa") -> Case:
+def openvla_oft(head: str | None, backend: str = "sdpa", **text: Any) -> Case:
     from vla_pruner.models.openvla import random_openvla
 
     def step(model: Any, scene: int, rows: slice) -> Tensor:
@@ -98,16 +123,16 @@ def openvla_oft(head: str | None, backend: str = "sdpa") -> Case:
         return torch.as_tensor(act()).reshape(len(ids), -1)
 
     def build() -> Any:
-        return random_openvla(size="tiny", oft=True, head=head, attn_implementation=backend, denoising_steps=2)
+        return random_openvla(size="tiny", oft=True, head=head, attn_implementation=backend, denoising_steps=2, **text)
 
     return Case(f"openvla_oft-{head}-{backend}", build, step, noisy=60 if head == "diffusion" else 0)
 
 
-def pi0(backend: str) -> Case:
+def pi0(backend: str, layers: int = 6) -> Case:
     from transformers import GemmaConfig, PaliGemmaConfig, PI0Config, PI0ForConditionalGeneration
 
     def build() -> Any:
-        sizes = {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+        sizes = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
         text = {"model_type": "gemma", "hidden_size": 32, "intermediate_size": 48, "vocab_size": 512, **sizes}
         vision = {"model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 32, "patch_size": 14}
         vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from shutil import which
 
 import pytest
@@ -18,15 +17,17 @@ from vla_pruner.attach.family import Call
 # Importing the compiler warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
+SHALLOW = {"num_hidden_layers": 3}
+"""Each layer is traced on its own: one before the pruning layer, and one after it."""
 FAMILIES = {
-    "reference": (cases.reference, "drop"),
-    "chunk": (cases.chunk, "freeze"),
-    "openvla": (lambda: cases.openvla("sdpa"), "freeze"),
-    "oft": (lambda: cases.openvla_oft("l1", "eager"), "freeze"),
-    "oft, discrete": (lambda: cases.openvla_oft(None), "drop"),
-    "oft, diffusion": (lambda: cases.openvla_oft("diffusion"), "drop"),
-    "pi0": (lambda: cases.pi0("sdpa"), "freeze"),
-    "Qwen3-VL": (lambda: text_decoders.text_decoder("qwen3_vl_text"), "freeze"),
+    "reference": (cases.small_reference, "drop"),
+    "chunk": (cases.small_chunk, "freeze"),
+    "openvla": (lambda: cases.openvla("sdpa", **SHALLOW), "freeze"),
+    "oft": (lambda: cases.openvla_oft("l1", "eager", **SHALLOW), "freeze"),
+    "oft, discrete": (lambda: cases.openvla_oft(None, **SHALLOW), "drop"),
+    "oft, diffusion": (lambda: cases.openvla_oft("diffusion", **SHALLOW), "drop"),
+    "pi0": (lambda: cases.pi0("sdpa", layers=3), "freeze"),
+    "Qwen3-VL": (lambda: text_decoders.text_decoder("qwen3_vl_text", layers=3), "freeze"),
 }
 
 
@@ -34,11 +35,6 @@ FAMILIES = {
 def test_same_as_uncompiled_and_no_graph_after_the_first_episode(name):
     build, pruned = FAMILIES[name]
     check_family(build(), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned))
-
-
-def small():
-    """The reference policy, six layers and 64 visual tokens of it."""
-    return replace(cases.reference(), build=lambda: vp.random_policy("reference", "tiny"))
 
 
 WHOLE = {
@@ -68,12 +64,12 @@ PASS = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_control_step_as_one_program(name):
     """The autoregressive policy's: prompt and decoding in one graph, whatever is done in it and between steps."""
-    check_whole(small(), WHOLE[name])
+    check_whole(cases.small_reference(), WHOLE[name])
 
 
 @pytest.mark.parametrize("name", PASS)
 def test_a_whole_pass_of_the_two_camera_policy_as_one_program(name):
-    check_whole(cases.chunk(), PASS[name])
+    check_whole(cases.small_chunk(), PASS[name])
 
 
 def check_whole(case, method):
@@ -104,7 +100,7 @@ def check_whole(case, method):
 
 
 def test_batches_of_other_sizes_and_direct_calls_between_whole_control_steps():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     kinds = (matrix.BOTH, slice(0, 1), "direct", matrix.BOTH)
     found = []
@@ -132,7 +128,7 @@ def prompts(model):
 
 
 def test_a_policy_that_is_moved_has_programs_of_its_own():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     for made in (vp.compiled(model, "eager"), vp.VLAPruner(keep=0.25, layer=1, window=1)):
         if isinstance(made, vp.Method):
@@ -147,7 +143,7 @@ def test_a_policy_that_is_moved_has_programs_of_its_own():
 
 
 def test_numbers_of_another_kind_make_no_graph():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     size, body = model.config.image_size, model.proprio_size
     frames = torch.zeros(2, size, size, 3, dtype=torch.uint8)
@@ -163,7 +159,7 @@ def test_numbers_of_another_kind_make_no_graph():
 
 def test_what_others_compile_meanwhile_changes_no_step():
     """torch reports for the whole process that it is compiling, whichever thread compiles."""
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     method = vp.VLAPruner(keep=0.25, layer=1, window=1)
     with method.attach(model) as session, pytest.MonkeyPatch.context() as patch:
@@ -173,7 +169,7 @@ def test_what_others_compile_meanwhile_changes_no_step():
 
 
 def test_parts_of_a_compiled_policy_are_compiled_already():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     with vp.compiled(model, "eager"), pytest.raises(vp.UnsupportedModelError, match="compiled already"):
         vp.FastV(keep=0.25, layer=1).attach(model.language_model, visual=model.config.visual)
@@ -182,7 +178,7 @@ def test_parts_of_a_compiled_policy_are_compiled_already():
 
 def test_a_layer_that_nobody_named_is_pruned_at():
     """The published layer is an int of its own type, which compiled code would not find in a dict of layers."""
-    for case in (small(), cases.pi0("sdpa"), cases.chunk()):
+    for case in (cases.small_reference(), cases.pi0("sdpa", layers=4), cases.small_chunk()):
         model = case.build()
         with vp.VLAPruner(keep=0.25, window=1).attach(model) as session:
             session.compile("eager")
@@ -193,7 +189,7 @@ def test_a_layer_that_nobody_named_is_pruned_at():
 
 
 def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
         session.compile("eager")
@@ -206,7 +202,7 @@ def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
 
 
 def test_keep_all_of_a_whole_control_step_is_the_compiled_policy_to_the_bit():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     with vp.compiled(model, "eager"):
         untouched = [case.step(model, scene, matrix.BOTH) for scene in range(3)]
@@ -218,7 +214,7 @@ def test_keep_all_of_a_whole_control_step_is_the_compiled_policy_to_the_bit():
 
 
 def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
-    case = small()
+    case = cases.small_reference()
     model = case.build()
     with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
         session.compile("eager")
@@ -240,7 +236,7 @@ def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
 
 
 def test_denoising_steps_are_one_program():
-    case = cases.pi0("sdpa")
+    case = cases.pi0("sdpa", layers=4)
     model = case.build()
     with vp.FastV(keep=0.25).attach(model) as session:
         session.compile("eager")
@@ -251,7 +247,7 @@ def test_denoising_steps_are_one_program():
 
 
 def test_a_prompt_without_text_is_refused_in_our_words():
-    case = cases.pi0("sdpa")
+    case = cases.pi0("sdpa", layers=4)
     model = case.build()
     call = model.sample_actions
 

@@ -30,20 +30,20 @@ PADDING = (0, 2)
 class TextLM(nn.Module):
     """A bare decoder with a head, as vision-language models call it."""
 
-    def __init__(self, kind: str, backend: str = "sdpa") -> None:
+    def __init__(self, kind: str, backend: str = "sdpa", layers: int = LAYERS) -> None:
         super().__init__()
         sections: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
         if kind == "qwen3_vl_text":
             sections["mrope_interleaved"] = True
         special: dict[str, Any] = {"rope_parameters": sections}
         if kind == "gemma3_text":
-            kinds = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+            kinds = ["sliding_attention", "full_attention"] * (layers // 2)
             special = {"layer_types": kinds, "sliding_window": 512}
         config = CONFIG_MAPPING[kind](
             vocab_size=64,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
@@ -83,7 +83,7 @@ def grid_positions(padding: int) -> Tensor:
     return torch.cat([torch.tensor(counted)[None], torch.tensor(columns).T])
 
 
-def text_decoder(kind: str, backend: str = "sdpa", static: bool = False) -> Case:
+def text_decoder(kind: str, backend: str = "sdpa", static: bool = False, layers: int = LAYERS) -> Case:
     """A case of one kind; `static` caches have room for more than is decoded."""
     mrope = kind in MROPE
 
@@ -126,7 +126,7 @@ def text_decoder(kind: str, backend: str = "sdpa", static: bool = False) -> Case
 
     return Case(
         f"{kind}-{backend}",
-        lambda: TextLM(kind, backend).eval(),
+        lambda: TextLM(kind, backend, layers).eval(),
         step,
         {"visual": CAMERAS, "padding_side": "left"},
         first=2 if kind == "gemma3_text" else 1,
