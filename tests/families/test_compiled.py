@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import vla_pruner as vp
-from tests.families import cases, matrix, text_decoders
+from tests.families import cases, matrix, text_decoders, vlms
 from tests.families.compiled import assert_same, check_family, drive, graphs, record
 from tests.state import whole_state
 from vla_pruner.attach.family import Call
@@ -233,6 +233,11 @@ def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
         for name, value in before.state_dict().items():
             torch.testing.assert_close(after.state_dict()[name], value, equal_nan=True)
         assert_same([record(session, case.step(model, 1, matrix.BOTH))], [undisturbed])
+
+
+def test_a_vlm_that_adds_to_its_visual_tokens_between_layers():
+    """DeepStack picks rows by a mask, which a graph cannot: it is done at fixed sizes, unpruned and pruned."""
+    check_family(vlms.case("qwen3_vl"), vp.VLAPruner(keep=0.25, layer=1, window=1))
 
 
 def test_denoising_steps_are_one_program():

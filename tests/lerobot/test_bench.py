@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from benchmarks.gpu.plan import PLAN
 from tests.bench.conftest import subject_of
 from tests.lerobot.test_audit import NAMES
 from tests.state import whole_state
@@ -18,6 +25,7 @@ from vla_pruner.plugins import class_at
 from vla_pruner.policies.random import random_policy
 from vla_pruner.registry import row_named, row_of
 
+ROOT = Path(__file__).parents[2]
 CASES = (
     BenchSettings("pi05", size="tiny", layers=4, cameras=2, denoise_steps=2, pruned=("drop", "freeze")),
     BenchSettings("smolvla", size="tiny", batch=2, denoise_steps=2, pruned=("drop", "freeze")),
@@ -92,3 +100,17 @@ def test_a_chunk_that_ends_early_is_counted_as_it_is() -> None:
     inner._paligemma_tokenizer.marker = tokens[3]
     first = tokens.index(tokens[3])
     assert feed(policy, settings, torch.device("cpu")).decoded == first
+
+
+@pytest.mark.parametrize("item", [item for item in PLAN if item.needs == "lerobot"], ids=lambda item: item.name)
+def test_the_items_for_a_gpu_run_dry(item, tmp_path):
+    """`make test` runs the items that do not need lerobot."""
+    file = tmp_path / "found.json"
+    words = [sys.executable, "-m", "benchmarks.gpu.child", item.name, str(file), "--dry"]
+    paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert [job["name"] for job in found["jobs"]] == [job.name for job in item.jobs]
+    for job in found["jobs"]:
+        assert all(arm["stages"]["prefill"] > 0 for arm in job["report"]["arms"])
