@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import vla_pruner as vp
 from tests.attach.tiny import VISUAL, prompt, tiny_lm
+from tests.families.cases import shallow
 from tests.state import whole_state
 from vla_pruner.attach.exported import ExportedStep, _searchsorted, _stable_sort
 from vla_pruner.methods.memory import Memory
@@ -39,8 +41,8 @@ def decoder_lm(layers: int = 3) -> Case:
     return Case(model, lambda scene: {"inputs_embeds": prompt(2, seed=scene)[0], "tokens": 2}, {"visual": VISUAL})
 
 
-def trained(name: str) -> Case:
-    model: Any = vp.random_policy(name)
+def trained(name: str, **settings: Any) -> Case:
+    model: Any = shallow(name, layers=3, **settings)
     shape = (2, *model.frame_shape)
 
     def example(scene: int) -> dict[str, Any]:
@@ -69,11 +71,19 @@ def openvla_oft(head: str | None = "l1") -> Case:
 
 CASES = {
     "decoder_lm": decoder_lm,
-    "reference": lambda: trained("reference"),
+    "reference": lambda: trained("reference", action_dimensions=3),
     "reference-chunk": lambda: trained("reference-chunk"),
     "oft": openvla_oft,
 }
 METHOD = vp.VLAPruner(keep=6, layer=1, window=2)
+
+
+@cache
+def exported(name: str, pruned: str = "drop") -> tuple[Case, ExportedStep]:
+    """Return a case and the program of its pruned step, which several tests look at."""
+    case = CASES[name]()
+    with replace(METHOD, pruned=pruned).attach(case.model, **case.options) as session:
+        return case, session.export(case.example(0))
 
 
 def by_session(case: Case, session: vp.Session, scene: int) -> Tensor:
@@ -97,9 +107,8 @@ def output_of(step: ExportedStep) -> str:
     ("name", "pruned"), [*((name, "drop") for name in CASES), ("decoder_lm", "freeze"), ("oft", "freeze")]
 )
 def test_a_program_does_what_the_session_does(name: str, pruned: str) -> None:
-    case = CASES[name]()
+    case, step = exported(name, pruned)
     with replace(METHOD, pruned=pruned).attach(case.model, **case.options) as session:
-        step = session.export(case.example(0))
         program = step.program.module()
         for scene in range(2):
             by_session(case, session, scene)
@@ -135,7 +144,7 @@ METHODS = (
     "method", METHODS, ids=lambda method: f"{type(method).__name__}-{method.layer}-{method.pruned}"
 )
 def test_every_method_that_is_tensors_is_exported(method: vp.Method) -> None:
-    case = decoder_lm(layers=5)
+    case = decoder_lm()
     visual = {"a": slice(1, 13), "b": slice(13, 25)}
     with method.attach(case.model, visual=visual) as session:
         step = session.export(case.example(0))
@@ -224,9 +233,7 @@ def test_a_method_without_history_takes_none() -> None:
 
 
 def test_no_operator_is_left_that_other_runtimes_lack() -> None:
-    case = decoder_lm()
-    with METHOD.attach(case.model, **case.options) as session:
-        graph = session.export(case.example(0)).program.graph
+    graph = exported("decoder_lm")[1].program.graph
     names = {str(node.target) for node in graph.nodes if node.op == "call_function"}
     assert any(name.startswith("aten.") for name in names)
     assert not [name for name in names if "vla_pruner" in name or "sort" in name]
@@ -339,9 +346,8 @@ def test_embeddings_that_no_prompt_of_the_model_has_are_refused(prompt: Tensor) 
 
 
 def test_a_history_is_one_of_the_program() -> None:
-    case = decoder_lm()
+    case, step = exported("decoder_lm")
     with METHOD.attach(case.model, **case.options) as session:
-        step = session.export(case.example(0))
         for pruned in ("no", None, 1):
             with pytest.raises(vp.OptionError, match="pruned="):
                 session.export(case.example(0), pruned=pruned)  # type: ignore[arg-type]
@@ -371,11 +377,10 @@ def test_sessions_that_are_compiled_or_detached_are_refused() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_onnx_agrees(name: str, tmp_path: Any) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install '.[export]'")
-    case = CASES[name]()
+    case, step = exported(name)
     with METHOD.attach(case.model, **case.options) as session:
         for scene in range(2):
             by_session(case, session, scene)
-        step = session.export(case.example(0))
         step.save_onnx(tmp_path / "step.onnx")
         loaded = runtime.InferenceSession(tmp_path / "step.onnx", providers=["CPUExecutionProvider"])
         assert [one.name for one in loaded.get_inputs()] == list(step.inputs)
@@ -395,9 +400,7 @@ def test_onnx_agrees(name: str, tmp_path: Any) -> None:
 
 
 def test_without_onnx_it_says_what_to_install(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = decoder_lm()
-    with vp.FastV(keep=6, layer=1).attach(case.model, **case.options) as session:
-        step = session.export(case.example(0))
+    _, step = exported("decoder_lm")
     monkeypatch.setattr("vla_pruner.attach.exported.find_spec", lambda name: None)
     with pytest.raises(
         vp.UnsupportedModelError, match=r"install onnx and onnxscript: pip install 'vla-pruner\[export\]'"

@@ -25,11 +25,16 @@ ray: Any = pytest.importorskip("ray", reason="Ray is not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+def _ended() -> Iterator[None]:
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _cluster(_ended: None) -> None:
+    if not ray.is_initialized():
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
 
 
 def unordered(folder: Path) -> list[str]:
@@ -37,25 +42,21 @@ def unordered(folder: Path) -> list[str]:
     return sorted(json.dumps(record, sort_keys=True, default=str) for record in facts(folder))
 
 
-def test_two_workers_give_the_records_of_one_process(tmp_path: Path) -> None:
-    run(settings(tmp_path / "here"))
-    code, said = run(settings(tmp_path / "there", ray="local", workers=2))
+def test_two_workers_give_the_records_and_traces_of_one_process(tmp_path: Path) -> None:
+    """One of three episodes is traced: the workers send its trace to the process that writes."""
+    run(settings(tmp_path / "here", trace=1))
+    code, said = run(settings(tmp_path / "there", trace=1, ray="local", workers=2))
     assert code == 0
     assert "6 episodes an arm, 2 tasks" in said
     assert unordered(tmp_path / "there") == unordered(tmp_path / "here")
-    code, said = run(settings(tmp_path / "there", ray="local", workers=2))
-    assert "18 of 18 episodes are done" in said, "and what is done there is done here"
-    assert run(settings(tmp_path / "there", episodes=4))[0] == 0
-
-
-def test_workers_send_traces_to_the_one_that_writes(tmp_path: Path) -> None:
-    run(settings(tmp_path / "here", trace=1))
-    run(settings(tmp_path / "there", trace=1, ray="local", workers=2))
     here, there = traces_of(tmp_path / "here"), traces_of(tmp_path / "there")
     assert len(here) == 6
     assert set(there) == set(here)
     for key, path in here.items():
         assert np.array_equal(read_trace(there[key]).actions, read_trace(path).actions)
+    code, said = run(settings(tmp_path / "there", trace=1, ray="local", workers=1))
+    assert "18 of 18 episodes are done" in said, "and what is done there is done here"
+    assert run(settings(tmp_path / "there", trace=1, episodes=4))[0] == 0
 
 
 def test_a_worker_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +113,7 @@ def test_refusals_of_workers_are_one_line(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_is_none_is_one_line(tmp_path: Path) -> None:
+    """The last one here, since it ends the cluster."""
     ray.shutdown()
-    try:
-        with pytest.raises(EvaluationError, match="--ray is auto, where no Ray cluster answers"):
-            run_eval(settings(tmp_path, ray="auto"), Console(quiet=True), find_fake)
-    finally:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    with pytest.raises(EvaluationError, match="--ray is auto, where no Ray cluster answers"):
+        run_eval(settings(tmp_path, ray="auto"), Console(quiet=True), find_fake)
