@@ -33,6 +33,7 @@ KINDS = (
     ("frozen_products", "Keys and values of frozen tokens, two ways", "python -m benchmarks.frozen_products"),
     ("interval_coverage", "How often paired intervals miss the truth", "python -m benchmarks.interval_coverage"),
     ("layer_zero", "Success with pruning before the decoder", "vla-pruner eval"),
+    ("libero_object_policy_success", "Success of the policy for LIBERO-Object", "python -m reference.chunk.evaluate"),
     ("metaworld_policy_success", "Success of the two-camera policy", "python -m reference.chunk.evaluate"),
     ("reference_policy_success", "Success of the autoregressive policy", "python -m reference.evaluate"),
     ("semantic_position", "The semantic score against token positions", "python -m benchmarks.semantic_position"),

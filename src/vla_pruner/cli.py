@@ -115,7 +115,7 @@ def _no_loading_bars() -> Iterator[None]:
 
 def _add_demo(commands: Any) -> None:
     from vla_pruner.demo import settings as demo
-    from vla_pruner.policies.reference_names import SHIPPED
+    from vla_pruner.policies.reference_names import NAMES
 
     command = commands.add_parser(
         "demo",
@@ -128,8 +128,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--suite",
         choices=tuple(demo.SUITES),
-        help=f"the simulator, and the policy that was trained in it (default: {demo.DEFAULT_SUITE}); the weights for\n"
-        "libero_object do not ship in this version: give yours with --weights",
+        help=f"the simulator, and the policy that was trained in it (default: {demo.DEFAULT_SUITE})",
     )
     command.add_argument(
         "--tasks",
@@ -168,7 +167,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--weights",
         metavar="NAME",
-        help=f"{', '.join(SHIPPED)}, or a folder with model.safetensors and config.json\n(default: the suite's)",
+        help=f"{', '.join(NAMES)}, or a folder with model.safetensors and config.json\n(default: the suite's)",
     )
     command.add_argument("--quick", action="store_true", help="a first look in under 2 minutes (default: off)")
     add_output(command)

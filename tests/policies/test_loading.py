@@ -13,12 +13,11 @@ import torch
 
 import vla_pruner as vp
 from vla_pruner.models.chunk import save_chunk_policy
-from vla_pruner.models.chunk.loading import SHIPPED_WEIGHTS
 from vla_pruner.models.reference import save_policy
 from vla_pruner.policies import reference
 from vla_pruner.policies.base import Policy, module_of
 from vla_pruner.policies.reference import policy_folder
-from vla_pruner.policies.reference_names import NAMES, SHIPPED
+from vla_pruner.policies.reference_names import NAMES
 
 
 def saved_chunk(folder):
@@ -84,13 +83,7 @@ def test_a_saved_two_camera_policy(tmp_path):
 
 
 def test_reference_policies_that_are_not_there(tmp_path):
-    for name in NAMES:
-        assert policy_folder(name).is_dir() if name in SHIPPED else not (SHIPPED_WEIGHTS / name).is_dir()
-    for load in (lambda: vp.reference_policy("libero-object"), lambda: vp.load_policy("reference:libero-object")):
-        with pytest.raises(
-            vp.CheckpointError, match=r"'libero-object' do not ship .*; what ships is 'metaworld', 'autoregressive'"
-        ):
-            load()
+    assert all(policy_folder(name).is_dir() for name in NAMES)
     with pytest.raises(vp.CheckpointError, match="no reference policy 'libero'; give reference:metaworld or"):
         vp.load_policy("reference:libero")
     with pytest.raises(vp.CheckpointError, match="no reference policy ''; give"):

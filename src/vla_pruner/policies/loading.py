@@ -16,7 +16,7 @@ from vla_pruner.families.vlm import KINDS
 from vla_pruner.plugins import object_at
 from vla_pruner.policies.base import Policy
 from vla_pruner.policies.options import as_dtype, usable_device
-from vla_pruner.policies.reference import NAMES, SHIPPED, load_reference
+from vla_pruner.policies.reference import NAMES, load_reference
 from vla_pruner.registry import ROWS, Row, row_for
 from vla_pruner.versions import check_transformers
 
@@ -126,6 +126,6 @@ def _reference_name(text: str) -> str | None:
         return None
     if name not in NAMES:
         raise CheckpointError(
-            f"There is no reference policy {name!r}; give {' or '.join(f'{REFERENCE}:{one}' for one in SHIPPED)}."
+            f"There is no reference policy {name!r}; give {' or '.join(f'{REFERENCE}:{one}' for one in NAMES)}."
         )
     return name

@@ -10,7 +10,7 @@ import torch
 from vla_pruner.checkpoints.files import read_json
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.models.saved import CONFIG
-from vla_pruner.policies.reference_names import DEFAULT, NAMES, SHIPPED
+from vla_pruner.policies.reference_names import DEFAULT, NAMES
 from vla_pruner.registry import row_for
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ def reference_policy(
         dtype: the parameters' type.
 
     Raises:
-        CheckpointError: its weights do not ship, or a file is missing, damaged, or does not fit the network, or a
+        CheckpointError: a file is missing, damaged, or does not fit the network, or a
             weight is not finite; the message names it.
         UnsupportedModelError: the folder holds another model.
     """
     folder = policy_folder(name)
-    # Weights that do not ship cannot be looked at; shipped ones that are damaged are found by their loader.
+    # Shipped weights that are damaged are found by their loader.
     two_cameras = folder.parent == _chunk_weights() or (
         folder != _autoregressive_weights() and kind_of(folder) == "chunk"
     )
@@ -68,14 +68,7 @@ def policy_folder(name: str | Path | None = None) -> Path:
     if name == "autoregressive":
         return _autoregressive_weights()
     if name in NAMES:  # a folder of that name is Path('metaworld') or './metaworld'
-        folder = _chunk_weights() / str(name)
-        if not folder.is_dir():
-            shipped = ", ".join(map(repr, SHIPPED))
-            raise CheckpointError(
-                f"The weights of the reference policy {name!r} do not ship with this version of vla-pruner; what "
-                f"ships is {shipped}."
-            )
-        return folder
+        return _chunk_weights() / str(name)
     folder = Path(name)
     if not folder.is_dir():
         raise CheckpointError(
@@ -113,4 +106,4 @@ def _autoregressive_weights() -> Path:
     return SHIPPED_WEIGHTS
 
 
-_CHOICES = f"one of {', '.join(map(repr, SHIPPED))}, or a folder that save_chunk_policy or save_policy wrote"
+_CHOICES = f"one of {', '.join(map(repr, NAMES))}, or a folder that save_chunk_policy or save_policy wrote"

@@ -6,6 +6,4 @@ DEFAULT = "metaworld"
 """The policy that is used if none is named."""
 
 NAMES = ("metaworld", "libero-object", "autoregressive")
-
-SHIPPED = ("metaworld", "autoregressive")
-"""The policies whose weights are in this version of the package, as help texts and messages offer them."""
+"""The policies whose weights are in the package."""
