@@ -132,7 +132,7 @@ def test_a_program_does_what_the_session_does(name: str, pruned: str) -> None:
 METHODS = (
     vp.CDPruner(keep=6, layer=1),
     vp.DART(keep=6, layer=1),
-    vp.DivPrune(keep=6),
+    vp.DivPrune(keep=6, layer=2),
     vp.ActionOnly(keep={"a": 3, "b": 4}, layer=1, window=1, unseen="carry"),
     vp.SparseVLM(keep=12, layer=1, then=((2, 6),)),
     vp.VLAPruner(keep=6, layer=0, window=1, refresh_every=9),
@@ -290,7 +290,7 @@ def test_methods_that_cannot_be_exported_are_refused(method: vp.Method, says: st
 def test_reused_keys_and_values_are_refused() -> None:
     case = trained("reference")
     refused = pytest.raises(vp.UnsupportedModelError, match="VLACache reuses keys and values")
-    with vp.VLACache(keep=0.5).attach(case.model) as session, refused:
+    with vp.VLACache(keep=0.5, layer=1).attach(case.model) as session, refused:
         session.export(case.example(0))
 
 
