@@ -51,7 +51,9 @@ def test_the_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_in_the_document_are_committed_results() -> None:
-    rows = [line for line in TEXT.splitlines() if re.match(r"\| (llama:|openvla|pi0|pi05|smolvla|lerobot-|reference)", line)]
+    rows = [
+        line for line in TEXT.splitlines() if re.match(r"\| (llama:|openvla|pi0|pi05|smolvla|lerobot-|reference)", line)
+    ]
     results = ROOT / "benchmarks" / "results"
     files = sorted(
         [*results.glob("bench/**/bench.md"), *results.glob("batch/**/batch.md"), results / "frozen_products.md"]
