@@ -130,6 +130,19 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def publish(entry: dict[str, Any], milliseconds: float, report: dict[str, Any], out: Path | None) -> None:
+    """Print the figures of one arm of one task, and write the report so far, if it has a file."""
+    low, high = entry["wilson_95"]
+    print(
+        f"{entry['task'][:32]:12s} {entry['arm']:18s} {entry['successes']}/{entry['episodes']}"
+        f"  [{low:.2f}, {high:.2f}]  {entry['mean_control_steps']:.1f} steps  {milliseconds:.0f} ms",
+        flush=True,
+    )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="folder of weights; the shipped ones if left out")
@@ -155,16 +168,7 @@ def main() -> None:
             entry = future.result()
             report["results"].append(entry)
             report["summary"] = summarise(report["results"])
-            low, high = entry["wilson_95"]
-            print(
-                f"{entry['task']:12s} {entry['arm']:18s} {entry['successes']}/{entry['episodes']}"
-                f"  [{low:.2f}, {high:.2f}]  {entry['mean_control_steps']:.1f} steps"
-                f"  {entry['milliseconds_per_decision_p50']:.0f} ms",
-                flush=True,
-            )
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+            publish(entry, entry["milliseconds_per_decision_p50"], report, args.out)
     print(json.dumps(report.get("summary", {}), indent=1))
 
 

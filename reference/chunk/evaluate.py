@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from reference.evaluate import WRONG_TASK, machine, wilson
+from reference.evaluate import WRONG_TASK, machine, publish, wilson
 from vla_pruner.errors import SessionError
 from vla_pruner.models.chunk import load_chunk_policy
 from vla_pruner.simulators.base import Convention
@@ -195,14 +195,19 @@ def main() -> None:
     if args.out and args.out.exists():
         report = json.loads(args.out.read_text())
     weights = hashlib.sha256((args.weights / "model.safetensors").read_bytes()).hexdigest()
-    if report.get("weights_sha256", weights) != weights or report.get("first_seed", seeds.start) != seeds.start:
-        parser.error(f"{args.out} holds figures of other weights or seeds; give another file.")
-    report |= {"weights_sha256": weights, "suite": args.suite, "first_seed": seeds.start, "machine": machine()}
+    # Files from before LIBERO say neither a suite nor a kind of scenes.
+    old = {"suite": "metaworld", "generated": False}
+    same = {"weights_sha256": weights, "suite": args.suite, "generated": args.generated, "first_seed": seeds.start}
+    if report["results"] and any((old | report)[name] != value for name, value in same.items()):
+        parser.error(f"{args.out} is of another suite, or of other weights, scenes or seeds; give another file.")
+    report |= same | {"machine": machine()}
     found = {(entry["task"], entry["arm"]): entry for entry in report["results"]}
     jobs: list[tuple[str, str, list[int]]] = []
     for task, arm in ((task, arm) for arm in args.arms for task in tasks):
         before = found.get((task, arm), {"success_by_seed": {}})["success_by_seed"]
         if left := [seed for seed in seeds if str(seed) not in before]:
+            if before and "control_steps_by_seed" not in found[task, arm]:
+                parser.error(f"{args.out} has no control steps by seed, so nothing can be added; give another file.")
             jobs.append((task, arm, left))
     with ProcessPoolExecutor(args.workers) as pool:
         running = [pool.submit(evaluate_arm, args.suite, *job, args.weights, args.generated) for job in jobs]
@@ -212,16 +217,7 @@ def main() -> None:
             found[key] = entry = joined(found.get(key), entry)
             report["results"] = list(found.values())
             report["summary"] = summarise(report["results"])
-            low, high = entry["wilson_95"]
-            print(
-                f"{entry['task'][:32]:32s} {entry['arm']:18s} {entry['successes']}/{entry['episodes']}"
-                f"  [{low:.2f}, {high:.2f}]  {entry['mean_control_steps']:.1f} steps"
-                f"  {entry['milliseconds_per_control_step_p50']:.0f} ms",
-                flush=True,
-            )
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+            publish(entry, entry["milliseconds_per_control_step_p50"], report, args.out)
     print(json.dumps(report.get("summary", {}), indent=1))
 
 

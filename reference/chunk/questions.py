@@ -21,8 +21,9 @@ from vla_pruner.simulators.metaworld import TASKS
 FRESH_SHARE = 2.0
 """The weight of control steps that were recorded while the policy acted, in drawing."""
 SHARES = {"push": 1.5, "pick-place": 2.0, "coffee-push": 1.5, "plate-slide": 3.0}
-LIBERO_SHARES = {libero_things.instruction("salad_dressing").replace(" ", "_"): 3.0}
 """The weight of a task's steps in drawing, 1 if not named."""
+LIBERO_SHARES = {libero_things.instruction("salad_dressing").replace(" ", "_"): 3.0}
+"""The same of LIBERO-Object's tasks."""
 
 _NAMES = list(TASKS)
 _SHARED = np.array([_NAMES.index(task) for task in SHARED_SCENE])

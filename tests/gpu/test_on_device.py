@@ -137,16 +137,21 @@ def waits(step) -> int:
     return sum("synchronizing CUDA operation" in str(one.message) for one in found)
 
 
+def check_memory_is_flat(one, count: int) -> None:
+    """Run so many control steps of four scenes in turn; the device holds as much memory after them as before."""
+    before = memory_in_use(one.device)
+    for index in range(count):
+        one.steps[index % 4]()
+    assert memory_in_use(one.device) == before
+
+
 @pytest.mark.parametrize("name", ["llama", "oft"])
 def test_memory_is_flat(name: str, device: str) -> None:
     one = subject(name, device)
     with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=2)) as session:
         for scene in range(4):
             one.steps[scene]()
-        before = memory_in_use(one.device)
-        for index in range(steps_of(device, 200, 8)):
-            one.steps[index % 4]()
-        assert memory_in_use(one.device) == before
+        check_memory_is_flat(one, steps_of(device, 200, 8))
         assert session.kept is not None
 
 
@@ -163,10 +168,7 @@ def test_reused_patches_wait_for_nothing_and_memory_is_flat(name: str, device: s
         assert None not in session.encoded
         for scene in range(4):
             one.steps[scene]()
-        before = memory_in_use(one.device)
-        for index in range(steps_of(device, 50, 8)):
-            one.steps[index % 4]()
-        assert memory_in_use(one.device) == before
+        check_memory_is_flat(one, steps_of(device, 50, 8))
         assert device == "cpu" or waits(one.steps[1]) <= alone
         assert None not in session.encoded
 

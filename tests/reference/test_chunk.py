@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,13 @@ from transformers import AttentionInterface
 
 from reference.chunk.attention import attend, decoder_attention
 from reference.chunk.corpus import Corpus, Recorder
-from reference.chunk.evaluate import entry_of, joined, wrong_scene
+from reference.chunk.evaluate import entry_of, joined, main, wrong_scene
 from reference.chunk.heads import TrainingHeads
 from reference.chunk.packing import mask, packed_forward, pool, positions
 from reference.chunk.questions import MetaWorldQuestions, imagined_chunks
 from reference.chunk.train import CONFIGS
 from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy
+from vla_pruner.models.chunk.loading import SHIPPED_WEIGHTS
 from vla_pruner.policies.random import draw_weights
 
 CONFIG = ChunkConfig(
@@ -183,3 +186,34 @@ def test_an_evaluation_grows_by_episodes() -> None:
 def test_the_wrong_scene_is_another_of_the_same_kind(suite: str, seed: int, generated: bool, wrong: int) -> None:
     assert wrong_scene(suite, seed, generated) == wrong
     assert wrong_scene("libero_object", 40, False) == 15
+
+
+@pytest.mark.parametrize(
+    ("held", "given", "says"),
+    [
+        ({}, ["--generated"], "other weights, scenes or seeds"),
+        ({}, ["--first-seed", "5"], "other weights, scenes or seeds"),
+        ({"weights_sha256": "0"}, [], "other weights, scenes or seeds"),
+        ({}, ["--episodes", "3"], "no control steps by seed, so nothing can be added"),
+    ],
+)
+def test_an_evaluation_adds_only_to_figures_of_its_kind(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    held: dict[str, str],
+    given: list[str],
+    says: str,
+) -> None:
+    weights = SHIPPED_WEIGHTS / "libero-object"
+    entry = {"task": "a", "arm": "policy", "success_by_seed": {"0": True, "1": True}}
+    sha256 = hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
+    out = tmp_path / "figures.json"
+    known = {"weights_sha256": sha256, "suite": "libero_object", "first_seed": 0, "results": [entry], **held}
+    out.write_text(json.dumps(known))
+    words = ["evaluate", "--suite", "libero_object", "--weights", str(weights), "--tasks", "a", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*words, "--first-seed", "0", *given])
+    with pytest.raises(SystemExit):
+        main()
+    assert says in capsys.readouterr().err
+    assert json.loads(out.read_text()) == known

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
-from vla_pruner.attach.encoder import Encoder
 from vla_pruner.attach.family import Call, StepFunction
 from vla_pruner.attach.layout import Layout
 from vla_pruner.families.base import tiles
 from vla_pruner.families.decoder_lm import DecoderLM
-from vla_pruner.families.reference import trained_step
+from vla_pruner.families.reference import trained_encoder, trained_step
 
 
 class Chunk(DecoderLM):
@@ -28,14 +27,7 @@ class Chunk(DecoderLM):
         super().__init__(policy.decoder, visual=policy.config.visual)
         self.eye = policy.vision
         self.seeing, self.acting = (policy, "embed_prompt"), (policy, "decode")
-        self.encoder = Encoder(
-            tower=policy.vision,
-            layers=policy.vision.blocks,
-            patch=policy.config.patch_size,
-            seeing=self.seeing,
-            patches=policy.config.patches,
-            attend="attend",
-        )
+        self.encoder = trained_encoder(policy, policy.config.patches)
         self._policy = policy
         self._patches, self._rows = policy.config.patches, policy.config.chunk
 

@@ -22,13 +22,13 @@ from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.errors import UnsupportedModelError
-from vla_pruner.families.lerobot_qwen import HooksAfterCalls, LeRobotQwen
+from vla_pruner.families.lerobot_qwen import RegistersHooks
 from vla_pruner.replacements import Replacements
 
 MODULE = "lerobot.policies.groot.modeling_groot"
 
 
-class Groot(LeRobotQwen):
+class Groot(RegistersHooks):
     """LeRobot's `GrootPolicy`; every chunk that it predicts is one control step."""
 
     named = (MODULE, "GrootPolicy")
@@ -66,20 +66,15 @@ class Groot(LeRobotQwen):
         return self._policy.config.use_bf16
 
     def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
-        if module is not self.decoder:
-            super().put_around(module, around, replaced)
-            return
-        after = HooksAfterCalls(self.decoder, replaced)
-
         def decode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             # GR00T asks for all hidden states, reads the last of them, and then prefers what its own hook saw.
             asked = kwargs.pop("output_hidden_states", False)
-            output = after.run(lambda: around(original, *args, **kwargs))
+            output = around(original, *args, **kwargs)
             if asked:
                 output["hidden_states"] = (output.last_hidden_state,)
             return output
 
-        replaced.put(module, "forward", decode)
+        super().put_around(module, decode if module is self.decoder else around, replaced)
 
     def wiring(self, host: Host) -> Wiring:
         return GrootWiring(host, self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,8 +132,8 @@ class HooksAfterCalls:
         self._output = original(*args, **kwargs)
         return self._output
 
-    def run(self, call: Callable[[], Any]) -> Any:
-        """Return `call()`, which calls the decoder, with the hooks run after it.
+    def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return `call(*args, **kwargs)`, which calls the decoder, with the hooks run after it.
 
         Raises:
             SessionError: one of them changes the layer's output.
@@ -140,7 +141,7 @@ class HooksAfterCalls:
         hooks = self._last._forward_hooks
         new = {key: hooks.pop(key) for key in list(hooks) if key not in self._known}
         try:
-            result = call()
+            result = call(*args, **kwargs)
         finally:
             hooks.update(new)
         output, self._output = self._output, None
@@ -152,6 +153,15 @@ class HooksAfterCalls:
                     "layer returns; register it before, or take away what is compiled first."
                 )
         return result
+
+
+class RegistersHooks(LeRobotQwen):
+    """A policy that registers hooks on its decoder's last layer for each call."""
+
+    def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
+        if module is self.decoder:
+            around = partial(HooksAfterCalls(self.decoder, replaced).run, around)
+        super().put_around(module, around, replaced)
 
 
 _UNEVEN = (

@@ -25,14 +25,7 @@ class Reference(DecoderLM):
         super().__init__(policy.language_model, visual=slice(1, 1 + policy.config.num_visual_tokens))
         self.eye = policy.vision
         self.seeing, self.acting = (policy, "embed_prompt"), (policy, "decode")
-        self.encoder = Encoder(
-            tower=policy.vision,
-            layers=policy.vision.blocks,
-            patch=policy.config.patch_size,
-            seeing=self.seeing,
-            patches=policy.config.num_visual_tokens,
-            attend="attend",
-        )
+        self.encoder = trained_encoder(policy, policy.config.num_visual_tokens)
         self._policy, self._tokens = policy, policy.config.num_visual_tokens
 
     @property
@@ -53,6 +46,18 @@ class Reference(DecoderLM):
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         return type(model).__name__ == "ReferencePolicy"
+
+
+def trained_encoder(policy: Any, patches: int) -> Encoder:
+    """Return the parts of a reference policy's vision encoder; `patches` is the number of patches of an image."""
+    return Encoder(
+        tower=policy.vision,
+        layers=policy.vision.blocks,
+        patch=policy.config.patch_size,
+        seeing=(policy, "embed_prompt"),
+        patches=patches,
+        attend="attend",
+    )
 
 
 def trained_step(policy: Any, example: Mapping[str, Any], length: int) -> StepFunction:

@@ -18,11 +18,11 @@ from vla_pruner.attach.family import Call
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.host import Host, Wiring
 from vla_pruner.attach.layout import Layout
-from vla_pruner.families.lerobot_qwen import HooksAfterCalls, LeRobotQwen
+from vla_pruner.families.lerobot_qwen import RegistersHooks
 from vla_pruner.replacements import Replacements
 
 
-class VLAJEPA(LeRobotQwen):
+class VLAJEPA(RegistersHooks):
     """LeRobot's `VLAJEPAPolicy`; every chunk that it predicts is one control step."""
 
     named = ("lerobot.policies.vla_jepa.modeling_vla_jepa", "VLAJEPAPolicy")
@@ -54,17 +54,6 @@ class VLAJEPA(LeRobotQwen):
     @property
     def in_half(self) -> bool:
         return True  # it runs its decoder under autocast, whatever the dtype of its weights
-
-    def put_around(self, module: nn.Module, around: Callable[..., Any], replaced: Replacements) -> None:
-        if module is not self.decoder:
-            super().put_around(module, around, replaced)
-            return
-        after = HooksAfterCalls(self.decoder, replaced)
-
-        def decode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return after.run(lambda: around(original, *args, **kwargs))
-
-        replaced.put(module, "forward", decode)
 
     def wiring(self, host: Host) -> Wiring:
         return VLAJEPAWiring(host, self)
