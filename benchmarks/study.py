@@ -1,12 +1,13 @@
-"""The study of docs/study.md: which method, budget, fate and layer on the reference policy, closed loop.
+"""The study of docs/study.md: which method, budget, fate and layer on the reference policies, closed loop.
 
     python -m benchmarks.study run grid --shard 1/2 --out DIR     runs or continues a part (`vla-pruner eval`)
     python -m benchmarks.study publish grid --out DIR             merges DIR's parts into benchmarks/results/study
     python -m benchmarks.study resume grid --out DIR              makes a part of what was published, to be continued
     python -m benchmarks.study table grid                         success by method, budget and fate, as Markdown
 
-Parts are folders DIR/PHASE-I; a killed run goes on with the same command. `grid` and `options` share their initial
-states; what they favour is to be confirmed on others.
+Parts are folders DIR/PHASE-I; a killed run goes on with the same command. `grid` and `options` are of the
+autoregressive policy, phases that begin with `chunk` of the two-camera policy for Meta-World, with `libero` of the one
+for LIBERO-Object. Grids, options and layers share their initial states; what they favour is confirmed on others.
 """
 
 from __future__ import annotations
@@ -80,8 +81,14 @@ _CHUNK_LAYERS = tuple(
     for keep, fate in ((0.25, "drop"), (0.25, "freeze"), (0.125, "freeze"))
     for name in ("vla-pruner:semantic_queries=last", f"action-only{_WAIT}")
 )
+_CHUNK_CONFIRMED = (
+    "vla-pruner:semantic_queries=last:keep=0.25:pruned=freeze",
+    "vla-pruner:semantic_queries=last:keep=0.125:pruned=freeze",
+    "vla-pruner:keep=0.25:pruned=drop",
+)
 _COMMON = ("--policy", "reference:autoregressive", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
 _CHUNK = ("--policy", "reference:metaworld", "--suite", "metaworld:mt8", "--margin", "5", "--batch", "8")
+_LIBERO = ("--policy", "reference:libero-object", "--suite", "libero_object", "--margin", "5", "--batch", "8")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
         *_COMMON,
@@ -105,6 +112,22 @@ PHASES: dict[str, tuple[str, ...]] = {
     "chunk-layers": (
         *_CHUNK,
         *("--episodes", "10", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
+    ),
+    "chunk-confirm": (
+        *_CHUNK,
+        *("--first", "10", "--episodes", "75", "--method", ",".join(_CHUNK_CONFIRMED)),
+        *("--layer", "2", "--controls", "again"),
+    ),
+    "libero-grid": (
+        *_LIBERO,
+        *("--episodes", "2", "--method", ",".join(_CHUNK_METHODS)),
+        *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
+    ),
+    # All stored initial states that LIBERO-Object has.
+    "libero-confirm": (
+        *_LIBERO,
+        *("--episodes", "50", "--method", ",".join(_CHUNK_CONFIRMED[:2])),
+        *("--layer", "2", "--controls", "none"),
     ),
 }
 
@@ -156,14 +179,20 @@ def resume(phase: str, out: Path) -> int:
     return 0
 
 
-def table(summary: dict[str, Any]) -> str:
+def layer_of(phase: str) -> str:
+    """The layer of most arms of a phase."""
+    flags = PHASES[phase]
+    return flags[flags.index("--layer") + 1]
+
+
+def table(summary: dict[str, Any], layer: str = "3") -> str:
     """One row a method; cells are the difference to the unpruned policy in points with its 95 % interval."""
     by_title = {arm["title"]: arm for arm in summary["arms"]}
     columns = [(fate, keep) for fate in ("drop", "freeze") for keep in ("0.5", "0.25", "0.125")]
     rows: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for title, arm in by_title.items():
         if arm["kind"] in ("method", "random"):
-            name, keep, fate = named(title)
+            name, keep, fate = named(title, layer)
             rows.setdefault(name, {})[fate, keep] = arm
     lines = ["| method | " + " | ".join(f"{fate} {keep}" for fate, keep in columns) + " |", "|---|" + "---|" * 6]
 
@@ -176,12 +205,12 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def named(title: str) -> tuple[str, str, str]:
-    """Method with its options, keep and fate of an arm's title; the steps that all methods wait are no option here."""
-    name, keep, fate, layer, *rest = title.split(" ")
-    options = [
-        word for word in (layer, *rest) if "=" in word and not word.startswith("warmup_steps=") and word != "K=3"
-    ]
+def named(title: str, layer: str = "3") -> tuple[str, str, str]:
+    """Method with its options, keep and fate of an arm's title; the steps that all methods wait, and the phase's
+    `layer`, are no options here.
+    """
+    name, keep, fate, *rest = title.split(" ")
+    options = [word for word in rest if "=" in word and not word.startswith("warmup_steps=") and word != f"K={layer}"]
     return " ".join([name, *options]), keep, fate
 
 
@@ -204,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(given.phase, given.out, given.shard)
     if given.do != "table":
         return {"publish": publish, "resume": resume}[given.do](given.phase, given.out)
-    print(table(json.loads((RESULTS / given.phase / "summary.json").read_text())["summary"]), end="")
+    found = json.loads((RESULTS / given.phase / "summary.json").read_text())["summary"]
+    print(table(found, layer_of(given.phase)), end="")
     return 0
 
 

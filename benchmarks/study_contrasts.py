@@ -1,6 +1,7 @@
 """Contrasts of the study: differences between two methods, or two fates, over all budgets at once.
 
-    python -m benchmarks.study_contrasts        reads results/study/grid, writes contrasts.json and contrasts.md there
+    python -m benchmarks.study_contrasts [PHASE]        reads results/study/PHASE (grid, if none is named), writes
+                                                        contrasts.json and contrasts.md there
 
 An episode's figure is the mean over the settings (keep and fate) that both sides have; their differences are averaged
 over the episodes, with Student's interval within tasks. All intervals that are shown hold together, by Bonferroni. Each
@@ -10,6 +11,7 @@ the sides apart, the observed episodes say little about how many would.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 from collections.abc import Mapping, Sequence
@@ -18,10 +20,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study import RESULTS, named
+from benchmarks.study import RESULTS, layer_of, named
 from vla_pruner.statistics import MeanDifference, paired_mean_difference
 
 LEVEL = 0.05
+GRIDS = ("grid", "chunk-grid", "libero-grid")
 KEEPS = ("", "0.5 ", "0.25 ", "0.125 ")
 
 Unit = tuple[str, int]
@@ -58,12 +61,31 @@ CONTRASTS = (
     Contrast("is diversity better at layer K than before the decoder?", "max-min-diversity", "divprune"),
     Contrast("is freezing better than dropping?", "freeze", "drop"),
 )
+"""Of the autoregressive policy."""
+CHUNK_CONTRASTS = (
+    Contrast("is choosing better than drawing?", "vla-pruner", "random"),
+    Contrast("is the last prompt row a better reader than all rows?", "vla-pruner semantic_queries=last", "vla-pruner"),
+    Contrast("are two scores better than acting alone?", "vla-pruner semantic_queries=last", "action-only"),
+    Contrast("is action history better than drawing?", "action-only", "random"),
+    Contrast("does diversity help action history?", "action-and-diversity", "action-only"),
+    Contrast("is the last row alone better than drawing?", "fastv", "random"),
+    Contrast("is diversity better than drawing?", "max-min-diversity", "random"),
+    Contrast("is DART better than drawing?", "dart", "random"),
+    Contrast("is CDPruner better than drawing?", "cdpruner", "random"),
+    Contrast("is freezing better than dropping?", "freeze", "drop"),
+)
+"""Of the two-camera policies."""
 
 
-def outcomes(folder: Path) -> dict[str, dict[str, dict[Unit, bool]]]:
+def contrasts(phase: str) -> tuple[Contrast, ...]:
+    """The questions that a phase answers."""
+    return CONTRASTS if phase == "grid" else CHUNK_CONTRASTS
+
+
+def outcomes(folder: Path, layer: str = "3") -> dict[str, dict[str, dict[Unit, bool]]]:
     """Return the episodes that each method solved, of a published phase; crashed ones are left out."""
     arms = json.loads((folder / "summary.json").read_text())["summary"]["arms"]
-    of_arm = {arm["key"]: named(arm["title"]) for arm in arms if arm["kind"] in ("method", "random")}
+    of_arm = {arm["key"]: named(arm["title"], layer) for arm in arms if arm["kind"] in ("method", "random")}
     found: dict[str, dict[str, dict[Unit, bool]]] = {}
     with gzip.open(folder / "episodes.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -126,12 +148,16 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Computes, writes and prints."""
-    folder = RESULTS / "grid"
-    found, rows = outcomes(folder), []
-    confidence = 1 - LEVEL / (len(CONTRASTS) * len(KEEPS))
-    for one in CONTRASTS:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study_contrasts")
+    parser.add_argument("phase", nargs="?", choices=GRIDS, default="grid", help="default: %(default)s")
+    phase = parser.parse_args(arguments).phase
+    folder = RESULTS / phase
+    found, rows = outcomes(folder, layer_of(phase)), []
+    asked = contrasts(phase)
+    confidence = 1 - LEVEL / (len(asked) * len(KEEPS))
+    for one in asked:
         values = {keep.strip() or "all": difference(one, found, confidence, keep) for keep in KEEPS}
         cells = {name: None if value is None else asdict(value) for name, value in values.items()}
         rows.append({**asdict(one), **cells})

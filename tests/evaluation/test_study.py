@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import study
 from benchmarks.study import PHASES
-from benchmarks.study_contrasts import CONTRASTS, Contrast, difference, outcomes, table
+from benchmarks.study_contrasts import CONTRASTS, Contrast, contrasts, difference, outcomes, table
 from tests.evaluation.fakes import settings
 from tests.evaluation.test_run import run
 from vla_pruner import cli
@@ -49,6 +49,20 @@ def test_every_contrast_has_its_arms_in_the_grid(phases: dict[str, EvalSettings]
         assert {one.arm, one.base} <= known | {"drop", "freeze"}
     others = {study.named(arm.title)[0] for arm in phases["options"].arms()[1:]}
     assert {"vla-pruner K=1", "vla-pruner window=1"} <= others
+
+
+@pytest.mark.parametrize("phase", ["chunk-grid", "libero-grid"])
+def test_every_contrast_of_a_two_camera_policy_has_its_arms(phases: dict[str, EvalSettings], phase: str) -> None:
+    layer = study.layer_of(phase)
+    known = {study.named(arm.title, layer)[0] for arm in phases[phase].arms() if arm.kind in ("method", "random")}
+    assert known >= {side for one in contrasts(phase) for side in (one.arm, one.base)} - {"drop", "freeze"}
+    assert not [name for name in known if "K=" in name]
+
+
+def test_confirmations_of_both_two_camera_policies_share_their_settings(phases: dict[str, EvalSettings]) -> None:
+    meta_world, libero = ({arm.key for arm in phases[f"{name}-confirm"].arms()} for name in ("chunk", "libero"))
+    assert libero < meta_world
+    assert phases["chunk-confirm"].first >= phases["chunk-grid"].episodes
 
 
 def published(folder: Path, solved: dict[str, list[bool | None]]) -> Path:
