@@ -89,6 +89,10 @@ _CHUNK_CONFIRMED = (
 _COMMON = ("--policy", "reference:autoregressive", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
 _CHUNK = ("--policy", "reference:metaworld", "--suite", "metaworld:mt8", "--margin", "5", "--batch", "8")
 _LIBERO = ("--policy", "reference:libero-object", "--suite", "libero_object", "--margin", "5", "--batch", "8")
+_ENCODER = (
+    *("--method", "vla-pruner:semantic_queries=last", "--keep", "1.0,0.25", "--layer", "2", "--pruned", "freeze"),
+    *("--encoder-keep", "1.0,0.5,0.25"),
+)
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
         *_COMMON,
@@ -118,6 +122,7 @@ PHASES: dict[str, tuple[str, ...]] = {
         *("--first", "10", "--episodes", "75", "--method", ",".join(_CHUNK_CONFIRMED)),
         *("--layer", "2", "--controls", "again"),
     ),
+    "chunk-encoder": (*_CHUNK, "--episodes", "15", *_ENCODER, "--controls", "again"),
     "libero-grid": (
         *_LIBERO,
         *("--episodes", "2", "--method", ",".join(_CHUNK_METHODS)),
@@ -129,6 +134,7 @@ PHASES: dict[str, tuple[str, ...]] = {
         *("--episodes", "50", "--method", ",".join(_CHUNK_CONFIRMED[:2])),
         *("--layer", "2", "--controls", "none"),
     ),
+    "libero-encoder": (*_LIBERO, "--episodes", "4", *_ENCODER, "--controls", "none"),
 }
 
 
