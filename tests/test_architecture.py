@@ -27,6 +27,7 @@ FLOORS = (
     ("front", "policies"),
     ("auditing", "benching", "calibration", "demo", "evaluation", "official", "report", "serving"),
     ("cli",),
+    ("__main__",),
 )  # fmt: skip
 """Folders and modules of the package, the lowest floor first. A part imports what lies below it, and on its own floor
 what does not import it in turn. `vla_pruner` itself is on no floor: it hands out names, each imported when it is asked

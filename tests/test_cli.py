@@ -201,8 +201,9 @@ def test_ctrl_c_outside_of_the_demo_is_quiet(
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-def test_the_command_is_installed_and_refuses_for_real(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vla_pruner.cli", "demo", "--keep", "2", "--out", str(tmp_path)]
+@pytest.mark.parametrize("module", ["vla_pruner", "vla_pruner.cli"])
+def test_the_command_is_installed_and_refuses_for_real(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", module, "demo", "--keep", "2", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [

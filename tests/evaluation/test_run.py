@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from vla_pruner.attach.session import Session
 from vla_pruner.errors import ObservationError, OptionError, VLAPrunerError
 from vla_pruner.evaluation import EvaluationError, Record, Unit, read_records
 from vla_pruner.evaluation.arms import Arm
-from vla_pruner.evaluation.command import run_eval
+from vla_pruner.evaluation.command import run_eval, run_merge
 from vla_pruner.evaluation.episode import run_episode
 from vla_pruner.evaluation.lockstep import run_together
 from vla_pruner.evaluation.policies import check_fits
@@ -28,6 +29,7 @@ from vla_pruner.evaluation.records import EPISODES, TIMES
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import plan, shard
 from vla_pruner.simulators.base import Convention, SuiteError
+from vla_pruner.statistics import PackageMissing
 
 UNIT = Unit("fake", 0, "reach", 2, 0)
 
@@ -363,6 +365,24 @@ def test_a_method_that_does_not_fit_is_refused_before_anything_runs(tmp_path: Pa
     with pytest.raises(EvaluationError, match=r"'vla-pruner 0\.25 drop K=3' does not fit this policy: layer=3"):
         run(settings(tmp_path, "tiny", methods=("vla-pruner",)))
     assert read_records(tmp_path / EPISODES) == []
+
+
+@pytest.mark.parametrize("package", ["scipy.special", "statsmodels.stats.multitest"])
+def test_a_package_that_the_summary_needs_is_missed_before_anything_runs(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LIBERO's extra brings scipy and not statsmodels, which only corrects the p-values of several methods."""
+    several = settings(tmp_path / "run", "tiny", episodes=1, methods=("fastv", "random"), layer=(1,))
+    assert run(several)[0] == 0
+    monkeypatch.setitem(sys.modules, package, None)
+    new = dataclasses.replace(several, out=tmp_path / "new")
+    with pytest.raises(PackageMissing, match=f"need {package.split('.')[0]}, .* 'vla-pruner\\[eval\\]'"):
+        run(new)
+    with pytest.raises(PackageMissing, match="vla-pruner"):
+        run_merge([several.out], tmp_path / "new", Console(quiet=True))
+    assert not (tmp_path / "new").exists(), "neither episodes that would have to wait, nor a folder in the way"
+    if package.startswith("statsmodels"):
+        assert run(dataclasses.replace(new, methods=("fastv",)))[0] == 0, "one method needs no correction"
 
 
 def test_tasks_and_suites_are_chosen_by_name_and_number(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from vla_pruner.evaluation.traces import trace_path
 from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
-from vla_pruner.statistics import wilson
+from vla_pruner.statistics import holm, wilson
 from vla_pruner.terminal import LogLines, progress, remark, say, waiting
 from vla_pruner.wording import counted, readable, span
 
@@ -56,8 +56,9 @@ def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite
 
     Raises:
         EvaluationError: it cannot run, go on or write; finished episodes are kept.
+        PackageMissing: scipy or statsmodels, which the summary needs, is not installed.
     """
-    wilson(0, 1)  # refused now, and not after hours, if scipy is missing
+    _check_statistics(arm.kind for arm in settings.arms())
     try:
         run, interrupted = _run(settings, console, find)
     except SimulatorUnavailable as error:
@@ -76,11 +77,23 @@ def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
 
     Raises:
         EvaluationError: they do not belong together.
+        PackageMissing: as of `run_eval`.
     """
-    wilson(0, 1)
+    _check_statistics(arm["kind"] for arm in Manifest.read(folders[0]).identity["arms"])
     run = merge(folders, out)
     say(console, f"{counted(len(run.records), 'episode')} of {counted(len(folders), 'folder')}.")
     return 1 if _show(run, out, console).crashed else 0
+
+
+def _check_statistics(kinds: Iterable[str]) -> None:
+    """Compute what the summary will need of arms of these kinds, so that a package that is missing is refused now: not
+    after hours, and not when the records are in their folder already.
+
+    Raises:
+        PackageMissing: scipy or statsmodels is not installed.
+    """
+    wilson(0, 1)
+    holm([1.0 for kind in kinds if kind == "method"])
 
 
 def _run(settings: EvalSettings, console: Console, find: Callable[..., Suite]) -> tuple[Run, bool]:
