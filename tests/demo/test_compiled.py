@@ -105,14 +105,14 @@ def test_the_two_camera_policy_has_its_one_pass_compiled(chunk_policy: Any, tmp_
     assert results["amdahl_ceiling"] >= 1
     assert [arm["cost"]["visual_tokens_kept"] for arm in results["arms"]] == [128, 32]
     assert "The action rows are part of the prompt's one pass" in text
-    assert "in prompt, choosing included, " in text
+    assert " in prompt and choosing, " in text
 
 
 @pytest.mark.parametrize("kind", ["policy", "chunk_policy"])
 def test_compiled_arms_act_as_uncompiled_ones(kind: str, arms: tuple[Arm, ...], request: Any) -> None:
     policy = request.getfixturevalue(kind)
     environment = (PairEnvironment if kind == "chunk_policy" else FakeEnvironment)("reach")
-    with CompiledArms(policy, arms[:2], environment.reset(3), "aot_eager") as compiled:
+    with CompiledArms(policy, arms[:2], environment.reset(3), "eager") as compiled:
         for seed in (0, 1):  # the second episode remembers nothing of the first
             for arm in arms[:2]:
                 steps = []
@@ -153,7 +153,9 @@ def test_a_compiled_random_arm_draws_anew_in_each_episode(policy: Any, arms: tup
 def test_without_a_c_compiler_nothing_is_compiled_and_it_is_said(
     policy: Any, environments: FakeEnvironments, arms: tuple[Arm, ...], tmp_path: Path
 ) -> None:
-    with torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler")):
+    from torch._inductor import config
+
+    with config.patch("cpp.cxx", (None, "no-such-compiler")):
         assert "torch finds no C++ compiler here" in (why_not() or "")
         code, text = _run(policy, environments, arms, "inductor", compile=None, episodes=1, out=tmp_path)
     assert code == 0
@@ -181,7 +183,7 @@ def test_a_policy_that_cannot_be_compiled_runs_as_it_is(
     code, text = _run(policy, environments, arms, broken, episodes=1, out=tmp_path)
     assert code == 0
     assert text.count("No arm is compiled, since compiling this policy failed") == 2  # at once, and below the table
-    assert "no header Python.h" in text
+    assert "(RuntimeError: no header Python.h)" in text
     assert "and more" not in text
     assert _results(tmp_path)["compiled"] is None
     assert "Compiled: unpruned" in text

@@ -170,7 +170,7 @@ def test_what_a_compiled_run_says(arms: tuple[Arm, ...]) -> None:
     summary = dataclasses.replace(plain, compiling=made)
     assert "4 paired episodes an arm, every arm compiled." in headline(summary)
     text = " ".join(verdict(summary))
-    assert "10.0 ms (11.0 ms saved in prompt, 0.0 ms saved in actions, choosing included, 1.0 ms spent around" in text
+    assert "10.0 ms (11.0 ms saved in prompt and choosing, 0.0 ms saved in actions, 1.0 ms spent around" in text
     assert "solved 4 of 4, no difference against unpruned" in text
     assert "more than 2.50x as fast" in text
     assert "do not quote" not in text

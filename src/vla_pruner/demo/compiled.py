@@ -175,6 +175,7 @@ def why_not(backend: str = BACKEND) -> str | None:
 
 def failed(error: Exception) -> str:
     """Return the sentence for a policy that could not be compiled."""
+    error = getattr(error, "inner_exception", error)  # the backend's own, within torch's
     told = said_by(error).strip().partition("\n")[0].rstrip(".")
     return (
         f"No arm is compiled, since compiling this policy failed ({type(error).__name__}: {told}); --no-compile leaves "

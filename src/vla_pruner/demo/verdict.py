@@ -86,6 +86,10 @@ def _time(arm: ArmSummary, summary: Summary) -> str:
         return "It pruned no control step at all: its numbers are those of an unpruned policy."
     change = base.p50 / pruned.p50
     touched = [stage for stage in ("prefill", "decode") if base.stages[stage]]
+    choosing = "spent on choosing"
+    if summary.compiling is not None:
+        words["prefill"] += " and choosing"
+        choosing = "spent around the graphs"
     saved = [_saved(base.stages[stage] - pruned.stages[stage], words[stage]) for stage in touched]
     if change >= 1.02:
         head = f"A pruned step is {change:.2f}x as fast, {pruned.p50:.1f} ms"
@@ -94,10 +98,7 @@ def _time(arm: ArmSummary, summary: Summary) -> str:
     else:
         head = f"It does not pay here: a pruned step is slower, {pruned.p50:.1f} ms"
     flops = arm.cost.counted / summary.baseline.cost.counted
-    choosing = f"{pruned.stages['pruning']:.1f} ms spent on choosing"
-    if summary.compiling is not None:
-        choosing = f"choosing included, {pruned.stages['pruning']:.1f} ms spent around the graphs"
-    detail = f"{', '.join(saved)}, {choosing}"
+    detail = f"{', '.join(saved)}, {pruned.stages['pruning']:.1f} ms {choosing}"
     return f"{head} ({detail}), for {100 * flops:.0f} % of the FLOPs."
 
 
