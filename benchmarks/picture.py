@@ -20,7 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from vla_pruner.demo.table import LABELS
+from vla_pruner.demo.table import labels
 from vla_pruner.report.page import source
 from vla_pruner.timing import STAGES
 
@@ -72,6 +72,7 @@ def write_picture(report: Path, results: Path, out: Path, task: str | None = Non
     """
     run = json.loads(results.read_text(encoding="utf-8"))
     arms = {arm["arm"]: arm for arm in run["arms"]}
+    words = labels(run.get("compiled") is not None)
     with tempfile.TemporaryDirectory() as profile, _chromium(profile) as driver:
         driver.get(report.resolve().as_uri())
         data = json.loads(driver.execute_script('return document.getElementById("data").textContent'))
@@ -89,7 +90,7 @@ def write_picture(report: Path, results: Path, out: Path, task: str | None = Non
             picture, said = driver.execute_script(_PICTURE, unit, column, step)
             cards.append(_card(arms[key], picture, said, longest))
         page = Path(profile) / "picture.html"
-        drawn = _PAGE.substitute(style=source("base.css"), width=WIDTH, cards="".join(cards), key=_key(arms))
+        drawn = _PAGE.substitute(style=source("base.css"), width=WIDTH, cards="".join(cards), key=_key(arms, words))
         page.write_text(drawn, encoding="utf-8")
         driver.get(page.as_uri())
         shot = driver.find_element("tag name", "body").screenshot_as_png
@@ -115,9 +116,9 @@ def _card(arm: dict[str, Any], picture: str, said: str, longest: float) -> str:
     )
 
 
-def _key(arms: dict[str, Any]) -> str:
+def _key(arms: dict[str, Any], words: dict[str, str]) -> str:
     used = [stage for stage in STAGES if any(_pruned(arms[key])["stages"][stage] >= 0.05 for key in SHOWN)]
-    parts = [f'<span><b class="{stage}"></b>{escape(LABELS[stage])}</span>' for stage in used]
+    parts = [f'<span><b class="{stage}"></b>{escape(words[stage])}</span>' for stage in used]
     return '<span><b class="frozen"></b>frozen patch: readable, no longer computed</span>' + "".join(parts)
 
 
@@ -169,7 +170,9 @@ def main() -> None:
     from vla_pruner.demo import DemoSettings, run_demo
 
     with tempfile.TemporaryDirectory() as folder:
-        run_demo(DemoSettings(tasks=(asked.task,), episodes=1, out=Path(folder)), Console(highlight=False))
+        run_demo(
+            DemoSettings(tasks=(asked.task,), episodes=1, out=Path(folder), compile=False), Console(highlight=False)
+        )
         write_picture(Path(folder) / "report.html", asked.results, asked.out, asked.task, asked.step)
 
 

@@ -63,7 +63,7 @@ def test_defaults_are_the_settings_own(asked: list[DemoSettings]) -> None:
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ("demo", "tasks episodes keep seed out quick weights"),
+        ("demo", "tasks episodes keep seed out quick weights compile"),
         (
             "audit",
             "random-weights size method keep layer pruned device dtype seed instruction option details json",

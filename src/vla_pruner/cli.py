@@ -170,6 +170,12 @@ def _add_demo(commands: Any) -> None:
         help=f"{', '.join(NAMES)}, or a folder with model.safetensors and config.json\n(default: the suite's)",
     )
     command.add_argument("--quick", action="store_true", help="a first look in under 2 minutes (default: off)")
+    command.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile every arm, the unpruned one too, before the episodes; the first time takes minutes, which count\n"
+        "into those above (default: on; off with --quick, and without a C++ compiler)",
+    )
     add_output(command)
     command.set_defaults(run=_demo)
 
@@ -188,6 +194,7 @@ def _demo(options: argparse.Namespace) -> int:
         quick=options.quick,
         weights=options.weights,
         suite=options.suite,
+        compile=options.compile,
     )
     try:
         return run_demo(settings, output(options.quiet, options.no_color))

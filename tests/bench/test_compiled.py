@@ -15,13 +15,14 @@ import vla_pruner as vp
 from tests.bench.conftest import CPU, MODELS, subject_of
 from tests.state import whole_state
 from vla_pruner.benching.arms import BASELINE, Turns, arms_of
-from vla_pruner.benching.compiling import CompiledTurns, sharing_copy, twin
+from vla_pruner.benching.compiling import CompiledTurns, twin
 from vla_pruner.benching.measure import reachable_share_by_flops, time_steps
 from vla_pruner.benching.policies import build
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.table import notes, rows, to_markdown
 from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
 from vla_pruner.policies.base import module_of
+from vla_pruner.policies.compiled_copies import sharing_copy
 
 SMALL = "llama:32,2,4,48,100"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.demo.conftest import FakeEnvironments, leaves_no_trace
-from vla_pruner.demo.arms import PAPER, RECOMMENDED, Arm, default_arms
+from vla_pruner.demo.arms import PAPER, RECOMMENDED, Arm, UncompiledArms, default_arms
 from vla_pruner.demo.episodes import Runner, Unit, outcomes, plan, run_episode
 from vla_pruner.methods import RandomKeep
 
@@ -21,7 +21,7 @@ def test_an_episode_is_recorded_step_by_step(
     policy: Any, arms: tuple[Arm, ...], environments: FakeEnvironments
 ) -> None:
     with leaves_no_trace(policy):
-        episode = run_episode(policy, arms[1], environments("reach"), Unit("reach", 4), trace_size=8)
+        episode = run_episode(UncompiledArms(policy), arms[1], environments("reach"), Unit("reach", 4), trace_size=8)
     assert episode.success
     assert episode.steps == 5
     assert episode.kept == [None, None, None, 4, 4]  # a window of three steps fills before pruning begins
@@ -37,7 +37,7 @@ def test_an_episode_is_recorded_step_by_step(
 
 
 def test_an_unpruned_episode_has_no_session(policy: Any, arms: tuple[Arm, ...], environments: FakeEnvironments) -> None:
-    episode = run_episode(policy, arms[0], environments("reach"), Unit("reach", 5))
+    episode = run_episode(UncompiledArms(policy), arms[0], environments("reach"), Unit("reach", 5))
     assert not episode.success
     assert episode.kept == [None] * 6
     assert episode.trace is None
@@ -109,4 +109,4 @@ def test_an_error_leaves_the_policy_as_it_was(
 
     environment.step = fail  # type: ignore[method-assign]
     with leaves_no_trace(policy), pytest.raises(error):
-        run_episode(policy, arms[1], environment, Unit("reach", 0))
+        run_episode(UncompiledArms(policy), arms[1], environment, Unit("reach", 0))

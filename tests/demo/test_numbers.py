@@ -13,6 +13,7 @@ from rich.console import Console
 from tests.demo.conftest import FakeEnvironments, PairEnvironment
 from vla_pruner.cost import Flops
 from vla_pruner.demo.arms import Arm, default_arms
+from vla_pruner.demo.compiled import Compiling
 from vla_pruner.demo.episodes import Episode, Unit
 from vla_pruner.demo.probe import ArmCost, arm_cost, decoder_shapes, timer_overhead, vision_flops
 from vla_pruner.demo.summary import Summary, summarize
@@ -161,6 +162,31 @@ def test_verdict_admits_when_pruning_does_not_pay(arms: tuple[Arm, ...]) -> None
     same = " ".join(verdict(_summary(arms, [True] * 40, [True] * 40, drop_ms=20.0)))
     assert "Its pruned steps are no faster, 20.0 ms" in same
     assert "do not show that choosing tokens beats dropping at random" in same
+
+
+def test_what_a_compiled_run_says(arms: tuple[Arm, ...]) -> None:
+    plain = _summary(arms, [True] * 4, [False] * 4)
+    made = Compiling("inductor", False, {"unpruned": 2, "drop": 3}, {"unpruned": 20.2, "drop": 31.1}, (20.5, 20.0))
+    summary = dataclasses.replace(plain, compiling=made)
+    assert "4 paired episodes an arm, every arm compiled." in headline(summary)
+    text = " ".join(verdict(summary))
+    assert "10.0 ms (11.0 ms saved in prompt and choosing, 0.0 ms saved in actions, 1.0 ms spent around" in text
+    assert "solved 4 of 4, no difference against unpruned" in text
+    assert "more than 2.50x as fast" in text
+    assert "do not quote" not in text
+    table = dict(rows(summary))
+    assert table["  choosing, outside"] == dict(rows(plain))["  choosing"]
+    assert (table["  prompt"], table["  actions"]) == (["16.0", "5.0", "4.9"], ["1.5"] * 3)
+    first, *others = footnotes(summary)
+    assert "is compiled with inductor, which took 51 s before the episodes; an unpruned step takes 20.5 ms" in first
+    assert others == footnotes(plain)
+    whole = dataclasses.replace(plain, compiling=dataclasses.replace(made, one_graph=True, anew=2))
+    assert "  prompt, actions" in dict(rows(whole))
+    assert "  actions" not in dict(rows(whole))
+    text = " ".join(verdict(whole))
+    assert "2 graphs had to be compiled while episodes ran" in text
+    assert "as fast" in text
+    assert "no rule at this layer" not in text
 
 
 def test_verdict_names_an_arm_that_never_pruned(arms: tuple[Arm, ...]) -> None:

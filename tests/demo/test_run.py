@@ -21,7 +21,7 @@ from vla_pruner.models.reference import save_policy
 def _run(policy: Any, environments: Any, arms: tuple[Arm, ...], **settings: Any) -> tuple[int, str]:
     console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w"), highlight=False)  # noqa: SIM115
     try:
-        code = run_demo(DemoSettings(**settings), console, policy, environments, arms)
+        code = run_demo(DemoSettings(**{"compile": False, **settings}), console, policy, environments, arms)
     finally:
         console.file.close()
     return code, console.export_text()

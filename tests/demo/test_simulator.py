@@ -49,7 +49,9 @@ def test_four_arms_run_the_same_episode(tmp_path: Path) -> None:
         tasks=(("push", instruction),),
     )
     save_policy(ReferencePolicy(config), tmp_path / "weights")
-    settings = DemoSettings(tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights")
+    settings = DemoSettings(
+        tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights", compile=False
+    )
     assert run_demo(settings, Console(quiet=True)) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [episode["pruned_steps"] for episode in results["episodes"]] == [0, 2, 2, 5]
@@ -60,7 +62,9 @@ def test_four_arms_run_the_same_episode(tmp_path: Path) -> None:
 def test_the_two_camera_policy_runs_the_same_episode(tmp_path: Path) -> None:
     policy: Any = random_policy("reference-chunk")
     save_chunk_policy(policy, tmp_path / "weights")
-    settings = DemoSettings(tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights")
+    settings = DemoSettings(
+        tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights", compile=False
+    )
     assert run_demo(settings, Console(quiet=True)) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [episode["steps"] for episode in results["episodes"]] == [5] * 4
@@ -72,6 +76,8 @@ def test_a_policy_of_another_simulator_is_refused(tmp_path: Path) -> None:
     policy: Any = random_policy("reference-chunk")
     policy.config = replace(policy.config, suite="simpler")
     save_chunk_policy(policy, tmp_path / "weights")
-    settings = DemoSettings(tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights")
+    settings = DemoSettings(
+        tasks=("push",), episodes=1, out=tmp_path / "out", weights=tmp_path / "weights", compile=False
+    )
     with pytest.raises(DemoError, match="trained in 'simpler'; the demo runs policies of metaworld, libero_object"):
         run_demo(settings, Console(quiet=True))

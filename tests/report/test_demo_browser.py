@@ -20,7 +20,7 @@ from vla_pruner.policies.random import random_policy
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     policy: Any = random_policy("reference-chunk")
-    settings = DemoSettings(tasks=("reach", "push"), episodes=1, seed=0, out=out)
+    settings = DemoSettings(tasks=("reach", "push"), episodes=1, seed=0, out=out, compile=False)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         assert run_demo(settings, Console(file=nowhere), policy, PairEnvironment) == 0
     return out / "report.html"

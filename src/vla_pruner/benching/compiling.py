@@ -1,28 +1,19 @@
-"""Compiled arms: each on a copy of the policy that shares its weights, compiled once and kept for the whole benchmark.
-
-Compiled code lives as long as its session, so arms that take turns cannot share one policy.
-"""
+"""Compiled arms: each on a copy of the policy that shares its weights, compiled once for the whole benchmark."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
-
-from torch import nn
 
 from vla_pruner.accelerators import now
 from vla_pruner.benching.arms import Arm, Turns
 from vla_pruner.benching.feeds import feed
 from vla_pruner.benching.report import Compiling
 from vla_pruner.benching.subject import Subject, warm
-from vla_pruner.errors import SessionError, UnsupportedModelError
-from vla_pruner.front import compiled
-from vla_pruner.policies.base import module_of
-from vla_pruner.wording import a_type
+from vla_pruner.errors import SessionError
+from vla_pruner.policies.compiled_copies import compiled_with, graphs, sharing_copy
 
 SETTLED = 3
 """Runs of each kind of step before anything is timed: on CUDA one warms a graph up, the next records it."""
@@ -82,7 +73,9 @@ class CompiledTurns(Turns):
         self._tell(arm)
         self.kept[arm.name] = None
         subject = self._subjects[arm.name] = twin(self.subject)
-        session = self._sessions[arm.name] = self._compile(arm, subject)
+        session = self._sessions[arm.name] = self._open.enter_context(
+            compiled_with(arm.method, subject.policy, self._backend, **subject.feed.attach)
+        )
         with _noting(subject) as spent:
             if session is not None:
                 self.memories[arm.name] = self._memory_before(arm, subject, session)
@@ -105,14 +98,6 @@ class CompiledTurns(Turns):
         if session.kept is None:
             raise SessionError(f"A step of {arm.name} was not pruned, with a memory that has its unpruned steps in it.")
         return memory
-
-    def _compile(self, arm: Arm, subject: Subject) -> Any:
-        if arm.method is None:
-            self._open.enter_context(compiled(subject.policy, self._backend, **subject.feed.attach))
-            return None
-        session = self._open.enter_context(subject.attach(arm.method))
-        session.compile(self._backend)
-        return session
 
     @contextmanager
     def open(self, arm: Arm) -> Iterator[Any]:
@@ -138,40 +123,10 @@ class CompiledTurns(Turns):
             )
 
 
-def graphs() -> int:
-    """Return the number of graphs that torch compiled in this process so far."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
 def twin(subject: Subject) -> Subject:
     """Return the same policy and inputs once more, without the memory of its weights."""
     policy = sharing_copy(subject.policy)
     return Subject(policy, feed(policy, subject.settings, subject.device), subject.settings, subject.device)
-
-
-def sharing_copy(policy: Any) -> Any:
-    """Return a copy of a policy whose parameters and buffers are the original's own.
-
-    Raises:
-        UnsupportedModelError: some of them are made anew when the policy is copied.
-    """
-    module: nn.Module = module_of(policy)
-    shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
-    copied = copy.deepcopy(module, dict(shared))  # objects in the memo are not copied
-    held = chain(copied.named_parameters(), copied.named_buffers())
-    own = [name for name, tensor in held if id(tensor) not in shared]
-    if own:
-        raise UnsupportedModelError(
-            f"Each compiled arm needs {a_type(module)} of its own with the same weights, but a copy of it "
-            f"makes {', '.join(own[:3])} anew; leave compile out."
-        )
-    if policy is module:
-        return copied
-    around = copy.copy(policy)
-    around.module = copied
-    return around
 
 
 @dataclass

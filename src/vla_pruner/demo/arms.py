@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,25 @@ class Arm:
         A method that draws at random gets a seed of its own for each episode, so that no draw repeats.
         """
         return attached(self.method, policy, episode_seed)
+
+
+class UncompiledArms:
+    """Arms as they are, attached to the one policy for an episode each.
+
+    Args:
+        policy: what the arms are attached to.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+
+    @contextmanager
+    def open(self, arm: Arm, episode_seed: int) -> Iterator[tuple[Any, Any]]:
+        """Begin an episode of an arm: yield the policy and the arm's session, None for the untouched model."""
+        with arm.attach(self._policy, episode_seed) as session:
+            if session is not None:
+                session.reset()
+            yield self._policy, session
 
 
 def default_arms(keep: float | None = None) -> tuple[Arm, ...]:

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from vla_pruner.demo.arms import Arm
+from vla_pruner.demo.arms import Arm, UncompiledArms
 from vla_pruner.timing import StageTimer, StepTime
 
 
@@ -22,6 +23,14 @@ class Environment(Protocol):
     def step(self, chunk: np.ndarray) -> tuple[Any, bool, bool]: ...
     def render(self, size: int) -> np.ndarray: ...
     def close(self) -> None: ...
+
+
+class OpenedArms(Protocol):
+    """Something that begins an episode of an arm: `vla_pruner.demo.arms.UncompiledArms`, or
+    `vla_pruner.demo.compiled.CompiledArms`.
+    """
+
+    def open(self, arm: Arm, episode_seed: int) -> AbstractContextManager[tuple[Any, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -65,21 +74,23 @@ def plan(tasks: Sequence[str], episodes: int, seed: int) -> list[Unit]:
     return [Unit(task, seed + index) for index in range(episodes) for task in tasks]
 
 
-def run_episode(policy: Any, arm: Arm, environment: Environment, unit: Unit, trace_size: int | None = None) -> Episode:
+def run_episode(
+    opened: OpenedArms, arm: Arm, environment: Environment, unit: Unit, trace_size: int | None = None
+) -> Episode:
     """Run one episode to its end.
 
     Args:
-        policy: has `act(images, instruction, proprio)` and the submodules that `StageTimer` needs.
+        opened: gives the arm's policy, with `act(images, instruction, proprio)` and the submodules that `StageTimer`
+            needs.
         trace_size: height of the frames to record; None records none.
     """
     observation = environment.reset(unit.seed)
     kept: list[int | None] = []
     trace = None if trace_size is None else Trace([], [])
     success = done = False
-    with StageTimer(policy) as timer, arm.attach(policy, unit.seed) as session:
+    with opened.open(arm, unit.seed) as (policy, session), StageTimer(policy) as timer:
         if session is not None:
             session.clock = timer.stage
-            session.reset()
         while not done:
             if trace is not None and trace_size is not None:
                 trace.frames.append(environment.render(trace_size))
@@ -99,7 +110,7 @@ class Runner:
     """Runs units one by one, each with every arm; finished units stay available if it is interrupted.
 
     Args:
-        policy: as in `run_episode`.
+        policy: what `UncompiledArms` takes.
         arms: the baseline first.
         environments: makes the environment of a task; it is kept open until `close`.
         trace_size: records the first episode of each task with frames of this size.
@@ -112,10 +123,10 @@ class Runner:
         environments: Callable[[str], Environment],
         trace_size: int | None = None,
     ) -> None:
-        self.policy = policy
         self.arms = arms
         self.finished: list[dict[str, Episode]] = []
         """One entry a unit that all arms have finished: arm key -> episode."""
+        self._uncompiled = UncompiledArms(policy)
         self._make = environments
         self._open: dict[str, Environment] = {}
         self._trace_size = trace_size
@@ -125,8 +136,15 @@ class Runner:
             self._open[task] = self._make(task)
         return self._open[task]
 
-    def run(self, units: Sequence[Unit], minutes: float | None = None) -> Iterator[Episode]:
-        """Run `units`, yielding each episode as it ends. After `minutes` no further unit begins."""
+    def run(
+        self, units: Sequence[Unit], minutes: float | None = None, opened: OpenedArms | None = None
+    ) -> Iterator[Episode]:
+        """Run `units`, yielding each episode as it ends. After `minutes` no further unit begins.
+
+        Args:
+            opened: how an episode of an arm begins; None: attached to the policy as it is.
+        """
+        opened = opened or self._uncompiled
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         traced: set[str] = set()
         for index, unit in enumerate(units):
@@ -138,7 +156,7 @@ class Runner:
             # The order turns from unit to unit: no arm always runs on the machine that another has warmed up.
             turn = index % len(self.arms)
             for arm in (*self.arms[turn:], *self.arms[:turn]):
-                episode = run_episode(self.policy, arm, self.environment(unit.task), unit, trace_size)
+                episode = run_episode(opened, arm, self.environment(unit.task), unit, trace_size)
                 of_unit[arm.key] = episode
                 yield episode
             self.finished.append({arm.key: of_unit[arm.key] for arm in self.arms})

@@ -12,10 +12,9 @@ from typing import Any
 from vla_pruner.demo.arms import BASELINE
 from vla_pruner.demo.episodes import Episode
 from vla_pruner.demo.summary import Summary
-from vla_pruner.demo.table import HEAD, LABELS, Row, footnotes, heading, rows
+from vla_pruner.demo.table import HEAD, Row, actions, footnotes, heading, labels_of, rows, stages_of
 from vla_pruner.demo.verdict import headline
 from vla_pruner.report.page import fill, jpeg, script_json, source
-from vla_pruner.timing import STAGES
 from vla_pruner.wording import counted
 
 MOST_FILMS = 4
@@ -39,12 +38,13 @@ def write_report(
         cameras=escape(_cameras(conditions)),
         film_width=12.5 * len(conditions.get("cameras") or (1,)),
         head=_short_table(summary),
-        actions=escape(_actions(summary)),
+        actions=escape(actions(summary)),
         subtitle=escape(_subtitle(summary, conditions, notes)),
         verdict="\n".join(f"<li>{escape(sentence)}</li>" for sentence in verdict if sentence != headline(summary)),
         table=_table(summary, rows(summary), "medians of milliseconds; stages of a pruned step"),
         footnotes="\n".join(f'<p class="soft">{escape(note)}</p>' for note in footnotes(summary)),
         bars=_bars(summary),
+        key=_key(summary),
         image_size=conditions.get("image_size", "its own"),
         episodes=_episodes(summary, finished),
         conditions=escape(json.dumps({**conditions, **notes}, indent=2)),
@@ -60,6 +60,8 @@ def _subtitle(summary: Summary, conditions: Mapping[str, Any], notes: Mapping[st
         f"{conditions.get('processor')}, {counted(conditions.get('threads', 0), 'thread')}",
         f"torch {versions.get('torch')}, transformers {versions.get('transformers')}",
     ]
+    if summary.compiling is not None:
+        parts.append(f"every arm compiled ({summary.compiling.backend})")
     if notes.get("interrupted"):
         parts.append("interrupted before the end")
     if notes.get("machine_was_busy"):
@@ -70,12 +72,6 @@ def _subtitle(summary: Summary, conditions: Mapping[str, Any], notes: Mapping[st
 def _cameras(conditions: Mapping[str, Any]) -> str:
     cameras = conditions.get("cameras") or ()
     return f"Cameras, from the left: {', '.join(cameras)}." if len(cameras) > 1 else ""
-
-
-def _actions(summary: Summary) -> str:
-    if summary.baseline.all_steps.stages["decode"]:
-        return ""
-    return "The action rows are part of the prompt's one pass."
 
 
 def _head(summary: Summary, first: str) -> str:
@@ -111,6 +107,7 @@ def _table(summary: Summary, shown: Sequence[Row], caption: str) -> str:
 
 
 def _bars(summary: Summary) -> str:
+    words, used = labels_of(summary), stages_of(summary)
     shown = [arm for arm in summary.arms if arm.pruned_steps.steps]
     longest = max(sum(arm.pruned_steps.stages.values()) for arm in shown)
     lines = []
@@ -118,16 +115,21 @@ def _bars(summary: Summary) -> str:
         stages = arm.pruned_steps.stages
         pieces = "".join(
             f'<i class="{stage}" style="width:{100 * max(0.0, stages[stage]) / longest:.2f}%" '
-            f'title="{LABELS[stage]}: {stages[stage]:.2f} ms"></i>'
-            for stage in STAGES
+            f'title="{words[stage]}: {stages[stage]:.2f} ms"></i>'
+            for stage in used
         )
-        told = ", ".join(f"{LABELS[stage]} {stages[stage]:.1f} ms" for stage in STAGES)
+        told = ", ".join(f"{words[stage]} {stages[stage]:.1f} ms" for stage in used)
         lines.append(
             f"<span>{escape(arm.arm.title)}</span>"
             f'<div class="bar" role="img" aria-label="{escape(f"{arm.arm.title}: {told}")}">{pieces}</div>'
             f"<span>{arm.pruned_steps.p50:.1f} ms</span>"
         )
     return "\n".join(lines)
+
+
+def _key(summary: Summary) -> str:
+    words = labels_of(summary)
+    return "".join(f'<span><b class="{stage}"></b>{escape(words[stage])}</span>' for stage in stages_of(summary))
 
 
 def _episodes(summary: Summary, finished: Sequence[Mapping[str, Episode]]) -> str:

@@ -16,7 +16,7 @@ from vla_pruner.observations import Observation
 from vla_pruner.statistics import percentile
 from vla_pruner.timing import StageTimer
 
-_LONGEST_WARM_UP = 16
+LONGEST_WARM_UP = 16
 """The number of steps after which a method that has not pruned is taken to never prune."""
 
 
@@ -65,7 +65,7 @@ def vision_flops(policy: Any, observation: Observation) -> float:
     parts = (*anatomy.towers, *anatomy.projectors)
     handles = [part.register_forward_pre_hook(remember, with_kwargs=True) for part in parts]
     try:
-        _act(policy, observation)
+        act(policy, observation)
     finally:
         for handle in handles:
             handle.remove()
@@ -86,12 +86,12 @@ def arm_cost(policy: Any, arm: Arm, observation: Observation) -> ArmCost:
     with arm.attach(policy, 0) as session:
         if session is not None:
             session.reset()
-        for _ in range(2 if session is None else _LONGEST_WARM_UP):
-            _act(policy, observation)
+        for _ in range(2 if session is None else LONGEST_WARM_UP):
+            act(policy, observation)
             if session is not None and session.kept is not None:
                 kept = int(session.kept.shape[1])
                 break
-        counted = count_flops(lambda: _act(policy, observation))
+        counted = count_flops(lambda: act(policy, observation))
     method: Any = arm.method
     layer, pruned = (0, Fate.DROP) if method is None else (method.layer, method.pruned)
     floor = decoder_flops(decoder, step, kept, layer, pruned)
@@ -105,14 +105,26 @@ def timer_overhead(policy: Any, observation: Observation, pairs: int = 15) -> fl
     differences: list[float] = []
     for _ in range(pairs):
         start = perf_counter()
-        _act(policy, observation)
+        act(policy, observation)
         plain = perf_counter() - start
         with StageTimer(policy) as timer:
             with timer.step():
-                _act(policy, observation)
+                act(policy, observation)
             differences.append(timer.steps[0].total - 1e3 * plain)
     return percentile(differences, 50)
 
 
-def _act(policy: Any, observation: Observation) -> None:
+def paces(first: Any, second: Any, observation: Observation, rounds: int = 15) -> tuple[float, float]:
+    """Return the median milliseconds of a control step of two policies that take turns."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for policy, times in zip((first, second), taken, strict=True):
+            start = perf_counter()
+            act(policy, observation)
+            times.append(1e3 * (perf_counter() - start))
+    return percentile(taken[0], 50), percentile(taken[1], 50)
+
+
+def act(policy: Any, observation: Observation) -> None:
+    """Run one control step on an observation."""
     policy.act(observation.images, observation.instruction, observation.proprio)

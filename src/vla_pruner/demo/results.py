@@ -16,7 +16,7 @@ from vla_pruner.timing import STAGES
 
 FORMAT = "vla-pruner demo 2"
 """The format of the file. In format 1 the arms were others, each action was one control step, and the verdict began
-with the unpruned arm.
+with the unpruned arm. "compiled" came later to format 2: a file without it has arms that were not compiled.
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from vla_pruner.conditions import busy_cores
 from vla_pruner.demo import results
-from vla_pruner.demo.arms import Arm, default_arms
+from vla_pruner.demo.arms import Arm, UncompiledArms, default_arms
+from vla_pruner.demo.compiled import BACKEND, CompiledArms, failed, why_not
 from vla_pruner.demo.conditions import conditions
-from vla_pruner.demo.episodes import Environment, Runner, Unit, plan
+from vla_pruner.demo.episodes import Environment, OpenedArms, Runner, Unit, plan
 from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
 from vla_pruner.demo.scenes import scenes, suite_of
 from vla_pruner.demo.settings import SUITES, DemoError, DemoSettings, choose_tasks
@@ -23,7 +25,8 @@ from vla_pruner.demo.table import footnotes, to_markdown, to_rich
 from vla_pruner.demo.verdict import headline, verdict
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.families import family_of
-from vla_pruner.terminal import LogLines, progress, remark, say
+from vla_pruner.observations import Observation
+from vla_pruner.terminal import LogLines, progress, remark, say, waiting
 from vla_pruner.wording import counted
 
 FRAME_SIZE, PAIR_SIZE = 224, 160
@@ -45,6 +48,7 @@ def run_demo(
     policy: Any = None,
     environments: Callable[[str], Environment] | None = None,
     arms: Sequence[Arm] | None = None,
+    backend: str = BACKEND,
 ) -> int:
     """Run the demo and write its files.
 
@@ -52,6 +56,7 @@ def run_demo(
         settings: of the run.
         console: for progress and the table.
         policy, environments, arms: stand-ins for tests; None for the real ones.
+        backend: what compiles, as in `torch.compile`.
 
     Returns:
         The exit code: 0, or 130 if it was interrupted.
@@ -76,8 +81,11 @@ def run_demo(
     size = FRAME_SIZE if len(policy.cameras) == 1 else PAIR_SIZE
     runner = Runner(policy, arms, environments or scenes(policy), size)
     started = time.monotonic()
-    interrupted = False
+    interrupted, uncompiled = False, None
+    opened: OpenedArms = UncompiledArms(policy)
     units = plan(tasks, settings.episodes_a_task, first)
+    held = ExitStack()
+    held.callback(runner.close)
     try:
         threads = counted(facts["threads"], "thread")
         remark(console, f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
@@ -85,17 +93,26 @@ def run_demo(
         facts["rendering"] = os.environ.get("MUJOCO_GL")  # the simulator has chosen by now
         costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
         vision = vision_flops(policy, observation)
-        overhead = timer_overhead(policy, observation)
-        _run(runner, units, settings, console)
+        left = settings.minutes
+        if settings.compiles:
+            began = time.monotonic()
+            made, uncompiled = _compile(policy, arms, observation, backend, console)
+            if made is not None:
+                opened = held.enter_context(made)
+            left = None if left is None else max(0.0, left - (time.monotonic() - began) / 60)
+        with opened.open(arms[0], 0) as (unpruned, _):
+            overhead = timer_overhead(unpruned, observation)
+        _run(runner, units, opened, left, settings, console)
     except KeyboardInterrupt:
         interrupted = True
         say(console, "\nInterrupted: the table has what was finished.")
     finally:
-        runner.close()
+        held.close()
     if not runner.finished:
         say(console, "No episode was finished by all arms, so there is nothing to show.")
         return INTERRUPTED
-    summary = summarize(runner.finished, arms, costs, vision, family_of(policy).depth)  # pyright: ignore[reportPossiblyUnboundVariable]
+    compiling = opened.compiling if isinstance(opened, CompiledArms) else None
+    summary = summarize(runner.finished, arms, costs, vision, family_of(policy).depth, compiling)  # pyright: ignore[reportPossiblyUnboundVariable]
     used = busy_cores()
     notes = {
         "interrupted": interrupted,
@@ -104,6 +121,8 @@ def run_demo(
         "seconds": round(time.monotonic() - started, 1),
         "timer_overhead_ms": round(overhead, 4),  # pyright: ignore[reportPossiblyUnboundVariable]
         "planned_episodes": len(units),
+        "compiled": None if compiling is None else compiling.to_json(),
+        "why_not_compiled": uncompiled,
     }
     _finish(settings, console, runner, summary, facts, notes)
     return INTERRUPTED if interrupted else 0
@@ -135,13 +154,44 @@ def _warn_if_busy(facts: dict[str, Any], console: Console) -> bool:
     return busy
 
 
-def _run(runner: Runner, units: Sequence[Unit], settings: DemoSettings, console: Console) -> None:
+def _compile(
+    policy: Any,
+    arms: Sequence[Arm],
+    observation: Observation,
+    backend: str,
+    console: Console,
+) -> tuple[CompiledArms | None, str | None]:
+    """Return every arm compiled, or None and the sentence that says why none is."""
+    refusal = why_not(backend)
+    if refusal is None:
+        remark(console, f"Compiling {counted(len(arms), 'arm')}, once for all episodes; --no-compile leaves it out.")
+
+        def tell(arm: Arm, seconds: float) -> None:
+            remark(console, f"Compiled: {arm.title}, in {seconds:.0f} s.")
+
+        try:
+            with waiting(console, "compiling"):
+                return CompiledArms(policy, arms, observation, backend, tell), None
+        except Exception as error:  # whatever a compiler cannot do: each arm has run without it before
+            refusal = failed(error)
+    say(console, refusal)
+    return None, refusal
+
+
+def _run(
+    runner: Runner,
+    units: Sequence[Unit],
+    opened: OpenedArms,
+    minutes: float | None,
+    settings: DemoSettings,
+    console: Console,
+) -> None:
     titles = {arm.key: arm.title for arm in runner.arms}
     total = len(units) * len(runner.arms)
     lines = LogLines(console, total, "episodes", every=_SAY_EVERY)
     with progress(console, note=True) as shown:
         bar = shown.add_task("episodes", total=total, note="")
-        for done, episode in enumerate(runner.run(units, settings.minutes), 1):
+        for done, episode in enumerate(runner.run(units, minutes, opened), 1):
             result = "solved" if episode.success else "not solved"
             note = f"{episode.unit.task}, {titles[episode.arm]}: {result} in {episode.steps} steps"
             shown.update(bar, advance=1, note=note)
@@ -149,7 +199,8 @@ def _run(runner: Runner, units: Sequence[Unit], settings: DemoSettings, console:
     if len(runner.finished) < len(units):
         say(
             console,
-            f"Stopped after {settings.minutes:g} minutes with {len(runner.finished)} of {len(units)} paired episodes; "
+            f"Stopped after {settings.minutes:g} minutes{' with compiling' if settings.compiles else ''}: "
+            f"{len(runner.finished)} of {len(units)} paired episodes; "
             "--episodes N runs all that it asks for.",
         )
 
@@ -164,7 +215,8 @@ def _finish(
 ) -> None:
     from vla_pruner.demo.page import write_report
 
-    sentences = [headline(summary), *verdict(summary)]
+    why_not_compiled = notes["why_not_compiled"]
+    sentences = [headline(summary), *verdict(summary), *([] if why_not_compiled is None else [why_not_compiled])]
     say(console)
     console.print(to_rich(summary))
     for note in footnotes(summary):

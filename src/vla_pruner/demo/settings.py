@@ -55,6 +55,7 @@ class DemoSettings:
         quick: fewer episodes, for a first look.
         weights: a reference policy's name, or the folder of one's weights; None: the suite's.
         suite: a key of `SUITES`; None: the one that the weights were trained on.
+        compile: whether every arm is compiled; None: unless it is `quick`, and if torch can compile here.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -65,6 +66,7 @@ class DemoSettings:
     quick: bool = False
     weights: str | Path | None = None
     suite: str | None = None
+    compile: bool | None = None
 
     @property
     def policy(self) -> str | Path:
@@ -94,10 +96,17 @@ class DemoSettings:
 
     @property
     def minutes(self) -> float | None:
-        """Minutes after which no episode starts, so that the demo ends in time on a slow machine; None: no limit."""
+        """Minutes, those of compiling included, after which no episode starts, so that the demo ends in time on a slow
+        machine; None: no limit.
+        """
         if self.episodes is not None:
             return None  # the number of episodes was given: run them all
         return QUICK_MINUTES if self.quick else DEFAULT_MINUTES
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the arms are compiled, if torch can."""
+        return not self.quick if self.compile is None else self.compile
 
     def check(self) -> None:
         """Raise DemoError for the first setting that is out of its range."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vla_pruner.demo.arms import BASELINE, RECOMMENDED_ARM, Arm
+from vla_pruner.demo.compiled import Compiling
 from vla_pruner.demo.episodes import Episode, outcomes
 from vla_pruner.demo.probe import ArmCost
 from vla_pruner.statistics import PairedDifference, Rate, paired_difference, percentile, wilson
@@ -90,6 +92,8 @@ class Summary:
     """The arm that differs from the random one in its choice alone; None without such a pair."""
     chosen_against_random: PairedDifference | None
     """The difference of that arm to the random one; None without such a pair."""
+    compiling: Compiling | None = None
+    """What was compiled; None: nothing, every arm ran as it is."""
 
     @property
     def baseline(self) -> ArmSummary:
@@ -105,7 +109,11 @@ class Summary:
 
     @property
     def touchable_share(self) -> float:
-        """The share of an unpruned step's time that pruning can touch: the prefill from the pruning layer on."""
+        """The share of an unpruned step's time that pruning can touch: the prefill from the pruning layer on. nan if
+        it cannot be timed, since the actions are decoded in the same graph.
+        """
+        if self.compiling is not None and self.compiling.one_graph:
+            return math.nan
         latency = self.baseline.all_steps
         return latency.stages["prefill"] * (self.layers - self.layer) / self.layers / latency.p50
 
@@ -121,8 +129,9 @@ def summarize(
     costs: Mapping[str, ArmCost],
     vision_flops: float,
     layers: int,
+    compiling: Compiling | None = None,
 ) -> Summary:
-    """Sum up the finished units.
+    """Sum up the finished units; `compiling` is what was compiled for them.
 
     Raises:
         ValueError: nothing is finished.
@@ -135,7 +144,7 @@ def summarize(
     choice, chosen = None, _same_budget_as_random(arms)
     if chosen is not None:
         choice = paired_difference(outcomes(finished, "random"), outcomes(finished, chosen))
-    return Summary(columns, len(finished), layers, layer, vision_flops, chosen, choice)
+    return Summary(columns, len(finished), layers, layer, vision_flops, chosen, choice, compiling)
 
 
 def _same_budget_as_random(arms: Sequence[Arm]) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 from vla_pruner.demo.arms import RECOMMENDED_ARM
 from vla_pruner.demo.summary import ArmSummary, Summary
-from vla_pruner.demo.table import LABELS
+from vla_pruner.demo.table import labels_of
 from vla_pruner.fate import Fate
 from vla_pruner.wording import counted
 
@@ -15,7 +17,7 @@ _FEW = 100
 def headline(summary: Summary) -> str:
     """Return the whole result in one sentence: the recommended setting, or the arm in its place, against unpruned."""
     arm, base = summary.recommended, summary.baseline
-    units = f"{counted(summary.units, 'paired episode')} an arm"
+    units = f"{counted(summary.units, 'paired episode')} an arm" + (", every arm compiled" if summary.compiling else "")
     if arm is None or arm.difference is None:
         return f"Unpruned, the policy solved {_rate(base)} of the episodes ({units})."
     if not arm.pruned_steps.steps:
@@ -61,8 +63,9 @@ def verdict(summary: Summary) -> list[str]:
         ],
         *_noise(summary),
         *_choice(summary),
-        _ceiling(summary),
+        *_ceiling(summary),
         *_warm_up(summary),
+        *_compiled_anew(summary),
     ]
 
 
@@ -78,12 +81,16 @@ def _success(arm: ArmSummary) -> str:
 
 
 def _time(arm: ArmSummary, summary: Summary) -> str:
-    base, pruned = summary.baseline.all_steps, arm.pruned_steps
+    base, pruned, words = summary.baseline.all_steps, arm.pruned_steps, labels_of(summary)
     if not pruned.steps:
         return "It pruned no control step at all: its numbers are those of an unpruned policy."
     change = base.p50 / pruned.p50
     touched = [stage for stage in ("prefill", "decode") if base.stages[stage]]
-    saved = [_saved(base.stages[stage] - pruned.stages[stage], LABELS[stage]) for stage in touched]
+    choosing = "spent on choosing"
+    if summary.compiling is not None:
+        words["prefill"] += " and choosing"
+        choosing = "spent around the graphs"
+    saved = [_saved(base.stages[stage] - pruned.stages[stage], words[stage]) for stage in touched]
     if change >= 1.02:
         head = f"A pruned step is {change:.2f}x as fast, {pruned.p50:.1f} ms"
     elif change > 0.98:
@@ -91,7 +98,7 @@ def _time(arm: ArmSummary, summary: Summary) -> str:
     else:
         head = f"It does not pay here: a pruned step is slower, {pruned.p50:.1f} ms"
     flops = arm.cost.counted / summary.baseline.cost.counted
-    detail = f"{', '.join(saved)}, {pruned.stages['pruning']:.1f} ms spent on choosing"
+    detail = f"{', '.join(saved)}, {pruned.stages['pruning']:.1f} ms {choosing}"
     return f"{head} ({detail}), for {100 * flops:.0f} % of the FLOPs."
 
 
@@ -111,18 +118,33 @@ def _noise(summary: Summary) -> list[str]:
     return [f"{episodes} an arm cannot show small differences: 'within noise' does not mean 'equal'."]
 
 
-def _ceiling(summary: Summary) -> str:
-    latency = summary.baseline.all_steps
+def _ceiling(summary: Summary) -> list[str]:
+    if isnan(summary.ceiling):
+        return [
+            "Prompt and actions are one graph, so what pruning can touch of an unpruned step was not timed apart: "
+            "--no-compile says it."
+        ]
+    latency, words = summary.baseline.all_steps, labels_of(summary)
     shares = {stage: value / latency.p50 for stage, value in latency.stages.items()}
     stay = [stage for stage in ("vision", "decode", "other") if shares[stage]]
-    rest = ", ".join(f"{LABELS[stage]} {100 * shares[stage]:.0f} %" for stage in stay)
+    rest = ", ".join(f"{words[stage]} {100 * shares[stage]:.0f} %" for stage in stay)
     caches = "; shorter caches help decoding a little" if shares["decode"] else ""
-    return (
+    return [
         f"Pruning can touch little more than the prompt in layers {summary.layer} to {summary.layers - 1}: "
         f"{100 * summary.touchable_share:.0f} % of an unpruned step here. "
         f"So no rule at this layer, however good, could make a step more than {summary.ceiling:.2f}x as fast "
         f"({rest} stay{caches})."
-    )
+    ]
+
+
+def _compiled_anew(summary: Summary) -> list[str]:
+    anew = 0 if summary.compiling is None else summary.compiling.anew
+    if not anew:
+        return []
+    return [
+        f"{counted(anew, 'graph')} had to be compiled while episodes ran, which the milliseconds of some steps have in "
+        "them: do not quote these."
+    ]
 
 
 def _warm_up(summary: Summary) -> list[str]:
