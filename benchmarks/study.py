@@ -93,6 +93,7 @@ _ENCODER = (
     *("--method", "vla-pruner:semantic_queries=last", "--keep", "1.0,0.25", "--layer", "2", "--pruned", "freeze"),
     *("--encoder-keep", "1.0,0.5,0.25"),
 )
+_CHANGES = ("_swap", "_object", "_lan", "_task", ":camera", ":light", ":background")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
         *_COMMON,
@@ -133,6 +134,12 @@ PHASES: dict[str, tuple[str, ...]] = {
         *_LIBERO,
         *("--episodes", "50", "--method", ",".join(_CHUNK_CONFIRMED[:2])),
         *("--layer", "2", "--controls", "none"),
+    ),
+    # Does pruning cost more where the scene is new?
+    "libero-new": (
+        *("--policy", "reference:libero-object", "--margin", "5", "--batch", "8"),
+        *("--suite", ",".join(f"libero_object{change}" for change in _CHANGES), "--episodes", "2"),
+        *("--method", _CHUNK_CONFIRMED[0], "--layer", "2", "--controls", "none"),
     ),
     "libero-encoder": (*_LIBERO, "--episodes", "4", *_ENCODER, "--controls", "none"),
 }
