@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vla_pruner import markdown
 from vla_pruner.benching.command import add_flags, settings_of
 from vla_pruner.benching.report import BenchReport
 from vla_pruner.benching.run import bench
@@ -25,11 +26,10 @@ TITLES = ("model", "arm", "robots", "ms p50", "robots/s", "of one robot's", "spe
 
 def to_markdown(reports: Sequence[BenchReport]) -> str:
     """One row a batch and arm, arm by arm; "of one robot's" is the throughput against that of the smallest batch."""
-    lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES)]
-    for first in reports[0].arms:
-        for report in reports:
-            lines.append("| " + " | ".join(_cells(report, first.name, first.robots_per_second)) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        tuple(_cells(report, first.name, first.robots_per_second)) for first in reports[0].arms for report in reports
+    ]
+    return markdown.table(TITLES, rows) + "\n"
 
 
 def _cells(report: BenchReport, name: str, of_first: float) -> Iterator[str]:

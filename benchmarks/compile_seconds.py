@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vla_pruner import markdown
 from vla_pruner.conditions import machine_conditions
 from vla_pruner.errors import OptionError, UnsupportedModelError, VLAPrunerError
 from vla_pruner.json_file import check_folder
@@ -124,11 +125,11 @@ def both(name: str, backend: str, threads: int | None, limit: float) -> dict[str
 
 def to_markdown(policies: Sequence[dict[str, Any]]) -> str:
     """Return a table with one row a policy."""
-    lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES)]
+    rows = []
     for policy in policies:
         if policy["status"] != "done":
             told = ": ".join(filter(None, (policy["status"], policy.get("reason"))))
-            lines.append(f"| {policy['name']} | {told} |" + " |" * (len(TITLES) - 2))
+            rows.append((policy["name"], told))
             continue
         first, second = policy["first"], policy["second"]
         cache = second["cache"]
@@ -141,8 +142,8 @@ def to_markdown(policies: Sequence[dict[str, Any]]) -> str:
             f"{second['uncompiled_seconds']:.2f}",
             f"{cache['hit']} of {sum(cache.values())}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return markdown.table(TITLES, rows) + "\n"
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.family_flops import FAMILIES, LAYER
+from vla_pruner import markdown
 from vla_pruner.cost import ControlStep
 from vla_pruner.methods import EncoderReuse
 
@@ -22,6 +23,14 @@ NAMES = ("SmolVLA", "pi0", "pi0.5", "pi0-FAST")
 KEEP = 0.25
 ENCODED = (1.0, 0.5, 0.25)
 REFRESH_EVERY = 8
+TITLES = (
+    "family",
+    "the encoder's share of a step",
+    "decoder at keep .25 alone",
+    "encoder at .5 / .25 alone",
+    "both, encoder at .5 / .25",
+    "both, over a cycle of 8 steps",
+)
 
 
 def left(step: ControlStep, keep: float, encoded: float) -> dict[str, float]:
@@ -52,11 +61,7 @@ def result(step: ControlStep) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return the same as Markdown."""
-    lines = [
-        "| family | the encoder's share of a step | decoder at keep .25 alone | encoder at .5 / .25 alone "
-        "| both, encoder at .5 / .25 | both, over a cycle of 8 steps |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, found in results.items():
         whole, pruned = found["left"]["1.0"], found["left"][str(KEEP)]
 
@@ -64,14 +69,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             return " / ".join(f"{1 / left[str(encoded)][which]:.2f}x" for encoded in ENCODED[1:])
 
         cells = (
+            name,
             f"{100 * found['vision_share']:.0f} %",
             f"{1 / pruned['1.0']['step']:.2f}x",
             speed(whole, "step"),
             speed(pruned, "step"),
             speed(pruned, "cycle"),
         )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown.table(TITLES, rows)
 
 
 def main() -> None:

@@ -19,12 +19,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vla_pruner import markdown
 from vla_pruner.cost import ContextExpert, ControlStep, DecoderShape, Expert, FeatureExpert, Tower
 
 OUT = Path(__file__).parent / "results" / "family_flops.json"
 LAYER = 3
 KEEPS = (0.5, 0.25, 0.125)
 BYTES = 2  # of a weight in bfloat16
+TITLES = (
+    "family",
+    "TFLOPs: vision / prompt / rest",
+    "FLOPs left at keep .5 / .25 / .125",
+    "weights read, GB: vision / prompt / rest",
+    "which means",
+)
 
 DINO = DecoderShape(layers=23, hidden=1024, heads=16, kv_heads=16, head_dim=64, feed_forward=4096, matrices=2)
 SIGLIP = DecoderShape(layers=27, hidden=1152, heads=16, kv_heads=16, head_dim=72, feed_forward=4304, matrices=2)
@@ -247,18 +255,14 @@ def _prompt(step: ControlStep, keep: float | None) -> float:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The same as Markdown."""
-    lines = [
-        "| family | TFLOPs: vision / prompt / rest | FLOPs left at keep .5 / .25 / .125 "
-        "| weights read, GB: vision / prompt / rest | which means |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, found in results.items():
         vision, before, pruned, after = (value / 1e3 for value in found["gflops"].values())
         left = " / ".join(f"{100 * value:.0f} %" for value in found["flops_left"].values())
         read = " / ".join(f"{value:.1f}" for value in found["weights_read_gb"].values())
         flops = f"{vision:.2f} / {before + pruned:.2f} / {after:.2f}"
-        lines.append(f"| {name} | {flops} | {left} | {read} | {FAMILIES[name].remark} |")
-    return "\n".join(lines)
+        rows.append((name, flops, left, read, FAMILIES[name].remark))
+    return markdown.table(TITLES, rows)
 
 
 def main() -> None:

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_pruner import markdown
 from vla_pruner.conditions import machine_conditions
 from vla_pruner.json_file import check_file
 from vla_pruner.statistics import median_interval
 
+TITLES = ("shape", "GFLOPs", "weights, MB", "ms, one a layer", "ms, one for all", "ratio")
 SHAPES = {
     "reference, keep .25": (128, 128, 5, 147),
     "llama:1024,16, keep .125": (1024, 1024, 13, 224),
@@ -90,14 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     conditions = machine_conditions(["torch"])
     results = []
-    print("| shape | GFLOPs | weights, MB | ms, one a layer | ms, one for all | ratio |\n|---|---|---|---|---|---|")
+    print(markdown.head(TITLES))
     for name, (width, keys, layers, tokens) in SHAPES.items():
         found = measure(width, keys, layers, tokens, given.rounds)
         shape = {"shape": name, "width": width, "keys": keys, "layers": layers, "tokens": tokens}
         results.append({**shape, **found})
         layer, once = found["median_ms"].values()
-        sizes = f"{found['gflops']:.3g} | {found['stacked_weights_mb']:.3g}"
-        print(f"| {name} | {sizes} | {layer:.2f} | {once:.2f} | {found['ratio']:.2f}x |")
+        sizes = f"{found['gflops']:.3g}", f"{found['stacked_weights_mb']:.3g}"
+        print(markdown.row((name, *sizes, f"{layer:.2f}", f"{once:.2f}", f"{found['ratio']:.2f}x")))
     if given.json:
         record = {"conditions": conditions, "rounds": given.rounds, "dtype": "float32", "results": results}
         Path(given.json).write_text(json.dumps(record, indent=2) + "\n")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_pruner import markdown
 from vla_pruner.accelerators import now
 from vla_pruner.auditing.share import describe_device
 from vla_pruner.conditions import machine_conditions
@@ -32,6 +33,7 @@ from vla_pruner.statistics import median_interval
 
 SIZES = ((256, 64), (512, 128), (768, 192))  # M, k: one, two and three cameras at keep .25
 BASE = "tensors"
+TITLES = ("M, k", "form", "ms", "95 % interval", f"times faster than {BASE}")
 WARM_UP_ROUNDS = 2
 CALLS = 10  # in a row, so that reading the clock weighs little
 
@@ -125,7 +127,7 @@ def main() -> None:
     conditions = machine_conditions(["torch", "numpy", "triton"]) | {"device": describe_device(device)}
     results = []
     print(f"{conditions['device']}, {given.rows} row(s), median of {given.rounds} rounds of {CALLS} calls")
-    print("| M, k | form | ms | 95 % interval | times faster than tensors |\n|---|---|---|---|---|")
+    print(markdown.head(TITLES))
     for tokens, k in SIZES:
         forms = forms_on(*problem(given.rows, tokens, k, device), k)
         found = summary(time_forms(forms, given.rounds, device))
@@ -133,8 +135,8 @@ def main() -> None:
         for name, of in found.items():
             interval = of["median_ms_interval"]
             within = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "too few rounds"
-            figures = f"{of['median_ms']:.4f} | {within} | {of['times_faster']:.2f}"
-            print(f"| {tokens}, {k} | {name} | {figures} |")
+            figures = f"{of['median_ms']:.4f}", within, f"{of['times_faster']:.2f}"
+            print(markdown.row((f"{tokens}, {k}", name, *figures)))
     if given.json:
         record = {"conditions": conditions, "rounds": given.rounds, "calls": CALLS, "results": results}
         Path(given.json).write_text(json.dumps(record, indent=2) + "\n")

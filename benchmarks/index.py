@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from vla_pruner import markdown
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,9 +54,8 @@ Pages are made from the records and are not kept here:
 
     vla-pruner report benchmarks/results/study/grid --out grid.html      # likewise confirm, options, layer_zero
 
-| result | what it is | measured by | processor, threads | torch | commit |
-|---|---|---|---|---|---|
 """
+TITLES = ("result", "what it is", "measured by", "processor, threads", "torch", "commit")
 
 
 def index(files: list[str]) -> str:
@@ -76,17 +77,17 @@ def index(files: list[str]) -> str:
             raise ValueError(f"benchmarks/index.py does not say what benchmarks/results/{file} is; add it to KINDS.")
         name = "/".join(stem.split("/")[: kind[0].count("/") + 1])
         rows.setdefault(name, (kind[1], kind[2], []))[2].append(file)
-    return HEAD + "".join(_row(name, *row) for name, row in rows.items())
+    return HEAD + markdown.table(TITLES, [_row(name, *row) for name, row in rows.items()]) + "\n"
 
 
-def _row(name: str, what: str, command: str, files: list[str]) -> str:
+def _row(name: str, what: str, command: str, files: list[str]) -> tuple[str, ...]:
     found = next((found for file in files if file.endswith(".json") and (found := _conditions(file))), {})
     versions = found.get("versions", {})
     torch = versions.get("torch") or next((one["torch"] for one in versions.values() if isinstance(one, dict)), "")
     processor = found.get("processor") or found.get("cpu") or ""
     threads = f", {found['threads']}" if "threads" in found else ""
     links = " ".join(f"[{Path(file).name}]({file})" for file in files)
-    return f"| {name}: {links} | {what} | `{command}` | {processor}{threads} | {torch} | {found.get('git', '')} |\n"
+    return f"{name}: {links}", what, f"`{command}`", f"{processor}{threads}", torch, found.get("git", "")
 
 
 def _conditions(file: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from websockets.asyncio.client import connect
 
+from vla_pruner import markdown
 from vla_pruner.client.codec import pack, unpack
 from vla_pruner.conditions import machine_conditions
 from vla_pruner.statistics import percentile
@@ -190,9 +191,7 @@ def _line(row: Row) -> str:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table."""
-    lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return markdown.table(TITLES, map(_cells, rows)) + "\n"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vla_pruner import cli
+from vla_pruner import cli, markdown
 
 RESULTS = Path(__file__).parent / "results" / "study"
 WHOLE = ("run.json", "table.md")
@@ -207,15 +207,15 @@ def table(summary: dict[str, Any], layer: str = "3") -> str:
         if arm["kind"] in ("method", "random"):
             name, keep, fate = named(title, layer)
             rows.setdefault(name, {})[fate, keep] = arm
-    lines = ["| method | " + " | ".join(f"{fate} {keep}" for fate, keep in columns) + " |", "|---|" + "---|" * 6]
 
     def loss(name: str) -> float:
         return -sum(arm["difference"]["value"] or 0.0 for arm in rows[name].values()) / len(rows[name])
 
-    for name in sorted(rows, key=loss):
-        cells = [_cell(rows[name][column]) if column in rows[name] else "-" for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [name, *(_cell(rows[name][column]) if column in rows[name] else "-" for column in columns)]
+        for name in sorted(rows, key=loss)
+    ]
+    return markdown.table(["method", *map(" ".join, columns)], lines) + "\n"
 
 
 def named(title: str, layer: str = "3") -> tuple[str, str, str]:

@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.study import RESULTS, layer_of, named
+from vla_pruner import markdown
 from vla_pruner.statistics import MeanDifference, paired_mean_difference
 
 LEVEL = 0.05
@@ -135,11 +136,16 @@ def _of_fate(found: Outcomes, fate: str) -> dict[str, Mapping[Unit, bool]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the contrasts as a Markdown table, in percentage points."""
-    lines = ["| question | difference | all budgets | .5 | .25 | .125 |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = [_cell(row[name]) for name in ("all", "0.5", "0.25", "0.125")]
-        lines.append(f"| {row['question']} | {row['arm']} - {row['base']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    heads = ("question", "difference", "all budgets", ".5", ".25", ".125")
+    lines = (
+        (
+            row["question"],
+            f"{row['arm']} - {row['base']}",
+            *(_cell(row[name]) for name in ("all", "0.5", "0.25", "0.125")),
+        )
+        for row in rows
+    )
+    return markdown.table(heads, lines) + "\n"
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:

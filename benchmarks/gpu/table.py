@@ -6,11 +6,12 @@ python -m benchmarks.gpu.table      # writes them into docs/gpu.md
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plan import PLAN, Item
+from vla_pruner import markdown
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "gpu"
@@ -27,34 +28,33 @@ FIGURES = (
 
 def plan_table() -> str:
     """Return the table of the items, in the plan's order."""
-    lines = _head(("item", "what", "limit, s"))
+    rows = []
     for item in PLAN:
         where = f", where {item.needs} is installed" if item.needs else ""
-        lines.append(f"| {item.name} | {item.says}{where} | {item.limit} |")
-    return "\n".join(lines) + "\n"
+        rows.append((item.name, f"{item.says}{where}", f"{item.limit}"))
+    return markdown.table(("item", "what", "limit, s"), rows) + "\n"
 
 
 def bars_table(run: dict[str, Any] | None) -> str:
     """Return the table of the bars, each with the measured figure."""
     found = {bar["says"]: bar for item in _items(run).values() for bar in item["bars"]}
-    lines = _head(("bar", "found", ""))
+    rows = []
     for bar in (bar for item in PLAN for bar in item.bars):
         one = found.get(bar.says, {"found": None, "met": None})
         figure = "-"
         if one["found"] is not None:
             figure = f"{one['found']:.2f}" + ("x" if bar.figure == "speed" else " ms")
-        lines.append(f"| {bar.says} | {figure} | {MET[one['met']]} |")
-    return "\n".join(lines) + "\n"
+        rows.append((bar.says, figure, MET[one["met"]]))
+    return markdown.table(("bar", "found", ""), rows) + "\n"
 
 
 def figures_table(run: dict[str, Any] | None) -> str:
     """Return the table of every arm of every benchmark; an item without results gives the reason."""
-    items, lines = _items(run), _head(FIGURES)
+    items, rows = _items(run), []
     for item in PLAN:
         if item.jobs:
-            rows = list(_rows(item, items.get(item.name)))
-            lines += rows or [f"| {item.name} | {_why(items.get(item.name))} |" + " |" * (len(FIGURES) - 2)]
-    return "\n".join(lines) + "\n"
+            rows += list(_rows(item, items.get(item.name))) or [(item.name, _why(items.get(item.name)))]
+    return markdown.table(FIGURES, rows) + "\n"
 
 
 def tests_line(run: dict[str, Any] | None) -> str:
@@ -77,10 +77,6 @@ def section(run: dict[str, Any] | None) -> str:
     return "\n".join((title, tests_line(run), bars_table(run), figures_table(run)))
 
 
-def _head(titles: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-
-
 def _items(run: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     return {} if run is None else {item["item"]: item for item in run["items"]}
 
@@ -91,7 +87,7 @@ def _why(item: dict[str, Any] | None) -> str:
     return item["status"] + (f": {item['reason']}" if item.get("reason") else "")
 
 
-def _rows(item: Item, found: dict[str, Any] | None) -> Iterator[str]:
+def _rows(item: Item, found: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:
     for job in () if found is None else found.get("jobs", ()):
         for arm in job["report"]["arms"]:
             speed = arm["speed"]
@@ -100,7 +96,7 @@ def _rows(item: Item, found: dict[str, Any] | None) -> Iterator[str]:
                 told += f" ({speed['low']:.2f} to {speed['high']:.2f})"
             stages = arm["stages"]
             memory = arm["memory"]["bytes"]
-            cells = (
+            yield (
                 f"{item.name}, {job['name']}",
                 arm["name"],
                 f"{arm['kept']}",
@@ -112,7 +108,6 @@ def _rows(item: Item, found: dict[str, Any] | None) -> Iterator[str]:
                 f"{100 * arm['reached']:.0f} %",
                 "-" if memory is None else f"{memory / 1e9:.1f}",
             )
-            yield "| " + " | ".join(cells) + " |"
 
 
 def runs() -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from vla_pruner import markdown
 from vla_pruner.benching.report import ArmResult, BenchReport
 from vla_pruner.terminal import add_column, add_row, simple_table
 from vla_pruner.wording import counted
@@ -99,7 +100,7 @@ def to_markdown(report: BenchReport) -> str:
         " / ".join(("vision", _prefill(report), "pruning", *_after(report), "other")) + ", ms",
         "GFLOPs", "GB moved", "roofline ms", "reached",
     )  # fmt: skip
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for arm in report.arms:
         figures = arm.milliseconds
         speed = _speed(arm) + ("" if arm.speed is None or arm.speed.low is None else f" ({_interval(arm)})")
@@ -121,8 +122,8 @@ def to_markdown(report: BenchReport) -> str:
             f"{sum(arm.roofline.values()):.2f}",
             f"{100 * arm.reached:.0f} %",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown.table(titles, lines) + "\n"
 
 
 def notes(report: BenchReport) -> Iterator[str]:

@@ -7,6 +7,7 @@ from math import isnan
 
 from rich.table import Table
 
+from vla_pruner import markdown
 from vla_pruner.demo.summary import ArmSummary, Summary
 from vla_pruner.terminal import add_column, add_row, simple_table
 from vla_pruner.timing import STAGES
@@ -145,11 +146,11 @@ def _compiled(summary: Summary) -> list[str]:
 
 
 def to_markdown(summary: Summary) -> str:
-    lines = ["| | " + " | ".join(heading(summary)) + " |", "|---|" + "---:|" * len(summary.arms)]
-    for name, cells in rows(summary):
-        label = f"&nbsp;&nbsp;{name.strip()}" if name.startswith("  ") else f"**{name}**"
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    labels = (
+        (f"&nbsp;&nbsp;{name.strip()}" if name.startswith("  ") else f"**{name}**", *cells)
+        for name, cells in rows(summary)
+    )
+    return markdown.table((None, *heading(summary)), labels, numbers=True) + "\n"
 
 
 def _percent(value: float) -> str:

@@ -7,6 +7,7 @@ from math import isnan
 
 from rich.table import Table
 
+from vla_pruner import markdown
 from vla_pruner.evaluation.summary import ArmSummary, Summary
 from vla_pruner.evaluation.verdict import points
 from vla_pruner.terminal import add_column, add_row, simple_table
@@ -103,9 +104,7 @@ def to_markdown(summary: Summary, sentences: Sequence[str]) -> str:
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    cells = [[cell.replace("\n", ", ") for cell in row] for row in rows]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
+    return markdown.table(heads, [[cell.replace("\n", ", ") for cell in row] for row in rows], numbers=True)
 
 
 def _percent(value: float) -> str:
