@@ -177,6 +177,37 @@ def check_episodes(case: Case) -> None:
         assert run((0, 1))[1] == [True, False]
 
 
+def check_motion(case: Case) -> None:
+    """A report of the arm's motion is about the step before: nothing is forgotten for it."""
+    model = case.build()
+    method, reuse = vp.TextQuery(keep=0.5, layer=max(1, case.first), gate=3), vp.EncoderReuse(keep=0.25)
+    with method.attach(model, encoder=reuse, **case.options) as session:
+        whole = []
+        for scene in SCENES:
+            case.step(model, scene, BOTH)
+            whole.append(None in session.encoded)
+            session.moved(torch.ones(2))
+    assert whole == [True, False, False, False]
+
+
+def check_casts(case: Case) -> None:
+    """Where torch.autocast begins or ends within an episode, everything is encoded; so it is if its type changes."""
+    model = case.build()
+    casts = (None, None, torch.bfloat16, torch.bfloat16, torch.float16, None, None)
+    with vp.VLAPruner(keep=1.0, window=WINDOW).attach(
+        model, encoder=vp.EncoderReuse(keep=0.25), **case.options
+    ) as session:
+        whole, found = [], []
+        for cast in casts:
+            with torch.autocast("cpu", cast, enabled=cast is not None):
+                found.append(case.step(model, 0, BOTH))
+            whole.append(None in session.encoded)
+    assert whole == [True, False, True, False, True, True, False]
+    for place in (2, 4, 5):
+        with torch.autocast("cpu", casts[place], enabled=casts[place] is not None):
+            assert torch.equal(found[place], case.step(model, 0, BOTH)), casts[place]
+
+
 def check_rows(case: Case) -> None:
     """A batch of two robots is two robots."""
     model = case.build()
@@ -231,6 +262,8 @@ CHECKS = {
     "reference-drop": partial(check_reference, pruned="drop"),
     "reference-freeze": partial(check_reference, pruned="freeze", keep=0.5),
     "episodes": check_episodes,
+    "motion": check_motion,
+    "casts": check_casts,
     "rows": check_rows,
     "no_trace": check_no_trace,
 }

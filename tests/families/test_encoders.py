@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import vla_pruner as vp
 from tests.families import cases
 from tests.families.encoders import CHECKS, check_equal_images, check_reference, parts_of
 
@@ -36,3 +37,29 @@ def test_layers_that_are_given_a_mask(backend):
     assert (case.step(build(), 0, slice(0, 2)) - plain.step(plain.build(), 0, slice(0, 2))).abs().max() > 1e-3
     check_equal_images(case)
     check_reference(case, pruned="drop")
+
+
+def test_cameras_of_one_call_that_come_and_go_are_encoded_whole():
+    """Behind a blank image every patch of a camera's picture is new, however few have their turn."""
+    model = cases.pi0("sdpa").build()
+    pixels = torch.rand(1, 2, 3, 56, 56, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def act(present: bool) -> torch.Tensor:
+        here = 32 if present else 16
+        ids = torch.cat([torch.full((1, here), 500), torch.arange(1, 7)[None], torch.zeros(1, 32 - here)], dim=1)
+        return model.sample_actions(
+            state=torch.ones(1, 32),
+            input_ids=ids.long(),
+            pixel_values=pixels if present else torch.cat([pixels[:, :1], torch.full_like(pixels[:, 1:], -1.0)], dim=1),
+            noise=torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1)),
+            attention_mask=(torch.arange(38) < here + 6).long()[None],
+            pixel_attention_mask=torch.tensor([[True, present]]),
+        )
+
+    expected = {present: act(present) for present in (True, False)}
+    with vp.Unpruned().attach(model, encoder=vp.EncoderReuse(keep=0.25)) as session:
+        whole = []
+        for present in (True, True, False, False, True, True):
+            assert torch.allclose(act(present), expected[present], atol=1e-5)
+            whole.append(session.encoded == (None,))
+    assert whole == [True, False] * 3

@@ -6,7 +6,7 @@ all patches, which they attend to; behind the last layer their outputs replace t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,8 +41,9 @@ class Encoder:
         attend: name of the layers' own method that is given queries, keys and values (I, H, P, d); None: the layers
             have a `self_attn` of transformers.
         token_side: side of a visual token in patches.
-        shown: called while `seeing` runs; returns the cameras in the order of the tower's calls, and those that are
-            absent. None: the tower is called once, with the images of all cameras, those of each robot side by side.
+        shown: called while `seeing` runs; returns the cameras in the order of the tower's calls (None: it is called
+            once, with the images of all cameras, those of each robot side by side), and which cameras are absent, as a
+            value that is another whenever others are. None: it is called once, and no camera is ever absent.
     """
 
     tower: nn.Module
@@ -52,7 +53,7 @@ class Encoder:
     patches: int | None = None
     attend: str | None = None
     token_side: int = 1
-    shown: Callable[[], tuple[tuple[int, ...], frozenset[int]]] | None = None
+    shown: Callable[[], tuple[tuple[int, ...] | None, Hashable]] | None = None
 
 
 @dataclass
@@ -173,17 +174,20 @@ class PatchReuse:
         if not self._seeing:
             return  # called by hand, in no control step
         pixels = args[0] if args else kwargs["pixel_values"]
-        held, ids = self._begin_call(pixels.flatten(0, -4))
+        kind = pixels.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        held, ids = self._begin_call(pixels.flatten(0, -4), autocast)
         self.chosen = (*self.chosen, ids)
         if held is not None:
             self._call = held, ids
 
     @own_arithmetic
-    def _begin_call(self, images: Tensor) -> tuple[_Held | None, Tensor | None]:
+    def _begin_call(self, images: Tensor, autocast: torch.dtype | None) -> tuple[_Held | None, Tensor | None]:
         """Return what the call holds, None if it holds nothing, and the patches that it encodes, None for all.
 
         Args:
             images: (I, 3, H, W).
+            autocast: the type of torch.autocast around the call; None without it.
         """
         tiles = cut(images.detach(), self._encoder.patch)
         patches, number = tiles.shape[1], len(self.chosen)
@@ -191,7 +195,6 @@ class PatchReuse:
         if k == patches:
             return None, None
         weight = next(self._encoder.tower.parameters())
-        autocast = torch.is_autocast_enabled(weight.device.type)
         like = (tiles.shape, tiles.dtype, images.shape, weight.dtype, weight.device, autocast)
         held = self._held[number] if number < len(self._held) else None
         if held is None or held.like != like:
@@ -210,8 +213,9 @@ class PatchReuse:
         scores, cameras = self._attention
         side = self._encoder.patch * self._encoder.token_side
         height, width = images.shape[-2] // side, images.shape[-1] // side
-        if self._shown is not None:
-            camera = self._shown[0][number]
+        order = None if self._shown is None else self._shown[0]
+        if order is not None:
+            camera = order[number]
             scores = scores[:, sum(cameras[:camera]) : sum(cameras[: camera + 1])]
         if scores.numel() != images.shape[0] * height * width:
             return None  # of another batch, as after a batch of another size

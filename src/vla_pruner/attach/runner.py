@@ -332,8 +332,20 @@ class Runner:
         self.turn.check()
         if memory is not None:
             check_memory(memory, self.method)
-        self._memory = memory
         self._forget_last_step()
+        self._set_memory(memory)
+
+    def amend(self, memory: Memory) -> None:
+        """Replace the memory by one of the same rows in the same episode: what the last control step left stays.
+
+        Raises:
+            SessionError: another thread is within a control step.
+        """
+        self.turn.check()
+        self._set_memory(memory)
+
+    def _set_memory(self, memory: Memory | None) -> None:
+        self._memory = memory
         if self._step is not None:
             self._step.close()
 

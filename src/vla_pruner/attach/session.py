@@ -273,7 +273,7 @@ class Session:
         memory = self.memory
         if memory is None:
             raise SessionError("moved(...) was called before the first control step; call it after each.")
-        self.memory = memory.moved(distance)
+        self._runner.amend(memory.moved(distance))
 
     @property
     def kept(self) -> Tensor | None:

@@ -37,11 +37,14 @@ class PI0(TransformersFamily):
         self.readers = tuple(check_decoder(expert, model) for expert in anatomy.experts)
         vision = policy.config.vlm_config.vision_config
         self._tokens_per_image = (vision.image_size // vision.patch_size) ** 2
-        self.encoder = siglip_encoder(anatomy.towers[0], (self._pi0, "embed_prefix"), vision)
+        self.encoder = siglip_encoder(
+            anatomy.towers[0], (self._pi0, "embed_prefix"), vision, shown=lambda: (None, self._masked)
+        )
         self._image_token = policy.config.vlm_config.image_token_id
         self._is_image: Tensor | None = None
         self._shown: Tensor | None = None
         self._absent: frozenset[int] = frozenset()
+        self._masked: tuple[tuple[int, int], ...] = ()
         self._replaced = Replacements()
         self.cameras = () if cameras is None else check_cameras(cameras)
 
@@ -105,9 +108,10 @@ class PI0(TransformersFamily):
         input_ids = args[0] if args else kwargs["input_ids"]
         shown: Tensor = args[2] if len(args) > 2 else kwargs["pixel_attention_mask"]
         self._is_image, self._shown = input_ids == self._image_token, shown.bool()
-        self._absent = frozenset()
+        self._absent, self._masked = frozenset(), ()
         if shown.device.type == "cpu":  # elsewhere the host would wait for it
             self._absent = frozenset(torch.nonzero(~shown.bool().any(dim=0)).flatten().tolist())
+            self._masked = tuple(map(tuple, torch.nonzero(~shown.bool()).tolist()))
         return original(*args, **kwargs)
 
 
