@@ -26,8 +26,8 @@ LIBERO_SHARES = {libero_things.instruction("salad_dressing").replace(" ", "_"): 
 """The same of LIBERO-Object's tasks."""
 
 RECORDED_WEIGHT = 4.0
-"""The weight of the recorded question in the loss. It alone says what to do in contact: with a weight of 1 among seven imagined
-hands the policy slid the plate straight on where its goal was to the side.
+"""The weight of the recorded question in the loss. It alone says what to do in contact: with a weight of 1 among seven
+imagined hands, the policy slid the plate straight on where its goal was to the side.
 """
 
 _NAMES = list(TASKS)
