@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner import cli, markdown
+from vla_pruner.evaluation.options import ArmOptions
 
 RESULTS = Path(__file__).parent / "results" / "study"
 WHOLE = ("run.json", "table.md")
@@ -178,11 +179,11 @@ def table(summary: dict[str, Any]) -> str:
 
 def named(title: str) -> tuple[str, str, str]:
     """Method with its options, keep and fate of an arm's title; the steps that all methods wait are no option here."""
-    name, keep, fate, layer, *rest = title.split(" ")
-    options = [
-        word for word in (layer, *rest) if "=" in word and not word.startswith("warmup_steps=") and word != "K=3"
-    ]
-    return " ".join([name, *options]), keep, fate
+    found = ArmOptions.of({"title": title})
+    words = [word for word in found.own if not word.startswith("warmup_steps=")]
+    if found.layer != 3:
+        words.insert(0, f"K={found.layer}")
+    return " ".join([found.method, *words]), f"{found.keep}", found.pruned
 
 
 def _cell(arm: dict[str, Any]) -> str:
