@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vla_pruner.errors import OptionError
+from vla_pruner.statistics import INTERVALS, NEWCOMBE
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Types of weights that commands take, by torch's names."""
@@ -118,6 +119,17 @@ def add_encoder(command: argparse.ArgumentParser) -> None:
         type=listed(budget),
         help="patches of each image that the vision encoder encodes, the others staying as in the last control step;\n"
         "fractions such as 0.25 or numbers such as 64, 1.0 is all; one arm each (default: all, in every arm)",
+    )
+
+
+def add_interval(command: argparse.ArgumentParser) -> None:
+    """Add the flag for the interval of a paired difference."""
+    command.add_argument(
+        "--interval",
+        choices=INTERVALS,
+        default=NEWCOMBE,
+        help="of differences to the unpruned policy: Newcombe's with tasks as strata, or Tango's over all pairs as\n"
+        "one, as other tools report it; verdicts go by Newcombe's (default: %(default)s)",
     )
 
 

@@ -14,6 +14,7 @@ from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
 from vla_pruner.flags import (
     Help,
     add_encoder,
+    add_interval,
     add_methods,
     add_output,
     add_weights,
@@ -27,8 +28,9 @@ from vla_pruner.flags import (
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
     "encoder_keep", "encoder_refresh", "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace", "batch",
+    "interval",
 )  # fmt: skip
-_MERGING = frozenset({"merge", "out", "quiet", "no_color"})
+_MERGING = frozenset({"merge", "out", "interval", "quiet", "no_color"})
 
 
 def add_eval(commands: Any) -> None:
@@ -91,6 +93,7 @@ def add_eval(commands: Any) -> None:
         help="loss in percentage points below which pruning counts as not worse, declared beforehand\n"
         "(default: %(default)g)",
     )
+    add_interval(command)
     add("--horizon", metavar="N", type=int, help="actions of a chunk carried out (default: the policy's convention)")
     add("--max-steps", metavar="N", type=int, help="of an episode (default: the suite's; smoke: 40)")
     add("--max-errors", metavar="N", type=int, default=10, help="crashes that end the run (default: %(default)s)")
@@ -184,7 +187,7 @@ def run_command(options: argparse.Namespace) -> int:
     console = output(options.quiet, options.no_color)
     if options.merge:
         refuse_unused(options, "--merge", _MERGING)
-        return run_merge(options.merge, options.out, console)
+        return run_merge(options.merge, options.out, console, options.interval)
     return run_eval(settings_of(options), console)
 
 

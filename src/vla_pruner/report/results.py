@@ -15,7 +15,7 @@ from vla_pruner.evaluation.records import EPISODES, check_run, latest
 from vla_pruner.evaluation.run import Run
 from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, WORSE, ArmSummary
 from vla_pruner.method_names import encoder_title
-from vla_pruner.statistics import median_interval, percentile
+from vla_pruner.statistics import NEWCOMBE, median_interval, percentile
 
 WORDS = (NOT_WORSE, WORSE, INCONCLUSIVE)
 
@@ -163,8 +163,8 @@ def _worst(arm: ArmSummary) -> float:
     return arm.difference.low if arm.difference is not None and arm.difference.pairs else -2.0
 
 
-def read_results(folder: Path) -> Results:
-    """Read a finished, unfinished or merged evaluation; nothing is written.
+def read_results(folder: Path, interval: str = NEWCOMBE) -> Results:
+    """Read a finished, unfinished or merged evaluation; nothing is written. `interval`: as of `summarize`.
 
     Raises:
         EvaluationError: the folder is missing, is no evaluation, has no episode yet, or holds a damaged record.
@@ -182,4 +182,4 @@ def read_results(folder: Path) -> Results:
         raise EvaluationError(
             f"{path} holds no finished episode yet, so there is nothing to report; give the eval command again."
         )
-    return Results(folder, run, summarize(run))
+    return Results(folder, run, summarize(run, interval))
