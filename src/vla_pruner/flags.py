@@ -140,13 +140,19 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
     add("--size", choices=("tiny", "full"), help="of random weights (default: tiny)")
-    add(
+    add_option(command)
+
+
+def add_option(command: argparse.ArgumentParser) -> None:
+    """Add the flag for the options of `load_policy`; its value is a list of (name, value)."""
+    command.add_argument(
         "--option",
         metavar="NAME=VALUE",
         action="append",
         default=[],
         type=option,
-        help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
+        help="for load_policy, such as unnorm_key=bridge_orig or cameras=image,wrist_image; may be repeated\n"
+        "(default: none)",
     )
 
 
