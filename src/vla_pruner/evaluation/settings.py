@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.flags import flag
-from vla_pruner.method_names import KEEP, LAYER
+from vla_pruner.method_names import LAYER
 from vla_pruner.simulators.libero_names import check_read
 from vla_pruner.statistics import INTERVALS, NEWCOMBE
 
 DEFAULT_METHODS = ("vla-pruner",)
 NO_METHOD = ("none",)
 """The unpruned policy alone, and controls."""
-DEFAULT_KEEP = KEEP
 DEFAULT_MARGIN = 0.02
 CLAIM_EPISODES = 50
 """Episodes a task below which a run is a look and no evidence."""
@@ -173,7 +172,3 @@ class EvalSettings:
             names, self.keep, self.layer or LAYER, self.pruned, self.encoder_keep, self.encoder_refresh
         )
         return all_arms(methods, CONTROLS if self.controls is None else self.controls)
-
-    def with_out(self, out: Path) -> EvalSettings:
-        """Return the same settings with another folder."""
-        return replace(self, out=out)
