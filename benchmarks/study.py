@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner import cli, markdown
+from vla_pruner.evaluation.options import ArmOptions
 
 RESULTS = Path(__file__).parent / "results" / "study"
 WHOLE = ("run.json", "table.md")
@@ -222,9 +223,11 @@ def named(title: str, layer: str = "3") -> tuple[str, str, str]:
     """Method with its options, keep and fate of an arm's title; the steps that all methods wait, and the phase's
     `layer`, are no options here.
     """
-    name, keep, fate, *rest = title.split(" ")
-    options = [word for word in rest if "=" in word and not word.startswith("warmup_steps=") and word != f"K={layer}"]
-    return " ".join([name, *options]), keep, fate
+    found = ArmOptions.of({"title": title})
+    words = [word for word in found.own if not word.startswith("warmup_steps=")]
+    if f"{found.layer}" != layer:
+        words.insert(0, f"K={found.layer}")
+    return " ".join([found.method, *words]), f"{found.keep}", found.pruned
 
 
 def _cell(arm: dict[str, Any]) -> str:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from importlib import metadata
@@ -28,6 +28,7 @@ import numpy as np
 from reference.rollout import policy_actor, run_episode
 from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
 from vla_pruner.simulators.metaworld import EVALUATION_SEED, TASKS, MetaWorldEnv, Observation
+from vla_pruner.statistics import wilson
 
 ARMS = ("policy", "blank", "wrong_scene", "wrong_instruction", "random_keep")
 WRONG_TASK = {
@@ -41,16 +42,6 @@ WRONG_TASK = {
     "drawer-open": "window-open",
 }
 """Task -> the task whose instruction is given instead."""
-
-
-def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % Wilson interval of a proportion."""
-    if count == 0:
-        return 0.0, 1.0
-    rate, square = successes / count, z * z
-    centre = (rate + square / (2 * count)) / (1 + square / count)
-    half = z * math.sqrt(rate * (1 - rate) / count + square / (4 * count * count)) / (1 + square / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def evaluate_arm(task: str, arm: str, seeds: range, weights: Path | None) -> dict[str, Any]:
@@ -93,14 +84,10 @@ def evaluate_arm(task: str, arm: str, seeds: range, weights: Path | None) -> dic
             episode = run_episode(step, env, seed)
             success.append(episode.success)
             steps.append(episode.steps)
-    count = sum(success)
     return {
         "task": task,
         "arm": arm,
-        "episodes": len(success),
-        "successes": count,
-        "success_rate": round(count / len(success), 4),
-        "wilson_95": [round(value, 4) for value in wilson(count, len(success))],
+        **rate(sum(success), len(success)),
         "mean_control_steps": round(float(np.mean(steps)), 2),
         "milliseconds_per_decision_p50": round(float(np.median(milliseconds)), 2),
         "success_by_seed": {str(seed): bool(value) for seed, value in zip(seeds, success, strict=True)},
@@ -120,14 +107,26 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
 
 
-def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean success over tasks for each arm."""
-    summary = {}
-    for arm in ARMS:
-        rates = {entry["task"]: entry["success_rate"] for entry in results if entry["arm"] == arm}
-        if rates:
-            summary[arm] = {"mean": round(float(np.mean(list(rates.values()))), 4), "by_task": rates}
-    return summary
+def rate(successes: int, episodes: int) -> dict[str, Any]:
+    """Return the rate of success of one arm of one task, with its 95 % Wilson interval."""
+    found = wilson(successes, episodes)
+    return {
+        "episodes": episodes,
+        "successes": successes,
+        "success_rate": round(found.value, 4),
+        "wilson_95": [round(found.low, 4), round(found.high, 4)],
+    }
+
+
+def summarise(results: Sequence[dict[str, Any]], first: Sequence[str]) -> dict[str, Any]:
+    """Return the mean success over tasks of each arm: of those in `first` in its order, then of the others by name. The
+    order of `results` is that in which processes finished, which differs from run to run.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for entry in results:
+        found.setdefault(entry["arm"], {})[entry["task"]] = entry["success_rate"]
+    order = [*(arm for arm in first if arm in found), *sorted(found.keys() - set(first))]
+    return {arm: {"mean": round(float(np.mean(list(found[arm].values()))), 4), "by_task": found[arm]} for arm in order}
 
 
 def publish(entry: dict[str, Any], milliseconds: float, report: dict[str, Any], out: Path | None) -> None:
@@ -167,7 +166,7 @@ def main() -> None:
         for future in as_completed([pool.submit(evaluate_arm, *job, seeds, args.weights) for job in jobs]):
             entry = future.result()
             report["results"].append(entry)
-            report["summary"] = summarise(report["results"])
+            report["summary"] = summarise(report["results"], ARMS)
             publish(entry, entry["milliseconds_per_decision_p50"], report, args.out)
     print(json.dumps(report.get("summary", {}), indent=1))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vla_pruner.statistics import Pairs, mcnemar_p, paired_difference, percentile, wilson
+from vla_pruner.statistics import NEWCOMBE, TANGO, Pairs, mcnemar_p, paired_difference, percentile, wilson
 
 
 def _pairs(both: int, gained: int, lost: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -84,6 +84,18 @@ def test_tangos_interval_at_its_edges() -> None:
     assert (low, high) == pytest.approx((-z * z / (50 + z * z), z * z / (50 + z * z)), abs=1e-6)
     assert Pairs(((0, 4, 0, 0),)).tango()[1] == 1.0
     assert Pairs(()).tango() == (-1.0, 1.0)
+
+
+def test_the_interval_of_a_difference_is_the_one_that_was_asked_for() -> None:
+    outcomes = _pairs(176, 17, 7, 0)
+    tango, newcombe = (paired_difference(*outcomes, interval=name) for name in (TANGO, NEWCOMBE))
+    assert (round(tango.low, 4), round(tango.high, 4)) == (0.0021, 0.1021)
+    assert newcombe == paired_difference(*outcomes)
+    assert (tango.value, tango.gained, tango.lost, tango.p_value) == (0.05, 17, 7, newcombe.p_value)
+    wide = paired_difference(*outcomes, confidence=0.99, interval=TANGO)
+    assert wide.low < tango.low < tango.high < wide.high
+    with pytest.raises(ValueError, match=r"interval is 'wald'; it is one of newcombe, tango"):
+        paired_difference(*outcomes, interval="wald")
 
 
 def test_paired_interval_matches_the_published_example() -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from reference.evaluate import WRONG_TASK, machine, publish, wilson
+from reference.evaluate import WRONG_TASK, machine, publish, rate, summarise
 from vla_pruner.errors import SessionError
 from vla_pruner.models.chunk import load_chunk_policy
 from vla_pruner.simulators.base import Convention
@@ -143,14 +143,10 @@ def entry_of(
     task: str, arm: str, outcomes: dict[str, bool], steps: dict[str, int], milliseconds: float
 ) -> dict[str, Any]:
     """Return the figures of one arm of one task from its episodes' outcomes and control steps by seed."""
-    total, count = sum(outcomes.values()), len(outcomes)
     return {
         "task": task,
         "arm": arm,
-        "episodes": count,
-        "successes": total,
-        "success_rate": round(total / count, 4),
-        "wilson_95": [round(value, 4) for value in wilson(total, count)],
+        **rate(sum(outcomes.values()), len(outcomes)),
         "mean_control_steps": round(float(np.mean(list(steps.values()))), 2),
         "milliseconds_per_control_step_p50": round(milliseconds, 2),
         "success_by_seed": outcomes,
@@ -164,15 +160,6 @@ def joined(before: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any
         return more
     outcomes, steps = (before[name] | more[name] for name in ("success_by_seed", "control_steps_by_seed"))
     return entry_of(more["task"], more["arm"], outcomes, steps, more["milliseconds_per_control_step_p50"])
-
-
-def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean success over tasks for each arm."""
-    summary: dict[str, Any] = {}
-    for arm in dict.fromkeys(entry["arm"] for entry in results):
-        rates = {entry["task"]: entry["success_rate"] for entry in results if entry["arm"] == arm}
-        summary[arm] = {"mean": round(float(np.mean(list(rates.values()))), 4), "by_task": rates}
-    return summary
 
 
 def main() -> None:
@@ -216,7 +203,7 @@ def main() -> None:
             key = entry["task"], entry["arm"]
             found[key] = entry = joined(found.get(key), entry)
             report["results"] = list(found.values())
-            report["summary"] = summarise(report["results"])
+            report["summary"] = summarise(report["results"], CONTROLS)
             publish(entry, entry["milliseconds_per_control_step_p50"], report, args.out)
     print(json.dumps(report.get("summary", {}), indent=1))
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import DTYPES, Help, add_output, budget, names, option
+from vla_pruner.flags import DTYPES, Help, add_option, add_output, budget, names
 from vla_pruner.wording import readable
 
 WRONG_INPUT = 2
@@ -255,15 +255,7 @@ def _add_audit(commands: Any) -> None:
     command.add_argument(
         "--instruction", metavar="TEXT", help="instruction for the policy (default: one that it knows)"
     )
-    command.add_argument(
-        "--option",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        type=option,
-        help="for load_policy, such as unnorm_key=bridge_orig or cameras=image,wrist_image; may be repeated\n"
-        "(default: none)",
-    )
+    add_option(command)
     command.add_argument("--details", action="store_true", help="explain every figure (default: failures only)")
     command.add_argument(
         "--json", metavar="FILE", help="write the report there too; '-' is standard output (default: no report)"

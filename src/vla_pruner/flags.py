@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vla_pruner.errors import OptionError
+from vla_pruner.statistics import INTERVALS, NEWCOMBE
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Types of weights that commands take, by torch's names."""
@@ -121,6 +122,17 @@ def add_encoder(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_interval(command: argparse.ArgumentParser) -> None:
+    """Add the flag for the interval of a paired difference."""
+    command.add_argument(
+        "--interval",
+        choices=INTERVALS,
+        default=NEWCOMBE,
+        help="of differences to the unpruned policy: Newcombe's with tasks as strata, or Tango's over all pairs as\n"
+        "one, as other tools report it; verdicts go by Newcombe's (default: %(default)s)",
+    )
+
+
 def add_weights(command: argparse.ArgumentParser) -> None:
     """Add the flags that, beside --policy, name the source of a policy."""
     add = command.add_argument
@@ -128,13 +140,19 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     add("--random-weights", action="store_true", help="no checkpoint: weights drawn, as of audit (default: off)")
     add("--size", choices=("tiny", "full"), help="of random weights (default: tiny)")
-    add(
+    add_option(command)
+
+
+def add_option(command: argparse.ArgumentParser) -> None:
+    """Add the flag for the options of `load_policy`; its value is a list of (name, value)."""
+    command.add_argument(
         "--option",
         metavar="NAME=VALUE",
         action="append",
         default=[],
         type=option,
-        help="for load_policy, such as unnorm_key=libero_object; may be repeated (default: none)",
+        help="for load_policy, such as unnorm_key=bridge_orig or cameras=image,wrist_image; may be repeated\n"
+        "(default: none)",
     )
 
 

@@ -20,6 +20,10 @@ from vla_pruner.wording import install
 POWER = 0.8
 """The chance with which `pairs_needed` pairs decide a question, if the results so far are the truth."""
 
+NEWCOMBE, TANGO = "newcombe", "tango"
+INTERVALS = (NEWCOMBE, TANGO)
+"""The intervals of a paired difference, by their names: `Pairs.limits` and `Pairs.tango`."""
+
 _MOST_PAIRS = 1_000_000
 
 _PSEUDO_PAIRS = 4.0
@@ -299,19 +303,23 @@ def paired_difference(
     arm: Sequence[bool],
     confidence: float = 0.95,
     strata: Sequence[Hashable] | None = None,
+    interval: str = NEWCOMBE,
 ) -> PairedDifference:
     """Return the difference in success rate between two arms that ran the same episodes, in the same order.
 
     Args:
         strata: the task of every pair, so that differences between tasks do not widen the interval (`Pairs.limits`);
             None: all pairs are of one.
+        interval: one of `INTERVALS`; Tango's knows no strata.
 
     Raises:
-        ValueError: the lists differ in length.
+        ValueError: the lists differ in length, or there is no such interval.
         PackageMissing: scipy is not installed.
     """
+    if interval not in INTERVALS:
+        raise ValueError(f"interval is {interval!r}; it is one of {', '.join(INTERVALS)}.")
     pairs = Pairs.of(baseline, arm, strata)
-    low, high = pairs.limits(confidence)
+    low, high = pairs.tango(confidence) if interval == TANGO else pairs.limits(confidence)
     _, gained, lost, _ = pairs.total
     return PairedDifference(pairs.value, low, high, gained, lost, sum(pairs.total), mcnemar_p(gained, lost))
 

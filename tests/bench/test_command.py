@@ -11,7 +11,7 @@ import pytest
 from tests.bench.conftest import LLAMA
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.cli import main
-from vla_pruner.errors import OptionError, VLAPrunerError
+from vla_pruner.errors import CheckpointError, OptionError, VLAPrunerError
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -89,6 +89,8 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
             ["--model", "reference", "--encoder-keep", "0.5", "--compile"],
             "--encoder-keep does not go with --compile",
         ),
+        (["--option", "unnorm_key=x"], "--option does not apply to llama"),
+        (["--model", "openvla-7b", "--option", "unnorm_key=x"], "--option does not apply to openvla-7b; leave it out"),
         (["--batch", "0"], "--batch is 0; it is a whole number of 1 or more"),
         (["--prompt-tokens", "256"], "give 258 or more"),
         (["--denoise-steps", "4"], "--denoise-steps does not apply to llama"),
@@ -142,6 +144,31 @@ def test_a_name_on_the_hub_is_loaded_as_every_command_does(
     assert main(["bench", "--model", "owner/policy"]) == 2
     assert asked == ["owner/policy"]
     assert "owner/policy is no folder here and could not be fetched" in capsys.readouterr().err
+
+
+def test_options_of_a_checkpoint_are_those_of_load_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vla_pruner.benching import policies
+
+    asked: list[dict[str, Any]] = []
+
+    def load(name: str, device: Any, dtype: Any, **options: Any) -> None:
+        asked.append(options)
+        raise CheckpointError(f"{name} was not loaded")
+
+    monkeypatch.setattr(policies, "load_policy", load)
+    words = ["--option", "unnorm_key=bridge_orig", "--option", "cameras=image,wrist_image"]
+    assert main(["bench", "--model", str(tmp_path), *words]) == 2
+    assert asked == [{"unnorm_key": "bridge_orig", "cameras": ("image", "wrist_image")}]
+    assert f"{tmp_path} was not loaded" in capsys.readouterr().err
+    kept = BenchSettings(str(tmp_path), options={**asked[0], "horizon": 8, "tokenizer": object}).to_json()["options"]
+    assert json.loads(json.dumps(kept)) == {
+        "unnorm_key": "bridge_orig",
+        "cameras": ["image", "wrist_image"],
+        "horizon": 8,
+        "tokenizer": "<class 'object'>",
+    }
 
 
 def test_lerobot_s_policies_need_lerobot() -> None:

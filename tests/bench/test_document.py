@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import vla_pruner as vp
-from vla_pruner.benching.command import _FIELDS, add_bench
+from vla_pruner.benching.command import add_bench, settings_of
 from vla_pruner.benching.settings import NAMED, BenchSettings
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def test_commands_are_understood(line: str) -> None:
     parser = argparse.ArgumentParser()
     add_bench(parser.add_subparsers())
     options = parser.parse_args(shlex.split(line))
-    assert BenchSettings(**{name: getattr(options, name) for name in _FIELDS}).iters == 30
+    assert settings_of(options).iters == 30
 
 
 def test_there_are_commands_and_every_model_is_named() -> None:

@@ -211,7 +211,9 @@ def evaluation(
         for key, (loss, pairs) in losses.items()
     ]
     arms.append({"key": "blank-image", "kind": "blank", "difference": {"value": -0.9, "pairs": 50}})
-    identity = {"weights": weights, "arms": [{**one, "title": one["key"]} for one in arms]}
+    # Without options, as before arms carried them.
+    titles = [one["key"] if " " in one["key"] else f"{one['key']} 0.5 drop K=3" for one in arms]
+    identity = {"weights": weights, "arms": [{**one, "title": title} for one, title in zip(arms, titles, strict=True)]}
     plan = {"tasks": [{"suite": "s", "name": "t"}], "first": first, "episodes": 10, "policy_seed": seed}
     content = {"run": {"identity": identity, "plan": plan}, "summary": {"arms": arms}}
     (folder / name).write_text(json.dumps(content))
@@ -299,7 +301,7 @@ def test_no_episode_counts_twice_and_no_two_plans_are_pooled(tmp_path: Path) -> 
     harder = evaluation(tmp_path / "3", {"b": (0.5, 10)}, first=10)
     with pytest.raises(CalibrationError, match="names a folder twice"):
         closed_loop_losses([one, tmp_path / "2" / ".." / "1"])
-    with pytest.raises(CalibrationError, match="ran the arm 'a' in the same episodes, which would count twice"):
+    with pytest.raises(CalibrationError, match=r"ran the arm 'a 0\.5 drop K=3' in the same episodes"):
         closed_loop_losses([one, copy])
     drawn = [evaluation(tmp_path / name, {"random-x": (0.1, 10)}) for name in ("4", "5")]
     assert closed_loop_losses(drawn) == {"random-x": (pytest.approx(0.1), 10)}, "a control of both counts once"
@@ -316,6 +318,15 @@ def test_evaluations_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> Non
             closed_loop_losses([tmp_path])
 
 
+def test_an_arm_of_the_summary_that_did_not_run_is_damage(tmp_path: Path) -> None:
+    file = evaluation(tmp_path / "run", {"a": (0.1, 10)}) / "eval_info.json"
+    content = json.loads(file.read_text())
+    content["run"]["identity"]["arms"][1]["kind"] = "blank"
+    file.write_text(json.dumps(content))
+    with pytest.raises(CalibrationError, match="its summary has the arm 'a' of kind 'method', which did not run"):
+        closed_loop_losses([file.parent])
+
+
 def test_the_arms_of_an_evaluation_are_made_anew(tmp_path: Path) -> None:
     names = ("vla-pruner:unseen=carry:window=5", "fastv", "max-min-diversity:metric=euclidean:warmup_steps=3", "random")
     methods = method_arms(names, (0.5, 64), (3, 2), ("drop", "freeze"), (1.0, 0.5))
@@ -329,6 +340,10 @@ def test_the_arms_of_an_evaluation_are_made_anew(tmp_path: Path) -> None:
     for one in arms[1:]:
         assert (made[one.key].method, made[one.key].kind) == (one.method, one.kind)
         assert made[one.key].encoder == one.encoder
+    for one in identity["arms"]:
+        one.pop("options", None)  # as before arms carried them
+    path.write_text(json.dumps({"run": {"identity": identity}, "summary": {"arms": []}}))
+    assert {one.key: one for one in arms_of([tmp_path])} == made
     identity["arms"][1]["title"] = "magic 0.5 drop K=3"
     path.write_text(json.dumps({"run": {"identity": identity}, "summary": {"arms": []}}))
     with pytest.raises(CalibrationError, match=r"has the arm 'magic 0.5 drop K=3', which this version cannot make"):

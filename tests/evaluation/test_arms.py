@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import re
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from tests.evaluation.fakes import tiny_policy
+from tests.evaluation.fakes import FakeSuite, settings, tiny_policy
 from tests.evaluation.test_run import UNIT
 from vla_pruner.errors import OptionError
 from vla_pruner.evaluation import EvaluationError
 from vla_pruner.evaluation.arms import all_arms, check_layers, method_arms
 from vla_pruner.evaluation.flags import add_eval, settings_of
 from vla_pruner.evaluation.lockstep import shares
+from vla_pruner.evaluation.manifest import Manifest, Plan, identity
+from vla_pruner.evaluation.options import PRUNING, ArmOptions
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.method_names import was_pruned
 from vla_pruner.methods import EncoderReuse, FastV, Memory, Method, RandomKeep
@@ -111,6 +116,54 @@ def test_the_vision_encoder_makes_arms_of_its_own() -> None:
     assert (default.title, default.encoder) == ("fastv 0.5 drop K=1 encoder=0.5", EncoderReuse(0.5, 8))
     with pytest.raises(OptionError, match="--encoder-refresh is for --encoder-keep"):
         method_arms(("fastv",), (0.5,), (1,), ("drop",), None, 3)
+
+
+def test_arms_carry_their_options() -> None:
+    methods = method_arms(("vla-pruner:refresh_every=4:window=2",), (0.5, 64), (1,), ("freeze",), (1.0, 0.5), 3)
+    arms = all_arms(methods, ("again", "random", "blank"))
+    given = {"method": "vla-pruner", "pruned": "freeze", "layer": 1, "own": ["refresh_every=4", "window=2"]}
+    no_encoder = {"encoder_keep": None, "encoder_refresh": None}
+    record = json.loads(json.dumps([arm.to_json() for arm in arms]))
+    assert record[1]["options"] == {**given, "keep": 0.5, **no_encoder}
+    assert record[2]["options"] == {**given, "keep": 0.5, "encoder_keep": 0.5, "encoder_refresh": 3}
+    assert record[3]["options"] == {**given, "keep": 64, **no_encoder}
+    assert record[6]["title"] == "random 0.5 freeze K=1 after 2 refresh_every=4"
+    assert record[6]["options"]["own"] == ["warmup_steps=2", "refresh_every=4"]
+    for arm, one in zip(arms, record, strict=True):
+        assert ("options" in one) == (arm.kind in PRUNING)
+        if arm.options is not None:
+            assert ArmOptions.of(one) == arm.options
+            assert ArmOptions.of({"title": arm.title}) == arm.options, "in records from before arms carried them"
+
+
+@pytest.mark.parametrize("name", ["study/grid", "study/options", "study/confirm", "layer_zero"])
+def test_the_options_of_committed_runs_are_in_their_titles(name: str) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / name
+    if not folder.is_dir():
+        pytest.skip("the committed results are not in this tree")
+    manifest = Manifest.read(folder)
+    pruning = [arm for arm in manifest.identity["arms"] if arm["kind"] in PRUNING]
+    assert len(pruning) >= 2
+    for arm in pruning:
+        found = ArmOptions.of(arm)
+        assert f"pruned='{found.pruned}'" in arm["method"]
+        assert f"keep={found.keep!r}" in arm["method"]
+        assert f"layer={found.layer}," in arm["method"]
+        for name, _, value in (word.partition("=") for word in found.own):
+            assert {f"{name}={value}", f"{name}='{value}'"} & set(re.split(r"[(), ]+", arm["method"])), arm["title"]
+
+
+def test_a_run_from_before_arms_carried_options_goes_on(tmp_path: Path) -> None:
+    asked = settings(tmp_path, methods=("vla-pruner",), controls=("random",))
+    now = Manifest(identity(asked, {"weights": "w"}), Plan(FakeSuite().tasks, 0, 2, 0), for_claims=False)
+    arms = [{name: value for name, value in arm.items() if name != "options"} for arm in now.identity["arms"]]
+    before = dataclasses.replace(now, identity={**now.identity, "arms": arms})
+    assert before.run == now.run
+    before.write(tmp_path)
+    assert Manifest.read(tmp_path).continued(now, tmp_path).identity == now.identity
+    fewer = dataclasses.replace(now, identity={**now.identity, "arms": arms[:-1]})
+    with pytest.raises(EvaluationError, match="was run with other settings than the command"):
+        before.continued(fewer, tmp_path)
 
 
 def test_an_arm_that_only_reuses_patches_is_no_unpruned_one() -> None:

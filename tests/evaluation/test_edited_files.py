@@ -6,7 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
-from hashlib import sha256
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tests.report.folders import write_run
 from vla_pruner.evaluation import EvaluationError
-from vla_pruner.evaluation.manifest import MANIFEST, Manifest
+from vla_pruner.evaluation.manifest import MANIFEST, Manifest, run_of
 from vla_pruner.evaluation.records import EPISODES, read_records
 from vla_pruner.evaluation.traces import read_trace
 from vla_pruner.report.command import run_report
@@ -34,7 +34,8 @@ def edit(folder: Path, change: Callable[[Json], Any]) -> None:
     """Edit run.json, and make its hash and the records fit again."""
     content = json.loads((folder / MANIFEST).read_text())
     change(content)
-    content["run"] = sha256(json.dumps(content["identity"], sort_keys=True).encode()).hexdigest()[:12]
+    with suppress(TypeError, AttributeError, KeyError):  # no identity, which is told before its hash is compared
+        content["run"] = run_of(content["identity"])
     (folder / MANIFEST).write_text(json.dumps(content))
     lines = [json.loads(line) | {"run": content["run"]} for line in (folder / EPISODES).read_text().splitlines()]
     (folder / EPISODES).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -57,6 +58,10 @@ def arm(**changes: Any) -> Callable[[Json], Any]:
     return lambda content: content["identity"]["arms"][1].update(changes)
 
 
+def options(**changes: Any) -> Callable[[Json], Any]:
+    return lambda content: content["identity"]["arms"][1]["options"].update(changes)
+
+
 def plan(**changes: Any) -> Callable[[Json], Any]:
     return lambda content: content["plan"].update(changes)
 
@@ -75,6 +80,13 @@ def plan(**changes: Any) -> Callable[[Json], Any]:
         (arm(title=" "), "an arm has an empty title"),
         (arm(key="a\ud800"), "key is '.*', which is no text"),
         (arm(random=[]), r"random is \[\], not text"),
+        (arm(options=[]), r"options is \[\], not an object"),
+        (arm(options={}), "method is missing"),
+        (options(keep="0.25"), "keep is '0.25', not a finite number"),
+        (options(own=[5]), r"own\[0\] is 5, not text"),
+        (options(encoder_keep=0), "encoder_keep or encoder_refresh is out of its range: keep=0 was given"),
+        (options(layer=2), "the arm 'vla-pruner 0.25 drop K=3' has the options of 'vla-pruner 0.25 drop K=2'"),
+        (arm(title="vla-pruner", options=None), "the arm 'vla-pruner' has no options, and its title does not tell"),
         (identity(margin=-0.02), "margin is -0.02, not a fraction between 0 and 1"),
         (identity(margin="2"), "margin is '2', not a finite number"),
         (identity(margin=1.0), "margin is 1, not a fraction"),
@@ -137,9 +149,9 @@ def test_an_edited_record_is_one_sentence(folder: Path, changes: Json, told: str
 
 def test_text_of_strangers_is_shown_as_it_is(folder: Path) -> None:
     hostile = "[/x] [bold]<script>alert(7)</script>\x1b[2J"
-    edit(
-        folder, lambda content: (content["conditions"][0].update(policy=hostile), arm(title=f"{hostile} 0.25")(content))
-    )
+    edit(folder, lambda content: content["conditions"][0].update(policy=hostile))
+    edit(folder, arm(title=f"{hostile} 0.25 drop K=3"))
+    edit(folder, options(method=hostile))
     page, printed = report(folder)
     assert "<script>alert(7)" not in page
     assert r"[/x] [bold]<script>alert(7)</script>\x1b[2J" in printed

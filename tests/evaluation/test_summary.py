@@ -22,7 +22,7 @@ from vla_pruner.evaluation.run import Run
 from vla_pruner.evaluation.table import COSTS, OUTCOMES, cost_rows, outcome_rows, suite_table, to_markdown, to_rich
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.evaluation.verdict import sentences
-from vla_pruner.statistics import Pairs, holm, paired_difference
+from vla_pruner.statistics import NEWCOMBE, TANGO, Pairs, holm, paired_difference
 
 Outcome = Callable[[str, Unit], bool | None]
 EPISODES = 60
@@ -255,6 +255,28 @@ def test_tangos_interval_is_beside_newcombes(tmp_path: Path) -> None:
     assert row.difference is not None
     assert row.tango == Pairs(((104, 0, 4, 12),)).tango()
     assert summary.to_json()["arms"][1]["tango"] == list(row.tango)
+
+
+def test_tangos_interval_is_shown_where_it_is_asked_for(tmp_path: Path) -> None:
+    run = made(tmp_path, usual)
+    usually, asked = summarize(run), summarize(run, TANGO)
+    assert (usually.interval, asked.interval) == (NEWCOMBE, asked.to_json()["interval"]) == (NEWCOMBE, TANGO)
+    for before, after in zip(usually.arms[1:], asked.arms[1:], strict=True):
+        assert after.difference is not None
+        assert before.difference is not None
+        assert (after.difference.low, after.difference.high) == after.tango == before.tango
+        limits = {"low": before.difference.low, "high": before.difference.high}
+        assert dataclasses.replace(after.difference, **limits) == before.difference
+        assert (after.verdict, after.p_adjusted) == (before.verdict, before.p_adjusted)
+    lost = asked.arms[1].difference_by_task["fake/push"]
+    assert (lost.low, lost.high) == Pairs(((50, 0, 4, 6),)).tango()
+    drawn = [summary.arms[1].against_random for summary in (usually, asked)]
+    assert drawn[0] is not None
+    assert drawn[1] is not None
+    assert drawn[0].value == drawn[1].value
+    assert drawn[0].low != drawn[1].low
+    assert "with Tango's score interval for pairs" in to_markdown(asked, [])
+    assert "with Newcombe's interval for pairs, tasks as strata" in to_markdown(usually, [])
 
 
 def test_the_tables_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +32,7 @@ from vla_pruner.calibration.replay import replay
 from vla_pruner.calibration.result import ArmCalibration
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.evaluation.command import run_eval, run_merge
+from vla_pruner.evaluation.manifest import run_of
 from vla_pruner.evaluation.traces import read_trace
 from vla_pruner.report.command import run_report
 from vla_pruner.wording import said_by
@@ -241,8 +241,8 @@ def _rehash(path: Path) -> None:
     """
     try:
         content = json.loads(path.read_text())
-        content["run"] = sha256(json.dumps(content["identity"], sort_keys=True).encode()).hexdigest()[:12]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        content["run"] = run_of(content["identity"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return
     path.write_text(json.dumps(content))
     records = path.with_name("episodes.jsonl")

@@ -265,9 +265,10 @@ def test_a_file_says_not_what_is_imported(example: Path, tmp_path: Path) -> None
         arms_of([write_info(tmp_path / "named", [named])])[0].method == methods_of(["brightest"], [0.5], [2])[0].method
     )
     (example / "side_effect.py").write_text("raise AssertionError('a file had this imported')\n")
-    strange = {**pathed, "title": "side_effect:Mine 0.5 drop K=2"}
-    with pytest.raises(CalibrationError, match="not imported because a file names it; name the arms"):
-        arms_of([write_info(tmp_path / "strange", [strange])])
+    del pathed["options"]
+    for folder, title in (("strange", "side_effect:Mine 0.5 drop K=2"), ("odd", "side_effect 0.5 drop K=2 Mine")):
+        with pytest.raises(CalibrationError, match="not imported because a file names it; name the arms"):
+            arms_of([write_info(tmp_path / folder, [{**pathed, "title": title}])])
     assert "side_effect" not in sys.modules
 
 

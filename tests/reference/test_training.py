@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 from reference.dataset import expert_actions, moved_hands
-from reference.evaluate import wilson
+from reference.evaluate import ARMS, rate, summarise
 from reference.experts import EXPERTS, HAND
 from reference.packing import packed_forward, pool_grid, suffix_layout, to_bins
 from vla_pruner.models.reference import ReferenceConfig, ReferencePolicy
@@ -67,7 +70,22 @@ def test_experts_are_bounded_and_cover_every_task() -> None:
         np.testing.assert_array_equal(actions, expert_actions(np.full(50, number), states))
 
 
-def test_wilson_interval() -> None:
-    low, high = wilson(45, 50)
-    assert (round(low, 3), round(high, 3)) == (0.786, 0.957)
-    assert wilson(0, 0) == (0.0, 1.0)
+def test_arms_have_one_order_whichever_process_finished_first() -> None:
+    done = [("reach", "random:keep=0.25", 1.0), ("reach", "blank", 0.0), ("reach", "fastv:keep=0.5", 0.5)]
+    done += [("push", "blank", 0.5), ("reach", "policy", 1.0)]
+    results = [{"task": task, "arm": arm, "success_rate": share} for task, arm, share in done]
+    for given in (results, results[::-1]):
+        found = summarise(given, ("policy", "blank", "wrong_scene"))
+        assert list(found) == ["policy", "blank", "fastv:keep=0.5", "random:keep=0.25"]
+        assert found["blank"] == {"mean": 0.25, "by_task": {"reach": 0.0, "push": 0.5}}
+    assert summarise([], ("policy",)) == {}
+
+
+@pytest.mark.parametrize("name", ["reference_policy", "metaworld_policy", "libero_object_policy"])
+def test_the_committed_figures_are_those_of_their_episodes(name: str) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / f"{name}_success.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["summary"] == summarise(report["results"], ARMS)
+    for entry in report["results"]:
+        outcomes = entry["success_by_seed"].values()
+        assert rate(sum(outcomes), len(outcomes)).items() <= entry.items()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.report.folders import write_run
+from vla_pruner.cli import main
+from vla_pruner.evaluation.verdict import points
 from vla_pruner.report.overlap import overlap, tokens_of, top_tokens
 from vla_pruner.report.plot import Plot, Point
 from vla_pruner.report.results import read_results
@@ -81,6 +83,21 @@ def test_titles_are_read(tmp_path) -> None:
     assert setting.options == ("unseen=carry", "window=5")
     assert setting.series == "freeze, K=3"
     assert setting.keep == pytest.approx(49 / 196)
+
+
+def test_the_interval_is_the_one_that_was_asked_for(tmp_path) -> None:
+    write_run(tmp_path / "run", keep=(0.25,), pruned=("drop",))
+    pages = []
+    for words in ([], ["--interval", "tango"]):
+        assert main(["report", str(tmp_path / "run"), *words]) == 0
+        pages.append((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert "interval for pairs, tasks as strata. +/-" in pages[0]
+    assert "score interval for pairs, all tasks as one" in pages[1]
+    difference = read_results(tmp_path / "run", "tango").methods[0].difference
+    assert difference is not None
+    shown = f"{points(difference.low)} to {points(difference.high)}"
+    assert shown in pages[1]
+    assert shown not in pages[0]
 
 
 def test_the_median_milliseconds_are_those_of_the_episodes(tmp_path) -> None:

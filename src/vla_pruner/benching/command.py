@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.benching.settings import NAMED, SIZES, BenchSettings
-from vla_pruner.flags import DTYPES, Help, add_encoder, add_methods
+from vla_pruner.flags import DTYPES, Help, add_encoder, add_methods, add_option
 from vla_pruner.json_file import check_file, check_folder, unwritable
 from vla_pruner.method_names import LAYER
 from vla_pruner.terminal import LogLines, literal, say
@@ -20,6 +20,7 @@ from vla_pruner.terminal import LogLines, literal, say
 _FIELDS = (
     "model", "size", "layers", "keep", "methods", "pruned", "layer", "encoder_keep", "batch", "cameras", "dtype",
     "device", "compile", "prompt_tokens", "decode_tokens", "denoise_steps", "refresh_every", "iters", "threads", "seed",
+    "options",
 )  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "or the folder of a checkpoint or its hub name",
     )
     add("--size", choices=SIZES, default="full", help="of random weights: published or tiny (default: %(default)s)")
+    add_option(command)
     add("--layers", metavar="N", type=int, help="depth of the decoder, and of an expert (default: as published)")
     add_methods(command)
     add_encoder(command)
@@ -86,6 +88,7 @@ def settings_of(options: argparse.Namespace, **given: Any) -> BenchSettings:
     Raises:
         VLAPrunerError: they do not go together.
     """
+    given = {"options": dict(options.option), **given}
     return BenchSettings(**{name: getattr(options, name) for name in _FIELDS if name not in given}, **given)
 
 

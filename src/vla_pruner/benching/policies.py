@@ -25,7 +25,7 @@ def build(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> 
     """
     row = settings.row
     if row is None:
-        return load_policy(settings.model, device, dtype)
+        return load_policy(settings.model, device, dtype, **settings.options)
     if row.bench is None or row.bench.build is None:
         return random_policy(row.name, settings.size, device, dtype, settings.seed)
     return object_at(row.bench.build, "function")(settings, device, dtype)

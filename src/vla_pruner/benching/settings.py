@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class BenchSettings:
         iters: timed control steps of each arm.
         threads: of torch on the CPU; None: as it is.
         seed: of weights and inputs.
+        options: of a checkpoint, for `load_policy`.
         loaded: whether the policy is loaded already.
 
     Of `keep`, `methods`, `pruned`, `layer` and `encoder_keep` a single value stands for a tuple of one.
@@ -103,6 +104,7 @@ class BenchSettings:
     iters: int = 30
     threads: int | None = None
     seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
     loaded: bool = False
 
     def __post_init__(self) -> None:
@@ -214,8 +216,11 @@ class BenchSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings for `json.dump`, methods as Python shows them."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "loaded"}
-        return found | {"methods": [each if isinstance(each, str) else repr(each) for each in self.methods]}
+        found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "loaded"}
+        return found | {
+            "methods": [each if isinstance(each, str) else repr(each) for each in self.methods],
+            "options": {name: value if _is_plain(value) else repr(value) for name, value in self.options.items()},
+        }
 
     @property
     def _depth(self) -> int | None:
@@ -256,13 +261,21 @@ class BenchSettings:
                 "llama:HIDDEN,LAYERS, nor a name on the Hugging Face hub (owner/name)."
             )
         options = ("prompt_tokens",) if self._bench is None else self._bench.options
-        refused = {"size": self.size != "full" and kind in ("checkpoint", "llama")}
+        refused = {"option": self.options and (kind != "checkpoint" or self.loaded)}
+        refused |= {"size": self.size != "full" and kind in ("checkpoint", "llama")}
         for name in ("layers", "cameras", "prompt_tokens", "decode_tokens", "denoise_steps"):
             refused[name] = getattr(self, name) is not None and name not in options
         for name, is_refused in refused.items():
             if is_refused:
                 what = "a checkpoint" if kind == "checkpoint" and not self.loaded else self.model
                 raise OptionError(f"{flag(name)} does not apply to {what}; leave it out.")
+
+
+def _is_plain(value: Any) -> bool:
+    """Return True if a file of JSON can hold it."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
 
 
 def _listed(name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[Any, ...] | None:

@@ -16,14 +16,10 @@ from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import EVAL_INFO
 from vla_pruner.evaluation.manifest import check_arms
-from vla_pruner.flags import budget
+from vla_pruner.evaluation.options import PRUNING, ArmOptions
 from vla_pruner.json_file import field_of, load_json, typed
 
 PUBLISHED = "summary.json"
-PRUNING = ("method", "random")
-"""The kinds of arms that are compared: the unpruned policy and blank images lie at the two ends of both orders
-anyway.
-"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,7 @@ def closed_loop_losses(folders: Sequence[Path], weights: str | None = None) -> d
             if episodes in counted:
                 continue  # a random control that two evaluations share
             counted.add(episodes)
+            # The unpruned policy and blank images lie at the two ends of both orders anyway.
             if arm["kind"] in PRUNING and difference and difference["pairs"]:
                 lost, pairs = sums.get(arm["key"], (0.0, 0))
                 more = difference["pairs"]
@@ -179,8 +176,10 @@ def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
     losses = closed_loop_losses(folders, calibration.weights)
     _check_any([arm.key for arm in calibration.arms], losses, folders)
     _check_sources({arm.key: arm for arm in calibration.arms}, folders)
+    ran = [arm for folder in folders for arm in read_eval_info(folder)["run"]["identity"]["arms"]]
+    options = {arm["key"]: ArmOptions.of(arm) for arm in ran if arm["kind"] in PRUNING}
     shared = [
-        Pair(arm.key, arm.moved.value, *losses[arm.key], *_named(arm.title))
+        Pair(arm.key, arm.moved.value, *losses[arm.key], options[arm.key].method, options[arm.key].setting)
         for arm in calibration.arms
         if arm.key in losses and arm.moved is not None
     ]
@@ -214,16 +213,8 @@ def _unranked(moved: Sequence[float], losses: Sequence[float]) -> str:
     return f"all {len(moved)} arms that both ran {same[0]} the same, so they have no order" if same else ""
 
 
-def _named(title: str) -> tuple[str, str]:
-    """Return method and setting of an arm: "fastv 0.25 drop K=3" is of "fastv" and "0.25 drop", and with "encoder=0.5"
-    behind it of "0.25 drop encoder=0.5".
-    """
-    name, *words = title.split(" ")
-    return name, " ".join([*words[:2], *(word for word in words if word.startswith(("encoder=", "refresh=")))])
-
-
 def arms_of(folders: Sequence[Path]) -> list[Arm]:
-    """Make the arms that evaluations ran anew from their titles.
+    """Make the arms that evaluations ran anew from their options.
 
     Raises:
         CalibrationError: a file is missing or damaged, or an arm cannot be made by this version.
@@ -242,24 +233,21 @@ def arms_of(folders: Sequence[Path]) -> list[Arm]:
 
 
 def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
-    if ":" in arm["title"].split(" ")[0]:
-        # A file that others wrote must not decide what is imported here.
+    options = ArmOptions.of(arm)
+    if ":" in options.method or not all("=" in word for word in options.own):
+        # A file that others wrote must not decide what is imported here, and "module" with "Class" is a path as well.
         raise CalibrationError(
             f"{folder} has the arm {arm['title']!r} of a method that is named by its module, which is not imported "
             "because a file names it; name the arms to calibrate with --method, --keep, --layer and --pruned."
         )
     try:
-        name, keep, fate, layer, *options = arm["title"].split(" ")
-        encoder = [number for number, option in enumerate(options) if option.startswith("encoder=")]
-        encoding = [word.partition("=")[2] for word in options[encoder[0] :]] if encoder else []
-        own = options[: encoder[0]] if encoder else options
         (made,) = method_arms(
-            [":".join([name, *own])],
-            [budget(keep)],
-            [int(layer.removeprefix("K="))],
-            [fate],
-            [budget(encoding[0])] if encoding else None,
-            int(encoding[1]) if len(encoding) > 1 else None,
+            [":".join([options.method, *options.own])],
+            [options.keep],
+            [options.layer],
+            [options.pruned],
+            None if options.encoder is None else [options.encoder.keep],
+            options.encoder_refresh,
         )
     except (ValueError, TypeError, OptionError, EvaluationError, PluginError) as error:
         raise _unknown(arm["title"], folder) from error
@@ -291,11 +279,13 @@ def read_eval_info(folder: Path) -> dict[str, Any]:
         content = load_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not {"run", "summary"} <= set(content):
             raise ValueError("it has no arms")
-        check_arms(field_of(field_of(content, "run", dict[str, Any]), "identity", dict[str, Any]))
+        ran = check_arms(field_of(field_of(content, "run", dict[str, Any]), "identity", dict[str, Any]))
+        kinds = {arm["key"]: arm["kind"] for arm in ran}
         typed(dict[str, Any], content["run"].get("plan", {}), "plan")
         for arm in field_of(field_of(content, "summary", dict[str, Any]), "arms", list[dict[str, Any]]):
-            for name in ("key", "kind"):
-                field_of(arm, name, str)
+            key, kind = (field_of(arm, name, str) for name in ("key", "kind"))
+            if kinds.get(key) != kind:
+                raise ValueError(f"its summary has the arm {key!r} of kind {kind!r}, which did not run")
             difference = field_of(arm, "difference", dict[str, Any] | None)
             if difference and field_of(difference, "pairs", int):
                 field_of(difference, "value", float)

@@ -165,9 +165,5 @@ def _difference_interval(arm: ArmSummary) -> str:
     return f"{_points(arm.difference.low)} to {_points(arm.difference.high)}" if arm.difference else ""
 
 
-def _times(value: float) -> str:
-    return "-" if isnan(value) else f"{value:.2f}x"
-
-
 def _ms(value: float) -> str:
     return "-" if isnan(value) else f"{value:.1f}"

@@ -10,9 +10,10 @@ from typing import Any
 
 from vla_pruner.errors import OptionError
 from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.options import ArmOptions
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.fate import WITHIN_A_STEP, Fate
-from vla_pruner.method_names import attached, encoder_title, encoders_of, methods_of, with_encoders
+from vla_pruner.method_names import attached, encoders_of, methods_of, with_encoders
 from vla_pruner.methods import EncoderReuse, Method, RandomKeep
 from vla_pruner.methods.schedule import Schedule
 from vla_pruner.plugins import source_of
@@ -32,6 +33,7 @@ class Arm:
         method: the method that is attached; None runs the untouched model.
         random: of a method, the key of the control that draws as many tokens at random; None: there is none.
         encoder: the patches that the vision encoder encodes; None: all.
+        options: what makes the method again; None: there is no method.
     """
 
     key: str
@@ -40,6 +42,7 @@ class Arm:
     method: Method | None = None
     random: str | None = None
     encoder: EncoderReuse | None = None
+    options: ArmOptions | None = None
 
     @property
     def is_blank(self) -> bool:
@@ -74,6 +77,8 @@ class Arm:
             found["random"] = self.random
         if self.source is not None:
             found["source"] = self.source
+        if self.options is not None:
+            found["options"] = dataclasses.asdict(self.options)
         return found
 
 
@@ -90,13 +95,16 @@ def method_arms(
     """
     encoders = encoders_of(encoder_keep, encoder_refresh)
     return [
-        Arm(_key(title := made.title + encoder_title(encoder)), title, "method", made.method, encoder=encoder)
+        _arm("method", made.method, encoder, made.name, made.options)
         for made, encoder in with_encoders(methods_of(methods, keep, layers, pruned), encoders)
     ]
 
 
-def _key(title: str) -> str:
-    return title.replace(" ", "-").replace("=", "")
+def _arm(kind: str, method: Any, encoder: EncoderReuse | None, name: str, own: Sequence[str]) -> Arm:
+    reuse = (None, None) if encoder is None else (encoder.keep, encoder.refresh_every)
+    options = ArmOptions(name, method.keep, str(method.pruned), method.layer, tuple(own), *reuse)
+    title = options.title.replace(" warmup_steps=", " after ") if kind == "random" else options.title
+    return Arm(title.replace(" ", "-").replace("=", ""), title, kind, method, encoder=encoder, options=options)
 
 
 def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]:
@@ -140,13 +148,10 @@ def _random(method: Any, encoder: EncoderReuse | None) -> Arm:
     # There is no draw of tokens to reuse: tokens that stay readable without being computed are frozen.
     fate = method.fate if method.fate in WITHIN_A_STEP else Fate.FREEZE
     control = RandomKeep(keep=method.keep, layer=method.layer, pruned=fate, warmup_steps=warm_up, refresh_every=refresh)
-    title = f"random {method.keep!r} {fate} K={method.layer}"
-    if warm_up:
-        title += f" after {warm_up}"
+    own = [f"warmup_steps={warm_up}"] if warm_up else []
     if refresh is not None:
-        title += f" refresh_every={refresh}"
-    title += encoder_title(encoder)
-    return Arm(_key(title), title, "random", control, encoder=encoder)
+        own.append(f"refresh_every={refresh}")
+    return _arm("random", control, encoder, "random", own)
 
 
 def check_layers(arms: Sequence[Arm], policy: Any) -> None:

@@ -22,9 +22,9 @@ from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.summary import Summary, summarize
 from vla_pruner.evaluation.table import (
     COSTS,
-    NOTES,
     OUTCOMES,
     cost_rows,
+    notes,
     outcome_rows,
     suite_table,
     to_markdown,
@@ -34,7 +34,7 @@ from vla_pruner.evaluation.traces import trace_path
 from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
-from vla_pruner.statistics import holm, wilson
+from vla_pruner.statistics import NEWCOMBE, holm, wilson
 from vla_pruner.terminal import LogLines, progress, remark, say, waiting
 from vla_pruner.wording import counted, readable, span
 
@@ -66,14 +66,15 @@ def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite
     if not run.records:
         say(console, "No episode was finished, so there is nothing to show.")
         return INTERRUPTED
-    summary = _show(run, settings.out, console)
+    summary = _show(run, settings.out, console, settings.interval)
     if interrupted:
         return INTERRUPTED
     return 1 if summary.crashed else 0
 
 
-def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
-    """Merge the folders of one evaluation and show the whole; the result is that of `run_eval`.
+def run_merge(folders: Sequence[Path], out: Path, console: Console, interval: str = NEWCOMBE) -> int:
+    """Merge the folders of one evaluation and show the whole; the result is that of `run_eval`. `interval`: of
+    differences, one of `statistics.INTERVALS`.
 
     Raises:
         EvaluationError: they do not belong together.
@@ -82,7 +83,7 @@ def run_merge(folders: Sequence[Path], out: Path, console: Console) -> int:
     _check_statistics(arm["kind"] for arm in Manifest.read(folders[0]).identity["arms"])
     run = merge(folders, out)
     say(console, f"{counted(len(run.records), 'episode')} of {counted(len(folders), 'folder')}.")
-    return 1 if _show(run, out, console).crashed else 0
+    return 1 if _show(run, out, console, interval).crashed else 0
 
 
 def _check_statistics(kinds: Iterable[str]) -> None:
@@ -208,8 +209,8 @@ def _ended(record: Record) -> str:
     return f"{'solved' if record.success else 'not solved'} in {record.steps} steps"
 
 
-def _show(run: Run, out: Path, console: Console) -> Summary:
-    summary = summarize(run)
+def _show(run: Run, out: Path, console: Console, interval: str) -> Summary:
+    summary = summarize(run, interval)
     said = sentences(summary)
     title = f"{counted(summary.planned, 'episode')} an arm, {counted(summary.tasks, 'task')}"
     say(console)
@@ -218,7 +219,7 @@ def _show(run: Run, out: Path, console: Console) -> Summary:
     if rows:
         console.print(to_rich("By suite", heads, rows))
     console.print(to_rich("What it took", COSTS, cost_rows(summary)))
-    for note in NOTES:
+    for note in notes(summary):
         say(console, note, style="dim")
     say(console)
     for sentence in said:

@@ -14,6 +14,7 @@ from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
 from vla_pruner.flags import (
     Help,
     add_encoder,
+    add_interval,
     add_methods,
     add_output,
     add_weights,
@@ -27,8 +28,9 @@ from vla_pruner.flags import (
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
     "encoder_keep", "encoder_refresh", "controls", "horizon", "shard", "max_errors", "ray", "workers", "trace", "batch",
+    "interval",
 )  # fmt: skip
-_MERGING = frozenset({"merge", "out", "quiet", "no_color"})
+_MERGING = frozenset({"merge", "out", "interval", "quiet", "no_color"})
 
 
 def add_eval(commands: Any) -> None:
@@ -42,6 +44,26 @@ def add_eval(commands: Any) -> None:
         ),
         formatter_class=Help,
     )
+    _add_plan(command)
+    add_arms(command)
+    _add_verdict(command)
+    _add_running(command)
+    add_weights(command)
+    command.add_argument(
+        "--suite-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=option,
+        help="for the suites: of LIBERO and Meta-World image_size=N; of LIBERO also assets=DIR, seed=N,\n"
+        "center_crop=false, pro=DIR and strength=N; of SIMPLER dataset=NAME; may be repeated (default: none)",
+    )
+    add_output(command)
+    command.set_defaults(run=run_command, parser=command)
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    """Add the flags for what runs: the policy, the suites, and their episodes."""
     add = command.add_argument
     add(
         "--policy",
@@ -82,8 +104,11 @@ def add_eval(commands: Any) -> None:
         + "\n\n".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
         + "\n\n(default: none)",
     )
-    add_arms(command)
-    add(
+
+
+def _add_verdict(command: argparse.ArgumentParser) -> None:
+    """Add the flags for what is concluded."""
+    command.add_argument(
         "--margin",
         metavar="P",
         type=float,
@@ -91,6 +116,12 @@ def add_eval(commands: Any) -> None:
         help="loss in percentage points below which pruning counts as not worse, declared beforehand\n"
         "(default: %(default)g)",
     )
+    add_interval(command)
+
+
+def _add_running(command: argparse.ArgumentParser) -> None:
+    """Add the flags for how it runs: the ends of episodes, parts, traces, and what runs at once."""
+    add = command.add_argument
     add("--horizon", metavar="N", type=int, help="actions of a chunk carried out (default: the policy's convention)")
     add("--max-steps", metavar="N", type=int, help="of an episode (default: the suite's; smoke: 40)")
     add("--max-errors", metavar="N", type=int, default=10, help="crashes that end the run (default: %(default)s)")
@@ -122,18 +153,6 @@ def add_eval(commands: Any) -> None:
         help="spread episodes over a Ray cluster; without an address, one of this machine's own (default: off)",
     )
     add("--workers", metavar="N", type=int, help="policies that run at once on Ray (default: as many as there is room)")
-    add_weights(command)
-    add(
-        "--suite-option",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        type=option,
-        help="for the suites: of LIBERO and Meta-World image_size=N; of LIBERO also assets=DIR, seed=N,\n"
-        "center_crop=false, pro=DIR and strength=N; of SIMPLER dataset=NAME; may be repeated (default: none)",
-    )
-    add_output(command)
-    command.set_defaults(run=run_command, parser=command)
 
 
 def add_arms(command: argparse.ArgumentParser) -> None:
@@ -184,7 +203,7 @@ def run_command(options: argparse.Namespace) -> int:
     console = output(options.quiet, options.no_color)
     if options.merge:
         refuse_unused(options, "--merge", _MERGING)
-        return run_merge(options.merge, options.out, console)
+        return run_merge(options.merge, options.out, console, options.interval)
     return run_eval(settings_of(options), console)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.evaluation.errors import EvaluationError
+from vla_pruner.evaluation.options import PRUNING, ArmOptions
 from vla_pruner.evaluation.records import Record, write_json
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import Unit, plan, shard
@@ -92,8 +93,8 @@ class Manifest:
 
     @property
     def run(self) -> str:
-        """Twelve hexadecimal digits of the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        """As of `run_of`."""
+        return run_of(self.identity)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -199,6 +200,19 @@ def identity(settings: EvalSettings, described: Mapping[str, Any]) -> dict[str, 
     return json.loads(json.dumps(content))
 
 
+def run_of(identity: Mapping[str, Any]) -> str:
+    """Return twelve hexadecimal digits of an identity, which its records carry."""
+    return hashlib.sha256(json.dumps(_telling(identity), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _telling(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells a run from others: an identity without the arms' options, which their methods hold anyway, so
+    that a run whose record does not have them goes on and is merged with others.
+    """
+    arms = [{name: value for name, value in arm.items() if name != "options"} for arm in identity["arms"]]
+    return {**identity, "arms": arms}
+
+
 def check_identity(content: Any) -> None:
     """Refuse the settings of a file if no table can be made of them.
 
@@ -218,7 +232,7 @@ def check_identity(content: Any) -> None:
 
 
 def check_arms(content: Any) -> list[dict[str, Any]]:
-    """Return the arms of a file's settings, each with a key, a title and a kind, and the weights that they ran.
+    """Return the arms of a file's settings, each with a key, a title, a kind, and its options if it prunes.
 
     Raises:
         ValueError: it names the missing or odd entry.
@@ -232,6 +246,8 @@ def check_arms(content: Any) -> list[dict[str, Any]]:
         typed(str | None, arm.get("random"), "random")
         typed(str | None, arm.get("encoder"), "encoder")
         typed(dict[str, str] | None, arm.get("source"), "source")
+        if arm["kind"] in PRUNING:
+            ArmOptions.of(arm)
     return arms
 
 
@@ -241,6 +257,7 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, th
     Raises:
         EvaluationError: it names what differs.
     """
+    mine, other = _telling(mine), _telling(other)
     differing = [name for name in sorted({*mine, *other}) if mine.get(name) != other.get(name)]
     if differing:
         told = "; ".join(_told(name, mine.get(name), other.get(name)) for name in differing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.flags import flag
-from vla_pruner.method_names import KEEP, LAYER
+from vla_pruner.method_names import LAYER
 from vla_pruner.simulators.libero_names import check_read
+from vla_pruner.statistics import INTERVALS, NEWCOMBE
 
 DEFAULT_METHODS = ("vla-pruner",)
 NO_METHOD = ("none",)
 """The unpruned policy alone, and controls."""
-DEFAULT_KEEP = KEEP
 DEFAULT_MARGIN = 0.02
 CLAIM_EPISODES = 50
 """Episodes a task below which a run is a look and no evidence."""
@@ -73,6 +73,7 @@ class EvalSettings:
         workers: policies that run at once on Ray; None: as many as the cluster has room for.
         trace: how many of the first initial states are traced, with every task and arm.
         batch: episodes of one arm that share forward passes, if policy and arm can; 1: each runs alone.
+        interval: of the differences that are shown, one of `statistics.INTERVALS`.
     """
 
     policy: PolicySource
@@ -100,6 +101,7 @@ class EvalSettings:
     workers: int | None = None
     trace: int = 0
     batch: int = 1
+    interval: str = NEWCOMBE
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -115,6 +117,8 @@ class EvalSettings:
             raise EvaluationError(
                 f"--margin is {100 * self.margin:g}; it is a loss in percentage points between 0 and 100, such as 2."
             )
+        if self.interval not in INTERVALS:
+            raise EvaluationError(f"--interval is {self.interval}; it is one of {', '.join(INTERVALS)}.")
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise EvaluationError(f"--shard is {self.shard[0]}/{self.shard[1]}; the first of two is 1/2, the last 2/2.")
         for name in ("suites", "tasks", "methods", "keep", "layer", "pruned", "encoder_keep"):
@@ -168,7 +172,3 @@ class EvalSettings:
             names, self.keep, self.layer or LAYER, self.pruned, self.encoder_keep, self.encoder_refresh
         )
         return all_arms(methods, CONTROLS if self.controls is None else self.controls)
-
-    def with_out(self, out: Path) -> EvalSettings:
-        """Return the same settings with another folder."""
-        return replace(self, out=out)

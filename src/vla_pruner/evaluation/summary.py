@@ -12,6 +12,7 @@ from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.run import Run
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.statistics import (
+    NEWCOMBE,
     MeanDifference,
     PairedDifference,
     Pairs,
@@ -110,6 +111,7 @@ class Summary:
         margin: declared before the run, as a fraction.
         for_claims: whether it is long enough to be evidence.
         extended: numbers of episodes a task that were asked for before.
+        interval: of the differences, one of `statistics.INTERVALS`; verdicts use Newcombe's whichever it is.
     """
 
     arms: list[ArmSummary]
@@ -118,6 +120,7 @@ class Summary:
     margin: float
     for_claims: bool
     extended: tuple[int, ...]
+    interval: str = NEWCOMBE
 
     @property
     def baseline(self) -> ArmSummary:
@@ -163,8 +166,11 @@ class _Outcomes:
         ]
 
 
-def summarize(run: Run) -> Summary:
+def summarize(run: Run, interval: str = NEWCOMBE) -> Summary:
     """Sum up a run's results so far.
+
+    Args:
+        interval: of the differences, one of `statistics.INTERVALS`.
 
     Raises:
         PackageMissing: scipy or statsmodels is not installed.
@@ -189,7 +195,8 @@ def summarize(run: Run) -> Summary:
     base = outcomes[arms[0]["key"]]
     pairs = {key: _pairs(base, outcomes[key]) for key in outcomes}
     verdicts = _verdicts({key: pairs[key] for key in family}, margin, len(plan.tasks))
-    p_adjusted = dict(zip(family, holm([_difference(base, outcomes[key]).p_value for key in family]), strict=True))
+    differences = {key: _difference(base, outcomes[key], interval) for key in outcomes}
+    p_adjusted = dict(zip(family, holm([differences[key].p_value for key in family]), strict=True))
     rows = []
     for arm in arms:
         key, mine = arm["key"], outcomes[arm["key"]]
@@ -198,17 +205,17 @@ def summarize(run: Run) -> Summary:
             _row(
                 arm,
                 mine,
-                difference=None if key == arms[0]["key"] else _difference(base, mine),
+                difference=None if key == arms[0]["key"] else differences[key],
                 tango=None if key == arms[0]["key"] else pairs[key].tango(),
                 p_adjusted=p_adjusted.get(key),
                 verdict=verdicts.get(key),
-                against_random=None if random is None else _difference(outcomes[random], mine),
-                against_drop=None if dropped is None else _difference(outcomes[dropped], mine),
+                against_random=None if random is None else _difference(outcomes[random], mine, interval),
+                against_drop=None if dropped is None else _difference(outcomes[dropped], mine, interval),
                 slower=None if key == arms[0]["key"] else _slower(base, mine),
-                by_task={} if key == arms[0]["key"] else _by_task(base, mine),
+                by_task={} if key == arms[0]["key"] else _by_task(base, mine, interval),
             )
         )
-    return Summary(rows, len(units), len(plan.tasks), margin, run.manifest.for_claims, run.manifest.extended)
+    return Summary(rows, len(units), len(plan.tasks), margin, run.manifest.for_claims, run.manifest.extended, interval)
 
 
 def _row(
@@ -265,9 +272,10 @@ def _pairs(base: _Outcomes, mine: _Outcomes) -> Pairs:
     return Pairs.of(base.success(units), mine.success(units), [task_name(unit) for unit in units])
 
 
-def _difference(base: _Outcomes, mine: _Outcomes) -> PairedDifference:
+def _difference(base: _Outcomes, mine: _Outcomes, interval: str) -> PairedDifference:
     units = mine.pairs_with(base)
-    return paired_difference(base.success(units), mine.success(units), strata=[task_name(unit) for unit in units])
+    tasks = [task_name(unit) for unit in units]
+    return paired_difference(base.success(units), mine.success(units), strata=tasks, interval=interval)
 
 
 def _slower(base: _Outcomes, mine: _Outcomes) -> MeanDifference | None:
@@ -275,11 +283,13 @@ def _slower(base: _Outcomes, mine: _Outcomes) -> MeanDifference | None:
     return paired_mean_difference(base.steps(units), mine.steps(units), [task_name(unit) for unit in units])
 
 
-def _by_task(base: _Outcomes, mine: _Outcomes) -> dict[str, PairedDifference]:
+def _by_task(base: _Outcomes, mine: _Outcomes, interval: str) -> dict[str, PairedDifference]:
     groups: dict[str, list[Unit]] = {}
     for unit in mine.pairs_with(base):
         groups.setdefault(task_name(unit), []).append(unit)
-    return {name: paired_difference(base.success(of), mine.success(of)) for name, of in groups.items()}
+    return {
+        name: paired_difference(base.success(of), mine.success(of), interval=interval) for name, of in groups.items()
+    }
 
 
 def _random_of(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str | None:

@@ -10,19 +10,28 @@ from rich.table import Table
 from vla_pruner import markdown
 from vla_pruner.evaluation.summary import ArmSummary, Summary
 from vla_pruner.evaluation.verdict import points
+from vla_pruner.statistics import NEWCOMBE, TANGO
 from vla_pruner.terminal import add_column, add_row, simple_table
 
 OUTCOMES = ("arm", "solved", "% (95 %)", "difference", "+/-", "p", "verdict")
 COSTS = ("arm", "steps", "difference", "p50 ms", "p99 ms", "tokens", "pruned", "crashed")
 
-NOTES = (
-    "%: rate of success with Wilson's interval. difference: percentage points to unpruned on the same episodes, with "
-    "Newcombe's interval for pairs, tasks as strata. +/-: episodes that only this arm / only the unpruned policy "
-    "solved. p: exact McNemar test, by Holm over the methods (controls: as it is).",
-    "steps: actions within which half of the episodes were solved; difference: of the mean, a failure counting as the "
-    "longest episode. ms: of one control step of the policy, simulation excluded, on this machine as busy as it was. "
-    "pruned: share of the control steps.",
-)
+_INTERVALS = {
+    NEWCOMBE: "Newcombe's interval for pairs, tasks as strata",
+    TANGO: "Tango's score interval for pairs, all tasks as one (verdicts go by Newcombe's, tasks as strata)",
+}
+
+
+def notes(summary: Summary) -> tuple[str, ...]:
+    """Return what a reader of the tables must know."""
+    return (
+        "%: rate of success with Wilson's interval. difference: percentage points to unpruned on the same episodes, "
+        f"with {_INTERVALS[summary.interval]}. +/-: episodes that only this arm / only the unpruned policy "
+        "solved. p: exact McNemar test, by Holm over the methods (controls: as it is).",
+        "steps: actions within which half of the episodes were solved; difference: of the mean, a failure counting as "
+        "the longest episode. ms: of one control step of the policy, simulation excluded, on this machine as busy as "
+        "it was. pruned: share of the control steps.",
+    )
 
 
 def outcome_rows(summary: Summary) -> list[tuple[str, ...]]:
@@ -96,7 +105,7 @@ def to_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def to_markdown(summary: Summary, sentences: Sequence[str]) -> str:
     """Return the tables, the notes and the sentences."""
-    parts = [_markdown(OUTCOMES, outcome_rows(summary)), _markdown(COSTS, cost_rows(summary)), *NOTES]
+    parts = [_markdown(OUTCOMES, outcome_rows(summary)), _markdown(COSTS, cost_rows(summary)), *notes(summary)]
     heads, rows = suite_table(summary)
     if rows:
         parts.insert(1, _markdown(heads, rows))

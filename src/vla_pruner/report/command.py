@@ -12,6 +12,7 @@ from vla_pruner.report.evaluation import render
 from vla_pruner.report.results import read_results
 from vla_pruner.report.traced import look
 from vla_pruner.report.verdicts import headline
+from vla_pruner.statistics import NEWCOMBE
 from vla_pruner.terminal import say
 from vla_pruner.wording import counted
 
@@ -21,13 +22,16 @@ _NAMED = 3
 """Damaged traces that the terminal names; the report names all."""
 
 
-def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console: Console) -> int:
+def run_report(
+    folder: Path, out: Path | None, episodes: Sequence[str], console: Console, interval: str = NEWCOMBE
+) -> int:
     """Write the report of an evaluation.
 
     Args:
         folder: the --out of `vla-pruner eval`: finished, unfinished or merged. Nothing in it changes but the report.
         out: the file; None: report.html in the folder.
         episodes: those that the player shows; empty: a few telling ones.
+        interval: of differences, one of `statistics.INTERVALS`.
 
     Returns:
         0.
@@ -40,7 +44,7 @@ def run_report(folder: Path, out: Path | None, episodes: Sequence[str], console:
     target = folder / REPORT if out is None else out
     if out is not None:
         check_file(str(out), "--out")
-    results = read_results(folder)
+    results = read_results(folder, interval)
     traced = look(results, episodes)
     page = render(results, traced).encode(errors="backslashreplace")
     try:

@@ -76,7 +76,7 @@ def render(results: Results, traced: Traced) -> str:
         overview=_overview(results),
         controls=controls(results),
         sections="\n".join(str(element("section", element("h2", title), body, id=name)) for name, title, body in shown),
-        notes=notes(),
+        notes=notes(results),
         conditions=conditions(results),
         crashes=crashes(results),
         footer=escape(f"Made by vla-pruner report on {made} from {results.folder.resolve().name}/. {_OFFLINE}"),

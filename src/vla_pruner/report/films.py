@@ -186,11 +186,7 @@ def _arm(results: Results, trace: Trace, largest: int, quality: int, stride: int
     record = results.run.records.get(trace.key)
     steps = range(0, len(trace), stride)
     total = sum(trace.camera_tokens.values())
-    fate = (
-        results.settings[arm.key].fate if arm.key in results.settings else Fate.DROP if trace.kept is not None else ""
-    )
-    if arm.kind == "random" and Fate.FREEZE in arm.title.split():
-        fate = Fate.FREEZE
+    fate = results.options[arm.key].pruned if arm.key in results.options else ""
     content: dict[str, Any] = {
         "title": arm.title,
         "fate": fate,

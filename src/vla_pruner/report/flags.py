@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.flags import Help, names
+from vla_pruner.flags import Help, add_interval, names
 
 
 def add_report(commands: Any) -> None:
@@ -30,6 +30,7 @@ def add_report(commands: Any) -> None:
         help="traced episodes to play: TASK, TASK:STATE or TASK:STATE:ARM, a task by name or number\n"
         "(default: up to 4, those first that the unpruned policy solved and a pruned arm did not)",
     )
+    add_interval(command)
     command.set_defaults(run=run_command)
 
 
@@ -43,4 +44,4 @@ def run_command(options: argparse.Namespace) -> int:
 
     from vla_pruner.report.command import run_report
 
-    return run_report(options.folder, options.out, options.episodes, Console(highlight=False))
+    return run_report(options.folder, options.out, options.episodes, Console(highlight=False), options.interval)

@@ -6,27 +6,28 @@ import json
 from collections import Counter
 from typing import Any
 
-from vla_pruner.evaluation.table import NOTES
+from vla_pruner.evaluation import table
 from vla_pruner.report.results import Results
 from vla_pruner.report.svg import Markup, element, join
 from vla_pruner.wording import counted
 
 _MOST_CRASHES = 50
 
-_NOTES = (
+_VERDICTS = (
     "Verdicts: not worse where a loss of the margin or more is ruled out, worse where a larger loss is shown, else "
     "inconclusive; one-sided at 2.5 %, by Holm over all methods, so with many arms a verdict asks for more than the "
-    "95 % interval beside it. Inconclusive is a result: few episodes cannot show that nothing was lost.",
-    *NOTES,
+    "95 % interval beside it. Inconclusive is a result: few episodes cannot show that nothing was lost."
+)
+_PLOTS = (
     "Plots: bars are 95 % intervals, Wilson's for rates; of milliseconds, the median episode's median and its exact "
     "interval over episodes. Intervals speak of these tasks and of new initial states, not of new tasks.",
     "Do not choose the best of many arms here and claim its figure: run it again on other initial states (--first).",
 )
 
 
-def notes() -> Markup:
+def notes(results: Results) -> Markup:
     """Return the part on how to read the page."""
-    return element("ul", *(element("li", note) for note in _NOTES))
+    return element("ul", *(element("li", note) for note in (_VERDICTS, *table.notes(results.summary), *_PLOTS)))
 
 
 def conditions(results: Results) -> Markup:

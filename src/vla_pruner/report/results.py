@@ -10,19 +10,19 @@ from typing import Any
 
 from vla_pruner.evaluation import EvaluationError, Record, Summary, read_records, summarize
 from vla_pruner.evaluation.manifest import Manifest
+from vla_pruner.evaluation.options import PRUNING, ArmOptions
 from vla_pruner.evaluation.records import EPISODES, check_run, latest
 from vla_pruner.evaluation.run import Run
 from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, WORSE, ArmSummary
-from vla_pruner.fate import Fate
-from vla_pruner.statistics import median_interval, percentile
+from vla_pruner.method_names import encoder_title
+from vla_pruner.statistics import NEWCOMBE, median_interval, percentile
 
 WORDS = (NOT_WORSE, WORSE, INCONCLUSIVE)
-FATES = tuple(Fate)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An arm of a method, by the parts of its title ("vla-pruner 0.25 drop K=3 unseen=carry").
+    """An arm of a method, by its options.
 
     Attributes:
         method: its name.
@@ -50,26 +50,15 @@ class Setting:
         return ", ".join(part for part in (self.fate, self.layer) if part)
 
 
-def setting_of(arm: ArmSummary) -> Setting:
-    """Read an arm's title."""
-    method, *words = arm.title.split()
-    fate = next((word for word in words if word in FATES), "")
-    layer = next((word for word in words if word.startswith("K=")), "")
-    asked = _number(words[0]) if words else None
-    options = tuple(word for word in words[1:] if word not in (fate, layer))
+def setting_of(arm: ArmSummary, options: ArmOptions) -> Setting:
+    """Return an arm's setting."""
     keep = None
     if arm.kept and arm.visual_tokens:
         keep = sum(arm.kept) / len(arm.kept) / arm.visual_tokens
-    elif asked is not None and 0 < asked <= 1:
-        keep = asked
-    return Setting(method, options, keep, fate, layer)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    elif isinstance(options.keep, float) and 0 < options.keep <= 1:
+        keep = options.keep
+    own = (*options.own, *encoder_title(options.encoder).split())
+    return Setting(options.method, own, keep, options.pruned, f"K={options.layer}")
 
 
 @dataclass(frozen=True)
@@ -97,9 +86,15 @@ class Results:
     summary: Summary
 
     @cached_property
+    def options(self) -> dict[str, ArmOptions]:
+        """The options of the arms that prune by key."""
+        arms = self.run.manifest.identity["arms"]
+        return {arm["key"]: ArmOptions.of(arm) for arm in arms if arm["kind"] in PRUNING}
+
+    @cached_property
     def settings(self) -> dict[str, Setting]:
         """The settings of the methods' arms by key."""
-        return {arm.key: setting_of(arm) for arm in self.methods}
+        return {arm.key: setting_of(arm, self.options[arm.key]) for arm in self.methods}
 
     @property
     def methods(self) -> list[ArmSummary]:
@@ -168,8 +163,8 @@ def _worst(arm: ArmSummary) -> float:
     return arm.difference.low if arm.difference is not None and arm.difference.pairs else -2.0
 
 
-def read_results(folder: Path) -> Results:
-    """Read a finished, unfinished or merged evaluation; nothing is written.
+def read_results(folder: Path, interval: str = NEWCOMBE) -> Results:
+    """Read a finished, unfinished or merged evaluation; nothing is written. `interval`: as of `summarize`.
 
     Raises:
         EvaluationError: the folder is missing, is no evaluation, has no episode yet, or holds a damaged record.
@@ -187,4 +182,4 @@ def read_results(folder: Path) -> Results:
         raise EvaluationError(
             f"{path} holds no finished episode yet, so there is nothing to report; give the eval command again."
         )
-    return Results(folder, run, summarize(run))
+    return Results(folder, run, summarize(run, interval))
