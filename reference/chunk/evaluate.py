@@ -21,19 +21,22 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reference.evaluate import WRONG_TASK, machine, publish, rate, summarise
-from vla_pruner.errors import SessionError
+from reference.evaluate import WRONG_TASK, finished, machine, positive, publish, rate, resumed, summarise
+from vla_pruner.errors import SessionError, VLAPrunerError
+from vla_pruner.method_names import methods_of
 from vla_pruner.models.chunk import load_chunk_policy
 from vla_pruner.simulators.base import Convention
 from vla_pruner.simulators.metaworld import EVALUATION_SEED, TASKS
 
+STORED = 50
+"""LIBERO's stored initial states of a task."""
 CONTROLS = ("policy", "blank", "blank_wrist", "wrong_scene", "wrong_instruction")
 
 
@@ -83,7 +86,7 @@ OPEN = {"metaworld": open_metaworld, "libero_object": open_libero}
 def wrong_scene(suite: str, seed: int, generated: bool) -> int:
     """Return the seed of the scene that is shown instead of the scene of `seed`."""
     stored = suite == "libero_object" and not generated
-    return (seed + 25) % 50 if stored else seed + 50
+    return (seed + STORED // 2) % STORED if stored else seed + 50
 
 
 def evaluate_arm(
@@ -91,8 +94,6 @@ def evaluate_arm(
 ) -> dict[str, Any]:
     """Run one arm of one task; return its figures."""
     import torch
-
-    from vla_pruner.method_names import methods_of
 
     torch.set_num_threads(1)
     policy = load_chunk_policy(weights)
@@ -168,38 +169,41 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="folder of weights")
     parser.add_argument("--tasks", nargs="*", help="names of tasks; all if left out")
     parser.add_argument("--arms", nargs="*", default=["policy"])
-    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--episodes", type=positive, default=50)
     parser.add_argument("--first-seed", type=int, help="default: the first one that no training uses")
     parser.add_argument("--generated", action="store_true", help="LIBERO: scenes of its generator, for development")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=positive, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.first_seed is None:
         args.first_seed = EVALUATION_SEED if args.suite == "metaworld" else 500_000 if args.generated else 0
-    tasks = args.tasks or [name for name, _ in load_chunk_policy(args.weights).config.tasks]
+    try:
+        known = [name for name, _ in load_chunk_policy(args.weights).config.tasks]
+        methods_of([arm for arm in args.arms if arm not in CONTROLS])
+    except VLAPrunerError as error:
+        parser.error(str(error))
+    tasks = args.tasks or known
+    if unknown := sorted(set(tasks) - set(known)):
+        parser.error(f"--tasks has {', '.join(unknown)}; this policy's tasks are {', '.join(known)}.")
     seeds = range(args.first_seed, args.first_seed + args.episodes)
-    report: dict[str, Any] = {"format": "vla-pruner reference success 1", "results": []}
-    if args.out and args.out.exists():
-        report = json.loads(args.out.read_text())
     weights = hashlib.sha256((args.weights / "model.safetensors").read_bytes()).hexdigest()
     # Files from before LIBERO say neither a suite nor a kind of scenes.
     old = {"suite": "metaworld", "generated": False}
     same = {"weights_sha256": weights, "suite": args.suite, "generated": args.generated, "first_seed": seeds.start}
-    if report["results"] and any((old | report)[name] != value for name, value in same.items()):
-        parser.error(f"{args.out} is of another suite, or of other weights, scenes or seeds; give another file.")
-    report |= same | {"machine": machine()}
+    report = resumed(args.out, same, old, parser)
+    if args.suite == "libero_object" and not args.generated and not 0 <= seeds.start < seeds.stop <= STORED:
+        parser.error(f"LIBERO stores {STORED} initial states of a task, from 0 on; give fewer --episodes.")
+    report["machine"] = machine()
     found = {(entry["task"], entry["arm"]): entry for entry in report["results"]}
-    jobs: list[tuple[str, str, list[int]]] = []
-    for task, arm in ((task, arm) for arm in args.arms for task in tasks):
+    jobs: list[tuple[Any, ...]] = []
+    for task, arm in dict.fromkeys((task, arm) for arm in args.arms for task in tasks):
         before = found.get((task, arm), {"success_by_seed": {}})["success_by_seed"]
         if left := [seed for seed in seeds if str(seed) not in before]:
             if before and "control_steps_by_seed" not in found[task, arm]:
                 parser.error(f"{args.out} has no control steps by seed, so nothing can be added; give another file.")
-            jobs.append((task, arm, left))
+            jobs.append((args.suite, task, arm, left, args.weights, args.generated))
     with ProcessPoolExecutor(args.workers) as pool:
-        running = [pool.submit(evaluate_arm, args.suite, *job, args.weights, args.generated) for job in jobs]
-        for future in as_completed(running):
-            entry = future.result()
+        for entry in finished(pool, evaluate_arm, jobs):
             key = entry["task"], entry["arm"]
             found[key] = entry = joined(found.get(key), entry)
             report["results"] = list(found.values())

@@ -45,19 +45,22 @@ def check_images(images: Any, cameras: tuple[str, ...]) -> None:
         )
 
 
-def check_instruction(instruction: Any) -> None:
+def check_instruction(instruction: Any, what: str = "The instruction") -> None:
     """Refuse an instruction that is no text.
+
+    Args:
+        what: it is called so in the message.
 
     Raises:
         ObservationError: it is no string, or has half of a character (a lone surrogate), which no tokenizer reads.
     """
     if not isinstance(instruction, str):
-        raise ObservationError(f"The instruction is a string, what to do in words; found {type(instruction).__name__}.")
+        raise ObservationError(f"{what} is a string, what to do in words; found {type(instruction).__name__}.")
     try:
         instruction.encode()
     except UnicodeEncodeError as error:
         raise ObservationError(
-            f"The instruction's character {error.start} is half of one ({instruction[error.start]!r}), as a text that "
+            f"{what}'s character {error.start} is half of one ({instruction[error.start]!r}), as a text that "
             "was cut or wrongly decoded has; give whole characters."
         ) from error
 

@@ -4,6 +4,8 @@ were, equal images change nothing, and nothing outlives an episode.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -375,3 +377,40 @@ def test_options_out_of_range_are_refused(options, message):
         vp.VLACache(**options)
     with pytest.raises(vp.OptionError, match="'drop', 'freeze'"):
         vp.FastV(pruned="reuse")
+
+
+def test_keys_of_another_type_are_not_reused():
+    """A policy that is moved to another type, or run under autocast, begins anew instead of mixing two types."""
+    case = cases.reference()
+    model = case.build()
+    with vp.VLACache(keep=0.5).attach(model) as session:
+
+        def reuses() -> bool:
+            case.step(model, 0, BOTH)
+            return session.kept is not None
+
+        assert [reuses(), reuses()] == [False, True]
+        model.bfloat16()
+        assert [reuses(), reuses()] == [False, True]
+        model.float()
+        assert [reuses(), reuses()] == [False, True]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert [reuses(), reuses()] == [False, True]
+        assert [reuses(), reuses()] == [False, True]
+
+
+def test_keys_are_held_without_their_graphs():
+    """With gradients on, each step would otherwise hold all steps of the episode before it."""
+    model = tiny_lm()
+    given = []
+    with attach(vp.VLACache(keep=0.5, layer=2, **ANY), model) as session, torch.enable_grad():
+        for scene in range(3):
+            embeds = prompt(1, seed=scene)[0].clone().requires_grad_()
+            EYE(embeds)
+            output = model.model(inputs_embeds=embeds, use_cache=True)
+            assert output.last_hidden_state.requires_grad
+            given.append(weakref.ref(embeds))
+            del embeds, output
+        assert session.kept is not None
+        gc.collect()
+        assert given[0]() is None

@@ -63,3 +63,24 @@ def test_cameras_of_one_call_that_come_and_go_are_encoded_whole():
             assert torch.allclose(act(present), expected[present], atol=1e-5)
             whole.append(session.encoded == (None,))
     assert whole == [True, False] * 3
+
+
+def test_images_that_require_a_gradient_have_the_whole_one():
+    case = cases.pi0("sdpa")
+    model = case.build()
+    pixels = torch.rand(1, 2, 3, 56, 56, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = torch.cat([torch.full((1, 32), 500), torch.arange(1, 7)[None]], dim=1)
+
+    def gradient() -> torch.Tensor:
+        given = pixels.clone().requires_grad_()
+        embeddings = model.model.embed_prefix(ids, given, torch.ones(1, 2, dtype=torch.bool))
+        return torch.autograd.grad(embeddings.square().sum(), given)[0]
+
+    expected = gradient()
+    with vp.Unpruned().attach(model, encoder=vp.EncoderReuse(keep=0.25)) as session:
+        for scene in (0, 1):
+            case.step(model, scene, slice(0, 1))
+        assert torch.equal(gradient(), expected)
+        assert session.encoded == (None,)
+        case.step(model, 1, slice(0, 1))
+        assert None not in session.encoded

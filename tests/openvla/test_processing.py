@@ -217,6 +217,14 @@ def test_the_call_takes_a_batch_with_one_image_for_each_prompt(processor):
             processor.tokenize([wrong])
         with pytest.raises(ObservationError, match=f"A prompt is a string, .* found {type(wrong).__name__}"):
             processor(wrong, images[0])
+    for empty in ("", " \n"):
+        with pytest.raises(ObservationError, match="The instruction is empty"):
+            processor.prompt(empty)
+    half = "go \udc80"
+    with pytest.raises(ObservationError, match="An instruction's character 3 is half of one"):
+        processor.prompt(half)
+    with pytest.raises(ObservationError, match="A prompt's character 3 is half of one"):
+        processor.tokenize([half])
 
 
 def test_the_stand_in_writes_llamas_byte_tokens():

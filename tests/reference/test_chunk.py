@@ -19,7 +19,7 @@ from reference.chunk.packing import mask, packed_forward, pool, positions
 from reference.chunk.questions import MetaWorldQuestions, imagined_chunks
 from reference.chunk.train import CONFIGS
 from vla_pruner.models.chunk import ChunkConfig, ChunkPolicy
-from vla_pruner.models.chunk.loading import SHIPPED_WEIGHTS
+from vla_pruner.models.chunk.loading import SHIPPED_WEIGHTS, load_chunk_policy
 from vla_pruner.policies.random import draw_weights
 
 CONFIG = ChunkConfig(
@@ -188,12 +188,31 @@ def test_the_wrong_scene_is_another_of_the_same_kind(suite: str, seed: int, gene
     assert wrong_scene("libero_object", 40, False) == 15
 
 
+def test_an_evaluation_refuses_what_cannot_run_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ["--weights", str(SHIPPED_WEIGHTS / "libero-object")]
+    refused = {
+        "--method is no-such-method": [*weights, "--arms", "policy", "no-such-method:keep=0.5"],
+        "--method has the option 'kept=0.5'": [*weights, "--arms", "vla-pruner:kept=0.5"],
+        "--tasks has b; this policy's tasks are": [*weights, "--tasks", "b"],
+        "LIBERO stores 50": [*weights, "--episodes", "51"],
+        "'0' is no number of 1 or more": [*weights, "--workers", "0"],
+        str(tmp_path): ["--weights", str(tmp_path)],
+    }
+    for says, given in refused.items():
+        monkeypatch.setattr("sys.argv", ["evaluate", "--suite", "libero_object", *given])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert says in " ".join(capsys.readouterr().err.split()), given
+
+
 @pytest.mark.parametrize(
     ("held", "given", "says"),
     [
-        ({}, ["--generated"], "other weights, scenes or seeds"),
-        ({}, ["--first-seed", "5"], "other weights, scenes or seeds"),
-        ({"weights_sha256": "0"}, [], "other weights, scenes or seeds"),
+        ({}, ["--generated"], "figures with another generated"),
+        ({}, ["--first-seed", "5"], "figures with another first_seed"),
+        ({"weights_sha256": "0"}, [], "figures with another weights_sha256"),
         ({}, ["--episodes", "3"], "no control steps by seed, so nothing can be added"),
     ],
 )
@@ -206,12 +225,14 @@ def test_an_evaluation_adds_only_to_figures_of_its_kind(
     says: str,
 ) -> None:
     weights = SHIPPED_WEIGHTS / "libero-object"
-    entry = {"task": "a", "arm": "policy", "success_by_seed": {"0": True, "1": True}}
+    task = next(name for name, _ in load_chunk_policy(weights).config.tasks)
+    entry = entry_of(task, "policy", {"0": True, "1": True}, {"0": 10, "1": 10}, 50.0)
+    del entry["control_steps_by_seed"]
     sha256 = hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
     out = tmp_path / "figures.json"
     known = {"weights_sha256": sha256, "suite": "libero_object", "first_seed": 0, "results": [entry], **held}
     out.write_text(json.dumps(known))
-    words = ["evaluate", "--suite", "libero_object", "--weights", str(weights), "--tasks", "a", "--out", str(out)]
+    words = ["evaluate", "--suite", "libero_object", "--weights", str(weights), "--tasks", task, "--out", str(out)]
     monkeypatch.setattr("sys.argv", [*words, "--first-seed", "0", *given])
     with pytest.raises(SystemExit):
         main()

@@ -213,7 +213,9 @@ def test_lights_differ_from_the_published_ones_and_from_each_other():
     assert all(np.abs(light.shift).max() <= 1.0 for light in lights)
     assert len({light.colours.tobytes() for light in lights}) == len(STATES)
     np.testing.assert_allclose(draw_light(3, 1e-9).colours, 1.0, atol=1e-8)
-    assert np.all(draw_light(3, 2.0).colours > 0)
+    strongest = np.array([draw_light(number, 3.0).colours for number in STATES])
+    assert strongest.min() >= 0.1 * (1 - 3 * 0.1)
+    assert strongest.mean(axis=1).min() < 0.15, "some are as dark as any may be, or this test could not fail"
 
 
 def test_all_lights_and_nothing_else_of_a_model_change():

@@ -28,6 +28,11 @@ def own_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def autocast_on(device: torch.device) -> torch.dtype | None:
+    """Return the type of `torch.autocast` for a device; None if it is off, as it is within `own_arithmetic`."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def _accelerator() -> str:
     """Return the type of accelerator that torch was built for."""
     found = torch.accelerator.current_accelerator(check_available=False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.attach.arithmetic import own_arithmetic
+from vla_pruner.attach.arithmetic import autocast_on, own_arithmetic
 from vla_pruner.attach.recorder import Recorder, kernel_of
 from vla_pruner.checks import ATTENTION
 from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
@@ -174,9 +174,10 @@ class PatchReuse:
         if not self._seeing:
             return  # called by hand, in no control step
         pixels = args[0] if args else kwargs["pixel_values"]
-        kind = pixels.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        held, ids = self._begin_call(pixels.flatten(0, -4), autocast)
+        if pixels.requires_grad and torch.is_grad_enabled():
+            self.chosen = (*self.chosen, None)  # what is held has no gradient
+            return
+        held, ids = self._begin_call(pixels.flatten(0, -4), autocast_on(pixels.device))
         self.chosen = (*self.chosen, ids)
         if held is not None:
             self._call = held, ids

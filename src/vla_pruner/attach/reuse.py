@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.attach.arithmetic import own_arithmetic
+from vla_pruner.anatomy import norm_of
+from vla_pruner.attach.arithmetic import autocast_on, own_arithmetic
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.stages import Stage
@@ -27,9 +28,11 @@ class Held:
         pixels: (B, M, P) float32, the pixels that each visual token covers.
         keys, values: (B, G, S, d) by layer, as the prompt left them in the cache.
         places: (B, N) int64 by layer, the column of each prompt position in these.
+        like: types and device of the decoder; keys and values of others do not fit.
     """
 
     pixels: Tensor
+    like: tuple[Any, ...]
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     places: dict[int, Tensor] = field(default_factory=dict)
@@ -81,7 +84,6 @@ class Reuse:
         """Forget the last control step: the next one has none before it."""
         self._last = self._now = self.similarity = None
 
-    @own_arithmetic
     def begin(self, layout: Layout, stage: Stage) -> bool:
         """Begin a control step, whose images were seen; return whether there is one before it that the method can reuse
         enough of.
@@ -99,10 +101,16 @@ class Reuse:
                 "The decoder was called with a prompt, but no images went through the vision encoder since the last "
                 "one; call predict_action or act."
             )
+        weight = norm_of(self._family.decoder).weight
+        return self._begin(pixels, (weight.dtype, weight.device, autocast_on(weight.device)), layout, stage)
+
+    @own_arithmetic
+    def _begin(self, pixels: Tensor, like: tuple[Any, ...], layout: Layout, stage: Stage) -> bool:
         if self._now is not None and self._now.keys:
             self._last = self._now
-        self._now = Held(self._family.patches(pixels).float())
-        if self._last is None:
+        self._now = Held(self._family.patches(pixels).float(), like)
+        if self._last is None or self._last.like != like:
+            self._last = self.similarity = None
             return False
         self.similarity = pixel_similarity(self._now.pixels, self._last.pixels)
         computed = sum(stage.budgets(layout.cameras, layout.absent, self._family.camera_tokens))
@@ -126,7 +134,9 @@ class Reuse:
             if stage not in places:
                 assert short is not None
                 places[stage] = short.columns()
-            self._now.keys[index], self._now.values[index] = columns_of(cache, index, step.layout.length)
+            key, value = columns_of(cache, index, step.layout.length)
+            # With their graphs, each step would hold all steps of the episode before it.
+            self._now.keys[index], self._now.values[index] = key.detach(), value.detach()
             self._now.places[index] = places[stage]
 
     def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:

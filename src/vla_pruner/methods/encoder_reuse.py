@@ -25,7 +25,8 @@ class EncoderReuse:
     No paper. The mechanism is that of Eventful Transformers (Dutson et al., arXiv 2308.13494, video recognition) with a
     fixed number of patches in place of a threshold, so that shapes are static. Nobody has published what it does to the
     success of a robot policy without training. A patch whose pixels stayed would nevertheless change with its
-    surroundings; that part of the change is missing until the patch is encoded again or everything is.
+    surroundings; that part of the change is missing until the patch is encoded again or everything is. Images that
+    require a gradient are encoded whole.
 
     Rank of a patch: the change of its pixels since they were last encoded, as a share of the largest change in its
     image, plus `attended` times the attention of the last control step's actions to its visual token, as a share of the

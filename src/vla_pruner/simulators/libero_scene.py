@@ -145,15 +145,21 @@ class Light:
     """(2,) metres: how far the lamps move over the ground."""
 
 
+DARKEST = 0.1
+"""The smallest brightness of a light, as a factor: far below it there is nothing to see, and MuJoCo takes negative ones
+for light that darkens.
+"""
+
+
 def draw_light(initial_state: int, strength: float = 1.0) -> Light:
     """Return the light of an episode: at strength 1 by 20 to 40 percent darker or brighter, each colour by up to 10
-    percent more or less, the lamps by up to 1 m along each axis.
+    percent more or less, the lamps by up to 1 m along each axis. No light is darker than a tenth.
     """
     draw = np.random.default_rng((DEFINITION, 2, initial_state))
     brightness = draw.choice((-1.0, 1.0)) * draw.uniform(0.2, 0.4)
     tint = draw.uniform(-0.1, 0.1, 3)
     shift = draw.uniform(-1.0, 1.0, 2)
-    return Light((1.0 + strength * brightness) * (1.0 + strength * tint), strength * shift)
+    return Light(max(1.0 + strength * brightness, DARKEST) * (1.0 + strength * tint), strength * shift)
 
 
 class LightChanged(Scene):

@@ -20,6 +20,7 @@ from vla_pruner.errors import CheckpointError, ObservationError, UnsupportedMode
 from vla_pruner.models.openvla.configuration import IMAGE_SIZE, PUBLISHED_PAD
 from vla_pruner.models.openvla.prompt import EMPTY_TOKEN
 from vla_pruner.models.openvla.tokenizer import StandInTokenizer, Tokenizer, check_ids, read_tokenizer
+from vla_pruner.observations import check_instruction
 from vla_pruner.preprocessing.resize import bicubic_resize
 
 if TYPE_CHECKING:
@@ -170,9 +171,11 @@ class OpenVLAProcessor:
         """Return the text that the model was trained to complete; the instruction goes in as lower case.
 
         Raises:
-            ObservationError: the instruction is no string.
+            ObservationError: the instruction is no text, or has no words: the text around it is never without them.
         """
-        _check_text("An instruction", instruction)
+        check_instruction(instruction, "An instruction")
+        if not instruction.strip():
+            raise ObservationError("The instruction is empty; OpenVLA's prompt asks how to do what it says.")
         return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -194,7 +197,7 @@ class OpenVLAProcessor:
         return self._padded([[*self._encode(prompt), EMPTY_TOKEN] for prompt in prompts])
 
     def _encode(self, prompt: Any) -> list[int]:
-        _check_text("A prompt", prompt)
+        check_instruction(prompt, "A prompt")
         # BOS is added here: whether a tokenizer adds it by itself depends on its file and transformers' version.
         ids = [self.tokenizer.bos_token_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         if self._vocab_size is not None:
@@ -213,11 +216,6 @@ class OpenVLAProcessor:
         colours = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
         towers = [(colours - mean) / std for mean, std in zip(self._mean, self._std, strict=True)]
         return torch.cat(towers, dim=1)
-
-
-def _check_text(what: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise ObservationError(f"{what} is a string, what to do in words; found {type(text).__name__}.")
 
 
 def _rows(image: Image) -> np.ndarray:
