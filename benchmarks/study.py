@@ -142,7 +142,7 @@ PHASES: dict[str, tuple[str, ...]] = {
         *("--suite", ",".join(f"libero_object{change}" for change in _CHANGES), "--episodes", "2"),
         *("--method", _CHUNK_CONFIRMED[0], "--layer", "2", "--controls", "none"),
     ),
-    "libero-encoder": (*_LIBERO, "--episodes", "4", *_ENCODER, "--controls", "none"),
+    "libero-encoder": (*_LIBERO, "--episodes", "3", *_ENCODER, "--controls", "none"),
 }
 
 
