@@ -185,6 +185,64 @@ def test_weights_that_are_missing_or_unexpected_are_listed(saved, kind, tmp_path
         vp.load_policy(folder)
 
 
+TEMPLATE_FILE = f"{FOLDER}/chat_template.jinja"
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        (TEMPLATE_FILE, lambda _: "", "chat_template.jinja describes nothing that can be built"),
+        (TEMPLATE_FILE, lambda text: text[: len(text) // 2], "chat_template.jinja describes nothing that can be built"),
+        (TEMPLATE_FILE, lambda text: text.replace("<|image_pad|>", ""), "does not hold the image of a message once"),
+        (TEMPLATE_FILE, lambda text: text.replace("part['text']", "'go'"), "does not hold the text of a message once"),
+        (
+            f"{FOLDER}/tokenizer.json",
+            lambda text: text.replace('"added_tokens": [', '"added_tokens": [{"id": 1000000000},'),
+            "has a token with the id 1000000000",
+        ),
+    ],
+)
+def test_a_backbones_processor_that_hides_what_it_is_given_is_refused(saved, kind, tmp_path, name, change, says):
+    folder = shutil.copytree(saved(kind)[0], tmp_path / "model")
+    before = (folder / name).read_text()
+    (folder / name).write_text(change(before))
+    assert (folder / name).read_text() != before
+    with pytest.raises(vp.CheckpointError, match=says):
+        vp.load_policy(folder)
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_refused(saved, tmp_path):
+    folder = shutil.copytree(saved("eo1")[0], tmp_path / "model")
+    (folder / FOLDER / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(vp.CheckpointError, match="has no token to pad with"):
+        vp.load_policy(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{actions}{e_actions}", r"without \{instruction\}"),
+        ("{instruction}{e_actions}", r"without \{actions\}"),
+        ("{what}", "KeyError"),
+        (3, "AttributeError|prompt_template"),
+    ],
+)
+def test_a_prompt_that_leaves_out_what_the_policy_reads_is_refused(saved, tmp_path, template, says):
+    folder = shutil.copytree(saved("vla_jepa")[0], tmp_path / "model")
+    edit(folder, "config.json", lambda content: content.update(prompt_template=template))
+    with pytest.raises(vp.CheckpointError, match=says):
+        vp.load_policy(folder)
+
+
+def test_a_preprocessor_that_fails_is_the_checkpoints_fault(saved):
+    policy = vp.load_policy(saved("eo1")[0])
+    step = next(step for step in policy.preprocessor.steps if hasattr(step, "_processor"))
+    step._processor.chat_template = None
+    with pytest.raises(vp.CheckpointError, match=r"own preprocessor failed on this observation \(ValueError"):
+        act(policy)
+
+
 def test_the_world_model_of_a_vla_jepa_is_left_out(saved, tmp_path):
     """Its weights are part of published checkpoints, and only training reads them."""
     folder = shutil.copytree(saved("vla_jepa")[0], tmp_path / "model")

@@ -20,7 +20,13 @@ from vla_pruner.anatomy import Anatomy, layers_of, projection_of
 from vla_pruner.checkpoints.files import checkpoint_folder, described_by, listed, read_json, reason, shown
 from vla_pruner.checkpoints.numbers import check_counts, finite_action
 from vla_pruner.checkpoints.weights import Stored, check_finite, check_fit, misfit, read_headers
-from vla_pruner.errors import CheckpointError, ObservationError, OptionError, UnsupportedModelError
+from vla_pruner.errors import (
+    CheckpointError,
+    ObservationError,
+    OptionError,
+    UnsupportedModelError,
+    VLAPrunerError,
+)
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
 from vla_pruner.families.refused import NOT_LOADED
 from vla_pruner.observations import check_images, check_instruction, state_of
@@ -128,7 +134,8 @@ class LeRobotPolicy:
             proprio: (d,) the robot's state, in the checkpoint's own units.
 
         Raises:
-            CheckpointError: the checkpoint has no processors, or its network gives numbers that are not finite.
+            CheckpointError: the checkpoint has no processors, they fail, or its network gives numbers that are not
+                finite.
             ObservationError: an image, a camera or the state is not as the policy expects it.
         """
         if self.preprocessor is None or self.postprocessor is None:
@@ -137,7 +144,16 @@ class LeRobotPolicy:
                 "its tokenizer and its statistics; save them into its folder, or call .module with a batch of yours."
             )
         check_instruction(instruction)
-        batch = self.preprocessor({**self._observation(images, proprio), "task": instruction})
+        given = {**self._observation(images, proprio), "task": instruction}
+        try:
+            batch = self.preprocessor(given)
+        except VLAPrunerError:
+            raise
+        except Exception as error:  # its steps, and the tokenizer that it names, are the checkpoint's
+            raise CheckpointError(
+                f"The checkpoint's own preprocessor failed on this observation ({type(error).__name__}: "
+                f"{reason(error)}). Look at policy_preprocessor.json and the tokenizer that it names."
+            ) from error
         with torch.no_grad():
             chunk: Tensor = self.module.predict_action_chunk(batch)
         # LeRobot's postprocessors take one action at a time.
@@ -291,6 +307,8 @@ def load_module(
         policy.model.vlm_with_expert.to(dtype)
     policy = policy.to(device).eval()
     check_finite(policy, folder, headers)
+    if kind == "vla_jepa":
+        backbones.check_processor(folder, policy.model.qwen.processor)
     return policy
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vla_pruner.checkpoints.files import read_json, reason, shown
+from vla_pruner.checkpoints.files import AGAIN, described_by, is_file, read_json, reason, shown
 from vla_pruner.errors import CheckpointError
+from vla_pruner.json_file import field_of
 
 FOLDER = "backbone"
 """The folder in a checkpoint's that has the backbone's config.json, tokenizer and image processor."""
@@ -21,6 +22,11 @@ TRAINING_ONLY = {"vla_jepa": ("model.video_encoder.", "model.video_predictor.")}
 """The beginnings of the names of weights that only training reads, by LeRobot's name of the policy."""
 
 _EO1_STEP = "eo1_qwen_processor"
+
+_MOST_TOKENS = 10_000_000
+"""The largest accepted id of a token; those of published tokenizers are below 300 000. The library behind them lists
+every id that none has.
+"""
 
 
 def beside(folder: Path) -> Path | None:
@@ -34,13 +40,57 @@ def prepare(folder: Path, config: Any) -> None:
     of parts that only training needs.
     """
     inner = beside(folder)
+    if inner is not None:
+        _check_tokens(inner / "tokenizer.json")
     if config.type == "eo1":
         # LeRobot fetches the backbone's weights if this is None, and then replaces them by the checkpoint's.
         config.pretrained_path = str(folder)
     if config.type == "vla_jepa":
         config.enable_world_model = False
+        _check_prompt(folder / "config.json", config.prompt_template)
         if inner is not None:
             config.qwen_model_name = str(inner)
+
+
+def check_processor(folder: Path, processor: Any) -> None:
+    """Refuse a backbone's processor that does not put each image and each text of a message into the prompt once.
+
+    Raises:
+        CheckpointError: it does not, it cannot be run, or it has no token to pad with.
+    """
+    place, said = beside(folder) or folder, "take the cup"
+    message = {"role": "user", "content": [{"type": "image", "image": "image"}, {"type": "text", "text": said}]}
+    with described_by(place / "chat_template.jinja"):
+        prompt = processor.apply_chat_template([message], tokenize=False)
+    found = [what for what in (said, processor.image_token) if prompt.count(what) != 1]
+    if found:
+        what = "text" if said in found else "image"
+        raise CheckpointError(
+            f"The chat template of {place} makes a prompt that does not hold the {what} of a message once: "
+            f"{shown(repr(prompt))}. {AGAIN}"
+        )
+    if processor.tokenizer.pad_token is None:
+        raise CheckpointError(f"The tokenizer of {place} has no token to pad with (pad_token). {AGAIN}")
+
+
+def _check_tokens(file: Path) -> None:
+    if not is_file(file):
+        return
+    with described_by(file):
+        for token in field_of(read_json(file), "added_tokens", list[dict[str, Any]]):
+            number = field_of(token, "id", int, "a token")
+            if not 0 <= number <= _MOST_TOKENS:
+                raise CheckpointError(f"{file} has a token with the id {number}, up to {_MOST_TOKENS}. {AGAIN}")
+
+
+def _check_prompt(file: Path, template: Any) -> None:
+    """Refuse a template of the prompt from which a part that the policy reads is missing."""
+    parts = {name: f"<{name}>" for name in ("instruction", "actions", "e_actions")}
+    with described_by(file):
+        prompt = template.format(**parts)
+    missing = [name for name, part in parts.items() if part not in prompt]
+    if missing:
+        raise CheckpointError(f"{file} has a prompt_template without {{{missing[0]}}}. {AGAIN}")
 
 
 @contextlib.contextmanager

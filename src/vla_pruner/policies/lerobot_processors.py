@@ -23,7 +23,7 @@ from vla_pruner.checkpoints.files import (
     shown,
 )
 from vla_pruner.errors import CheckpointError, OptionError
-from vla_pruner.policies.lerobot_backbones import fetching, processor_overrides
+from vla_pruner.policies.lerobot_backbones import check_processor, fetching, processor_overrides
 
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 _OWN = (
@@ -67,6 +67,9 @@ def read_processors(
     overrides = {"device_processor": {"device": str(device)}, **processor_overrides(folder, first)}
     with described_by(first), fetching(folder, first), no_remote_code():
         both = make(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+    for step in both[0].steps:
+        if type(step).__name__ == "EO1QwenProcessorStep":
+            check_processor(folder, step._processor)
     with described_by(folder / FILES[1]):
         _settle_statistics(folder, both, unnorm_key, getattr(config, "max_state_dim", 0))
     return both
