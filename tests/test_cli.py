@@ -103,6 +103,20 @@ def test_wrong_flags_are_one_line_and_exit_code_2(flags: list[str], capsys: pyte
     assert "--help" in error
 
 
+def test_an_unknown_flag_names_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, named in (
+        (["serve", "--policy", "x", "--encoder-keep", ".5"], "vla-pruner serve"),
+        (["report", "x", "y"], "vla-pruner report"),
+        (["--nonsense"], "vla-pruner"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(given)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"{named}: unrecognized arguments: ")
+        assert error.endswith(f"; see {named} --help\n")
+
+
 @pytest.mark.parametrize("command", [["audit", "x"], ["bench", "--model", "pi0"]])
 def test_a_wrong_keep_is_told_what_keep_means(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("abc", "1/2", "²"):

@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             add(_Commands(commands, summary))
         else:
             commands.add_parser(name, help=summary)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # the help that has the flags is the subcommand's
+        commands.choices.get(options.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.version:
         _print_versions()
         return 0

@@ -11,6 +11,7 @@ import torch
 import vla_pruner as vp
 from tests.docs.pages import DOCS, ROOT, blocks, page, understood
 from vla_pruner.models.chunk.loading import SHIPPED_WEIGHTS
+from vla_pruner.policies.lerobot import KINDS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -105,6 +106,30 @@ def test_a_method_of_your_own() -> None:
     if not (SHIPPED_WEIGHTS / "metaworld" / "model.safetensors").is_file():
         pytest.skip("the reference policy's weights are not in this tree")
     run(proof, names)
+
+
+SPOKEN = {
+    "pi0": "pi0",
+    "pi05": "pi0.5",
+    "pi0_fast": "pi0-FAST",
+    "smolvla": "SmolVLA",
+    "molmoact2": "MolmoAct2",
+    "eo1": "EO-1",
+    "vla_jepa": "VLA-JEPA",
+}
+"""LeRobot's policies as texts name them, by LeRobot's own names."""
+
+
+def test_every_text_names_every_lerobot_policy_that_is_loaded() -> None:
+    assert SPOKEN.keys() == KINDS.keys()
+    plugin = ROOT / "plugins" / "lerobot_policy_vla_pruner"
+    (flag,) = [line for line in page("lerobot.md").splitlines() if line.startswith("| `--policy.pretrained_path`")]
+    (described,) = [line for line in (plugin / "pyproject.toml").read_text().splitlines() if "description" in line]
+    for text in (flag, described, (plugin / "README.md").read_text()):
+        assert [name for name in SPOKEN.values() if not re.search(rf"{re.escape(name)}(?![\w.-]\w)", text)] == []
+    rows = [line.split("|") for line in page("models.md").splitlines() if line.startswith("| ")]
+    loaded = [cells[1] for cells in rows if "`load_policy`" in cells[2]]
+    assert [name for name in SPOKEN.values() if not any(name in kinds for kinds in loaded)] == []
 
 
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))

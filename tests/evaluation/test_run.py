@@ -28,7 +28,7 @@ from vla_pruner.evaluation.policies import check_fits
 from vla_pruner.evaluation.records import EPISODES, TIMES
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import plan, shard
-from vla_pruner.simulators.base import Convention, SuiteError
+from vla_pruner.simulators.base import Convention, SuiteError, Task
 from vla_pruner.statistics import PackageMissing
 
 UNIT = Unit("fake", 0, "reach", 2, 0)
@@ -385,6 +385,51 @@ def test_a_package_that_the_summary_needs_is_missed_before_anything_runs(
         assert run(dataclasses.replace(new, methods=("fastv",)))[0] == 0, "one method needs no correction"
 
 
+class OtherWords(FakeSuite):
+    """The second task asks for what the tiny policy was never trained on."""
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        first, second = super().tasks
+        return first, dataclasses.replace(second, instruction="juggle the puck")
+
+
+def test_instructions_that_the_policy_refuses_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    def ran(out: str, **changes: Any) -> int:
+        asked = settings(tmp_path / out, "tiny", episodes=1, controls=(), **changes)
+        return run_eval(asked, Console(quiet=True), lambda name: OtherWords(name))
+
+    message = (
+        r"instructions of 1 of 2 tasks, .*; choose others by --tasks, or give a policy .* on fake\. Task 1: .*juggle"
+    )
+    with pytest.raises(EvaluationError, match=message):
+        ran("all")
+    with pytest.raises(EvaluationError, match=r"of 1 of 1 task, so .* would all crash; give a policy"):
+        ran("second", tasks=("1",))
+    assert list(tmp_path.iterdir()) == [], "nothing is left of what could not begin"
+    assert ran("first", tasks=("0",)) == 0
+
+
+def test_images_that_a_policy_cannot_use_are_refused_before_anything_runs() -> None:
+    def no_multiple(_: np.ndarray) -> np.ndarray:
+        raise ObservationError("It sees square images of 128 pixels; found 224 x 224.")
+
+    def package_missing(_: np.ndarray) -> np.ndarray:
+        raise ModuleNotFoundError("LIBERO's images need simplejpeg; run: pip install simplejpeg")
+
+    policy = ToyFlow()
+    for prepare, message in ((no_multiple, "fake draws images of 224 x 224 .* of 128"), (package_missing, "run: pip")):
+        with pytest.raises(SuiteError, match=message):
+            check_fits(policy, SizedSuite(), Convention({"image": "corner"}, proprio=True, image=prepare))
+    check_fits(policy, SizedSuite(), Convention({"image": "corner"}, proprio=True))
+
+
+class SizedSuite(FakeSuite):
+    """It says how large its images are."""
+
+    image_size = 224
+
+
 def test_tasks_and_suites_are_chosen_by_name_and_number(tmp_path: Path) -> None:
     asked = settings(tmp_path, suites=("fake", "other"), tasks=("1", "push"), episodes=1, controls=())
     assert run(asked)[0] == 0
@@ -419,7 +464,10 @@ def test_presets(tmp_path: Path) -> None:
         ({"seed": -1}, "--seed is -1"),
         ({"shard": (3, 2)}, "--shard is 3/2"),
         ({"controls": ("luck",)}, "--controls is luck; it is none, or some of again, random, blank"),
-        ({"pruned": ("melt",)}, "--pruned is melt"),
+        ({"methods": ("fastv",), "pruned": ("melt",)}, "--pruned is melt"),
+        ({"methods": ("none",), "keep": (0.5,)}, "--method is none, so --keep would be of no effect"),
+        ({"methods": ("none",), "layer": (2,), "encoder_keep": (0.5,)}, "so --layer and --encoder-keep would be"),
+        ({"methods": ("none",), "pruned": ("freeze",), "encoder_refresh": 2}, "so --pruned and --encoder-refresh"),
         ({"suites": ()}, "--suite names nothing"),
         ({"methods": ("vla-pruner:colour=red",)}, "--method has the option 'colour=red'; vla-pruner takes layer="),
     ],

@@ -376,6 +376,17 @@ def test_freezing_is_compared_with_the_same_dropped(tmp_path: Path) -> None:
     assert len(said) == 2
     assert all(sentence.endswith("freezing solves more.") for sentence in said)
     assert said[0].startswith("vla-pruner 0.25 freeze K=3 against the same dropped: +40 points")
+    overall = "in 2 settings: freezing solves more in {}, dropping in {}, and no difference is shown in {}."
+    assert overall.format(2, 0, 0) in " ".join(sentences(summary))
+
+    def mixed(arm: str, unit: Unit) -> bool:
+        worse = "0.5-freeze" in arm or "0.25-drop" in arm
+        return not (worse and unit.initial_state % 2) or "0.125" in arm
+
+    three = made(tmp_path, mixed, pruned=("drop", "freeze"), keep=(0.25, 0.5, 0.125))
+    assert overall.replace("2 settings", "3 settings").format(1, 1, 1) in " ".join(sentences(summarize(three)))
+    alone = summarize(made(tmp_path, frozen_saves, pruned=("drop", "freeze")))
+    assert "Freezing or dropping" not in " ".join(sentences(alone)), "one comparison speaks for itself"
 
 
 @pytest.mark.parametrize("key", ["", ".", "..", "a/../b", "/etc", "..\\x", "é" * 300])

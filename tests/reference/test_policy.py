@@ -116,6 +116,13 @@ def test_what_is_no_observation_is_a_sentence(policy: ReferencePolicy) -> None:
         untyped.act(image, text, state)
     with pytest.raises(ObservationError, match="images are a NoneType"):
         untyped.act(None, text, state)
+    for wrong, message in (
+        (image[::2, ::2], r"image of 'image' has shape \(56, 56, 3\) .*; the policy takes \(112, 112, 3\) of uint8"),
+        (image.astype(np.float32), "and type float32; the policy takes"),
+        ([[1], [2, 3]], "The image of 'image' is no array of numbers; found list"),
+    ):
+        with pytest.raises(ObservationError, match=message):
+            untyped.act({"image": wrong}, text, state)
 
 
 def test_instructions_are_padded_on_the_left() -> None:

@@ -131,6 +131,7 @@ def test_an_open_port_without_a_key_is_warned_of(
         (["--method", "fastv:windows=5"], "'windows=5'"),
         (["--method", "vla-cache"], "reuses keys and values"),
         (["--keep", "2.0"], "keep=2.0"),
+        (["--method", "none", "--layer", "2"], "--method is none, which prunes nothing; leave --layer out"),
         (["--port", "70000"], "--port is 70000"),
         (["--max-robots", "0"], "--max-robots is 0; it is a whole number"),
         (["--max-message", "-1"], "--max-message is -1 MiB; it is a whole number of 1 or more"),

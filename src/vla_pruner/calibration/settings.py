@@ -11,7 +11,7 @@ from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.recordings import EPISODES
 from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.policies import PolicySource
-from vla_pruner.evaluation.settings import DEFAULT_METHODS, NO_METHOD
+from vla_pruner.evaluation.settings import named_methods
 from vla_pruner.method_names import LAYER
 
 
@@ -82,6 +82,5 @@ class CalibrateSettings:
         given = (self.methods, self.keep, self.layer, self.pruned, *encoder, self.controls)
         if self.against and all(one is None for one in given):
             return arms_of(self.against)
-        names = () if self.methods == NO_METHOD else self.methods or DEFAULT_METHODS
-        methods = method_arms(names, self.keep, self.layer or LAYER, self.pruned, *encoder)
+        methods = method_arms(named_methods(self), self.keep, self.layer or LAYER, self.pruned, *encoder)
         return list(all_arms(methods, CONTROLS if self.controls is None else self.controls)[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from vla_pruner.simulators.base import Convention, Environment, SeesTheState, Suite, SuiteError
+from vla_pruner.errors import ObservationError
+from vla_pruner.simulators.base import Convention, Environment, SeesTheState, Suite, SuiteError, Task
+from vla_pruner.wording import said_by
 
 EXPERT, NOTHING = "expert", "nothing"
 SCRIPTED = (EXPERT, NOTHING)
@@ -99,7 +101,8 @@ def check_fits(policy: Any, suite: Suite, convention: Convention) -> None:
         convention: the policy's view of the suite.
 
     Raises:
-        SuiteError: its cameras are not those that it is shown, or its actions have another size than the suite's.
+        SuiteError: its cameras are not those that it is shown, their images cannot be prepared for it, or its actions
+            have another size than the suite's.
         CheckpointError, ObservationError: its actions cannot be scaled, for instance because it has statistics of
             several datasets and none was chosen.
     """
@@ -112,6 +115,7 @@ def check_fits(policy: Any, suite: Suite, convention: Convention) -> None:
             f"{suite.name} has the cameras {', '.join(map(repr, suite.cameras))}, and this policy takes "
             f"{', '.join(map(repr, cameras))}: nothing is known of {missing[0]!r}. Give a policy trained on this suite."
         )
+    check_images_fit(suite, convention)
     statistics = getattr(policy, "get_action_stats", None)
     if callable(statistics):
         statistics()
@@ -124,6 +128,37 @@ def check_fits(policy: Any, suite: Suite, convention: Convention) -> None:
             f"{suite.name} takes actions of {suite.action_size} numbers, and this policy's have {planned}; it was "
             "trained for another robot. Give a policy trained on this suite."
         )
+
+
+def check_images_fit(suite: Suite, convention: Convention) -> None:
+    """Refuse images of a size that the convention cannot prepare.
+
+    Raises:
+        SuiteError: the suite draws such images, or a package that prepares them is missing.
+    """
+    side = getattr(suite, "image_size", None)
+    if not convention.cameras or not isinstance(side, int):
+        return
+    try:
+        convention.image(np.zeros((side, side, 3), np.uint8))
+    except (ObservationError, ImportError) as error:
+        raise SuiteError(f"{suite.name} draws images of {side} x {side} pixels. {said_by(error)}") from error
+
+
+def refused_instructions(policy: Any, tasks: Iterable[Task]) -> dict[tuple[str, int], str]:
+    """Return the policy's own message for each of the tasks, by suite and number, whose instruction it does not read.
+    Only the reference policies, which know the words of their training alone, say so without acting.
+    """
+    read = getattr(policy, "encode_instructions", None)
+    found: dict[tuple[str, int], str] = {}
+    if not callable(read):
+        return found
+    for task in tasks:
+        try:
+            read([task.instruction])
+        except ObservationError as error:
+            found[task.suite, task.index] = str(error)
+    return found
 
 
 def action_size(policy: Any) -> int | None:

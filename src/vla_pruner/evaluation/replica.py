@@ -13,7 +13,7 @@ from vla_pruner.evaluation.arms import Arm, check_layers
 from vla_pruner.evaluation.episode import CRASHES, describe, is_crash, run_episode
 from vla_pruner.evaluation.lockstep import check_batch, run_together, shares
 from vla_pruner.evaluation.maps import with_score_maps
-from vla_pruner.evaluation.policies import PolicySource, check_fits, fingerprint, sees_images
+from vla_pruner.evaluation.policies import PolicySource, check_fits, fingerprint, refused_instructions, sees_images
 from vla_pruner.evaluation.records import Record
 from vla_pruner.evaluation.traces import Trace, Tracer
 from vla_pruner.evaluation.units import Unit
@@ -89,7 +89,7 @@ class Replica:
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that make results comparable: the suites' tasks, a fingerprint of the weights, the
-        conventions of the suites, and versions.
+        conventions of the suites, and versions; and the tasks whose instruction the policy refuses.
         """
         policy = self._policy(self.recipe.suites[0])
         return {
@@ -97,6 +97,7 @@ class Replica:
             "weights": fingerprint(policy),
             "horizons": {name: convention.horizon for name, convention in self._conventions.items()},
             "versions": {name: self.versions(name) for name in self.suites},
+            "refused": refused_instructions(policy, (task for suite in self.suites.values() for task in suite.tasks)),
         }
 
     def versions(self, suite: str) -> dict[str, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vla_pruner.evaluation.traces import Trace, write_trace
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import Suite, Task, find_task
+from vla_pruner.wording import counted
 
 
 @dataclass
@@ -92,6 +93,19 @@ def tasks_of(offered: Mapping[str, tuple[Task, ...]], settings: EvalSettings) ->
     return tuple(task for tasks in offered.values() for task in tasks if task in found)
 
 
+def _check_instructions(tasks: Sequence[Task], refused: Mapping[tuple[str, int], str]) -> None:
+    found = [task for task in tasks if (task.suite, task.index) in refused]
+    if not found:
+        return
+    first = found[0]
+    others = "choose others by --tasks, or " if len(found) < len(tasks) else ""
+    raise EvaluationError(
+        f"The policy refuses the instructions of {len(found)} of {counted(len(tasks), 'task')}, so their episodes "
+        f"would all crash; {others}give a policy that was trained on {first.suite}. Task {first.index}: "
+        f"{refused[first.suite, first.index]}"
+    )
+
+
 def begin(settings: EvalSettings, described: Mapping[str, Any], file: RecordFile) -> Run:
     """Begin a run in its folder, or go on with the one that is there.
 
@@ -121,6 +135,7 @@ def begin(settings: EvalSettings, described: Mapping[str, Any], file: RecordFile
         conditions=(conditions,),
     )
     asked.plan.units()  # refused now, if a task has not that many initial states
+    _check_instructions(asked.plan.tasks, described["refused"])
     folder = settings.out
     if (folder / MANIFEST).exists():
         manifest = Manifest.read(folder).continued(asked, folder)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vla_pruner.errors import OptionError
 from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.policies import PolicySource
@@ -21,6 +22,9 @@ NO_METHOD = ("none",)
 DEFAULT_MARGIN = 0.02
 CLAIM_EPISODES = 50
 """Episodes a task below which a run is a look and no evidence."""
+
+OF_METHODS = ("keep", "layer", "pruned", "encoder_keep", "encoder_refresh")
+"""The settings that make arms of a method."""
 
 LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
@@ -125,8 +129,7 @@ class EvalSettings:
             if getattr(self, name) is not None and not getattr(self, name):
                 raise EvaluationError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
         check_read(self.suite_options, self.suite_names)
-        choosing = ("methods", "keep", "layer", "pruned", "encoder_keep", "encoder_refresh")
-        asked = [name for name in choosing if getattr(self, name) is not None]
+        asked = [name for name in ("methods", *OF_METHODS) if getattr(self, name) is not None]
         if self.policy.scripted and (asked or set(self.controls or ()) - {"again"}):
             raise EvaluationError(
                 f"--policy is {self.policy.name}, which sees no images, so nothing can be pruned or blanked; leave out "
@@ -167,8 +170,24 @@ class EvalSettings:
         """
         if self.policy.scripted:
             return all_arms([], ("again",) if self.controls is None else self.controls)
-        names = () if self.methods == NO_METHOD else self.methods or DEFAULT_METHODS
+        names = named_methods(self)
         methods = method_arms(
             names, self.keep, self.layer or LAYER, self.pruned, self.encoder_keep, self.encoder_refresh
         )
         return all_arms(methods, CONTROLS if self.controls is None else self.controls)
+
+
+def named_methods(settings: Any) -> tuple[str, ...]:
+    """Return the methods that run, of settings that have `methods` and all of `OF_METHODS`.
+
+    Raises:
+        OptionError: there are none, and one of these settings would be of no effect.
+    """
+    if settings.methods != NO_METHOD:
+        return settings.methods or DEFAULT_METHODS
+    given = [flag(name) for name in OF_METHODS if getattr(settings, name) is not None]
+    if given:
+        raise OptionError(
+            f"--method is none, so {' and '.join(given)} would be of no effect; leave one or the other out."
+        )
+    return ()

@@ -74,8 +74,10 @@ def _random(arm: ArmSummary) -> str:
 
 
 def freezing(summary: Summary) -> list[str]:
-    """Say whether freezing solves more than dropping; empty without arms that differ in this alone."""
-    found = []
+    """Say whether freezing solves more than dropping, setting by setting and, of several, in how many; empty without
+    arms that differ in this alone.
+    """
+    found, more, less = [], 0, 0
     for arm in summary.of("method"):
         frozen = arm.against_drop
         if frozen is None or not frozen.pairs:
@@ -83,8 +85,19 @@ def freezing(summary: Summary) -> list[str]:
         head = f"{arm.title} against the same dropped: {spread(frozen)} on {counted(frozen.pairs, 'pair')}"
         if frozen.within_noise:
             found.append(f"{head}: no difference is shown.")
+        elif frozen.value > 0:
+            more += 1
+            found.append(f"{head}: freezing solves more.")
         else:
-            found.append(f"{head}: {'freezing' if frozen.value > 0 else 'dropping'} solves more.")
+            less += 1
+            found.append(f"{head}: dropping solves more.")
+    if len(found) > 1:
+        settings = len(found)
+        found.append(
+            f"Freezing or dropping, in {settings} settings: freezing solves more in {more}, dropping in {less}, and no "
+            f"difference is shown in {settings - more - less}. Each has a 95 % interval of its own, so one of many may "
+            "differ by chance."
+        )
     return found
 
 

@@ -54,7 +54,7 @@ def add_serve(commands: Any) -> None:
         help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: 0.25, or what a method\n"
         "that reuses tokens was published with)",
     )
-    add("--layer", metavar="K", type=int, default=3, help="the pruning layer (default: %(default)s)")
+    add("--layer", metavar="K", type=int, help="the pruning layer (default: 3)")
     add("--pruned", choices=WITHIN_A_STEP, help="what becomes of the others (default: drop where the method can)")
     add("--host", metavar="ADDRESS", default="127.0.0.1", help="0.0.0.0 for all (default: %(default)s, this machine)")
     add("--port", metavar="N", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
@@ -233,17 +233,18 @@ def run_serve(options: argparse.Namespace) -> int:
 
 def _method(options: argparse.Namespace) -> Any:
     if options.method == "none":
-        given = [f"--{name}" for name in ("keep", "pruned") if getattr(options, name) is not None]
+        given = [f"--{name}" for name in ("keep", "layer", "pruned") if getattr(options, name) is not None]
         if given:
             from vla_pruner.errors import OptionError
 
             raise OptionError(f"--method is none, which prunes nothing; leave {' and '.join(given)} out.")
         return None
-    from vla_pruner.method_names import methods_of
+    from vla_pruner.method_names import LAYER, methods_of
 
     pruned = None if options.pruned is None else (options.pruned,)
     keep = None if options.keep is None else (options.keep,)
-    (made,) = methods_of((options.method,), keep, (options.layer,), pruned)
+    layers = LAYER if options.layer is None else (options.layer,)
+    (made,) = methods_of((options.method,), keep, layers, pruned)
     return made.method
 
 

@@ -57,7 +57,8 @@ def libero_convention(policy: Any, center_crop: bool = True) -> Convention:
         return convention
     raise SuiteError(
         f"How a {type(policy).__name__} sees LIBERO is not known; OpenVLA, OpenVLA-OFT, pi0 of transformers, LeRobot's "
-        "policies, and reference policies trained in LIBERO are, and policies that see the simulator's state."
+        "policies, and reference policies trained in LIBERO (reference:libero-object) are, and policies that see the "
+        "simulator's state."
     )
 
 

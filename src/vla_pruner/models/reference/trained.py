@@ -138,12 +138,8 @@ class TrainedPolicy(nn.Module):
             raise ObservationError(
                 f"The policy's cameras are {', '.join(map(repr, self.cameras))}; it was given {list(images)}."
             )
-        if len(self.frame_shape) == 3:
-            return images[self.cameras[0]]
-        shapes = {name: np.shape(images[name]) for name in self.cameras}
-        if len(set(shapes.values())) > 1:
-            raise ObservationError(f"The cameras' images differ in shape: {shapes}.")
-        return np.stack([np.asarray(images[name]) for name in self.cameras])
+        frames = [_image(name, images[name], self.frame_shape[-3:]) for name in self.cameras]
+        return frames[0] if len(self.frame_shape) == 3 else np.stack([np.asarray(frame) for frame in frames])
 
     def prepared(self, images: Any, instruction: Any, proprio: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Check the arguments of `predict_action`.
@@ -181,6 +177,26 @@ class TrainedPolicy(nn.Module):
             raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
         if len(instructions) != len(images):
             raise ObservationError(f"Images of {len(images)} robots came with {len(instructions)} instructions.")
+
+
+def _image(camera: str, value: Any, shape: tuple[int, ...]) -> Any:
+    """Return an image as it is, or what numpy makes of one that is no array.
+
+    Raises:
+        ObservationError: it is no image of this shape (H, W, 3) and of uint8.
+    """
+    try:
+        image = value if isinstance(value, Tensor) else np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ObservationError(
+            f"The image of {camera!r} is no array of numbers; found {type(value).__name__}."
+        ) from error
+    if image.dtype not in (np.uint8, torch.uint8) or tuple(image.shape) != shape:
+        raise ObservationError(
+            f"The image of {camera!r} has shape {tuple(image.shape)} and type {image.dtype}; the policy takes {shape} "
+            "of uint8."
+        )
+    return image
 
 
 def _tensor(what: str, value: Any) -> Tensor:
