@@ -218,7 +218,7 @@ def test_nothing_but_what_the_document_names_is_imported(tmp_path: Path) -> None
 
 
 def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--dry"]
+    words = [sys.executable, "-m", "tests.gpu.forked", "--out", str(tmp_path), "--dry"]
     done = subprocess.run(words, cwd=ROOT, env=_environment(), capture_output=True, text=True)
     found = json.loads((tmp_path / "gpu.json").read_text())
     states = {item["item"]: (item["status"], item["reason"]) for item in found["items"]}
