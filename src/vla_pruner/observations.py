@@ -11,6 +11,10 @@ import numpy as np
 from vla_pruner.errors import ObservationError
 from vla_pruner.wording import a_type
 
+HOLDS_IMAGE = (
+    "The instruction holds {what}, which stands for an image in this policy's prompt; give the task in words alone."
+)
+
 
 @dataclass(frozen=True)
 class Observation:

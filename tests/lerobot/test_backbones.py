@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -233,6 +234,15 @@ def test_a_prompt_that_leaves_out_what_the_policy_reads_is_refused(saved, tmp_pa
     edit(folder, "config.json", lambda content: content.update(prompt_template=template))
     with pytest.raises(vp.CheckpointError, match=says):
         vp.load_policy(folder)
+
+
+@each_kind
+def test_an_instruction_that_holds_an_image_is_refused(saved, kind):
+    policy = vp.load_policy(saved(kind)[0])
+    seen = example_of(policy)
+    for word in ("<|image_pad|>", "<|video_pad|>"):
+        with pytest.raises(vp.ObservationError, match=re.escape(f"holds '{word}', which stands for an image")):
+            policy.act(seen.images, f"put {word} there", seen.proprio)
 
 
 def test_a_preprocessor_that_fails_is_the_checkpoints_fault(saved):

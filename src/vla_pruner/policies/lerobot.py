@@ -29,7 +29,7 @@ from vla_pruner.errors import (
 )
 from vla_pruner.families.lerobot_common import IMAGES, camera_names, check_version
 from vla_pruner.families.refused import NOT_LOADED
-from vla_pruner.observations import check_images, check_instruction, state_of
+from vla_pruner.observations import HOLDS_IMAGE, check_images, check_instruction, state_of
 from vla_pruner.plugins import class_at
 from vla_pruner.policies import lerobot_backbones as backbones
 from vla_pruner.policies.lerobot_processors import check_steps, no_remote_code, read_processors, state_size
@@ -144,6 +144,9 @@ class LeRobotPolicy:
                 "its tokenizer and its statistics; save them into its folder, or call .module with a batch of yours."
             )
         check_instruction(instruction)
+        for word in backbones.placeholders(self.module, self.preprocessor):
+            if word in instruction:
+                raise ObservationError(HOLDS_IMAGE.format(what=repr(word)))
         given = {**self._observation(images, proprio), "task": instruction}
         try:
             batch = self.preprocessor(given)

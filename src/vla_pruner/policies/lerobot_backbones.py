@@ -73,6 +73,16 @@ def check_processor(folder: Path, processor: Any) -> None:
         raise CheckpointError(f"The tokenizer of {place} has no token to pad with (pad_token). {AGAIN}")
 
 
+def placeholders(module: Any, preprocessor: Any) -> frozenset[str]:
+    """Return the words that a policy's processors replace by images, wherever in a prompt they are."""
+    steps = getattr(preprocessor, "steps", ())
+    found = [getattr(step, name, None) for step in steps for name in ("_processor", "processor")]
+    found.append(getattr(getattr(getattr(module, "model", None), "qwen", None), "processor", None))
+    names = ("image_token", "video_token", "image_placeholder_token")
+    words = (getattr(processor, name, None) for processor in found for name in names)
+    return frozenset(word for word in words if isinstance(word, str) and word)
+
+
 def _check_tokens(file: Path) -> None:
     if not is_file(file):
         return
