@@ -110,6 +110,7 @@ class Summary:
         margin: declared before the run, as a fraction.
         for_claims: whether it is long enough to be evidence.
         extended: numbers of episodes a task that were asked for before.
+        left: episodes that could still be added to every task, each from an initial state of its own; None: any number.
     """
 
     arms: list[ArmSummary]
@@ -118,6 +119,7 @@ class Summary:
     margin: float
     for_claims: bool
     extended: tuple[int, ...]
+    left: int | None = None
 
     @property
     def baseline(self) -> ArmSummary:
@@ -208,7 +210,9 @@ def summarize(run: Run) -> Summary:
                 by_task={} if key == arms[0]["key"] else _by_task(base, mine),
             )
         )
-    return Summary(rows, len(units), len(plan.tasks), margin, run.manifest.for_claims, run.manifest.extended)
+    stored = [task.initial_states for task in plan.tasks if task.initial_states is not None]
+    left = min(stored) - plan.first - plan.episodes if stored else None
+    return Summary(rows, len(units), len(plan.tasks), margin, run.manifest.for_claims, run.manifest.extended, left)
 
 
 def _row(
