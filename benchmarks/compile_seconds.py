@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 FORMAT = "vla-pruner compile seconds 1"
 POLICIES = tuple(row.name for row in ROWS if row.random is not None and class_at(row.family).compilable)
 DRY = ("reference",)
+INDUCTOR = "inductor"
 NOT_HERE = 3
 """The exit code of a process whose policy cannot be built here; its last line says why."""
 PRUNED_STEPS = 2
@@ -151,7 +152,8 @@ def names(text: str) -> tuple[str, ...]:
     found = tuple(word.strip() for word in text.split(",") if word.strip())
     unknown = [name for name in found if name not in POLICIES]
     if unknown or not found:
-        raise argparse.ArgumentTypeError(f"{text!r} names none of {', '.join(POLICIES)}")
+        told = ", ".join(map(repr, unknown or [text]))
+        raise argparse.ArgumentTypeError(f"{told} is none of {', '.join(POLICIES)}")
     return found
 
 
@@ -180,16 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", metavar="DIR", type=Path, help="folder of the results")
-    add("--only", metavar="A,B", type=names, default=POLICIES, help="these policies (default: all)")
+    add("--only", metavar="A,B", type=names, help=f"some of {', '.join(POLICIES)} (default: all)")
     add("--dry", action="store_true", help="one tiny policy, without inductor")
-    add("--backend", default="inductor", help="as of torch.compile (default: %(default)s)")
+    add("--backend", help=f"as of torch.compile (default: {INDUCTOR})")
     add("--threads", metavar="N", type=int, help="of torch (default: as it is)")
     add("--limit", metavar="S", type=float, default=900.0, help="seconds of a process (default: %(default)s)")
     add("--child", metavar="NAME", choices=POLICIES, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child is not None:
         try:
-            print(json.dumps(episode(given.child, given.backend, given.threads)))
+            print(json.dumps(episode(given.child, given.backend or INDUCTOR, given.threads)))
         except UnsupportedModelError as error:
             print(error)
             return NOT_HERE
@@ -199,7 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise OptionError("--out is missing; give the folder of the results.")
         if (given.threads is not None and given.threads < 1) or not given.limit > 0:
             raise OptionError("--threads is a whole number of 1 or more, and --limit a number of seconds above 0.")
-        policies, backend = (DRY, "eager") if given.dry else (given.only, given.backend)
+        if given.dry and (given.only or given.backend):
+            raise OptionError("--dry runs one policy, without inductor; leave --only and --backend out, or --dry.")
+        policies = DRY if given.dry else given.only or POLICIES
+        backend = "eager" if given.dry else given.backend or INDUCTOR
         measured = run(policies, backend, given.threads, given.limit, given.out)
     except VLAPrunerError as error:
         print(f"benchmarks.compile_seconds: {error}", file=sys.stderr)

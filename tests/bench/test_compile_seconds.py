@@ -80,11 +80,18 @@ def test_flags_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--out", str(tmp_path / "file")], "file"),
         (["--out", str(tmp_path), "--threads", "0"], "--threads is a whole number"),
         (["--out", str(tmp_path), "--limit", "nan"], "--limit a number of seconds"),
+        (["--out", str(tmp_path), "--dry", "--only", "pi0"], "--dry runs one policy, without inductor"),
+        (["--out", str(tmp_path), "--dry", "--backend", "eager"], "leave --only and --backend out"),
     ):
         assert main(flags) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path), "--only", "pi9"])
+        main(["--out", str(tmp_path), "--only", "pi0,pi9"])
+    assert "'pi9' is none of reference" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = " ".join(capsys.readouterr().out.split())
+    assert all(name in listed for name in POLICIES)
 
 
 def test_a_policy_that_cannot_be_built_is_not_here(

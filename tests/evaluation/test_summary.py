@@ -389,6 +389,19 @@ def test_freezing_is_compared_with_the_same_dropped(tmp_path: Path) -> None:
     assert "Freezing or dropping" not in " ".join(sentences(alone)), "one comparison speaks for itself"
 
 
+def test_episodes_that_no_task_has_are_not_asked_for(tmp_path: Path) -> None:
+    """A suite's task has 100 initial states here; LIBERO's have 50, and a verdict may ask for hundreds."""
+    summary = summarize(made(tmp_path, usual))
+    (arm,) = summary.of("method")
+    assert arm.verdict is not None
+    assert arm.verdict.more is not None
+    assert (summary.left, arm.verdict.more > 40) == (40, True)
+    assert any(one.startswith("A task has 40 initial states left, fewer than some") for one in sentences(summary))
+    for left in (arm.verdict.more, None):
+        enough = dataclasses.replace(summary, left=left)
+        assert "initial states left" not in " ".join(sentences(enough))
+
+
 @pytest.mark.parametrize("key", ["", ".", "..", "a/../b", "/etc", "..\\x", "é" * 300])
 def test_an_arm_of_any_name_has_a_folder_of_its_own(key):
     """The arms of a merged run may have any names."""

@@ -71,8 +71,8 @@ def write_run(
         out=folder,
         episodes=planned or episodes,
         methods=tuple(methods),
-        keep=tuple(keep),
-        pruned=tuple(pruned),
+        keep=tuple(keep) or None,
+        pruned=tuple(pruned) or None,
         controls=tuple(controls),
         shard=shard,
     )

@@ -208,7 +208,7 @@ def test_one_arm_or_none(tmp_path: Path) -> None:
     assert "Not run: --controls random" in text
     assert "Not run: --controls blank" in text
     assert "Not for claims" not in text
-    write_run(tmp_path / "none", methods=("none",), controls=("again",))
+    write_run(tmp_path / "none", methods=("none",), keep=(), pruned=(), controls=("again",))
     assert "The unpruned policy solved 20 of 20 episodes; nothing was pruned." in text_of(report(tmp_path / "none"))
 
 

@@ -112,6 +112,7 @@ class Summary:
         for_claims: whether it is long enough to be evidence.
         extended: numbers of episodes a task that were asked for before.
         interval: of the differences, one of `statistics.INTERVALS`; verdicts use Newcombe's whichever it is.
+        left: episodes that could still be added to every task, each from an initial state of its own; None: any number.
     """
 
     arms: list[ArmSummary]
@@ -121,6 +122,7 @@ class Summary:
     for_claims: bool
     extended: tuple[int, ...]
     interval: str = NEWCOMBE
+    left: int | None = None
 
     @property
     def baseline(self) -> ArmSummary:
@@ -215,7 +217,11 @@ def summarize(run: Run, interval: str = NEWCOMBE) -> Summary:
                 by_task={} if key == arms[0]["key"] else _by_task(base, mine, interval),
             )
         )
-    return Summary(rows, len(units), len(plan.tasks), margin, run.manifest.for_claims, run.manifest.extended, interval)
+    stored = [task.initial_states for task in plan.tasks if task.initial_states is not None]
+    left = min(stored) - plan.first - plan.episodes if stored else None
+    return Summary(
+        rows, len(units), len(plan.tasks), margin, run.manifest.for_claims, run.manifest.extended, interval, left
+    )
 
 
 def _row(

@@ -165,6 +165,12 @@ def limits(summary: Summary) -> list[str]:
             f"Episodes were added after a first look (at {asked} a task), so a wrong verdict is likelier than 5 %; "
             "confirm it on other initial states (--first) before claiming it."
         )
+    wanted = [arm.verdict.more for arm in summary.of("method") if arm.verdict and arm.verdict.more]
+    if summary.left is not None and wanted and max(wanted) > summary.left:
+        found.append(
+            f"A task has {counted(summary.left, 'initial state')} left, fewer than some of these verdicts ask for; add "
+            "tasks or suites instead."
+        )
     if not summary.for_claims:
         found.append(
             f"Not for claims: whole episodes and at least {CLAIM_EPISODES} of them a task and arm (--preset standard) "
