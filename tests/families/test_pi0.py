@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 import vla_pruner as vp
+from tests.families import cases
 from vla_pruner.caches import cache_in
 
 K = 3
@@ -276,3 +277,22 @@ def test_a_users_own_embed_prefix_survives(pi0, inputs):
         sample(pi0, inputs)
     assert vars(pi0.model)["embed_prefix"] is own
     assert calls
+
+
+@pytest.mark.parametrize("shown", [(True, True), (True, False)])
+def test_a_text_that_holds_an_image_token_is_refused(shown):
+    """It would be taken for a token of a camera, the absent one's if there is one."""
+    model = cases.pi0("sdpa").build()
+    each = 16 * sum(shown)
+    ids = torch.tensor([[500] * each + [1, 500, 2, 3, 4] + [0] * (32 - each)])
+    given = {
+        "state": torch.ones(1, 32),
+        "pixel_values": torch.zeros(1, 2, 3, 56, 56),
+        "pixel_attention_mask": torch.tensor([shown]),
+        "attention_mask": (torch.arange(ids.shape[1]) < each + 5).long()[None],
+    }
+    with vp.FastV(keep=0.5, layer=1).attach(model) as session:
+        with pytest.raises(vp.SessionError, match="another number of image tokens than its cameras"):
+            model.sample_actions(input_ids=ids, **given)
+        model.sample_actions(input_ids=ids.where(torch.arange(ids.shape[1]) != each + 1, 7), **given)
+        assert session.kept is not None

@@ -169,6 +169,18 @@ def test_images_are_centred_on_black(height, width):
     assert abs(int(columns[0]) - (223 - int(columns[-1]))) <= 1
 
 
+class Reads:
+    """A tokenizer that reads the same ids in every text."""
+
+    bos_token_id = 1
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = ids
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": self._ids}
+
+
 def test_refusals(folder):
     policy = load_pi0(folder, cameras=("one", "two"))
     image = np.zeros((4, 4, 3), dtype=np.uint8)
@@ -194,6 +206,11 @@ def test_refusals(folder):
         policy.act(both, "li\ud800ft", np.zeros(8))
     with pytest.raises(vp.ObservationError, match="proprio holds numbers that are not finite"):
         policy.act(both, "lift", np.array([0.0, np.nan]))
+    image_token = policy.module.config.vlm_config.image_token_id
+    policy.tokenizer = Reads([3, image_token, 4])
+    with pytest.raises(vp.ObservationError, match="holds the image token, which stands for an image"):
+        policy.act(both, "lift <image>", np.zeros(8))
+    policy.tokenizer = StandInTokenizer(512)
     with pytest.raises(vp.ObservationError, match="proprio is an array of numbers; found str"):
         untyped.act(both, "lift", "left")
     with pytest.raises(vp.UnsupportedModelError, match="'flash_attention_2' was given; 'sdpa' and 'eager'"):

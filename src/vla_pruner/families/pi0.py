@@ -75,6 +75,8 @@ class PI0(TransformersFamily):
                 f"The cameras {self.cameras} were named, but pixel_values holds {count} per row. Name as many as there "
                 "are images, in their order: load_policy(..., cameras=(...)); or name none: attach(policy.module)."
             )
+        given = (is_image & prompt).sum(dim=1)
+        ensure((given == each * self._shown.sum(dim=1).to(given.device)).all(), OTHER_TOKENS)
         # A row with an absent camera has fewer image tokens and more padding: padding stands in for the missing ones,
         # so that every row drops equally many positions and none of them is text.
         rank = torch.where(is_image & prompt, 0, torch.where(prompt, 2, 1))
@@ -126,4 +128,8 @@ def anatomy_of(model: Any) -> Anatomy:
     )
 
 
+OTHER_TOKENS = (
+    "A row has another number of image tokens than its cameras that are not masked need; give each of these as many as "
+    "the vision encoder makes of an image, and no text that holds one."
+)
 FEW_TOKENS = "A row has fewer image and padding tokens than the cameras need; pad all rows alike."

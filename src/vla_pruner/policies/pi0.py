@@ -30,7 +30,7 @@ from vla_pruner.checkpoints.weights import check_depth, check_finite, check_fit,
 from vla_pruner.checks import check_attention
 from vla_pruner.errors import CheckpointError, ObservationError, OptionError
 from vla_pruner.families.pi0 import anatomy_of
-from vla_pruner.observations import check_images, check_instruction, state_of
+from vla_pruner.observations import HOLDS_IMAGE, check_images, check_instruction, state_of
 from vla_pruner.policies.options import as_dtype
 from vla_pruner.versions import check_transformers
 
@@ -157,6 +157,8 @@ class TransformersPI0:
         from vla_pruner.models.openvla.tokenizer import check_ids
 
         check_ids([self.tokenizer.bos_token_id, *text], vlm.text_config.vocab_size)
+        if vlm.image_token_id in text:
+            raise ObservationError(HOLDS_IMAGE.format(what="the image token"))
         ids = [*([vlm.image_token_id] * each * present), self.tokenizer.bos_token_id, *text]
         padding = [0] * each * (len(self.cameras) - present)
         return torch.tensor([ids + padding]), torch.tensor([[1] * len(ids) + padding])
