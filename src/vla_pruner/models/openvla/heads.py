@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -274,7 +275,10 @@ def read_head(path: str | Path) -> dict[str, Tensor]:
     try:
         _refuse_compressed(path)
         # Only tensors and plain containers are unpickled, so a file from a stranger can run no code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch 2.14 warns of sparse tensors, which are refused below.
+            warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own advice here is to unpickle the file anyway, which would run whatever it holds.
         raise CheckpointError(
