@@ -24,6 +24,7 @@ from typing import Any
 
 from vla_pruner import cli, markdown
 from vla_pruner.evaluation.options import ArmOptions
+from vla_pruner.method_names import encoder_title
 
 RESULTS = Path(__file__).parent / "results" / "study"
 WHOLE = ("run.json", "table.md")
@@ -94,7 +95,7 @@ _ENCODER = (
     *("--method", "vla-pruner:semantic_queries=last", "--keep", "1.0,0.25", "--layer", "2", "--pruned", "freeze"),
     *("--encoder-keep", "1.0,0.5,0.25"),
 )
-# Not `_lan` either: the policy knows only the words of its own ten instructions.
+# `_lan` is left out: the policy knows only the words of its own ten instructions.
 _CHANGES = ("_swap", "_object", "_task", ":camera", ":light", ":background")
 PHASES: dict[str, tuple[str, ...]] = {
     "grid": (
@@ -226,6 +227,7 @@ def named(title: str, layer: str = "3") -> tuple[str, str, str]:
     """
     found = ArmOptions.of({"title": title})
     words = [word for word in found.own if not word.startswith("warmup_steps=")]
+    words += encoder_title(found.encoder).split()
     if f"{found.layer}" != layer:
         words.insert(0, f"K={found.layer}")
     return " ".join([found.method, *words]), f"{found.keep}", found.pruned

@@ -25,7 +25,6 @@ from vla_pruner import markdown
 from vla_pruner.statistics import MeanDifference, paired_mean_difference
 
 LEVEL = 0.05
-GRIDS = ("grid", "chunk-grid", "libero-grid")
 KEEPS = ("", "0.5 ", "0.25 ", "0.125 ")
 
 Unit = tuple[str, int]
@@ -76,11 +75,7 @@ CHUNK_CONTRASTS = (
     Contrast("is freezing better than dropping?", "freeze", "drop"),
 )
 """Of the two-camera policies."""
-
-
-def contrasts(phase: str) -> tuple[Contrast, ...]:
-    """The questions that a phase answers."""
-    return CONTRASTS if phase == "grid" else CHUNK_CONTRASTS
+OF_PHASE = {"grid": CONTRASTS, "chunk-grid": CHUNK_CONTRASTS, "libero-grid": CHUNK_CONTRASTS}
 
 
 def outcomes(folder: Path, layer: str = "3") -> dict[str, dict[str, dict[Unit, bool]]]:
@@ -157,11 +152,11 @@ def _cell(found: Mapping[str, Any] | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Computes, writes and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study_contrasts")
-    parser.add_argument("phase", nargs="?", choices=GRIDS, default="grid", help="default: %(default)s")
+    parser.add_argument("phase", nargs="?", choices=tuple(OF_PHASE), default="grid", help="default: %(default)s")
     phase = parser.parse_args(arguments).phase
     folder = RESULTS / phase
     found, rows = outcomes(folder, layer_of(phase)), []
-    asked = contrasts(phase)
+    asked = OF_PHASE[phase]
     confidence = 1 - LEVEL / (len(asked) * len(KEEPS))
     for one in asked:
         values = {keep.strip() or "all": difference(one, found, confidence, keep) for keep in KEEPS}

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import study
 from benchmarks.study import PHASES
-from benchmarks.study_contrasts import CONTRASTS, Contrast, contrasts, difference, outcomes, table
+from benchmarks.study_contrasts import CONTRASTS, OF_PHASE, Contrast, difference, outcomes, table
 from tests.evaluation.fakes import settings
 from tests.evaluation.test_run import run
 from vla_pruner import cli
@@ -55,8 +55,16 @@ def test_every_contrast_has_its_arms_in_the_grid(phases: dict[str, EvalSettings]
 def test_every_contrast_of_a_two_camera_policy_has_its_arms(phases: dict[str, EvalSettings], phase: str) -> None:
     layer = study.layer_of(phase)
     known = {study.named(arm.title, layer)[0] for arm in phases[phase].arms() if arm.kind in ("method", "random")}
-    assert known >= {side for one in contrasts(phase) for side in (one.arm, one.base)} - {"drop", "freeze"}
+    assert known >= {side for one in OF_PHASE[phase] for side in (one.arm, one.base)} - {"drop", "freeze"}
     assert not [name for name in known if "K=" in name]
+
+
+@pytest.mark.parametrize("phase", ["chunk-encoder", "libero-encoder"])
+def test_arms_that_differ_in_the_encoder_alone_have_names_of_their_own(
+    phases: dict[str, EvalSettings], phase: str
+) -> None:
+    arms = [arm for arm in phases[phase].arms() if arm.kind == "method"]
+    assert len({study.named(arm.title, study.layer_of(phase)) for arm in arms}) == len(arms) == 5
 
 
 def test_confirmations_of_both_two_camera_policies_share_their_settings(phases: dict[str, EvalSettings]) -> None:
