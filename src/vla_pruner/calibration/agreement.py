@@ -175,9 +175,9 @@ def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
     """
     losses = closed_loop_losses(folders, calibration.weights)
     _check_any([arm.key for arm in calibration.arms], losses, folders)
-    _check_sources({arm.key: arm for arm in calibration.arms}, folders)
-    ran = [arm for folder in folders for arm in read_eval_info(folder)["run"]["identity"]["arms"]]
-    options = {arm["key"]: ArmOptions.of(arm) for arm in ran if arm["kind"] in PRUNING}
+    ran = [(folder, arm) for folder in folders for arm in read_eval_info(folder)["run"]["identity"]["arms"]]
+    _check_sources({arm.key: arm for arm in calibration.arms}, ran)
+    options = {arm["key"]: ArmOptions.of(arm) for _, arm in ran if arm["kind"] in PRUNING}
     shared = [
         Pair(arm.key, arm.moved.value, *losses[arm.key], options[arm.key].method, options[arm.key].setting)
         for arm in calibration.arms
@@ -194,15 +194,14 @@ def agreement(calibration: Calibration, folders: Sequence[Path]) -> Agreement:
     return Agreement(found, within, settings, shared)
 
 
-def _check_sources(arms: Mapping[str, ArmCalibration], folders: Sequence[Path]) -> None:
-    for folder in folders:
-        for ran in read_eval_info(folder)["run"]["identity"]["arms"]:
-            mine = arms.get(ran["key"])
-            if mine is not None and mine.source != ran.get("source"):
-                raise CalibrationError(
-                    f"{folder} ran the arm {ran['title']!r} with {_source(ran.get('source'))}, and it was calibrated "
-                    f"with {_source(mine.source)}; calibrate the version that was evaluated."
-                )
+def _check_sources(arms: Mapping[str, ArmCalibration], ran: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+    for folder, arm in ran:
+        mine = arms.get(arm["key"])
+        if mine is not None and mine.source != arm.get("source"):
+            raise CalibrationError(
+                f"{folder} ran the arm {arm['title']!r} with {_source(arm.get('source'))}, and it was calibrated "
+                f"with {_source(mine.source)}; calibrate the version that was evaluated."
+            )
 
 
 def _unranked(moved: Sequence[float], losses: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vla_pruner.demo.arms import Arm
-from vla_pruner.demo.probe import LONGEST_WARM_UP, act, paces
+from vla_pruner.demo.probe import act, paces, until_pruned
 from vla_pruner.families import family_of
 from vla_pruner.observations import Observation
 from vla_pruner.policies.compiled_copies import compiled_with, graphs, sharing_copy
@@ -124,11 +124,7 @@ class CompiledArms:
         began, before = time.monotonic(), graphs()
         session = self._open.enter_context(compiled_with(arm.method, policy, self._backend))
         if session is not None:
-            session.reset()
-            for _ in range(LONGEST_WARM_UP):
-                act(policy, observation)
-                if session.kept is not None:
-                    break
+            until_pruned(policy, session, observation)
         for _ in range(1 + SETTLED):
             act(policy, observation)
         if session is not None:

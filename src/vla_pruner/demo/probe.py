@@ -16,7 +16,7 @@ from vla_pruner.observations import Observation
 from vla_pruner.statistics import percentile
 from vla_pruner.timing import StageTimer
 
-LONGEST_WARM_UP = 16
+_LONGEST_WARM_UP = 16
 """The number of steps after which a method that has not pruned is taken to never prune."""
 
 
@@ -84,18 +84,26 @@ def arm_cost(policy: Any, arm: Arm, observation: Observation) -> ArmCost:
     decoder, step = decoder_shapes(policy)
     kept: int | None = None
     with arm.attach(policy, 0) as session:
-        if session is not None:
-            session.reset()
-        for _ in range(2 if session is None else LONGEST_WARM_UP):
-            act(policy, observation)
-            if session is not None and session.kept is not None:
-                kept = int(session.kept.shape[1])
-                break
+        if session is None:
+            for _ in range(2):
+                act(policy, observation)
+        else:
+            until_pruned(policy, session, observation)
+            kept = None if session.kept is None else int(session.kept.shape[1])
         counted = count_flops(lambda: act(policy, observation))
     method: Any = arm.method
     layer, pruned = (0, Fate.DROP) if method is None else (method.layer, method.pruned)
     floor = decoder_flops(decoder, step, kept, layer, pruned)
     return ArmCost(counted, floor, step.visual if kept is None else kept, step.visual)
+
+
+def until_pruned(policy: Any, session: Any, observation: Observation) -> None:
+    """Begin an episode and run control steps up to the first that is pruned, or as many as any method waits."""
+    session.reset()
+    for _ in range(_LONGEST_WARM_UP):
+        act(policy, observation)
+        if session.kept is not None:
+            return
 
 
 def timer_overhead(policy: Any, observation: Observation, pairs: int = 15) -> float:
