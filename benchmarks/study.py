@@ -72,10 +72,13 @@ _CHUNK_METHODS = (
             "fastv",
             "divprune",
             "max-min-diversity",
-            "dart",
-            "cdpruner",
         )
     ),
+)
+# What NVIDIA's TensorRT Edge-LLM and Intel's OpenVINO ship, beside the last prompt row of VLA-Pruner.
+_VENDORS = (
+    *("--method", f"vla-pruner:semantic_queries=last,dart{_WAIT},cdpruner{_WAIT}", "--layer", "2"),
+    *("--keep", "0.25,0.125", "--pruned", "drop,freeze", "--controls", "random"),
 )
 _CHUNK_LAYERS = tuple(
     f"{name}:layer={layer}:keep={keep}:pruned={fate}"
@@ -117,6 +120,7 @@ PHASES: dict[str, tuple[str, ...]] = {
         *("--episodes", "10", "--method", ",".join(_CHUNK_METHODS)),
         *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
     ),
+    "chunk-vendors": (*_CHUNK, "--episodes", "10", *_VENDORS),
     "chunk-layers": (
         *_CHUNK,
         *("--episodes", "10", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
@@ -132,6 +136,7 @@ PHASES: dict[str, tuple[str, ...]] = {
         *("--episodes", "2", "--method", ",".join(_CHUNK_METHODS)),
         *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
     ),
+    "libero-vendors": (*_LIBERO, "--episodes", "2", *_VENDORS),
     # All stored initial states that LIBERO-Object has.
     "libero-confirm": (
         *_LIBERO,

@@ -70,12 +70,24 @@ CHUNK_CONTRASTS = (
     Contrast("does diversity help action history?", "action-and-diversity", "action-only"),
     Contrast("is the last row alone better than drawing?", "fastv", "random"),
     Contrast("is diversity better than drawing?", "max-min-diversity", "random"),
-    Contrast("is DART better than drawing?", "dart", "random"),
-    Contrast("is CDPruner better than drawing?", "cdpruner", "random"),
     Contrast("is freezing better than dropping?", "freeze", "drop"),
 )
 """Of the two-camera policies."""
-OF_PHASE = {"grid": CONTRASTS, "chunk-grid": CHUNK_CONTRASTS, "libero-grid": CHUNK_CONTRASTS}
+VENDOR_CONTRASTS = (
+    Contrast("is DART better than drawing?", "dart", "random"),
+    Contrast("is CDPruner better than drawing?", "cdpruner", "random"),
+    Contrast("is DART better than VLA-Pruner?", "dart", "vla-pruner semantic_queries=last"),
+    Contrast("is CDPruner better than VLA-Pruner?", "cdpruner", "vla-pruner semantic_queries=last"),
+    Contrast("is freezing better than dropping?", "freeze", "drop"),
+)
+"""Of what vendors ship, on the two-camera policies."""
+OF_PHASE = {
+    "grid": CONTRASTS,
+    "chunk-grid": CHUNK_CONTRASTS,
+    "libero-grid": CHUNK_CONTRASTS,
+    "chunk-vendors": VENDOR_CONTRASTS,
+    "libero-vendors": VENDOR_CONTRASTS,
+}
 
 
 def outcomes(folder: Path, layer: str = "3") -> dict[str, dict[str, dict[Unit, bool]]]:

@@ -51,7 +51,7 @@ def test_every_contrast_has_its_arms_in_the_grid(phases: dict[str, EvalSettings]
     assert {"vla-pruner K=1", "vla-pruner window=1"} <= others
 
 
-@pytest.mark.parametrize("phase", ["chunk-grid", "libero-grid"])
+@pytest.mark.parametrize("phase", ["chunk-grid", "libero-grid", "chunk-vendors", "libero-vendors"])
 def test_every_contrast_of_a_two_camera_policy_has_its_arms(phases: dict[str, EvalSettings], phase: str) -> None:
     layer = study.layer_of(phase)
     known = {study.named(arm.title, layer)[0] for arm in phases[phase].arms() if arm.kind in ("method", "random")}
