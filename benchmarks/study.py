@@ -149,6 +149,12 @@ PHASES: dict[str, tuple[str, ...]] = {
         *("--suite", ",".join(f"libero_object{change}" for change in _CHANGES), "--episodes", "2"),
         *("--method", _CHUNK_CONFIRMED[0], "--layer", "2", "--controls", "none"),
     ),
+    # The same question where the policy still acts: `libero-new` leaves it few episodes to lose.
+    "libero-near": (
+        *("--policy", "reference:libero-object", "--margin", "5", "--batch", "8"),
+        *("--suite", "libero_object:camera,libero_object:light", "--suite-option", "strength=0.3", "--episodes", "3"),
+        *("--method", _CHUNK_CONFIRMED[0], "--layer", "2", "--controls", "none"),
+    ),
     "libero-encoder": (*_LIBERO, "--episodes", "3", *_ENCODER, "--controls", "none"),
 }
 
