@@ -206,6 +206,18 @@ def test_the_controls_speak(tmp_path: Path) -> None:
     assert any("The unpruned policy solved nothing" in one for one in never)
 
 
+@pytest.mark.parametrize(
+    ("solved", "said"), [(60, ""), (30, ""), (29, "4 % of what"), (6, "20 % of what"), (2, "60 % of what"), (1, "more")]
+)
+def test_a_policy_that_mostly_fails_has_little_to_lose(tmp_path: Path, solved: int, said: str) -> None:
+    found = sentences(summarize(made(tmp_path, lambda arm, unit: unit.initial_state < solved, margin=0.02)))
+    told = " ".join(one for one in found if "The unpruned policy solved only" in one)
+    assert bool(told) == bool(said)
+    if told:
+        assert f"solved only {2 * solved} of 120" in told
+        assert f"a loss of 2 points would be {said}" in told
+
+
 def test_eval_info_has_lerobots_keys(tmp_path: Path) -> None:
     run = made(tmp_path, usual)
     summary = summarize(run)

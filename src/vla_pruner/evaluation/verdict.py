@@ -146,8 +146,16 @@ def _rate(arm: ArmSummary) -> str:
 def limits(summary: Summary) -> list[str]:
     """Say what limits every verdict: crashes, episodes that are left, a second look, a run too short for claims."""
     found = []
-    if summary.baseline.success.total and not summary.baseline.success.successes:
+    solved, total = summary.baseline.success.successes, summary.baseline.success.total
+    if total and not solved:
         found.append("The unpruned policy solved nothing, so nothing can be said about pruning it.")
+    elif 2 * solved < total:
+        share = summary.margin * total / solved
+        found.append(
+            f"The unpruned policy solved only {solved} of {total}, and where it fails, pruning can lose nothing: a "
+            f"loss of {100 * summary.margin:g} points would be "
+            f"{f'{100 * share:.0f} % of' if share < 1 else 'more than'} what it solves."
+        )
     if summary.crashed:
         found.append(
             f"{counted(summary.crashed, 'episode')} crashed. They count neither as solved nor as failed; the "
