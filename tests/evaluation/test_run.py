@@ -437,6 +437,8 @@ def test_tasks_and_suites_are_chosen_by_name_and_number(tmp_path: Path) -> None:
     assert [(unit.suite, unit.task) for unit in units] == [("fake", "push"), ("other", "push")]
     with pytest.raises(SuiteError, match="fake has no task 'fly'; its tasks are 0 reach, 1 push"):
         run(settings(tmp_path / "b", tasks=("fly",)))
+    with pytest.raises(SuiteError, match="fake has no task '²'"):  # a digit, and no number
+        run(settings(tmp_path / "b", tasks=("²",)))
     with pytest.raises(SuiteError, match="There is no suite 'mars'"):
         run(settings(tmp_path / "c", suites=("mars",)))
 
