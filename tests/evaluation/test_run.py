@@ -242,7 +242,13 @@ def test_a_crash_is_an_error_and_is_tried_again(tmp_path: Path) -> None:
     asked = settings(tmp_path / "out", suite_options={"crash": crash})
     code, said = run(asked)
     assert code == 1
-    assert "Crashed: unpruned on fake task 0 (reach) from initial state 1: RuntimeError: the simulator is uns" in said
+    # Each message once for all arms of an episode, in the order in which they ran.
+    crashes = [line for line in said.splitlines() if line.startswith("Crashed: ")]
+    where = "on fake task 0 (reach) from initial state 1: RuntimeError: the simulator is unstable"
+    assert crashes[0].endswith(where)
+    arms = [arm.key for arm in asked.arms()]
+    assert sorted(crashes[0].removeprefix("Crashed: ").removesuffix(f" {where}").split(", ")) == sorted(arms)
+    assert len(crashes) == 2
     assert "6 episodes crashed. They count neither as solved nor as failed" in said
     crashed = [record for record in read_records(tmp_path / "out" / EPISODES) if record.crashed]
     assert {record.success for record in crashed} == {None}
