@@ -52,7 +52,7 @@ def _cells(report: BenchReport, name: str, of_first: float) -> Iterator[str]:
 def batches(text: str) -> tuple[int, ...]:
     """Whole numbers of 1 or more, separated by commas; sorted, each once."""
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers of 1 or more, such as 1,2,4,8")
     return tuple(sorted({int(word) for word in words}))
 

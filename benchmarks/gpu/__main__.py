@@ -221,7 +221,7 @@ def limits_of(words: Sequence[str]) -> dict[str, int]:
     found = {}
     for word in words:
         name, _, number = word.partition("=")
-        if not number.isdigit() or int(number) < 1:
+        if not number.isdecimal() or int(number) < 1:
             raise ValueError(f"--limit is {word}; it is NAME=SECONDS, such as oft=200.")
         chosen((name,))
         found[name] = int(number)

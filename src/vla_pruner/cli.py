@@ -136,7 +136,7 @@ def _add_demo(commands: Any) -> None:
         "--tasks",
         metavar="A,B",
         type=names,
-        help="task names, separated by commas (default: all that the policy knows)",
+        help="names or numbers of tasks, as of eval (default: all that the policy knows)",
     )
     command.add_argument(
         "--episodes",

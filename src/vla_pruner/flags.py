@@ -38,10 +38,24 @@ def _filled(text: str, width: int) -> list[str]:
     return [line for part in parts for line in textwrap.wrap(part, width, break_on_hyphens=False)]
 
 
+def amount(text: str) -> float | int:
+    """Return a budget as it is written: 1 is one token, and 1.0 is all of them.
+
+    Raises:
+        ValueError: the text is no number.
+    """
+    return int(text) if text.isdecimal() else float(text)
+
+
+def number_or_name(text: str) -> int | str:
+    """Return a task as it is written: digits are its number, all else its name."""
+    return int(text) if text.isdecimal() else text
+
+
 def budget(text: str) -> float | int:
     """Read a budget of visual tokens: a fraction or a number of them."""
     try:
-        return int(text) if text.isdigit() else float(text)
+        return amount(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a fraction of the visual tokens, such as 0.25, nor a number of them, such as 64"
@@ -75,7 +89,7 @@ def option(text: str) -> tuple[str, Any]:
     parts = names(value)
     if name == "cameras" or len(parts) > 1:
         return name, parts
-    return name, int(value) if value.isdigit() else value
+    return name, int(value) if value.isdecimal() else value
 
 
 def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:

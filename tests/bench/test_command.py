@@ -69,6 +69,7 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["--model", "gpt"], "neither a folder nor one of reference, reference-chunk, openvla"),
         (["--model", "llama:64"], "it is llama:HIDDEN,LAYERS"),
+        (["--model", "llama:²,4"], "it is llama:HIDDEN,LAYERS"),
         (["--model", "llama:64,4,3"], "does not divide into 3 heads"),
         (["--method", "magic"], "--method is magic; it is one of action-and-diversity"),
         (["--keep", "1.5"], "keep=1.5 was given"),

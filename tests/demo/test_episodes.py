@@ -47,8 +47,8 @@ def test_an_unpruned_episode_has_no_session(policy: Any, arms: tuple[Arm, ...], 
 def test_arms_are_paired_and_take_turns_to_begin(
     policy: Any, arms: tuple[Arm, ...], environments: FakeEnvironments
 ) -> None:
-    runner = Runner(policy, arms, environments, trace_size=8)
-    episodes = list(runner.run(plan(["reach", "push"], 2, 10)))
+    runner = Runner(arms, environments, trace_size=8)
+    episodes = list(runner.run(plan(["reach", "push"], 2, 10), UncompiledArms(policy)))
     assert len(episodes) == 12
     assert [episode.arm for episode in episodes[:6]] == ["unpruned", "drop", "random", "drop", "random", "unpruned"]
     for unit in runner.finished:
@@ -65,14 +65,14 @@ def test_arms_are_paired_and_take_turns_to_begin(
 def test_no_unit_begins_after_the_deadline_but_one_always_runs(
     policy: Any, arms: tuple[Arm, ...], environments: FakeEnvironments
 ) -> None:
-    runner = Runner(policy, arms, environments)
-    assert len(list(runner.run(plan(["reach"], 5, 0), minutes=0.0))) == len(arms)
+    runner = Runner(arms, environments)
+    assert len(list(runner.run(plan(["reach"], 5, 0), UncompiledArms(policy), minutes=0.0))) == len(arms)
     assert len(runner.finished) == 1
 
 
 def test_an_interrupted_unit_does_not_count(policy: Any, arms: tuple[Arm, ...], environments: FakeEnvironments) -> None:
-    runner = Runner(policy, arms, environments)
-    episodes = runner.run(plan(["reach"], 2, 0))
+    runner = Runner(arms, environments)
+    episodes = runner.run(plan(["reach"], 2, 0), UncompiledArms(policy))
     for _ in range(len(arms) + 2):
         next(episodes)
     assert len(runner.finished) == 1

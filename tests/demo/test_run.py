@@ -16,6 +16,8 @@ from vla_pruner.demo import Arm, DemoError, DemoSettings, default_arms, run_demo
 from vla_pruner.demo.settings import DEFAULT_MINUTES, QUICK_MINUTES, choose_tasks
 from vla_pruner.methods import VLAPruner
 from vla_pruner.models.reference import save_policy
+from vla_pruner.policies.reference import reference_policy
+from vla_pruner.simulators.metaworld_suite import TASKS
 
 
 def _run(policy: Any, environments: Any, arms: tuple[Arm, ...], **settings: Any) -> tuple[int, str]:
@@ -146,7 +148,7 @@ def test_ctrl_c_before_anything_is_finished(policy: Any, arms: tuple[Arm, ...], 
         ({"episodes": 0}, "at least 1 episode"),
         ({"seed": -1}, "0 or more"),
         ({"tasks": ()}, "names no task"),
-        ({"tasks": ("reach", "fly")}, "Unknown task fly; the policy knows these tasks: reach, push"),
+        ({"tasks": ("reach", "fly")}, "Unknown task fly; the policy knows these tasks: 0 reach, 1 push"),
         ({"out": Path("/dev/null/x")}, "cannot be written to"),
     ],
 )
@@ -163,6 +165,14 @@ def test_wrong_settings_are_refused_before_anything_runs(
 def test_tasks_are_chosen_once_and_in_the_order_asked() -> None:
     assert choose_tasks(None, ("a", "b")) == ("a", "b")
     assert choose_tasks(("b", "a", "b"), ("a", "b")) == ("b", "a")
+    assert choose_tasks(("1", "a", "b"), ("a", "b")) == ("b", "a")
+
+
+@pytest.mark.parametrize("name", ["metaworld", "autoregressive"])
+def test_numbers_of_tasks_are_those_of_the_suite(name: str) -> None:
+    """As `eval --tasks` counts them; LIBERO's are tested where it is installed."""
+    config = reference_policy(name).config
+    assert tuple(task for task, _ in config.tasks) == TASKS["metaworld:mt8"]
 
 
 def test_only_defaults_are_cut_short() -> None:

@@ -90,6 +90,7 @@ def test_defaults_are_the_settings_own(asked: list[EvalSettings], tmp_path: Path
         ("--policy reference --suite metaworld:mt6 --encoder-refresh 4", "--encoder-refresh is for --encoder-keep"),
         ("--policy expert --suite metaworld:mt6 --encoder-keep .5", "--policy is expert, which sees no images"),
         ("--policy reference --suite metaworld:mt6 --shard 5", "'5' is no part such as 2/4"),
+        ("--policy reference --suite metaworld:mt6 --shard ²/4", "'²/4' is no part such as 2/4"),
         ("--policy reference --suite metaworld:mt6 --workers 2", "--workers is for --ray; give --ray too"),
         ("--policy reference --suite metaworld:mt6 --method magic", "--method is magic"),
         ("--policy expert --suite metaworld:mt6 --method fastv", "--policy is expert, which sees no images"),

@@ -242,7 +242,13 @@ def test_a_crash_is_an_error_and_is_tried_again(tmp_path: Path) -> None:
     asked = settings(tmp_path / "out", suite_options={"crash": crash})
     code, said = run(asked)
     assert code == 1
-    assert "Crashed: unpruned on fake task 0 (reach) from initial state 1: RuntimeError: the simulator is uns" in said
+    # Each message once for all arms of an episode, in the order in which they ran.
+    crashes = [line for line in said.splitlines() if line.startswith("Crashed: ")]
+    where = "on fake task 0 (reach) from initial state 1: RuntimeError: the simulator is unstable"
+    assert crashes[0].endswith(where)
+    arms = [arm.key for arm in asked.arms()]
+    assert sorted(crashes[0].removeprefix("Crashed: ").removesuffix(f" {where}").split(", ")) == sorted(arms)
+    assert len(crashes) == 2
     assert "6 episodes crashed. They count neither as solved nor as failed" in said
     crashed = [record for record in read_records(tmp_path / "out" / EPISODES) if record.crashed]
     assert {record.success for record in crashed} == {None}
@@ -437,6 +443,8 @@ def test_tasks_and_suites_are_chosen_by_name_and_number(tmp_path: Path) -> None:
     assert [(unit.suite, unit.task) for unit in units] == [("fake", "push"), ("other", "push")]
     with pytest.raises(SuiteError, match="fake has no task 'fly'; its tasks are 0 reach, 1 push"):
         run(settings(tmp_path / "b", tasks=("fly",)))
+    with pytest.raises(SuiteError, match="fake has no task '²'"):  # a digit, and no number
+        run(settings(tmp_path / "b", tasks=("²",)))
     with pytest.raises(SuiteError, match="There is no suite 'mars'"):
         run(settings(tmp_path / "c", suites=("mars",)))
 

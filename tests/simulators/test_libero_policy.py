@@ -13,6 +13,7 @@ from vla_pruner import cli
 from vla_pruner.evaluation import read_records
 from vla_pruner.evaluation.recipes import RECIPES
 from vla_pruner.evaluation.records import EPISODES
+from vla_pruner.policies.reference import reference_policy
 from vla_pruner.simulators import SimulatorUnavailable, find_suite
 from vla_pruner.simulators.libero_names import MAX_STEPS
 
@@ -37,6 +38,11 @@ def evaluated(out, *flags):
     given = ["--policy", POLICY, "--tasks", "0", "--episodes", "1", "--max-steps", str(STEPS), "--out", str(out)]
     assert cli.main(["eval", *given, *flags]) == 0
     return {(record.unit.suite, record.arm): record for record in read_records(out / EPISODES)}
+
+
+def test_the_demo_counts_its_tasks_as_the_suite_does():
+    config = reference_policy(POLICY.removeprefix("reference:")).config
+    assert [task for task, _ in config.tasks] == [task.name for task in find_suite(SUITE).tasks]
 
 
 def test_one_command_compares_freezing_with_dropping(tmp_path, capsys):

@@ -159,7 +159,7 @@ class BenchSettings:
             UnsupportedModelError: it cannot be read, or the width is no multiple of the heads.
         """
         words = self.model.removeprefix(LLAMA).split(",")
-        if not 2 <= len(words) <= 5 or not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        if not 2 <= len(words) <= 5 or not all(word.strip().isdecimal() and int(word) > 0 for word in words):
             raise UnsupportedModelError(
                 f"--model is {self.model}; it is llama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB], such as llama:1024,16."
             )

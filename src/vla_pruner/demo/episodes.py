@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla_pruner.demo.arms import Arm, UncompiledArms
+from vla_pruner.demo.arms import Arm
 from vla_pruner.timing import StageTimer, StepTime
 
 
@@ -110,23 +110,17 @@ class Runner:
     """Runs units one by one, each with every arm; finished units stay available if it is interrupted.
 
     Args:
-        policy: what `UncompiledArms` takes.
         arms: the baseline first.
         environments: makes the environment of a task; it is kept open until `close`.
         trace_size: records the first episode of each task with frames of this size.
     """
 
     def __init__(
-        self,
-        policy: Any,
-        arms: Sequence[Arm],
-        environments: Callable[[str], Environment],
-        trace_size: int | None = None,
+        self, arms: Sequence[Arm], environments: Callable[[str], Environment], trace_size: int | None = None
     ) -> None:
         self.arms = arms
         self.finished: list[dict[str, Episode]] = []
         """One entry a unit that all arms have finished: arm key -> episode."""
-        self._uncompiled = UncompiledArms(policy)
         self._make = environments
         self._open: dict[str, Environment] = {}
         self._trace_size = trace_size
@@ -136,15 +130,13 @@ class Runner:
             self._open[task] = self._make(task)
         return self._open[task]
 
-    def run(
-        self, units: Sequence[Unit], minutes: float | None = None, opened: OpenedArms | None = None
-    ) -> Iterator[Episode]:
-        """Run `units`, yielding each episode as it ends. After `minutes` no further unit begins.
+    def run(self, units: Sequence[Unit], opened: OpenedArms, minutes: float | None = None) -> Iterator[Episode]:
+        """Run `units`, yielding each episode as it ends.
 
         Args:
-            opened: how an episode of an arm begins; None: attached to the policy as it is.
+            opened: begins the episodes of each arm.
+            minutes: after these no further unit begins; None: all run.
         """
-        opened = opened or self._uncompiled
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         traced: set[str] = set()
         for index, unit in enumerate(units):

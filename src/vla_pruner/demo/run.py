@@ -79,7 +79,7 @@ def run_demo(
     busy = _warn_if_busy(facts, console)
     arms = default_arms(settings.keep) if arms is None else arms
     size = FRAME_SIZE if len(policy.cameras) == 1 else PAIR_SIZE
-    runner = Runner(policy, arms, environments or scenes(policy), size)
+    runner = Runner(arms, environments or scenes(policy), size)
     started = time.monotonic()
     interrupted, uncompiled = False, None
     opened: OpenedArms = UncompiledArms(policy)
@@ -191,7 +191,7 @@ def _run(
     lines = LogLines(console, total, "episodes", every=_SAY_EVERY)
     with progress(console, note=True) as shown:
         bar = shown.add_task("episodes", total=total, note="")
-        for done, episode in enumerate(runner.run(units, minutes, opened), 1):
+        for done, episode in enumerate(runner.run(units, opened, minutes), 1):
             result = "solved" if episode.success else "not solved"
             note = f"{episode.unit.task}, {titles[episode.arm]}: {result} in {episode.steps} steps"
             shown.update(bar, advance=1, note=note)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vla_pruner.errors import OptionError, VLAPrunerError
+from vla_pruner.flags import number_or_name
 from vla_pruner.json_file import check_folder
 
 DEFAULT_EPISODES = 6
@@ -46,7 +47,7 @@ class DemoSettings:
     """The flags of `vla-pruner demo`.
 
     Attributes:
-        tasks: the tasks; None for all that the policy was trained on.
+        tasks: names or numbers of tasks; None for all that the policy was trained on.
         episodes: episodes a task and arm; None for the default.
         keep: fraction of the visual tokens that the pruned arms keep, in (0, 1]; None: as each setting says.
         seed: the first initial state: in Meta-World the seed that draws it, in LIBERO the number of a stored one; None:
@@ -119,7 +120,7 @@ class DemoSettings:
         if self.seed is not None and self.seed < 0:
             raise DemoError(f"--seed is {self.seed}; it must be 0 or more.")
         if self.tasks is not None and not self.tasks:
-            raise DemoError("--tasks names no task; give task names separated by commas, or leave the flag out.")
+            raise DemoError("--tasks names no task; give names or numbers separated by commas, or leave the flag out.")
         try:
             check_folder(self.out)
         except OptionError as error:
@@ -127,10 +128,20 @@ class DemoSettings:
 
 
 def choose_tasks(asked: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the tasks to run, in the order asked, each once; DemoError names the valid ones if one is unknown."""
+    """Return the tasks to run, in the order asked, each once.
+
+    Args:
+        asked: names or numbers; None for all.
+        known: names of the policy's tasks, which are those of its suite, in its order.
+
+    Raises:
+        DemoError: one is unknown.
+    """
     if asked is None:
         return known
-    unknown = [task for task in asked if task not in known]
+    by = {**dict(enumerate(known)), **{name: name for name in known}}
+    unknown = [task for task in asked if number_or_name(task) not in by]
     if unknown:
-        raise DemoError(f"Unknown task {', '.join(unknown)}; the policy knows these tasks: {', '.join(known)}.")
-    return tuple(dict.fromkeys(asked))
+        tasks = ", ".join(f"{number} {name}" for number, name in enumerate(known))
+        raise DemoError(f"Unknown task {', '.join(unknown)}; the policy knows these tasks: {tasks}.")
+    return tuple(dict.fromkeys(by[number_or_name(task)] for task in asked))

@@ -31,6 +31,7 @@ from vla_pruner.evaluation.table import (
     to_rich,
 )
 from vla_pruner.evaluation.traces import trace_path
+from vla_pruner.evaluation.units import Unit
 from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
@@ -192,15 +193,44 @@ def _follow(run: Run, records: Iterator[Record], console: Console) -> None:
     total = len(run.manifest.plan.units()) * len(arms)
     done = sum(not record.crashed for record in run.records.values())
     lines = LogLines(console, total, "episodes", done)
-    with progress(console, note=True) as shown:
+    with _Crashes(console) as crashes, progress(console, note=True) as shown:
         bar = shown.add_task("episodes", total=total, completed=done, note="")
         for record in records:
             done += not record.crashed
             shown.update(bar, completed=done, note=readable(f"{record.arm}: {record.unit.task}, {_ended(record)}"))
-            if record.crashed:
-                error: Any = record.error
-                say(console, f"Crashed: {record.arm} on {record.unit}: {error['type']}: {error['message']}")
+            crashes.add(record)
             lines.at(done)
+
+
+class _Crashes:
+    """Prints the crashes of each unit when the next one begins, those with the same message on one line. A context
+    manager; the last ones are printed at its end.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._unit: Unit | None = None
+        self._arms: dict[str, list[str]] = {}
+
+    def __enter__(self) -> _Crashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._print()
+
+    def add(self, record: Record) -> None:
+        """Note a record, crashed or not."""
+        if record.unit != self._unit:
+            self._print()
+            self._unit = record.unit
+        if record.error is not None:
+            said = f"{record.error['type']}: {record.error['message']}"
+            self._arms.setdefault(said, []).append(record.arm)
+
+    def _print(self) -> None:
+        for said, arms in self._arms.items():
+            say(self._console, f"Crashed: {', '.join(arms)} on {self._unit}: {said}")
+        self._arms.clear()
 
 
 def _ended(record: Record) -> str:

@@ -244,6 +244,6 @@ def _controls(text: str) -> tuple[str, ...]:
 
 def _shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit()):
+    if not (number.isdecimal() and count.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is no part such as 2/4, the second of four")
     return int(number), int(count)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vla_pruner.errors import VLAPrunerError
+from vla_pruner.flags import amount
 from vla_pruner.json_file import field_of, typed
 from vla_pruner.method_names import encoder_title
 from vla_pruner.methods import EncoderReuse
@@ -91,11 +92,11 @@ class ArmOptions:
                 refresh = int(after[0]) if after else EncoderReuse.refresh_every
             return cls(
                 method,
-                _read(keep),
+                amount(keep),
                 pruned,
                 int(layer.removeprefix("K=")),
                 tuple(words[:place]),
-                None if encoder is None else _read(encoder),
+                None if encoder is None else amount(encoder),
                 refresh,
             )._checked()
         except ValueError as error:
@@ -111,11 +112,6 @@ class ArmOptions:
 
 def _plain(title: str) -> str:
     return title.replace(" after ", " warmup_steps=")
-
-
-def _read(text: str) -> float | int:
-    """Return a budget as it was written: 1 is one token, 1.0 all of them."""
-    return int(text) if text.isdigit() else float(text)
 
 
 def _number(value: Any, name: str) -> float | int:

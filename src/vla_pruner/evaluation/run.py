@@ -15,6 +15,7 @@ from vla_pruner.evaluation.replica import Recipe, Replica, Work
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.traces import Trace, write_trace
 from vla_pruner.evaluation.units import Unit
+from vla_pruner.flags import number_or_name
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import Suite, Task, find_task
 from vla_pruner.wording import counted
@@ -86,7 +87,7 @@ def tasks_of(offered: Mapping[str, tuple[Task, ...]], settings: EvalSettings) ->
         return tuple(task for tasks in offered.values() for task in tasks[: settings.tasks_a_suite])
     found: set[Task] = set()
     for wanted in settings.tasks:
-        asked = int(wanted) if wanted.isdigit() else wanted
+        asked = number_or_name(wanted)
         having = [tasks for tasks in offered.values() if any(asked in (task.name, task.index) for task in tasks)]
         for tasks in having or list(offered.values())[:1]:
             found.add(find_task(tasks, asked))
