@@ -82,7 +82,8 @@ def test_a_file_of_the_package_that_was_cut_off_is_refused_before_any_episode(mo
     monkeypatch.setattr(
         Path, "read_bytes", lambda path: whole(path)[:-1] if path.name.endswith(suffix) else whole(path)
     )
-    with pytest.raises(SimulatorUnavailable, match=rf"{suffix} is damaged: .*hf-libero installed.*--force-reinstall.*hf-libero=="):
+    said = rf"{suffix} is damaged: .*hf-libero installed.*--force-reinstall.*hf-libero=="
+    with pytest.raises(SimulatorUnavailable, match=said):
         LiberoSuite("libero_object")
 
 
