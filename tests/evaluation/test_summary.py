@@ -401,6 +401,21 @@ def test_freezing_is_compared_with_the_same_dropped(tmp_path: Path) -> None:
     assert "Freezing or dropping" not in " ".join(sentences(alone)), "one comparison speaks for itself"
 
 
+def test_freezing_is_compared_with_the_same_reuse_in_the_vision_encoder(tmp_path: Path) -> None:
+    """Of two pairs that differ in the encoder alone, each is compared within itself."""
+
+    def outcome(arm: str, unit: Unit) -> bool:
+        return unit.initial_state % 2 == 1 if "drop" in arm and "encoder" not in arm else True
+
+    run = made(tmp_path, outcome, pruned=("drop", "freeze"), encoder_keep=(1.0, 0.5))
+    rows = {arm.title: arm.against_drop for arm in summarize(run).arms}
+    within = {title: found.gained for title, found in rows.items() if found is not None}
+    assert within == {"vla-pruner 0.25 freeze K=3": EPISODES, "vla-pruner 0.25 freeze K=3 encoder=0.5": 0}
+    alone = made(tmp_path, outcome, pruned=("freeze",), encoder_keep=(0.5,))
+    (arm,) = summarize(alone).of("method")
+    assert arm.against_drop is None
+
+
 def test_episodes_that_no_task_has_are_not_asked_for(tmp_path: Path) -> None:
     """A suite's task has 100 initial states here; LIBERO's have 50, and a verdict may ask for hundreds."""
     summary = summarize(made(tmp_path, usual))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +74,17 @@ def test_the_suites_are_the_published_ones(name, tasks, steps, first):
     if name != "libero_object":
         with pytest.raises(SuiteError, match=f"{name} has no scripted expert"):
             suite.expert()
+
+
+@pytest.mark.parametrize("suffix", [".pruned_init", ".bddl"])
+def test_a_file_of_the_package_that_was_cut_off_is_refused_before_any_episode(monkeypatch, suffix):
+    whole = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: whole(path)[:-1] if path.name.endswith(suffix) else whole(path)
+    )
+    said = rf"{suffix} is damaged: .*hf-libero installed.*--force-reinstall.*hf-libero=="
+    with pytest.raises(SimulatorUnavailable, match=said):
+        LiberoSuite("libero_object")
 
 
 @pytest.mark.parametrize("name", SUITES)

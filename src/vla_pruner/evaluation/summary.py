@@ -310,8 +310,9 @@ def _dropped(arm: Mapping[str, str], arms: Sequence[Mapping[str, str]]) -> str |
     """Return the arm that drops the tokens that this one freezes, and is otherwise the same."""
     if arm["kind"] != "method" or "pruned='freeze'" not in arm["method"]:
         return None
-    twin = arm["method"].replace("pruned='freeze'", "pruned='drop'")
-    return next((other["key"] for other in arms if other["kind"] == "method" and other["method"] == twin), None)
+    twin = arm["method"].replace("pruned='freeze'", "pruned='drop'"), arm.get("encoder"), arm.get("source")
+    methods = [other for other in arms if other["kind"] == "method"]
+    return next((one["key"] for one in methods if (one["method"], one.get("encoder"), one.get("source")) == twin), None)
 
 
 def _verdicts(family: Mapping[str, Pairs], margin: float, tasks: int) -> dict[str, Verdict]:

@@ -14,6 +14,8 @@ Perturbed suites (`libero_names`) differ from these by what their name says, and
 
 from __future__ import annotations
 
+import io
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from vla_pruner.simulators.base import Convention, SuiteError, Task, find_task
 from vla_pruner.simulators.libero_conventions import ACTION_SIZE, CAMERAS, libero_convention
 from vla_pruner.simulators.libero_environment import SETTLING_STEPS, LiberoEnvironment
 from vla_pruner.simulators.libero_names import MAX_STEPS, PERTURBATIONS, Origin, check_name
-from vla_pruner.simulators.libero_package import installed_versions, load_libero
+from vla_pruner.simulators.libero_package import INSTALL_ANEW, installed_versions, load_libero
 from vla_pruner.simulators.libero_pro import PACKAGE, VERSION, find_pro, read_instruction, register_looks
 from vla_pruner.simulators.libero_scene import DEFINITION, make_scene
+from vla_pruner.simulators.recorded import RecordedFiles
 
 STATES = "hf-libero"
 """The package with the stored initial states of published suites, and of those that only look different."""
@@ -47,7 +50,7 @@ class LiberoSuite:
     Raises:
         SuiteError: there is no such suite, or no such strength.
         SimulatorUnavailable: LIBERO, a version of it that is supported, or its assets are missing; or LIBERO-PRO's
-            tasks are.
+            tasks are; or a task's files are not those that were installed.
     """
 
     cameras = CAMERAS
@@ -76,11 +79,14 @@ class LiberoSuite:
         of_pro = self.perturbation is not None and self.perturbation.origin is Origin.PRO
         self._pro = find_pro(pro) if of_pro else None
         self._files = self._package.tasks[self._base]
+        self._recorded = RecordedFiles(distribution(STATES), INSTALL_ANEW)
         steps = MAX_STEPS[self._base]
         self.tasks = tuple(
             Task(name, index, task.name, self._instruction(index), steps, len(self._initial_states(index)))
             for index, task in enumerate(self._files)
         )
+        for index in range(len(self._files)):
+            self._bddl(index)  # refused now if it is damaged, and not in every episode
 
     def make(self, task: Task | int | str) -> LiberoEnvironment:
         """Return the environment of a task; errors as in `Suite.make`. Takes seconds and 2 GB."""
@@ -135,7 +141,9 @@ class LiberoSuite:
     def _bddl(self, index: int) -> Path:
         if self._pro is not None:
             return self._pro.bddl(self.name, self._files[index].name)
-        return self._package.root / "bddl_files" / self._base / self._files[index].bddl_file
+        path = self._package.root / "bddl_files" / self._base / self._files[index].bddl_file
+        self._recorded.read(path)
+        return path
 
     def _initial_states(self, index: int) -> np.ndarray:
         """Return (50, n) float64: MuJoCo's time, positions and velocities."""
@@ -144,4 +152,5 @@ class LiberoSuite:
         import torch
 
         path = self._package.root / "init_files" / self._base / self._files[index].init_states_file
-        return np.asarray(torch.load(path, weights_only=False))  # a numpy array, from the package just imported
+        content = io.BytesIO(self._recorded.read(path))
+        return np.asarray(torch.load(content, weights_only=False))  # a numpy array, as the package came

