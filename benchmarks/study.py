@@ -215,12 +215,13 @@ def layer_of(phase: str) -> str:
 def table(summary: dict[str, Any], layer: str = "3") -> str:
     """One row a method; cells are the difference to the unpruned policy in points with its 95 % interval."""
     by_title = {arm["title"]: arm for arm in summary["arms"]}
-    columns = [(fate, keep) for fate in ("drop", "freeze") for keep in ("0.5", "0.25", "0.125")]
     rows: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for title, arm in by_title.items():
         if arm["kind"] in ("method", "random"):
             name, keep, fate = named(title, layer)
             rows.setdefault(name, {})[fate, keep] = arm
+    every = [(fate, keep) for fate in ("drop", "freeze") for keep in ("0.5", "0.25", "0.125")]
+    columns = [column for column in every if any(column in row for row in rows.values())]
 
     def loss(name: str) -> float:
         return -sum(arm["difference"]["value"] or 0.0 for arm in rows[name].values()) / len(rows[name])

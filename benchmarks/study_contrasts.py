@@ -26,6 +26,7 @@ from vla_pruner.statistics import MeanDifference, paired_mean_difference
 
 LEVEL = 0.05
 KEEPS = ("", "0.5 ", "0.25 ", "0.125 ")
+_HEADS = {"all": "all budgets", "0.5": ".5", "0.25": ".25", "0.125": ".125"}
 
 Unit = tuple[str, int]
 """Task and initial state."""
@@ -143,14 +144,10 @@ def _of_fate(found: Outcomes, fate: str) -> dict[str, Mapping[Unit, bool]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the contrasts as a Markdown table, in percentage points."""
-    heads = ("question", "difference", "all budgets", ".5", ".25", ".125")
+    columns = [name for name in _HEADS if any(name in row for row in rows)]
+    heads = ("question", "difference", *(_HEADS[name] for name in columns))
     lines = (
-        (
-            row["question"],
-            f"{row['arm']} - {row['base']}",
-            *(_cell(row[name]) for name in ("all", "0.5", "0.25", "0.125")),
-        )
-        for row in rows
+        (row["question"], f"{row['arm']} - {row['base']}", *(_cell(row[name]) for name in columns)) for row in rows
     )
     return markdown.table(heads, lines) + "\n"
 
@@ -169,9 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = RESULTS / phase
     found, rows = outcomes(folder, layer_of(phase)), []
     asked = OF_PHASE[phase]
-    confidence = 1 - LEVEL / (len(asked) * len(KEEPS))
+    settings = {setting for method in found.values() for setting in method}
+    keeps = [keep for keep in KEEPS if any(setting.startswith(keep) for setting in settings)]
+    confidence = 1 - LEVEL / (len(asked) * len(keeps))
     for one in asked:
-        values = {keep.strip() or "all": difference(one, found, confidence, keep) for keep in KEEPS}
+        values = {keep.strip() or "all": difference(one, found, confidence, keep) for keep in keeps}
         cells = {name: None if value is None else asdict(value) for name, value in values.items()}
         rows.append({**asdict(one), **cells})
     (folder / "contrasts.json").write_text(json.dumps({"confidence": confidence, "contrasts": rows}, indent=1) + "\n")

@@ -148,3 +148,10 @@ def test_differences_are_over_all_budgets_or_one(tmp_path: Path) -> None:
     assert same.low < same.value == 0.0 < same.high, "episodes that never differ are no proof that none would"
     row = {"question": "?", "arm": "a", "base": "b", "all": vars(small), "0.5": None, "0.25": None, "0.125": None}
     assert "| ? | a - b | +57.1 (" in table([row])
+
+
+def test_tables_have_only_the_columns_that_a_phase_ran() -> None:
+    arm = {"title": "dart 0.25 freeze K=2", "kind": "method", "difference": {"pairs": 0, "value": None}}
+    assert study.table({"arms": [arm]}, "2").splitlines()[0] == "| method | freeze 0.25 |"
+    row = {"question": "?", "arm": "a", "base": "b", "all": None, "0.25": None}
+    assert table([row]).splitlines()[0] == "| question | difference | all budgets | .25 |"
