@@ -79,8 +79,9 @@ class PatchReuse:
 
     What it holds belongs to the rows as they are: to reset rows or exchange their memory is to `forget`. Keys and
     values are never changed in place, and a control step whose images could not all be encoded forgets everything. So
-    does one with an output that is not finite, which others would read for as long as it is held; on an accelerator
-    nobody looks, and it goes with the next refresh.
+    does one with an output that is not finite, which others would read for as long as it is held. On an accelerator
+    nobody looks, since the host would wait: it goes when actions are refused (`attach.entries`), or with the next
+    refresh.
 
     Args:
         options: the choice.
