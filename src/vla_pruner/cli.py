@@ -328,7 +328,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    from vla_pruner.serving.command import add_serve
+    from vla_pruner.serving.flags import add_serve
 
     add_serve(commands)
 
