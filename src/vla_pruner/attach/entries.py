@@ -61,7 +61,7 @@ def watch_actions(session: Session, policy: Any, replaced: Replacements) -> None
 
 @contextmanager
 def _images_forgotten_on_failure(session: Session) -> Iterator[None]:
-    """What an image left is reused for as long as it is held, so that of a failed step nothing is."""
+    """Have the session hold nothing of the images of a step that fails: it would be reused in all later ones."""
     try:
         yield
     except BaseException:

@@ -106,7 +106,7 @@ class DemoSettings:
 
     @property
     def compiles(self) -> bool:
-        """Whether the arms are compiled, if torch can."""
+        """True if the arms are to be compiled; torch may be unable to."""
         return not self.quick if self.compile is None else self.compile
 
     def check(self) -> None:
