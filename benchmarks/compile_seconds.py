@@ -24,7 +24,7 @@ from typing import Any
 from vla_pruner import markdown
 from vla_pruner.conditions import machine_conditions
 from vla_pruner.errors import OptionError, UnsupportedModelError, VLAPrunerError
-from vla_pruner.json_file import check_folder
+from vla_pruner.outputs import check_folder
 from vla_pruner.plugins import class_at
 from vla_pruner.registry import ROWS
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vla_pruner import markdown
 from vla_pruner.conditions import machine_conditions
-from vla_pruner.json_file import check_file
+from vla_pruner.outputs import check_file
 from vla_pruner.statistics import median_interval
 
 TITLES = ("shape", "GFLOPs", "weights, MB", "ms, one a layer", "ms, one for all", "ratio")

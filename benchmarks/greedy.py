@@ -22,13 +22,13 @@ from vla_pruner import markdown
 from vla_pruner.accelerators import now
 from vla_pruner.auditing.share import describe_device
 from vla_pruner.conditions import machine_conditions
-from vla_pruner.json_file import check_file
 from vla_pruner.methods.selection import (
     distances,
     fused_form,
     max_min_order_in_arrays,
     max_min_order_in_tensors,
 )
+from vla_pruner.outputs import check_file
 from vla_pruner.statistics import median_interval
 
 SIZES = ((256, 64), (512, 128), (768, 192))  # M, k: one, two and three cameras at keep .25

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "src" / "vla_pruner"
 FLOORS = (
     (
         "accelerators", "anatomy", "bootstrap", "caches", "checks", "conditions", "cost", "errors", "fate", "feed",
-        "flags", "installation", "json_file", "markdown", "observations", "plugins", "registry", "replacements",
-        "statistics", "strangers", "terminal", "timing", "versions", "wording",
+        "flags", "installation", "json_file", "markdown", "observations", "outputs", "plugins", "registry",
+        "replacements", "statistics", "strangers", "terminal", "timing", "versions", "wording",
     ),
     ("checkpoints", "client", "methods", "preprocessing"),
     ("attach", "method_names", "models", "simulators"),

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import DTYPES, Help, add_option, add_output, budget, names
+from vla_pruner.flags import DTYPES, Help, add_option, add_output, budget, check_weights, names
 from vla_pruner.wording import readable
 
 WRONG_INPUT = 2
@@ -279,7 +279,9 @@ def _audit(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from vla_pruner.auditing.command import AuditSettings, run_audit
+    from vla_pruner.outputs import STDOUT
 
+    check_weights(options)
     settings = AuditSettings(
         model=options.model,
         random_weights=options.random_weights,
@@ -298,7 +300,7 @@ def _audit(options: argparse.Namespace) -> int:
         certificate=options.certificate,
         compare=options.compare,
     )
-    return run_audit(settings, Console(highlight=False, stderr=options.json == "-"))
+    return run_audit(settings, Console(highlight=False, stderr=options.json == STDOUT))
 
 
 def _add_bench(commands: Any) -> None:
@@ -326,7 +328,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    from vla_pruner.serving.command import add_serve
+    from vla_pruner.serving.flags import add_serve
 
     add_serve(commands)
 

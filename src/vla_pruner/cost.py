@@ -145,17 +145,6 @@ def visual_tokens_at(
     return found
 
 
-def prefill_ratio(
-    decoder: DecoderShape, step: StepShape, kept: int, layer: int, pruned: Literal["drop", "freeze"] = "drop"
-) -> float:
-    """Return the FLOPs of a pruned prefill's layers over those of an unpruned one: [K C(N+M) + (L-K) C'] / [L
-    C(N+M)].
-    """
-    headless = DecoderShape(**{**decoder.__dict__, "vocabulary": 0})
-    one = StepShape(step.visual, step.other, 1)
-    return decoder_flops(headless, one, kept, layer, pruned).total / decoder_flops(headless, one).total
-
-
 @dataclass(frozen=True)
 class Tower:
     """A vision encoder: its sizes, the tokens of one image, the number of its layers that run, the FLOPs of cutting one

@@ -1,4 +1,4 @@
-"""JSON files of our formats, read back; and files and folders that flags name, checked before anything slow."""
+"""JSON files of our formats, read back."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import dataclasses
 import json
 import math
 import reprlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from vla_pruner.errors import OptionError
 
 _Found = TypeVar("_Found")
 
@@ -176,47 +173,3 @@ def _is_unicode(text: str) -> bool:
 
 def _not(value: Any, name: str, wanted: str) -> ValueError:
     return ValueError(f"{name} is {reprlib.repr(value)}, not {wanted}")
-
-
-def check_file(name: str, flag: str = "--json") -> None:
-    """Prove that a file which a flag names can be written, before anything slow begins, and leave no new file behind.
-
-    Raises:
-        OptionError: it cannot be written; the message says why.
-    """
-    try:
-        if not Path(name).resolve().parent.is_dir():
-            raise OptionError(f"{flag} is {name}, but there is no such folder; make it first.")
-        if Path(name).is_dir():
-            raise OptionError(f"{flag} is {name or 'empty'}, which is a folder; give a file in it.")
-        if Path(name).exists() and not Path(name).is_file():
-            return  # a pipe or a device: its reader would take opening and closing for the whole report
-        file = Path(name).resolve()
-        is_new = not file.exists()
-        with file.open("ab"):
-            pass
-        if is_new:
-            file.unlink()
-    except OSError as error:
-        raise unwritable(name, error, flag) from error
-
-
-def check_folder(folder: Path, flag: str = "--out") -> None:
-    """Make a folder which a flag names, and prove that a file can be written there, before anything slow begins.
-
-    Raises:
-        OptionError: no file can be written there; the message says why.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        is_file = folder.exists() and not folder.is_dir()
-        reason = "it is a file" if is_file else error.strerror or str(error)
-        raise OptionError(f"{flag} is {folder}, which cannot be written to ({reason}); give a folder.") from error
-
-
-def unwritable(name: str, error: OSError, flag: str = "--json") -> OptionError:
-    """Return the error of a file that could not be written."""
-    return OptionError(f"{flag} is {name}, which cannot be written ({error.strerror or error}); give another file.")

@@ -232,19 +232,6 @@ def _option(shown: str, kind: type[Method], text: str) -> tuple[str, Any]:
     return name, value
 
 
-def method_class(name: str) -> type[Method]:
-    """Return the method of this name, written as its class or with dashes, or with its module before it.
-
-    Raises:
-        OptionError: there is none, or it has no `keep`.
-        PluginError: one from outside of this package cannot be imported, or is no method that names can make.
-    """
-    _, kind, options = _read(name)
-    if options:
-        raise OptionError(f"{name} is given where a method's name is wanted; leave its options out.")
-    return kind
-
-
 def _own(name: str) -> type[Method] | None:
     """Return the method of this package that has this name."""
     for word, kind in known_methods().items():

@@ -5,17 +5,21 @@ in tests/families/encoders.py.
 from __future__ import annotations
 
 import copy
+import threading
+from functools import partial
 
 import pytest
 import torch
 
 import vla_pruner as vp
+from tests.attach.test_threads import in_thread
 from tests.attach.tiny import VISUAL, tiny_lm
 from tests.families import cases
 from tests.families.matrix import BOTH
 from tests.state import whole_state
 from vla_pruner.attach.encoder import cut
 from vla_pruner.models.openvla import random_openvla
+from vla_pruner.policies.base import example_of
 
 REUSE = vp.EncoderReuse(keep=0.25)
 
@@ -148,6 +152,50 @@ def test_an_image_that_is_not_finite_spoils_no_later_step():
         handle.remove()
         assert torch.equal(case.step(policy, 1, BOTH), expected)
         assert session.encoded == (None,)
+
+
+def test_actions_that_act_refuses_are_followed_by_a_whole_step():
+    """On an accelerator nobody looks at the encoder's outputs, and only actions show that they were not finite."""
+    policy = vp.random_policy("pi0")
+    example = example_of(policy)
+
+    def act():
+        policy.act(example.images, example.instruction, example.proprio)
+        return [ids is None for ids in session.encoded]
+
+    with vp.Unpruned().attach(policy, encoder=vp.EncoderReuse(keep=0.25, refresh_every=None)) as session:
+        whole = act()
+        assert all(whole)
+        assert not any(act())
+        handle = policy.module.action_out_proj.register_forward_hook(lambda *args: args[-1] * torch.nan)
+        with pytest.raises(vp.CheckpointError, match="not finite"):
+            act()
+        handle.remove()
+        assert act() == whole
+        assert not any(act())
+
+
+def test_a_thread_that_is_refused_takes_nothing_from_the_step_that_runs():
+    case = cases.chunk()
+    policy = case.build()
+    norm = policy.vision.blocks[0].norm1
+    refused = []
+
+    def intrude(*_):
+        if threading.current_thread() is threading.main_thread():
+            for call in (partial(case.step, policy, 9, BOTH), session.forget_images):
+                refused.append(in_thread(call))
+
+    with vp.Unpruned().attach(policy, encoder=REUSE) as session:
+        expected = [case.step(policy, scene, BOTH) for scene in range(3)]
+        session.reset()
+        handle = norm.register_forward_pre_hook(intrude)
+        actual = [case.step(policy, scene, BOTH) for scene in range(3)]
+        handle.remove()
+        assert None not in session.encoded
+    assert len(refused) == 6
+    assert all(isinstance(error, vp.SessionError) and "another thread" in str(error) for error in refused)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_patches_that_were_not_encoded_are_compared_with_what_they_were():

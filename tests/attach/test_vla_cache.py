@@ -229,6 +229,23 @@ def test_a_failed_call_leaves_what_was_held():
     assert whole_state(model) == before
 
 
+def test_actions_that_are_refused_are_followed_by_a_whole_step():
+    policy = vp.random_policy("reference")
+    case = cases.reference()
+    with vp.VLACache(keep=0.5, layer=2, **ANY).attach(policy) as session:
+
+        def runs_whole():
+            case.step(policy, 0, BOTH)
+            return session.kept is None
+
+        assert [runs_whole(), runs_whole()] == [True, False]
+        handle = policy.language_model.lm_head.register_forward_hook(lambda *args: args[-1] * torch.nan)
+        with pytest.raises(vp.CheckpointError, match="not finite"):
+            runs_whole()
+        handle.remove()
+        assert [runs_whole(), runs_whole()] == [True, False]
+
+
 def test_steps_that_changed_too_much_run_whole():
     model = tiny_lm()
     embeds = prompt()[0]

@@ -17,6 +17,7 @@ from tests.evaluation.test_run import run
 from vla_pruner import cli
 from vla_pruner.calibration import CalibrateSettings, Calibration, CalibrationError
 from vla_pruner.calibration.command import run_calibrate
+from vla_pruner.calibration.replay import replay
 from vla_pruner.evaluation import PolicySource
 from vla_pruner.evaluation.policies import fingerprint
 from vla_pruner.methods import VLACache
@@ -181,8 +182,16 @@ def test_few_shared_arms_are_calibrated_without_a_correlation(evaluated: Path, t
     assert [pair["key"] for pair in agreed["arms"]] == ["fastv-0.5-drop-K1"]
 
 
-def test_the_reference_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the command line, on images that were made up."""
+def test_the_reference_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line, on images that were made up; standard output is the report's, whatever a policy prints."""
+
+    def print_and_replay(*args: Any) -> Any:
+        print("a library has something to say")
+        return replay(*args)
+
+    monkeypatch.setattr("vla_pruner.calibration.command.replay", print_and_replay)
     text = ("open the door",) * STEPS
     made_up_folder(tmp_path / "e", states=2, tasks=1, size=112, instructions=text)
     command = f"calibrate --policy reference:autoregressive --from {tmp_path / 'e'} --method fastv --keep .5,.05"

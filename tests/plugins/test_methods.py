@@ -28,10 +28,10 @@ from vla_pruner.evaluation.command import run_eval
 from vla_pruner.evaluation.flags import add_eval
 from vla_pruner.evaluation.flags import settings_of as eval_settings_of
 from vla_pruner.evaluation.manifest import Manifest
-from vla_pruner.method_names import known_methods, method_class, methods_of
-from vla_pruner.methods import FastV, RandomKeep
+from vla_pruner.method_names import known_methods, methods_of
+from vla_pruner.methods import FastV, Method, RandomKeep
 from vla_pruner.serving.command import _method as method_of
-from vla_pruner.serving.command import add_serve
+from vla_pruner.serving.flags import add_serve
 
 PATH = "vla_pruner_example.brightest:Brightest"
 TEXTS = ("brightest:power=3:smallest=true", f"{PATH}:power=3:smallest=true")
@@ -78,19 +78,23 @@ def parsed(text: str) -> argparse.Namespace:
     return parser.parse_args(text.split())
 
 
+def kind_of(text: str) -> type[Method]:
+    (made,) = methods_of([text])
+    return type(made.method)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_name_and_a_path_make_the_same_method(example: Path, text: str) -> None:
     (made,) = methods_of([text], keep=[0.5], layers=[2], pruned=["freeze"])
     kind = sys.modules["vla_pruner_example.brightest"].Brightest
     assert made.method == kind(keep=0.5, layer=2, pruned="freeze", power=3, smallest=True)
     assert made.title == f"{text.partition(':power')[0]} 0.5 freeze K=2 power=3 smallest=true"
-    assert method_class(text.partition(":power")[0]) is kind
     assert list(known_methods()) == [name for name in known_methods() if name != "brightest"]
 
 
 @pytest.mark.parametrize("text", ["Brightest", "brightest", "BRIGHTEST"])
 def test_a_name_is_read_as_those_of_the_package_are(example: Path, text: str) -> None:
-    assert method_class(text).__name__ == "Brightest"
+    assert kind_of(text).__name__ == "Brightest"
 
 
 def test_nothing_is_imported_before_it_is_asked_for(example: Path) -> None:
@@ -238,8 +242,8 @@ def test_a_broken_distribution_breaks_no_other_name(example: Path) -> None:
     install(example, "broken-one", "7.1", {plugins.METHODS: entries})
     (example / "garbage-0.1.dist-info").mkdir()
     (example / "garbage-0.1.dist-info" / "entry_points.txt").write_bytes(b"[vla_pruner.methods\n\xff\xfe = = :\nx")
-    assert method_class("fastv") is FastV
-    assert method_class("brightest").__name__ == "Brightest"
+    assert kind_of("fastv") is FastV
+    assert kind_of("brightest").__name__ == "Brightest"
     for name in ("away", "odd"):
         with pytest.raises(PluginError, match=f"{name} .* of the distribution broken-one 7.1 cannot be used: "):
             methods_of([name])

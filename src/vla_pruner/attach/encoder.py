@@ -58,7 +58,7 @@ class Encoder:
 
 @dataclass
 class _Held:
-    """What a call of the tower leaves to the same call in the next control step.
+    """Tensors that a call of the tower leaves to the same call in the next control step.
 
     Attributes:
         like: what must be the same for it to fit.
@@ -79,8 +79,9 @@ class PatchReuse:
 
     What it holds belongs to the rows as they are: to reset rows or exchange their memory is to `forget`. Keys and
     values are never changed in place, and a control step whose images could not all be encoded forgets everything. So
-    does one with an output that is not finite, which others would read for as long as it is held; on an accelerator
-    nobody looks, and it goes with the next refresh.
+    does one with an output that is not finite, which others would read for as long as it is held. On an accelerator
+    the host does not look, since it would wait: they go when actions are refused (`attach.entries`), or with the next
+    refresh.
 
     Args:
         options: the choice.

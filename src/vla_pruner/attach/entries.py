@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,11 +31,10 @@ def watch_steps(session: Session, family: Family, turn: Turn, replaced: Replacem
         family.check_step(args, kwargs)
         try:
             with turn.step() as outermost:
-                with session.timed_step(outermost):
+                with _images_forgotten_on_failure(session), session.timed_step(outermost):
                     result = original(*args, **kwargs)
                 gave_up = outermost and session.heed_trial()
         except Exception as error:
-            session.forget_images()
             if session.attached:
                 raise
             raise SessionError(_DETACHED) from error
@@ -44,6 +44,30 @@ def watch_steps(session: Session, family: Family, turn: Turn, replaced: Replacem
 
     for owner, name in family.whole_steps:
         replaced.put(owner, name, step)
+
+
+def watch_actions(session: Session, policy: Any, replaced: Replacements) -> None:
+    """Make a policy that wraps its model forget what the images left also if it refuses the model's actions, as it does
+    if they are not finite. That is after the calls that `watch_steps` watches.
+    """
+
+    def act(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with _images_forgotten_on_failure(session):
+            return original(*args, **kwargs)
+
+    if not isinstance(policy, nn.Module) and callable(getattr(policy, "act", None)):
+        replaced.put(policy, "act", act)
+
+
+@contextmanager
+def _images_forgotten_on_failure(session: Session) -> Iterator[None]:
+    """Have the session hold nothing of the images of a step that fails: it would be reused in all later ones."""
+    try:
+        yield
+    except BaseException:
+        with suppress(SessionError):  # another thread is within a control step, which this one was not
+            session.forget_images()
+        raise
 
 
 def follow_resets(session: Session, policy: Any, turn: Turn, replaced: Replacements) -> None:

@@ -332,7 +332,7 @@ class Runner:
         self.turn.check()
         if memory is not None:
             check_memory(memory, self.method)
-        self._forget_last_step()
+        self.forget_images()
         self._set_memory(memory)
 
     def amend(self, memory: Memory) -> None:
@@ -357,7 +357,7 @@ class Runner:
         if self._step is not None:
             self._step.close()
         self._memory = self._step = None
-        self._forget_last_step()
+        self.forget_images()
 
     def finish(self) -> None:
         """The last call of a control step that is one graph came back: its memory's update is part of the graph."""
@@ -378,7 +378,8 @@ class Runner:
         semantic = step.semantic if self.method.remembers_semantic else None
         return step.memory.scores_after(step.action, step.seen, semantic)
 
-    def _forget_last_step(self) -> None:
+    def forget_images(self) -> None:
+        """Have the next control step reuse nothing of the images before it."""
         for held in (self.reuse, self.encoder):
             if held is not None:
                 held.forget()

@@ -16,7 +16,7 @@ from vla_pruner.attach import attached
 from vla_pruner.attach.compiled import Compiled, check_not_compiled, set_aside
 from vla_pruner.attach.control_step import ControlStep
 from vla_pruner.attach.encoder import refuse_with_encoder
-from vla_pruner.attach.entries import follow_resets, watch_steps
+from vla_pruner.attach.entries import follow_resets, watch_actions, watch_steps
 from vla_pruner.attach.exported import ExportedStep, export_step
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.hooks import HookWiring
@@ -63,6 +63,8 @@ class Session:
                 self._runner.reuse.install()
             self._wiring.install()
             watch_steps(self, family, self._runner.turn, self._replaced)
+            if self._runner.reuse is not None or self._runner.encoder is not None:
+                watch_actions(self, model, self._replaced)
             follow_resets(self, model, self._runner.turn, self._replaced)
         except BaseException:
             self._remove()
@@ -246,11 +248,16 @@ class Session:
         self.memory = memory.reset(rows)
 
     def forget_images(self) -> None:
-        """Have the vision encoder encode all patches in the next control step, if it reuses any; the memory stays. Call
-        it where the image changes as a whole within an episode. A control step that fails does so.
+        """Have the next control step reuse nothing of the images before it: the vision encoder encodes all patches
+        (`EncoderReuse`), and the decoder computes all tokens (`VLACache`). The memory stays. Call it where the image
+        changes as a whole within an episode. A control step that fails does so, and so does `act` if it refuses actions
+        that are not finite; if you call the model itself and its actions are not, call this.
+
+        Raises:
+            SessionError: another thread is within a control step.
         """
-        if self._runner.encoder is not None:
-            self._runner.encoder.forget()
+        self._runner.turn.check()
+        self._runner.forget_images()
 
     def moved(self, distance: float | Tensor) -> None:
         """Report how far the arm moved in the last control step, for methods that prune by it (`Method.motion`). Call

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from vla_pruner.auditing.certificate import Certificate, certificate, differences, read_certificate
@@ -18,15 +14,11 @@ from vla_pruner.auditing.report import AuditReport
 from vla_pruner.auditing.run import audit
 from vla_pruner.auditing.subject import check_request
 from vla_pruner.auditing.table import print_check, summary
-from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
-from vla_pruner.json_file import check_file, unwritable
 from vla_pruner.method_names import methods_of
 from vla_pruner.methods import Method
-from vla_pruner.policies.base import Policy
-from vla_pruner.policies.loading import load_policy
-from vla_pruner.policies.options import as_dtype, usable_device
-from vla_pruner.policies.random import random_policy
-from vla_pruner.registry import random_names, row_named
+from vla_pruner.outputs import check_file, check_output, left_to, write_file, write_output
+from vla_pruner.policies.asked import asked_policy
+from vla_pruner.policies.options import usable_device
 from vla_pruner.terminal import say, waiting
 
 
@@ -81,16 +73,22 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
     )
     method: Method = made.method
     check_request(method, settings.instruction, settings.seed)
-    device = usable_device(settings.device, "--device")
-    if settings.json not in (None, "-"):
-        check_file(str(settings.json))
+    usable_device(settings.device, "--device")
+    check_output(settings.json)
     if settings.certificate is not None:
         check_file(settings.certificate, "--certificate")
     there = None if settings.compare is None else read_certificate(settings.compare)
-    # Standard output is the report's alone if it was asked for; policies' own libraries print things, too.
-    with redirect_stdout(sys.stderr) if settings.json == "-" else nullcontext():
+    with left_to(settings.json):
         with waiting(console, f"loading {settings.model}"):
-            policy = _policy(settings, device)
+            policy = asked_policy(
+                settings.model,
+                random_weights=settings.random_weights,
+                size=settings.size,
+                device=settings.device,
+                dtype=settings.dtype,
+                options=settings.options,
+                seed=settings.seed,
+            )
         report = audit(
             policy,
             method,
@@ -100,12 +98,12 @@ def run_audit(settings: AuditSettings, console: Console) -> int:
         )
     say(console, summary(report), style="bold green" if report.passed else "bold red", soft_wrap=True)
     if settings.json is not None:
-        _write(report, settings)
+        write_output(settings.json, _text(_content(report, settings)))
     same = True
     if settings.certificate is not None or there is not None:
         here = certificate(report, policy, settings.model)
         if settings.certificate is not None:
-            _write_text(settings.certificate, here.to_json(), "--certificate")
+            write_file(settings.certificate, _text(here.to_json()), "--certificate")
         if there is not None:
             same = _compare(here, there, console)
     return 0 if report.passed and same else 1
@@ -122,43 +120,12 @@ def _compare(here: Certificate, there: Certificate, console: Console) -> bool:
     return not wrong
 
 
-def _policy(settings: AuditSettings, device: torch.device) -> Policy:
-    dtype = as_dtype(settings.dtype)
-    if settings.random_weights:
-        if settings.options:
-            raise OptionError(f"--option is for checkpoints; with --random-weights leave it out: {settings.options}.")
-        row = row_named(settings.model)
-        if row is None or row.random is None:
-            names = ", ".join(random_names())
-            raise UnsupportedModelError(f"MODEL is {settings.model}; with random weights there are {names}.")
-        size = settings.size or "tiny"
-        return random_policy(settings.model, size, device, torch.float32 if dtype is None else dtype, settings.seed)
-    if settings.size is not None:
-        raise OptionError("--size is for --random-weights; a checkpoint has its own size.")
-    try:
-        return load_policy(settings.model, device, dtype, **settings.options)
-    except CheckpointError as error:
-        row = row_named(settings.model)
-        if row is not None and row.random is not None:
-            raise CheckpointError(f"{error} Without a checkpoint: --random-weights.") from error
-        raise
-    except NotImplementedError as error:
-        raise UnsupportedModelError(f"{settings.model} asks for something that is not supported: {error}") from error
-
-
-def _write(report: AuditReport, settings: AuditSettings) -> None:
+def _content(report: AuditReport, settings: AuditSettings) -> dict[str, Any]:
     model = {"model": settings.model, "random_weights": settings.random_weights}
     if settings.random_weights:
         model["size"] = settings.size or "tiny"
-    content = {**model, **report.to_json()}
-    if settings.json == "-":
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
-    else:
-        _write_text(str(settings.json), content, "--json")
+    return {**model, **report.to_json()}
 
 
-def _write_text(name: str, content: dict[str, Any], flag: str) -> None:
-    try:
-        Path(name).write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:  # a full disk, for instance
-        raise unwritable(name, error, flag) from error
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

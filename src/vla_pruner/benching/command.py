@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ from rich.console import Console
 
 from vla_pruner.benching.settings import NAMED, SIZES, BenchSettings
 from vla_pruner.flags import DTYPES, Help, add_encoder, add_methods, add_option
-from vla_pruner.json_file import check_file, check_folder, unwritable
 from vla_pruner.method_names import LAYER
+from vla_pruner.outputs import STDOUT, check_folder, check_output, left_to, write_file, write_output
 from vla_pruner.terminal import LogLines, literal, say
 
 _FIELDS = (
@@ -99,27 +97,20 @@ def run_bench(options: argparse.Namespace) -> int:
         VLAPrunerError: the flags do not allow a benchmark.
     """
     settings = settings_of(options)
-    if options.json not in (None, "-"):
-        check_file(options.json)
+    check_output(options.json)
     if options.out is not None:
         check_folder(options.out)
-    console = Console(highlight=False, stderr=options.json == "-")
-    # Standard output is the report's alone if it was asked for; policies' own libraries print things, too.
-    with redirect_stdout(sys.stderr) if options.json == "-" else nullcontext():
+    console = Console(highlight=False, stderr=options.json == STDOUT)
+    with left_to(options.json):
         report = _run(settings, console)
     from vla_pruner.benching.table import to_markdown
 
     text = json.dumps(report.to_json(), indent=2) + "\n"
-    if options.json == "-":
-        sys.stdout.write(text)
-    elif options.json is not None:
-        try:
-            Path(options.json).write_text(text)
-        except OSError as error:
-            raise unwritable(options.json, error) from error
+    if options.json is not None:
+        write_output(options.json, text)
     if options.out is not None:
-        (options.out / "bench.json").write_text(text)
-        (options.out / "bench.md").write_text(to_markdown(report))
+        write_file(str(options.out / "bench.json"), text, "--out")
+        write_file(str(options.out / "bench.md"), to_markdown(report), "--out")
     return 0
 
 

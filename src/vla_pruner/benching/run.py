@@ -251,9 +251,9 @@ def _milliseconds(samples: list[float]) -> dict[str, Any]:
 
 
 def _speed(base: list[float], arm: list[float]) -> Speed:
-    ratios = [before / after for before, after in zip(base, arm, strict=True)]
-    low, high = median_interval(ratios) or (None, None)
-    return Speed(statistics.median(ratios), low, high, len(ratios))
+    speeds = [before / after for before, after in zip(base, arm, strict=True)]
+    low, high = median_interval(speeds) or (None, None)
+    return Speed(statistics.median(speeds), low, high, len(speeds))
 
 
 def _refresh(arm: Arm, timings: Timings, base_name: str) -> Refresh | None:

@@ -55,17 +55,17 @@ def why(
         one_graph: whether decoding is part of that graph, and of the stage "prefill".
         encodes: whether the vision encoder encodes all patches.
     """
-    ratio = _flops(arm, one_graph) / _flops(base, one_graph)
-    promised = base.stages["prefill"] * (1 - ratio)
+    share = _flops(arm, one_graph) / _flops(base, one_graph)
+    promised = base.stages["prefill"] * (1 - share)
     saved = base.total - arm.total
     outcome = f"{saved:.2f} ms are saved" if saved >= 0 else f"the step takes {-saved:.2f} ms more"
     what = "FLOPs of prompt and decoding" if one_graph else "prompt's FLOPs"
     first = (
-        f"The {what} fall to {100 * ratio:.0f} %, which would save {promised:.2f} ms of {base.total:.2f}; {outcome}."
+        f"The {what} fall to {100 * share:.0f} %, which would save {promised:.2f} ms of {base.total:.2f}; {outcome}."
     )
     reasons = [
         *_choosing(arm, promised, compiled),
-        *(_one_graph(base, arm, ratio) if one_graph else _prompt(base, arm, peaks, compiled)),
+        *(_one_graph(base, arm, share) if one_graph else _prompt(base, arm, peaks, compiled)),
         *_acting(base, peaks, acting, passes),
         *(_vision(base) if encodes else ()),
         *_other(base),
@@ -92,8 +92,8 @@ def _flops(timed: Timed, decoding: bool) -> float:
     return flops["prefill"] + flops["pruning"] + (flops["decode"] if decoding else 0.0)
 
 
-def _one_graph(base: Timed, arm: Timed, ratio: float) -> list[str]:
-    taken, expected = arm.stages["prefill"], base.stages["prefill"] * ratio
+def _one_graph(base: Timed, arm: Timed, share: float) -> list[str]:
+    taken, expected = arm.stages["prefill"], base.stages["prefill"] * share
     if taken <= SLACK * expected:
         return []
     return [
@@ -106,8 +106,8 @@ def _one_graph(base: Timed, arm: Timed, ratio: float) -> list[str]:
 def _prompt(base: Timed, arm: Timed, peaks: Peaks, compiled: bool) -> list[str]:
     # Freezing is timed where it runs: in the graph, or apart from the prompt.
     flops = arm.work.flops["prefill"] + (arm.work.flops["pruning"] if compiled else 0.0)
-    ratio = flops / base.work.flops["prefill"]
-    taken, expected = arm.stages["prefill"], base.stages["prefill"] * ratio
+    share = flops / base.work.flops["prefill"]
+    taken, expected = arm.stages["prefill"], base.stages["prefill"] * share
     if arm.work.bound_by_reading("prefill", peaks):
         return ["The pruned prompt is so short that reading the weights bounds it, and these are read all the same."]
     if taken > SLACK * expected and compiled:

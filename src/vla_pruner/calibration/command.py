@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from vla_pruner.conditions import busy_cores, machine_conditions
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.policies import fingerprint
 from vla_pruner.evaluation.table import to_rich
-from vla_pruner.json_file import check_file, unwritable
+from vla_pruner.outputs import check_output, left_to, write_output
 from vla_pruner.statistics import wilson
 from vla_pruner.terminal import progress, say, waiting
 from vla_pruner.wording import counted
@@ -46,16 +45,17 @@ def run_calibrate(settings: CalibrateSettings, console: Console) -> int:
     Raises:
         VLAPrunerError: it cannot run, or the settings do not fit the policy or the recordings.
     """
-    if settings.json not in (None, "-"):
-        check_file(settings.json)
+    check_output(settings.json)
     wilson(0, 1)  # refused now, and not after minutes, if scipy is missing
-    found = Calibration.read(settings.results) if settings.results else _calibrate(settings, console)
+    with left_to(settings.json):
+        found = Calibration.read(settings.results) if settings.results else _calibrate(settings, console)
     agreed = agreement(found, settings.against) if settings.against else None
     _show(found, agreed, console)
     for sentence in sentences(found, settings.tolerance, agreed):
         say(console, f"- {sentence}")
     if settings.json is not None:
-        _write(settings.json, {**found.to_json(), **_extras(found, settings.tolerance, agreed, settings.against)})
+        content = {**found.to_json(), **_extras(found, settings.tolerance, agreed, settings.against)}
+        write_output(settings.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return 0
 
 
@@ -218,14 +218,3 @@ def _extras(
         "against": [str(folder) for folder in against],
         "verdict": sentences(found, tolerance, agreed),
     }
-
-
-def _write(name: str, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    if name == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(name, error) from error

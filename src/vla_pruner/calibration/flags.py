@@ -9,6 +9,7 @@ from typing import Any
 from vla_pruner.calibration.settings import CalibrateSettings
 from vla_pruner.evaluation.flags import add_arms, policy_source
 from vla_pruner.flags import Help, add_weights, names, refuse_unused
+from vla_pruner.outputs import STDOUT
 
 _FIELDS = (
     "source", "results", "methods", "keep", "layer", "pruned", "encoder_keep", "encoder_refresh", "controls", "tasks",
@@ -89,7 +90,7 @@ def run_command(options: argparse.Namespace) -> int:
 
     from vla_pruner.calibration.command import run_calibrate
 
-    return run_calibrate(settings_of(options), Console(highlight=False, stderr=options.json == "-"))
+    return run_calibrate(settings_of(options), Console(highlight=False, stderr=options.json == STDOUT))
 
 
 def settings_of(options: argparse.Namespace) -> CalibrateSettings:

@@ -28,7 +28,7 @@ SETTLED = 2
 
 @dataclass(frozen=True)
 class Compiling:
-    """What was compiled for the episodes.
+    """The graphs that were compiled for the episodes.
 
     Attributes:
         backend: as in `torch.compile`.
@@ -114,7 +114,7 @@ class CompiledArms:
 
     @property
     def compiling(self) -> Compiling:
-        """What was compiled so far."""
+        """The graphs that were compiled so far."""
         anew = graphs() - self._compiled
         return Compiling(
             self._backend, self._one_graph, dict(self._graphs), dict(self._seconds), self._unpruned_ms, anew

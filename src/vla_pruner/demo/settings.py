@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vla_pruner.errors import OptionError, VLAPrunerError
 from vla_pruner.flags import number_or_name
-from vla_pruner.json_file import check_folder
+from vla_pruner.outputs import check_folder
 
 DEFAULT_EPISODES = 6
 DEFAULT_MINUTES = 6.5
@@ -106,7 +106,7 @@ class DemoSettings:
 
     @property
     def compiles(self) -> bool:
-        """Whether the arms are compiled, if torch can."""
+        """True if the arms are to be compiled; torch may be unable to."""
         return not self.quick if self.compile is None else self.compile
 
     def check(self) -> None:

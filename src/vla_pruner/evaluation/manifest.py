@@ -93,7 +93,7 @@ class Manifest:
 
     @property
     def run(self) -> str:
-        """As of `run_of`."""
+        """The identity of the run; see `run_of`."""
         return run_of(self.identity)
 
     def to_json(self) -> dict[str, Any]:

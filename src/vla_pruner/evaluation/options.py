@@ -18,7 +18,7 @@ PRUNING = ("method", "random")
 
 @dataclass(frozen=True)
 class ArmOptions:
-    """What makes an arm's method again.
+    """The options from which an arm's method can be made again.
 
     Attributes:
         method: its name, as of `--method`; of the control, "random".

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from vla_pruner.errors import ObservationError
@@ -78,15 +77,16 @@ class PolicySource:
         if self.scripted:
             assert suite is not None
             return DoNothing(suite.action_size) if self.name == NOTHING else suite.expert()
-        if self.random_weights:
-            from vla_pruner.policies.options import as_dtype, usable_device
-            from vla_pruner.policies.random import random_policy
+        from vla_pruner.policies.asked import asked_policy
 
-            usable_device(self.device)
-            return random_policy(self.name, self.size, self.device, as_dtype(self.dtype) or torch.float32)
-        from vla_pruner.policies.loading import load_policy
-
-        return load_policy(self.name, self.device, self.dtype, **self.options)
+        return asked_policy(
+            self.name,
+            random_weights=self.random_weights,
+            size=self.size,
+            device=self.device,
+            dtype=self.dtype,
+            options=self.options,
+        )
 
 
 def sees_images(policy: Any) -> bool:

@@ -37,6 +37,7 @@ class Preset:
         tasks: of each suite; None: all.
         episodes: of each task and arm.
         max_steps: of an episode; None: the suite's own.
+        what: the same in words, for help texts.
     """
 
     tasks: int | None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vla_pruner.json_file import check_file, unwritable
+from vla_pruner.outputs import check_file, write_file
 from vla_pruner.report.evaluation import render
 from vla_pruner.report.results import read_results
 from vla_pruner.report.traced import look
@@ -47,10 +47,7 @@ def run_report(
     results = read_results(folder, interval)
     traced = look(results, episodes)
     page = render(results, traced).encode(errors="backslashreplace")
-    try:
-        target.write_bytes(page)
-    except OSError as error:
-        raise unwritable(str(target), error, "--out") from error
+    write_file(str(target), page, "--out")
     say(console, headline(results))
     for sentence in traced.damaged[:_NAMED]:
         say(console, f"Left out: {sentence}", soft_wrap=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from vla_pruner.serving.errors import ServingError
 
 MEBIBYTE = 2**20
-
+KEY_VARIABLE = "VLA_PRUNER_API_KEY"
+"""The environment variable of the key that clients must send."""
 
 OWN_METADATA = frozenset({
     "protocol", "server", "model", "pruner", "visual_tokens", "action_horizon", "action_dim", "image_keys",

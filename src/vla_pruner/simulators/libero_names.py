@@ -25,7 +25,7 @@ _PERTURBED = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
 class Origin(Enum):
-    """Where a perturbation is defined."""
+    """The project that defines a perturbation."""
 
     PRO = "LIBERO-PRO"
     HERE = "vla-pruner"
@@ -47,7 +47,7 @@ camera's place, the light, the floor and the walls.
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How a suite differs from a published one."""
+    """The difference between a suite and a published one."""
 
     base: str
     """The published suite, a key of `MAX_STEPS`."""
@@ -107,7 +107,7 @@ def check_name(name: str) -> None:
 
 
 def refuse_known(name: str) -> None:
-    """Refuse a suite of somebody else's that is known and not supported.
+    """Refuse a suite of another project that is known and not supported.
 
     Raises:
         SuiteError: it is one; the message says what is needed.

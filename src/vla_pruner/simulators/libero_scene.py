@@ -43,7 +43,7 @@ WALLS = (
 
 
 class Scene:
-    """What changes in an episode; nothing.
+    """The changes to a scene in an episode: here none.
 
     Args:
         strength: a factor on how far the scene is changed, if that has degrees.
@@ -137,7 +137,7 @@ class CameraMoved(Scene):
 
 @dataclass(frozen=True)
 class Light:
-    """How all lights differ; all 1 and no shift is the published light."""
+    """The change of all lights; all 1 and no shift is the published light."""
 
     colours: np.ndarray
     """(3,): factors on red, green and blue: brightness and tint."""
