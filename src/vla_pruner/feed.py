@@ -20,12 +20,13 @@ class Feed:
         step: one control step, from prepared inputs on the host to actions on the host.
         visual: visual tokens of all cameras.
         other: other tokens of the prompt.
-        decoded: passes that decode a token after the prompt.
+        decoded: passes that decode a token after the prompt; with `count`, the most that there can be.
         denoised: rows of one pass of the expert, and passes; None without an expert.
         expert: the expert's sizes; None: its config has them by transformers' names.
         uses_head: whether the language model's head over the vocabulary runs.
         prepare: prepares images and words for `step`; None if `step` does that too.
         attach: options for `Method.attach`.
+        count: runs a control step and returns in how many passes it decoded; None: in `decoded`.
     """
 
     step: Callable[[], Any]
@@ -37,6 +38,7 @@ class Feed:
     uses_head: bool = True
     prepare: Callable[[], Any] | None = None
     attach: dict[str, Any] = field(default_factory=dict)
+    count: Callable[[], int] | None = None
 
 
 def on_host(actions: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Row:
         title: as messages name it.
         family: the adapter's class, which extends `vla_pruner.attach.family.Family`.
         policy: class of the results of `load` and `random`.
-        module: class of the module that it drives, if several rows have one `policy`.
+        module: class of the module that it drives; None: it is the module itself.
         aliases: other names.
         config: the marks of its config.json: keys with their values, `PRESENT` or None (absent). None: no folder holds
             it. Of several rows that fit, the first one loads the folder.
@@ -158,6 +158,7 @@ ROWS = (
         title="pi0 of transformers",
         family="vla_pruner.families.pi0:PI0",
         policy="vla_pruner.policies.pi0:TransformersPI0",
+        module="transformers.models.pi0.modeling_pi0:PI0ForConditionalGeneration",
         config={"model_type": "pi0"},
         load="vla_pruner.policies.pi0:load_pi0",
         random="vla_pruner.policies.random:random_pi0",
@@ -317,6 +318,12 @@ def row_of(policy: Any) -> Row | None:
             module = _classes(getattr(policy, "module", None))
             return next((row for row in found if row.module in module), found[0])
     return None
+
+
+def row_driving(module: Any) -> Row | None:
+    """Return the row whose `policy` drives a bare module of another library, and can be made of it alone; or None."""
+    names = _classes(module)
+    return next((row for row in ROWS if row.load is not None and row.module in names), None)
 
 
 def row_for(config: Mapping[str, Any]) -> Row | None:

@@ -137,6 +137,21 @@ def test_a_session_that_nobody_holds_is_found_and_detached():
         vp.detach("policy")
 
 
+@pytest.mark.parametrize("name", ["decoder", "llava", "paligemma", "qwen3-vl"])
+def test_a_session_is_found_on_a_model_that_has_no_call_of_a_whole_step(name):
+    if name == "decoder":
+        model, options = tiny_lm().model, {"visual": VISUAL}
+    else:
+        model, options = vp.random_policy(name).module.model, {}
+    before = whole_state(model)
+    vp.FastV(keep=0.5).attach(model, **options)
+    gc.collect()
+    with pytest.raises(vp.SessionError, match=r"vla_pruner\.detach\(model\)"):
+        vp.FastV(keep=0.5).attach(model, **options)
+    assert vp.detach(model)
+    assert whole_state(model) == before
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_compiled_a_policy_is_found_too():
     policy = vp.reference_policy("autoregressive")

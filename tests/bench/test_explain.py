@@ -56,6 +56,19 @@ def test_a_vision_encoder_that_reuses_patches():
     assert "static graph" in dict(found.refused)["compile"]
 
 
+def test_the_module_itself_has_the_share_of_the_policy_around_it():
+    policy = vp.random_policy("pi0", "tiny")
+    step = feed(policy, BenchSettings("pi0", size="tiny"), torch.device("cpu")).step
+    found = []
+    for target in (policy, policy.module):
+        with vp.FastV(keep=0.25, layer=2).attach(target) as session:
+            step()
+            found.append(vp.explain(session))
+    assert found[0].whole_step
+    first, second = ((one.share, one.ceiling, one.whole_step, one.pruned) for one in found)
+    assert first == second
+
+
 def test_a_language_model_of_which_only_the_prompt_is_known():
     model = tiny_lm()
     with vp.FastV(keep=6, layer=3, pruned="freeze").attach(model, visual=VISUAL) as session:
@@ -69,7 +82,10 @@ def test_a_language_model_of_which_only_the_prompt_is_known():
     assert "reuse (VLA-Cache)" in dict(found.refused)
     assert "6 of 24" in found.pruned[0]
     assert "readable from there on, but no longer computed" in found.pruned[0]
-    assert "the rest is not known here" in str(found)
+    assert "not known here" in str(found)
+    assert "at most" in str(found).partition("decoder layers, ")[2], "the ceiling is that of the decoder alone"
+    assert found.steps == "all are pruned"
+    assert vp.explain(session).steps == "none is pruned any more: the session is detached"
 
 
 def test_several_layers_a_schedule_and_a_verdict():

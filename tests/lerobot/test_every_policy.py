@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("lerobot", reason="lerobot is not installed; make test-lerobot installs it")
 
@@ -31,20 +32,28 @@ LACKING_NONE = ("eo1", "vla_jepa")
 def test_it_is_explained_before_a_step_and_after_it(name):
     policy = POLICIES[name]()
     seen = example_of(policy)
+    shares = set()
     for target in (policy, policy.module):
         with vp.FastV(keep=0.5, layer=2).attach(target) as session:
             before = vp.explain(session)
+            assert session.step is None, "explaining runs no control step"
             policy.act(seen.images, seen.instruction, seen.proprio)
+            step, memory = session.step, session.memory
             found = vp.explain(session)
+            assert session.step is step
+            assert torch.equal(session.memory.steps, memory.steps)
         assert found.share is not None
         assert found.ceiling > 1
-        assert not found.whole_step or target is policy
+        shares.add((found.share, found.ceiling, found.whole_step))
         assert before.untouched == found.untouched
         assert ("decoding" in str(found)) == (name == "pi0_fast")
         assert "attach(model, cameras" not in str(found), "no family of LeRobot takes that"
         with pytest.raises(vp.UnsupportedModelError) as refused, vp.FastV(keep=0.5, layer=2).attach(target) as session:
             session.export({})
         assert ("session.compile()" in str(refused.value)) == ("compile" not in dict(found.refused))
+    if name != "eo1":  # its prompt is known of random policies alone
+        assert len(shares) == 1, "LeRobot's own class has the share of the policy around it"
+    assert found.whole_step == (name not in ("eo1", "groot", "vla_jepa"))
 
 
 @pytest.mark.parametrize("name", POLICIES)

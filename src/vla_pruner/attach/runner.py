@@ -28,6 +28,7 @@ from vla_pruner.wording import a_type
 
 if TYPE_CHECKING:
     from vla_pruner.attach.compiled import Compiled
+    from vla_pruner.attach.session import Session
     from vla_pruner.attach.trial import Trial
 
 Clock = Callable[[str], AbstractContextManager[Any]]
@@ -51,6 +52,8 @@ class Runner:
         trial: times unpruned and pruned control steps in turns; None if no trial was requested.
         whole: True while a control step that is one graph runs, or is traced; it was opened before.
         aside: True while a call runs that is no part of a control step.
+        session: the session while it is attached. Every hook leads to this runner, so that a session whose handle is
+            lost lives on the model, where `detach(model)` finds it.
 
     Raises:
         BudgetError: the method does not fit the model.
@@ -73,6 +76,7 @@ class Runner:
         self.trial: Trial | None = None
         self.whole = False
         self.aside = False
+        self.session: Session | None = None
         self._planner = Planner(family, self.stages)
         self._episode: Tensor | None = None
         self._memory: Memory | None = None

@@ -69,6 +69,7 @@ class Session:
         except BaseException:
             self._remove()
             raise
+        self._runner.session = self
         attached.enter(self._decoder, self)
 
     def __repr__(self) -> str:
@@ -351,7 +352,7 @@ class Session:
         self._runner.clock = clock
 
     def _remove(self) -> None:
-        compiled, self._runner.compiled = self._runner.compiled, None
+        compiled, self._runner.compiled, self._runner.session = self._runner.compiled, None, None
         parts = (compiled, self._replaced, self._wiring, self._runner.reuse, self.family, self._runner.encoder)
         undo(*(part.remove for part in parts if part is not None))
 

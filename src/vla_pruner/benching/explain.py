@@ -18,6 +18,8 @@ from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.benching.subject import Subject
 from vla_pruner.cost import DecoderShape, StepShape, decoder_flops
 from vla_pruner.errors import OptionError, UnsupportedModelError
+from vla_pruner.plugins import class_at
+from vla_pruner.registry import row_driving, row_of
 from vla_pruner.wording import a_type
 
 FATES = {
@@ -66,9 +68,15 @@ class Explanation:
         lines += [f"  untouched  {line}" for line in self.untouched]
         if self.share is None or self.ceiling is None:
             lines.append("  share      not known before a control step has run")
+        elif self.whole_step:
+            lines.append(
+                f"  share      {self.share:.0%} of the FLOPs of a control step; at most {self.ceiling:.2f}x in FLOPs"
+            )
         else:
-            of = "a control step" if self.whole_step else "the prompt's decoder layers (the rest is not known here)"
-            lines.append(f"  share      {self.share:.0%} of the FLOPs of {of}; at most {self.ceiling:.2f}x in FLOPs")
+            lines.append(
+                f"  share      {self.share:.0%} of the FLOPs of the prompt's decoder layers, at most "
+                f"{self.ceiling:.2f}x in those; the step has more parts, whose FLOPs are not known here, and gains less"
+            )
         lines += [f"  refused    {what}: {why}" for what, why in self.refused]
         if self.verdict is not None:
             lines.append(f"  timed      {self.verdict}")
@@ -79,8 +87,9 @@ def explain(session: Session) -> Explanation:
     """Explain what a session prunes and where, what is refused on its model and why, and its share of a control step.
 
     FLOPs come from the formulas in `vla_pruner.cost`, for one robot; they are not milliseconds. No control step is
-    run. If no benchmark knows the policy's inputs (a language model, a bare module of LeRobot), the FLOPs are those of
-    the last control step's prompt in the decoder alone.
+    run. A policy that decodes until it has ended (pi0-FAST) is counted with as many tokens as it may decode. If no
+    benchmark knows the policy's inputs (a language model, `attach(vlm)`), the FLOPs are those of the last control
+    step's prompt in the decoder alone.
 
     Raises:
         OptionError: `session` is not a session.
@@ -110,7 +119,7 @@ def explain(session: Session) -> Explanation:
         method=described(method),
         model=f"{type(session.policy).__name__} ({type(family).__name__})",
         pruned=(*_pruned(layers, kept, tokens, family, method), *_reused(session)),
-        steps=_steps(method),
+        steps=_steps(method) if session.attached else "none is pruned any more: the session is detached",
         untouched=tuple(untouched),
         refused=tuple(_refused(session)),
         share=share,
@@ -194,7 +203,7 @@ def _share(
         return None, None, False
     first, *then = zip(layers, kept, strict=True)
     budget: dict[str, Any] = {"kept": first[1], "layer": first[0], "pruned": session.method.pruned, "then": then}
-    subject = _subject(session)
+    subject = _subject(session, len(tokens))
     if subject is not None and subject.control_step.visual == sum(tokens):
         encoded = subject.encoded(session.encoder)
         whole = subject.control_step.flops(None, first[0])
@@ -211,14 +220,19 @@ def _share(
     return share, decoder_flops(shape, step).total / decoder_flops(shape, step, **budget).total, False
 
 
-def _subject(session: Session) -> Subject | None:
+def _subject(session: Session, cameras: int) -> Subject | None:
     """Return the policy's control step as the benchmark measures it; None if no benchmark knows the policy."""
     policy: Any = session.policy
+    row = None if row_of(policy) is not None else row_driving(policy)
+    if row is not None:
+        drives = class_at(row.policy)
+        named = "cameras" in inspect.signature(drives).parameters
+        policy = drives(policy, **({"cameras": [f"camera {n + 1}" for n in range(cameras)]} if named else {}))
     weight = norm_of(session.family.decoder).weight
     # Operations are counted, not bytes, so the type of the weights makes no difference.
     settings = BenchSettings(type(policy).__name__, loaded=True)
     try:
         with torch.no_grad():
-            return Subject(policy, feed(policy, settings, weight.device), settings, weight.device)
+            return Subject(policy, feed(policy, settings, weight.device, run=False), settings, weight.device)
     except (UnsupportedModelError, OptionError):
         return None

@@ -27,14 +27,22 @@ VLM_TEXT = 24
 _SIDE = 224
 
 
-def feed(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+def feed(policy: Any, settings: BenchSettings, device: torch.device, run: bool = True) -> Feed:
     """Return the inputs of this policy.
+
+    Args:
+        policy: what a benchmark times.
+        settings: of the benchmark.
+        device: of the policy.
+        run: whether a control step may run to count the tokens that it decodes, where their number depends on them;
+            if not, `Feed.decoded` is the most that there can be.
 
     Raises:
         OptionError: `--prompt-tokens` leaves no text, or does not apply.
         UnsupportedModelError: no inputs are known for this policy.
     """
-    return feed_of(policy)(policy, settings, device)
+    made = feed_of(policy)(policy, settings, device)
+    return made if made.count is None or not run else dataclasses.replace(made, decoded=made.count())
 
 
 def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
@@ -292,7 +300,8 @@ def lerobot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
 
     if decodes:
         # The head over the vocabulary runs outside of any module's call that is timed.
-        return Feed(step, visual, other, decoded=_decoded(module, step), uses_head=False)
+        most = config.max_decoding_steps - 1
+        return Feed(step, visual, other, decoded=most, uses_head=False, count=lambda: _decoded(module, step))
     passes = config.num_steps if smol else config.num_inference_steps
     suffix = config.chunk_size + (kind == "pi0")
     return Feed(step, visual, other, denoised=(suffix, passes), uses_head=False)
