@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import reprlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,6 +22,7 @@ _Found = TypeVar("_Found")
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 _MOST = 2**63
+_NO_OTHERS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class ForeignFile(ValueError):
@@ -185,13 +189,13 @@ def check_file(name: str, flag: str = "--json") -> None:
         OptionError: it cannot be written; the message says why.
     """
     try:
-        if not Path(name).resolve().parent.is_dir():
+        file = Path(os.path.realpath(name))  # of links that go round, pathlib raises what is no OSError
+        if not file.parent.is_dir():
             raise OptionError(f"{flag} is {name}, but there is no such folder; make it first.")
         if Path(name).is_dir():
             raise OptionError(f"{flag} is {name or 'empty'}, which is a folder; give a file in it.")
         if Path(name).exists() and not Path(name).is_file():
             return  # a pipe or a device: its reader would take opening and closing for the whole report
-        file = Path(name).resolve()
         is_new = not file.exists()
         with file.open("ab"):
             pass
@@ -215,6 +219,35 @@ def check_folder(folder: Path, flag: str = "--out") -> None:
         is_file = folder.exists() and not folder.is_dir()
         reason = "it is a file" if is_file else error.strerror or str(error)
         raise OptionError(f"{flag} is {folder}, which cannot be written to ({reason}); give a folder.") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file at once: a reader finds the old one or the new one, and a full disk leaves the old one. A pipe or a
+    device is written to as it is, and so is a file in a folder that takes no others.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    beside = path.with_name(path.name + ".new")
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            beside.chmod(path.stat().st_mode)
+        beside.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _NO_OTHERS and path.is_file():
+            path.write_bytes(content)
+            return
+        raise
 
 
 def unwritable(name: str, error: OSError, flag: str = "--json") -> OptionError:

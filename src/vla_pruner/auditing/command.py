@@ -19,7 +19,7 @@ from vla_pruner.auditing.run import audit
 from vla_pruner.auditing.subject import check_request
 from vla_pruner.auditing.table import print_check, summary
 from vla_pruner.errors import CheckpointError, OptionError, UnsupportedModelError
-from vla_pruner.json_file import check_file, unwritable
+from vla_pruner.json_file import check_file, replace_file, unwritable
 from vla_pruner.method_names import methods_of
 from vla_pruner.methods import Method
 from vla_pruner.policies.base import Policy
@@ -159,6 +159,6 @@ def _write(report: AuditReport, settings: AuditSettings) -> None:
 
 def _write_text(name: str, content: dict[str, Any], flag: str) -> None:
     try:
-        Path(name).write_text(json.dumps(content, indent=2) + "\n")
+        replace_file(Path(name), (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:  # a full disk, for instance
         raise unwritable(name, error, flag) from error

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vla_pruner.benching.settings import NAMED, SIZES, BenchSettings
 from vla_pruner.flags import DTYPES, Help, add_encoder, add_methods, add_option
-from vla_pruner.json_file import check_file, check_folder, unwritable
+from vla_pruner.json_file import check_file, check_folder, replace_file, unwritable
 from vla_pruner.method_names import LAYER
 from vla_pruner.terminal import LogLines, literal, say
 
@@ -114,12 +114,12 @@ def run_bench(options: argparse.Namespace) -> int:
         sys.stdout.write(text)
     elif options.json is not None:
         try:
-            Path(options.json).write_text(text)
+            replace_file(Path(options.json), text.encode())
         except OSError as error:
             raise unwritable(options.json, error) from error
     if options.out is not None:
-        (options.out / "bench.json").write_text(text)
-        (options.out / "bench.md").write_text(to_markdown(report))
+        replace_file(options.out / "bench.json", text.encode())
+        replace_file(options.out / "bench.md", to_markdown(report).encode())
     return 0
 
 

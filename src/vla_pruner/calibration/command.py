@@ -21,7 +21,7 @@ from vla_pruner.conditions import busy_cores, machine_conditions
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.policies import fingerprint
 from vla_pruner.evaluation.table import to_rich
-from vla_pruner.json_file import check_file, unwritable
+from vla_pruner.json_file import check_file, replace_file, unwritable
 from vla_pruner.statistics import wilson
 from vla_pruner.terminal import progress, say, waiting
 from vla_pruner.wording import counted
@@ -226,6 +226,6 @@ def _write(name: str, content: dict[str, Any]) -> None:
         sys.stdout.write(text)
         return
     try:
-        Path(name).write_text(text, encoding="utf-8")
+        replace_file(Path(name), text.encode())
     except OSError as error:
         raise unwritable(name, error) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vla_pruner.json_file import check_file, unwritable
+from vla_pruner.json_file import check_file, replace_file, unwritable
 from vla_pruner.report.evaluation import render
 from vla_pruner.report.results import read_results
 from vla_pruner.report.traced import look
@@ -48,7 +48,7 @@ def run_report(
     traced = look(results, episodes)
     page = render(results, traced).encode(errors="backslashreplace")
     try:
-        target.write_bytes(page)
+        replace_file(target, page)
     except OSError as error:
         raise unwritable(str(target), error, "--out") from error
     say(console, headline(results))
