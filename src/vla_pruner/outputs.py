@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import tempfile
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from vla_pruner.errors import OptionError
 
 STDOUT = "-"
 """Standard output, as a flag names it in place of a file."""
+_NO_OTHERS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def check_output(name: str | None, flag: str = "--json") -> None:
@@ -49,9 +52,38 @@ def write_file(name: str, content: str | bytes, flag: str) -> None:
         OptionError: it cannot be written, since a disk is full, for instance.
     """
     try:
-        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+        replace_file(Path(name), content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise _unwritable(name, error, flag) from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file at once: a reader finds the old one or the new one, and a full disk leaves the old one. A pipe or a
+    device is written to as it is, and so is a file in a folder that takes no others.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    beside = path.with_name(path.name + ".new")
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            beside.chmod(path.stat().st_mode)
+        beside.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _NO_OTHERS and path.is_file():
+            path.write_bytes(content)
+            return
+        raise
 
 
 def check_file(name: str, flag: str = "--json") -> None:
@@ -61,13 +93,13 @@ def check_file(name: str, flag: str = "--json") -> None:
         OptionError: it cannot be written; the message says why.
     """
     try:
-        if not Path(name).resolve().parent.is_dir():
+        file = Path(os.path.realpath(name))  # of links that go round, pathlib raises what is no OSError
+        if not file.parent.is_dir():
             raise OptionError(f"{flag} is {name}, but there is no such folder; make it first.")
         if Path(name).is_dir():
             raise OptionError(f"{flag} is {name or 'empty'}, which is a folder; give a file in it.")
         if Path(name).exists() and not Path(name).is_file():
             return  # a pipe or a device: its reader would take opening and closing for the whole report
-        file = Path(name).resolve()
         is_new = not file.exists()
         with file.open("ab"):
             pass

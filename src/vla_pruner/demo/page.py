@@ -14,6 +14,7 @@ from vla_pruner.demo.episodes import Episode
 from vla_pruner.demo.summary import Summary
 from vla_pruner.demo.table import HEAD, Row, actions, footnotes, heading, labels_of, rows, stages_of
 from vla_pruner.demo.verdict import headline
+from vla_pruner.outputs import replace_file
 from vla_pruner.report.page import fill, jpeg, script_json, source
 from vla_pruner.wording import counted
 
@@ -50,7 +51,7 @@ def write_report(
         conditions=escape(json.dumps({**conditions, **notes}, indent=2)),
         data=_data(summary, finished, max(1, len(conditions.get("cameras") or ()))),
     )
-    path.write_text(text, encoding="utf-8")
+    replace_file(path, text.encode())
 
 
 def _subtitle(summary: Summary, conditions: Mapping[str, Any], notes: Mapping[str, Any]) -> str:

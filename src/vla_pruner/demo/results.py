@@ -12,6 +12,7 @@ from typing import Any
 from vla_pruner.demo.episodes import Episode
 from vla_pruner.demo.settings import DemoSettings
 from vla_pruner.demo.summary import Summary
+from vla_pruner.outputs import replace_file
 from vla_pruner.timing import STAGES
 
 FORMAT = "vla-pruner demo 2"
@@ -49,7 +50,7 @@ def to_json(
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    replace_file(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _episode(episode: Episode) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from vla_pruner.demo.verdict import headline, verdict
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.families import family_of
 from vla_pruner.observations import Observation
+from vla_pruner.outputs import replace_file
 from vla_pruner.terminal import LogLines, progress, remark, say, waiting
 from vla_pruner.wording import counted
 
@@ -226,7 +227,7 @@ def _finish(
         say(console, f"- {sentence}")
     content = results.to_json(settings, facts, runner.finished, summary, sentences, notes)
     results.write(settings.out / "results.json", content)
-    (settings.out / "table.md").write_text(to_markdown(summary), encoding="utf-8")
+    replace_file(settings.out / "table.md", to_markdown(summary).encode())
     report = settings.out / "report.html"
     write_report(report, summary, runner.finished, sentences, facts, notes)
     say(console)

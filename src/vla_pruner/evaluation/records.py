@@ -18,6 +18,7 @@ from typing import Any, Self
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.json_file import listed, load_json, required, typed
+from vla_pruner.outputs import replace_file
 from vla_pruner.wording import readable
 
 FORMAT = 1
@@ -327,15 +328,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Do as `write_json`, with bytes."""
-    beside = path.with_name(path.name + ".new")
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        replace_file(path, content)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         what = "the disk is full" if error.errno in _FULL else error.strerror
         raise EvaluationError(
             f"{path} cannot be written ({what}). The episodes are safe: make room and give the same command again."
