@@ -23,6 +23,7 @@ from tests.attach.tiny import (
     prompt,
     tiny_lm,
 )
+from tests.state import whole_state
 from vla_pruner.caches import cache_of
 
 SEMANTIC = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic")
@@ -165,6 +166,21 @@ def test_a_compiled_decoder_is_refused():
     model.model.compile(backend="eager")
     with pytest.raises(vp.UnsupportedModelError, match="compiled"):
         SEMANTIC.attach(model, visual=VISUAL)
+
+
+def test_a_layer_that_is_run_twice_is_refused():
+    """Layers may share weights, but a hook on one module cannot tell at which of its places it runs."""
+    model = tiny_lm()
+    model.model.layers[4].mlp = model.model.layers[3].mlp
+    model.model.layers[4].self_attn.k_proj.weight = model.model.layers[3].self_attn.k_proj.weight
+    with vp.FastV(keep=4).attach(model, visual=VISUAL) as session:
+        decode(model, prompt()[0], None, make_cache("dynamic", model), 1)
+        assert session.kept is not None
+    model.model.layers[4] = model.model.layers[3]
+    before = whole_state(model)
+    with pytest.raises(vp.UnsupportedModelError, match="Layers 3 and 4 of LlamaModel are one and the same module"):
+        vp.FastV(keep=4).attach(model, visual=VISUAL)
+    assert whole_state(model) == before
 
 
 def test_copying_an_attached_model_is_refused():

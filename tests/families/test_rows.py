@@ -47,6 +47,22 @@ def test_a_policy_with_random_weights_is_of_its_row(row: Row) -> None:
     assert next(module_of(policy).parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["reference", "reference-chunk", "openvla", "openvla-oft", "pi0"])
+def test_a_class_that_extends_a_known_one_is_of_its_family(name: str) -> None:
+    """Such as a user's own, or the one that torch's `fully_shard` makes of a module in place."""
+    policy = vp.random_policy(name)
+    module = module_of(policy)
+    expected = type(family_of(module))
+    module.__class__ = type(f"FSDP{type(module).__name__}", (type(module),), {})
+    assert type(family_of(module)) is expected
+
+
+@pytest.mark.parametrize("name", ["ReferencePolicy", "ChunkPolicy", "OpenVLAOFT", "PI0ForConditionalGeneration"])
+def test_a_class_that_has_the_name_of_a_known_one_alone_is_refused(name: str) -> None:
+    with pytest.raises(vp.UnsupportedModelError, match=f"{name} was given; supported are"):
+        vp.FastV().attach(type(name, (torch.nn.Module,), {})())
+
+
 def test_names_and_aliases_are_all_different() -> None:
     names = [name for row in ROWS for name in (row.name, *row.aliases)]
     assert len(set(names)) == len(names)

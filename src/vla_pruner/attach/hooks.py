@@ -49,8 +49,11 @@ class HookWiring:
         """Put taps and hooks in place.
 
         Raises:
-            UnsupportedModelError: the pruning layer comes before masks are sized, or the decoder is compiled.
+            UnsupportedModelError: the pruning layer comes before masks are sized, or the decoder is compiled or has one
+                module as two of its layers.
         """
+        for actor in (self._family.decoder, *self._family.readers):
+            _check_distinct(actor)
         self._tap()
         decoder, layer = self._family.decoder, self._short.layer
         if getattr(decoder, "_compiled_call_impl", None) is not None or hasattr(decoder, "_orig_mod"):
@@ -173,6 +176,8 @@ class HookWiring:
                 f"The attention backend was changed from {self._backend!r} to {config._attn_implementation!r} "
                 "while a session is attached; detach, change it, and attach again."
             )
+        for actor in (self._family.decoder, *self._family.readers):
+            _check_keeps_cache(actor)
         window = getattr(config, "sliding_window", None)
         if window is not None and self._length >= window:
             raise UnsupportedModelError(
@@ -270,6 +275,27 @@ class HookWiring:
     ) -> Arguments | None:
         self._short.cut(index, cache_in(kwargs))
         return self._read(index, args, kwargs)
+
+
+def _check_keeps_cache(decoder: Any) -> None:
+    """Raise SessionError if a decoder recomputes its layers in the backward pass: they are then run without a cache."""
+    for module in (decoder, *layers_of(decoder)[:1]):
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise SessionError(
+                f"{type(decoder).__name__} is in training mode with gradient checkpointing, so its layers keep no "
+                "cache, which pruned control steps read. Call model.eval(), or model.gradient_checkpointing_disable()."
+            )
+
+
+def _check_distinct(decoder: Any) -> None:
+    """Raise UnsupportedModelError if a module is several layers of a decoder: hooks could not tell which one runs."""
+    first: dict[int, int] = {}
+    for index, layer in enumerate(layers_of(decoder)):
+        if first.setdefault(id(layer), index) != index:
+            raise UnsupportedModelError(
+                f"Layers {first[id(layer)]} and {index} of {type(decoder).__name__} are one and the same module, so "
+                "where a call of it stands is not known. Give each layer a module of its own; they may share weights."
+            )
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,6 +81,11 @@ def siglip_encoder(tower: Any, seeing: tuple[Any, str], config: Any, **options: 
     patches = (config.image_size // config.patch_size) ** 2
     layers = getattr(tower, "vision_model", tower).encoder.layers  # one module less in newer versions
     return Encoder(tower, layers, config.patch_size, seeing, **{"patches": patches, **options})
+
+
+def is_one_of(model: nn.Module, classes: Collection[tuple[str, str]]) -> bool:
+    """Return True if the class of `model`, or one that it inherits from, is in `classes` by its module and name."""
+    return any((kind.__module__, kind.__name__) in classes for kind in type(model).__mro__)
 
 
 def check_cameras(cameras: Sequence[str]) -> tuple[str, ...]:

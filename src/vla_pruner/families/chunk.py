@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call, StepFunction
 from vla_pruner.attach.layout import Layout
-from vla_pruner.families.base import tiles
+from vla_pruner.families.base import is_one_of, tiles
 from vla_pruner.families.decoder_lm import DecoderLM
 from vla_pruner.families.reference import trained_encoder, trained_step
 
@@ -59,4 +59,4 @@ class Chunk(DecoderLM):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "ChunkPolicy"
+        return is_one_of(model, {("vla_pruner.models.chunk.network", "ChunkPolicy")})

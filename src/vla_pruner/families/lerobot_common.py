@@ -5,7 +5,7 @@ while a session is attached.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -16,7 +16,7 @@ from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import SessionError, UnsupportedModelError
-from vla_pruner.families.base import TransformersFamily
+from vla_pruner.families.base import TransformersFamily, is_one_of
 from vla_pruner.replacements import Replaced, Replacements
 
 VERSIONS = ((0, 6), (0, 7))
@@ -243,11 +243,6 @@ def _is_lerobots(owner: Any, name: str) -> bool:
         found = found.original
     written = getattr(found, "__func__", None)
     return getattr(written, "__globals__", {}).get("__name__", "").startswith("lerobot.policies.")
-
-
-def is_one_of(model: nn.Module, classes: Collection[tuple[str, str]]) -> bool:
-    """Return True if the class of `model`, or one that it inherits from, is in `classes` by its module and name."""
-    return any((kind.__module__, kind.__name__) in classes for kind in type(model).__mro__)
 
 
 def kind_of(model: Any) -> str:

@@ -13,8 +13,8 @@ from vla_pruner.anatomy import layers_of
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import SessionError
-from vla_pruner.families.base import TransformersFamily, check_decoder
-from vla_pruner.families.lerobot_common import check_version, is_one_of, kind_of, refuse_training
+from vla_pruner.families.base import TransformersFamily, check_decoder, is_one_of
+from vla_pruner.families.lerobot_common import check_version, kind_of, refuse_training
 from vla_pruner.replacements import Replacements
 
 

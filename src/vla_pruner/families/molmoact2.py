@@ -24,8 +24,8 @@ from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.short_layers import ShortLayers
 from vla_pruner.errors import SessionError, UnsupportedModelError
-from vla_pruner.families.base import BACKENDS
-from vla_pruner.families.lerobot_common import IMAGES, check_version, is_one_of, kind_of, refuse_training
+from vla_pruner.families.base import BACKENDS, is_one_of
+from vla_pruner.families.lerobot_common import IMAGES, check_version, kind_of, refuse_training
 from vla_pruner.replacements import Replacements
 from vla_pruner.versions import check_transformers
 

@@ -18,11 +18,12 @@ from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call, Family, StepFunction
 from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
-from vla_pruner.families.base import check_example, tiles
+from vla_pruner.families.base import check_example, is_one_of, tiles
 from vla_pruner.families.decoder_lm import DecoderLM
 from vla_pruner.replacements import Replacements
 
-PACKAGE = "vla_pruner.models.openvla"
+OPENVLA = ("vla_pruner.models.openvla.network", "OpenVLAForActionPrediction")
+OFT = ("vla_pruner.models.openvla.oft", "OpenVLAOFT")
 
 
 class OpenVLA(DecoderLM):
@@ -47,14 +48,14 @@ class OpenVLA(DecoderLM):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        if type(model).__name__ != "OpenVLAForActionPrediction":
-            return False
-        if not type(model).__module__.startswith(PACKAGE):
+        if is_one_of(model, {OPENVLA}):
+            return not is_one_of(model, {OFT})
+        if any(kind.__name__ == OPENVLA[1] for kind in type(model).__mro__):
             raise UnsupportedModelError(
                 f"{type(model).__module__}.{type(model).__name__} was given: OpenVLA through remote code, which does "
                 "not see on current transformers. Load the same checkpoint with vla_pruner.load_policy(path)."
             )
-        return True
+        return False
 
     def patches(self, pixels: Tensor) -> Tensor:
         # Six channels a camera, of which SigLIP's last three are normalised to [-1, 1].
@@ -76,7 +77,7 @@ class OpenVLAOFT(OpenVLA):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "OpenVLAOFT" and type(model).__module__.startswith(PACKAGE)
+        return is_one_of(model, {OFT})
 
     def opens_step(self, call: Call) -> bool:
         return self._policy.denoising_step in (None, 0)

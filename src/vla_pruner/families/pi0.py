@@ -17,7 +17,7 @@ from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
 from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import SessionError
-from vla_pruner.families.base import TransformersFamily, check_cameras, check_decoder, siglip_encoder
+from vla_pruner.families.base import TransformersFamily, check_cameras, check_decoder, is_one_of, siglip_encoder
 from vla_pruner.replacements import Replacements
 
 
@@ -54,7 +54,7 @@ class PI0(TransformersFamily):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "PI0ForConditionalGeneration"
+        return is_one_of(model, {("transformers.models.pi0.modeling_pi0", "PI0ForConditionalGeneration")})
 
     @property
     def whole_steps(self) -> tuple[tuple[Any, str], ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.encoder import Encoder
 from vla_pruner.attach.family import Call, StepFunction
-from vla_pruner.families.base import check_example, tiles
+from vla_pruner.families.base import check_example, is_one_of, tiles
 from vla_pruner.families.decoder_lm import DecoderLM
 
 
@@ -45,7 +45,7 @@ class Reference(DecoderLM):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "ReferencePolicy"
+        return is_one_of(model, {("vla_pruner.models.reference.network", "ReferencePolicy")})
 
 
 def trained_encoder(policy: Any, patches: int) -> Encoder:

@@ -9,6 +9,12 @@ from torch import nn
 from vla_pruner.errors import UnsupportedModelError
 
 _PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel")
+_ADAPTED = ("PeftModel", "PeftMixedModel")
+_TOKENS = "puts tokens of its own into the prompt, so that visual tokens are not where the model's family says"
+_PLACES = (
+    "acts from a place in the sequence on, counted from its end, which is another place once visual tokens are gone"
+)
+_TWICE = "runs the model twice for each call, and its first run would be a control step of its own"
 
 
 def unwrapped(model: Any) -> Any:
@@ -44,7 +50,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
     names = [kind.__name__ for kind in type(model).__mro__]
     if "OptimizedModule" in names:
         return getattr(model, "_orig_mod", None)
-    if "PeftModel" in names:
+    if any(name in _ADAPTED for name in names):
         return _adapted(model)
     if any(name in _PARALLEL for name in names):
         inner: Any = model.module
@@ -59,17 +65,25 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def _adapted(model: Any) -> nn.Module:
-    """Return the base model of a PeftModel.
+    """Return the base model of a PeftModel or a PeftMixedModel.
 
     Raises:
-        UnsupportedModelError: the adapter adds more than weights in the same layers.
+        UnsupportedModelError: the adapter does more than change weights in the same layers.
     """
     for name, config in getattr(model, "peft_config", {}).items():
-        if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+        does = _more_than_weights(config)
+        if does is not None:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has the adapter {name!r} ({type(config).__name__}), which puts tokens of its "
-                "own into the prompt, so that visual tokens are not where the model's family says. Supported are "
-                "adapters of weights, such as LoRA; for the model without this adapter attach to "
-                "model.get_base_model()."
+                f"{type(model).__name__} has the adapter {name!r} ({type(config).__name__}), which {does}. Supported "
+                "are adapters of weights, such as LoRA; for the model without this one load the base model by itself."
             )
-    return model.get_base_model()
+    return model.base_model.model
+
+
+def _more_than_weights(config: Any) -> str | None:
+    """Return what an adapter does besides changing weights; None: nothing."""
+    if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+        return _TOKENS
+    if getattr(config, "alora_invocation_tokens", None):
+        return _PLACES
+    return _TWICE if getattr(config, "peft_type", None) == "XLORA" else None
