@@ -75,6 +75,7 @@ CHUNK_CONTRASTS = (
 )
 """Of the two-camera policies."""
 VENDOR_CONTRASTS = (
+    Contrast("is VLA-Pruner better than drawing?", "vla-pruner semantic_queries=last", "random"),
     Contrast("is DART better than drawing?", "dart", "random"),
     Contrast("is CDPruner better than drawing?", "cdpruner", "random"),
     Contrast("is DART better than VLA-Pruner?", "dart", "vla-pruner semantic_queries=last"),
