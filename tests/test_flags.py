@@ -36,6 +36,16 @@ def test_flags_about_weights_that_say_nothing(
 
 
 @pytest.mark.parametrize(
+    "command", [("calibrate", "--from", "traces"), ("serve", "--port", "0")], ids=lambda command: command[0]
+)
+def test_a_family_that_is_named_in_place_of_a_checkpoint(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command, "--policy", "openvla"]) == 2
+    assert "Without a checkpoint: --random-weights." in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
     ("command", "unread"),
     [
         (("eval", "--out", "whole", "--merge", "a", "b", "--keep", "0.5", "--policy", "x"), "--policy, --keep"),

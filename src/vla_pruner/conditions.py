@@ -35,12 +35,12 @@ def machine_conditions(packages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def busy_cores(seconds: float = 0.5) -> float | None:
-    """Return the number of cores that other programs use now, watched for `seconds`; None if the system does not
+def busy_cores() -> float | None:
+    """Return the number of cores that other programs use now, watched for half a second; None if the system does not
     say.
     """
     before = _cpu_ticks()
-    time.sleep(seconds)
+    time.sleep(0.5)
     after = _cpu_ticks()
     if before is None or after is None or after[1] <= before[1]:
         return None

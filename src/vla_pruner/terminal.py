@@ -22,6 +22,9 @@ from rich.text import Text
 
 from vla_pruner.wording import readable
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 
 class Brief(Console):
     """A console on which a command shows results and errors, and no progress."""
@@ -116,13 +119,13 @@ def say(console: Console, text: str = "", style: str = "", soft_wrap: bool | Non
     console.print(literal(text, style), soft_wrap=soft_wrap)
 
 
-def simple_table(title: str | None, padding: tuple[int, int, int, int] = (0, 1, 0, 0)) -> Table:
+def simple_table(title: str | None) -> Table:
     """Return an empty table in the style of all subcommands; its texts go through `add_column` and `add_row`."""
     return Table(
         title=None if title is None else literal(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=padding,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
 

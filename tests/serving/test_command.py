@@ -157,7 +157,7 @@ def test_wrong_input_is_one_line(flags: list[str], message: str, capsys: pytest.
 def test_an_address_or_certificate_that_will_not_do_is_refused_before_the_policy_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vla_pruner.policies.random.random_policy", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("vla_pruner.policies.asked.random_policy", lambda *_: pytest.fail("it was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for flags, message in (

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vla_pruner.demo.arms import Arm, UncompiledArms, default_arms
 from vla_pruner.demo.compiled import BACKEND, CompiledArms, failed, why_not
 from vla_pruner.demo.conditions import conditions
 from vla_pruner.demo.episodes import Environment, OpenedArms, Runner, Unit, plan
-from vla_pruner.demo.probe import arm_cost, timer_overhead, vision_flops
+from vla_pruner.demo.probe import ArmCost, arm_cost, timer_overhead, vision_flops
 from vla_pruner.demo.scenes import scenes, suite_of
 from vla_pruner.demo.settings import SUITES, DemoError, DemoSettings, choose_tasks
 from vla_pruner.demo.summary import Summary, summarize
@@ -27,14 +28,12 @@ from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.families import family_of
 from vla_pruner.observations import Observation
 from vla_pruner.outputs import replace_file
-from vla_pruner.terminal import LogLines, progress, remark, say, waiting
+from vla_pruner.terminal import INTERRUPTED, LogLines, progress, remark, say, waiting
 from vla_pruner.wording import counted
 
 FRAME_SIZE, PAIR_SIZE = 224, 160
 """Height of the report's frames, of one camera and of several; the policy sees its own, smaller images."""
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 _SAY_EVERY = 15.0
 """Seconds between lines of progress if no bar can be drawn."""
@@ -82,8 +81,7 @@ def run_demo(
     size = FRAME_SIZE if len(policy.cameras) == 1 else PAIR_SIZE
     runner = Runner(arms, environments or scenes(policy), size)
     started = time.monotonic()
-    interrupted, uncompiled = False, None
-    opened: OpenedArms = UncompiledArms(policy)
+    interrupted, prepared = False, None
     units = plan(tasks, settings.episodes_a_task, first)
     held = ExitStack()
     held.callback(runner.close)
@@ -92,41 +90,78 @@ def run_demo(
         remark(console, f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {len(arms)} arms, {threads}.")
         observation = runner.environment(tasks[0]).reset(first)
         facts["rendering"] = os.environ.get("MUJOCO_GL")  # the simulator has chosen by now
-        costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
-        vision = vision_flops(policy, observation)
-        left = settings.minutes
-        if settings.compiles:
-            began = time.monotonic()
-            made, uncompiled = _compile(policy, arms, observation, backend, console)
-            if made is not None:
-                opened = held.enter_context(made)
-            left = None if left is None else max(0.0, left - (time.monotonic() - began) / 60)
-        with opened.open(arms[0], 0) as (unpruned, _):
-            overhead = timer_overhead(unpruned, observation)
-        _run(runner, units, opened, left, settings, console)
+        prepared = _prepare(policy, arms, observation, settings, backend, console, held)
+        _run(runner, units, prepared, settings, console)
     except KeyboardInterrupt:
         interrupted = True
         say(console, "\nInterrupted: the table has what was finished.")
     finally:
         held.close()
-    if not runner.finished:
+    if prepared is None or not runner.finished:
         say(console, "No episode was finished by all arms, so there is nothing to show.")
         return INTERRUPTED
-    compiling = opened.compiling if isinstance(opened, CompiledArms) else None
-    summary = summarize(runner.finished, arms, costs, vision, family_of(policy).depth, compiling)  # pyright: ignore[reportPossiblyUnboundVariable]
+    compiling = prepared.opened.compiling if isinstance(prepared.opened, CompiledArms) else None
+    depth = family_of(policy).depth
+    summary = summarize(runner.finished, arms, prepared.costs, prepared.vision, depth, compiling)
     used = busy_cores()
     notes = {
         "interrupted": interrupted,
         "machine_was_busy": busy or _is_busy(used, facts),
         "busy_cores_after": used,
         "seconds": round(time.monotonic() - started, 1),
-        "timer_overhead_ms": round(overhead, 4),  # pyright: ignore[reportPossiblyUnboundVariable]
+        "timer_overhead_ms": round(prepared.overhead, 4),
         "planned_episodes": len(units),
         "compiled": None if compiling is None else compiling.to_json(),
-        "why_not_compiled": uncompiled,
+        "why_not_compiled": prepared.why_not_compiled,
     }
     _finish(settings, console, runner, summary, facts, notes)
     return INTERRUPTED if interrupted else 0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything that is there before the first episode.
+
+    Attributes:
+        opened: begins the episodes of each arm.
+        costs: by the arm's key.
+        vision: FLOPs of the vision encoder in a control step.
+        overhead: milliseconds that the stage timer adds to a control step.
+        minutes: time that compiling left for the episodes; None: they have no limit.
+        why_not_compiled: the sentence that says why no arm is compiled; None: they are, or were not to be.
+    """
+
+    opened: OpenedArms
+    costs: dict[str, ArmCost]
+    vision: float
+    overhead: float
+    minutes: float | None
+    why_not_compiled: str | None
+
+
+def _prepare(
+    policy: Any,
+    arms: Sequence[Arm],
+    observation: Observation,
+    settings: DemoSettings,
+    backend: str,
+    console: Console,
+    held: ExitStack,
+) -> _Prepared:
+    """Count FLOPs, compile the arms if they are to be (they stay so until `held` closes), and time the timer."""
+    costs = {arm.key: arm_cost(policy, arm, observation) for arm in arms}
+    vision = vision_flops(policy, observation)
+    opened: OpenedArms = UncompiledArms(policy)
+    left, why = settings.minutes, None
+    if settings.compiles:
+        began = time.monotonic()
+        made, why = _compile(policy, arms, observation, backend, console)
+        if made is not None:
+            opened = held.enter_context(made)
+        left = None if left is None else max(0.0, left - (time.monotonic() - began) / 60)
+    with opened.open(arms[0], 0) as (unpruned, _):
+        overhead = timer_overhead(unpruned, observation)
+    return _Prepared(opened, costs, vision, overhead, left, why)
 
 
 def _load_policy(name: str | Path) -> tuple[Any, Path]:
@@ -182,8 +217,7 @@ def _compile(
 def _run(
     runner: Runner,
     units: Sequence[Unit],
-    opened: OpenedArms,
-    minutes: float | None,
+    prepared: _Prepared,
     settings: DemoSettings,
     console: Console,
 ) -> None:
@@ -192,7 +226,7 @@ def _run(
     lines = LogLines(console, total, "episodes", every=_SAY_EVERY)
     with progress(console, note=True) as shown:
         bar = shown.add_task("episodes", total=total, note="")
-        for done, episode in enumerate(runner.run(units, opened, minutes), 1):
+        for done, episode in enumerate(runner.run(units, prepared.opened, prepared.minutes), 1):
             result = "solved" if episode.success else "not solved"
             note = f"{episode.unit.task}, {titles[episode.arm]}: {result} in {episode.steps} steps"
             shown.update(bar, advance=1, note=note)

@@ -36,12 +36,10 @@ from vla_pruner.evaluation.verdict import sentences
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
 from vla_pruner.statistics import NEWCOMBE, holm, wilson
-from vla_pruner.terminal import LogLines, progress, remark, say, waiting
+from vla_pruner.terminal import INTERRUPTED, LogLines, progress, remark, say, waiting
 from vla_pruner.wording import counted, readable, span
 
 TABLE = "table.md"
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 
 def run_eval(settings: EvalSettings, console: Console, find: Callable[..., Suite] = find_suite) -> int:

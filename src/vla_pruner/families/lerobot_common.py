@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy
 from vla_pruner.attach.family import Call
-from vla_pruner.attach.layout import Layout
+from vla_pruner.attach.layout import Layout, ensure
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import TransformersFamily, is_one_of
 from vla_pruner.replacements import Replaced, Replacements
@@ -243,6 +243,38 @@ def _is_lerobots(owner: Any, name: str) -> bool:
         found = found.original
     written = getattr(found, "__func__", None)
     return getattr(written, "__globals__", {}).get("__name__", "").startswith("lerobot.policies.")
+
+
+def image_blocks(
+    ids: Tensor, count: int, images: int, marks: tuple[int, int], uneven: str
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the places (B, M) int64 of the visual tokens in prompts that hold each image in one piece, and how many
+    tokens each image of a row has.
+
+    Args:
+        ids: (B, N) int64, the prompts' tokens.
+        count: visual tokens of all rows together.
+        images: images of all rows together.
+        marks: the token that stands for a visual token, and the one that stands between two images.
+        uneven: the message if rows have different numbers of visual tokens, or an image lies in several pieces.
+
+    Raises:
+        SessionError: rows have different numbers of images, or images different numbers of tokens.
+    """
+    rows, (image_token, between) = len(ids), marks
+    each, rest = divmod(count, rows)
+    views, others = divmod(images, rows)
+    if rest or others or not views or each % views:
+        raise SessionError(
+            f"The prompts hold {count} visual tokens of {images} images in {rows} rows; every row must have as many "
+            "images, each of as many tokens."
+        )
+    is_visual = ids == image_token
+    ensure((is_visual.sum(dim=1) == each).all(), uneven)
+    visual = torch.sort((~is_visual).to(torch.int8), dim=1, stable=True).indices[:, :each]
+    before = (ids == between).cumsum(dim=1).gather(1, visual).view(rows, views, -1)
+    ensure((before == before[:, :, :1]).all() & (before[:, 1:, 0] > before[:, :-1, 0]).all(), uneven)
+    return visual, (each // views,) * views
 
 
 def kind_of(model: Any) -> str:

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import layers_of
 from vla_pruner.attach.family import Call
-from vla_pruner.attach.layout import Layout, ensure
+from vla_pruner.attach.layout import Layout
 from vla_pruner.errors import SessionError
 from vla_pruner.families.base import TransformersFamily, check_decoder, is_one_of
-from vla_pruner.families.lerobot_common import check_version, kind_of, refuse_training
+from vla_pruner.families.lerobot_common import check_version, image_blocks, kind_of, refuse_training
 from vla_pruner.replacements import Replacements
 
 
@@ -70,21 +69,10 @@ class LeRobotQwen(TransformersFamily):
                 "The prompt was run without images. Call select_action(batch) or predict_action_chunk(batch)."
             )
         (ids, count), self._seen = self._seen, None
-        each, rest = divmod(count, call.rows)
-        views, others = divmod(self._views, call.rows)
-        if rest or others or not views or each % views:
-            raise SessionError(
-                f"The prompts hold {count} visual tokens of {self._views} images in {call.rows} rows; every row must "
-                "have as many images, each of as many tokens."
-            )
-        config = self.vlm.config
-        is_visual = ids == config.image_token_id
-        ensure((is_visual.sum(dim=1) == each).all(), _UNEVEN)
-        visual = torch.sort((~is_visual).to(torch.int8), dim=1, stable=True).indices[:, :each]
-        starts = (ids == config.vision_start_token_id).cumsum(dim=1).gather(1, visual).view(call.rows, views, -1)
-        ensure((starts == starts[:, :, :1]).all() & (starts[:, 1:, 0] > starts[:, :-1, 0]).all(), _UNEVEN)
-        prompt = call.prompt()
-        return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt, cameras=(each // views,) * views)
+        config, prompt = self.vlm.config, call.prompt()
+        marks = config.image_token_id, config.vision_start_token_id
+        visual, cameras = image_blocks(ids, count, self._views, marks, _UNEVEN)
+        return Layout(visual=visual, valid=prompt.gather(1, visual), prompt=prompt, cameras=cameras)
 
     def install(self) -> None:
         self._replaced.put(self._policy, "forward", refuse_training)

@@ -13,19 +13,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vla_pruner.anatomy import Anatomy, layers_of
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.hooks import HookWiring
 from vla_pruner.attach.host import Host, Wiring
-from vla_pruner.attach.layout import Layout, ensure
+from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.recorder import Attention
 from vla_pruner.attach.short_layers import ShortLayers
 from vla_pruner.errors import SessionError, UnsupportedModelError
 from vla_pruner.families.base import BACKENDS, is_one_of
-from vla_pruner.families.lerobot_common import IMAGES, check_version, kind_of, refuse_training
+from vla_pruner.families.lerobot_common import (
+    IMAGES,
+    check_version,
+    image_blocks,
+    kind_of,
+    refuse_training,
+)
 from vla_pruner.replacements import Replacements
 from vla_pruner.versions import check_transformers
 
@@ -129,22 +134,11 @@ class MolmoAct2(Family):
                 "The prompt was run without images. Call select_action(batch) or predict_action_chunk(batch)."
             )
         (ids, count), config = self._seen, self._backbone.config
-        each, rest = divmod(count, call.rows)
-        views, others = divmod(self._views, call.rows)
-        if rest or others or not views or each % views:
-            raise SessionError(
-                f"The prompts hold {count} visual tokens of {self._views} images in {call.rows} rows; every row must "
-                "have as many images, each of as many tokens."
-            )
-        is_visual = ids == config.image_patch_id
-        ensure((is_visual.sum(dim=1) == each).all(), _UNEVEN)
-        visual = torch.sort((~is_visual).to(torch.int8), dim=1, stable=True).indices[:, :each]
-        # The tokens between two end tokens are one image.
-        ends = (ids == config.image_end_token_id).cumsum(dim=1).gather(1, visual).view(call.rows, views, -1)
-        ensure((ends == ends[:, :, :1]).all() & (ends[:, 1:, 0] > ends[:, :-1, 0]).all(), _UNEVEN)
-        self._tokens = each // views
+        marks = config.image_patch_id, config.image_end_token_id
+        visual, blocks = image_blocks(ids, count, self._views, marks, _UNEVEN)
+        self._tokens = blocks[0]
         counts = [0] * len(self.cameras)
-        for camera in self._order(views):
+        for camera in self._order(len(blocks)):
             counts[camera] = self._tokens
         prompt = call.prompt()
         return Layout(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vla_pruner.methods.encoder_reuse import EncoderReuse
 
 Keep = float | int | Mapping[str, float | int]
+_Progressive = TypeVar("_Progressive", bound="Method")
 
 
 @dataclass(frozen=True)
@@ -375,6 +376,14 @@ def check_stages(then: object) -> None:
             check_keep(keep)
         except BudgetError as error:
             raise BudgetError(f"then={then!r} was given; at its layer {layer}, {error}") from error
+
+
+def progressive(method: _Progressive, then: tuple[tuple[int, Keep], ...]) -> tuple[_Progressive, ...]:
+    """Return the stages of a method with the option `then`: the method without it, and again for each layer in it with
+    what is kept from there on.
+    """
+    first = replace(method, then=())
+    return (first, *(replace(first, layer=layer, keep=keep) for layer, keep in then))
 
 
 def resolve_keep(keep: Keep, tokens: int) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vla_pruner.checks import check_choice
-from vla_pruner.methods.base import Keep, check_stages
+from vla_pruner.methods.base import Keep, check_stages, progressive
 from vla_pruner.methods.scored import SemanticallyScored
 from vla_pruner.methods.scores import text_raters
 
@@ -51,8 +51,7 @@ class SparseVLM(SemanticallyScored):
         check_stages(self.then)
 
     def stages(self) -> tuple[SparseVLM, ...]:
-        first = replace(self, then=())
-        return (first, *(replace(first, layer=layer, keep=keep) for layer, keep in self.then))
+        return progressive(self, self.then)
 
     @property
     def queries(self) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vla_pruner.errors import OptionError
 from vla_pruner.fate import Fate
-from vla_pruner.methods.base import Evidence, Keep, check_stages
+from vla_pruner.methods.base import Evidence, Keep, check_stages, progressive
 from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.scored import Scored
 
@@ -75,8 +75,7 @@ class VLACache(Scored):
         return "text"
 
     def stages(self) -> tuple[VLACache, ...]:
-        first = replace(self, then=())
-        return (first, *(replace(first, layer=layer, keep=keep) for layer, keep in self.then))
+        return progressive(self, self.then)
 
     @property
     def schedule(self) -> Schedule:

@@ -84,11 +84,11 @@ def linear_axis(low: float, high: float, most: int = 6) -> Axis:
     return Axis(ticks[0], ticks[-1], ticks)
 
 
-def log_axis(values: list[float], high: float = 1.0) -> Axis:
-    """Return an axis of shares up to `high`, a tick at every halving, that ends a bit below the least of `values`."""
-    least = min([value for value in values if value > 0], default=high / 2)
-    count = max(1, ceil(log2(high / least) - 0.15))  # 24 of 196 tokens are .122 and belong to .125
-    return Axis(min(high / 2**count, least) / 1.3, high * 1.15, tuple(high / 2**n for n in range(count, -1, -1)), True)
+def log_axis(values: list[float]) -> Axis:
+    """Return an axis of shares up to 1, a tick at every halving, that ends a bit below the least of `values`."""
+    least = min([value for value in values if value > 0], default=0.5)
+    count = max(1, ceil(log2(1 / least) - 0.15))  # 24 of 196 tokens are .122 and belong to .125
+    return Axis(min(1 / 2**count, least) / 1.3, 1.15, tuple(1 / 2**n for n in range(count, -1, -1)), True)
 
 
 @dataclass(frozen=True)

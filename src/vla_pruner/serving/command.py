@@ -38,7 +38,7 @@ def run_serve(options: argparse.Namespace) -> int:
     with waiting(output(stderr=True), f"loading {options.policy}"):
         policy = _policy(options)
     pruner = "unpruned" if method is None else f"{type(method).__name__}, keep {method.keep!r}"
-    return _serve(PolicyServer(policy, method, settings), pruner)
+    return _serve(PolicyServer(policy, method, settings), settings, pruner)
 
 
 def _settings(options: argparse.Namespace) -> ServerSettings:
@@ -71,16 +71,17 @@ def _settings(options: argparse.Namespace) -> ServerSettings:
     )
 
 
-def _serve(server: PolicyServer, pruner: str) -> int:
+def _serve(server: PolicyServer, settings: ServerSettings, pruner: str) -> int:
     """Warm up, open the port and serve until SIGINT or SIGTERM; return the exit code.
 
     Args:
         server: not started yet.
+        settings: of the server.
         pruner: what prunes the policy, for the operator.
     """
     from vla_pruner.serving.logs import told_operator
 
-    settings, stop = server.settings, threading.Event()
+    stop = threading.Event()
 
     def end(*_: object) -> None:
         stop.set()
