@@ -382,3 +382,23 @@ def test_a_policy_around_a_model_may_be_a_module_itself():
             vp.FastV().attach(policy.module)
     policy.episodes = 0
     assert state(policy) == before
+
+    class FullyShardedDataParallel(nn.Module):
+        """As torch's: it hands out what the module inside has."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self._modules["module"], name)
+
+    with vp.FastV(keep=0.5).attach(FullyShardedDataParallel(policy)) as session:
+        assert session.policy is policy
+        assert session.family.cameras == NAMES
+    policy.module.head = FullyShardedDataParallel(nn.Linear(1, 1))
+    with pytest.raises(vp.UnsupportedModelError, match="not sharded"):
+        vp.FastV(keep=0.5).attach(FullyShardedDataParallel(policy))

@@ -34,12 +34,13 @@ def family_of(model: Any, *, family: type[Family] | None = None, **options: Any)
         OptionError: the options are not those of the family.
     """
     named: Any = None
-    drives = not isinstance(model, nn.Module) or callable(getattr(model, "act", None))
-    if drives and isinstance(getattr(model, "module", None), nn.Module):
-        named, tokens = getattr(model, "cameras", None), getattr(model, "camera_tokens", None)
+    given, policy = model, unwrapped(model)  # wrappers may hand out `act` and `module` of what is inside
+    drives = not isinstance(policy, nn.Module) or callable(getattr(policy, "act", None))
+    if drives and isinstance(getattr(policy, "module", None), nn.Module):
+        named, tokens = getattr(policy, "cameras", None), getattr(policy, "camera_tokens", None)
         named = dict(zip(named, tokens, strict=True)) if named is not None and tokens is not None else named
-        model = model.module
-    given, model = model, unwrapped(model)
+        given = policy.module
+    model = unwrapped(given)
     found: Any = _found(model) if family is None else _given(family, model)
     known = list(inspect.signature(found.__init__).parameters)[2:]
     unknown = [option for option in options if option not in known]
