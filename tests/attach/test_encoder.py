@@ -34,7 +34,7 @@ REUSE = vp.EncoderReuse(keep=0.25)
             vp.FastV(),
             {"encoder": REUSE, "only_if_faster": True},
             vp.UnsupportedModelError,
-            r"detach_unless_faster\(\) does not go with",
+            r"only_if_faster \(detach_unless_faster\(\)\) does not go with",
         ),
         (vp.FastV(), {"encoder": vp.EncoderReuse(keep=10**6)}, vp.BudgetError, "1000000 patches was given"),
     ],

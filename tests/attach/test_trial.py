@@ -14,7 +14,7 @@ from tests.families.compiled import record
 from tests.state import whole_state
 from vla_pruner.attach.attached import session_on
 from vla_pruner.attach.compiled import compiled_on
-from vla_pruner.attach.trial import PASSED_OVER, STEPS
+from vla_pruner.attach.trial import PASSED_OVER, STEPS, UNTIMED
 
 METHOD = vp.VLAPruner(keep=0.25, layer=1, window=2)
 # Importing the compiler raises a warning.
@@ -196,3 +196,20 @@ def test_what_cannot_be_timed_is_refused():
     session.detach()
     with pytest.raises(vp.SessionError, match="detached"):
         session.detach_unless_faster()
+
+
+def test_control_steps_outside_of_the_timed_calls_are_reported_once(caplog):
+    model = tiny_lm()
+    with vp.FastV(keep=0.25).attach(model, visual=VISUAL, only_if_faster=True) as session, torch.inference_mode():
+        with caplog.at_level(logging.WARNING, "vla_pruner"):
+            for _ in range(UNTIMED - 1):
+                model(inputs_embeds=prompt(1)[0])
+            assert not caplog.records
+            for _ in range(UNTIMED + 2):
+                model(inputs_embeds=prompt(1)[0])
+        assert session.attached
+        assert session.verdict is None
+    (record,) = caplog.records
+    assert (
+        f"{UNTIMED} control steps in a row were not timed, since none ran within generate(...)" in record.getMessage()
+    )

@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 import vla_pruner as vp
+from tests.attach.tiny import VISUAL, tiny_lm
 from vla_pruner.families.refused import REASONS
 
 TOLD = {"xvla": "learned position", "wall_x": "exact cache"}
@@ -41,3 +42,11 @@ def test_the_names_are_those_of_lerobot() -> None:
     for module, name in REASONS:
         source = folder.joinpath(*module.split(".")[2:]).with_suffix(".py").read_text(encoding="utf-8")
         assert f"class {name}(" in source
+
+
+@pytest.mark.parametrize("attach", [vp.FastV().attach, vp.compiled], ids=["session", "compiled"])
+def test_a_policy_of_which_another_library_captured_graphs_says_how_to_switch_it_off(attach) -> None:
+    model = tiny_lm()
+    model._proprio_hook = object()
+    with pytest.raises(vp.UnsupportedModelError, match="PROPRIO_ENGINE=off"):
+        attach(model, visual=VISUAL)

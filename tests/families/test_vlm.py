@@ -332,3 +332,73 @@ def test_compiled_calls_agree() -> None:
         assert (vlms.logits(model, given, 2) - expected).abs().max() < 1e-5
         assert torch.equal(vlms.logits(model, words, 2), untouched)
         assert (vlms.logits(model, given, 2) - expected).abs().max() < 1e-5
+
+
+def test_a_policy_that_holds_a_supported_model_is_told_where():
+    class MyPolicy(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    vlm = vp.random_policy("llava").module
+    with pytest.raises(
+        vp.UnsupportedModelError, match=r"holds a LlavaForConditionalGeneration.*attach\(policy\.inner\) "
+    ):
+        vp.FastV().attach(MyPolicy(vlm))
+    with pytest.raises(vp.UnsupportedModelError, match=r"attach\(policy\.inner\.inner\) "):
+        vp.FastV().attach(MyPolicy(MyPolicy(vlm)))
+    with pytest.raises(vp.UnsupportedModelError, match=r"attach\(policy\.get_submodule\('0\.inner'\)\) "):
+        vp.FastV().attach(nn.Sequential(MyPolicy(vlm)))
+    decoder = vlm.model.language_model
+    with pytest.raises(vp.UnsupportedModelError, match=r"attach\(policy\.inner, visual=slice\(start, stop\)\)"):
+        vp.FastV().attach(MyPolicy(decoder))
+    for other in (torch.nn.Linear(2, 2), vp.random_policy("pi0").module.model):
+        with pytest.raises(vp.UnsupportedModelError) as refused:
+            vp.FastV().attach(other)
+        assert "holds" not in str(refused.value), "the parts of pi0 are not called as models of their own"
+
+
+def test_a_policy_around_a_model_may_be_a_module_itself():
+    class MyPolicy(nn.Module):
+        cameras = NAMES
+
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.episodes = module, 0
+
+        def act(self, given):
+            return vlms.logits(self.module, given)
+
+        def reset(self):
+            self.episodes += 1
+
+    policy = MyPolicy(vp.random_policy("llava").module).eval()
+    before = state(policy)
+    with vp.VLAPruner(keep=TWO, warmup="semantic").attach(policy) as session:
+        assert session.family.cameras == NAMES
+        policy.reset()
+        assert policy.episodes == 1
+        with pytest.raises(vp.SessionError, match="has a session already"):
+            vp.FastV().attach(policy.module)
+    policy.episodes = 0
+    assert state(policy) == before
+
+    class FullyShardedDataParallel(nn.Module):
+        """As torch's: it hands out what the module inside has."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self._modules["module"], name)
+
+    with vp.FastV(keep=0.5).attach(FullyShardedDataParallel(policy)) as session:
+        assert session.policy is policy
+        assert session.family.cameras == NAMES
+    policy.module.head = FullyShardedDataParallel(nn.Linear(1, 1))
+    with pytest.raises(vp.UnsupportedModelError, match="not sharded"):
+        vp.FastV(keep=0.5).attach(FullyShardedDataParallel(policy))

@@ -241,7 +241,9 @@ def check_backend(backend: object) -> None:
 
 
 def check_not_compiled(model: Any, family: Family) -> None:
-    """Raise UnsupportedModelError if calls of a policy are compiled: no hook inside would ever run."""
+    """Raise UnsupportedModelError if calls of a policy are compiled, or captured as graphs by another library: no hook
+    inside would ever run.
+    """
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
         compiled = getattr(part, "_compiled_call_impl", None) is not None
@@ -250,6 +252,13 @@ def check_not_compiled(model: Any, family: Family) -> None:
                 f"{name or type(model).__name__} is compiled and holds the decoder, so hooks on it would never run; "
                 "attach to the policy before it is compiled."
             )
+    if getattr(module, "_proprio_hook", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was prepared by lerobot-policy-proprio (its _proprio_hook), whose graphs replay "
+            "what they captured, pruned or not, and whose trial calls would count as control steps. Set "
+            "PROPRIO_ENGINE=off before LeRobot is imported, or uninstall it, and load the policy anew; "
+            "attach(policy, compile=True) compiles it here."
+        )
     if family.decoder in _compiled:
         raise UnsupportedModelError(
             f"{type(model).__name__} is compiled already; take that away first: remove(), or vla_pruner.detach(model)."

@@ -166,7 +166,8 @@ class Session:
         Only calls of the policy that are exactly one control step are timed, after the warm-up of each episode. Until
         enough steps of each kind have been timed (three that are discarded, then ten), half of the steps that would be
         pruned run unpruned, and the host waits for the device at both ends of each step. The result is `verdict`, and
-        is logged ("vla_pruner"). A compiled policy stays compiled, without pruning, until `detach` is called.
+        is logged ("vla_pruner"); so is a warning if control steps run outside of such calls. A compiled policy stays
+        compiled, without pruning, until `detach` is called.
 
         Raises:
             SessionError: the session is detached.
@@ -180,10 +181,13 @@ class Session:
                 "attach to the policy around it, or to a language model with generate(...)."
             )
         refuse_with_encoder(
-            self._runner.encoder, "detach_unless_faster()", "the unpruned steps that are timed would reuse patches, too"
+            self._runner.encoder,
+            "only_if_faster (detach_unless_faster())",
+            "the unpruned steps that are timed would reuse patches, too",
         )
         device = norm_of(self._decoder).weight.device
-        self._runner.trial = Trial(partial(now, device))
+        calls = " or ".join(dict.fromkeys(f"{name}(...)" for _, name in self.family.whole_steps))
+        self._runner.trial = Trial(partial(now, device), calls)
 
     @property
     def verdict(self) -> Verdict | None:

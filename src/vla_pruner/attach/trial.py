@@ -12,6 +12,8 @@ log = logging.getLogger("vla_pruner")
 
 STEPS = 10
 """Control steps of each kind that are timed."""
+UNTIMED = 2 * STEPS
+"""Control steps in a row outside of any call that is timed, after which a warning says so."""
 PASSED_OVER = 3
 """First control steps of each kind that are discarded: compiling, capturing and allocating are no part of a step."""
 
@@ -53,16 +55,19 @@ class Trial:
 
     Attributes:
         clock: waits until the device is done and returns the time in seconds; called at both ends of a step.
+        calls: the names of the calls that are timed, in words.
         verdict: the result; None until it is known.
         told: whether the session has acted on the result.
     """
 
     clock: Callable[[], float]
+    calls: str
     verdict: Verdict | None = None
     told: bool = False
     _taken: dict[int, dict[bool, list[float]]] = field(default_factory=dict)
     _opened: list[tuple[int, bool]] = field(default_factory=list)
     _timing: bool = False
+    _untimed: int = 0
 
     def prunes(self, rows: int, prunes: bool) -> bool:
         """Register a control step that opens, and return True if it is pruned.
@@ -72,7 +77,10 @@ class Trial:
             prunes: whether the method prunes it.
         """
         if not self._timing:
+            if self.verdict is None:
+                self._warn_untimed()
             return prunes  # the model was called by hand, or the verdict is known
+        self._untimed = 0
         if not prunes:
             self._opened.append((0, False))
             return False
@@ -101,6 +109,17 @@ class Trial:
         if rows:
             self._taken[rows][pruned].append(seconds)
             self._decide(rows)
+
+    def _warn_untimed(self) -> None:
+        self._untimed += 1
+        if self._untimed == UNTIMED:
+            log.warning(
+                "only_if_faster: %d control steps in a row were not timed, since none ran within %s. Pruning goes on, "
+                "and nothing decides whether it is faster: make such a call in every control step, or time your own "
+                "steps with and without a session.",
+                UNTIMED,
+                self.calls,
+            )
 
     def _decide(self, rows: int) -> None:
         counted = {kind: taken[PASSED_OVER:] for kind, taken in self._taken[rows].items()}

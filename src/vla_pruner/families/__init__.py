@@ -22,7 +22,8 @@ from vla_pruner.registry import ROWS
 
 
 def family_of(model: Any, *, family: type[Family] | None = None, **options: Any) -> Family:
-    """Return the family adapter for `model`: a module, or a policy whose `module` is one, also inside wrappers.
+    """Return the family adapter for `model`: a module, or a policy whose `module` is one, also inside wrappers. A
+    policy may be a module itself, with `act`.
 
     Args:
         family: the adapter to use instead of a search; it must match the model.
@@ -33,11 +34,13 @@ def family_of(model: Any, *, family: type[Family] | None = None, **options: Any)
         OptionError: the options are not those of the family.
     """
     named: Any = None
-    if not isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
-        named, tokens = getattr(model, "cameras", None), getattr(model, "camera_tokens", None)
+    given, policy = model, unwrapped(model)  # wrappers may hand out `act` and `module` of what is inside
+    drives = not isinstance(policy, nn.Module) or callable(getattr(policy, "act", None))
+    if drives and isinstance(getattr(policy, "module", None), nn.Module):
+        named, tokens = getattr(policy, "cameras", None), getattr(policy, "camera_tokens", None)
         named = dict(zip(named, tokens, strict=True)) if named is not None and tokens is not None else named
-        model = model.module
-    given, model = model, unwrapped(model)
+        given = policy.module
+    model = unwrapped(given)
     found: Any = _found(model) if family is None else _given(family, model)
     known = list(inspect.signature(found.__init__).parameters)[2:]
     unknown = [option for option in options if option not in known]
@@ -80,15 +83,33 @@ def _found(model: Any) -> type[Family]:
         if family.matches(model):
             return family
     raise UnsupportedModelError(
-        f"{type(model).__module__}.{type(model).__name__} was given; supported are OpenVLA and OpenVLA-OFT as "
-        "vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, LeRobot's PI0Policy, "
-        "PI05Policy, PI0FastPolicy, SmolVLAPolicy, MolmoAct2Policy, GrootPolicy, EO1Policy and VLAJEPAPolicy, "
-        "vla_pruner.reference_policy(), transformers' vision-language models that are called with input_ids and "
-        "pixel_values (LLaVA, PaliGemma, SmolVLM, InternVL, Gemma 3, Qwen-VL), and its decoder-only language models. "
-        "Adapters of PEFT, DistributedDataParallel and FullyShardedDataParallel are looked into; a policy inside of "
-        "another wrapper, such as DataParallel, is attached to itself (its .module). "
+        f"{type(model).__module__}.{type(model).__name__} was given{_part(model)}; supported are OpenVLA and "
+        "OpenVLA-OFT as vla_pruner.load_policy loads them, PI0ForConditionalGeneration of transformers, "
+        "LeRobot's PI0Policy, PI05Policy, PI0FastPolicy, SmolVLAPolicy, MolmoAct2Policy, GrootPolicy, EO1Policy and "
+        "VLAJEPAPolicy, vla_pruner.reference_policy(), transformers' vision-language models that are called with "
+        "input_ids and pixel_values (LLaVA, PaliGemma, SmolVLM, InternVL, Gemma 3, Qwen-VL), and its decoder-only "
+        "language models. Adapters of PEFT, DistributedDataParallel and FullyShardedDataParallel are looked into; a "
+        "policy inside of another wrapper, such as DataParallel, is attached to itself (its .module). "
         "See CONTRIBUTING.md on how a family is added." + "".join(f" {told}" for told in broken)
     )
+
+
+def _part(model: Any) -> str:
+    """Return what to attach to if a policy of the user's own holds a model that is supported; else nothing."""
+    if not isinstance(model, nn.Module) or type(model).__module__.partition(".")[0] in ("lerobot", "transformers"):
+        return ""  # the parts of those policies are not called as models of their own
+    for name, part in list(model.named_modules())[1:]:
+        for path in dict.fromkeys(row.family for row in ROWS):
+            family: Any = plugins.class_at(path)
+            if family.matches(part):
+                dotted = all(word.isidentifier() for word in name.split("."))
+                place = f"policy.{name}" if dotted else f"policy.get_submodule({name!r})"
+                visual = ", visual=slice(start, stop)" if "visual" in inspect.signature(family).parameters else ""
+                return (
+                    f", which holds a {type(part).__name__}: if it calls that as a whole, attach to it, "
+                    f"attach({place}{visual}) (docs/vlm.md)"
+                )
+    return ""
 
 
 def _foreign(model: Any) -> tuple[type[Family] | None, list[str]]:

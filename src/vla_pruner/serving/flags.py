@@ -55,8 +55,7 @@ def _add_policy(command: argparse.ArgumentParser) -> None:
         "--keep",
         metavar="X",
         type=budget,
-        help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: 0.25, or what a method\n"
-        "that reuses tokens was published with)",
+        help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: 0.25)",
     )
     add("--layer", metavar="K", type=int, help="the pruning layer (default: 3)")
     add("--pruned", choices=WITHIN_A_STEP, help="what becomes of the others (default: drop where the method can)")
