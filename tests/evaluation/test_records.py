@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -238,6 +240,26 @@ def test_shards_merge_into_the_whole(tmp_path: Path) -> None:
     assert "18 of 18 episodes are done" in said
 
 
+@pytest.mark.parametrize("file", ["episodes.jsonl.new", "run.json.new"])
+def test_a_merge_that_met_a_full_disk_is_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    run(settings(tmp_path / "whole", episodes=1))
+    opened = Path.open
+
+    def full(path: Path, *args: Any, **options: Any) -> Any:
+        if path == tmp_path / "merged" / file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        with pytest.raises(EvaluationError, match=r"the disk is full.*make room and give the same command again"):
+            merge([tmp_path / "whole"], tmp_path / "merged")
+    assert list((tmp_path / "merged").iterdir()) == []
+    assert merge([tmp_path / "whole"], tmp_path / "merged").left() == []
+
+
 def test_suites_and_further_initial_states_merge(tmp_path: Path) -> None:
     run(settings(tmp_path / "a", episodes=2))
     run(settings(tmp_path / "b", episodes=1, first=2))
@@ -271,8 +293,10 @@ def test_what_does_not_belong_together_is_not_merged(tmp_path: Path) -> None:
         merge([tmp_path / "a", tmp_path / "seed"], tmp_path / "out")
     with pytest.raises(EvaluationError, match="names a folder twice"):
         merge([tmp_path / "a", tmp_path / "again" / ".." / "a"], tmp_path / "out")
-    with pytest.raises(EvaluationError, match="holds no evaluation"):
-        merge([tmp_path / "a", tmp_path / "nowhere"], tmp_path / "out")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    for nowhere in ("nowhere", "round"):
+        with pytest.raises(EvaluationError, match="holds no evaluation"):
+            merge([tmp_path / "a", tmp_path / nowhere], tmp_path / "out")
     with pytest.raises(EvaluationError, match="holds an evaluation already"):
         merge([tmp_path / "a"], tmp_path / "again")
     assert not (tmp_path / "out").exists()

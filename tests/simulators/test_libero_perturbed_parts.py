@@ -130,6 +130,16 @@ def test_a_folder_that_is_none_or_of_another_version_says_what_to_run(pro, tmp_p
         find_pro(pro)
 
 
+def test_folders_that_no_path_leads_to_are_refused_in_a_sentence(tmp_path):
+    round_link = tmp_path / "round"
+    round_link.symlink_to(round_link)
+    for odd in ("~nobody-of-this-name/pro", round_link, round_link / "pro"):
+        with pytest.raises(SimulatorUnavailable, match=r"tasks and initial states are not in .*pro=FOLDER"):
+            find_pro(odd)
+        with pytest.raises(SimulatorUnavailable, match="there is no such folder"):
+            libero_package._find_assets(odd)
+
+
 def test_make_test_libero_installs_the_version_that_is_read():
     pin = f"{libero_pro.PACKAGE}=={libero_pro.VERSION}"
     root = Path(__file__).parents[2]

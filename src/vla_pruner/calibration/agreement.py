@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def closed_loop_losses(folders: Sequence[Path], weights: str | None = None) -> d
 
 
 def _check_plans(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> None:
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
         raise CalibrationError("--against names a folder twice; its episodes would count twice. Name each one once.")
     ran: dict[tuple[str, Any], Path] = {}
     sources: dict[str, tuple[Any, Path]] = {}

