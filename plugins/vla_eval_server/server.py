@@ -15,6 +15,7 @@ from vla_eval.model_servers.predict import PredictModelServer
 from vla_eval.specs import GRIPPER_CLOSE_POS, IMAGE_RGB, LANGUAGE, POSITION_DELTA, ROTATION_AA, DimSpec
 
 import vla_pruner as vp
+from vla_pruner.errors import ObservationError
 from vla_pruner.method_names import methods_of
 from vla_pruner.observations import Observation
 from vla_pruner.simulators.libero_conventions import AGENT, WRIST, libero_convention
@@ -61,7 +62,9 @@ class PrunedModelServer(PredictModelServer):
         self.memories.pop(ctx.session_id, None)
 
     def predict(self, obs: dict[str, Any], ctx: SessionContext) -> dict[str, Any]:
-        images = {camera: obs["images"][name] for camera, name in CAMERAS.items() if name in obs["images"]}
+        images = {camera: _image(obs, CAMERAS[camera]) for camera in self.convention.cameras.values()}
+        if "task_description" not in obs:
+            raise ObservationError("The observation has no 'task_description', the task in words.")
         state = obs.get("states", obs.get("state"))
         proprio = None if state is None else np.asarray(state, np.float32)
         seen = self.convention.observe(Observation(images, obs["task_description"], proprio))
@@ -79,6 +82,18 @@ class PrunedModelServer(PredictModelServer):
 
     def get_observation_spec(self) -> dict[str, DimSpec]:
         return {"agentview": IMAGE_RGB, "language": LANGUAGE}
+
+
+def _image(obs: dict[str, Any], name: str) -> np.ndarray:
+    images = obs.get("images")
+    if not isinstance(images, dict) or name not in images:
+        found = ", ".join(map(repr, images)) if isinstance(images, dict) else type(images).__name__
+        raise ObservationError(f"The observation's images have no {name!r}; found {found or 'none'}.")
+    image = images[name]
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ObservationError(f"The image {name!r} is (height, width, 3) of uint8 from 0 to 255; found {found}.")
+    return image
 
 
 if __name__ == "__main__":

@@ -111,8 +111,21 @@ def test_a_wrong_observation_is_an_error_message_and_the_session_goes_on(module:
         await connection.connect()
         assert connection.server_info["observation_params"] == {"send_wrist_image": False, "send_state": False}
         await connection.start_episode({})
-        with pytest.raises(RuntimeError, match="observation_failed: KeyError"):
-            await connection.act({"images": {}, "task_description": "x"})
+        right = observation(0, 0)
+        seen = right["images"]["agentview"]
+        wrong = {
+            "images have no 'agentview'; found none": {**right, "images": {}},
+            "images have no 'agentview'; found NoneType": {"task_description": "x"},
+            r"'agentview' is .*uint8 from 0 to 255; found float32 \(256, 256, 3\)": {
+                **right,
+                "images": {"agentview": (seen / 255).astype(np.float32)},
+            },
+            r"found uint8 \(256, 256\)": {**right, "images": {"agentview": seen[..., 0]}},
+            "no 'task_description'": {"images": right["images"]},
+        }
+        for said, sent in wrong.items():
+            with pytest.raises(RuntimeError, match=f"observation_failed: ObservationError: .*{said}"):
+                await connection.act(sent)
         action = await connection.act(observation(0, 0))
         await connection.close()
         return action["actions"]

@@ -154,6 +154,13 @@ def test_the_two_camera_policy_of_libero_sees_averaged_images_and_carries_out_it
     assert (small.shape, small.dtype) == ((64, 64, 3), np.uint8)
     assert (small[0, 0, 0], int(small.astype(int).sum())) == (100, 300)  # half of the first cell
     np.testing.assert_array_equal(convention.image(small), small)
+    for wrong in (
+        np.ones((128, 128, 3), np.float32),
+        np.zeros((128, 128), np.uint8),
+        np.zeros((128, 128, 4), np.uint8),
+    ):
+        with pytest.raises(ObservationError, match=r"An image has the shape \(128, 128.*give \(H, W, 3\) uint8"):
+            convention.image(wrong)
     with pytest.raises(ObservationError, match=r"square images of 64 pixels, .* found 100 x 100"):
         convention.image(np.zeros((100, 100, 3), np.uint8))
     policy.config = replace(config, action_dimensions=4)

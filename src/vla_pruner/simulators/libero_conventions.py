@@ -74,8 +74,12 @@ def two_cameras(policy: Any, center_crop: bool) -> Convention | None:
     side = policy.image_size
 
     def image(upright: np.ndarray) -> np.ndarray:
+        if upright.dtype != np.uint8 or upright.ndim != 3 or upright.shape[2] != 3:
+            raise ObservationError(
+                f"An image has the shape {upright.shape} and type {upright.dtype}; give (H, W, 3) uint8 from 0 to 255."
+            )
         height, width, _ = upright.shape
-        if height != width or height % side:
+        if not height or height != width or height % side:
             raise ObservationError(
                 f"The policy sees square images of {side} pixels, averaged down from a multiple of that; found "
                 f"{height} x {width}."
