@@ -30,6 +30,7 @@ KINDS = (
         "python -m benchmarks.compile_seconds",
     ),
     ("demo", "The demo in Meta-World", "vla-pruner demo"),
+    ("drift/*", "Drift of the action where patches are reused, too", "vla-pruner calibrate"),
     ("encoder_flops", "FLOPs with reuse in the vision encoder", "python -m benchmarks.encoder_flops"),
     ("family_flops", "FLOPs of each family at its published size", "python -m benchmarks.family_flops"),
     ("frozen_products", "Keys and values of frozen tokens, two ways", "python -m benchmarks.frozen_products"),
