@@ -18,6 +18,7 @@ import vla_pruner as vp
 from vla_pruner.errors import ObservationError
 from vla_pruner.method_names import methods_of
 from vla_pruner.observations import Observation
+from vla_pruner.serving.engine import check_method
 from vla_pruner.simulators.libero_conventions import AGENT, WRIST, libero_convention
 
 CAMERAS = {AGENT: "agentview", WRIST: "wrist"}
@@ -29,7 +30,7 @@ class PrunedModelServer(PredictModelServer):
 
     Args:
         policy: a checkpoint's folder or hub name; or a loaded policy.
-        method: as `--method` of vla-pruner's commands.
+        method: as `--method` of `vla-pruner serve`; "none" is the unpruned policy.
         keep: visual tokens kept, a fraction or a number.
         layer: the pruning layer.
         device: where the policy runs.
@@ -47,8 +48,11 @@ class PrunedModelServer(PredictModelServer):
     ) -> None:
         self.policy: Any = vp.load_policy(policy, device=device) if isinstance(policy, str) else policy
         self.convention = libero_convention(self.policy)
-        (made,) = methods_of((method,), (keep,), (layer,))
-        self.session = made.method.attach(self.policy)
+        self.session = None
+        if method != "none":
+            (made,) = methods_of((method,), (keep,), (layer,))
+            check_method(made.method)
+            self.session = made.method.attach(self.policy)
         self.memories: dict[str, Any] = {}
         # vla-eval returns a chunk action by action, as many as the policy's own evaluation carries out.
         super().__init__(chunk_size=self.convention.horizon or getattr(self.policy, "chunk", 1), **options)
@@ -68,9 +72,11 @@ class PrunedModelServer(PredictModelServer):
         state = obs.get("states", obs.get("state"))
         proprio = None if state is None else np.asarray(state, np.float32)
         seen = self.convention.observe(Observation(images, obs["task_description"], proprio))
-        self.session.memory = self.memories.get(ctx.session_id)
+        if self.session is not None:
+            self.session.memory = self.memories.get(ctx.session_id)
         chunk = self.policy.act(seen.images, seen.instruction, seen.proprio)
-        self.memories[ctx.session_id] = self.session.memory
+        if self.session is not None:
+            self.memories[ctx.session_id] = self.session.memory
         return {"actions": self.convention.plan(chunk)}
 
     def get_observation_params(self) -> dict[str, Any]:

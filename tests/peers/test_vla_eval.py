@@ -101,6 +101,24 @@ def test_sessions_do_not_know_of_each_other(name: str, module: Any) -> None:
     server.session.detach()
 
 
+def test_the_unpruned_policy_is_served_for_comparison(module: Any) -> None:
+    policy: Any = vp.random_policy("openvla-7b")
+    server = module.PrunedModelServer(policy, method="none")
+    served_actions = anyio.run(served, server, lambda url: episodes(url, [[0]]))[0]
+    server = module.PrunedModelServer(policy, keep=1.0)
+    kept_all = anyio.run(served, server, lambda url: episodes(url, [[0]]))[0]
+    server.session.detach()
+    assert all(np.array_equal(one, other) for one, other in zip(served_actions, kept_all, strict=True))
+
+
+@pytest.mark.parametrize("method", ["vla-cache", "text-query:layer=1:gate=3"])
+def test_a_method_that_needs_more_than_a_memory_is_refused(method: str, module: Any) -> None:
+    policy = vp.random_policy("openvla-7b")
+    with pytest.raises(vp.VLAPrunerError, match="serve"):
+        module.PrunedModelServer(policy, method=method)
+    assert not vp.detach(policy)
+
+
 def test_a_wrong_observation_is_an_error_message_and_the_session_goes_on(module: Any) -> None:
     from vla_eval.connection import Connection
 
