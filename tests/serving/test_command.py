@@ -144,7 +144,7 @@ def test_an_open_port_without_a_key_is_warned_of(
         (["--threads", "0"], "--threads is 0"),
         (["--camera-key", "front=x"], "--camera-key names the camera 'front'"),
         (["--observations", "aloha"], "'image'"),
-        (["--device", "abacus"], "device='abacus'"),
+        (["--device", "abacus"], "--device is abacus"),
     ],
 )
 def test_wrong_input_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,22 +130,23 @@ def molmoact2(settings: BenchSettings, device: torch.device, dtype: torch.dtype)
     """Build LeRobot's MolmoAct2."""
     from vla_pruner.policies.molmoact2_random import random_molmoact2_policy
 
-    cameras = None if settings.cameras is None else _cameras(settings.cameras)
-    fields: dict[str, Any] = {}
-    if settings.denoise_steps is not None:
-        fields["num_inference_steps"] = settings.denoise_steps
-    return random_molmoact2_policy(settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields)
+    return _denoising(random_molmoact2_policy, "num_inference_steps", settings, device, dtype)
 
 
 def eo1(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
     """Build LeRobot's EO-1."""
     from vla_pruner.policies.eo1_random import random_eo1_policy
 
+    return _denoising(random_eo1_policy, "num_denoise_steps", settings, device, dtype)
+
+
+def _denoising(
+    make: Callable[..., Any], steps: str, settings: BenchSettings, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """Make a policy that denoises; `steps` names the field of its config that says how often."""
     cameras = None if settings.cameras is None else _cameras(settings.cameras)
-    fields: dict[str, Any] = {}
-    if settings.denoise_steps is not None:
-        fields["num_denoise_steps"] = settings.denoise_steps
-    return random_eo1_policy(settings.size, device, dtype, settings.seed, cameras, settings.layers, **fields)
+    fields = {} if settings.denoise_steps is None else {steps: settings.denoise_steps}
+    return make(settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields)
 
 
 def _cameras(count: int) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -57,42 +57,27 @@ class Evidence:
 
     def span(self, start: int, stop: int) -> Evidence:
         """Return the evidence on the visual tokens of ids `start` to `stop` alone."""
-        held = self.memory
-        memory = replace(
-            held,
-            action=held.action[:, :, start:stop],
-            age=held.age[:, :, start:stop],
-            semantic=held.semantic[:, :, start:stop],
-        )
-        return Evidence(
-            valid=self.valid[:, start:stop],
-            memory=memory,
-            semantic=None if self.semantic is None else self.semantic[:, start:stop],
-            features=None if self.features is None else self.features[:, start:stop],
-            similarity=None if self.similarity is None else self.similarity[:, start:stop],
-            steps=self.steps,
-            relevance=None if self.relevance is None else self.relevance[:, start:stop],
-        )
+        return self._on(lambda found: found[:, start:stop], lambda held: held[:, :, start:stop])
 
     def of(self, ids: Tensor) -> Evidence:
         """Return the evidence on the visual tokens `ids` (B, m) alone."""
-        held = self.memory
-        steps = ids[:, None].expand(-1, held.window, -1)
-        memory = replace(
-            held,
-            action=held.action.gather(2, steps),
-            age=held.age.gather(2, steps),
-            semantic=held.semantic.gather(2, steps) if held.holds_semantic else held.semantic[..., : ids.shape[1]],
-        )
-        return Evidence(
-            valid=self.valid.gather(1, ids),
-            memory=memory,
-            semantic=None if self.semantic is None else self.semantic.gather(1, ids),
-            features=None if self.features is None else rows_at(self.features, ids),
-            similarity=None if self.similarity is None else self.similarity.gather(1, ids),
-            steps=self.steps,
-            relevance=None if self.relevance is None else self.relevance.gather(1, ids),
-        )
+
+        def take(found: Tensor) -> Tensor:
+            return rows_at(found, ids) if found.dim() == 3 else found.gather(1, ids)
+
+        return self._on(take, lambda held: held.gather(2, ids[:, None].expand(-1, held.shape[1], -1)))
+
+    def _on(self, take: Callable[[Tensor], Tensor], take_held: Callable[[Tensor], Tensor]) -> Evidence:
+        """Return the evidence on some of the visual tokens.
+
+        Args:
+            take: returns them of what is (B, M) or (B, M, D).
+            take_held: returns them of what the memory holds, (B, W, M).
+        """
+        held = {name: take_held(getattr(self.memory, name)) for name in ("action", "age", "semantic")}
+        found = {name: getattr(self, name) for name in ("valid", "semantic", "features", "similarity", "relevance")}
+        taken = {name: take(value) for name, value in found.items() if value is not None}
+        return replace(self, memory=replace(self.memory, **held), **taken)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ def random_eo1_policy(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    cameras: tuple[str, ...] | None = None,
     layers: int | None = None,
+    cameras: tuple[str, ...] | None = None,
     **config: Any,
 ) -> LeRobotPolicy:
     """Make an EO-1 with random weights, drawn so that its actions depend on its images.
@@ -81,8 +81,8 @@ def random_eo1_policy(
         device: the device on which it is built.
         dtype: torch.float32 or torch.bfloat16.
         seed: of the weights.
-        cameras: names of the images; None: two.
         layers: depth of the decoder; None: that of the size.
+        cameras: names of the images; None: two.
         **config: fields of LeRobot's config, in place of its defaults.
 
     Raises:
