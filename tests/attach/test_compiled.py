@@ -17,6 +17,7 @@ import vla_pruner as vp
 from tests.attach.tiny import CACHE, LENGTH, VISUAL, decode, make_cache, prompt, tiny_lm
 from tests.families.compiled import Record, assert_same, drive, graphs, record
 from tests.state import whole_state
+from vla_pruner.attach.parts import Parts
 
 # Importing the compiler warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -248,6 +249,58 @@ def test_what_fails_inside_of_a_compiled_call_fails_and_disturbs_nothing():
         actual.append(record(session, step(2)))
     assert_same(actual, expected)
     assert whole_state(model) == before
+
+
+class Doubled(torch.nn.Module):
+    """A module whose output is doubled."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(hidden)
+
+
+def test_a_layer_that_is_exchanged_within_an_episode_is_the_one_that_runs():
+    """Guards on the model are dropped, so a program would go on with the parts that it was traced with."""
+    found = []
+    for compiled in (False, True):
+        model = lm()
+        step, last = stepper(model), model.model.layers[-1]
+        with vp.FastV(keep=0.25, layer=1).attach(model, visual=VISUAL) as session:
+            if compiled:
+                session.compile("eager")
+            records = [record(session, step(0))]
+            whole, last.mlp = last.mlp, Doubled(last.mlp)
+            records.append(record(session, step(0)))
+            last.mlp = whole
+            records.append(record(session, step(0)))
+        found.append(records)
+    assert_same(found[1], found[0])
+    before, doubled, after = (one.output for one in found[1])
+    assert torch.equal(before, after)
+    assert (before - doubled).abs().max() > 1e-3
+
+
+def test_the_key_of_a_models_parts_is_another_where_they_change():
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    parts = Parts([model, "no module"])
+    first = parts.graph_key
+    assert parts.graph_key == first
+    model[0].double()  # one part alone, which no weight of another shows
+    moved = parts.graph_key
+    assert moved != first
+    model[0].float()
+    assert parts.graph_key == first
+    model.load_state_dict({name: value.double() for name, value in model.state_dict().items()}, assign=True)
+    assert parts.graph_key not in (first, moved)
+    model.float()
+    assert parts.graph_key == first
+    model[0].register_parameter("more", torch.nn.Parameter(torch.ones(1)))
+    more = parts.graph_key
+    model.append(torch.nn.Linear(2, 2))
+    assert len({first, more, parts.graph_key}) == 3
 
 
 def test_what_cannot_compile_is_refused_before_the_first_step():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vla_pruner.anatomy import norm_of
 from vla_pruner.attach.deepstack import add_at_fixed_sizes
 from vla_pruner.attach.family import Call, Family
+from vla_pruner.attach.parts import Parts
 from vla_pruner.caches import allocate, cache_in, cache_key, cache_of, filled_columns, held, lay_out, vary_length
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.methods.base import Method
@@ -55,6 +56,7 @@ class Compiled:
         self._family = family
         self.backend = backend
         self._runner = runner
+        self._parts, self._parts_key = Parts(()), 0
         self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._replaced = Replacements(COPIED)
 
@@ -85,6 +87,10 @@ class Compiled:
         if refusal is not None:
             raise UnsupportedModelError(refusal)
         set_aside(model, family, self._replaced)
+        calls = (family.acting, family.seeing, *family.encoding)
+        owners = [call[0] for call in calls if call is not None]
+        self._parts = Parts((family.decoder, *family.anatomy.experts, *family.denoising, *owners))
+        self._note_parts()
         if family.acting is not None:
             self._replaced.put(*family.acting, self._act)
         else:
@@ -126,10 +132,15 @@ class Compiled:
         """Begin a control step. Graphs write to the memory of their last run: one step is one run of them all."""
         torch.compiler.cudagraph_mark_step_begin()
 
+    def _note_parts(self) -> None:
+        """Note what the model consists of. It changes between control steps alone, so not every call looks."""
+        self._parts_key = self._parts.graph_key
+
     def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The next step may overwrite another graph's outputs from its beginning on.
         args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
         given, runner = _first_tensor(args, kwargs), self._runner
+        self._note_parts()
         if runner is None:
             self.begin_step()
             return self._run(("step", *given.shape[:2]), given, original, args, kwargs)
@@ -152,6 +163,7 @@ class Compiled:
         given, step = _first_tensor(args, kwargs), None if self._runner is None else self._runner.step
         prompt = given.shape[1] > 1 if step is None else step.in_prompt()
         if prompt:
+            self._note_parts()
             # Outside of the graph, whose own memory the next step would overwrite.
             allocate(cache_in(kwargs), self._family.decoder, given)
         if prompt and step is None:
@@ -165,6 +177,8 @@ class Compiled:
         return self._run(key, given, original, args, kwargs)
 
     def _see(self, which: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(which, tuple):  # of an encoder, which runs before the prompt
+            self._note_parts()
         given = _first_tensor(args, kwargs)
         return self._run(("encoder", which, given.shape), given, original, args, kwargs)
 
@@ -183,7 +197,7 @@ class Compiled:
     ) -> Any:
         decoder = self._family.decoder
         weight = norm_of(decoder).weight  # the model may be moved, and its inputs need not show it
-        placed = (given.dtype, given.device, weight.dtype, weight.device)
+        placed = (given.dtype, given.device, weight.dtype, weight.device, self._parts_key)
         autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
         key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast)
         program = self._programs.get(key)
