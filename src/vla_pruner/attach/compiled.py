@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.anatomy import norm_of
+from vla_pruner.anatomy import layers_of, norm_of
+from vla_pruner.attach.adapters import Adapters
 from vla_pruner.attach.deepstack import add_at_fixed_sizes
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.caches import allocate, cache_in, cache_key, cache_of, filled_columns, held, lay_out, vary_length
@@ -57,6 +58,8 @@ class Compiled:
         self._runner = runner
         self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._replaced = Replacements(COPIED)
+        self._adapters = Adapters(layers_of(family.decoder), self._parts)
+        self._adapted: tuple[Hashable, ...] = ()
 
     def __enter__(self) -> Compiled:
         return self
@@ -121,10 +124,18 @@ class Compiled:
         kinds = tuple(cache_key(cache_in(value)) for value in args if isinstance(value, dict))
         return self._run((name, *given.shape[:2], self._step_key(), kinds), given, function, args, {})
 
-    @staticmethod
-    def begin_step() -> None:
+    def begin_step(self) -> None:
         """Begin a control step. Graphs write to the memory of their last run: one step is one run of them all."""
         torch.compiler.cudagraph_mark_step_begin()
+        # Adapters change between control steps alone, so not every call looks.
+        self._adapted = self._adapters.state()
+
+    def _parts(self) -> list[Any]:
+        """Return everything whose calls are compiled."""
+        family, anatomy = self._family, self._family.anatomy
+        calls = (family.acting, family.seeing, *family.encoding)
+        owners = [call[0] for call in calls if call is not None]
+        return [anatomy.decoder, *anatomy.experts, *anatomy.towers, *anatomy.projectors, *family.denoising, *owners]
 
     def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The next step may overwrite another graph's outputs from its beginning on.
@@ -166,6 +177,7 @@ class Compiled:
 
     def _see(self, which: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = _first_tensor(args, kwargs)
+        self._adapted = self._adapters.state()  # encoders run before a step begins
         return self._run(("encoder", which, given.shape), given, original, args, kwargs)
 
     def _step_key(self) -> tuple[Hashable, ...] | None:
@@ -185,7 +197,7 @@ class Compiled:
         weight = norm_of(decoder).weight  # the model may be moved, and its inputs need not show it
         placed = (given.dtype, given.device, weight.dtype, weight.device)
         autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
-        key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast)
+        key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast, self._adapted)
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)
