@@ -153,9 +153,11 @@ def test_compiled_calls_follow_the_adapters(pruned: str) -> None:
         model.merge_adapter()
         found.append(words(model, 0))
         model.unmerge_adapter()
-        model.base_model.set_scale("other", 3.0)
-        found.append(words(model, 0))
-        model.base_model.set_scale("other", 1.0)
+        layers = [module for module in model.modules() if hasattr(module, "set_scale")]
+        for factor in (3.0, 1.0):
+            for layer in layers:
+                layer.set_scale("other", factor)
+            found.append(words(model, 0))
         return found
 
     with torch.no_grad(), method.attach(model, visual=VISUAL) as session:
