@@ -61,7 +61,7 @@ help:
 	@echo "make format       format the code"
 	@echo "make test-oldest  run the core tests on the oldest supported transformers, in $(OLDEST_VENV)"
 	@echo "make test-newest  run the core tests on the newest of everything that pyproject.toml allows, in $(NEWEST_VENV)"
-	@echo "make test-quantization  run the tests with accelerate, bitsandbytes and torchao, in $(QUANTIZATION_VENV)"
+	@echo "make test-quantization  run the tests with accelerate, bitsandbytes, torchao and peft, in $(QUANTIZATION_VENV)"
 	@echo "make test-lerobot run LeRobot's tests in $(LEROBOT_VENV) (Python 3.12, 7 GB; LEROBOT=optional: none is no error)"
 	@echo "make test-libero  run LIBERO's tests in $(LIBERO_VENV) (3 GB)"
 	@echo "make test-simpler run SIMPLER's tests in $(SIMPLER_VENV) (2 GB); they skip without its assets or a Vulkan driver"
@@ -117,12 +117,13 @@ test-newest:
 # Not in $(VENV): torchao prints warnings wherever transformers is imported.
 $(QUANTIZATION_VENV)/.installed: pyproject.toml constraints/default.txt
 	$(call create,$(QUANTIZATION_VENV))
-	@echo "==> Installing accelerate, bitsandbytes and torchao into $(QUANTIZATION_VENV)"
-	@$(call pip,$(QUANTIZATION_VENV)) -c constraints/default.txt -e '.[quantization]' pytest
+	@echo "==> Installing accelerate, bitsandbytes, torchao and peft into $(QUANTIZATION_VENV)"
+	@$(call pip,$(QUANTIZATION_VENV)) -c constraints/default.txt -e '.[quantization]' peft pytest
 	@touch $@
 
 test-quantization: $(QUANTIZATION_VENV)/.installed
-	$(QUANTIZATION_VENV)/bin/python -m pytest tests/openvla/test_quantization.py tests/openvla/test_loading.py tests/families/test_openvla.py $(ARGS)
+	$(QUANTIZATION_VENV)/bin/python -m pytest tests/openvla/test_quantization.py tests/openvla/test_loading.py tests/families/test_openvla.py \
+		tests/families/test_peft.py $(ARGS)
 
 $(LEROBOT_VENV)/.installed: pyproject.toml constraints/lerobot.txt plugins/lerobot_policy_vla_pruner/pyproject.toml
 	@test -x $(LEROBOT_VENV)/bin/python || { echo "==> Creating $(LEROBOT_VENV) with $(LEROBOT_PYTHON)"; $(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV); }

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from tests.adapters import CHANGES, change_adapters
 from tests.attach.test_threads import in_thread
 from tests.attach.tiny import VISUAL, tiny_lm
 from tests.families import cases
 from tests.families.matrix import BOTH
 from tests.state import whole_state
 from vla_pruner.attach.encoder import cut
+from vla_pruner.families import family_of
 from vla_pruner.models.openvla import random_openvla
 from vla_pruner.policies.base import example_of
 
@@ -221,3 +223,19 @@ def test_cut():
     tiles = cut(images, 2)
     assert tiles.shape == (1, 6, 8)
     assert tiles[0, 4].tolist() == [16, 17, 23, 24, 51, 52, 58, 59]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_patches_that_other_adapters_encoded_are_not_reused(change):
+    case = cases.reference()
+    model = case.build()
+    layers = family_of(model).encoder.layers  # type: ignore[union-attr]
+    for earlier in CHANGES[: CHANGES.index(change)]:
+        change_adapters(layers, earlier)
+    with vp.VLAPruner(keep=1.0).attach(model, encoder=REUSE) as session:
+        whole = []
+        for step in range(4):
+            change_adapters(layers, change if step == 2 else None)
+            case.step(model, 0, BOTH)
+            whole.append(None in session.encoded)
+    assert whole == [True, False, True, False]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import vla_pruner as vp
+from tests.adapters import CHANGES, change_adapters
 from tests.attach.tiny import CACHE, LENGTH, TOKENS, VISUAL, decode, make_cache, prompt, tiny_lm
 from tests.families import cases
 from tests.families.matrix import BOTH, kept_at
@@ -414,6 +415,22 @@ def test_keys_of_another_type_are_not_reused():
         with torch.autocast("cpu", torch.bfloat16):
             assert [reuses(), reuses()] == [False, True]
         assert [reuses(), reuses()] == [False, True]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_keys_that_other_adapters_made_are_not_reused(change):
+    case = cases.reference()
+    model = case.build()
+    layers = family_of(model).decoder.layers
+    for earlier in CHANGES[: CHANGES.index(change)]:
+        change_adapters(layers, earlier)
+    with vp.VLACache(keep=0.5).attach(model) as session:
+        kept = []
+        for step in range(4):
+            change_adapters(layers, change if step == 2 else None)
+            case.step(model, 0, BOTH)
+            kept.append(session.kept is not None)
+        assert kept == [False, True, False, True]
 
 
 def test_keys_are_held_without_their_graphs():

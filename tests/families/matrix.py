@@ -218,6 +218,25 @@ def check_no_trace(case: Case, pruned: str) -> None:
         assert torch.equal(case.step(model, 0, BOTH), untouched), method
 
 
+def check_checkpointing(case: Case) -> None:
+    """With gradient checkpointing a step is refused in training mode, where layers keep no cache, and only there."""
+    model = case.build()
+    module = attached(model)
+    method = vp.FastV(keep=0.5)
+    with method.attach(model, **case.options):
+        expected = case.step(model, 0, BOTH)
+    for part in family_of(model, **case.options).decoder.modules():
+        if hasattr(part, "gradient_checkpointing"):
+            part.gradient_checkpointing = True
+    with method.attach(model, **case.options) as session:
+        module.train()
+        with pytest.raises(vp.SessionError, match=r"training mode with gradient checkpointing.*model\.eval\(\)"):
+            case.step(model, 0, BOTH)
+        module.eval()
+        assert not session.memory.steps.any(), "no control step came of it"  # type: ignore[union-attr]
+        assert torch.equal(case.step(model, 0, BOTH), expected)
+
+
 def check_autocast(case: Case, pruned: str) -> None:
     """Under autocast the model runs in fewer digits and the choice in float32: keep = 1.0 changes no bit, and the
     pruned model agrees with the full-length reference.

@@ -76,3 +76,8 @@ def test_rows_are_what_single_robots_are(case, pruned):
 @each_pruned
 def test_under_autocast_the_choice_is_float32(case, pruned):
     matrix.check_autocast(case, pruned)
+
+
+@each_family
+def test_gradient_checkpointing_is_refused_while_it_is_in_use(case):
+    matrix.check_checkpointing(case)

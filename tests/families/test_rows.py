@@ -57,7 +57,9 @@ def test_a_class_that_extends_a_known_one_is_of_its_family(name: str) -> None:
     assert type(family_of(module)) is expected
 
 
-@pytest.mark.parametrize("name", ["ReferencePolicy", "ChunkPolicy", "OpenVLAOFT", "PI0ForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name", ["ReferencePolicy", "ChunkPolicy", "OpenVLAOFT", "PI0ForConditionalGeneration", "PeftModel"]
+)
 def test_a_class_that_has_the_name_of_a_known_one_alone_is_refused(name: str) -> None:
     with pytest.raises(vp.UnsupportedModelError, match=f"{name} was given; supported are"):
         vp.FastV().attach(type(name, (torch.nn.Module,), {})())

@@ -284,16 +284,6 @@ def test_an_adapted_model_is_pruned_as_itself() -> None:
         assert torch.equal(kept, session.kept)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("pruned", ["drop", "freeze"])
-def test_lora_of_peft(pruned: str) -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
-    torch.manual_seed(0)
-    wrapped, given = peft.get_peft_model(vlms.vlm("qwen3_vl"), config).eval(), vlms.inputs("qwen3_vl")
-    untouched = vlms.logits(wrapped, given)
-    check_reference(wrapped, given, vp.FastV(keep=0.5, pruned=pruned), untouched=untouched)
-
-
 def test_beams() -> None:
     """The prompt has one image: before transformers 5.6 or so, beams of a prompt with several get the wrong ones."""
     model, given = vlms.vlm("llava"), vlms.inputs("llava", images=1)

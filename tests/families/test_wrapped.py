@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import vla_pruner as vp
+from tests.adapters import CHANGES, change_adapters
 from tests.attach.tiny import VISUAL, decode, make_cache, prompt, tiny_lm
 from tests.state import whole_state
 from vla_pruner.families import family_of
@@ -20,7 +21,7 @@ STEPS = 3
 class PeftModel(nn.Module):
     """Looks like PEFT's: the adapted model two floors below, attributes found through."""
 
-    def __init__(self, model: nn.Module, **config: bool) -> None:
+    def __init__(self, model: nn.Module, **config: Any) -> None:
         super().__init__()
         self.base_model = nn.Module()
         self.base_model.model = model
@@ -40,6 +41,15 @@ class PeftModel(nn.Module):
         return self.get_base_model()(*args, **kwargs)
 
 
+class PeftMixedModel(PeftModel):
+    """Adapters of several kinds; it has no get_base_model."""
+
+    get_base_model = None  # type: ignore[assignment]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.model(*args, **kwargs)  # type: ignore[operator]
+
+
 class DistributedDataParallel(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -57,7 +67,7 @@ def both(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(PeftModel(model))
 
 
-WRAPPERS = [PeftModel, DistributedDataParallel, FullyShardedDataParallel, both]
+WRAPPERS = [PeftModel, PeftMixedModel, DistributedDataParallel, FullyShardedDataParallel, both]
 
 
 def steps(model: Any, lm: Any, method: vp.Method) -> tuple[torch.Tensor, list[Any]]:
@@ -118,15 +128,51 @@ def test_an_adapted_language_model_inside_of_a_policy() -> None:
         assert session.kept is not None
 
 
+@pytest.mark.parametrize("attached", [True, False])
+def test_compiled_calls_follow_adapters_that_are_changed(attached: bool) -> None:
+    """Also those that are put into the model, and taken out of it, after it was compiled."""
+    model: Any = tiny_lm()
+
+    def run() -> list[torch.Tensor]:
+        found = []
+        for change in (None, *CHANGES):
+            change_adapters(model.model.layers, change)
+            with torch.no_grad():
+                found.append(decode(model, prompt()[0], None, make_cache("dynamic", model), 1)[1])
+        return found
+
+    method = vp.FastV(keep=0.25) if attached else vp.Unpruned()
+    with method.attach(model, visual=VISUAL):
+        expected = run()
+    assert min((expected[place] - expected[place + 1]).abs().max() for place in range(5)) > 1e-2
+    if attached:
+        with method.attach(model, visual=VISUAL) as session:
+            session.compile("eager")
+            found = run()
+    else:
+        with vp.compiled(model, "eager", visual=VISUAL):
+            found = run()
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 1e-4
+
+
 def test_a_compiled_language_model_is_refused() -> None:
     with pytest.raises(vp.UnsupportedModelError, match="_orig_mod"):
         vp.FastV(keep=4).attach(torch.compile(tiny_lm(), backend="eager"), visual=VISUAL)
 
 
-@pytest.mark.parametrize("kind", ["is_prompt_learning", "is_adaption_prompt"])
-def test_adapters_that_add_tokens_are_refused(kind: str) -> None:
-    with pytest.raises(vp.UnsupportedModelError, match="get_base_model"):
-        vp.FastV(keep=4).attach(PeftModel(tiny_lm(), **{kind: True}), visual=VISUAL)
+@pytest.mark.parametrize(
+    ("config", "does"),
+    [
+        ({"is_prompt_learning": True}, "tokens of its own into the prompt"),
+        ({"is_adaption_prompt": True}, "tokens of its own into the prompt"),
+        ({"alora_invocation_tokens": [5, 6]}, "acts from a place in the sequence on"),
+        ({"peft_type": "XLORA"}, "runs the model twice"),
+    ],
+)
+def test_adapters_that_do_more_than_change_weights_are_refused(config: dict[str, Any], does: str) -> None:
+    with pytest.raises(vp.UnsupportedModelError, match=f"'default' .LoraConfig., which .*{does}"):
+        vp.FastV(keep=4).attach(PeftModel(tiny_lm(), **config), visual=VISUAL)
 
 
 def test_shards_within_are_refused() -> None:
@@ -139,22 +185,3 @@ def test_shards_within_are_refused() -> None:
 def test_other_wrappers_name_what_to_attach_to() -> None:
     with pytest.raises(vp.UnsupportedModelError, match=r"its \.module"):
         vp.FastV(keep=4).attach(nn.DataParallel(tiny_lm()), visual=VISUAL)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("pruned", ["drop", "freeze"])
-def test_lora_of_peft(merged: bool, pruned: str) -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    images = {"image": np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)}
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
-    torch.manual_seed(0)
-    wrapped = peft.get_peft_model(vp.random_policy("openvla"), config).eval()
-    if merged:
-        wrapped.merge_adapter()
-    found = []
-    for target in (wrapped, wrapped.get_base_model()):
-        with vp.VLAPruner(keep=0.25, window=1, pruned=pruned).attach(target) as session:
-            actions = [wrapped.act(images, "open the door") for _ in range(2)]
-            found.append((actions[-1], session.kept))
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=0, atol=1e-5)
-    assert torch.equal(found[0][1], found[1][1])

@@ -144,3 +144,9 @@ def test_progressive_pruning_agrees_with_the_full_length_reference(case, pruned)
 @each_pruned
 def test_under_autocast_the_choice_is_float32(case, pruned):
     matrix.check_autocast(case, pruned)
+
+
+# SmolVLA runs the layers of its decoder itself, with a cache in every mode.
+@pytest.mark.parametrize("case", [case for case in CASES if "smolvla" not in case.name], ids=str)
+def test_gradient_checkpointing_is_refused_while_it_is_in_use(case):
+    matrix.check_checkpointing(case)

@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.anatomy import norm_of
+from vla_pruner.anatomy import layers_of, norm_of
+from vla_pruner.attach.adapters import Adapters
 from vla_pruner.attach.deepstack import add_at_fixed_sizes
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.parts import Parts
@@ -59,6 +60,8 @@ class Compiled:
         self._parts, self._parts_key = Parts(()), 0
         self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._replaced = Replacements(COPIED)
+        self._adapters = Adapters(layers_of(family.decoder), self._parts)
+        self._adapted: tuple[Hashable, ...] = ()
 
     def __enter__(self) -> Compiled:
         return self
@@ -127,10 +130,18 @@ class Compiled:
         kinds = tuple(cache_key(cache_in(value)) for value in args if isinstance(value, dict))
         return self._run((name, *given.shape[:2], self._step_key(), kinds), given, function, args, {})
 
-    @staticmethod
-    def begin_step() -> None:
+    def begin_step(self) -> None:
         """Begin a control step. Graphs write to the memory of their last run: one step is one run of them all."""
         torch.compiler.cudagraph_mark_step_begin()
+        # Adapters change between control steps alone, so not every call looks.
+        self._adapted = self._adapters.state()
+
+    def _parts(self) -> list[Any]:
+        """Return everything whose calls are compiled."""
+        family, anatomy = self._family, self._family.anatomy
+        calls = (family.acting, family.seeing, *family.encoding)
+        owners = [call[0] for call in calls if call is not None]
+        return [anatomy.decoder, *anatomy.experts, *anatomy.towers, *anatomy.projectors, *family.denoising, *owners]
 
     def _note_parts(self) -> None:
         """Note what the model consists of. It changes between control steps alone, so not every call looks."""
@@ -180,6 +191,7 @@ class Compiled:
         if not isinstance(which, tuple):  # of an encoder, which runs before the prompt
             self._note_parts()
         given = _first_tensor(args, kwargs)
+        self._adapted = self._adapters.state()  # encoders run before a step begins
         return self._run(("encoder", which, given.shape), given, original, args, kwargs)
 
     def _step_key(self) -> tuple[Hashable, ...] | None:
@@ -199,7 +211,7 @@ class Compiled:
         weight = norm_of(decoder).weight  # the model may be moved, and its inputs need not show it
         placed = (given.dtype, given.device, weight.dtype, weight.device, self._parts_key)
         autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
-        key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast)
+        key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast, self._adapted)
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)

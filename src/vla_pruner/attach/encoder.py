@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.attach.adapters import Adapters
 from vla_pruner.attach.arithmetic import autocast_on, own_arithmetic
 from vla_pruner.attach.recorder import Recorder, kernel_of
 from vla_pruner.checks import ATTENTION
@@ -101,6 +102,7 @@ class PatchReuse:
         self.chosen: tuple[Tensor | None, ...] = ()
         self._encoder = encoder
         self._last_attention = last_attention
+        self._adapters = Adapters(encoder.layers, lambda: (encoder.tower,))
         self._replaced = Replacements()
         self._recorder = Recorder()
         self._handles: list[Any] = []
@@ -197,7 +199,8 @@ class PatchReuse:
         if k == patches:
             return None, None
         weight = next(self._encoder.tower.parameters())
-        like = (tiles.shape, tiles.dtype, images.shape, weight.dtype, weight.device, autocast)
+        placed = (weight.dtype, weight.device, autocast, self._adapters.state())
+        like = (tiles.shape, tiles.dtype, images.shape, *placed)
         held = self._held[number] if number < len(self._held) else None
         if held is None or held.like != like:
             held = _Held(like, tiles)

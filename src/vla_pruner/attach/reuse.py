@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.anatomy import layers_of as decoder_layers
 from vla_pruner.anatomy import norm_of
+from vla_pruner.attach.adapters import Adapters
 from vla_pruner.attach.arithmetic import autocast_on, own_arithmetic
 from vla_pruner.attach.family import Family
 from vla_pruner.attach.layout import Layout
@@ -28,7 +30,7 @@ class Held:
         pixels: (B, M, P) float32, the pixels that each visual token covers.
         keys, values: (B, G, S, d) by layer, as the prompt left them in the cache.
         places: (B, N) int64 by layer, the column of each prompt position in these.
-        like: types and device of the decoder; keys and values of others do not fit.
+        like: types, device and adapters of the decoder; keys and values of others do not fit.
     """
 
     pixels: Tensor
@@ -63,6 +65,7 @@ class Reuse:
             )
         self._family = family
         self._eye = family.eye
+        self._adapters = Adapters(decoder_layers(family.decoder), lambda: (family.decoder,))
         self._handle: Any = None
         self._pixels: Tensor | None = None
         self._last: Held | None = None
@@ -102,7 +105,8 @@ class Reuse:
                 "one; call predict_action or act."
             )
         weight = norm_of(self._family.decoder).weight
-        return self._begin(pixels, (weight.dtype, weight.device, autocast_on(weight.device)), layout, stage)
+        like = (weight.dtype, weight.device, autocast_on(weight.device), self._adapters.state())
+        return self._begin(pixels, like, layout, stage)
 
     @own_arithmetic
     def _begin(self, pixels: Tensor, like: tuple[Any, ...], layout: Layout, stage: Stage) -> bool:

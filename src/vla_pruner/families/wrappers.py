@@ -64,8 +64,8 @@ def _inside(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _adapted(model: Any) -> nn.Module:
-    """Return the base model of a PeftModel or a PeftMixedModel.
+def _adapted(model: Any) -> nn.Module | None:
+    """Return the base model of a PeftModel or a PeftMixedModel; None: it has the name alone.
 
     Raises:
         UnsupportedModelError: the adapter does more than change weights in the same layers.
@@ -77,7 +77,8 @@ def _adapted(model: Any) -> nn.Module:
                 f"{type(model).__name__} has the adapter {name!r} ({type(config).__name__}), which {does}. Supported "
                 "are adapters of weights, such as LoRA; for the model without this one load the base model by itself."
             )
-    return model.base_model.model
+    inner = getattr(getattr(model, "base_model", None), "model", None)
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def _more_than_weights(config: Any) -> str | None:
