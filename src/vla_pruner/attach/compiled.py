@@ -57,11 +57,11 @@ class Compiled:
         self._family = family
         self.backend = backend
         self._runner = runner
-        self._parts, self._parts_key = Parts(()), 0
         self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._replaced = Replacements(COPIED)
-        self._adapters = Adapters(layers_of(family.decoder), self._parts)
-        self._adapted: tuple[Hashable, ...] = ()
+        self._parts = Parts(())
+        self._adapters = Adapters(layers_of(family.decoder), self._owners)
+        self._model_key: tuple[Hashable, ...] = ()
 
     def __enter__(self) -> Compiled:
         return self
@@ -90,10 +90,8 @@ class Compiled:
         if refusal is not None:
             raise UnsupportedModelError(refusal)
         set_aside(model, family, self._replaced)
-        calls = (family.acting, family.seeing, *family.encoding)
-        owners = [call[0] for call in calls if call is not None]
-        self._parts = Parts((family.decoder, *family.anatomy.experts, *family.denoising, *owners))
-        self._note_parts()
+        self._parts = Parts(self._owners())
+        self._note_model()
         if family.acting is not None:
             self._replaced.put(*family.acting, self._act)
         else:
@@ -133,25 +131,25 @@ class Compiled:
     def begin_step(self) -> None:
         """Begin a control step. Graphs write to the memory of their last run: one step is one run of them all."""
         torch.compiler.cudagraph_mark_step_begin()
-        # Adapters change between control steps alone, so not every call looks.
-        self._adapted = self._adapters.state()
+        self._note_model()
 
-    def _parts(self) -> list[Any]:
+    def _owners(self) -> list[Any]:
         """Return everything whose calls are compiled."""
         family, anatomy = self._family, self._family.anatomy
         calls = (family.acting, family.seeing, *family.encoding)
         owners = [call[0] for call in calls if call is not None]
         return [anatomy.decoder, *anatomy.experts, *anatomy.towers, *anatomy.projectors, *family.denoising, *owners]
 
-    def _note_parts(self) -> None:
-        """Note what the model consists of. It changes between control steps alone, so not every call looks."""
-        self._parts_key = self._parts.graph_key
+    def _note_model(self) -> None:
+        """Note what the model consists of, and which adapters act. It changes between control steps alone, so not every
+        call looks.
+        """
+        self._model_key = (self._parts.graph_key, self._adapters.state())
 
     def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The next step may overwrite another graph's outputs from its beginning on.
         args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
         given, runner = _first_tensor(args, kwargs), self._runner
-        self._note_parts()
         if runner is None:
             self.begin_step()
             return self._run(("step", *given.shape[:2]), given, original, args, kwargs)
@@ -174,7 +172,6 @@ class Compiled:
         given, step = _first_tensor(args, kwargs), None if self._runner is None else self._runner.step
         prompt = given.shape[1] > 1 if step is None else step.in_prompt()
         if prompt:
-            self._note_parts()
             # Outside of the graph, whose own memory the next step would overwrite.
             allocate(cache_in(kwargs), self._family.decoder, given)
         if prompt and step is None:
@@ -188,10 +185,9 @@ class Compiled:
         return self._run(key, given, original, args, kwargs)
 
     def _see(self, which: Hashable, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(which, tuple):  # of an encoder, which runs before the prompt
-            self._note_parts()
+        if not isinstance(which, tuple):  # of an encoder, which runs before a step begins
+            self._note_model()
         given = _first_tensor(args, kwargs)
-        self._adapted = self._adapters.state()  # encoders run before a step begins
         return self._run(("encoder", which, given.shape), given, original, args, kwargs)
 
     def _step_key(self) -> tuple[Hashable, ...] | None:
@@ -209,9 +205,9 @@ class Compiled:
     ) -> Any:
         decoder = self._family.decoder
         weight = norm_of(decoder).weight  # the model may be moved, and its inputs need not show it
-        placed = (given.dtype, given.device, weight.dtype, weight.device, self._parts_key)
+        placed = (given.dtype, given.device, weight.dtype, weight.device)
         autocast = torch.is_autocast_enabled(given.device.type) and torch.get_autocast_dtype(given.device.type)
-        key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast, self._adapted)
+        key = (key, *placed, decoder.training, torch.is_grad_enabled(), autocast, self._model_key)
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(given.device)
