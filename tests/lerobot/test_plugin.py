@@ -96,7 +96,8 @@ def test_every_method_that_has_a_name_is_one_of_the_plugin():
 
     for name in known_methods():
         assert VLAPrunerConfig(device="cpu", method=name).build_method() == methods_of([name])[0].method
-    assert VLAPrunerConfig(device="cpu", method="unpruned").build_method() == vp.Unpruned()
+    for name in ("unpruned", "none"):
+        assert VLAPrunerConfig(device="cpu", method=name).build_method() == vp.Unpruned()
 
 
 def test_a_method_of_the_users_own(tmp_path, monkeypatch):

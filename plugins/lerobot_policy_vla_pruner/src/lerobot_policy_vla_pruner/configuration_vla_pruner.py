@@ -10,8 +10,8 @@ from lerobot.configs.policies import PreTrainedConfig
 
 from vla_pruner.errors import OptionError, UnsupportedModelError, VLAPrunerError
 
-UNPRUNED = "unpruned"
-"""The method without a budget: the checkpoint's policy with a session that keeps everything."""
+UNPRUNED = ("unpruned", "none")
+"""The method without a budget, here and in vla-pruner's own commands: a session that keeps everything."""
 
 NOT_TRAINED = "A pruned policy is not trained; train the checkpoint itself."
 
@@ -28,7 +28,7 @@ class VLAPrunerConfig(PreTrainedConfig):
 
     Attributes:
         method: as --method of vla-pruner's own commands: a name such as "vla_pruner" or "fastv", one of an installed
-            plug-in, or "my_module:MyMethod", each with options after colons if wanted; or "unpruned".
+            plug-in, or "my_module:MyMethod", each with options after colons if wanted; or "unpruned" ("none").
         keep: a fraction with a point (0.25), a number of tokens (64), or a mapping of camera names to these; None:
             0.25, or the published one of a method that reuses tokens.
         layer: as of vla-pruner's methods.
@@ -68,7 +68,7 @@ class VLAPrunerConfig(PreTrainedConfig):
         from vla_pruner.method_names import methods_of
         from vla_pruner.methods import Unpruned
 
-        if self.method == UNPRUNED:
+        if self.method in UNPRUNED:
             made: Any = Unpruned(layer=self.layer, pruned=self.pruned or "drop")
         else:
             keep, pruned = ([] if one is None else [one] for one in (self.keep, self.pruned))
