@@ -37,7 +37,7 @@ def audited(monkeypatch, policy):
 
     def run(found=None, **settings):
         console = Console(record=True, width=200)
-        monkeypatch.setattr(command, "_policy", lambda *_: policy)
+        monkeypatch.setattr(command, "asked_policy", lambda *_, **__: policy)
         monkeypatch.setattr(command, "audit", lambda *_, **__: report() if found is None else found)
         code = run_audit(AuditSettings("reference", random_weights=True, **settings), console)
         return code, console.export_text()
