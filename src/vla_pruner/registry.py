@@ -255,7 +255,19 @@ ROWS = (
             bench=bench,
         )
         for kind, title, family, module, bench in (
-            ("groot", "GR00T N1.7", "Groot", "GrootPolicy", None),
+            (
+                "groot",
+                "GR00T N1.7",
+                "Groot",
+                "GrootPolicy",
+                Benchmark(
+                    feed="vla_pruner.benching.feeds:groot",
+                    build="vla_pruner.benching.policies:groot",
+                    layers=16,
+                    options=("cameras", "prompt_tokens", "denoise_steps"),
+                    first_layer=1,
+                ),
+            ),
             (
                 "eo1",
                 "EO-1",
@@ -269,7 +281,19 @@ ROWS = (
                     first_layer=1,
                 ),
             ),
-            ("vla_jepa", "VLA-JEPA", "VLAJEPA", "VLAJEPAPolicy", None),
+            (
+                "vla_jepa",
+                "VLA-JEPA",
+                "VLAJEPA",
+                "VLAJEPAPolicy",
+                Benchmark(
+                    feed="vla_pruner.benching.feeds:vla_jepa",
+                    build="vla_pruner.benching.policies:vla_jepa",
+                    layers=28,
+                    options=("cameras", "prompt_tokens"),
+                    first_layer=1,
+                ),
+            ),
         )
     ),
     Row(

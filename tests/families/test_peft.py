@@ -137,6 +137,7 @@ def test_an_adapter_may_be_turned_off_and_changed_while_a_session_is_attached(pr
             assert torch.equal(words(model, 0), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @each_pruned
 def test_compiled_calls_follow_the_adapters(pruned: str) -> None:
     model = adapted(tiny_lm(), lora())

@@ -128,6 +128,7 @@ def test_an_adapted_language_model_inside_of_a_policy() -> None:
         assert session.kept is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("attached", [True, False])
 def test_compiled_calls_follow_adapters_that_are_changed(attached: bool) -> None:
     """Also those that are put into the model, and taken out of it, after it was compiled."""

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.plan import PLAN
 from tests.bench.conftest import subject_of
-from tests.lerobot.test_audit import NAMES
+from tests.lerobot.test_audit import BARE, NAMES
 from tests.state import whole_state
 from vla_pruner.benching.arms import Turns, arms_of
 from vla_pruner.benching.feeds import feed
@@ -32,11 +32,17 @@ CASES = (
     BenchSettings("molmoact2", size="tiny", batch=2, denoise_steps=2, pruned=("drop", "freeze")),
     BenchSettings("eo1", size="tiny", layers=4, batch=2, denoise_steps=2, pruned=("drop", "freeze")),
     BenchSettings("pi0-fast", size="tiny", layers=4, cameras=2, decode_tokens=4, pruned=("drop", "freeze")),
+    BenchSettings("groot", size="tiny", cameras=2, denoise_steps=2),
+    BenchSettings("vla-jepa", size="tiny", batch=2, pruned=("drop", "freeze")),
 )
+NEEDS_DIFFUSERS = ("groot", "vla-jepa")
 
 
 @pytest.mark.parametrize("settings", CASES, ids=lambda settings: settings.model)
 def test_counted_flops_are_those_of_the_formula(settings: BenchSettings) -> None:
+    _import_diffusers(settings.model)
+    # Modulations by the timestep, one row in each block, are no part of the formula; so few rows as here they show.
+    allowed = {"decode": 0.04} if settings.model == "groot" else {}
     subject = subject_of(settings)
     subject.step()  # LeRobot sets the attention backend in its first call
     before = whole_state(subject.module)
@@ -45,7 +51,8 @@ def test_counted_flops_are_those_of_the_formula(settings: BenchSettings) -> None
         counted = count_stages(turns, arm)
         formula = least_work(subject, turns.kept[arm.name], arm.layer, arm.pruned).flops
         for stage in ("vision", "prefill", "decode") if subject.vision_by_formula else ("prefill", "decode"):
-            assert counted[stage] == pytest.approx(formula[stage], rel=0.01), (arm.name, stage)
+            expected = pytest.approx(formula[stage], rel=allowed.get(stage, 0.01))
+            assert counted[stage] == expected, (arm.name, stage)
     assert whole_state(subject.module) == before
 
 
@@ -64,14 +71,23 @@ def test_an_encoder_that_reuses_patches_computes_what_the_formula_says(model: st
 
 @pytest.mark.parametrize("settings", CASES, ids=lambda settings: settings.model)
 def test_stages_are_found(settings: BenchSettings) -> None:
+    _import_diffusers(settings.model)
     turns = Turns(subject_of(settings), arms_of(settings))
-    assert turns.subject.acting == ("decode" if settings.model == "pi0-fast" else "denoise")
+    acting = {"pi0-fast": "decode", "vla-jepa": ""}.get(settings.model, "denoise")
+    assert turns.subject.acting == acting
     for found in time_stages(turns, 1).values():
-        assert min(found["vision"], found["prefill"], found["decode"], found["other"]) > 0
+        assert min(found[stage] for stage in ("vision", "prefill", "other")) > 0
+        assert (found["decode"] > 0) == bool(acting)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "lerobot-eo1"])
+def _import_diffusers(model: str) -> None:
+    if model in NEEDS_DIFFUSERS:
+        pytest.importorskip("diffusers", reason="diffusers is not installed; make test-lerobot installs it")
+
+
+@pytest.mark.parametrize("name", [*NAMES, *BARE])
 def test_every_kind_has_its_own_row(name: str) -> None:
+    _import_diffusers(name.removeprefix("lerobot-"))
     policy = random_policy(name)
     row = row_of(policy)
     assert row is row_named(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vla_pruner.benching.settings import BenchSettings
 from vla_pruner.caches import cache_name
-from vla_pruner.cost import ContextExpert, DecoderShape, Expert
+from vla_pruner.cost import ContextExpert, DecoderShape, Expert, FeatureExpert
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.feed import Feed, on_host
 from vla_pruner.plugins import object_at
@@ -21,7 +21,7 @@ from vla_pruner.registry import ROWS, row_of
 INSTRUCTION = "pick up the red block and put it into the bowl"
 LLAMA_TEXT, LLAMA_CAMERA, LLAMA_DECODED = 24, 256, 7
 PI0_TEXT, PI05_TEXT, SMOLVLA_TEXT, PI0_FAST_TEXT = 48, 200, 48, 200
-MOLMO_TEXT, EO1_TEXT = 100, 53
+MOLMO_TEXT, EO1_TEXT, GROOT_TEXT, JEPA_TEXT = 100, 53, 28, 24
 OPENVLA_TEXT = 25
 VLM_TEXT = 24
 _SIDE = 224
@@ -394,6 +394,80 @@ def eo1(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     passes = module.config.num_denoise_steps
     expert = Expert(shape, chunk, passes)
     return Feed(step, visual, other, denoised=(chunk, passes), expert=expert, uses_head=False)
+
+
+def groot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """Return the inputs of LeRobot's GR00T N1.7 with random weights. Its layers of self-attention over the features run
+    once, outside of the passes that are timed as denoising.
+
+    Raises:
+        UnsupportedModelError: the policy was not made by `random_policy`.
+    """
+    from vla_pruner.policies.groot_random import GrootPromptMaker
+
+    module, rows, maker = policy.module, settings.batch, policy.preprocessor
+    if not isinstance(maker, GrootPromptMaker):
+        raise UnsupportedModelError("A benchmark of GR00T is of random weights: vla-pruner bench --model groot.")
+    draw, head = _draw(settings), module._groot_model.action_head
+    (shape,) = {config.shape for config in module.config.image_features.values()}
+    images = [list(torch.rand(len(policy.cameras), *shape, generator=draw)) for _ in range(rows)]
+    states = torch.zeros(rows, module.config.robot_state_feature.shape[0])
+    ids = maker.batch(images[:1], [[]], states[:1])["input_ids"]
+    visual = int((ids == module._groot_model.backbone.model.config.image_token_id).sum())
+    beside = ids.shape[1] - visual
+    other = _other(settings, visual, GROOT_TEXT + beside, beside + 1)
+    texts = torch.randint(0, 250, (rows, other - beside), generator=draw).tolist()
+    batch = maker.batch(images, texts, states)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        torch.manual_seed(settings.seed)
+        return on_host(module.predict_action_chunk(dict(batch)))
+
+    transformer, backbone = head.model, module._groot_model.backbone.language_model
+    heads, width, blocks = head.model.config.num_attention_heads, head.model.inner_dim, transformer.transformer_blocks
+    up = blocks[0].ff.net[0].proj.out_features
+    denoiser = DecoderShape(len(blocks), width, heads, heads, width // heads, up, matrices=2)
+    tokens, passes = 1 + head.action_horizon, head.num_inference_timesteps
+    last, context = len(backbone.layers) - 1, backbone.config.hidden_size
+    expert = FeatureExpert(denoiser, tokens, passes, last=last, context=context)
+    return Feed(step, visual, other, denoised=(tokens, passes), expert=expert, uses_head=False)
+
+
+def vla_jepa(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
+    """Return the inputs of LeRobot's VLA-JEPA with random weights. Its action head, which reads a few rows, is part of
+    the rest of a step.
+
+    Raises:
+        UnsupportedModelError: the policy was not made by `random_policy`.
+    """
+    from vla_pruner.policies.vla_jepa_random import StandInQwen
+
+    module, rows = policy.module, settings.batch
+    config, inner = module.config, module.model
+    if not isinstance(inner.qwen, StandInQwen):
+        raise UnsupportedModelError("A benchmark of VLA-JEPA is of random weights: vla-pruner bench --model vla-jepa.")
+    draw = _draw(settings)
+    batch = {key: torch.rand(rows, *value.shape, generator=draw) for key, value in config.image_features.items()}
+    ids = inner.qwen.build_inputs(
+        images=[[image[0] for image in batch.values()]],
+        instructions=[""],
+        action_prompt=inner.replace_prompt,
+        embodied_prompt=inner.embodied_replace_prompt,
+    )["input_ids"]
+    visual = int((ids == inner.qwen.model.config.image_token_id).sum())
+    beside = ids.shape[1] - visual
+    other = _other(settings, visual, JEPA_TEXT + beside, beside + 1)
+    batch["observation.state"] = torch.zeros(rows, config.robot_state_feature.shape[0])
+    task = ["a" * (other - beside)] * rows
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        torch.manual_seed(settings.seed)
+        moved = {key: value.to(device) for key, value in batch.items()}
+        return on_host(module.predict_action_chunk({**moved, "task": task}))
+
+    return Feed(step, visual, other, uses_head=False)
 
 
 def _lerobot_tokens(module: Any, smol: bool) -> tuple[int, int]:

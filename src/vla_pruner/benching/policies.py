@@ -149,5 +149,24 @@ def _denoising(
     return make(settings.size, device, dtype, settings.seed, settings.layers, cameras, **fields)
 
 
+def groot(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """Build LeRobot's GR00T N1.7."""
+    from vla_pruner.policies.groot_random import random_groot_policy
+
+    cameras = None if settings.cameras is None else _cameras(settings.cameras)
+    policy: Any = random_groot_policy(settings.size, device, dtype, settings.seed, cameras)
+    if settings.denoise_steps is not None:
+        policy.module._groot_model.action_head.num_inference_timesteps = settings.denoise_steps
+    return policy
+
+
+def vla_jepa(settings: BenchSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """Build LeRobot's VLA-JEPA."""
+    from vla_pruner.policies.vla_jepa_random import random_vla_jepa_policy
+
+    cameras = None if settings.cameras is None else _cameras(settings.cameras)
+    return random_vla_jepa_policy(settings.size, device, dtype, settings.seed, cameras)
+
+
 def _cameras(count: int) -> tuple[str, ...]:
     return tuple(f"camera{number}" for number in range(1, count + 1))
