@@ -204,9 +204,9 @@ ROWS = (
             aliases=(published.lower(),),
             title=f"{published} of transformers",
             family="vla_pruner.families.vlm:VLM",
-            policy="vla_pruner.policies.vlm:RandomVLM",
+            policy=f"vla_pruner.policies.vlm:{'RandomPaliGemma2' if name == 'paligemma2' else 'RandomVLM'}",
             module=f"transformers.models.{kind}.modeling_{kind}:{classes}ForConditionalGeneration",
-            random=f"vla_pruner.policies.vlm:random_{kind}",
+            random=f"vla_pruner.policies.vlm:random_{name.replace('-', '_').replace('.', '_')}",
             bench=Benchmark(
                 feed="vla_pruner.benching.feeds:vlm",
                 build="vla_pruner.benching.policies:vlm",
@@ -220,6 +220,12 @@ ROWS = (
             ("smolvlm", "SmolVLM2-500M", "smolvlm", "SmolVLM", 32),
             ("qwen2.5-vl", "Qwen2.5-VL-3B", "qwen2_5_vl", "Qwen2_5_VL", 36),
             ("qwen3-vl", "Qwen3-VL-2B", "qwen3_vl", "Qwen3VL", 28),
+            ("llava-next", "LLaVA-v1.6-Mistral-7B", "llava_next", "LlavaNext", 32),
+            ("internvl", "InternVL3-1B", "internvl", "InternVL", 24),
+            ("gemma3", "Gemma-3-4B", "gemma3", "Gemma3", 34),
+            ("paligemma2", "PaliGemma2-3B-224", "paligemma", "PaliGemma", 26),
+            ("idefics3", "Idefics3-8B", "idefics3", "Idefics3", 32),
+            ("qwen2-vl", "Qwen2-VL-2B", "qwen2_vl", "Qwen2VL", 28),
         )
     ),
     Row(

@@ -13,7 +13,9 @@ from vla_pruner.auditing.report import AuditReport, Check
 from vla_pruner.auditing.run import CHECKS
 from vla_pruner.policies.base import example_of, module_of
 
-VLMS = ("llava", "paligemma", "smolvlm", "qwen2.5-vl", "qwen3-vl")
+OF_64 = ("llava", "paligemma", "paligemma2")
+OF_16 = ("smolvlm", "qwen2.5-vl", "qwen3-vl", "internvl", "gemma3", "idefics3", "qwen2-vl")
+VLMS = (*OF_64, *OF_16, "llava-next")
 NAMES = ("reference", "reference-chunk", "openvla", "openvla-oft", "pi0", *VLMS)
 LENGTHS = {
     "reference-chunk": "144 tokens in layers 0-2, 48 in layers 3-5 (32 of 128 visual tokens kept)",
@@ -22,8 +24,9 @@ LENGTHS = {
     "openvla-oft": "(128 of 512 visual tokens kept)",
     "pi0": "176 tokens in layers 0-2, 80 in layers 3-5 (32 of 128 visual tokens kept)",
     "llava": "179 tokens in layers 0-2, 83 in layers 3-5 (32 of 128 visual tokens kept)",
-    "paligemma": "174 tokens in layers 0-2, 78 in layers 3-5 (32 of 128 visual tokens kept)",
-    **dict.fromkeys(VLMS[2:], "83 tokens in layers 0-2, 59 in layers 3-5 (8 of 32 visual tokens kept)"),
+    **dict.fromkeys(OF_64[1:], "174 tokens in layers 0-2, 78 in layers 3-5 (32 of 128 visual tokens kept)"),
+    "llava-next": "723 tokens in layers 0-2, 219 in layers 3-5 (168 of 672 visual tokens kept)",
+    **dict.fromkeys(OF_16, "83 tokens in layers 0-2, 59 in layers 3-5 (8 of 32 visual tokens kept)"),
 }
 TOWERS = {
     "reference": "1 x 1 images a step",
@@ -32,6 +35,7 @@ TOWERS = {
     "openvla-oft": "2 x 2 images a step",
     "pi0": "1 x 2 images a step",
     **dict.fromkeys(VLMS, "1 x 2 images a step"),
+    "llava-next": "1 x 10 images a step",
 }
 
 
@@ -65,7 +69,7 @@ def test_passes_on_every_family(name):
     assert state(policy) == before
     loaded = json.loads(json.dumps(report.to_json()))
     assert loaded["passed"] is True
-    assert loaded["settings"]["attention"] == "sdpa"
+    assert loaded["settings"]["attention"] == ("eager" if name == "paligemma2" else "sdpa")
     assert loaded["settings"]["cameras"] == list(policy.cameras)
     assert len(loaded["checks"]) == len(CHECKS)
 

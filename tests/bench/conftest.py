@@ -21,6 +21,11 @@ MODELS = {
     "pi0": BenchSettings("pi0", size="tiny", pruned=("freeze",), batch=2, denoise_steps=2),
     "llava": BenchSettings("llava", size="tiny", pruned=("freeze",), cameras=1, decode_tokens=3),
     "smolvlm": BenchSettings("smolvlm", size="tiny", batch=2, decode_tokens=2),
+    "llava-next": BenchSettings("llava-next", size="tiny", cameras=1, decode_tokens=2),
+    "internvl": BenchSettings("internvl", size="tiny", decode_tokens=2),
+    "gemma3": BenchSettings("gemma3", size="tiny", decode_tokens=2),
+    "paligemma2": BenchSettings("paligemma2", size="tiny", decode_tokens=2),
+    "qwen2-vl": BenchSettings("qwen2-vl", size="tiny", decode_tokens=2),
     "reference": BenchSettings("reference", size="tiny", batch=2),
     "reference-chunk": BenchSettings("reference-chunk", size="tiny", pruned=("freeze",), batch=2),
 }

@@ -66,8 +66,10 @@ def cameras(subject: Subject) -> Check:
 
 
 def towers(subject: Subject) -> Check:
-    """Each vision tower sees each camera's image exactly once in a control step, unpruned and pruned."""
-    wanted, problems = len(subject.policy.cameras), []
+    """Each vision tower sees each camera's image, or each of its tiles, exactly once in a control step, unpruned and
+    pruned.
+    """
+    wanted, problems = len(subject.policy.cameras) * getattr(subject.policy, "tiles", 1), []
     blank = 0
     if not subject.policy.vision_towers:
         problems.append("the policy names no vision tower")
@@ -83,7 +85,7 @@ def towers(subject: Subject) -> Check:
     figure += f", and {blank} blank" if blank else ""
     detail = "Counted over all calls of a control step; images of one colour (absent cameras) apart."
     if problems:
-        detail = f"Each tower must see {wanted} different images, one of each camera; but {'; '.join(problems)}."
+        detail = f"Each tower must see {wanted} different images, as many of each camera; but {'; '.join(problems)}."
     return Check("vision towers", not problems, figure, detail)
 
 

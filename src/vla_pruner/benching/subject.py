@@ -110,7 +110,7 @@ class Subject:
             visual=feed.visual,
             other=feed.other,
             towers=towers,
-            cameras=max(1, len(getattr(self.policy, "cameras", ()))),
+            cameras=max(1, len(getattr(self.policy, "cameras", ()))) * getattr(self.policy, "tiles", 1),
             projector=sum(2.0 * _matrices(module) for module in self.anatomy.projectors),
             decoded=feed.decoded,
             expert=expert,
@@ -154,7 +154,8 @@ def _tower(module: Any) -> Tower | None:
         width, heads, layers, feed_forward = size.width, size.heads, size.depth - 1, size.mlp_width
         patch, patches, prefix = size.patch, size.patches, size.prefix
     elif config is not None and all(
-        hasattr(config, name) for name in ("patch_size", "image_size", "intermediate_size", "num_attention_heads")
+        isinstance(getattr(config, name, None), int)
+        for name in ("patch_size", "image_size", "intermediate_size", "num_attention_heads")
     ):
         width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
         feed_forward, patch = config.intermediate_size, config.patch_size
@@ -173,4 +174,4 @@ def _bytes(module: Any) -> int:
 
 def _matrices(module: nn.Module) -> int:
     """Return the number of elements in its matrices."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+    return sum(weight.numel() for weight in module.parameters() if weight.dim() == 2)

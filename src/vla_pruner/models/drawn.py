@@ -18,7 +18,16 @@ def draw_weights(module: nn.Module, seed: int) -> None:
     are made.
     """
     generators: dict[torch.device, torch.Generator] = {}
+
+    def draw(weight: Tensor, std: float) -> None:
+        if weight.device not in generators:
+            generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
+        weight.normal_(std=std, generator=generators[weight.device])
+
     for name, part in module.named_modules():
+        projection = getattr(part, "mm_input_projection_weight", None)
+        if projection is not None:  # Gemma 3 multiplies by it from the right, and makes it of zeros
+            draw(projection, 1 / math.sqrt(len(projection)))
         weight = getattr(part, "weight", None)
         if not isinstance(weight, Tensor):
             continue
@@ -30,10 +39,8 @@ def draw_weights(module: nn.Module, seed: int) -> None:
                 # transformers' norms: Gemma's multiply by 1 + weight, the others by weight.
                 weight.fill_(0.0 if "Gemma" in type(part).__name__ else 1.0)
             continue
-        if weight.device not in generators:
-            generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
         gain = 2.0 if name.endswith(("q_proj", "k_proj")) else 1.0
-        weight.normal_(std=gain / math.sqrt(weight[0].numel()), generator=generators[weight.device])
+        draw(weight, gain / math.sqrt(weight[0].numel()))
         bias = getattr(part, "bias", None)
         if bias is not None:
             bias.zero_()

@@ -22,8 +22,10 @@ from vla_pruner.policies.pi0 import prepare_image
 
 ACTION_TOKENS = 7
 CAMERAS = ("image", "wrist_image")
-QWEN = ("qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 GLUED = ("paligemma",)
+TILES = 5
+"""Images that LLaVA-NeXT's tower encodes of one camera: the whole image, and its quarters at twice the resolution."""
 MERGED = 2
 """Side, in patches, of the square that Qwen-VL merges into one token; it also repeats each image so often in time."""
 
@@ -37,6 +39,7 @@ class Kind:
         tiny, full: arguments of the configuration; "full" is the model in `published`.
         side: side of the square images in pixels, tiny and full.
         published: the checkpoint with the full sizes.
+        attention: the implementation of attention, of those that transformers has for this model.
     """
 
     classes: str
@@ -44,6 +47,7 @@ class Kind:
     full: Mapping[str, Any]
     side: tuple[int, int]
     published: str
+    attention: str = "sdpa"
 
 
 _TEXT = {
@@ -81,6 +85,18 @@ _TINY_QWEN_VISION = {
     "in_channels": 3,
 }
 _QWEN_IDS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
+_CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_TINY_CLIP = {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32}
+_TINY_SIGLIP = {**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
 _SIGLIP = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,
@@ -97,7 +113,7 @@ KINDS = {
         "Llava",
         tiny={
             "text_config": {**_TEXT, "model_type": "llama"},
-            "vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32},
+            "vision_config": _TINY_CLIP,
             "image_token_index": 500,
         },
         full={
@@ -111,16 +127,7 @@ KINDS = {
                 "max_position_embeddings": 4096,
                 "pad_token_id": 0,
             },
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 336,
-                "patch_size": 14,
-                "projection_dim": 768,
-            },
+            "vision_config": _CLIP,
             "image_token_index": 32000,
         },
         side=(112, 336),
@@ -130,7 +137,7 @@ KINDS = {
         "PaliGemma",
         tiny={
             "text_config": {**_TEXT, "model_type": "gemma"},
-            "vision_config": {**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+            "vision_config": _TINY_SIGLIP,
             "projection_dim": 64,
             "hidden_size": 64,
             "image_token_index": 500,
@@ -268,6 +275,202 @@ KINDS = {
         side=(112, 448),
         published="Qwen/Qwen3-VL-2B-Instruct",
     ),
+    "llava-next": Kind(
+        "LlavaNext",
+        tiny={
+            "text_config": {**_TEXT, "model_type": "mistral"},
+            "vision_config": _TINY_CLIP,
+            "image_grid_pinpoints": [[224, 224]],
+            "image_token_index": 500,
+        },
+        full={
+            "text_config": {
+                "model_type": "mistral",
+                "vocab_size": 32064,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 32768,
+                "sliding_window": None,
+            },
+            "vision_config": _CLIP,
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+            "image_token_index": 32000,
+        },
+        side=(224, 672),
+        published="llava-hf/llava-v1.6-mistral-7b-hf",
+    ),
+    "internvl": Kind(
+        "InternVL",
+        tiny={
+            "text_config": {**_QWEN_TEXT, "model_type": "qwen2"},
+            "vision_config": {**_VISION, "image_size": [112, 112], "patch_size": [14, 14]},
+            "image_seq_length": 16,
+            "downsample_ratio": 0.5,
+            "image_token_id": 500,
+        },
+        full={
+            "text_config": {
+                "model_type": "qwen2",
+                "vocab_size": 151674,
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 32768,
+            },
+            "vision_config": {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": [448, 448],
+                "patch_size": [14, 14],
+            },
+            "image_seq_length": 256,
+            "downsample_ratio": 0.5,
+            "image_token_id": 151667,
+        },
+        side=(112, 448),
+        published="OpenGVLab/InternVL3-1B-hf",
+    ),
+    "gemma3": Kind(
+        "Gemma3",
+        tiny={
+            # Every second layer is a full one, or pruning would begin at layer 6, where this decoder ends.
+            "text_config": {**_TEXT, "sliding_window": 4096, "sliding_window_pattern": 2},
+            "vision_config": _TINY_SIGLIP,
+            "mm_tokens_per_image": 16,
+            "image_token_index": 500,
+        },
+        full={
+            "text_config": {
+                "vocab_size": 262208,
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "num_hidden_layers": 34,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "sliding_window": 1024,
+                "max_position_embeddings": 131072,
+            },
+            "vision_config": {**_SIGLIP, "image_size": 896},
+            "mm_tokens_per_image": 256,
+            "image_token_index": 262144,
+        },
+        side=(112, 896),
+        published="google/gemma-3-4b-it",
+    ),
+    "paligemma2": Kind(
+        "PaliGemma",
+        tiny={
+            "text_config": {**_TEXT, "model_type": "gemma2", "sliding_window": 4096},
+            "vision_config": _TINY_SIGLIP,
+            "projection_dim": 64,
+            "hidden_size": 64,
+            "image_token_index": 500,
+        },
+        full={
+            "text_config": {
+                "model_type": "gemma2",
+                "vocab_size": 257216,
+                "hidden_size": 2304,
+                "intermediate_size": 9216,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "sliding_window": 4096,
+            },
+            "vision_config": _SIGLIP,
+            "projection_dim": 2304,
+            "hidden_size": 2304,
+            "image_token_index": 257152,
+        },
+        side=(112, 224),
+        published="google/paligemma2-3b-pt-224",
+        attention="eager",
+    ),
+    "idefics3": Kind(
+        "Idefics3",
+        tiny={
+            "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": _VISION,
+            "scale_factor": 2,
+            "image_token_id": 500,
+        },
+        full={
+            "text_config": {
+                "model_type": "llama",
+                "vocab_size": 128259,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "pad_token_id": 128002,
+            },
+            "vision_config": {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 364,
+                "patch_size": 14,
+            },
+            "scale_factor": 2,
+            "image_token_id": 128257,
+        },
+        side=(112, 364),
+        published="HuggingFaceM4/Idefics3-8B-Llama3",
+    ),
+    "qwen2-vl": Kind(
+        "Qwen2VL",
+        tiny={
+            "text_config": {**_QWEN_TEXT, "rope_parameters": _TINY_ROPE},
+            "vision_config": {
+                "depth": 4,
+                "embed_dim": 32,
+                "hidden_size": 64,
+                "mlp_ratio": 2,
+                "num_heads": 2,
+                "patch_size": 14,
+                "spatial_merge_size": MERGED,
+                "temporal_patch_size": 2,
+                "in_channels": 3,
+            },
+            **_QWEN_IDS,
+        },
+        full={
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 1536,
+                "intermediate_size": 8960,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 32768,
+                "rope_parameters": {**_ROPE, "rope_theta": 1e6},
+            },
+            "vision_config": {
+                "depth": 32,
+                "embed_dim": 1280,
+                "hidden_size": 1536,
+                "mlp_ratio": 4,
+                "num_heads": 16,
+                "patch_size": 14,
+                "spatial_merge_size": MERGED,
+            },
+            "tie_word_embeddings": True,
+        },
+        side=(112, 448),
+        published="Qwen/Qwen2-VL-2B-Instruct",
+    ),
 }
 """The models, by the names of their rows in `vla_pruner.registry`."""
 
@@ -300,9 +503,22 @@ class RandomVLM:
     def tokens_per_image(self) -> int:
         """Visual tokens of one image."""
         config = self.module.config
-        vision = config.vision_config
-        merged = MERGED if config.model_type in QWEN else getattr(config, "scale_factor", 1)
-        return (self.side // vision.patch_size // merged) ** 2
+        kind, patch = config.model_type, config.vision_config.patch_size
+        if kind == "gemma3":
+            return config.mm_tokens_per_image
+        if kind == "internvl":
+            return config.image_seq_length
+        if kind == "llava_next":
+            # The whole image, and its quarters as one image whose rows each end in a token of their own.
+            across = self.side // patch
+            return (across // 2) ** 2 + across * (across + 1)
+        merged = MERGED if kind in QWEN else getattr(config, "scale_factor", 1)
+        return (self.side // patch // merged) ** 2
+
+    @property
+    def tiles(self) -> int:
+        """Images that the vision encoder sees of one camera."""
+        return TILES if self.module.config.model_type == "llava_next" else 1
 
     @property
     def camera_tokens(self) -> tuple[int, ...]:
@@ -351,13 +567,18 @@ class RandomVLM:
             given["pixel_values"] = _patches(flat, config.vision_config).flatten(0, 1)
             given["image_grid_thw"] = torch.tensor([[1, side, side]] * len(flat))
             given["mm_token_type_ids"] = (ids == config.image_token_id).int()
-        elif kind == "smolvlm":
+        elif kind in ("smolvlm", "idefics3"):
             given["pixel_values"] = pixels
             given["pixel_attention_mask"] = torch.ones(*pixels.shape[:2], *pixels.shape[3:], dtype=torch.int64)
+        elif kind == "llava_next":
+            given["pixel_values"] = _tiles(flat)
+            given["image_sizes"] = torch.tensor([[self.side, self.side]] * len(flat))
         else:
             given["pixel_values"] = flat
         if kind in GLUED:
             given["token_type_ids"] = torch.zeros_like(ids)
+        elif kind == "gemma3":
+            given["token_type_ids"] = (ids == config.image_token_id).long()
         weight = self.module.get_input_embeddings().weight
         given["pixel_values"] = given["pixel_values"].to(weight.dtype)
         return {name: value.to(weight.device) for name, value in given.items()}
@@ -377,6 +598,10 @@ class RandomVLM:
         start, end = ([], []) if config.model_type in GLUED else ([2], [2])
         image = [*start, *[config.image_token_id] * self.tokens_per_image, *end]
         return torch.tensor([[*([] if config.model_type in GLUED else [1]), *image * len(self.cameras)]])
+
+
+class RandomPaliGemma2(RandomVLM):
+    """A `RandomVLM` around a PaliGemma 2, which transformers builds of the class of PaliGemma."""
 
 
 def random_vlm(
@@ -402,9 +627,10 @@ def random_vlm(
     config = getattr(transformers, f"{kind.classes}Config")(**settings)
     make = getattr(transformers, f"{kind.classes}ForConditionalGeneration")
     with torch.device(device), no_init_weights():
-        module: Any = make._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        module: Any = make._from_config(config, dtype=dtype, attn_implementation=kind.attention).eval()
     draw_weights(module, seed)
-    return RandomVLM(module, kind.side[size == "full"], cameras)
+    policy = RandomPaliGemma2 if name == "paligemma2" else RandomVLM
+    return policy(module, kind.side[size == "full"], cameras)
 
 
 def random_llava(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
@@ -430,6 +656,44 @@ def random_qwen2_5_vl(size: str, device: torch.device, dtype: torch.dtype, seed:
 def random_qwen3_vl(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
     """Make a Qwen3-VL; arguments as of `random_policy`."""
     return random_vlm("qwen3-vl", size, device, dtype, seed)
+
+
+def random_llava_next(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """Make a LLaVA-NeXT; arguments as of `random_policy`."""
+    return random_vlm("llava-next", size, device, dtype, seed)
+
+
+def random_internvl(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """Make an InternVL; arguments as of `random_policy`."""
+    return random_vlm("internvl", size, device, dtype, seed)
+
+
+def random_gemma3(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """Make a Gemma 3; arguments as of `random_policy`."""
+    return random_vlm("gemma3", size, device, dtype, seed)
+
+
+def random_paligemma2(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """Make a PaliGemma 2; arguments as of `random_policy`."""
+    return random_vlm("paligemma2", size, device, dtype, seed)
+
+
+def random_idefics3(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """Make an Idefics3; arguments as of `random_policy`."""
+    return random_vlm("idefics3", size, device, dtype, seed)
+
+
+def random_qwen2_vl(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> RandomVLM:
+    """Make a Qwen2-VL; arguments as of `random_policy`."""
+    return random_vlm("qwen2-vl", size, device, dtype, seed)
+
+
+def _tiles(images: Tensor) -> Tensor:
+    """Return (n, `TILES`, 3, S/2, S/2) of images (n, 3, S, S): the whole image, and its quarters by rows."""
+    half = images.shape[-1] // 2
+    whole = torch.nn.functional.avg_pool2d(images, 2)
+    quarters = images.unflatten(3, (2, half)).unflatten(2, (2, half)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return torch.cat([whole[:, None], quarters], dim=1)
 
 
 def _patches(images: Tensor, vision: Any) -> Tensor:
