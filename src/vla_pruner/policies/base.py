@@ -25,6 +25,8 @@ class Policy(Protocol):
         cameras: names of the images that `act` takes, in the order of the visual tokens.
         vision_towers: modules that turn pixels into patch features; each gets every camera's image once a control step.
         proprio_size: the number of proprioception values that `act` takes; None: none.
+
+    If a tower gets several images of each camera, such as tiles of it, the policy has their number as `tiles`.
     """
 
     @property
