@@ -246,7 +246,7 @@ def test_compiling_counts_into_the_minutes(
 
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(run, "_compile", compiles)
-    monkeypatch.setattr(run, "_run", lambda *args: left.append(args[3]))
+    monkeypatch.setattr(run, "_run", lambda *args: left.append(args[2].minutes))
     _run(policy, environments, arms, tasks=("reach",), out=tmp_path)
     environments.made.clear()
     _run(policy, environments, arms, tasks=("reach",), out=tmp_path, quick=True)
