@@ -66,6 +66,8 @@ def test_a_jump_of_the_state_begins_an_episode_over_the_wire(
         server.stop()
     assert kept == [tokens, tokens, tokens, tokens // 4, tokens // 4] * 3
     assert "vla_pruner_episodes_total 3.0" in counted
+    assert 'vla_pruner_robot_episodes{robot="1"} 3.0' in counted
+    assert 'robot="1"' not in server.metrics.text(), "it left"
     told = [record.getMessage() for record in caplog.records]
     assert told.count("Robot 1: an episode of 5 control steps is over (the state jumped by 10).") == 2
     assert "Robot 1 left after 3 episodes, the last one of 5 control steps." in told

@@ -41,6 +41,12 @@ class Metrics:
         )
         self._tokens = Counter(f"{_PREFIX}_visual_tokens", "Visual tokens, of all steps.", registry=self._registry)
         self._episodes = Counter(f"{_PREFIX}_episodes", "Episodes begun, of all robots.", registry=self._registry)
+        self._of_robot = Gauge(
+            f"{_PREFIX}_robot_episodes",
+            "Episodes that a connected robot has begun; its number is that of the log.",
+            ["robot"],
+            registry=self._registry,
+        )
         Gauge(f"{_PREFIX}_sessions", "Robots connected.", registry=self._registry).set_function(robots)
         Gauge(f"{_PREFIX}_queue_depth", "Control steps that wait.", registry=self._registry).set_function(waiting)
         for outcome in ("answered", "refused", "failed", "overloaded", "left"):
@@ -63,9 +69,18 @@ class Metrics:
         """
         self._requests.labels(outcome).inc()
 
-    def episode_began(self) -> None:
-        """Count an episode that began."""
+    def episode_began(self, robot: int) -> None:
+        """Count an episode that a robot, given by its number, began."""
         self._episodes.inc()
+        self._of_robot.labels(robot).inc()
+
+    def robot_came(self, robot: int) -> None:
+        """Begin to count the episodes of a robot."""
+        self._of_robot.labels(robot)
+
+    def robot_left(self, robot: int) -> None:
+        """Forget a robot that came."""
+        self._of_robot.remove(robot)
 
     def turned_away(self, reason: str) -> None:
         """Count a refused connection: no "key", the server is "full" of robots, or "crowded" by others."""

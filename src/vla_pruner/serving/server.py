@@ -234,6 +234,7 @@ class PolicyServer:
         self._numbers += 1
         robot = Robot(self._numbers)
         self._robots[robot.number] = robot
+        self.metrics.robot_came(robot.number)
         connection.is_robot = True
         try:
             await connection.send(self._metadata)
@@ -248,6 +249,7 @@ class PolicyServer:
             # Its place is free when its socket is, and not before.
             await self._see_off(connection)
             del self._robots[robot.number]
+            self.metrics.robot_left(robot.number)
 
     async def _see_off(self, connection: Connection) -> None:
         try:
@@ -346,7 +348,7 @@ class PolicyServer:
                 steps = counted(robot.step, "control step")
                 log.info("Robot %d: an episode of %s is over (%s).", robot.number, steps, why)
                 robot.begin_episode()
-            self.metrics.episode_began()
+            self.metrics.episode_began(robot.number)
             absent = [key for camera, key in self._reader.keys.items() if camera not in seen.images]
             if absent:
                 log.info("Robot %d sends no %s; the policy takes it as absent.", robot.number, " and no ".join(absent))
