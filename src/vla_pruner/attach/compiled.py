@@ -59,9 +59,10 @@ class Compiled:
         self._runner = runner
         self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._replaced = Replacements(COPIED)
-        self._parts = Parts(())
+        self._parts = Parts(self._owners())
         self._adapters = Adapters(layers_of(family.decoder), self._owners)
-        self._model_key: tuple[Hashable, ...] = ()
+        self._models: dict[Hashable, int] = {}
+        self._model_key = 0
 
     def __enter__(self) -> Compiled:
         return self
@@ -90,7 +91,6 @@ class Compiled:
         if refusal is not None:
             raise UnsupportedModelError(refusal)
         set_aside(model, family, self._replaced)
-        self._parts = Parts(self._owners())
         self._note_model()
         if family.acting is not None:
             self._replaced.put(*family.acting, self._act)
@@ -141,10 +141,11 @@ class Compiled:
         return [anatomy.decoder, *anatomy.experts, *anatomy.towers, *anatomy.projectors, *family.denoising, *owners]
 
     def _note_model(self) -> None:
-        """Note what the model consists of, and which adapters act. It changes between control steps alone, so not every
-        call looks.
+        """Note what the model consists of, and which adapters act, as a number: every call's key has it. It changes
+        between control steps alone, so not every call looks.
         """
-        self._model_key = (self._parts.graph_key, self._adapters.state())
+        key = (self._parts.graph_key, self._adapters.state())
+        self._model_key = self._models.setdefault(key, len(self._models))
 
     def _act(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The next step may overwrite another graph's outputs from its beginning on.

@@ -20,12 +20,11 @@ class Parts:
     def __init__(self, owners: Iterable[Any]) -> None:
         self._owners = [owner for owner in owners if isinstance(owner, nn.Module)]
         self._changes = 0
-        self._kinds: dict[Hashable, int] = {}
         self._collect()
 
     @property
-    def graph_key(self) -> int:
-        """A number that is another once a submodule was exchanged or added, or a weight has another type or device; and
+    def graph_key(self) -> Hashable:
+        """A key that is another once a submodule was exchanged or added, or a weight has another type or device; and
         the old one again once the types and devices are as before.
         """
         same = all(len(held) == count for held, count in self._sizes)
@@ -34,7 +33,7 @@ class Parts:
             self._collect()
         weights = [held.get(name) for held, name in self._weights]
         placed = tuple([None if weight is None else (weight.dtype, weight.device) for weight in weights])
-        return self._kinds.setdefault((self._changes, placed), len(self._kinds))
+        return self._changes, placed
 
     def _collect(self) -> None:
         # A module may be below several owners, and is read once.

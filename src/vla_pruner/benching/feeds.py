@@ -376,14 +376,9 @@ def eo1(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     draw = _draw(settings)
     images = [list(torch.rand(len(policy.cameras), 3, maker.side, maker.side, generator=draw)) for _ in range(rows)]
     states, chunk = torch.zeros(rows, 8), module.config.chunk_size
-    empty = maker.batch(images[:1], [[]], states[:1])
-    ids = empty["input_ids"]
-    visual = int((ids == module.model.vlm_backbone.config.image_token_id).sum())
+    token = module.model.vlm_backbone.config.image_token_id
     # The placeholders of actions are no part of the prompt.
-    beside = ids.shape[1] - chunk - visual
-    other = _other(settings, visual, EO1_TEXT + beside, beside + 1)
-    texts = torch.randint(0, 250, (rows, other - beside), generator=draw).tolist()
-    batch = maker.batch(images, texts, states)
+    batch, visual, other = _prompts(settings, maker, images, states, token, draw, EO1_TEXT, behind=chunk)
 
     @torch.no_grad()
     def step() -> Tensor:
@@ -412,12 +407,8 @@ def groot(policy: Any, settings: BenchSettings, device: torch.device) -> Feed:
     (shape,) = {config.shape for config in module.config.image_features.values()}
     images = [list(torch.rand(len(policy.cameras), *shape, generator=draw)) for _ in range(rows)]
     states = torch.zeros(rows, module.config.robot_state_feature.shape[0])
-    ids = maker.batch(images[:1], [[]], states[:1])["input_ids"]
-    visual = int((ids == module._groot_model.backbone.model.config.image_token_id).sum())
-    beside = ids.shape[1] - visual
-    other = _other(settings, visual, GROOT_TEXT + beside, beside + 1)
-    texts = torch.randint(0, 250, (rows, other - beside), generator=draw).tolist()
-    batch = maker.batch(images, texts, states)
+    token = module._groot_model.backbone.model.config.image_token_id
+    batch, visual, other = _prompts(settings, maker, images, states, token, draw, GROOT_TEXT)
 
     @torch.no_grad()
     def step() -> Tensor:
@@ -468,6 +459,36 @@ def vla_jepa(policy: Any, settings: BenchSettings, device: torch.device) -> Feed
         return on_host(module.predict_action_chunk({**moved, "task": task}))
 
     return Feed(step, visual, other, uses_head=False)
+
+
+def _prompts(
+    settings: BenchSettings,
+    maker: Any,
+    images: list[list[Tensor]],
+    states: Tensor,
+    image_token: int,
+    draw: torch.Generator,
+    text: int,
+    behind: int = 0,
+) -> tuple[dict[str, Tensor], int, int]:
+    """Return a batch of a policy whose prompts a stand-in for LeRobot's processor makes, and the numbers of a prompt's
+    visual tokens and of its other ones.
+
+    Args:
+        maker: the stand-in.
+        images: (3, H, W) in [0, 1], of each row and camera.
+        states: (B, D).
+        image_token: the id of a visual token.
+        draw: draws the words.
+        text: words, unless the settings say how long a prompt is.
+        behind: ids at the end that are no part of the prompt.
+    """
+    ids = maker.batch(images[:1], [[]], states[:1])["input_ids"]
+    visual = int((ids == image_token).sum())
+    beside = ids.shape[1] - behind - visual
+    other = _other(settings, visual, text + beside, beside + 1)
+    words = torch.randint(0, 250, (len(images), other - beside), generator=draw).tolist()
+    return maker.batch(images, words, states), visual, other
 
 
 def _lerobot_tokens(module: Any, smol: bool) -> tuple[int, int]:

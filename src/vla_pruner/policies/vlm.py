@@ -73,17 +73,15 @@ _VISION = {
 _TINY_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
 _ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24]}
 _QWEN_TEXT = {name: value for name, value in _TEXT.items() if name != "head_dim"}
-_TINY_QWEN_VISION = {
+_TINY_BLOCKS = {
     "depth": 4,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "out_hidden_size": 64,
     "num_heads": 2,
     "patch_size": 14,
     "spatial_merge_size": MERGED,
     "temporal_patch_size": 2,
     "in_channels": 3,
 }
+_TINY_QWEN_VISION = {**_TINY_BLOCKS, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
 _QWEN_IDS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 _CLIP = {
     "model_type": "clip_vision_model",
@@ -97,6 +95,13 @@ _CLIP = {
 }
 _TINY_CLIP = {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32}
 _TINY_SIGLIP = {**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
+_TINY_TILED = {
+    "text_config": {**_TEXT, "model_type": "llama"},
+    "vision_config": _VISION,
+    "scale_factor": 2,
+    "image_token_id": 500,
+}
+_TINY_GLUED = {"vision_config": _TINY_SIGLIP, "projection_dim": 64, "hidden_size": 64, "image_token_index": 500}
 _SIGLIP = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,
@@ -135,13 +140,7 @@ KINDS = {
     ),
     "paligemma": Kind(
         "PaliGemma",
-        tiny={
-            "text_config": {**_TEXT, "model_type": "gemma"},
-            "vision_config": _TINY_SIGLIP,
-            "projection_dim": 64,
-            "hidden_size": 64,
-            "image_token_index": 500,
-        },
+        tiny={**_TINY_GLUED, "text_config": {**_TEXT, "model_type": "gemma"}},
         full={
             "text_config": {
                 "model_type": "gemma",
@@ -163,12 +162,7 @@ KINDS = {
     ),
     "smolvlm": Kind(
         "SmolVLM",
-        tiny={
-            "text_config": {**_TEXT, "model_type": "llama"},
-            "vision_config": _VISION,
-            "scale_factor": 2,
-            "image_token_id": 500,
-        },
+        tiny=_TINY_TILED,
         full={
             "text_config": {
                 "model_type": "llama",
@@ -367,13 +361,7 @@ KINDS = {
     ),
     "paligemma2": Kind(
         "PaliGemma",
-        tiny={
-            "text_config": {**_TEXT, "model_type": "gemma2", "sliding_window": 4096},
-            "vision_config": _TINY_SIGLIP,
-            "projection_dim": 64,
-            "hidden_size": 64,
-            "image_token_index": 500,
-        },
+        tiny={**_TINY_GLUED, "text_config": {**_TEXT, "model_type": "gemma2", "sliding_window": 4096}},
         full={
             "text_config": {
                 "model_type": "gemma2",
@@ -397,12 +385,7 @@ KINDS = {
     ),
     "idefics3": Kind(
         "Idefics3",
-        tiny={
-            "text_config": {**_TEXT, "model_type": "llama"},
-            "vision_config": _VISION,
-            "scale_factor": 2,
-            "image_token_id": 500,
-        },
+        tiny=_TINY_TILED,
         full={
             "text_config": {
                 "model_type": "llama",
@@ -433,17 +416,7 @@ KINDS = {
         "Qwen2VL",
         tiny={
             "text_config": {**_QWEN_TEXT, "rope_parameters": _TINY_ROPE},
-            "vision_config": {
-                "depth": 4,
-                "embed_dim": 32,
-                "hidden_size": 64,
-                "mlp_ratio": 2,
-                "num_heads": 2,
-                "patch_size": 14,
-                "spatial_merge_size": MERGED,
-                "temporal_patch_size": 2,
-                "in_channels": 3,
-            },
+            "vision_config": {**_TINY_BLOCKS, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
             **_QWEN_IDS,
         },
         full={
