@@ -60,7 +60,7 @@ def episode(name: str, backend: str, threads: int | None) -> dict[str, Any]:
         torch.set_num_threads(threads)
     policy = vp.random_policy(name)
     seen = example_of(policy)
-    method = vp.VLAPruner(keep=0.25)
+    method = vp.VLAPruner(keep=0.25, preset="paper")
 
     def steps(session: Any) -> list[float]:
         taken = []

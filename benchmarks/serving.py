@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     conditions = machine_conditions(PACKAGES)
     policy = vp.reference_policy(device=options.device)
-    pruned = vp.VLAPruner(keep=options.keep)
+    pruned = vp.VLAPruner(keep=options.keep, preset="paper")
     arms = (
         ("unpruned", None, options.max_batch),
         (f"vla-pruner {options.keep:g}", pruned, options.max_batch),

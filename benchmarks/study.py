@@ -33,7 +33,7 @@ RECORDS = "episodes.jsonl"
 # Every method leaves the same first steps unpruned, so that they differ in the choice of tokens alone.
 _WAIT = ":warmup_steps=3"
 _METHODS = (
-    "vla-pruner",
+    "vla-pruner:preset=paper",
     "vla-pruner:semantic_queries=last",
     *(
         f"{name}{_WAIT}"
@@ -52,17 +52,17 @@ _METHODS = (
     f"max-min-diversity{_WAIT}:metric=euclidean",
 )
 _OPTIONS = (
-    *(f"vla-pruner:{option}" for option in ("unseen=carry", "semantic_queries=text", "window=1")),
-    *(f"vla-pruner:layer={layer}" for layer in (1, 2, 5)),
+    *(f"vla-pruner:preset=paper:{option}" for option in ("unseen=carry", "semantic_queries=text", "window=1")),
+    *(f"vla-pruner:preset=paper:layer={layer}" for layer in (1, 2, 5)),
     *(f"action-and-diversity{_WAIT}:layer={layer}" for layer in (1, 5)),
 )
 _CONFIRMED = tuple(
     f"{name}:keep={keep}:pruned={fate}"
     for keep, fate in ((0.25, "drop"), (0.125, "freeze"))
-    for name in ("vla-pruner", f"action-only{_WAIT}")
+    for name in ("vla-pruner:preset=paper", f"action-only{_WAIT}")
 )
 _CHUNK_METHODS = (
-    "vla-pruner",
+    "vla-pruner:preset=paper",
     "vla-pruner:semantic_queries=last",
     *(
         f"{name}{_WAIT}"
@@ -89,7 +89,7 @@ _CHUNK_LAYERS = tuple(
 _CHUNK_CONFIRMED = (
     "vla-pruner:semantic_queries=last:keep=0.25:pruned=freeze",
     "vla-pruner:semantic_queries=last:keep=0.125:pruned=freeze",
-    "vla-pruner:keep=0.25:pruned=drop",
+    "vla-pruner:preset=paper:keep=0.25",
 )
 _COMMON = ("--policy", "reference:autoregressive", "--suite", "metaworld:mt4", "--margin", "5", "--batch", "8")
 _CHUNK = ("--policy", "reference:metaworld", "--suite", "metaworld:mt8", "--margin", "5", "--batch", "8")
@@ -140,7 +140,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     # All stored initial states that LIBERO-Object has.
     "libero-confirm": (
         *_LIBERO,
-        *("--episodes", "50", "--method", ",".join(_CHUNK_CONFIRMED[:2])),
+        *("--episodes", "50", "--method", ",".join(_CHUNK_CONFIRMED[:1])),
         *("--layer", "2", "--controls", "none"),
     ),
     # Does pruning cost more where the scene is new?
@@ -234,11 +234,11 @@ def table(summary: dict[str, Any], layer: str = "3") -> str:
 
 
 def named(title: str, layer: str = "3") -> tuple[str, str, str]:
-    """Method with its options, keep and fate of an arm's title; the steps that all methods wait, and the phase's
-    `layer`, are no options here.
+    """Method with its options, keep and fate of an arm's title; the steps that all methods wait, the phase's `layer`,
+    and the paper's preset, which was the default of the published runs, are no options here.
     """
     found = ArmOptions.of({"title": title})
-    words = [word for word in found.own if not word.startswith("warmup_steps=")]
+    words = [word for word in found.own if not word.startswith(("warmup_steps=", "preset=paper"))]
     words += encoder_title(found.encoder).split()
     if f"{found.layer}" != layer:
         words.insert(0, f"K={found.layer}")

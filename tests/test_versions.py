@@ -49,7 +49,7 @@ def test_what_was_not_tested_is_refused_where_a_policy_is_loaded_or_attached(
     monkeypatch.setattr("transformers.__version__", version)
     expected = rf"transformers {re.escape(version)} is installed.*; supported is 5\.4 to .*pip install"
     for load in (
-        lambda: vp.VLAPruner(keep=0.5).attach(model, visual=VISUAL),
+        lambda: vp.VLAPruner(keep=0.5, preset="paper").attach(model, visual=VISUAL),
         vp.reference_policy,
         lambda: vp.random_policy("openvla"),
         lambda: vp.load_policy(tmp_path),

@@ -18,7 +18,7 @@ from vla_pruner import methods, plugins
 from vla_pruner.errors import OptionError, PluginError, VLAPrunerError
 from vla_pruner.fate import Fate
 from vla_pruner.methods import EncoderReuse, Method, RandomKeep, Scored
-from vla_pruner.methods.presets import Published
+from vla_pruner.methods.presets import Published, PublishedWord
 
 FRESH = 8
 """The default of `refresh_every` at layer 0, where a dropped token is never seen again without a refresh."""
@@ -53,8 +53,10 @@ class Named:
         kind = type(method)
         known = kind in known_methods().values()
         fields = [field for field in dataclasses.fields(method) if field.name not in _OF_EVERY_ARM]
-        own = [field for field in fields if getattr(method, field.name) != field.default]
-        options = tuple(f"{field.name}={getattr(method, field.name)}" for field in own)
+        values = {field.name: getattr(method, field.name) for field in fields}
+        own = [field.name for field in fields if values[field.name] != field.default]
+        written = [f"{name}={values[name]}" for name in own if not isinstance(values[name], PublishedWord)]
+        options = (*written, *method.told)
         return cls(method_name(kind) if known else kind.__name__, options, method)
 
     @property
@@ -80,8 +82,8 @@ def methods_of(
             and pruned replace the arguments.
         keep: budgets; None: .25, or the published one of a method that reuses tokens.
         layers: pruning layers.
-        pruned: the fates of the other tokens, of which each method takes those that it supports; None: "drop", or the
-            only fate that it supports.
+        pruned: the fates of the other tokens, of which each method takes those that it supports; None: as the method
+            has it by default.
         refresh_every: of methods that have it; None: as their options say, and at layer 0 every 8th step.
 
     Raises:
@@ -102,10 +104,11 @@ def methods_of(
         for layer in own.get("layer", layers):
             for fate in _fates(shown, kind().treatments, own.get("pruned", pruned)):
                 for amount in own.get("keep", keep or (KEEP if drops else (kind().keep,))):
-                    made = {"keep": amount, "layer": layer, "pruned": fate, **extra}
+                    made = {"keep": amount, "layer": layer, **({} if fate is None else {"pruned": fate}), **extra}
                     if hasattr(kind, "refresh_every") and "refresh_every" not in extra:
                         made["refresh_every"] = refresh_every or (FRESH if layer == 0 else None)
-                    found.append(Named(shown, others, _made(shown, kind, made)))
+                    method = _made(shown, kind, made)
+                    found.append(Named(shown, (*others, *method.told), method))
     return tuple(found)
 
 
@@ -191,9 +194,9 @@ def _checked(what: str, kind: Any) -> type[Method]:
     return kind
 
 
-def _fates(name: str, able: tuple[str, ...], asked: Sequence[str] | None) -> tuple[str, ...]:
+def _fates(name: str, able: tuple[str, ...], asked: Sequence[str] | None) -> tuple[str | None, ...]:
     if asked is None:
-        return able[:1]
+        return (None,)
     found = tuple(fate for fate in asked if fate in able)
     if not found:
         raise OptionError(

@@ -47,7 +47,7 @@ def attach_blind(method, model, absent):
 def test_each_camera_keeps_its_own_budget(keep, front, wrist, pruned):
     model = tiny_lm()
     for method in (
-        vp.VLAPruner(keep=keep, layer=K, warmup="semantic", pruned=pruned),
+        vp.VLAPruner(keep=keep, layer=K, warmup="semantic", pruned=pruned, preset="paper"),
         vp.RandomKeep(keep=keep, layer=K, pruned=pruned),
     ):
         with method.attach(model, visual=CAMERAS) as session:
@@ -59,8 +59,8 @@ def test_each_camera_keeps_its_own_budget(keep, front, wrist, pruned):
 def test_a_cameras_tokens_compete_among_themselves():
     """The tokens that a camera keeps are those that it would keep as the only camera that is pruned."""
     model = tiny_lm()
-    both = vp.VLAPruner(keep={"front": 4, "wrist": 3}, layer=K, window=1)
-    front = vp.VLAPruner(keep={"front": 4, "wrist": 1.0}, layer=K, window=1)
+    both = vp.VLAPruner(keep={"front": 4, "wrist": 3}, layer=K, window=1, preset="paper")
+    front = vp.VLAPruner(keep={"front": 4, "wrist": 1.0}, layer=K, window=1, preset="paper")
     kept = []
     for method in (both, front):
         with method.attach(model, visual=CAMERAS) as session:
@@ -84,7 +84,9 @@ def test_random_cameras_differ():
 def test_keep_all_per_camera_is_bit_identical():
     model = tiny_lm()
     untouched = step(model)
-    with vp.VLAPruner(keep={"front": 1.0, "wrist": 8}, layer=K, warmup="semantic").attach(model, visual=CAMERAS):
+    with vp.VLAPruner(keep={"front": 1.0, "wrist": 8}, layer=K, warmup="semantic", preset="paper").attach(
+        model, visual=CAMERAS
+    ):
         assert torch.equal(step(model), untouched)
 
 
@@ -98,13 +100,13 @@ def test_keep_all_per_camera_is_bit_identical():
 )
 def test_cameras_that_do_not_fit_are_refused_at_attach(keep, message):
     with pytest.raises(vp.OptionError, match=message):
-        vp.VLAPruner(keep=keep, layer=K).attach(tiny_lm(), visual=CAMERAS)
+        vp.VLAPruner(keep=keep, layer=K, preset="paper").attach(tiny_lm(), visual=CAMERAS)
 
 
 @pytest.mark.parametrize("keep", [{}, {"front": 0}, {"front": 1.5}, {1: 4}, {"front": {"left": 4}}])
 def test_keep_per_camera_is_checked_when_written(keep):
     with pytest.raises(vp.BudgetError, match="keep"):
-        vp.VLAPruner(keep=keep)
+        vp.VLAPruner(keep=keep, preset="paper")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_no_budget_is_spent_on_a_camera_known_to_be_absent(keep, absent, expecte
         masked[:, list(CAMERAS.values())[camera]] = 0
     there = ALL - {i for camera in absent for i in (range(16) if camera == 0 else range(16, 24))}
     for method in (
-        vp.VLAPruner(keep=keep, layer=K, warmup="semantic"),
+        vp.VLAPruner(keep=keep, layer=K, warmup="semantic", preset="paper"),
         vp.RandomKeep(keep=keep, layer=K),
     ):
         with attach_blind(method, model, absent) as session:
@@ -139,7 +141,7 @@ def test_no_budget_is_spent_on_a_camera_known_to_be_absent(keep, absent, expecte
 def test_keep_all_changes_nothing_where_a_camera_is_absent():
     model = tiny_lm()
     untouched = step(model)
-    with attach_blind(vp.VLAPruner(keep=1.0, layer=K, warmup="semantic"), model, {1}) as session:
+    with attach_blind(vp.VLAPruner(keep=1.0, layer=K, warmup="semantic", preset="paper"), model, {1}) as session:
         assert torch.equal(step(model), untouched)
         assert session.kept is None
 
@@ -174,7 +176,7 @@ def test_a_prompt_that_runs_again_keeps_its_tokens(pruned):
             return model(inputs_embeds=embeds, use_cache=False).logits
 
     family = Looping(model, visual=CAMERAS)
-    method = vp.VLAPruner(keep=6, layer=K, warmup="semantic", pruned=pruned)
+    method = vp.VLAPruner(keep=6, layer=K, warmup="semantic", pruned=pruned, preset="paper")
     with vp.Session(method, model, family) as session:
         run(first)
         kept = session.kept

@@ -24,11 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 DEPTH = 4
 METHODS = {
-    "drop": (vp.VLAPruner(keep=0.25, window=1), {}),
-    "freeze": (vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze"), {"backend": "eager", "cache": "static"}),
-    "before": (vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=2), {}),
+    "drop": (vp.VLAPruner(keep=0.25, window=1, preset="paper"), {}),
+    "freeze": (
+        vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze", preset="paper"),
+        {"backend": "eager", "cache": "static"},
+    ),
+    "before": (vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=2, preset="paper"), {}),
     "before, frozen": (
-        vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2),
+        vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2, preset="paper"),
         {"cache": "static"},
     ),
     "fastv": (vp.FastV(keep=0.25, pruned="freeze"), {"kind": "gemma2", "backend": "eager"}),
@@ -39,7 +42,7 @@ METHODS = {
     "text": (vp.TextQuery(keep=0.25), {}),
     "gate": (vp.TextQuery(keep=0.25, gate=2), {}),
     "refreshed": (
-        vp.VLAPruner(keep=0.25, window=2, warmup="semantic", refresh_every=2),
+        vp.VLAPruner(keep=0.25, window=2, warmup="semantic", refresh_every=2, preset="paper"),
         {"kind": "gemma2", "backend": "eager"},
     ),
 }
@@ -83,7 +86,7 @@ def counters_stay() -> Callable[[], None]:
 
 def test_a_new_prompt_length_compiles_its_own_programs_and_no_more():
     model = lm()
-    method = vp.VLAPruner(keep=0.25, layer=1, window=1)
+    method = vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper")
     lengths = (LENGTH, LENGTH - 2, LENGTH, LENGTH - 2)
     with method.attach(model, visual=VISUAL) as session:
         expected = [episode(session, stepper(model, length=n)) for n in lengths]
@@ -156,7 +159,7 @@ def test_keep_all_is_the_compiled_model_to_the_bit(cache):
     with vp.compiled(model, "eager", visual=VISUAL) as baseline:
         untouched = [step(scene) for scene in range(3)]
         assert baseline.programs == 2
-    with vp.VLAPruner(keep=1.0, layer=1, window=1).attach(model, visual=VISUAL) as session:
+    with vp.VLAPruner(keep=1.0, layer=1, window=1, preset="paper").attach(model, visual=VISUAL) as session:
         session.compile("eager")
         assert all(torch.equal(step(scene), untouched[scene]) for scene in range(3))
 
@@ -228,9 +231,12 @@ def test_no_trace_of_the_baseline_and_what_it_refuses():
 def test_what_fails_inside_of_a_compiled_call_fails_and_disturbs_nothing():
     model = lm()
     before, step = whole_state(model), stepper(model)
-    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model, visual=VISUAL) as session:
+    with vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper").attach(model, visual=VISUAL) as session:
         expected = [record(session, step(scene)) for scene in range(3)]
-    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model, visual=VISUAL) as session, torch.no_grad():
+    with (
+        vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper").attach(model, visual=VISUAL) as session,
+        torch.no_grad(),
+    ):
         session.compile("eager")
         actual = [record(session, step(scene)) for scene in range(2)]
         embeds = prompt(2)[0]
@@ -358,7 +364,10 @@ def test_a_whole_step_under_autocast_is_chosen_in_float32():
 
     case = cases.small_reference()
     policy = case.build()
-    with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session, torch.autocast("cpu", torch.bfloat16):
+    with (
+        vp.VLAPruner(keep=0.25, window=1, preset="paper").attach(policy) as session,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         session.compile("eager")
         for scene in range(3):
             case.step(policy, scene, BOTH)

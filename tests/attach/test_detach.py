@@ -17,7 +17,7 @@ from tests.state import whole_state
 from vla_pruner.attach.control_step import ControlStep
 from vla_pruner.timing import StageTimer
 
-METHOD = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic")
+METHOD = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", preset="paper")
 
 
 def step(model, seed=1):
@@ -220,7 +220,8 @@ def test_a_session_says_in_one_line_what_it_is_and_did():
     model = tiny_lm()
     session = METHOD.attach(model, visual=VISUAL)
     assert repr(session) == (
-        "<Session of VLAPruner(keep=0.25, warmup='semantic') on DecoderLM: before the first control step>"
+        "<Session of VLAPruner(keep=0.25, preset='paper', warmup='semantic', semantic_queries='all', pruned='drop') "
+        "on DecoderLM: before the first control step>"
     )
     step(model)
     step(model)

@@ -26,7 +26,7 @@ from tests.attach.tiny import (
 from tests.state import whole_state
 from vla_pruner.caches import cache_of
 
-SEMANTIC = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic")
+SEMANTIC = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", preset="paper")
 
 
 def step(model, rows=2, cache=None, seed=1):
@@ -97,7 +97,7 @@ def test_hidden_states_keep_their_length():
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_a_static_cache_is_reused_over_control_steps(pruned):
     model = tiny_lm()
-    method = vp.VLAPruner(keep=0.25, layer=K, window=1, pruned=pruned)
+    method = vp.VLAPruner(keep=0.25, layer=K, window=1, pruned=pruned, preset="paper")
     with method.attach(model, visual=VISUAL) as session:
         fresh = [step(model, seed=s) for s in range(4)]
         session.reset()
@@ -119,7 +119,7 @@ def test_layers_of_another_attention_type_must_come_first():
     model = tiny_lm("qwen2", use_sliding_window=True, sliding_window=99, layer_types=types)
     with pytest.raises(vp.UnsupportedModelError, match="give layer=5 or more"):
         SEMANTIC.attach(model, visual=VISUAL)
-    with vp.VLAPruner(keep=0.25, layer=5, warmup="semantic").attach(model, visual=VISUAL):
+    with vp.VLAPruner(keep=0.25, layer=5, warmup="semantic", preset="paper").attach(model, visual=VISUAL):
         step(model)
 
 
@@ -142,7 +142,7 @@ def test_padding_that_pushes_the_image_over_the_end_is_refused():
 
 def test_text_queries_need_text_after_the_image():
     model = tiny_lm()
-    method = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", semantic_queries="text")
+    method = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", semantic_queries="text", preset="paper")
     embeds, mask = prompt()
     mask[1, 25:] = 0
     with method.attach(model, visual=slice(1, 24)) as session:
@@ -154,7 +154,7 @@ def test_text_queries_need_text_after_the_image():
 
 def test_changing_the_backend_while_attached_is_refused():
     model = tiny_lm(backend="eager")
-    with vp.VLAPruner(keep=1.0).attach(model, visual=VISUAL):
+    with vp.VLAPruner(keep=1.0, preset="paper").attach(model, visual=VISUAL):
         step(model)
         model.set_attn_implementation("sdpa")
         with pytest.raises(vp.SessionError, match="'eager' to 'sdpa'"):
@@ -281,7 +281,7 @@ def test_a_frame_of_nan_leaves_no_trace_in_the_memory(pruned):
     embeds = prompt()[0]
     spoiled = embeds.clone()
     spoiled[:, VISUAL] = torch.nan
-    method = vp.VLAPruner(keep=0.25, layer=K, pruned=pruned, window=3)
+    method = vp.VLAPruner(keep=0.25, layer=K, pruned=pruned, window=3, preset="paper")
 
     def act(inputs):
         return decode(model, inputs, None, make_cache("dynamic", model), 2)[1]

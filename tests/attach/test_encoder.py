@@ -232,7 +232,7 @@ def test_patches_that_other_adapters_encoded_are_not_reused(change):
     layers = family_of(model).encoder.layers  # type: ignore[union-attr]
     for earlier in CHANGES[: CHANGES.index(change)]:
         change_adapters(layers, earlier)
-    with vp.VLAPruner(keep=1.0).attach(model, encoder=REUSE) as session:
+    with vp.VLAPruner(keep=1.0, preset="paper").attach(model, encoder=REUSE) as session:
         whole = []
         for step in range(4):
             change_adapters(layers, change if step == 2 else None)

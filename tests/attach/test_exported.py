@@ -75,7 +75,7 @@ CASES = {
     "reference-chunk": lambda: trained("reference-chunk"),
     "oft": openvla_oft,
 }
-METHOD = vp.VLAPruner(keep=6, layer=1, window=2)
+METHOD = vp.VLAPruner(keep=6, layer=1, window=2, preset="paper")
 
 
 @cache
@@ -135,8 +135,8 @@ METHODS = (
     vp.DivPrune(keep=6, layer=2),
     vp.ActionOnly(keep={"a": 3, "b": 4}, layer=1, window=1, unseen="carry"),
     vp.SparseVLM(keep=12, layer=1, then=((2, 6),)),
-    vp.VLAPruner(keep=6, layer=0, window=1, refresh_every=9),
-    vp.VLAPruner(keep=6, layer=0, window=1, refresh_every=9, pruned="freeze"),
+    vp.VLAPruner(keep=6, layer=0, window=1, refresh_every=9, preset="paper"),
+    vp.VLAPruner(keep=6, layer=0, window=1, refresh_every=9, pruned="freeze", preset="paper"),
 )
 
 

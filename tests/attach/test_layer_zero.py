@@ -112,7 +112,7 @@ def run(model, scene):
 @pytest.mark.parametrize("unseen", ["zero", "carry"])
 def test_vla_pruner_chooses_by_what_it_remembers(pruned, unseen):
     model = tiny_lm()
-    method = vp.VLAPruner(keep=6, layer=0, window=2, refresh_every=4, pruned=pruned, unseen=unseen)
+    method = vp.VLAPruner(keep=6, layer=0, window=2, refresh_every=4, pruned=pruned, unseen=unseen, preset="paper")
     with method.attach(model, visual=VISUAL) as session:
         pattern = []
         for scene in range(9):
@@ -144,8 +144,8 @@ def test_the_semantic_score_of_an_unpruned_step_is_that_of_layer_three():
     model = tiny_lm()
     scores = []
     for method in (
-        vp.VLAPruner(keep=6, layer=0, refresh_every=4),
-        vp.VLAPruner(keep=6, layer=3),
+        vp.VLAPruner(keep=6, layer=0, refresh_every=4, preset="paper"),
+        vp.VLAPruner(keep=6, layer=3, preset="paper"),
     ):
         with method.attach(model, visual=VISUAL) as session:
             run(model, 1)
@@ -153,7 +153,9 @@ def test_the_semantic_score_of_an_unpruned_step_is_that_of_layer_three():
     assert torch.equal(*scores)
 
 
-@pytest.mark.parametrize("method", [vp.RandomKeep(keep=1.0, layer=0), vp.VLAPruner(keep=1.0, layer=0, refresh_every=4)])
+@pytest.mark.parametrize(
+    "method", [vp.RandomKeep(keep=1.0, layer=0), vp.VLAPruner(keep=1.0, layer=0, refresh_every=4, preset="paper")]
+)
 def test_keep_all_is_bit_identical(method):
     model = tiny_lm()
     untouched = [run(model, scene) for scene in range(5)]
@@ -187,15 +189,15 @@ def test_what_needs_this_steps_attention_cannot_choose_before_it():
     with pytest.raises(vp.BudgetError, match="FastV chooses by attention in the layer before"):
         vp.FastV(layer=0)
     with pytest.raises(vp.OptionError, match="refresh_every"):
-        vp.VLAPruner(layer=0)
+        vp.VLAPruner(layer=0, preset="paper")
     with pytest.raises(vp.OptionError, match="from 1 to 5"):
         vp.RandomKeep(layer=0).attach(cases.pi0("sdpa").build())
     model = tiny_lm()
-    with vp.VLAPruner(layer=3).attach(model, visual=VISUAL) as session:
+    with vp.VLAPruner(layer=3, preset="paper").attach(model, visual=VISUAL) as session:
         run(model, 0)
         other = session.memory
     with (
-        vp.VLAPruner(layer=0, refresh_every=4).attach(model, visual=VISUAL) as session,
+        vp.VLAPruner(layer=0, refresh_every=4, preset="paper").attach(model, visual=VISUAL) as session,
         pytest.raises(vp.SessionError, match="another layer"),
     ):
         session.memory = other

@@ -15,8 +15,8 @@ from tests.state import whole_state
 from vla_pruner.caches import cache_of
 
 METHODS = [
-    vp.VLAPruner(keep=0.5, layer=K, warmup="semantic"),
-    vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", pruned="freeze"),
+    vp.VLAPruner(keep=0.5, layer=K, warmup="semantic", preset="paper"),
+    vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", pruned="freeze", preset="paper"),
     vp.RandomKeep(keep=0.25, layer=K),
     vp.KeepFixed((1, 2, 5), layer=K, pruned="freeze"),
     vp.Unpruned(),
@@ -116,7 +116,9 @@ def test_lengths_of_every_layer_in_prefill_and_decode():
                     ),
                     with_kwargs=True,
                 )
-        with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", pruned=pruned).attach(model, visual=VISUAL):
+        with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", pruned=pruned, preset="paper").attach(
+            model, visual=VISUAL
+        ):
             cache = make_cache("dynamic", model)
             decode(model, prompt()[0], None, cache, 2)
         short = LENGTH - TOKENS + 6
@@ -158,9 +160,11 @@ def test_half_precision_models_are_scored_in_float32(dtype, pruned):
     model = tiny_lm().to(dtype)
     embeds = prompt()[0].to(dtype)
     untouched = decode(model, embeds, None, make_cache("dynamic", model), 3)[1]
-    with vp.VLAPruner(keep=1.0, layer=K, pruned=pruned).attach(model, visual=VISUAL):
+    with vp.VLAPruner(keep=1.0, layer=K, pruned=pruned, preset="paper").attach(model, visual=VISUAL):
         assert torch.equal(decode(model, embeds, None, make_cache("dynamic", model), 3)[1], untouched)
-    with vp.VLAPruner(keep=0.5, layer=K, warmup="semantic", pruned=pruned).attach(model, visual=VISUAL) as session:
+    with vp.VLAPruner(keep=0.5, layer=K, warmup="semantic", pruned=pruned, preset="paper").attach(
+        model, visual=VISUAL
+    ) as session:
         logits = decode(model, embeds, None, make_cache("dynamic", model), 3)[1]
         assert {score.dtype for score in session.scores.values()} == {torch.float32}
         assert session.memory.action.dtype == torch.float32  # type: ignore[union-attr]
@@ -182,7 +186,7 @@ def test_generate_is_pruned_too():
 
 def test_history_belongs_to_one_episode():
     model = tiny_lm()
-    method = vp.VLAPruner(keep=0.25, layer=K, window=2)
+    method = vp.VLAPruner(keep=0.25, layer=K, window=2, preset="paper")
     with method.attach(model, visual=VISUAL) as session:
         session.reset()
         first = [(step(model, seed=s), session.kept) for s in range(5)]
@@ -200,7 +204,7 @@ def test_history_belongs_to_one_episode():
 @pytest.mark.parametrize("keep", [0.5, 0.125])
 def test_batch_rows_equal_single_runs(keep, pruned):
     model = tiny_lm()
-    method = vp.VLAPruner(keep=keep, layer=K, window=2, pruned=pruned)
+    method = vp.VLAPruner(keep=keep, layer=K, window=2, pruned=pruned, preset="paper")
     embeds = [prompt(3, seed=s)[0] for s in range(4)]
 
     def episode(session, rows):
@@ -226,7 +230,7 @@ def test_batch_rows_equal_single_runs(keep, pruned):
 
 def test_resetting_one_row_leaves_the_others():
     model = tiny_lm()
-    method = vp.VLAPruner(keep=0.25, layer=K, window=2, warmup="semantic")
+    method = vp.VLAPruner(keep=0.25, layer=K, window=2, warmup="semantic", preset="paper")
     with method.attach(model, visual=VISUAL) as session:
         for s in range(3):
             step(model, rows=3, seed=s)
@@ -251,7 +255,7 @@ def test_resetting_one_row_leaves_the_others():
 
 def test_memory_can_be_swapped_and_restored(tmp_path):
     model = tiny_lm()
-    method = vp.VLAPruner(keep=0.25, layer=K, window=2)
+    method = vp.VLAPruner(keep=0.25, layer=K, window=2, preset="paper")
     with method.attach(model, visual=VISUAL) as session:
         for s in range(3):
             step(model, rows=1, seed=s)
@@ -279,7 +283,7 @@ def test_another_batch_size_is_refused():
 
 def test_reading_in_the_middle_of_a_step_changes_nothing():
     model = tiny_lm()
-    method = vp.VLAPruner(keep=0.25, layer=K, window=1)
+    method = vp.VLAPruner(keep=0.25, layer=K, window=1, preset="paper")
     embeds = prompt()[0]
     with method.attach(model, visual=VISUAL) as session, torch.no_grad():
         expected = [step(model), session.scores["action"], step(model)]
@@ -314,7 +318,7 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "family", "message"), REFUSED)
 def test_bad_budgets_and_options_are_refused(options, family, message):
     with pytest.raises(vp.OptionError, match=message):
-        vp.VLAPruner(**{"keep": 0.5, **options}).attach(tiny_lm(), **family)
+        vp.VLAPruner(**{"keep": 0.5, **options}, preset="paper").attach(tiny_lm(), **family)
 
 
 def test_slices_and_rows_may_come_out_of_arrays():
@@ -330,7 +334,7 @@ def test_slices_and_rows_may_come_out_of_arrays():
 def test_unsupported_models_are_refused(monkeypatch):
     import transformers
 
-    method = vp.VLAPruner(keep=0.5)
+    method = vp.VLAPruner(keep=0.5, preset="paper")
     with pytest.raises(vp.UnsupportedModelError, match="Linear"):
         method.attach(torch.nn.Linear(2, 2))
     model = tiny_lm()

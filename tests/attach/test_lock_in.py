@@ -40,7 +40,7 @@ def test_refreshing_renews_the_first_kept_set(kind: Any) -> None:
 
 @pytest.mark.parametrize("unseen", ["zero", "carry"])
 def test_refreshing_renews_what_is_kept_before_the_decoder(unseen: str) -> None:
-    kept = kept_sets(methods.VLAPruner(keep=0.25, layer=0, refresh_every=4, unseen=unseen))
+    kept = kept_sets(methods.VLAPruner(keep=0.25, layer=0, refresh_every=4, unseen=unseen, preset="paper"))
     assert len({kept[step] for step in (3, 5, 9, 13)}) == 4
 
 

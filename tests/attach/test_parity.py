@@ -20,7 +20,7 @@ def possible(kind: str, backend: str, *_: object) -> bool:
 
 
 FACTORS = TYPES, ("sdpa", "eager"), ("dynamic", "static"), (None, "right", "left")
-NOTHING_DROPPED = vp.VLAPruner(keep=1.0), vp.RandomKeep(keep=1.0), vp.Unpruned()
+NOTHING_DROPPED = vp.VLAPruner(keep=1.0, preset="paper"), vp.RandomKeep(keep=1.0), vp.Unpruned()
 ALL_KEPT = pairwise(*FACTORS, NOTHING_DROPPED, possible=possible)
 PRUNED = pairwise(*FACTORS, ("drop", "freeze"), possible=possible)
 

@@ -50,7 +50,10 @@ def files_run(at: int) -> tuple[set[str], set[str]]:
         elif event == "return" and inside and frame is inside[-1]:
             inside.clear()
 
-    with vp.VLAPruner(keep=0.25, layer=at, warmup="semantic").attach(model, visual=VISUAL) as session, torch.no_grad():
+    with (
+        vp.VLAPruner(keep=0.25, layer=at, warmup="semantic", preset="paper").attach(model, visual=VISUAL) as session,
+        torch.no_grad(),
+    ):
         sys.setprofile(watch)
         try:
             model(inputs_embeds=prompt()[0])

@@ -67,7 +67,7 @@ def test_scores_are_the_models_own_attention(kind, padding, queries):
     from tests.attach.tiny import decode
 
     model = tiny_lm(kind, "eager" if kind == "gemma2" else "sdpa")
-    method = vp.VLAPruner(keep=0.5, layer=K, semantic_queries=queries)
+    method = vp.VLAPruner(keep=0.5, layer=K, semantic_queries=queries, preset="paper")
     with method.attach(model, visual=VISUAL, padding_side="left" if padding == "left" else "right") as session:
         decode(model, embeds, mask, make_cache("dynamic", model), DECODED)
         scores = session.scores
@@ -83,7 +83,7 @@ def test_pruned_steps_score_kept_tokens_and_frozen_ones_too(cache):
     model = tiny_lm()
     embeds = prompt()[0]
     for pruned, seen in (("drop", 6), ("freeze", TOKENS)):
-        method = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", pruned=pruned)
+        method = vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", pruned=pruned, preset="paper")
         with method.attach(model, visual=VISUAL) as session:
             decode(model, embeds, None, make_cache(cache, model), DECODED)
             assert ((session.scores["action"] > 0).sum(1) == seen).all()
@@ -95,7 +95,7 @@ def test_pruned_steps_score_kept_tokens_and_frozen_ones_too(cache):
 def test_only_the_layers_that_a_method_needs_are_tapped():
     model = tiny_lm()
     untouched = model.model.layers[0].self_attn.config
-    with vp.VLAPruner(keep=0.5, layer=2).attach(model, visual=VISUAL):
+    with vp.VLAPruner(keep=0.5, layer=2, preset="paper").attach(model, visual=VISUAL):
         tapped = [layer.self_attn.config is not untouched for layer in model.model.layers]
         assert tapped == [False, True, False, True, True, True]
         assert model.config._attn_implementation == model.model.config._attn_implementation == "sdpa"
@@ -110,14 +110,14 @@ def test_a_layer_may_be_read_for_both_scores():
     model = tiny_lm()
     embeds = prompt()[0]
     untouched = decode(model, embeds, None, make_cache("dynamic", model), DECODED)[1]
-    with vp.VLAPruner(keep=1.0, layer=5).attach(model, visual=VISUAL) as session:
+    with vp.VLAPruner(keep=1.0, layer=5, preset="paper").attach(model, visual=VISUAL) as session:
         again = decode(model, embeds, None, make_cache("dynamic", model), DECODED)[1]
         full = session.scores
-    with vp.VLAPruner(keep=0.5, layer=2).attach(model, visual=VISUAL) as session:
+    with vp.VLAPruner(keep=0.5, layer=2, preset="paper").attach(model, visual=VISUAL) as session:
         decode(model, embeds, None, make_cache("dynamic", model), DECODED)
         assert torch.allclose(session.scores["action"], full["action"], atol=1e-7)
     assert torch.equal(again, untouched)
-    with vp.VLAPruner(keep=0.5, layer=5, warmup="semantic").attach(model, visual=VISUAL) as session:
+    with vp.VLAPruner(keep=0.5, layer=5, warmup="semantic", preset="paper").attach(model, visual=VISUAL) as session:
         decode(model, embeds, None, make_cache("dynamic", model), DECODED)
         # Two of the three layers that are read still see every token.
         assert (session.scores["action"] > 0).all()

@@ -50,7 +50,7 @@ def test_a_second_thread_is_refused_while_a_step_is_open_and_the_first_goes_on(c
         if threading.current_thread() is threading.main_thread():
             refused.append(in_thread(lambda: case.step(model, 9, BOTH)))
 
-    method = vp.VLAPruner(keep=0.25, window=WINDOW)
+    method = vp.VLAPruner(keep=0.25, window=WINDOW, preset="paper")
     with method.attach(model, **case.options) as session:
         expected = [case.step(model, scene, BOTH) for scene in range(WINDOW + 2)]
         session.reset()
@@ -79,7 +79,7 @@ def test_what_changes_a_session_is_refused_from_another_thread_within_a_step():
         for change in (session.reset, policy.reset, lambda: setattr(session, "memory", None)):
             found.append(in_thread(change))
 
-    with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, window=1, preset="paper").attach(policy) as session:
         case.step(policy, 0, BOTH)
         handle = policy.language_model.model.layers[2].register_forward_pre_hook(intrude)
         case.step(policy, 1, BOTH)
@@ -96,7 +96,7 @@ def test_a_step_that_failed_leaves_the_turn_to_others():
     def step():
         return decode(model, prompt(2)[0], None, make_cache("dynamic", model), 2)[1]
 
-    with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic").attach(model, visual=VISUAL):
+    with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", preset="paper").attach(model, visual=VISUAL):
         expected = step()
         for layer in (0, LAYERS - 1):
             handle = model.model.layers[layer].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -108,7 +108,10 @@ def test_a_step_that_failed_leaves_the_turn_to_others():
 
 def test_threads_that_decode_in_turns_are_refused():
     model = tiny_lm()
-    with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic").attach(model, visual=VISUAL), torch.no_grad():
+    with (
+        vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", preset="paper").attach(model, visual=VISUAL),
+        torch.no_grad(),
+    ):
         out = model(inputs_embeds=prompt()[0], use_cache=True)
         token = torch.ones(2, 1, dtype=torch.int64)
         other = in_thread(lambda: model(input_ids=token, **{CACHE: cache_of(out)}))
@@ -120,7 +123,7 @@ def test_threads_that_decode_in_turns_are_refused():
 def test_a_step_during_which_the_session_was_detached_has_no_result(layer):
     policy = vp.reference_policy("autoregressive")
     case = cases.reference()
-    session = vp.VLAPruner(keep=0.25, warmup="semantic").attach(policy)
+    session = vp.VLAPruner(keep=0.25, warmup="semantic", preset="paper").attach(policy)
     handle = policy.language_model.model.layers[layer].register_forward_pre_hook(
         lambda *_: in_thread(session.detach) and None
     )
@@ -134,7 +137,7 @@ def test_a_step_during_which_the_session_was_detached_has_no_result(layer):
 def test_a_step_during_which_a_method_was_attached_is_its_own_or_refused(layer):
     policy = vp.reference_policy("autoregressive")
     case = cases.reference()
-    method = vp.VLAPruner(keep=0.25, warmup="semantic")
+    method = vp.VLAPruner(keep=0.25, warmup="semantic", preset="paper")
     found = []
     handle = policy.language_model.model.layers[layer].register_forward_pre_hook(
         lambda *_: found or found.append(in_thread(lambda: method.attach(policy)))
@@ -147,7 +150,7 @@ def test_a_step_during_which_a_method_was_attached_is_its_own_or_refused(layer):
 
 def test_a_layer_that_is_called_by_itself_is_refused():
     model = tiny_lm()
-    with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic").attach(model, visual=VISUAL):
+    with vp.VLAPruner(keep=0.25, layer=K, warmup="semantic", preset="paper").attach(model, visual=VISUAL):
         for layer in (model.model.layers[0], model.model.layers[K]):
             with pytest.raises(vp.SessionError, match="called by itself"):
                 layer(prompt()[0])

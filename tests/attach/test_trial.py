@@ -16,7 +16,7 @@ from vla_pruner.attach.attached import session_on
 from vla_pruner.attach.compiled import compiled_on
 from vla_pruner.attach.trial import PASSED_OVER, STEPS, UNTIMED
 
-METHOD = vp.VLAPruner(keep=0.25, layer=1, window=2)
+METHOD = vp.VLAPruner(keep=0.25, layer=1, window=2, preset="paper")
 # Importing the compiler raises a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -102,7 +102,7 @@ def test_an_unpruned_step_is_to_the_memory_what_a_refresh_is():
     model = case.build()
     found = []
     for every in (None, 2):
-        method = vp.VLAPruner(keep=0.25, layer=1, window=1, refresh_every=every)
+        method = vp.VLAPruner(keep=0.25, layer=1, window=1, refresh_every=every, preset="paper")
         # With a refresh at steps 0 and 2 the pruned steps are 1 and 3, as in turns after a warm-up of one.
         session = method.attach(model) if every else attach(model, 2.0, 3.0, method)
         with session:

@@ -57,7 +57,7 @@ def test_passes_on_every_family(name):
         act(policy)  # transformers registers hooks of its own on some models in their first call
     before = state(policy)
     heard = []
-    report = vp.audit(policy, vp.VLAPruner(keep=0.25, window=1), progress=heard.append)
+    report = vp.audit(policy, vp.VLAPruner(keep=0.25, window=1, preset="paper"), progress=heard.append)
     assert report.passed, report.failures
     assert [check.name for check in report.checks] == list(CHECKS)
     assert tuple(heard) == report.checks
@@ -75,7 +75,9 @@ def test_passes_on_every_family(name):
 
 
 def test_half_precision_is_compared_with_what_pruning_changes():
-    report = vp.audit(vp.random_policy("reference", dtype=torch.bfloat16), vp.VLAPruner(keep=0.25, window=1))
+    report = vp.audit(
+        vp.random_policy("reference", dtype=torch.bfloat16), vp.VLAPruner(keep=0.25, window=1, preset="paper")
+    )
     assert report.passed, report.failures
     assert "half precision" in report["reference drop"].detail
     assert report.settings["dtype"] == "bfloat16"
@@ -96,14 +98,14 @@ def test_a_method_that_never_prunes_is_not_asked_about_pruning():
 
 
 def test_the_shipped_policy_is_told_what_it_knows():
-    report = vp.audit(vp.load_policy("reference:autoregressive"), vp.VLAPruner(keep=0.25, window=1))
+    report = vp.audit(vp.load_policy("reference:autoregressive"), vp.VLAPruner(keep=0.25, window=1, preset="paper"))
     assert report.passed, report.failures
 
 
 def test_refusals():
     policy = vp.random_policy("reference")
     with pytest.raises(vp.BudgetError, match="6 layers"):
-        vp.audit(policy, vp.VLAPruner(layer=9))
+        vp.audit(policy, vp.VLAPruner(layer=9, preset="paper"))
     with pytest.raises(vp.UnsupportedModelError, match="has no act, reset, cameras, vision_towers, proprio_size"):
         vp.audit(policy.language_model)  # type: ignore[arg-type,attr-defined]
     with vp.Unpruned().attach(policy), pytest.raises(vp.SessionError, match="already"):

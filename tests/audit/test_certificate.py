@@ -123,7 +123,7 @@ def test_checks_count_the_control_steps_that_they_ran(policy, monkeypatch):
     from vla_pruner.auditing import run
 
     monkeypatch.setattr(run, "CHECKS", {name: run.CHECKS[name] for name in ("environment", "keep 1.0")})
-    found = vp.audit(policy, vp.VLAPruner(keep=0.25, layer=1, window=1))
+    found = vp.audit(policy, vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper"))
     assert found["environment"].observations == 0
     # Two steps until one is pruned and two more, unpruned and with every token kept.
     assert found["keep 1.0"].observations == 8

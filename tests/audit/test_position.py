@@ -23,14 +23,14 @@ def figure(method: vp.Method) -> float:
 
 
 def test_all_rows_rank_by_position_on_the_shipped_policy_and_others_do_not() -> None:
-    assert figure(vp.VLAPruner()) < -0.95
+    assert figure(vp.VLAPruner(preset="paper")) < -0.95
     assert figure(vp.SemanticOnly(semantic_queries="all")) < -0.95
     for rows in ("text", "last"):
         assert abs(figure(vp.SemanticOnly(semantic_queries=rows))) < 0.6, rows
 
 
 def test_what_it_says() -> None:
-    found = position(Subject(vp.reference_policy("autoregressive"), vp.VLAPruner()))
+    found = position(Subject(vp.reference_policy("autoregressive"), vp.VLAPruner(preset="paper")))
     assert re.fullmatch(
         r"Spearman -(0\.9\d|1\.00) of the semantic score over 'all' rows with the token's index", found.figure
     )
@@ -48,7 +48,7 @@ def test_it_cannot_be_asked_of_methods_that_do_not_read(method: vp.Method) -> No
 
 @pytest.mark.parametrize("family", ["openvla", "openvla-oft", "pi0"])
 def test_it_is_asked_of_every_family(family: str) -> None:
-    check = position(Subject(vp.random_policy(family), vp.VLAPruner(window=1)))
+    check = position(Subject(vp.random_policy(family), vp.VLAPruner(window=1, preset="paper")))
     assert check.passed
     assert -1 <= float(check.figure.split()[1]) <= 1
 

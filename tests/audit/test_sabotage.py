@@ -23,7 +23,7 @@ from vla_pruner.auditing.subject import Subject
 from vla_pruner.cli import main
 from vla_pruner.families.base import TransformersFamily
 
-METHOD = vp.VLAPruner(keep=0.25, window=1)
+METHOD = vp.VLAPruner(keep=0.25, window=1, preset="paper")
 
 
 def ask(name, policy, method=METHOD):
@@ -366,7 +366,7 @@ def test_what_breaks_before_the_first_check_is_a_finding_too(policy, error, firs
     assert report["environment"].passed
     assert report["images"].passed
     assert len(report.checks) == len(CHECKS)
-    vp.VLAPruner(keep=0.25).attach(policy).detach()  # nothing is left attached
+    vp.VLAPruner(keep=0.25, preset="paper").attach(policy).detach()  # nothing is left attached
 
     file = tmp_path / "audit.json"
     assert main(["audit", "reference", "--random-weights", "--json", str(file)]) == 1
@@ -376,6 +376,6 @@ def test_what_breaks_before_the_first_check_is_a_finding_too(policy, error, firs
 
 def test_what_was_asked_for_and_does_not_fit_is_no_finding(policy):
     with pytest.raises(vp.OptionError, match="5000"):
-        audit(policy, vp.VLAPruner(keep=5000))
+        audit(policy, vp.VLAPruner(keep=5000, preset="paper"))
     with vp.FastV().attach(policy), pytest.raises(vp.SessionError, match="has a session already"):
         audit(policy, METHOD)

@@ -52,7 +52,7 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
         else:
             assert arm["speed"]["rounds"] == 2
             assert arm["speed"]["low"] is None  # two rounds have no interval
-            assert arm["method"].startswith("VLAPruner(")
+            assert arm["method"].startswith("VLAPruner(", preset="paper")
             assert arm["ceiling"] > 1
             assert arm["why"].startswith("The prompt's FLOPs fall to")
 

@@ -18,7 +18,7 @@ from vla_pruner.benching.subject import Subject
 def test_a_policy_whose_control_step_is_known():
     policy = vp.reference_policy("metaworld")
     tokens = 512
-    with vp.VLAPruner(keep=0.25, layer=2, window=1).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, layer=2, window=1, preset="paper").attach(policy) as session:
         found = vp.explain(session)
     settings, device = BenchSettings("reference-chunk"), torch.device("cpu")
     step = Subject(policy, feed(policy, settings, device), settings, device).control_step
@@ -41,7 +41,7 @@ def test_a_policy_whose_control_step_is_known():
 def test_a_vision_encoder_that_reuses_patches():
     policy = vp.random_policy("pi0", "tiny")
     step = feed(policy, BenchSettings("pi0", size="tiny"), torch.device("cpu")).step
-    method = vp.VLAPruner(keep=0.25, layer=2, window=1)
+    method = vp.VLAPruner(keep=0.25, layer=2, window=1, preset="paper")
     with method.attach(policy) as session:
         step()
         without = vp.explain(session)

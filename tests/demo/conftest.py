@@ -110,7 +110,7 @@ def arms() -> tuple[Arm, ...]:
     """Three arms; they prune from the second layer on."""
     return (
         Arm(BASELINE, "unpruned", "unpruned", None),
-        Arm("drop", "VLA-Pruner 0.25 drop", "drop", VLAPruner(keep=0.25, layer=1)),
+        Arm("drop", "VLA-Pruner 0.25 drop", "drop", VLAPruner(keep=0.25, layer=1, preset="paper")),
         Arm("random", "random 0.25 drop", "random", RandomKeep(keep=0.25, layer=1)),
     )
 

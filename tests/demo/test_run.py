@@ -80,7 +80,7 @@ def test_the_two_camera_policy(chunk_policy: Any, tmp_path: Path) -> None:
 def test_arms_that_keep_everything_are_named_as_such(
     policy: Any, environments: FakeEnvironments, arms: tuple[Arm, ...], tmp_path: Path
 ) -> None:
-    everything = (arms[0], Arm("drop", "VLA-Pruner 1 drop", "drop", VLAPruner(keep=1.0, layer=1)))
+    everything = (arms[0], Arm("drop", "VLA-Pruner 1 drop", "drop", VLAPruner(keep=1.0, layer=1, preset="paper")))
     code, text = _run(policy, environments, everything, episodes=1, out=tmp_path, seed=0)
     assert code == 0
     assert "It pruned no control step at all" in " ".join(text.split())

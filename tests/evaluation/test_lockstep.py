@@ -239,7 +239,7 @@ def test_a_policy_of_one_robot_is_refused_before_anything_runs(tmp_path: Path) -
 
 def test_what_is_not_each_robots_own_runs_alone() -> None:
     alone = (RandomKeep(), TextQuery(gate=2), VLACache())
-    together = (None, VLAPruner(), FastV(), TextQuery())
+    together = (None, VLAPruner(preset="paper"), FastV(), TextQuery())
     assert [shares(Arm("a", "a", "method", method)) for method in (*together, *alone)] == [True] * 4 + [False] * 3
 
 

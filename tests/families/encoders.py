@@ -76,7 +76,7 @@ def check_encode_all(case: Case) -> None:
     """keep = 1.0 changes no bit."""
     model = case.build()
     untouched = [case.step(model, scene, BOTH) for scene in SCENES]
-    for method in (vp.Unpruned(), vp.VLAPruner(keep=1.0, window=WINDOW)):
+    for method in (vp.Unpruned(), vp.VLAPruner(keep=1.0, window=WINDOW, preset="paper")):
         with method.attach(model, encoder=vp.EncoderReuse(keep=1.0), **case.options) as session:
             for scene, expected in zip(SCENES, untouched, strict=True):
                 assert torch.equal(case.step(model, scene, BOTH), expected)
@@ -90,7 +90,7 @@ def check_equal_images(case: Case) -> None:
     """
     model = case.build()
     untouched = case.step(model, 0, BOTH)
-    with vp.VLAPruner(keep=1.0, window=WINDOW).attach(
+    with vp.VLAPruner(keep=1.0, window=WINDOW, preset="paper").attach(
         model, encoder=vp.EncoderReuse(keep=0.25), **case.options
     ) as session:
         assert torch.equal(case.step(model, 0, BOTH), untouched)
@@ -107,7 +107,7 @@ def check_reference(case: Case, pruned: str, keep: float = 0.25) -> None:
     encoder = parts_of(case, model)
     untouched = [case.step(model, scene, BOTH) for scene in SCENES]
     method = vp.KeepFixed(ids=(0, 2, 5, 7), layer=max(1, case.first), pruned=pruned)
-    for chosen_by in (method, vp.VLAPruner(keep=1.0, window=WINDOW)):
+    for chosen_by in (method, vp.VLAPruner(keep=1.0, window=WINDOW, preset="paper")):
         reuse = vp.EncoderReuse(keep=keep, refresh_every=None)
         actual, encoded, rows = [], [], []
         with Lengths(encoder.layers) as lengths, chosen_by.attach(model, encoder=reuse, **case.options) as session:
@@ -154,7 +154,7 @@ def check_episodes(case: Case) -> None:
     """A new episode, another memory and every n-th step begin with everything, whatever came before."""
     model = case.build()
     reuse = vp.EncoderReuse(keep=0.25, refresh_every=3)
-    with vp.VLAPruner(keep=0.5, window=WINDOW).attach(model, encoder=reuse, **case.options) as session:
+    with vp.VLAPruner(keep=0.5, window=WINDOW, preset="paper").attach(model, encoder=reuse, **case.options) as session:
 
         def run(scenes: tuple[int, ...]) -> tuple[list[Tensor], list[bool]]:
             found, whole = [], []
@@ -199,7 +199,7 @@ def check_casts(case: Case) -> None:
     except RuntimeError as error:
         pytest.skip(f"the untouched model does not run under autocast: {error}")
     casts = (None, None, torch.bfloat16, torch.bfloat16, torch.float16, None, None)
-    with vp.VLAPruner(keep=1.0, window=WINDOW).attach(
+    with vp.VLAPruner(keep=1.0, window=WINDOW, preset="paper").attach(
         model, encoder=vp.EncoderReuse(keep=0.25), **case.options
     ) as session:
         whole, found = [], []
@@ -217,7 +217,7 @@ def check_rows(case: Case) -> None:
     """A batch of two robots is two robots."""
     model = case.build()
     reuse = vp.EncoderReuse(keep=0.25)
-    with vp.VLAPruner(keep=1.0, window=WINDOW).attach(model, encoder=reuse, **case.options) as session:
+    with vp.VLAPruner(keep=1.0, window=WINDOW, preset="paper").attach(model, encoder=reuse, **case.options) as session:
         together = [case.step(model, scene, BOTH) for scene in SCENES]
         for row in range(2):
             session.reset()
@@ -238,7 +238,7 @@ def check_no_trace(case: Case) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("robot fell over")
 
-    method, reuse = vp.VLAPruner(keep=0.5, window=WINDOW), vp.EncoderReuse(keep=0.25)
+    method, reuse = vp.VLAPruner(keep=0.5, window=WINDOW, preset="paper"), vp.EncoderReuse(keep=0.25)
     with method.attach(model, encoder=reuse, **case.options) as session:
         assert whole_state(module) != before
         first = [case.step(model, scene, BOTH) for scene in (0, 1)]

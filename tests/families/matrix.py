@@ -52,7 +52,7 @@ class Case:
 def methods(keep: float, pruned: str) -> list[vp.Method]:
     """The methods of the matrix."""
     return [
-        vp.VLAPruner(keep=keep, pruned=pruned, window=WINDOW),
+        vp.VLAPruner(keep=keep, pruned=pruned, window=WINDOW, preset="paper"),
         vp.DART(keep=keep, pruned=pruned),
         vp.CDPruner(keep=keep, pruned=pruned),
         vp.RandomKeep(keep=keep, pruned=pruned),
@@ -68,8 +68,8 @@ class Progressive(vp.VLAPruner):
 
     def stages(self) -> tuple[vp.Method, ...]:
         rule = {"window": WINDOW, "pruned": self.pruned}
-        first, (layer, keep) = vp.VLAPruner(keep=self.keep, layer=self.layer, **rule), self.then
-        return first, vp.VLAPruner(keep=keep, layer=layer, **rule)
+        first, (layer, keep) = vp.VLAPruner(keep=self.keep, layer=self.layer, **rule, preset="paper"), self.then
+        return first, vp.VLAPruner(keep=keep, layer=layer, **rule, preset="paper")
 
 
 def progressive(depth: int, pruned: str, first: int = 1) -> list[vp.Method]:
@@ -288,7 +288,7 @@ def chosen_apart(case: Case, model: Any, pruned: str) -> list[vp.Method]:
     """Return every method, each of which fails if it chooses or rates under autocast."""
     then = ((case.first + 1, 0.25),)
     found: list[vp.Method] = [
-        vp.VLAPruner(keep=0.5, window=WINDOW, pruned=pruned),
+        vp.VLAPruner(keep=0.5, window=WINDOW, pruned=pruned, preset="paper"),
         vp.FastV(keep=0.5, pruned=pruned),
         vp.DivPrune(keep=0.5, pruned=pruned),
         vp.DART(keep=0.5, pruned=pruned),
@@ -302,7 +302,7 @@ def chosen_apart(case: Case, model: Any, pruned: str) -> list[vp.Method]:
     ]
     family = family_of(model, **case.options)
     if family.first_layer == 0:
-        found.append(vp.VLAPruner(keep=0.5, window=WINDOW, pruned=pruned, layer=0, refresh_every=9))
+        found.append(vp.VLAPruner(keep=0.5, window=WINDOW, pruned=pruned, layer=0, refresh_every=9, preset="paper"))
     if family.eye is not None:
         found.append(vp.VLACache(keep=0.9, threshold=-0.99))
     return [_apart(method) for method in found]

@@ -44,7 +44,7 @@ def attention(model: Any, layer: int) -> torch.Tensor:
 )
 def test_semantic_score_is_that_of_prompt_rows(model: Any, queries: str, rows: slice) -> None:
     expected = attention(model, K - 1)[:, rows, 1 : 1 + TOKENS].mean(1)
-    method = vp.VLAPruner(keep=0.25, layer=K, window=1, warmup="semantic", semantic_queries=queries)
+    method = vp.VLAPruner(keep=0.25, layer=K, window=1, warmup="semantic", semantic_queries=queries, preset="paper")
     with method.attach(model) as session:
         cases.chunk().step(model, 0, matrix.BOTH)
         found, kept = session.scores["semantic"], session.kept

@@ -34,14 +34,14 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_as_uncompiled_and_no_graph_after_the_first_episode(name):
     build, pruned = FAMILIES[name]
-    check_family(build(), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned))
+    check_family(build(), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset="paper"))
 
 
 WHOLE = {
-    "drop": vp.VLAPruner(keep=0.25, layer=1, window=2, warmup="semantic"),
-    "freeze": vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze"),
-    "before": vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=2),
-    "before, frozen": vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2),
+    "drop": vp.VLAPruner(keep=0.25, layer=1, window=2, warmup="semantic", preset="paper"),
+    "freeze": vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze", preset="paper"),
+    "before": vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=2, preset="paper"),
+    "before, frozen": vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2, preset="paper"),
     "action": vp.ActionOnly(keep=0.25, layer=1, window=1),
     "fastv": vp.FastV(keep=0.25, layer=1),
     "diverse": vp.DivPrune(keep=0.25),
@@ -56,7 +56,7 @@ WHOLE = {
 
 PASS = {
     **{name: WHOLE[name] for name in ("drop", "freeze", "before", "progressive")},
-    "each camera": vp.VLAPruner(keep=0.25, layer=1, window=1, per_camera=True),
+    "each camera": vp.VLAPruner(keep=0.25, layer=1, window=1, per_camera=True, preset="paper"),
     "cameras": vp.ActionOnly(keep={"image": 9, "wrist_image": 5}, layer=1, window=1, unseen="carry"),
 }
 
@@ -106,7 +106,7 @@ def test_batches_of_other_sizes_and_direct_calls_between_whole_control_steps():
     found = []
     for compiled in (False, True):
         records = []
-        with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
+        with vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper").attach(model) as session:
             if compiled:
                 session.compile("eager")
             for kind in kinds:
@@ -130,7 +130,7 @@ def prompts(model):
 def test_a_policy_that_is_moved_has_programs_of_its_own():
     case = cases.small_reference()
     model = case.build()
-    for made in (vp.compiled(model, "eager"), vp.VLAPruner(keep=0.25, layer=1, window=1)):
+    for made in (vp.compiled(model, "eager"), vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper")):
         if isinstance(made, vp.Method):
             made = made.attach(model)
             made.compile("eager")
@@ -161,7 +161,7 @@ def test_what_others_compile_meanwhile_changes_no_step():
     """torch reports for the whole process that it is compiling, whichever thread compiles."""
     case = cases.small_reference()
     model = case.build()
-    method = vp.VLAPruner(keep=0.25, layer=1, window=1)
+    method = vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper")
     with method.attach(model) as session, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         steps = [session._runner.open_call(Call(model.config.prompt_length, None, 2, model.device)) for _ in range(2)]
@@ -180,7 +180,7 @@ def test_a_layer_that_nobody_named_is_pruned_at():
     """The published layer is an int of its own type, which compiled code would not find in a dict of layers."""
     for case in (cases.small_reference(), cases.pi0("sdpa", layers=4), cases.small_chunk()):
         model = case.build()
-        with vp.VLAPruner(keep=0.25, window=1).attach(model) as session:
+        with vp.VLAPruner(keep=0.25, window=1, preset="paper").attach(model) as session:
             case.step(model, 0, matrix.BOTH)  # the history; programs of unpruned steps would show nothing here
             session.compile("eager")
             case.step(model, 1, matrix.BOTH)
@@ -193,7 +193,7 @@ def test_a_layer_that_nobody_named_is_pruned_at():
 def test_a_whole_control_step_is_two_programs_and_a_third_when_it_is_pruned():
     case = cases.small_reference()
     model = case.build()
-    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
+    with vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper").attach(model) as session:
         session.compile("eager")
         found = []
         for scene in range(3):
@@ -210,7 +210,7 @@ def test_keep_all_of_a_whole_control_step_is_the_compiled_policy_to_the_bit():
         untouched = [case.step(model, scene, matrix.BOTH) for scene in range(3)]
         with pytest.raises(vp.UnsupportedModelError, match="compiled already"):
             vp.FastV(keep=0.5).attach(model)
-    with vp.VLAPruner(keep=1.0, layer=1, window=1).attach(model) as session:
+    with vp.VLAPruner(keep=1.0, layer=1, window=1, preset="paper").attach(model) as session:
         session.compile("eager")
         assert all(torch.equal(case.step(model, scene, matrix.BOTH), untouched[scene]) for scene in range(3))
 
@@ -218,7 +218,7 @@ def test_keep_all_of_a_whole_control_step_is_the_compiled_policy_to_the_bit():
 def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
     case = cases.small_reference()
     model = case.build()
-    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(model) as session:
+    with vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper").attach(model) as session:
         session.compile("eager")
         case.step(model, 0, matrix.BOTH)
         before = session.memory
@@ -239,7 +239,7 @@ def test_a_whole_control_step_that_fails_leaves_the_memory_as_it_was():
 
 def test_a_vlm_that_adds_to_its_visual_tokens_between_layers():
     """DeepStack picks rows by a mask, which a graph cannot: it is done at fixed sizes, unpruned and pruned."""
-    check_family(vlms.case("qwen3_vl"), vp.VLAPruner(keep=0.25, layer=1, window=1))
+    check_family(vlms.case("qwen3_vl"), vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper"))
 
 
 def test_denoising_steps_are_one_program():

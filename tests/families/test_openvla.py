@@ -139,13 +139,13 @@ class TestOFT:
         expected = torch.stack(rows).mean(0)
         for handle in handles:
             handle.remove()
-        with vp.VLAPruner(keep=64).attach(policy) as session:
+        with vp.VLAPruner(keep=64, preset="paper").attach(policy) as session:
             self.run(policy, data, 0)
             assert (session.scores["action"][0] - expected).abs().max() < 1e-6
             assert expected.max() > 2 * expected.mean(), "uniform attention would show nothing"
         # The same in a pruned step, whose rows are elsewhere: the last layers attend to the kept tokens alone.
         rows.clear()
-        with vp.VLAPruner(keep=64, warmup="semantic").attach(policy) as session:
+        with vp.VLAPruner(keep=64, warmup="semantic", preset="paper").attach(policy) as session:
             handles = [layer.self_attn.register_forward_hook(short, with_kwargs=True) for layer in layers[3:]]
             self.run(policy, data, 0)
             for handle in handles:
@@ -156,7 +156,7 @@ class TestOFT:
 
     def test_keep_per_camera(self, policy, data):
         data, _ = data
-        method = vp.VLAPruner(keep={"image": 64, "wrist_image": 0.375}, warmup="semantic")
+        method = vp.VLAPruner(keep={"image": 64, "wrist_image": 0.375}, warmup="semantic", preset="paper")
         with method.attach(policy) as session:
             self.run(policy, data, 0)
             assert session.kept is not None
@@ -195,7 +195,7 @@ class TestDiffusion:
         assert passes > 1
         assert set(lengths) == {595}
         lengths.clear()
-        with vp.VLAPruner(keep=128, window=1).attach(policy) as session:
+        with vp.VLAPruner(keep=128, window=1, preset="paper").attach(policy) as session:
             assert np.array_equal(self.run(policy, golden), untouched), "the first step only fills the memory"
             assert session.memory is not None
             assert session.memory.steps.tolist() == [1]
@@ -223,7 +223,7 @@ class TestDiffusion:
 
     def test_keep_all_is_bit_identical(self, policy, golden):
         untouched = self.run(policy, golden)
-        with vp.VLAPruner(keep=1.0, warmup="semantic").attach(policy):
+        with vp.VLAPruner(keep=1.0, warmup="semantic", preset="paper").attach(policy):
             assert np.array_equal(self.run(policy, golden), untouched)
 
 
@@ -255,7 +255,7 @@ def test_quantized_and_dispatched_policies_are_pruned_alike(golden, package, opt
         return torch.stack(found)
 
     untouched = logits()
-    with vp.VLAPruner(keep=1.0, warmup="semantic").attach(policy):
+    with vp.VLAPruner(keep=1.0, warmup="semantic", preset="paper").attach(policy):
         assert torch.equal(logits(), untouched)
     with vp.KeepFixed(tuple(kept.tolist()), layer=K, pruned=pruned).attach(policy) as session:
         short = logits()

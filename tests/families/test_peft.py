@@ -102,9 +102,9 @@ def test_an_adapted_model_agrees_with_the_full_length_reference(name: str, prune
     with torch.no_grad():
         untouched = step(model, 1)
         before = whole_state(model)
-        with vp.VLAPruner(keep=1.0, pruned=pruned, warmup="semantic").attach(model, **options):
+        with vp.VLAPruner(keep=1.0, pruned=pruned, warmup="semantic", preset="paper").attach(model, **options):
             assert torch.equal(step(model, 1), untouched)
-        with vp.VLAPruner(keep=0.25, window=1, pruned=pruned).attach(model, **options) as session:
+        with vp.VLAPruner(keep=0.25, window=1, pruned=pruned, preset="paper").attach(model, **options) as session:
             actual = [step(model, scene) for scene in range(2)][-1]
             kept, layout = session.kept, session.step.layout  # type: ignore[union-attr]
         assert whole_state(model) == before
@@ -177,7 +177,7 @@ def test_an_adapted_policy_acts_as_the_one_inside(merge: bool, pruned: str) -> N
         wrapped.merge_adapter()
     found = []
     for target in (wrapped, wrapped.get_base_model()):
-        with vp.VLAPruner(keep=0.25, window=1, pruned=pruned).attach(target) as session:
+        with vp.VLAPruner(keep=0.25, window=1, pruned=pruned, preset="paper").attach(target) as session:
             actions = [wrapped.act(images, "open the door") for _ in range(2)]
             found.append((actions[-1], session.kept))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=0, atol=1e-5)

@@ -102,7 +102,7 @@ def test_golden_actions_pruned(pi0, inputs, pruned, padded):
 @pytest.mark.parametrize("pruned_as", ["drop", "freeze"])
 def test_keep_all_is_bit_identical(pi0, inputs, padded, pruned_as):
     untouched = sample(pi0, inputs, padded)
-    with vp.VLAPruner(keep=1.0, layer=K, pruned=pruned_as, warmup="semantic").attach(pi0):
+    with vp.VLAPruner(keep=1.0, layer=K, pruned=pruned_as, warmup="semantic", preset="paper").attach(pi0):
         for _ in range(2):
             assert torch.equal(sample(pi0, inputs, padded), untouched)
 
@@ -137,7 +137,7 @@ def test_frozen_agrees_with_overwritten_rows(pi0, inputs, pruned, padded):
 
 def test_lengths_and_action_scores(pi0, inputs, pruned):
     kept = tuple(int(i) for i in pruned["kept_visual"])
-    method = vp.VLAPruner(keep=len(kept), layer=K, warmup="semantic")
+    method = vp.VLAPruner(keep=len(kept), layer=K, warmup="semantic", preset="paper")
     with method.attach(pi0) as session:
         lengths, cached = watch_lengths(pi0)
         first = sample(pi0, inputs)
@@ -156,7 +156,7 @@ def test_lengths_and_action_scores(pi0, inputs, pruned):
 
 
 def test_batch_rows_are_independent(pi0, inputs):
-    method = vp.VLAPruner(keep=0.25, layer=K, window=1)
+    method = vp.VLAPruner(keep=0.25, layer=K, window=1, preset="paper")
     with method.attach(pi0) as session:
         together = [sample(pi0, inputs) for _ in range(3)]
         kept = session.kept
@@ -178,7 +178,7 @@ def test_absent_camera_is_dropped_first(pi0, inputs):
     mask[1, 256 + len(text) :] = 0
     cameras = np.array([[True, True], [True, False]])
     changed = {**inputs, "input_ids": ids, "attention_mask": mask, "pixel_attention_mask": cameras}
-    with vp.VLAPruner(keep=128, layer=K, warmup="semantic").attach(pi0) as session:
+    with vp.VLAPruner(keep=128, layer=K, warmup="semantic", preset="paper").attach(pi0) as session:
         both = sample(pi0, changed)
         assert session.kept is not None
         assert (session.kept[1] < 256).all()
@@ -226,7 +226,7 @@ def test_the_expert_rows_that_act_are_the_actions_not_the_state(pi0, inputs):
     sample(pi0, inputs)
     for handle in handles:
         handle.remove()
-    with vp.VLAPruner(keep=128, layer=K).attach(pi0) as session:
+    with vp.VLAPruner(keep=128, layer=K, preset="paper").attach(pi0) as session:
         sample(pi0, inputs)
         expected = torch.stack(rows).mean(0)
         assert len(rows) == 3 * pi0.config.num_inference_steps
@@ -239,12 +239,14 @@ def test_a_camera_absent_in_all_rows_takes_no_budget(pi0, inputs):
     mask[:, 272:] = 0
     shown = np.array([[False, True]] * 2)
     changed = {**inputs, "input_ids": ids, "attention_mask": mask, "pixel_attention_mask": shown}
-    with vp.VLAPruner(keep=0.5, layer=K, warmup="semantic").attach(pi0) as session:
+    with vp.VLAPruner(keep=0.5, layer=K, warmup="semantic", preset="paper").attach(pi0) as session:
         sample(pi0, changed)
         assert session.kept is not None
         assert session.kept.shape == (2, 128)
         assert (session.kept >= 256).all(), "ids are those of the second camera"
-    with vp.VLAPruner(keep={"a": 64, "b": 64}, layer=K, warmup="semantic").attach(pi0, cameras=("a", "b")) as session:
+    with vp.VLAPruner(keep={"a": 64, "b": 64}, layer=K, warmup="semantic", preset="paper").attach(
+        pi0, cameras=("a", "b")
+    ) as session:
         sample(pi0, changed)
         assert session.kept is not None
         assert session.kept.shape == (2, 64)

@@ -97,7 +97,7 @@ def test_rows_that_act_are_no_prompt(seen: Seen, queries: str) -> None:
     assert (seen.score(everything, seen.attention) - expected).abs().max() > 1e-3, "or nothing could fail"
     expect(seen, vp.FastV(keep=0.25, layer=K, semantic_queries=queries), expected)
     options: dict[str, Any] = {"keep": 0.25, "layer": K, "window": 1, "semantic_queries": queries}
-    expect(seen, vp.VLAPruner(**options, warmup="semantic"), expected)
+    expect(seen, vp.VLAPruner(**options, warmup="semantic", preset="paper"), expected)
 
 
 def test_what_reads_text_reads_no_placeholders(seen: Seen) -> None:
@@ -116,7 +116,7 @@ def test_what_reads_text_reads_no_placeholders(seen: Seen) -> None:
 def test_memory_holds_the_score_of_the_same_rows(queries: str) -> None:
     """Before the decoder, tokens are chosen by the memory's semantic score."""
     seen = Seen("l1")
-    method = vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=9, semantic_queries=queries)
+    method = vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=9, semantic_queries=queries, preset="paper")
     expected = seen.score(seen.rows(queries), seen.attention)
     with method.attach(seen.model) as session:
         seen.case.step(seen.model, 0, ROWS)

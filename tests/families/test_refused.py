@@ -23,7 +23,7 @@ def test_attaching_says_why(module: str, name: str) -> None:
     installed = set(sys.modules)
     for model in (kind(), fine_tuned()):
         with pytest.raises(vp.UnsupportedModelError, match=TOLD[module.split(".")[2]]):
-            vp.VLAPruner().attach(model)
+            vp.VLAPruner(preset="paper").attach(model)
     assert not any(one.startswith("lerobot.policies") for one in set(sys.modules) - installed)
 
 

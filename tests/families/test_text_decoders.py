@@ -135,7 +135,7 @@ def test_a_vision_language_model_generates_pruned(kind: str, pruned: str) -> Non
 
     decoder, cameras = model.model.language_model, {"left": slice(2, 8), "right": slice(10, 16)}
     untouched = generate()
-    with vp.VLAPruner(keep=1.0, warmup="semantic").attach(decoder, visual=cameras):
+    with vp.VLAPruner(keep=1.0, warmup="semantic", preset="paper").attach(decoder, visual=cameras):
         assert torch.equal(generate(), untouched)
     with vp.FastV(keep=4, layer=1, pruned=pruned).attach(decoder, visual=cameras) as session:
         actual = generate()

@@ -47,7 +47,7 @@ def test_every_class_generates_pruned(kind: str) -> None:
     assert type(family_of(model)) is VLM
     untouched = vlms.logits(model, given)
     before = state(model)
-    with vp.VLAPruner(keep=1.0, warmup="semantic").attach(model) as session:
+    with vp.VLAPruner(keep=1.0, warmup="semantic", preset="paper").attach(model) as session:
         assert torch.equal(vlms.logits(model, given), untouched)
         assert session.memory.steps.tolist() == [1, 1]  # type: ignore[union-attr]
         visual = session.step.layout.visual  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ def test_backends_caches_and_layers(kind: str, backend: str, cache: str, layer: 
     model, given = vlms.vlm(kind, backend), vlms.inputs(kind)
     options = CACHES[cache]
     untouched = vlms.logits(model, given, **options)
-    with vp.VLAPruner(keep=1.0, warmup="semantic", layer=layer).attach(model):
+    with vp.VLAPruner(keep=1.0, warmup="semantic", layer=layer, preset="paper").attach(model):
         assert torch.equal(vlms.logits(model, given, **options), untouched)
     pruned = "freeze" if layer % 2 else "drop"
     check_reference(model, given, vp.FastV(keep=0.5, layer=layer, pruned=pruned), untouched=untouched, **options)
@@ -104,7 +104,9 @@ def test_images_are_cameras(kind: str) -> None:
     assert kept is not None
     assert ((kept < each).sum(dim=1) == round(0.5 * each)).all()
     assert kept.shape == (2, round(0.5 * each) + 1)
-    with vp.VLAPruner(keep=0.5, per_camera=True, warmup="semantic").attach(model, cameras=cameras) as session:
+    with vp.VLAPruner(keep=0.5, per_camera=True, warmup="semantic", preset="paper").attach(
+        model, cameras=cameras
+    ) as session:
         vlms.logits(model, given, 1)
         kept = session.kept
     assert kept is not None
@@ -171,7 +173,7 @@ def test_calls_without_an_image_run_untouched(kind: str, failed: bool) -> None:
     model, given = vlms.vlm(kind), vlms.inputs(kind)
     words = {"input_ids": torch.tensor([[1, 10, 11, 12]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
     untouched = vlms.logits(model, words)
-    method = vp.VLAPruner(keep=0.5, window=1)
+    method = vp.VLAPruner(keep=0.5, window=1, preset="paper")
 
     def fail(*_: Any) -> None:
         raise RuntimeError("robot fell over")
@@ -255,7 +257,7 @@ def test_decoding_without_a_cache_would_be_a_control_step_for_each_token(said: s
         options["generation_config"] = GenerationConfig(use_cache=False)
     else:
         options["use_cache"] = False
-    with vp.VLAPruner(keep=0.5, window=1).attach(model) as session:
+    with vp.VLAPruner(keep=0.5, window=1, preset="paper").attach(model) as session:
         with pytest.raises(vp.SessionError, match="use_cache=False"):
             model.generate(**given, **options)
         assert session.memory is None
@@ -288,7 +290,7 @@ def test_beams() -> None:
     """The prompt has one image: before transformers 5.6 or so, beams of a prompt with several get the wrong ones."""
     model, given = vlms.vlm("llava"), vlms.inputs("llava", images=1)
     untouched = vlms.logits(model, given, num_beams=2)
-    with vp.VLAPruner(keep=1.0, warmup="semantic").attach(model):
+    with vp.VLAPruner(keep=1.0, warmup="semantic", preset="paper").attach(model):
         assert torch.equal(vlms.logits(model, given, num_beams=2), untouched)
     check_reference(model, given, vp.FastV(keep=0.5), untouched=untouched, num_beams=2)
 
@@ -364,7 +366,7 @@ def test_a_policy_around_a_model_may_be_a_module_itself():
 
     policy = MyPolicy(vp.random_policy("llava").module).eval()
     before = state(policy)
-    with vp.VLAPruner(keep=TWO, warmup="semantic").attach(policy) as session:
+    with vp.VLAPruner(keep=TWO, warmup="semantic", preset="paper").attach(policy) as session:
         assert session.family.cameras == NAMES
         policy.reset()
         assert policy.episodes == 1

@@ -84,7 +84,7 @@ def steps(model: Any, lm: Any, method: vp.Method) -> tuple[torch.Tensor, list[An
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_a_wrapped_language_model_is_pruned_as_itself(wrap: Any, pruned: str) -> None:
-    method = vp.VLAPruner(keep=0.25, window=1, pruned=pruned)
+    method = vp.VLAPruner(keep=0.25, window=1, pruned=pruned, preset="paper")
     alone = tiny_lm()
     expected, kept = steps(alone, alone, method)
     wrapped = wrap(tiny_lm())
@@ -101,7 +101,7 @@ def test_a_wrapped_language_model_is_pruned_as_itself(wrap: Any, pruned: str) ->
 @pytest.mark.parametrize("wrap", [PeftModel, lambda policy: torch.compile(policy, backend="eager")])
 def test_a_wrapped_policy_acts_and_resets_as_itself(wrap: Any) -> None:
     images = {"image": np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)}
-    method = vp.VLAPruner(keep=0.25, window=1)
+    method = vp.VLAPruner(keep=0.25, window=1, preset="paper")
 
     def act(policy: Any) -> tuple[np.ndarray, Any]:
         with method.attach(policy) as session:

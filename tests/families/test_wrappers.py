@@ -30,7 +30,7 @@ class Wrapped:
 
 def test_a_wrapped_policy_is_attached_to_and_names_its_cameras():
     policy = Wrapped()
-    with vp.VLAPruner(keep={"base": 4, "wrist": 0.5}, warmup="semantic").attach(policy) as session:
+    with vp.VLAPruner(keep={"base": 4, "wrist": 0.5}, warmup="semantic", preset="paper").attach(policy) as session:
         policy.act()
         assert session.kept is not None
         assert session.kept.shape == (2, 12)
@@ -38,7 +38,7 @@ def test_a_wrapped_policy_is_attached_to_and_names_its_cameras():
 
 
 def test_an_unnamed_camera_cannot_have_a_budget():
-    method = vp.VLAPruner(keep={"base": 4, "wrist": 0.5})
+    method = vp.VLAPruner(keep={"base": 4, "wrist": 0.5}, preset="paper")
     with pytest.raises(vp.OptionError, match=r"attach\(model, cameras="):
         method.attach(Wrapped().module)
     with pytest.raises(vp.OptionError, match="distinct names"):
@@ -70,7 +70,7 @@ def test_a_parallel_wrapper_is_not_unwrapped():
 def test_a_policys_own_reset_begins_a_new_episode(build):
     policy = build()
     before = dict(vars(policy))
-    with vp.VLAPruner(keep=0.25).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, preset="paper").attach(policy) as session:
         if isinstance(policy, Wrapped):
             policy.act()
         else:

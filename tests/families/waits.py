@@ -20,9 +20,11 @@ FATES = ("drop", "freeze")
 COMPILED = (False, True)
 
 METHODS: dict[str, Callable[[int, str], vp.Method]] = {
-    "VLA-Pruner": lambda first, pruned: vp.VLAPruner(keep=0.25, layer=first, window=WINDOW, pruned=pruned),
+    "VLA-Pruner": lambda first, pruned: vp.VLAPruner(
+        keep=0.25, layer=first, window=WINDOW, pruned=pruned, preset="paper"
+    ),
     "with semantic warm-up": lambda first, pruned: vp.VLAPruner(
-        keep=0.25, layer=first, window=2, warmup="semantic", pruned=pruned
+        keep=0.25, layer=first, window=2, warmup="semantic", pruned=pruned, preset="paper"
     ),
     "by text": lambda first, pruned: vp.VLAPruner(
         keep=9, layer=first, window=WINDOW, semantic_queries="text", pruned=pruned
@@ -31,7 +33,7 @@ METHODS: dict[str, Callable[[int, str], vp.Method]] = {
         keep=9, layer=first, window=WINDOW, semantic_queries="last", pruned=pruned
     ),
     "before the decoder": lambda _, pruned: vp.VLAPruner(
-        keep=0.25, layer=0, window=WINDOW, refresh_every=3, pruned=pruned
+        keep=0.25, layer=0, window=WINDOW, refresh_every=3, pruned=pruned, preset="paper"
     ),
     "FastV": lambda first, pruned: vp.FastV(keep=0.25, layer=first, pruned=pruned),
     "SparseVLM": lambda first, pruned: vp.SparseVLM(

@@ -70,7 +70,7 @@ def run(count: int, seed: int = 0) -> list[str]:
     """
     policy: Any = vp.random_policy("reference", "tiny")
     reader = reader_of(policy)
-    engine = Engine(policy, vp.VLAPruner(keep=0.25), reader, ServerSettings())
+    engine = Engine(policy, vp.VLAPruner(keep=0.25, preset="paper"), reader, ServerSettings())
     faults: list[str] = []
     engine.open()
     try:

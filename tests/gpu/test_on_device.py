@@ -46,7 +46,7 @@ def test_keep_all_changes_no_bit(name: str, dtype: torch.dtype, device: str) -> 
     untouched = [one.result(scene) for scene in range(4)]
     assert not torch.equal(untouched[0], untouched[1]), "scenes must show, or this test could not fail"
     for fate in FATES:
-        with one.attach(vp.VLAPruner(keep=1.0, layer=1, window=1, pruned=fate)) as session:
+        with one.attach(vp.VLAPruner(keep=1.0, layer=1, window=1, pruned=fate, preset="paper")) as session:
             for scene in range(4):
                 assert torch.equal(one.result(scene), untouched[scene]), (fate, scene)
                 assert session.kept is None
@@ -58,7 +58,7 @@ def test_keep_all_changes_no_bit(name: str, dtype: torch.dtype, device: str) -> 
 def test_what_is_pruned_agrees_with_the_full_length(name: str, fate: str, device: str) -> None:
     one = subject(name, device)
     untouched = one.result(2)
-    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate)) as session:
+    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate, preset="paper")) as session:
         one.result(0)
         one.result(1)
         actual = one.result(2)
@@ -99,7 +99,7 @@ def test_nothing_that_pruning_does_waits_for_the_device(name: str, fate: str, de
             yield
 
     one.steps[0]()
-    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate)) as session:
+    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate, preset="paper")) as session:
         # First without the clock, since Triton compiles its kernels at their first call.
         for scene in range(3):
             one.steps[scene]()
@@ -118,7 +118,7 @@ def test_a_session_adds_no_wait_to_those_of_the_policy(device: str) -> None:
         one = subject(name, device)
         one.steps[0]()
         alone = waits(one.steps[1])
-        with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1)) as session:
+        with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper")) as session:
             for step in one.steps:
                 step()
             assert waits(one.steps[1]) <= alone, name
@@ -148,7 +148,7 @@ def check_memory_is_flat(one, count: int) -> None:
 @pytest.mark.parametrize("name", ["llama", "oft"])
 def test_memory_is_flat(name: str, device: str) -> None:
     one = subject(name, device)
-    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=2)) as session:
+    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=2, preset="paper")) as session:
         for scene in range(4):
             one.steps[scene]()
         check_memory_is_flat(one, steps_of(device, 200, 8))
@@ -161,7 +161,10 @@ def test_reused_patches_wait_for_nothing_and_memory_is_flat(name: str, device: s
     one.steps[0]()
     alone = 0 if device == "cpu" else waits(one.steps[1])
     expected = [one.result(scene) for scene in range(4)]
-    method, reuse = vp.VLAPruner(keep=1.0, layer=1, window=1), vp.EncoderReuse(keep=0.25, refresh_every=None)
+    method, reuse = (
+        vp.VLAPruner(keep=1.0, layer=1, window=1, preset="paper"),
+        vp.EncoderReuse(keep=0.25, refresh_every=None),
+    )
     with one.attach(method, encoder=reuse) as session:
         for scene in (0, 0, 0):
             assert torch.allclose(one.result(scene), expected[scene], rtol=1e-4, atol=1e-4)
@@ -178,7 +181,7 @@ def test_graphs_do_what_eager_steps_do_for_two_episodes(name: str, device: str) 
     if device == "cpu" and name != "llama":
         pytest.skip("tests/families/test_compiled.py has this family on the CPU")
     one = subject(name, device)
-    method = vp.VLAPruner(keep=0.25, layer=1, window=1)
+    method = vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper")
     with one.attach(method) as session:
         expected = episodes(one, session)
     with one.attach(method) as session:

@@ -15,7 +15,7 @@ from vla_pruner.auditing.subject import Subject
 QUEUES = {"._queues", "._action_queue", "._rollout_action_generator"}
 """LeRobot's reset() makes new ones."""
 
-METHOD = vp.VLAPruner(keep=0.25, window=1)
+METHOD = vp.VLAPruner(keep=0.25, window=1, preset="paper")
 
 
 @pytest.fixture(autouse=True)

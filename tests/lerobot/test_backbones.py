@@ -141,7 +141,7 @@ def test_it_is_loaded_whole_and_acts_and_is_pruned(saved, kind):
     assert chunk.shape == (policy.module.config.chunk_size, 7)
     assert np.isfinite(chunk).all()
     assert np.abs(act(policy, seed=1) - chunk).max() > 1e-4, "it must see its images"
-    with vp.VLAPruner(keep=1.0).attach(policy):
+    with vp.VLAPruner(keep=1.0, preset="paper").attach(policy):
         assert np.array_equal(act(policy), chunk)
     with vp.FastV(keep=0.25).attach(policy) as session:
         assert np.isfinite(act(policy)).all()

@@ -28,16 +28,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 @pytest.mark.parametrize(("kind", "pruned"), [("pi0", "drop"), ("pi05", "freeze")])
 def test_same_as_uncompiled_and_no_graph_after_the_first_episode(kind, pruned):
-    check_family(case(kind), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned))
+    check_family(case(kind), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset="paper"))
 
 
 def test_tokens_that_are_decoded():
-    check_family(pi0_fast(), vp.VLAPruner(keep=0.25, layer=1, window=1))
+    check_family(pi0_fast(), vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper"))
 
 
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_smolvla_is_same_as_uncompiled_and_makes_no_graph_after_the_first_episode(pruned):
-    check_family(case("smolvla"), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned))
+    check_family(case("smolvla"), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset="paper"))
 
 
 def programs_of(one, method, steps=4):
@@ -66,7 +66,7 @@ def test_programs_of_a_control_step():
     """SmolVLA, pi0: the vision encoder, the prefix, and one for all denoising steps; pruned steps add the last two.
     pi0-FAST decodes tokens instead. MolmoAct2 is as pi0.
     """
-    method = vp.VLAPruner(keep=0.25, layer=1, window=1)
+    method = vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper")
     for one in (case("smolvla"), case("pi05"), pi0_fast(), molmoact2()):
         assert programs_of(one, method) == [(3, 3), (5, 5), (5, 5), (5, 5), (3, 3)], str(one)
 
@@ -79,12 +79,12 @@ def test_further_families_are_same_as_uncompiled_and_make_no_graph_after_the_fir
     if name == "vla_jepa":
         # LeRobot runs its decoder in half precision, in which the last bit of a score may decide.
         monkeypatch.setattr(modeling_vla_jepa, "_get_autocast_context", lambda *_: contextlib.nullcontext())
-    check_family(FURTHER[name], vp.VLAPruner(keep=0.25, layer=1, window=1))
+    check_family(FURTHER[name], vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper"))
 
 
 @pytest.mark.parametrize("name", ["molmoact2", "eo1"])
 def test_further_families_that_freeze(name):
-    check_family(FURTHER[name], vp.VLAPruner(keep=0.25, layer=3, window=1, pruned="freeze"))
+    check_family(FURTHER[name], vp.VLAPruner(keep=0.25, layer=3, window=1, pruned="freeze", preset="paper"))
 
 
 TOGETHER = {**{kind: case(kind) for kind in ("pi0", "pi05", "smolvla")}, "pi0_fast": pi0_fast()}
@@ -113,7 +113,7 @@ def test_all_cameras_are_encoded_in_one_call(kind):
     before = whole_state(policy.module)
     (tower,) = family_of(policy).anatomy.towers
     cameras = len(policy.cameras)
-    method = vp.VLAPruner(keep=0.25, layer=1, window=1)
+    method = vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper")
     assert cameras > 1
     with calls_of(tower) as eager:
         expected = one.step(policy, 0, slice(0, 2))
@@ -224,4 +224,4 @@ def test_programs_of_policies_around_qwen(name, expected):
     """The prompt and the denoising steps, and both again for pruned steps; the encoder stays as it is. GR00T's layers
     between decoder and transformer are a third program; VLA-JEPA's transformer sees no visual token and has one.
     """
-    assert programs_of(FURTHER[name], vp.VLAPruner(keep=0.25, layer=3, window=1), steps=3) == expected
+    assert programs_of(FURTHER[name], vp.VLAPruner(keep=0.25, layer=3, window=1, preset="paper"), steps=3) == expected

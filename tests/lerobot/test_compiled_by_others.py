@@ -34,7 +34,7 @@ def chunks(policy, count=3):
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_compiled_methods_are_set_aside_and_put_back(kind):
     """The methods are those that `compile_model=True` and `lerobot-rollout --use_torch_compile` compile."""
-    method = vp.VLAPruner(keep=0.25, window=1)
+    method = vp.VLAPruner(keep=0.25, window=1, preset="paper")
     plain = build(kind)
     untouched = chunks(plain)
     with method.attach(plain):
@@ -60,7 +60,7 @@ def test_its_compiled_methods_are_set_aside_and_put_back(kind):
     with pytest.raises(RuntimeError, match="fell over"), method.attach(policy):
         raise RuntimeError("the robot fell over")
     assert compiled_methods(module) == there
-    with vp.VLAPruner(keep=1.0, window=1).attach(policy):
+    with vp.VLAPruner(keep=1.0, window=1, preset="paper").attach(policy):
         assert all(torch.equal(one, other) for one, other in zip(chunks(policy), untouched, strict=True))
     assert whole_state(module) == before
 
@@ -68,7 +68,7 @@ def test_its_compiled_methods_are_set_aside_and_put_back(kind):
 def test_ours_are_compiled_in_their_place():
     policy = build("pi0", compile_model=True)
     there = compiled_methods(policy.module)
-    method = vp.VLAPruner(keep=0.25, window=1)
+    method = vp.VLAPruner(keep=0.25, window=1, preset="paper")
     with method.attach(policy):
         expected = chunks(policy)
     before = whole_state(policy.module)

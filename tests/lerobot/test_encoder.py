@@ -27,7 +27,7 @@ def test_cameras_that_come_and_go_are_encoded_whole():
     policy = random_lerobot("pi0", num_inference_steps=2)
     both = scene_of(policy, 0)
     fewer = {key: value for key, value in both.items() if key != f"observation.images.{policy.cameras[0]}"}
-    with vp.VLAPruner(keep=0.5, window=1).attach(policy, encoder=vp.EncoderReuse(keep=0.25)) as session:
+    with vp.VLAPruner(keep=0.5, window=1, preset="paper").attach(policy, encoder=vp.EncoderReuse(keep=0.25)) as session:
         whole = []
         for batch in (both, both, fewer, fewer, both, both):
             policy.module.predict_action_chunk(dict(batch))
@@ -44,7 +44,7 @@ def test_attention_reaches_the_patches_of_its_token(kind):
     each = encoder.token_side**2
     tokens = 3
     reuse = vp.EncoderReuse(keep=tokens * each)
-    with vp.VLAPruner(keep=1.0, window=1).attach(policy, encoder=reuse) as session, torch.no_grad():
+    with vp.VLAPruner(keep=1.0, window=1, preset="paper").attach(policy, encoder=reuse) as session, torch.no_grad():
         batch = scene_of(policy, 0)
         policy.module.predict_action_chunk(dict(batch))
         scores = session.scores["action"]

@@ -131,14 +131,14 @@ def test_what_is_not_supported_is_refused():
     policy = CASE.build()
     before = whole_state(policy.module)
     with pytest.raises(vp.BudgetError, match="a layer from 1 to 5"):
-        vp.VLAPruner(layer=0, refresh_every=9).attach(policy)
+        vp.VLAPruner(layer=0, refresh_every=9, preset="paper").attach(policy)
     assert whole_state(policy.module) == before
-    with vp.VLAPruner().attach(policy), pytest.raises(vp.SessionError, match="detach before training"):
+    with vp.VLAPruner(preset="paper").attach(policy), pytest.raises(vp.SessionError, match="detach before training"):
         policy.module.forward({})
     flash = CASE.build()
     flash.module.model.vlm_backbone.model.language_model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(vp.UnsupportedModelError, match="sdpa and eager"):
-        vp.VLAPruner().attach(flash)
+        vp.VLAPruner(preset="paper").attach(flash)
 
 
 def test_bfloat16():
@@ -146,8 +146,8 @@ def test_bfloat16():
     assert policy.dtype == torch.bfloat16
     untouched = step(policy, 0, BOTH)
     for pruned in matrix.POLICIES:
-        with vp.VLAPruner(keep=1.0, pruned=pruned).attach(policy):
+        with vp.VLAPruner(keep=1.0, pruned=pruned, preset="paper").attach(policy):
             assert torch.equal(step(policy, 0, BOTH), untouched)
-        with vp.VLAPruner(keep=0.5, window=1, pruned=pruned).attach(policy):
+        with vp.VLAPruner(keep=0.5, window=1, pruned=pruned, preset="paper").attach(policy):
             for scene in range(2):
                 assert step(policy, scene, BOTH).isfinite().all()

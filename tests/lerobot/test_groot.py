@@ -131,15 +131,15 @@ def test_what_is_not_supported_is_refused():
     policy = CASE.build()
     before = whole_state(policy.module)
     with pytest.raises(vp.UnsupportedModelError, match="pruned='drop'"):
-        vp.VLAPruner(pruned="freeze").attach(policy)
+        vp.VLAPruner(pruned="freeze", preset="paper").attach(policy)
     with pytest.raises(vp.BudgetError, match="a layer from 1 to 5"):
-        vp.VLAPruner(layer=0, refresh_every=9).attach(policy)
+        vp.VLAPruner(layer=0, refresh_every=9, preset="paper").attach(policy)
     assert whole_state(policy.module) == before
-    with vp.VLAPruner().attach(policy), pytest.raises(vp.SessionError, match="detach before training"):
+    with vp.VLAPruner(preset="paper").attach(policy), pytest.raises(vp.SessionError, match="detach before training"):
         policy.module.forward({})
     images = list(torch.rand(3, 3, 80, 80))
     batch = policy.preprocessor.batch([images[:1], images[1:]], [[5, 6], [7]], torch.zeros(2, 8))
-    with vp.VLAPruner().attach(policy), pytest.raises(vp.SessionError, match="as many images"):
+    with vp.VLAPruner(preset="paper").attach(policy), pytest.raises(vp.SessionError, match="as many images"):
         policy.module.predict_action_chunk(batch)
 
 
@@ -147,9 +147,9 @@ def test_under_autocast_as_lerobot_runs_it():
     policy = random_groot_policy(dtype=torch.bfloat16)
     assert policy.module.config.use_bf16
     untouched = step(policy, 0, BOTH)
-    with vp.VLAPruner(keep=1.0).attach(policy):
+    with vp.VLAPruner(keep=1.0, preset="paper").attach(policy):
         assert torch.equal(step(policy, 0, BOTH), untouched)
-    with vp.VLAPruner(keep=0.5, window=1).attach(policy):
+    with vp.VLAPruner(keep=0.5, window=1, preset="paper").attach(policy):
         for scene in range(2):
             assert step(policy, scene, BOTH).isfinite().all()
 

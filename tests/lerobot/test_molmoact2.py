@@ -85,7 +85,7 @@ def test_variants(variant, pruned):
     matrix.check_keep_all(case, pruned)
     model = case.build()
     untouched = case.step(model, 1, BOTH)
-    method = vp.VLAPruner(keep=0.25, window=1, pruned=pruned)
+    method = vp.VLAPruner(keep=0.25, window=1, pruned=pruned, preset="paper")
     with method.attach(model) as session:
         for scene in range(2):
             actual = case.step(model, scene, BOTH)
@@ -145,10 +145,10 @@ def test_its_cuda_graphs_are_set_aside_and_put_back():
     asked = []
     managers[0].can_use_action_flow = lambda inputs: asked.append(inputs) or True
     managers[0].run_action_flow = lambda *_: pytest.fail("a graph would replay what was chosen at its capture")
-    with pytest.raises(RuntimeError, match="fell over"), vp.VLAPruner(keep=0.5).attach(policy):
+    with pytest.raises(RuntimeError, match="fell over"), vp.VLAPruner(keep=0.5, preset="paper").attach(policy):
         module.select_action(batch_of(policy))
     handle.remove()
-    with vp.VLAPruner(keep=0.5).attach(policy):
+    with vp.VLAPruner(keep=0.5, preset="paper").attach(policy):
         module.select_action(batch_of(policy))  # it calls eval(), which enables graphs
         assert managers[0].enabled
     assert not asked
@@ -158,7 +158,7 @@ def test_its_cuda_graphs_are_set_aside_and_put_back():
 
 def test_select_action_is_one_control_step_per_queue():
     policy = random_molmoact2_policy(n_action_steps=3)
-    with vp.VLAPruner(keep=0.5, window=1).attach(policy) as session:
+    with vp.VLAPruner(keep=0.5, window=1, preset="paper").attach(policy) as session:
         counts = []
         for step in range(7):
             policy.module.select_action(batch_of(policy, step))
@@ -174,9 +174,9 @@ def test_bfloat16():
     batch = batch_of(policy)
     untouched = chunk(policy, batch)
     for pruned in matrix.POLICIES:
-        with vp.VLAPruner(keep=1.0, pruned=pruned).attach(policy):
+        with vp.VLAPruner(keep=1.0, pruned=pruned, preset="paper").attach(policy):
             assert torch.equal(chunk(policy, batch), untouched)
-        with vp.VLAPruner(keep=0.5, window=1, pruned=pruned).attach(policy):
+        with vp.VLAPruner(keep=0.5, window=1, pruned=pruned, preset="paper").attach(policy):
             for _ in range(2):
                 assert chunk(policy, batch).isfinite().all()
 
@@ -185,16 +185,16 @@ def test_what_is_not_supported_is_refused():
     policy = random_molmoact2_policy(inference_action_mode="discrete")
     before = whole_state(policy.module)
     with pytest.raises(vp.UnsupportedModelError, match="inference_action_mode='continuous'"):
-        vp.VLAPruner().attach(policy)
+        vp.VLAPruner(preset="paper").attach(policy)
     assert whole_state(policy.module) == before
     gated = random_molmoact2_policy(model={"action_expert_depth_gate": True})
     with pytest.raises(vp.UnsupportedModelError, match="depth"):
-        vp.VLAPruner().attach(gated)
+        vp.VLAPruner(preset="paper").attach(gated)
     policy = random_molmoact2_policy()
     with pytest.raises(vp.BudgetError, match="a layer from 1 to 5"):
-        vp.VLAPruner(layer=0, refresh_every=9).attach(policy)
+        vp.VLAPruner(layer=0, refresh_every=9, preset="paper").attach(policy)
     batch = batch_of(policy)
-    with vp.VLAPruner().attach(policy):
+    with vp.VLAPruner(preset="paper").attach(policy):
         with pytest.raises(vp.UnsupportedModelError, match="inference_action_mode='continuous'"):
             policy.module.predict_action_chunk(dict(batch), inference_action_mode="discrete")
         with pytest.raises(vp.SessionError, match="detach before training"):
@@ -205,14 +205,14 @@ def test_what_is_not_supported_is_refused():
     flash = random_molmoact2_policy()
     flash.module._backbone().transformer.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(vp.UnsupportedModelError, match="sdpa and eager"):
-        vp.VLAPruner().attach(flash)
+        vp.VLAPruner(preset="paper").attach(flash)
 
 
 def test_rows_with_other_numbers_of_images_are_refused():
     policy = random_molmoact2_policy()
     images = list(torch.rand(3, 3, 80, 80))
     batch = policy.preprocessor.batch([images[:1], images[1:]], [[5, 6], [7]])
-    with vp.VLAPruner().attach(policy), pytest.raises(vp.SessionError, match="as many images"):
+    with vp.VLAPruner(preset="paper").attach(policy), pytest.raises(vp.SessionError, match="as many images"):
         policy.module.predict_action_chunk(batch)
 
 
@@ -284,9 +284,9 @@ def test_real_time_chunking(pruned):
         return torch.stack(chunks)
 
     untouched = run()
-    with vp.VLAPruner(keep=1.0, pruned=pruned).attach(policy):
+    with vp.VLAPruner(keep=1.0, pruned=pruned, preset="paper").attach(policy):
         assert torch.equal(run(), untouched)
-    with vp.VLAPruner(keep=0.25, window=1, pruned=pruned).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, window=1, pruned=pruned, preset="paper").attach(policy) as session:
         assert (run() - untouched)[1:].abs().max() > 1e-3
         assert session.kept.shape == (1, 32)
         assert not session.scores["action"].requires_grad

@@ -123,7 +123,7 @@ def test_absent_cameras_go_first(pruned):
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_before_the_decoder(pruned):
     policy = CASE.build()
-    method = vp.VLAPruner(keep=0.25, window=1, layer=0, pruned=pruned, refresh_every=9)
+    method = vp.VLAPruner(keep=0.25, window=1, layer=0, pruned=pruned, refresh_every=9, preset="paper")
     with method.attach(policy) as session:
         for scene in range(2):
             actual = CASE.step(policy, scene, BOTH)
@@ -154,11 +154,11 @@ def test_decoding_without_a_cache_is_refused():
     module = policy.module
     before = whole_state(module)
     with pytest.raises(vp.UnsupportedModelError, match="use_kv_cache=True"):
-        vp.VLAPruner().attach(module)
+        vp.VLAPruner(preset="paper").attach(module)
     assert whole_state(module) == before
     module.config.use_kv_cache = True
     batch = scene_of(policy, 0)
-    with vp.VLAPruner().attach(module):
+    with vp.VLAPruner(preset="paper").attach(module):
         module.config.use_kv_cache = False
         with pytest.raises(vp.UnsupportedModelError, match="use_kv_cache=True"):
             module.predict_action_chunk(batch)
@@ -174,7 +174,7 @@ def test_decoding_without_a_cache_is_refused():
 
 def test_select_action_is_one_control_step_per_queue():
     policy = random_lerobot("pi0_fast", n_action_steps=3)
-    with vp.VLAPruner(keep=0.5, window=1).attach(policy) as session:
+    with vp.VLAPruner(keep=0.5, window=1, preset="paper").attach(policy) as session:
         counts = []
         for step in range(7):
             policy.module.select_action(scene_of(policy, step))
@@ -187,9 +187,9 @@ def test_bfloat16():
     assert policy.dtype == torch.bfloat16
     untouched = CASE.step(policy, 0, BOTH)
     for pruned in ("drop", "freeze"):
-        with vp.VLAPruner(keep=1.0, pruned=pruned).attach(policy):
+        with vp.VLAPruner(keep=1.0, pruned=pruned, preset="paper").attach(policy):
             assert torch.equal(CASE.step(policy, 0, BOTH), untouched)
-        with vp.VLAPruner(keep=0.5, window=1, pruned=pruned).attach(policy):
+        with vp.VLAPruner(keep=0.5, window=1, pruned=pruned, preset="paper").attach(policy):
             for scene in range(2):
                 assert CASE.step(policy, scene, BOTH).isfinite().all()
 

@@ -56,7 +56,7 @@ def test_keep_all_changes_no_bit(kind):
     before = whole_state(policy.module)
     assert (untouched[1] - chunk(policy, 1, None)).abs().max() > 1e-3, "guidance must show, or this test could not fail"
     for pruned in ("drop", "freeze"):
-        with vp.VLAPruner(keep=1.0, window=1, pruned=pruned).attach(policy) as session:
+        with vp.VLAPruner(keep=1.0, window=1, pruned=pruned, preset="paper").attach(policy) as session:
             for one, other in zip(episode(policy, session), untouched, strict=True):
                 assert torch.equal(one, other)
     assert whole_state(policy.module) == before
@@ -67,7 +67,7 @@ def test_keep_all_changes_no_bit(kind):
 def test_pruned_agrees_with_the_full_length_reference(kind, pruned):
     policy = build(kind)
     untouched = episode(policy)
-    with vp.VLAPruner(keep=0.25, window=1, pruned=pruned).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, window=1, pruned=pruned, preset="paper").attach(policy) as session:
         found = episode(policy, session)
         kept, layout, steps = session.kept, session.step.layout, int(session.memory.steps)
     assert steps == CALLS, "a chunk is a control step"
@@ -82,7 +82,7 @@ def test_pruned_agrees_with_the_full_length_reference(kind, pruned):
 def test_without_gradients_of_the_weights_it_is_the_same_chunk(kind):
     """The advice of docs/lerobot.md is right: the guidance never reaches the weights."""
     policy = build(kind)
-    with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, window=1, preset="paper").attach(policy) as session:
         found = episode(policy, session)
         policy.module.requires_grad_(False)
         session.reset()
@@ -93,9 +93,9 @@ def test_without_gradients_of_the_weights_it_is_the_same_chunk(kind):
 def test_compiled():
     policy = build("pi05")
     policy.module.requires_grad_(False)
-    with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, window=1, preset="paper").attach(policy) as session:
         found = episode(policy, session)
-    with vp.VLAPruner(keep=0.25, window=1).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, window=1, preset="paper").attach(policy) as session:
         session.compile("eager")
         for one, other in zip(episode(policy, session), found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -41,7 +41,7 @@ def test_users_see_the_same_policy(kind):
     module = build(kind).module
     names = ("select_action", "predict_action_chunk", "reset", "forward")
     before = {name: inspect.signature(getattr(module, name)) for name in names}
-    with vp.VLAPruner().attach(module):
+    with vp.VLAPruner(preset="paper").attach(module):
         assert type(module).__name__ in ("PI0Policy", "PI05Policy", "SmolVLAPolicy")
         assert {name: inspect.signature(getattr(module, name)) for name in names} == before
 
@@ -50,7 +50,7 @@ def test_users_see_the_same_policy(kind):
 def test_select_action_is_one_control_step_per_queue(kind):
     policy = build(kind, n_action_steps=4)
     module = policy.module
-    with vp.VLAPruner(keep=0.5, window=2).attach(module) as session:
+    with vp.VLAPruner(keep=0.5, window=2, preset="paper").attach(module) as session:
         counts = []
         for step in range(9):
             module.select_action(scene(policy, step))
@@ -68,7 +68,7 @@ def test_the_policys_reset_is_an_episode(kind):
         chunks = [module.predict_action_chunk(scene(policy, seed), noise=noise()) for seed in seeds]
         return torch.stack(chunks), session.kept
 
-    with vp.VLAPruner(keep=0.25, window=1).attach(module) as session:
+    with vp.VLAPruner(keep=0.25, window=1, preset="paper").attach(module) as session:
         first, kept = episode(session, (0, 1, 2))
         module.reset()
         assert session.memory is None
@@ -86,7 +86,7 @@ def test_action_score_is_the_experts_attention(kind):
     policy = build(kind)
     module = policy.module
     family = family_of(module)
-    with vp.VLAPruner(keep=1.0, layer=3).attach(module) as session:
+    with vp.VLAPruner(keep=1.0, layer=3, preset="paper").attach(module) as session:
         module.predict_action_chunk(scene(policy, rows=2), noise=noise(2))
         scores, layout = session.scores["action"], session.step.layout
     rows = slice(1, None) if kind == "pi0" else slice(None)
@@ -135,7 +135,7 @@ def test_absent_cameras_go_first(kind):
     others = policy.cameras[1:]
     batch = scene(policy, rows=2, cameras=others)
     untouched = module.predict_action_chunk(dict(batch), noise=noise(2))
-    with vp.VLAPruner(keep=1.0).attach(module):
+    with vp.VLAPruner(keep=1.0, preset="paper").attach(module):
         assert torch.equal(module.predict_action_chunk(dict(batch), noise=noise(2)), untouched)
     with vp.RandomKeep(keep=0.5).attach(module) as session:
         pruned = module.predict_action_chunk(dict(batch), noise=noise(2))
@@ -232,9 +232,9 @@ def test_variants_of_smolvla(variant, pruned_as):
     module = policy.module
     batch = scene(policy, rows=2)
     untouched = module.predict_action_chunk(dict(batch), noise=noise(2))
-    with vp.VLAPruner(keep=1.0, pruned=pruned_as).attach(module):
+    with vp.VLAPruner(keep=1.0, pruned=pruned_as, preset="paper").attach(module):
         assert torch.equal(module.predict_action_chunk(dict(batch), noise=noise(2)), untouched)
-    with vp.VLAPruner(keep=0.25, window=1, pruned=pruned_as).attach(module) as session:
+    with vp.VLAPruner(keep=0.25, window=1, pruned=pruned_as, preset="paper").attach(module) as session:
         for _ in range(2):
             pruned = module.predict_action_chunk(dict(batch), noise=noise(2))
         layout, kept = session.step.layout, session.kept
@@ -254,9 +254,9 @@ def test_bfloat16(kind):
     assert policy.dtype == torch.bfloat16
     untouched = module.predict_action_chunk(scene(policy), noise=noise())
     for pruned in ("drop", "freeze"):
-        with vp.VLAPruner(keep=1.0, pruned=pruned).attach(module):
+        with vp.VLAPruner(keep=1.0, pruned=pruned, preset="paper").attach(module):
             assert torch.equal(module.predict_action_chunk(scene(policy), noise=noise()), untouched)
-        with vp.VLAPruner(keep=0.5, window=1, pruned=pruned).attach(module):
+        with vp.VLAPruner(keep=0.5, window=1, pruned=pruned, preset="paper").attach(module):
             for _ in range(2):
                 assert module.predict_action_chunk(scene(policy), noise=noise()).isfinite().all()
 
@@ -282,7 +282,7 @@ def test_training_and_copies_are_refused(kind):
     policy = build(kind)
     module = policy.module
     before = whole_state(module)
-    with vp.VLAPruner().attach(module):
+    with vp.VLAPruner(preset="paper").attach(module):
         with pytest.raises(vp.SessionError, match="detach"):
             module.forward({**scene(policy), "action": torch.zeros(1, 10, 7)})
         with pytest.raises(vp.SessionError, match="copied"):
@@ -297,7 +297,7 @@ def test_what_is_not_supported_is_refused(kind, monkeypatch):
     module = build(kind).module
     monkeypatch.setattr(lerobot_common.metadata, "version", lambda _: "0.7.0")
     with pytest.raises(vp.UnsupportedModelError, match=r"lerobot 0\.7\.0 is installed; 0\.6"):
-        vp.VLAPruner().attach(module)
+        vp.VLAPruner(preset="paper").attach(module)
 
 
 def test_official_preset_needs_an_expert_at_its_layer(monkeypatch):
@@ -305,7 +305,7 @@ def test_official_preset_needs_an_expert_at_its_layer(monkeypatch):
     before = whole_state(module)
     monkeypatch.setattr(vp.VLAPruner, "action_layers", lambda self, layers: (5,))
     with pytest.raises(vp.UnsupportedModelError, match="none of them has an expert layer"):
-        vp.VLAPruner().attach(module)
+        vp.VLAPruner(preset="paper").attach(module)
     assert whole_state(module) == before
 
 
@@ -313,7 +313,7 @@ def test_smolvla_needs_its_cache():
     module = build("smolvla").module
     module.config.use_cache = False
     with pytest.raises(vp.UnsupportedModelError, match="use_cache"):
-        vp.VLAPruner().attach(module)
+        vp.VLAPruner(preset="paper").attach(module)
 
 
 @each_kind
@@ -325,7 +325,7 @@ def test_a_second_thread_is_refused_while_a_chunk_is_predicted(kind):
         if threading.current_thread() is threading.main_thread():
             refused.append(in_thread(lambda: module.predict_action_chunk(scene(policy, 9), noise=noise())))
 
-    with vp.VLAPruner(keep=0.25, window=1).attach(module) as session:
+    with vp.VLAPruner(keep=0.25, window=1, preset="paper").attach(module) as session:
         expected = [module.predict_action_chunk(scene(policy, number), noise=noise()) for number in range(3)]
         session.reset()
         handle = family_of(module).decoder.layers[-1].mlp.register_forward_pre_hook(intrude)
@@ -344,8 +344,8 @@ def test_a_session_that_nobody_holds_is_found_from_any_side(kind):
     wrapper = torch.nn.Module()
     wrapper.inner = policy.module
     for given in (policy, policy.module, policy.module.model, wrapper):
-        vp.VLAPruner(keep=0.25).attach(policy)
+        vp.VLAPruner(keep=0.25, preset="paper").attach(policy)
         with pytest.raises(vp.SessionError, match=r"vla_pruner\.detach\(model\)"):
-            vp.VLAPruner(keep=0.25).attach(policy.module)
+            vp.VLAPruner(keep=0.25, preset="paper").attach(policy.module)
         assert vp.detach(given)
         assert whole_state(policy.module) == before

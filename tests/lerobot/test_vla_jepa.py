@@ -106,9 +106,9 @@ class TestMatrix:
 def test_as_lerobot_runs_it(pruned):
     policy = random_vla_jepa_policy()
     untouched = step(policy, 0, BOTH)
-    with vp.VLAPruner(keep=1.0, pruned=pruned).attach(policy):
+    with vp.VLAPruner(keep=1.0, pruned=pruned, preset="paper").attach(policy):
         assert torch.equal(step(policy, 0, BOTH), untouched)
-    with vp.VLAPruner(keep=0.5, window=1, pruned=pruned).attach(policy):
+    with vp.VLAPruner(keep=0.5, window=1, pruned=pruned, preset="paper").attach(policy):
         for scene in range(2):
             assert step(policy, scene, BOTH).isfinite().all()
 
@@ -117,7 +117,7 @@ def test_what_is_not_supported_is_refused():
     policy = random_vla_jepa_policy()
     before = whole_state(policy.module)
     with pytest.raises(vp.BudgetError, match="a layer from 1 to 7"):
-        vp.VLAPruner(layer=0, refresh_every=9).attach(policy)
+        vp.VLAPruner(layer=0, refresh_every=9, preset="paper").attach(policy)
     assert whole_state(policy.module) == before
-    with vp.VLAPruner().attach(policy), pytest.raises(vp.SessionError, match="detach before training"):
+    with vp.VLAPruner(preset="paper").attach(policy), pytest.raises(vp.SessionError, match="detach before training"):
         policy.module.forward({})

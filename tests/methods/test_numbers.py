@@ -8,10 +8,19 @@ import pytest
 import vla_pruner as vp
 
 FROM_ARRAYS = [
-    (vp.VLAPruner(keep=np.float32(0.1)), vp.VLAPruner(keep=0.1)),
-    (vp.VLAPruner(keep=np.float64(0.25), window=np.int64(2), layer=np.int32(1)), vp.VLAPruner(window=2, layer=1)),
-    (vp.VLAPruner(keep=np.int64(64), decay=np.float16(0.5)), vp.VLAPruner(keep=64, decay=0.5)),
-    (vp.VLAPruner(refresh_every=np.uint8(4), layer=0), vp.VLAPruner(refresh_every=4, layer=0)),
+    (vp.VLAPruner(keep=np.float32(0.1), preset="paper"), vp.VLAPruner(keep=0.1, preset="paper")),
+    (
+        vp.VLAPruner(keep=np.float64(0.25), window=np.int64(2), layer=np.int32(1), preset="paper"),
+        vp.VLAPruner(window=2, layer=1, preset="paper"),
+    ),
+    (
+        vp.VLAPruner(keep=np.int64(64), decay=np.float16(0.5), preset="paper"),
+        vp.VLAPruner(keep=64, decay=0.5, preset="paper"),
+    ),
+    (
+        vp.VLAPruner(refresh_every=np.uint8(4), layer=0, preset="paper"),
+        vp.VLAPruner(refresh_every=4, layer=0, preset="paper"),
+    ),
     (vp.FastV(keep=np.int8(3), warmup_steps=np.int64(3)), vp.FastV(keep=3, warmup_steps=3)),
     (vp.RandomKeep(seed=np.int64(7)), vp.RandomKeep(seed=7)),
     (vp.KeepFixed(np.arange(3)), vp.KeepFixed((0, 1, 2))),

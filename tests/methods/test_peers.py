@@ -306,7 +306,7 @@ def test_action_estimate_is_vla_pruners():
         assert torch.equal(vp.ActionOnly(decay=0.7, unseen=unseen).action_estimate(evidence), expected)
 
 
-@pytest.mark.parametrize("method", [*METHODS, vp.VLAPruner(K)], ids=name)
+@pytest.mark.parametrize("method", [*METHODS, vp.VLAPruner(K, preset="paper")], ids=name)
 def test_no_choice_reads_the_counters_of_the_host(method):
     """On a GPU they lie on the CPU, and a graph that reads them there would be split."""
     evidence = random_evidence(pushed=2)

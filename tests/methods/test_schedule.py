@@ -50,8 +50,8 @@ def test_what_is_out_of_range_is_refused(options):
 
 
 METHODS = {
-    "as published": (vp.VLAPruner(), Schedule(3)),
-    "semantic warm-up": (vp.VLAPruner(warmup="semantic", refresh_every=4), Schedule(0, 4)),
+    "as published": (vp.VLAPruner(preset="paper"), Schedule(3)),
+    "semantic warm-up": (vp.VLAPruner(warmup="semantic", refresh_every=4, preset="paper"), Schedule(0, 4)),
     "smoothed": (vp.ActionOnly(window=2), Schedule(2)),
     "longer warm-up": (vp.ScoreFusion(window=2, warmup_steps=5), Schedule(5)),
     "without a history": (vp.FastV(warmup_steps=2), Schedule(2)),

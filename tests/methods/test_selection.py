@@ -73,7 +73,7 @@ def test_ties_go_to_the_smaller_id():
 
 def test_select_is_union_then_filter():
     evidence = random_evidence()
-    method, k = vp.VLAPruner(keep=6), 6
+    method, k = vp.VLAPruner(keep=6, preset="paper"), 6
     estimate = method.action_estimate(evidence)
     selected = method.select(evidence, k)
     for row in range(ROWS):
@@ -135,7 +135,7 @@ def test_absent_tokens_are_taken_only_when_there_are_too_few_others():
     valid = torch.zeros(ROWS, M, dtype=torch.bool)
     valid[:, 4:9] = True
     evidence = random_evidence(valid=valid)
-    for method in (vp.VLAPruner(keep=4), vp.RandomKeep(keep=4)):
+    for method in (vp.VLAPruner(keep=4, preset="paper"), vp.RandomKeep(keep=4)):
         assert ((method.select(evidence, 4) >= 4) & (method.select(evidence, 4) < 9)).all()
         more = method.select(evidence, 7)
         assert more.shape == (ROWS, 7)
@@ -145,15 +145,15 @@ def test_absent_tokens_are_taken_only_when_there_are_too_few_others():
 
 def test_warm_up_by_semantic_attention_alone():
     evidence = random_evidence(pushed=2)
-    k, method = 5, vp.VLAPruner(keep=5, warmup="semantic")
+    k, method = 5, vp.VLAPruner(keep=5, warmup="semantic", preset="paper")
     assert method.prunes(evidence.memory)
-    assert not vp.VLAPruner(keep=5).prunes(evidence.memory)
+    assert not vp.VLAPruner(keep=5, preset="paper").prunes(evidence.memory)
     expected = order_by_score(evidence.semantic, evidence.valid)[:, :k].sort(dim=1).values
     assert torch.equal(method.select(evidence, k), expected)
 
 
 def test_refresh_runs_every_nth_step_unpruned():
-    method = vp.VLAPruner(keep=5, warmup="semantic", refresh_every=3)
+    method = vp.VLAPruner(keep=5, warmup="semantic", refresh_every=3, preset="paper")
     memory, pruned = vp.Memory.empty(1, 3, M), []
     for _ in range(7):
         pruned.append(method.prunes(memory))
@@ -193,7 +193,7 @@ def test_attention_rows_are_those_of_a_full_softmax(dtype):
 
 
 def test_select_compiles_into_one_graph():
-    evidence, method = random_evidence(), vp.VLAPruner(keep=4, warmup="semantic")
+    evidence, method = random_evidence(), vp.VLAPruner(keep=4, warmup="semantic", preset="paper")
 
     def select(valid, memory, semantic, features):
         return method.select(Evidence(valid=valid, memory=memory, semantic=semantic, features=features), 4)
@@ -250,11 +250,11 @@ def test_fixed_ids_must_make_sense(ids):
 
 
 def test_methods_are_values():
-    assert vp.VLAPruner(keep=0.25) == vp.VLAPruner(0.25)
+    assert vp.VLAPruner(keep=0.25, preset="paper") == vp.VLAPruner(0.25, preset="paper")
     assert vp.KeepFixed((3, 1)) == vp.KeepFixed((1, 3))
     assert hash(vp.RandomKeep(0.5, seed=3)) == hash(vp.RandomKeep(0.5, 3))
     with pytest.raises(AttributeError):
-        vp.VLAPruner(keep=0.25).keep = 0.5  # type: ignore[misc]
+        vp.VLAPruner(keep=0.25, preset="paper").keep = 0.5  # type: ignore[misc]
 
 
 def test_memory_rows_can_be_taken_and_put_back():
@@ -285,31 +285,31 @@ def test_there_is_a_choice_among_numbers_that_are_none(metric):
 
 
 def test_a_layer_left_out_is_that_of_the_preset():
-    assert vp.VLAPruner().layer == vp.VLAPruner(preset="official").layer == 3
+    assert vp.VLAPruner(preset="paper").layer == vp.VLAPruner(preset="official").layer == 3
     assert vp.VLAPruner(preset="official-chunk").layer == 4
-    assert replace(vp.VLAPruner(), preset="official-chunk").layer == 4
-    assert replace(vp.VLAPruner(layer=2), preset="official-chunk").layer == 2
+    assert replace(vp.VLAPruner(preset="paper"), preset="official-chunk").layer == 4
+    assert replace(vp.VLAPruner(layer=2, preset="paper"), preset="official-chunk").layer == 2
     assert vp.VLAPruner(preset="official", keep=0.5).fitted(one_pass=True) == vp.VLAPruner(
         preset="official-chunk", keep=0.5, layer=4
     )
     assert vp.VLAPruner(preset="official", layer=2).fitted(one_pass=True).layer == 2
-    assert vp.VLAPruner().fitted(one_pass=True) == vp.VLAPruner()
+    assert vp.VLAPruner(preset="paper").fitted(one_pass=True) == vp.VLAPruner(preset="paper")
     assert vp.VLAPruner(preset="official").fitted(one_pass=False) == vp.VLAPruner(preset="official")
 
 
 def test_each_camera_on_its_own():
     names = ("image", "wrist_image")
-    assert vp.VLAPruner(keep=0.25).for_cameras(names) is None
-    apart = vp.VLAPruner(keep=0.25, per_camera=True)
+    assert vp.VLAPruner(keep=0.25, preset="paper").for_cameras(names) is None
+    apart = vp.VLAPruner(keep=0.25, per_camera=True, preset="paper")
     assert apart.for_cameras(names) == (apart, apart)
     assert vp.VLAPruner(keep=0.25, preset="official-chunk").for_cameras(names) is not None
-    given = vp.VLAPruner(keep={"image": 4, "wrist_image": 0.5}, per_camera=True).for_cameras(names)
+    given = vp.VLAPruner(keep={"image": 4, "wrist_image": 0.5}, per_camera=True, preset="paper").for_cameras(names)
     assert given is not None
     assert [method.keep for method in given] == [4, 0.5]
     with pytest.raises(vp.BudgetError, match="does not name its cameras"):
         apart.for_cameras(())
     with pytest.raises(vp.OptionError, match="per_camera=1"):
-        vp.VLAPruner(per_camera=1)  # type: ignore[arg-type]
+        vp.VLAPruner(per_camera=1, preset="paper")  # type: ignore[arg-type]
 
 
 def test_the_estimate_is_rounded_as_the_preset_says():

@@ -161,7 +161,7 @@ def test_the_process_ends_with_1_and_says_what_was_counted(folders, libero, tmp_
 
 
 def test_without_a_method_nothing_is_pruned(folders, libero, tmp_path, capsys):
-    path = script("oft", tmp_path / "run", TWO_LINES.replace("vla_pruner.VLAPruner(keep=0.25)", "None"))
+    path = script("oft", tmp_path / "run", TWO_LINES.replace("vla_pruner.VLAPruner(keep=0.25, preset='paper')", "None"))
     run(path, "--pretrained_checkpoint", str(folders["oft"]))
     assert evaluation().session is None
     assert evaluation().summary() == "1 episode, 5 control steps, unpruned"
@@ -169,7 +169,7 @@ def test_without_a_method_nothing_is_pruned(folders, libero, tmp_path, capsys):
 
 def test_a_loaded_policy_stands_for_the_checkpoint_and_is_left_as_it_was(libero, tmp_path):
     policy: Any = vp.random_policy("openvla-oft")
-    with official.install(vp.VLAPruner(keep=0.25), policy=policy) as installed:
+    with official.install(vp.VLAPruner(keep=0.25, preset="paper"), policy=policy) as installed:
         utils = importlib.import_module(ROBOT_UTILS)
         heads = importlib.import_module(OPENVLA_UTILS)
         cfg = SimpleNamespace(num_images_in_input=2, center_crop=True, unnorm_key="random")

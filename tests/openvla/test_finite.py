@@ -144,7 +144,7 @@ def test_a_pruned_policy_goes_on_after_a_wrong_image(policy):
     found = []
     for wrong in (True, False):
         torch.manual_seed(0)
-        with vp.VLAPruner(keep=0.5, window=1).attach(policy) as session:
+        with vp.VLAPruner(keep=0.5, window=1, preset="paper").attach(policy) as session:
             policy.predict_action(**inputs)
             if wrong:
                 with pytest.raises(ObservationError, match="pixel_values holds"):

@@ -139,7 +139,7 @@ def test_published_folders(golden, name):
     kind = {"openvla_tiny": "OpenVLAForActionPrediction", "openvla_oft_tiny": "OpenVLAOFT"}.get(name, "TransformersPI0")
     assert type(policy).__name__ == kind
     assert isinstance(policy, Policy)
-    with vp.VLAPruner(keep=0.5).attach(policy):
+    with vp.VLAPruner(keep=0.5, preset="paper").attach(policy):
         pass
 
 

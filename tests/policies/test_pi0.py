@@ -218,7 +218,7 @@ def test_refusals(folder):
 
 
 @pytest.mark.parametrize("present", [("one", "three"), ("two",)])
-@pytest.mark.parametrize("method", [None, vp.Unpruned(), vp.VLAPruner(keep=1.0)])
+@pytest.mark.parametrize("method", [None, vp.Unpruned(), vp.VLAPruner(keep=1.0, preset="paper")])
 def test_an_absent_camera_is_one_that_the_model_has_not(present, method):
     """An absent camera's tokens are padding that nothing attends to: the actions are those of the present cameras."""
     random = np.random.default_rng(0)
@@ -238,7 +238,7 @@ def test_an_absent_camera_takes_no_budget():
     made: Any = vp.random_policy("pi0")
     policy = TransformersPI0(made.module, ("one", "two", "three"), made.tokenizer)
     image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
-    with vp.VLAPruner(keep=0.25).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, preset="paper").attach(policy) as session:
         for _ in range(4):
             policy.act({"one": image, "three": image}, "lift", np.zeros(8))
         each = session.step.layout.cameras[0]
@@ -267,7 +267,7 @@ def test_keep_per_camera_and_reset():
     images = {
         name: np.random.default_rng(i).integers(0, 256, (40, 60, 3), np.uint8) for i, name in enumerate(policy.cameras)
     }
-    with vp.VLAPruner(keep={"base": 10, "wrist": 0.5}, warmup="semantic").attach(policy) as session:
+    with vp.VLAPruner(keep={"base": 10, "wrist": 0.5}, warmup="semantic", preset="paper").attach(policy) as session:
         policy.act(images, "lift", np.zeros(8))
         assert session.kept is not None
         assert (session.kept < 64).sum() == 10

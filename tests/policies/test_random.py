@@ -39,7 +39,7 @@ def test_actions_follow_images_and_seeds(name):
 def test_attention_is_peaked(name):
     """Some tokens receive several times what others do, or a choice among them would be noise."""
     policy = vp.random_policy(name)
-    with vp.VLAPruner(keep=0.25).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, preset="paper").attach(policy) as session:
         act(policy, 0)
         action = session.scores["action"][0].sort().values
     count = len(action) // 10

@@ -30,7 +30,7 @@ def serve(policy: Any) -> Iterator[Callable[..., PolicyServer]]:
     running: list[PolicyServer] = []
     gates: list[Gated] = []
 
-    method = vp.VLAPruner(keep=0.25)
+    method = vp.VLAPruner(keep=0.25, preset="paper")
 
     def start(policy: Any = policy, pruner: Any = method, **settings: Any) -> PolicyServer:
         server = PolicyServer(policy, pruner, ServerSettings(port=0, **settings))

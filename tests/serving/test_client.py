@@ -347,7 +347,7 @@ def test_a_connection_that_is_given_up_leaves_no_threads(policy: Any, serve: Ser
 
 def test_it_waits_for_a_server_that_comes_back(policy: Any) -> None:
     """The server stops and another comes to its port while a robot asks."""
-    first = PolicyServer(policy, vp.VLAPruner(keep=0.25), ServerSettings(port=0))
+    first = PolicyServer(policy, vp.VLAPruner(keep=0.25, preset="paper"), ServerSettings(port=0))
     first.start()
     client = PolicyClient(first.url, patience=WAIT)
     counts = [client.infer(observation(policy, 0, step))["policy_timing"]["kept_tokens"] for step in range(4)]
@@ -357,7 +357,7 @@ def test_it_waits_for_a_server_that_comes_back(policy: Any) -> None:
     found: list[Any] = []
     robot = threading.Thread(target=lambda: found.append(client.infer(observation(policy, 0, 4))))
     robot.start()
-    second = PolicyServer(policy, vp.VLAPruner(keep=0.25), ServerSettings(port=port))
+    second = PolicyServer(policy, vp.VLAPruner(keep=0.25, preset="paper"), ServerSettings(port=port))
     second.start()
     robot.join(WAIT)
     assert found[0]["policy_timing"]["kept_tokens"] == 64  # the new server has none of the old one's state
@@ -372,7 +372,7 @@ torch.set_num_threads(1)
 import vla_pruner as vp
 from vla_pruner.serving import PolicyServer, ServerSettings
 policy = vp.random_policy("reference", "tiny")
-server = PolicyServer(policy, vp.VLAPruner(keep=0.25), ServerSettings(port=int(sys.argv[1])))
+server = PolicyServer(policy, vp.VLAPruner(keep=0.25, preset="paper"), ServerSettings(port=int(sys.argv[1])))
 server.start()
 print(server.port, flush=True)
 sys.stdin.read()

@@ -195,7 +195,7 @@ def test_weights_that_are_no_numbers_are_not_served(policy: Any, serve: Serve) -
 
 
 def test_a_timer_that_fails_leaves_no_session_behind(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = engine.Engine(policy, vp.VLAPruner(keep=0.25), reader_of(policy), ServerSettings())
+    opened = engine.Engine(policy, vp.VLAPruner(keep=0.25, preset="paper"), reader_of(policy), ServerSettings())
     opened.open()
 
     def fail(*_: Any) -> None:

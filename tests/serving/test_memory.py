@@ -20,7 +20,7 @@ from vla_pruner.serving.observations import reader_of
 from vla_pruner.serving.settings import ServerSettings
 
 Serve = Callable[..., PolicyServer]
-METHOD = vp.VLAPruner(keep=0.25)
+METHOD = vp.VLAPruner(keep=0.25, preset="paper")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from vla_pruner.serving.engine import Answer, Engine, Job, Robot
 from vla_pruner.serving.observations import reader_of
 from vla_pruner.serving.settings import ServerSettings
 
-METHOD = vp.VLAPruner(keep=0.25, window=1)
+METHOD = vp.VLAPruner(keep=0.25, window=1, preset="paper")
 
 
 @pytest.mark.parametrize("pruned_ms", [2.0, 3.0])

@@ -20,7 +20,7 @@ from vla_pruner.simulators.metaworld import EVALUATION_SEED, TASKS
 ROOT = Path(__file__).parents[2]
 THREE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PYTHON = Path(os.environ.get("OPENPI_PYTHON", ROOT / ".venv-openpi" / "bin" / "python"))
-METHOD = vp.VLAPruner(keep=0.25)
+METHOD = vp.VLAPruner(keep=0.25, preset="paper")
 
 without_openpi = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}; make test-openpi makes it")
 

@@ -381,7 +381,7 @@ def test_nobody_can_connect_while_the_policy_warms_up(policy: Any) -> None:
         port = free.getsockname()[1]
     gated = Gated(policy)
     gated.begin()
-    server = PolicyServer(gated, vp.VLAPruner(keep=0.25), ServerSettings(port=port))
+    server = PolicyServer(gated, vp.VLAPruner(keep=0.25, preset="paper"), ServerSettings(port=port))
     starting = threading.Thread(target=server.start)
     starting.start()
     try:

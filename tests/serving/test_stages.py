@@ -20,7 +20,7 @@ def test_a_compiled_step_is_timed_from_outside_of_its_graphs(policy: Any) -> Non
     """This holds even if its graphs are made while the timer is open, as in a server."""
     given = seen(policy)
     before = whole_state(policy)
-    with vp.VLAPruner(keep=0.25, layer=1, window=1).attach(policy) as session:
+    with vp.VLAPruner(keep=0.25, layer=1, window=1, preset="paper").attach(policy) as session:
         session.compile("eager")
         with StepTimer(policy, family_of(policy)) as timer:
             session.clock = timer.stage

@@ -16,7 +16,7 @@ from vla_pruner.serving.engine import Engine, Job, Robot
 from vla_pruner.serving.observations import reader_of
 from vla_pruner.serving.settings import ServerSettings
 
-METHOD = vp.VLAPruner(keep=0.25, layer=2, pruned="freeze")
+METHOD = vp.VLAPruner(keep=0.25, layer=2, pruned="freeze", preset="paper")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +240,13 @@ def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
             f"{folder} has the arm {arm['title']!r} of a method that is named by its module, which is not imported "
             "because a file names it; name the arms to calibrate with --method, --keep, --layer and --pruned."
         )
+    own = options.own
+    of_paper = options.method == "vla-pruner" and "preset='paper'" in field_of(arm, "method", str)
+    if of_paper and not any(word.startswith("preset=") for word in own):
+        own = ("preset=paper", *own)  # recorded when "paper" was the default, which titles did not tell
     try:
         (made,) = method_arms(
-            [":".join([options.method, *options.own])],
+            [":".join([options.method, *own])],
             [options.keep],
             [options.layer],
             [options.pruned],
@@ -251,6 +255,8 @@ def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
         )
     except (ValueError, TypeError, OptionError, EvaluationError, PluginError) as error:
         raise _unknown(arm["title"], folder) from error
+    if own != options.own:
+        made = replace(made, key=made.key.replace("-presetpaper", ""), title=options.title, options=options)
     if made.key != arm["key"]:
         raise _unknown(arm["title"], folder)
     return made

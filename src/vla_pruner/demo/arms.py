@@ -12,12 +12,12 @@ from vla_pruner.methods import Method, RandomKeep, VLAPruner
 
 BASELINE, RECOMMENDED_ARM = "unpruned", "recommended"
 
-RECOMMENDED: Any = VLAPruner(keep=0.25, layer=2, pruned="freeze", semantic_queries="last")
+RECOMMENDED: Any = VLAPruner(keep=0.25, layer=2)
 """The setting that the documents recommend. The prompt's last row costs less to read than all of them, and the mean of
 all ranks by place rather than by content: with causal attention more rows see an early patch (docs/methods.md).
 """
 
-PAPER = VLAPruner(keep=0.25, layer=2, pruned="drop")
+PAPER = VLAPruner(keep=0.25, layer=2, preset="paper")
 """VLA-Pruner as published, at the layer of `RECOMMENDED`."""
 
 

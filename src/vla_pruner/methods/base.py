@@ -124,6 +124,11 @@ class Method:
         return WITHIN_A_STEP
 
     @property
+    def told(self) -> tuple[str, ...]:
+        """Options that titles tell although nobody wrote them, each as "name=value"."""
+        return ()
+
+    @property
     def fate(self) -> Fate:
         """The fate of the visual tokens that are not kept: `pruned` as an object with properties.
 

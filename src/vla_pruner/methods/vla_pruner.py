@@ -11,7 +11,7 @@ from torch import Tensor
 from vla_pruner.checks import check_choice, is_count
 from vla_pruner.errors import BudgetError, OptionError
 from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
-from vla_pruner.methods.presets import PAPER, PRESETS, Published, Rules
+from vla_pruner.methods.presets import PRESETS, RECOMMENDED, Published, PublishedWord, Rules
 from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.scores import temporal_estimate
 from vla_pruner.methods.selection import distances, max_min_order, top_mask
@@ -24,19 +24,22 @@ class VLAPruner(Method):
     Paper: "Bridging the Semantic-Action Gap in Visual Token Pruning for Efficient VLA Inference" (v5, May 2026; first
     "VLA-Pruner: Temporal-Aware Dual-Level Visual Token Pruning for Efficient Vision-Language-Action Inference"), arXiv
     2511.16449, section 3. Reference numbers (OpenVLA on LIBERO, success relative to unpruned): 102.45 % at keep .5,
-    98.48 % at .25, 88.90 % at .125; docs/methods.md has the measurements of others. Deviations: none with the defaults
-    ("freeze" and the options below are additions).
+    98.48 % at .25, 88.90 % at .125; docs/methods.md has the measurements of others. Deviations: none with
+    `preset="paper"`. The default, `preset="recommended"`, freezes the tokens that are not kept, where the paper drops
+    them, and reads by the last prompt row: docs/study.md has the evidence.
 
     Attributes:
         keep: visual tokens kept, as a fraction in (0, 1] (float) or a number of tokens (int): one budget for all
             cameras, or per camera, `{"image": 64, "wrist_image": 0.5}`: then each camera's tokens compete among
             themselves.
-        layer, pruned: see `Method` (paper: drop at layer 3; a layer that is left out is the preset's). `layer=0` prunes
-            before the decoder, by both scores of the memory: every layer is short, and nothing of the present image has
-            a say. Needs `refresh_every`.
+        layer, pruned: see `Method`; what is left out is the preset's (recommended: freeze at layer 3; paper: drop at
+            layer 3). `layer=0` prunes before the decoder, by both scores of the memory: every layer is short, and
+            nothing of the present image has a say. Needs `refresh_every`.
         window: control steps of action attention that are smoothed (paper: 3).
         decay: weight of a step against the next newer one, in (0, 1] (paper: 0.8).
-        preset: "paper", or the rules of the authors' code (docs/methods.md has the commits). "official" is the code of
+        preset: "recommended", "paper", or the rules of the authors' code (docs/methods.md has the commits); it decides
+            what is left out of `layer`, `pruned` and `semantic_queries`, and rules that are no options. "recommended"
+            is "paper" but for `pruned="freeze"` and `semantic_queries="last"`. "official" is the code of
             May 2026: action attention is read at layer index 15 alone, the estimate is made shares and rounded to
             bfloat16, and diversity is measured on the decoder's input embeddings instead of the hidden states entering
             `layer`. On a policy that acts in the rows of its prompt's pass, "official" becomes "official-chunk", their
@@ -48,8 +51,9 @@ class VLAPruner(Method):
         warmup: "full" prunes nothing in the first `window` steps of an episode: exact, but short episodes gain less.
             "semantic" prunes them by prefill attention alone (v5 of the paper). In a batch "full" waits until no row is
             in its warm-up, since all rows share one shape: if robots reset at different times, choose "semantic".
-        semantic_queries: rows that the semantic score averages over: "all" prompt tokens (paper; with causal attention
-            it favours early patches), the "text" after the image, or the "last" prompt token (as FastV does).
+        semantic_queries: rows that the semantic score averages over: the "last" prompt token (recommended; as FastV
+            does), the "text" after the image, or "all" prompt tokens (paper and authors' code; with causal attention it
+            favours early patches).
         unseen: the score in the history of a token that was pruned away: "zero" (as published: a kept set tends to
             stay), or "carry": the score at which it was last seen, times `decay` for each step since.
         refresh_every: run the first step of an episode and every n-th after it unpruned, so that every token is seen
@@ -62,19 +66,27 @@ class VLAPruner(Method):
     keep: Keep = 0.25
     window: int = 3
     decay: float = 0.8
-    preset: str = "paper"
+    preset: str = "recommended"
     warmup: str = "full"
-    semantic_queries: str = "all"
+    semantic_queries: str = PublishedWord(RECOMMENDED.queries)
     unseen: str = "zero"
     refresh_every: int | None = None
     per_camera: bool = False
-    layer: int = field(default=Published(PAPER.layer), kw_only=True)
+    layer: int = field(default=Published(RECOMMENDED.layer), kw_only=True)
+    pruned: str = field(default=PublishedWord(RECOMMENDED.pruned), kw_only=True)
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, tuple(PRESETS))
         if isinstance(self.layer, Published):
             object.__setattr__(self, "layer", Published(self.rules.layer))
+        of_preset = {"pruned": self.rules.pruned, "semantic_queries": self.rules.queries}
+        of_preset = {name: word for name, word in of_preset.items() if isinstance(getattr(self, name), PublishedWord)}
+        for name, word in of_preset.items():
+            object.__setattr__(self, name, word)
         super().__post_init__()
+        for name, word in of_preset.items():
+            # Marked again, so that another preset, by dataclasses.replace, brings its own.
+            object.__setattr__(self, name, PublishedWord(word))
         check_keep(self.keep)
         if not is_count(self.window, 1):
             raise OptionError(
@@ -95,15 +107,22 @@ class VLAPruner(Method):
             raise OptionError(f"per_camera={self.per_camera!r} was given; it is True or False.")
 
     @property
+    def told(self) -> tuple[str, ...]:
+        # Records from before there was "recommended" tell neither, and their rows are the paper's.
+        unwritten = isinstance(self.semantic_queries, PublishedWord) and self.rules is RECOMMENDED
+        return (f"semantic_queries={self.semantic_queries}",) if unwritten else ()
+
+    @property
     def rules(self) -> Rules:
         """The rules of the preset."""
         return PRESETS[self.preset]
 
     def fitted(self, one_pass: bool) -> Method:
         found = replace(self, preset="official-chunk") if one_pass and self.preset == "official" else self
-        # A plain int: layers are compared in compiled code, and a compiler takes a number of another type for another
+        # Plain values: they are compared in compiled code, and a compiler takes a number of another type for another
         # number.
-        return replace(found, layer=int(found.layer))
+        words = {"pruned": str(found.pruned), "semantic_queries": str(found.semantic_queries)}
+        return replace(found, layer=int(found.layer), **words)
 
     def for_cameras(self, names: tuple[str, ...]) -> tuple[VLAPruner, ...] | None:
         if isinstance(self.keep, Mapping) or not (self.per_camera or self.rules.per_camera):
