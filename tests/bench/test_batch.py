@@ -20,7 +20,7 @@ def test_a_row_for_each_batch_and_arm(tmp_path: Path, capsys: pytest.CaptureFixt
     text = (tmp_path / "b" / "batch.md").read_text()
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
     assert {len(row) for row in cells} == {len(cells[0])}
-    names = ["unpruned", "vla-pruner 0.25 drop K=1"]
+    names = ["unpruned", "vla-pruner 0.25 freeze K=1 semantic_queries=last"]
     assert [(row[1], row[2]) for row in cells[2:]] == [(name, size) for name in names for size in ("1", "3")]
     for report, row in zip(reports, cells[2:4], strict=True):
         arm = report["arms"][0]

@@ -23,7 +23,11 @@ def test_the_report_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[st
     report = json.loads(printed.out)
     assert report == json.loads((tmp_path / "bench.json").read_text())
 
-    names = ["unpruned", "vla-pruner 0.25 freeze K=3", "vla-pruner 32 freeze K=3"]
+    names = [
+        "unpruned",
+        "vla-pruner 0.25 freeze K=3 semantic_queries=last",
+        "vla-pruner 32 freeze K=3 semantic_queries=last",
+    ]
     assert [arm["name"] for arm in report["arms"]] == names
     assert [arm["kept"] for arm in report["arms"]] == [192, 48, 32]
     assert len(report["order"]) == 2  # three steps of each arm, two in each turn

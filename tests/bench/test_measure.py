@@ -86,7 +86,7 @@ def test_a_report_of_an_encoder_that_reuses_patches(quick: None) -> None:
     report = run.bench("reference-chunk", size="tiny", keep=1.0, encoder_keep=(0.25,), iters=2)
     base, arm = report.arms
     assert (base.encoder, arm.encoder) == (None, "EncoderReuse(keep=0.25, refresh_every=None, attended=0.5)")
-    assert arm.name == "vla-pruner 1.0 drop K=3 encoder=0.25"
+    assert arm.name == "vla-pruner 1.0 freeze K=3 semantic_queries=last encoder=0.25"
     assert arm.flops.counted["vision"] < base.flops.counted["vision"]
     assert arm.ceiling is not None
     assert arm.ceiling > 1
@@ -132,8 +132,8 @@ def test_a_turn_begins_with_another_arm_each_round() -> None:
     arms = arms_of(BenchSettings(LLAMA, keep=(0.5, 0.25)))
     assert [turn(arms, number)[0].name for number in range(4)] == [
         BASELINE,
-        "vla-pruner 0.5 drop K=3",
-        "vla-pruner 0.25 drop K=3",
+        "vla-pruner 0.5 freeze K=3 semantic_queries=last",
+        "vla-pruner 0.25 freeze K=3 semantic_queries=last",
         BASELINE,
     ]
 

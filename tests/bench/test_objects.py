@@ -42,7 +42,7 @@ def test_a_policy_and_methods_that_are_there_already() -> None:
         "fastv 0.5 drop K=2",
         "EveryOther drop K=3",
         "EveryOther drop K=3 offset=1",
-        "vla-pruner 0.25 drop K=3",
+        "vla-pruner 0.25 freeze K=3 semantic_queries=last",
     ]
     assert [arm.kept for arm in report.arms] == [64, 32, 32, 32, 16]
     assert report.settings["model"] == "ReferencePolicy"

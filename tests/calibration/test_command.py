@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from tests.evaluation.fakes import FakeSource, settings
 from tests.evaluation.test_run import run
 from vla_pruner import cli
 from vla_pruner.calibration import CalibrateSettings, Calibration, CalibrationError
+from vla_pruner.calibration.agreement import arms_of, read_eval_info
 from vla_pruner.calibration.command import run_calibrate
 from vla_pruner.calibration.replay import replay
 from vla_pruner.evaluation import PolicySource
 from vla_pruner.evaluation.policies import fingerprint
 from vla_pruner.methods import VLACache
 from vla_pruner.models.reference import load_autoregressive_policy
+
+OPTION = re.compile(r"\w+=[^,()]+")
 
 
 def calibrated(**asked: Any) -> str:
@@ -37,7 +41,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = settings(
         folder,
         "tiny",
-        methods=("vla-pruner:window=1", "fastv"),
+        methods=("vla-pruner:window=1:preset=paper", "fastv"),
         keep=(0.5, 0.125),
         layer=(1,),
         controls=("random",),
@@ -62,7 +66,11 @@ def test_an_evaluations_own_arms_are_calibrated_and_compared(evaluated: Path, tm
     said = calibrated(policy=FakeSource("tiny"), source=evaluated, against=against, tolerance=9.0, json=str(file))
     content = json.loads(file.read_text())
     arms = [arm["key"] for arm in content["arms"]]
-    assert arms[:3] == ["unpruned", "vla-pruner-0.5-drop-K1-window1", "vla-pruner-0.125-drop-K1-window1"]
+    assert arms[:3] == [
+        "unpruned",
+        "vla-pruner-0.5-drop-K1-window1-presetpaper",
+        "vla-pruner-0.125-drop-K1-window1-presetpaper",
+    ]
     assert len(arms) == 1 + 4 + 4
     assert len(content["episodes"]) == 4
     assert content["against_recorded"] == pytest.approx(0.0, abs=1e-6)
@@ -205,3 +213,16 @@ def test_the_reference_policy(
     assert 0.0 < moved["fastv-0.5-drop-K3"] < moved["fastv-0.05-drop-K3"]
     assert content["weights"] == fingerprint(load_autoregressive_policy())
     assert np.isfinite(content["scale"]).all()
+
+
+@pytest.mark.parametrize("name", ["study/options", "study/confirm", "study/chunk-vendors"])
+def test_arms_from_before_there_was_another_default_are_made_anew_as_they_were(name: str) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / name
+    if not folder.is_dir():
+        pytest.skip("the committed results are not in this tree")
+    recorded = [arm for arm in read_eval_info(folder)["run"]["identity"]["arms"] if arm["kind"] == "method"]
+    made = {arm.key: arm for arm in arms_of([folder]) if arm.kind == "method"}
+    assert list(made) == [arm["key"] for arm in recorded]
+    for arm in recorded:
+        assert set(OPTION.findall(arm["method"])) <= set(OPTION.findall(repr(made[arm["key"]].method)))
+        assert made[arm["key"]].title == arm["title"]

@@ -23,7 +23,7 @@ from vla_pruner.evaluation.manifest import Manifest, Plan, identity
 from vla_pruner.evaluation.options import PRUNING, ArmOptions
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.method_names import was_pruned
-from vla_pruner.methods import EncoderReuse, FastV, Memory, Method, RandomKeep
+from vla_pruner.methods import EncoderReuse, FastV, Memory, Method, RandomKeep, VLAPruner
 
 
 def test_arms_are_every_combination_once() -> None:
@@ -33,11 +33,14 @@ def test_arms_are_every_combination_once() -> None:
     )
     keys = [arm.key for arm in arms]
     assert len(set(keys)) == len(keys) == 1 + 12 + 8
-    carried: Any = next(arm.method for arm in arms if arm.key == "vla-pruner-0.5-drop-K0-unseencarry-window5")
+    carried: Any = next(
+        arm.method for arm in arms if arm.key == "vla-pruner-0.5-drop-K0-unseencarry-window5-semantic_querieslast"
+    )
     assert (carried.unseen, carried.window, carried.refresh_every) == ("carry", 5, 8)
     control: Any = next(arm for arm in arms if arm.key == "random-64-drop-K2-after-5")
     assert control.method.warmup_steps == 5
-    assert next(arm for arm in arms if arm.key == "vla-pruner-64-drop-K2-unseencarry-window5").random == control.key
+    paired = next(arm for arm in arms if arm.key == "vla-pruner-64-drop-K2-unseencarry-window5-semantic_querieslast")
+    assert paired.random == control.key
 
 
 def test_a_method_may_say_its_own_keep_layer_and_fate() -> None:
@@ -45,14 +48,26 @@ def test_a_method_may_say_its_own_keep_layer_and_fate() -> None:
     arms = method_arms(names, (0.5, 0.25), (3,), ("drop",))
     assert [arm.title for arm in arms] == [
         "fastv 64 freeze K=2",
-        "vla-pruner 0.5 drop K=1 window=2",
-        "vla-pruner 0.25 drop K=1 window=2",
+        "vla-pruner 0.5 drop K=1 window=2 semantic_queries=last",
+        "vla-pruner 0.25 drop K=1 window=2 semantic_queries=last",
         "fastv 0.5 drop K=3",
         "fastv 0.25 drop K=3",
     ]
     assert arms[0].method == FastV(keep=64, layer=2, pruned="freeze")
     with pytest.raises(OptionError, match="fastv can only drop or freeze"):
         method_arms(("fastv:pruned=burn",), (0.5,), (3,), ("drop",))
+
+
+def test_the_preset_decides_what_is_left_out() -> None:
+    names = ("vla-pruner", "vla-pruner:preset=paper", "vla-pruner:semantic_queries=text", "fastv")
+    arms = method_arms(names, (0.25,), (3,), None)
+    assert [arm.title for arm in arms] == [
+        "vla-pruner 0.25 freeze K=3 semantic_queries=last",
+        "vla-pruner 0.25 drop K=3 preset=paper",
+        "vla-pruner 0.25 freeze K=3 semantic_queries=text",
+        "fastv 0.25 drop K=3",
+    ]
+    assert [arm.method for arm in arms[:2]] == [VLAPruner(), VLAPruner(preset="paper")]
 
 
 def test_the_random_control_waits_as_long_as_the_method() -> None:
@@ -121,7 +136,8 @@ def test_the_vision_encoder_makes_arms_of_its_own() -> None:
 def test_arms_carry_their_options() -> None:
     methods = method_arms(("vla-pruner:refresh_every=4:window=2",), (0.5, 64), (1,), ("freeze",), (1.0, 0.5), 3)
     arms = all_arms(methods, ("again", "random", "blank"))
-    given = {"method": "vla-pruner", "pruned": "freeze", "layer": 1, "own": ["refresh_every=4", "window=2"]}
+    own = ["refresh_every=4", "window=2", "semantic_queries=last"]
+    given = {"method": "vla-pruner", "pruned": "freeze", "layer": 1, "own": own}
     no_encoder = {"encoder_keep": None, "encoder_refresh": None}
     record = json.loads(json.dumps([arm.to_json() for arm in arms]))
     assert record[1]["options"] == {**given, "keep": 0.5, **no_encoder}

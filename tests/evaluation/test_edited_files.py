@@ -85,7 +85,7 @@ def plan(**changes: Any) -> Callable[[Json], Any]:
         (options(keep="0.25"), "keep is '0.25', not a finite number"),
         (options(own=[5]), r"own\[0\] is 5, not text"),
         (options(encoder_keep=0), "encoder_keep or encoder_refresh is out of its range: keep=0 was given"),
-        (options(layer=2), "the arm 'vla-pruner 0.25 drop K=3' has the options of 'vla-pruner 0.25 drop K=2'"),
+        (options(layer=2), "the arm 'vla-pruner 0.25 drop K=3.*' has the options of 'vla-pruner 0.25 drop K=2.*'"),
         (arm(title="vla-pruner", options=None), "the arm 'vla-pruner' has no options, and its title does not tell"),
         (identity(margin=-0.02), "margin is -0.02, not a fraction between 0 and 1"),
         (identity(margin="2"), "margin is '2', not a finite number"),
@@ -151,7 +151,7 @@ def test_text_of_strangers_is_shown_as_it_is(folder: Path) -> None:
     hostile = "[/x] [bold]<script>alert(7)</script>\x1b[2J"
     edit(folder, lambda content: content["conditions"][0].update(policy=hostile))
     edit(folder, arm(title=f"{hostile} 0.25 drop K=3"))
-    edit(folder, options(method=hostile))
+    edit(folder, options(method=hostile, own=[]))
     page, printed = report(folder)
     assert "<script>alert(7)" not in page
     assert r"[/x] [bold]<script>alert(7)</script>\x1b[2J" in printed

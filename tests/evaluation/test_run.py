@@ -319,12 +319,15 @@ def test_tiny_policy_is_pruned_and_its_tokens_are_counted(tmp_path: Path) -> Non
         "blank-image",
         "fastv-0.25-drop-K1",
         "random-0.25-drop-K1",
-        "random-0.25-drop-K1-after-1",
+        "random-0.25-freeze-K1-after-1",
         "unpruned",
         "unpruned-again",
-        "vla-pruner-0.25-drop-K1-window1",
+        "vla-pruner-0.25-freeze-K1-window1-semantic_querieslast",
     ]
-    pruned, drawn = by_arm["vla-pruner-0.25-drop-K1-window1"], by_arm["random-0.25-drop-K1-after-1"]
+    pruned, drawn = (
+        by_arm["vla-pruner-0.25-freeze-K1-window1-semantic_querieslast"],
+        by_arm["random-0.25-freeze-K1-after-1"],
+    )
     for record in (pruned, drawn):
         assert (record.visual_tokens, record.kept_tokens) == (16, [4, 4])
         assert record.pruned_steps == record.control_steps - 1
@@ -368,7 +371,7 @@ def test_scripted_policies_go_through_the_same_path(tmp_path: Path) -> None:
 
 
 def test_a_method_that_does_not_fit_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"'vla-pruner 0\.25 drop K=3' does not fit this policy: layer=3"):
+    with pytest.raises(EvaluationError, match=r"'vla-pruner 0\.25 freeze K=3 .*' does not fit this policy: layer=3"):
         run(settings(tmp_path, "tiny", methods=("vla-pruner",)))
     assert read_records(tmp_path / EPISODES) == []
 

@@ -32,7 +32,7 @@ def test_the_reference_policy_runs_a_smoke_test(tmp_path: Path, capsys: pytest.C
     assert cli.main([*flags.split(), str(tmp_path)]) == 0
     records = {record.arm: record for record in read_records(tmp_path / EPISODES)}
     assert len(records) == 5
-    pruned = records["vla-pruner-0.25-drop-K3"]
+    pruned = records["vla-pruner-0.25-freeze-K3-semantic_querieslast"]
     assert (pruned.visual_tokens, pruned.kept_tokens, pruned.pruned_steps, pruned.steps) == (196, [49, 49], 2, 20)
     assert pruned.control_steps == 5
     assert set(pruned.versions) >= {"torch", "transformers", "metaworld", "mujoco", "renderer"}
@@ -53,7 +53,7 @@ def test_the_two_camera_policy_is_evaluated_and_calibrated(tmp_path: Path, capsy
     flags = "--suite metaworld:mt4 --preset smoke --max-steps 24 --layer 2 --pruned freeze --trace 1 --out"
     assert cli.main(["eval", "--policy", str(tmp_path / "weights"), *flags.split(), str(out)]) == 0
     records = {record.arm: record for record in read_records(out / EPISODES)}
-    pruned = records["vla-pruner-0.25-freeze-K2"]
+    pruned = records["vla-pruner-0.25-freeze-K2-semantic_querieslast"]
     assert (pruned.visual_tokens, pruned.kept_tokens) == (512, [128, 128])
     assert (pruned.steps, pruned.control_steps, pruned.pruned_steps) == (24, 6, 3)
     first, again = records["unpruned"], records["unpruned-again"]

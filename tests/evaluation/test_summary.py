@@ -27,12 +27,12 @@ from vla_pruner.statistics import NEWCOMBE, TANGO, Pairs, holm, paired_differenc
 Outcome = Callable[[str, Unit], bool | None]
 EPISODES = 60
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results"
-PRUNED, RANDOM = "vla-pruner-0.25-drop-K3", "random-0.25-drop-K3-after-3"
+PRUNED, RANDOM = "vla-pruner-0.25-drop-K3-presetpaper", "random-0.25-drop-K3-after-3"
 
 
 def made(tmp_path: Path, outcome: Outcome, episodes: int = EPISODES, **changes: Any) -> Run:
     """Make a run whose episodes end as `outcome` says; None crashes."""
-    asked = settings(tmp_path, methods=("vla-pruner",), controls=("again", "random", "blank"), **changes)
+    asked = settings(tmp_path, methods=("vla-pruner:preset=paper",), controls=("again", "random", "blank"), **changes)
     plan = Plan(FakeSuite().tasks, 0, episodes, 0)
     manifest = Manifest(identity(asked, {"weights": "w"}), plan, for_claims=episodes >= 50)
     records = {}
@@ -120,7 +120,7 @@ def test_verdicts(tmp_path: Path, lost: int, margin: float, word: str) -> None:
     assert verdict.word == word
     assert (verdict.more is None) == (word != "inconclusive")
     said = sentences(summary)[0]
-    assert said.startswith(f"vla-pruner 0.25 drop K=3: {word}, ")
+    assert said.startswith(f"vla-pruner 0.25 drop K=3 preset=paper: {word}, ")
     assert ("is ruled out" in said) == (word == "not worse")
     assert ("a loss of more than 2 points is shown" in said) == (word == "worse")
     assert ("neither a loss of 0.1 points nor its absence" in said) == (word == "inconclusive")
@@ -128,7 +128,7 @@ def test_verdicts(tmp_path: Path, lost: int, margin: float, word: str) -> None:
 
 def test_holm_is_over_the_methods_and_no_controls(tmp_path: Path) -> None:
     def outcome(arm: str, unit: Unit) -> bool:
-        lost = {PRUNED: 6, "vla-pruner-0.5-drop-K3": 7}.get(arm, 0)
+        lost = {PRUNED: 6, "vla-pruner-0.5-drop-K3-presetpaper": 7}.get(arm, 0)
         return not unit.initial_state < lost or unit.task_id == 0
 
     summary = summarize(made(tmp_path, outcome, keep=(0.25, 0.5)))
@@ -301,7 +301,7 @@ def test_the_tables_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture
     for cell in (*outcome_rows(summary)[1][1:], *cost_rows(summary)[1][1:]):
         assert all(line in text for line in cell.split("\n")), cell
     assert outcome_rows(summary)[1] == (
-        "vla-pruner 0.25 drop K=3",
+        "vla-pruner 0.25 drop K=3 preset=paper",
         "104/120",
         "86.7\n79.4 to 91.6",
         "-3.3\n-7.9 to +0.6",
@@ -310,7 +310,7 @@ def test_the_tables_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture
         "inconclusive",
     )
     markdown = to_markdown(summary, sentences(summary))
-    assert "| vla-pruner 0.25 drop K=3 | 104/120 |" in markdown
+    assert "| vla-pruner 0.25 drop K=3 preset=paper | 104/120 |" in markdown
 
 
 def test_suites_have_a_table_of_their_own(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_suites_have_a_table_of_their_own(tmp_path: Path) -> None:
         arm.by_task["other/fly"] = (1, 4)
     heads, rows = suite_table(summary)
     assert heads == ("arm", "fake", "other")
-    assert rows[1] == ("vla-pruner 0.25 drop K=3", "104/120, 86.7 %", "1/4, 25 %")
+    assert rows[1] == ("vla-pruner 0.25 drop K=3 preset=paper", "104/120, 86.7 %", "1/4, 25 %")
     assert "| arm | fake | other |" in to_markdown(summary, [])
 
 
@@ -378,16 +378,16 @@ def test_freezing_is_compared_with_the_same_dropped(tmp_path: Path) -> None:
     run = made(tmp_path, frozen_saves, pruned=("drop", "freeze"), keep=(0.25, 0.5))
     summary = summarize(run)
     rows = {arm.title: arm.against_drop for arm in summary.arms}
-    assert rows["vla-pruner 0.25 drop K=3"] is None
+    assert rows["vla-pruner 0.25 drop K=3 preset=paper"] is None
     assert rows["unpruned"] is None
     for keep in ("0.25", "0.5"):
-        found = rows[f"vla-pruner {keep} freeze K=3"]
+        found = rows[f"vla-pruner {keep} freeze K=3 preset=paper"]
         assert found is not None
         assert (found.gained, found.lost) == (2 * EPISODES * 4 // 10, 0)
     said = [sentence for sentence in sentences(summary) if "the same dropped" in sentence]
     assert len(said) == 2
     assert all(sentence.endswith("freezing solves more.") for sentence in said)
-    assert said[0].startswith("vla-pruner 0.25 freeze K=3 against the same dropped: +40 points")
+    assert said[0].startswith("vla-pruner 0.25 freeze K=3 preset=paper against the same dropped: +40 points")
     overall = "in 2 settings: freezing solves more in {}, dropping in {}, and no difference is shown in {}."
     assert overall.format(2, 0, 0) in " ".join(sentences(summary))
 
@@ -410,7 +410,10 @@ def test_freezing_is_compared_with_the_same_reuse_in_the_vision_encoder(tmp_path
     run = made(tmp_path, outcome, pruned=("drop", "freeze"), encoder_keep=(1.0, 0.5))
     rows = {arm.title: arm.against_drop for arm in summarize(run).arms}
     within = {title: found.gained for title, found in rows.items() if found is not None}
-    assert within == {"vla-pruner 0.25 freeze K=3": EPISODES, "vla-pruner 0.25 freeze K=3 encoder=0.5": 0}
+    assert within == {
+        "vla-pruner 0.25 freeze K=3 preset=paper": EPISODES,
+        "vla-pruner 0.25 freeze K=3 preset=paper encoder=0.5": 0,
+    }
     alone = made(tmp_path, outcome, pruned=("freeze",), encoder_keep=(0.5,))
     (arm,) = summarize(alone).of("method")
     assert arm.against_drop is None

@@ -99,7 +99,7 @@ def test_a_trace_holds_what_the_policy_saw_and_did(traced: Path) -> None:
 
 
 def test_a_pruned_arm_has_kept_tokens_and_scores_of_its_own_step(traced: Path) -> None:
-    arm = method_arms(("vla-pruner:window=1",), (0.25,), (1,), ("drop",))[0]
+    arm = method_arms(("vla-pruner:window=1",), (0.25,), (1,), None)[0]
     unit = Unit("fake", 1, "push", 1, 0)
     trace = read_trace(trace_path(traced, unit, arm.key))
     policy = tiny_policy()
@@ -129,7 +129,7 @@ def test_the_unpruned_arm_has_the_scores_of_all_tokens(traced: Path) -> None:
     }
     assert all((score > 0).all() for score in plain.scores.values())
     policy = tiny_policy()
-    with VLAPruner(keep=1.0, layer=2, preset="paper").attach(policy) as session:
+    with VLAPruner(keep=1.0, layer=2).attach(policy) as session:
         for step in range(len(plain)):
             seen = plain.observation(step)
             images, instruction, state = seen.images, seen.instruction, seen.proprio

@@ -46,7 +46,7 @@ def first_of_each_pair(arm: Arm, unit: Unit) -> bool:
 def write_run(
     folder: Path,
     *,
-    methods: Sequence[str] = ("vla-pruner",),
+    methods: Sequence[str] = ("vla-pruner:preset=paper",),
     keep: Sequence[float] = (0.25, 0.125),
     pruned: Sequence[str] = ("drop", "freeze"),
     controls: Sequence[str] = ("again", "random", "blank"),

@@ -80,7 +80,7 @@ def test_titles_are_read(tmp_path) -> None:
     write_run(tmp_path / "run", methods=("vla-pruner:unseen=carry:window=5",), keep=(0.25,), pruned=("freeze",))
     (setting,) = read_results(tmp_path / "run").settings.values()
     assert setting.method == "vla-pruner"
-    assert setting.options == ("unseen=carry", "window=5")
+    assert setting.options == ("unseen=carry", "window=5", "semantic_queries=last")
     assert setting.series == "freeze, K=3"
     assert setting.keep == pytest.approx(49 / 196)
 

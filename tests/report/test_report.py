@@ -119,7 +119,7 @@ def test_the_player_has_what_was_traced(traced: Path) -> None:
     assert arms[0]["title"] == "unpruned"
     assert len(arms) == 4
     assert arms[0]["kept"] is None
-    dropping = next(arm for arm in arms if arm["title"] == "vla-pruner 0.25 drop K=3")
+    dropping = next(arm for arm in arms if arm["title"] == "vla-pruner 0.25 drop K=3 preset=paper")
     assert dropping["fate"] == "drop"
     assert dropping["success"] is False
     assert dropping["total"] == 2 * SIDE * SIDE
@@ -203,7 +203,9 @@ def test_a_shard_and_a_merged_folder(tmp_path: Path) -> None:
 def test_one_arm_or_none(tmp_path: Path) -> None:
     write_run(tmp_path / "one", keep=(0.25,), pruned=("freeze",), controls=(), outcome=lambda *_: True, episodes=60)
     text = text_of(report(tmp_path / "one"))
-    assert "vla-pruner 0.25 freeze K=3 may or may not be worse" in text or "freeze K=3 is not worse" in text
+    assert (
+        "vla-pruner 0.25 freeze K=3 preset=paper may or may not be worse" in text or "preset=paper is not worse" in text
+    )
     assert "Not run: --controls again" in text
     assert "Not run: --controls random" in text
     assert "Not run: --controls blank" in text

@@ -248,7 +248,7 @@ def test_openvla_runs_all_four_tasks_paired_and_goes_on(tmp_path: Path, capsys: 
         (5, 5, "success"),
     }
     assert {record["versions"]["mani-skill"] for record in whole} == {"3.0.1"}
-    pruned = [record for record in whole if record["arm"] == "vla-pruner-0.5-drop-K3"]
+    pruned = [record for record in whole if record["arm"] == "vla-pruner-0.5-freeze-K3-semantic_querieslast"]
     assert all(record["pruned_steps"] > 0 and record["kept_tokens"][0] < record["visual_tokens"] for record in pruned)
     path = tmp_path / "run" / EPISODES
     lines = path.read_bytes().splitlines(keepends=True)
