@@ -9,7 +9,7 @@ own methods.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +110,22 @@ def methods_of(
                     method = _made(shown, kind, made)
                     found.append(Named(shown, (*others, *method.told), method))
     return tuple(found)
+
+
+def told_of_fates(arms: Iterable[tuple[str, str]]) -> str:
+    """Return a sentence on methods that were left to their own defaults for the tokens that are not kept, so that a
+    comparison of them is one of fates, too; empty if all have the same fates.
+
+    Args:
+        arms: method and fate of every arm that prunes, controls apart.
+    """
+    of_method: dict[str, set[str]] = {}
+    for method, fate in arms:
+        of_method.setdefault(method, set()).add(fate)
+    if len({frozenset(fates) for fates in of_method.values()}) < 2:
+        return ""
+    told = ", ".join(f"{method} {' and '.join(sorted(fates))}" for method, fates in of_method.items())
+    return f"These methods differ in the fate of the other tokens, too ({told}); --pruned chooses it for all."
 
 
 def _made(shown: str, kind: type[Method], options: dict[str, Any]) -> Method:

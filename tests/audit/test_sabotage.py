@@ -213,7 +213,7 @@ class Stubborn(vp.VLAPruner):
 
 
 def test_a_choice_that_does_not_follow_the_scene(policy):
-    check = ask("scenes", policy, Stubborn(keep=0.25, window=1))
+    check = ask("scenes", policy, Stubborn(keep=0.25, window=1, preset="paper"))
     assert check.passed is False
     assert "same tokens" in check.detail
 

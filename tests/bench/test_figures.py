@@ -166,12 +166,16 @@ def test_a_busy_machine_and_wrong_formulas_are_warned_of() -> None:
 
     good, wrong = FlopCount({"prefill": 1.0, "decode": 0.0}, {"prefill": 1.0, "decode": 0.0}), None
     wrong = FlopCount({"prefill": 1.1, "decode": 0.0}, good.formula)
-    arms: Any = (SimpleNamespace(name="one", flops=good), SimpleNamespace(name="two", flops=wrong))
+    arms: Any = (
+        SimpleNamespace(name="one", flops=good, kind="vla-pruner", pruned="freeze"),
+        SimpleNamespace(name="two", flops=wrong, kind="fastv", pruned="drop"),
+    )
     found = list(_warnings({"busy_cores_before": 1.5, "busy_cores_after": None}, arms, rounds=2))
-    assert len(found) == 3
+    assert len(found) == 4
     assert "other programs used 1.5 cores before" in found[0]
     assert "too few for an interval" in found[1]
-    assert "two: +10.0 %" in found[2]
+    assert "(vla-pruner freeze, fastv drop)" in found[2]
+    assert "two: +10.0 %" in found[3]
     assert list(_warnings({"busy_cores_before": 0.1, "busy_cores_after": 0.0}, arms[:1], rounds=6)) == []
 
 

@@ -22,7 +22,7 @@ from vla_pruner.evaluation.lockstep import shares
 from vla_pruner.evaluation.manifest import Manifest, Plan, identity
 from vla_pruner.evaluation.options import PRUNING, ArmOptions
 from vla_pruner.evaluation.settings import EvalSettings
-from vla_pruner.method_names import was_pruned
+from vla_pruner.method_names import told_of_fates, was_pruned
 from vla_pruner.methods import EncoderReuse, FastV, Memory, Method, RandomKeep, VLAPruner
 
 
@@ -68,6 +68,19 @@ def test_the_preset_decides_what_is_left_out() -> None:
         "fastv 0.25 drop K=3",
     ]
     assert [arm.method for arm in arms[:2]] == [VLAPruner(), VLAPruner(preset="paper")]
+
+
+def test_methods_of_different_fates_are_told_apart() -> None:
+    def told(*names: str, pruned: tuple[str, ...] | None = None) -> str:
+        options = [arm.options for arm in method_arms(names, (0.25, 0.5), (3,), pruned)]
+        return told_of_fates((one.method, one.pruned) for one in options if one is not None)
+
+    assert told("vla-pruner", "fastv", "divprune").startswith(
+        "These methods differ in the fate of the other tokens, too (vla-pruner freeze, fastv drop, divprune drop)"
+    )
+    for same in (("vla-pruner",), ("fastv", "divprune"), ("vla-pruner", "vla-pruner:preset=paper"), ()):
+        assert told(*same) == ""
+    assert told("vla-pruner", "fastv", pruned=("freeze", "drop")) == ""
 
 
 def test_the_random_control_waits_as_long_as_the_method() -> None:

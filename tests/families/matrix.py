@@ -76,7 +76,7 @@ def progressive(depth: int, pruned: str, first: int = 1) -> list[vp.Method]:
     """Methods of several pruning layers from `first` on, for a decoder of `depth`."""
     last = depth - 1
     return [
-        Progressive(keep=0.5, layer=first, then=(last, 0.25), window=WINDOW, pruned=pruned),
+        Progressive(keep=0.5, layer=first, then=(last, 0.25), window=WINDOW, pruned=pruned, preset="paper"),
         vp.SparseVLM(keep=0.75, layer=first, then=((first + 1, 0.5), (last, 0.125)), pruned=pruned),
     ]
 

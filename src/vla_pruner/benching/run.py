@@ -38,6 +38,7 @@ from vla_pruner.benching.subject import Subject
 from vla_pruner.benching.verdict import Timed, why
 from vla_pruner.conditions import busy_cores, load_average
 from vla_pruner.errors import OptionError, SessionError, UnsupportedModelError
+from vla_pruner.method_names import told_of_fates
 from vla_pruner.policies.options import usable_device
 from vla_pruner.statistics import median_interval, percentile
 from vla_pruner.wording import a_type
@@ -299,6 +300,9 @@ def _warnings(conditions: dict[str, Any], results: tuple[ArmResult, ...], rounds
             yield f"The machine was busy: other programs used {busy:g} cores {when} the benchmark. Repeat it when idle."
     if rounds < LEAST_ROUNDS:
         yield f"{rounds} rounds are too few for an interval; give --iters {LEAST_ROUNDS * STEPS_A_TURN} or more."
+    fates = told_of_fates((arm.kind, arm.pruned) for arm in results if arm.pruned is not None)
+    if fates:
+        yield fates
     for arm in results:
         if not arm.flops.agree:
             part = arm.flops.difference["decoder"]

@@ -15,6 +15,7 @@ from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import ARMS, EVAL_INFO, eval_info, of_arms
 from vla_pruner.evaluation.manifest import MANIFEST, Manifest
 from vla_pruner.evaluation.merge import merge
+from vla_pruner.evaluation.options import ArmOptions
 from vla_pruner.evaluation.records import Record, RecordFile, write_json, write_text
 from vla_pruner.evaluation.replica import Replica
 from vla_pruner.evaluation.run import Run, begin, open_records, recipe_of, run_here
@@ -33,6 +34,7 @@ from vla_pruner.evaluation.table import (
 from vla_pruner.evaluation.traces import trace_path
 from vla_pruner.evaluation.units import Unit
 from vla_pruner.evaluation.verdict import sentences
+from vla_pruner.method_names import told_of_fates
 from vla_pruner.simulators import find_suite
 from vla_pruner.simulators.base import SimulatorUnavailable, Suite
 from vla_pruner.statistics import NEWCOMBE, holm, wilson
@@ -154,6 +156,10 @@ def _greet(run: Run, file: RecordFile, console: Console) -> None:
         f"{counted(len(plan.tasks), 'task')}, {span('initial state', plan.first, plan.episodes)}, "
         f"{counted(len(arms), 'arm')}{part}: {counted(total, 'episode')}. Margin, declared now: {margin:g} points.",
     )
+    options = [ArmOptions.of(arm) for arm in arms if arm["kind"] == "method"]
+    fates = told_of_fates((one.method, one.pruned) for one in options)
+    if fates:
+        say(console, fates)
     if run.torn:
         say(console, f"The last line of {file.path} was cut off by a crash; its episode runs again.")
     done = sum(not record.crashed for record in run.records.values())
