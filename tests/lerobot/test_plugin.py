@@ -66,7 +66,7 @@ def test_lerobot_eval_prunes(evaluate, kind):
         kind, *checkpoint, "--policy.keep=0.25", '--policy.options={"window": 2, "unseen": "carry"}'
     )
     assert pruned["avg_sum_reward"] != plain["avg_sum_reward"]
-    assert policy.session.method == vp.VLAPruner(keep=0.25, window=2, unseen="carry", preset="paper")
+    assert policy.session.method == vp.VLAPruner(keep=0.25, window=2, unseen="carry")
     assert policy.session.kept.shape == (1, 32)
     # Two episodes of four control steps: the policy's reset was the session's.
     assert policy.session.memory.steps.tolist() == [toy.STEPS]
