@@ -11,6 +11,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed; make test-l
 import vla_pruner as vp
 from tests.families import matrix
 from tests.state import whole_state
+from vla_pruner import cli
 from vla_pruner.auditing.reference import FullLength
 from vla_pruner.policies.groot_random import random_groot_policy
 
