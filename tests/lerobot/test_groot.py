@@ -133,7 +133,7 @@ def test_features_and_masks_are_short_together():
 )
 def test_commands_without_a_fate_say_the_one_that_works(command, capsys):
     assert cli.main(command.split()) == 2
-    assert "Drop them: VLAPruner(pruned=\"drop\"), or --pruned drop" in " ".join(capsys.readouterr().err.split())
+    assert 'Drop them: VLAPruner(pruned="drop"), or --pruned drop' in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_is_not_supported_is_refused():

@@ -20,8 +20,9 @@ LAYER = 3
 
 
 def with_score_maps(policy: Any, trace: Trace) -> Trace:
-    """An unpruned trace with semantic and action scores of all visual tokens, by the paper's `VLAPruner` with everything
-    kept: the report compares them with the paper's figures, and a model that cannot freeze tokens has them, too.
+    """An unpruned trace with semantic and action scores of all visual tokens, by `VLAPruner` with everything kept.
+
+    The preset is the paper's: the report compares the scores with the paper's figures, and every model can drop tokens.
 
     The episode itself ran untouched; here its observations are replayed, with the same noise, so that neither its
     actions nor its milliseconds change. The policy begins a new episode afterwards.
