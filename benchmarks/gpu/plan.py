@@ -107,8 +107,8 @@ class Item:
 
 
 def arm_named(keep: float, fate: str) -> str:
-    """Return the name of the arm of `VLAPruner` at layer 3."""
-    return f"vla-pruner {keep:g} {fate} K=3"
+    """Return the name of the arm of `VLAPruner` at layer 3, by its default but for the fate."""
+    return f"vla-pruner {keep:g} {fate} K=3 semantic_queries=last"
 
 
 _QUARTER, _BOTH = (0.25,), (0.25, 0.125)
@@ -139,7 +139,7 @@ PLAN: tuple[Item, ...] = (
     ),
     Item(
         "pi0",
-        "pi0, three cameras: compiled and eager",
+        "pi0, three cameras: dropped, compiled and eager; frozen, eager",
         80,
         (
             Job("compiled", "pi0", {"cameras": 3, **_DROPPED, "compile": True}),
@@ -152,7 +152,7 @@ PLAN: tuple[Item, ...] = (
     ),
     Item(
         "pi05",
-        "LeRobot's pi0.5, three cameras: compiled",
+        "LeRobot's pi0.5, three cameras: dropped, compiled",
         80,
         (Job("compiled", "lerobot-pi05", {"cameras": 3, **_DROPPED, "compile": True}),),
         needs="lerobot",
@@ -169,7 +169,7 @@ PLAN: tuple[Item, ...] = (
     ),
     Item(
         "openvla",
-        "OpenVLA, eight robots in a call and one: compiled",
+        "OpenVLA, eight robots in a call and one: dropped, compiled",
         110,
         (
             Job("eight", "openvla-7b", {"batch": 8, **_DROPPED, "compile": True}),
@@ -179,7 +179,7 @@ PLAN: tuple[Item, ...] = (
     ),
     Item(
         "smolvla",
-        "LeRobot's SmolVLA: compiled and eager",
+        "LeRobot's SmolVLA: dropped, compiled and eager",
         90,
         (
             Job("eager", "lerobot-smolvla", {**_DROPPED, "iters": 24}),
@@ -189,7 +189,7 @@ PLAN: tuple[Item, ...] = (
     ),
     Item(
         "molmoact2",
-        "LeRobot's MolmoAct2: compiled and eager",
+        "LeRobot's MolmoAct2: dropped, compiled and eager",
         110,
         (
             Job("eager", "lerobot-molmoact2", {**_DROPPED, "iters": 24}),

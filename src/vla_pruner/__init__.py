@@ -1,4 +1,4 @@
-"""Faster vision-language-action policies: drop the visual tokens that a control step does not need (arXiv 2511.16449).
+"""Faster vision-language-action policies: compute only the visual tokens that a control step needs (arXiv 2511.16449).
 
 ```python
 import vla_pruner as vp

@@ -231,7 +231,7 @@ def _add_audit(commands: Any) -> None:
         "--method",
         metavar="NAME",
         default="vla-pruner",
-        help="what prunes, with options of its own after colons: vla-pruner:unseen=carry; a method of your own:\n"
+        help="what prunes, with options of its own after colons: vla-pruner:preset=paper; a method of your own:\n"
         "my_module:MyMethod (default: %(default)s)",
     )
     command.add_argument(
@@ -245,7 +245,8 @@ def _add_audit(commands: Any) -> None:
     command.add_argument(
         "--pruned",
         choices=WITHIN_A_STEP,
-        help="what becomes of the other tokens (default: drop); both are compared with their reference",
+        help="what becomes of the other tokens (default: as the method has it: vla-pruner freezes, the others drop);\n"
+        "both are compared with their reference",
     )
     command.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     command.add_argument(

@@ -105,7 +105,7 @@ def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
         dest="methods",
         metavar="A,B",
         type=names,
-        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:unseen=carry,fastv:layer=2;\n"
+        help="what prunes, with options of its own after colons: vla-pruner,vla-pruner:preset=paper,fastv:layer=2;\n"
         f"a method of your own: my_module:MyMethod; one arm each{or_none} (default: vla-pruner)",
     )
     add(
@@ -121,7 +121,7 @@ def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
         metavar="A,B",
         type=names,
         help="what becomes of the other tokens, drop or freeze; vla-cache can only reuse; one arm each\n"
-        "(default: drop)",
+        "(default: as each method has it: vla-pruner freezes, vla-cache reuses, the others drop)",
     )
 
 

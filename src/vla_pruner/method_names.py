@@ -1,4 +1,4 @@
-"""Methods by their names on the command line: "vla-pruner", "vla-pruner:unseen=carry:window=5", or a method of the
+"""Methods by their names on the command line: "vla-pruner", "vla-pruner:preset=paper:window=5", or a method of the
 user's own as "my_module:MyMethod:window=5".
 
 The first word is a name, of this package or of another distribution's entry point in the group `vla_pruner.methods`. If

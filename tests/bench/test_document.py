@@ -47,9 +47,8 @@ def test_the_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     block = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert block is not None
     exec(block[1], {})
-    last = "semantic_queries=last"
-    names = {f"vla-pruner 0.25 {fate} K=3 {last}" for fate in ("drop", "freeze")}
-    assert set(given) == {"unpruned", *names, "fastv 64 drop K=3"}
+    ours = {f"vla-pruner 0.25 {fate} K=3 semantic_queries=last" for fate in ("drop", "freeze")}
+    assert set(given) == {"unpruned", *ours, "fastv 64 drop K=3"}
 
 
 def test_rows_in_the_document_are_committed_results() -> None:

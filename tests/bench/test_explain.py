@@ -38,6 +38,19 @@ def test_a_policy_whose_control_step_is_known():
     assert json.loads(json.dumps(found.to_json()))["share"] == found.share
 
 
+@pytest.mark.parametrize("name", ["pi0", "reference"])
+def test_what_acts_reads_fewer_positions_only_if_tokens_are_dropped(name):
+    policy = vp.random_policy(name, "tiny")
+    for method, length in (
+        (vp.VLAPruner(layer=1), "keeps its length"),
+        (vp.VLAPruner(layer=1, pruned="drop"), "gets shorter"),
+        (vp.Unpruned(), "keeps its length"),
+    ):
+        with method.attach(policy) as session:
+            (found,) = [part for part in vp.explain(session).untouched if "attention to the prompt" in part]
+            assert found.endswith(length)
+
+
 def test_a_vision_encoder_that_reuses_patches():
     policy = vp.random_policy("pi0", "tiny")
     step = feed(policy, BenchSettings("pi0", size="tiny"), torch.device("cpu")).step

@@ -129,7 +129,7 @@ def test_the_unpruned_arm_has_the_scores_of_all_tokens(traced: Path) -> None:
     }
     assert all((score > 0).all() for score in plain.scores.values())
     policy = tiny_policy()
-    with VLAPruner(keep=1.0, layer=2).attach(policy) as session:
+    with VLAPruner(keep=1.0, layer=2, preset="paper").attach(policy) as session:
         for step in range(len(plain)):
             seen = plain.observation(step)
             images, instruction, state = seen.images, seen.instruction, seen.proprio

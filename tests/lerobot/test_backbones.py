@@ -267,7 +267,9 @@ def test_the_world_model_of_a_vla_jepa_is_left_out(saved, tmp_path):
 
 def test_groot_is_refused_with_what_it_needs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"type": "groot", "base_model_path": "nvidia/x"}))
-    with pytest.raises(vp.UnsupportedModelError, match=r"second checkpoint.*base_model_path.*attach\(policy\)"):
+    with pytest.raises(
+        vp.UnsupportedModelError, match=r"second checkpoint.*base_model_path.*pruned=.drop.\)\.attach\(policy\)"
+    ):
         vp.load_policy(tmp_path)
     plugin = pytest.importorskip("lerobot_policy_vla_pruner", reason="the plugin is not installed")
     modeling = importlib.import_module("lerobot_policy_vla_pruner.modeling_vla_pruner")

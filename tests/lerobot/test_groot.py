@@ -11,6 +11,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed; make test-l
 import vla_pruner as vp
 from tests.families import matrix
 from tests.state import whole_state
+from vla_pruner import cli
 from vla_pruner.auditing.reference import FullLength
 from vla_pruner.policies.groot_random import random_groot_policy
 
@@ -127,11 +128,23 @@ def test_features_and_masks_are_short_together():
     assert given["backbone_features"].abs().sum(dim=2)[given["backbone_attention_mask"]].min() > 0
 
 
+@pytest.mark.parametrize(
+    "command", ["bench --model lerobot-groot --size tiny --threads 1 --iters 2", "audit lerobot-groot --random-weights"]
+)
+def test_commands_without_a_fate_say_the_one_that_works(command, capsys):
+    assert cli.main(command.split()) == 2
+    assert 'Drop them: VLAPruner(pruned="drop"), or --pruned drop' in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_is_not_supported_is_refused():
     policy = CASE.build()
     before = whole_state(policy.module)
-    with pytest.raises(vp.UnsupportedModelError, match="pruned='drop'"):
-        vp.VLAPruner(pruned="freeze", preset="paper").attach(policy)
+    for method in (vp.VLAPruner(), vp.VLAPruner(pruned="freeze", preset="paper"), vp.FastV(pruned="freeze")):
+        with pytest.raises(
+            vp.UnsupportedModelError,
+            match=rf'^{type(method).__name__} has pruned=.freeze.*VLAPruner\(pruned="drop"\), or --pruned drop',
+        ):
+            method.attach(policy)
     with pytest.raises(vp.BudgetError, match="a layer from 1 to 5"):
         vp.VLAPruner(layer=0, refresh_every=9, preset="paper").attach(policy)
     assert whole_state(policy.module) == before

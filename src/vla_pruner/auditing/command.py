@@ -31,7 +31,7 @@ class AuditSettings:
         random_weights: whether weights are drawn.
         size: "tiny" or "full", with `random_weights`; None: "tiny".
         method: its name, with options of its own after colons.
-        keep, layer, pruned: as of the method; `pruned` None: the first of its fates.
+        keep, layer, pruned: as of the method; `pruned` None: as the method has it by default.
         device: as torch names it.
         dtype: one of `flags.DTYPES`; None: the checkpoint's.
         seed: of all draws.

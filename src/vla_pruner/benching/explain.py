@@ -104,17 +104,19 @@ def explain(session: Session) -> Explanation:
         kept = [sum(budget) for budget in budgets_of(stages, tokens, absent, family.camera_tokens).values()]
     share, ceiling, whole = _share(session, layers, kept, tokens)
     anatomy = family.anatomy
+    shorter = method.schedule.warm_up is not None and not method.fate.readable
+    length = "gets shorter" if shorter else "keeps its length"
     untouched = []
     if anatomy.towers and session.encoder is None:
         untouched.append("the vision encoder, which sees every patch")
     if layers[0]:
         untouched.append(f"decoder layers 0 to {layers[0] - 1}, which run on every token")
     if anatomy.experts:
-        untouched.append("the expert's own rows in every denoising step; its attention to the prompt gets shorter")
+        untouched.append(f"the expert's own rows in every denoising step; its attention to the prompt {length}")
     elif anatomy.acting_rows > 1:
-        untouched.append("the chunk's own rows in every denoising step; their attention to the prompt gets shorter")
+        untouched.append(f"the chunk's own rows in every denoising step; their attention to the prompt {length}")
     elif not family.one_pass:
-        untouched.append("decoding, which reads all weights for each token; its attention to the prompt gets shorter")
+        untouched.append(f"decoding, which reads all weights for each token; its attention to the prompt {length}")
     return Explanation(
         method=described(method),
         model=f"{type(session.policy).__name__} ({type(family).__name__})",

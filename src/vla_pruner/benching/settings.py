@@ -60,8 +60,8 @@ class BenchSettings:
         keep: budgets, each a fraction or a number of visual tokens; one arm each. None: .25, and VLA-Cache's published
             one. It, `pruned`, `layer` and `refresh_every` are those of methods that are given by name.
         methods: names of methods, with options of their own after colons, or methods; one arm each.
-        pruned: the fate of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: the first of each
-            method's fates.
+        pruned: the fate of the other tokens, "drop", "freeze" or "reuse"; one arm each. None: as each method
+            has it by default.
         layer: pruning layers; one arm each.
         encoder_keep: budgets of patches of each image that the vision encoder encodes, with every method; one arm each.
             None, and 1.0: all. It does not go with `compile`.

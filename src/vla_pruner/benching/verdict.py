@@ -141,7 +141,7 @@ def _vision(base: Timed) -> list[str]:
     taken = base.stages["vision"]
     if taken < NOTICEABLE * base.total:
         return []
-    return [f"The vision encoder takes {taken:.2f} ms, and it is behind it that tokens are dropped."]
+    return [f"The vision encoder takes {taken:.2f} ms, and it is behind it that tokens are pruned."]
 
 
 def _other(base: Timed) -> list[str]:

@@ -16,11 +16,13 @@ from vla_pruner.families import family_of
 from vla_pruner.methods import VLAPruner
 
 LAYER = 3
-"""The layer of the semantic score: the one that VLA-Pruner's default reads, or a shallower model's last."""
+"""The layer of the semantic score: the published pruning layer, or a shallower model's last."""
 
 
 def with_score_maps(policy: Any, trace: Trace) -> Trace:
     """An unpruned trace with semantic and action scores of all visual tokens, by `VLAPruner` with everything kept.
+
+    The preset is the paper's: the report compares the scores with the paper's figures, and every model can drop tokens.
 
     The episode itself ran untouched; here its observations are replayed, with the same noise, so that neither its
     actions nor its milliseconds change. The policy begins a new episode afterwards.
@@ -31,7 +33,8 @@ def with_score_maps(policy: Any, trace: Trace) -> Trace:
     if not trace.images or not len(trace):
         return trace
     try:
-        attached = VLAPruner(keep=1.0, layer=min(LAYER, family_of(policy).depth - 1)).attach(policy)
+        layer = min(LAYER, family_of(policy).depth - 1)
+        attached = VLAPruner(keep=1.0, layer=layer, preset="paper").attach(policy)
     except (UnsupportedModelError, OptionError):
         return trace
     scores: dict[str, list[np.ndarray]] = {"semantic": [], "action": []}

@@ -134,8 +134,9 @@ class GrootWiring(HookWiring):
         """
         if self._host.method.fate.readable and not self._family.freezes:
             raise UnsupportedModelError(
-                f"pruned={self._host.method.pruned!r} was given for GR00T, whose action head reads the output of the "
-                "decoder's last layer: tokens that no longer pass through the layers have none. Give pruned='drop'."
+                f"{type(self._host.method).__name__} has pruned={self._host.method.pruned!r}, which GR00T cannot do: "
+                "its action head reads the output of the decoder's last layer, and tokens that no longer pass through "
+                'the layers have none. Drop them: VLAPruner(pruned="drop"), or --pruned drop on the command line.'
             )
         super().install()
         self._replaced.put(self._groot.backbone, "forward", self._see)

@@ -32,7 +32,7 @@ GROOT = (
     "LeRobot's GR00T N1.7 is pruned, but not loaded from a folder: LeRobot builds it from a second checkpoint, that of "
     "its base model (base_model_path in config.json), and its preprocessor lets the tokenizer that it fetches run code "
     "of its own. Load it with LeRobot if you trust both, GrootPolicy.from_pretrained(FOLDER), and attach to that: "
-    "VLAPruner(keep=0.25).attach(policy)."
+    'VLAPruner(keep=0.25, pruned="drop").attach(policy).'
 )
 NOT_LOADED = {"xvla": XVLA, "wall_x": WALL_X, "groot": GROOT}
 """Reasons by the type in a LeRobot checkpoint's config.json."""

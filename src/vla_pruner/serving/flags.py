@@ -58,7 +58,11 @@ def _add_policy(command: argparse.ArgumentParser) -> None:
         help="visual tokens kept: a fraction such as 0.25, or a number such as 64 (default: 0.25)",
     )
     add("--layer", metavar="K", type=int, help="the pruning layer (default: 3)")
-    add("--pruned", choices=WITHIN_A_STEP, help="what becomes of the others (default: drop where the method can)")
+    add(
+        "--pruned",
+        choices=WITHIN_A_STEP,
+        help="what becomes of the others (default: as the method has it: vla-pruner freezes, the others drop)",
+    )
 
 
 def _add_admission(command: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ class VLAPrunerConfig(PreTrainedConfig):
         keep: a fraction with a point (0.25), a number of tokens (64), or a mapping of camera names to these; None:
             0.25, or the published one of a method that reuses tokens.
         layer: as of vla-pruner's methods.
-        pruned: "drop", "freeze" or "reuse"; None: the first of the method's fates.
+        pruned: "drop", "freeze" or "reuse"; None: as the method has it by default (VLAPruner freezes).
         options: further options of the method, such as {"warmup": "semantic"}; they win over those in `method`.
         inner: fields of the checkpoint's own config that are to differ, such as {"n_action_steps": 10}.
         trust_processors: let the checkpoint's processors name steps that are not LeRobot's own, which runs their code.
