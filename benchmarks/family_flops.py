@@ -29,7 +29,8 @@ BYTES = 2  # of a weight in bfloat16
 TITLES = (
     "family",
     "TFLOPs: vision / prompt / rest",
-    "FLOPs left at keep .5 / .25 / .125",
+    "FLOPs left at keep .5 / .25 / .125, dropped",
+    "the same, frozen",
     "weights read, GB: vision / prompt / rest",
     "which means",
 )
@@ -61,10 +62,11 @@ SMOL_EXPERT = DecoderShape(layers=16, hidden=720, heads=15, kv_heads=5, head_dim
 
 @dataclass(frozen=True)
 class Family:
-    """A family: one control step of it, and where that leaves a user."""
+    """A family: one control step of it, where that leaves a user, and whether tokens can be frozen in it."""
 
     step: ControlStep
     remark: str = ""
+    freezes: bool = True
 
 
 OPENVLA_TOWERS = (Tower(DINO, 261, 23), Tower(SIGLIP, 256, 26))
@@ -146,6 +148,7 @@ FAMILIES = {
             expert=FeatureExpert(GROOT_DIT, 41, 4, last=15, context=2048, before=GROOT_SELF),
         ),
         remark="64 tokens a view: passes as small as these wait for launches rather than FLOPs; expect little",
+        freezes=False,
     ),
     "VLA-JEPA": Family(
         ControlStep(
@@ -211,9 +214,9 @@ FAMILIES = {
 }
 
 
-def parts(step: ControlStep, keep: float | None) -> dict[str, float]:
+def parts(step: ControlStep, keep: float | None, pruned: str = "drop") -> dict[str, float]:
     """FLOPs of the parts of one control step, `keep` of the visual tokens staying from layer 3 on (None: all)."""
-    return step.flops(None if keep is None else max(1, round(keep * step.visual)), LAYER)
+    return step.flops(None if keep is None else max(1, round(keep * step.visual)), LAYER, pruned)
 
 
 def weights(shape: DecoderShape, layers: int) -> float:
@@ -240,11 +243,16 @@ def result(family: Family) -> dict[str, Any]:
     step = family.step
     untouched = parts(step, None)
     total = sum(untouched.values())
+
+    def left(pruned: str) -> dict[str, float]:
+        return {str(keep): round(sum(parts(step, keep, pruned).values()) / total, 3) for keep in KEEPS}
+
     return {
         "gflops": {name: round(value / 1e9, 1) for name, value in untouched.items()},
         "total_gflops": round(total / 1e9, 1),
         "weights_read_gb": {name: round(value / 1e9, 2) for name, value in bytes_read(step).items()},
-        "flops_left": {str(keep): round(sum(parts(step, keep).values()) / total, 3) for keep in KEEPS},
+        "flops_left": left("drop"),
+        "flops_left_frozen": left("freeze") if family.freezes else None,
         "prompt_flops_left": {str(keep): round(_prompt(step, keep) / _prompt(step, None), 3) for keep in KEEPS},
     }
 
@@ -258,10 +266,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, found in results.items():
         vision, before, pruned, after = (value / 1e3 for value in found["gflops"].values())
-        left = " / ".join(f"{100 * value:.0f} %" for value in found["flops_left"].values())
+        fates = [found["flops_left"], found["flops_left_frozen"]]
+        left = [
+            "cannot freeze" if shares is None else " / ".join(f"{100 * value:.0f} %" for value in shares.values())
+            for shares in fates
+        ]
         read = " / ".join(f"{value:.1f}" for value in found["weights_read_gb"].values())
         flops = f"{vision:.2f} / {before + pruned:.2f} / {after:.2f}"
-        rows.append((name, flops, left, read, FAMILIES[name].remark))
+        rows.append((name, flops, *left, read, FAMILIES[name].remark))
     return markdown.table(TITLES, rows)
 
 

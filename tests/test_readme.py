@@ -51,14 +51,15 @@ def test_flops_left_are_the_counted_ones() -> None:
         if name.endswith("own head"):
             continue  # no policy, but the cost of one that a reader would build
         (row,) = [cells for cells in table if cells[0] == name]
-        assert row[2] == f"{_left(name)} %"
+        assert row[2] == " / ".join(_left(name))
 
 
-def _left(name: str) -> int:
-    """FLOPs left at keep .25, in %, as the committed table of docs/models.md has them."""
+def _left(name: str) -> tuple[str, str]:
+    """FLOPs left at keep .25, frozen and dropped, as the committed table of docs/models.md has them."""
     table = _table((RESULTS / "family_flops.md").read_text(encoding="utf-8"), "| family |")
     (row,) = [cells for cells in table if cells[0] == name]
-    return int(row[2].split("/")[1].strip(" %"))
+    dropped, frozen = (cell.split("/")[1].strip() if "/" in cell else "-" for cell in row[2:4])
+    return frozen, dropped
 
 
 def _table(text: str, head: str) -> list[list[str]]:
