@@ -60,7 +60,7 @@ def test_flags_reach_the_server(asked: list[Any], tmp_path: Path, capsys: pytest
     assert cli.main([*TINY, *flags]) == 0
     policy, pruner, settings = asked[0]
     assert type(policy).__name__ == "ReferencePolicy"
-    assert pruner == vp.VLAPruner(keep=64, layer=2, pruned="freeze", preset="paper")
+    assert pruner == vp.VLAPruner(keep=64, layer=2, pruned="freeze")
     assert settings == ServerSettings(
         host="0.0.0.0",
         port=9,
@@ -84,7 +84,7 @@ def test_flags_reach_the_server(asked: list[Any], tmp_path: Path, capsys: pytest
 def test_defaults(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(TINY) == 0
     _, pruner, settings = asked[0]
-    assert pruner == vp.VLAPruner(keep=0.25, preset="paper")
+    assert pruner == vp.VLAPruner(keep=0.25)
     assert settings == ServerSettings(name="reference")
     assert "Warning" not in capsys.readouterr().err
 
