@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_pruner.wording import a_type, install, one_line, readable, said_by, span
+from vla_pruner.wording import a_type, install, one_line, ordinal, readable, said_by, span
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +65,8 @@ def test_types_have_their_article(value: object, said: str) -> None:
 def test_one_of_a_span_is_no_span() -> None:
     assert span("initial state", 3, 1) == "initial state 3"
     assert span("initial state", 0, 10) == "initial states 0 to 9"
+
+
+def test_ordinals_end_as_they_are_spoken() -> None:
+    said = ["1st", "2nd", "3rd", "4th", "8th", "11th", "12th", "13th", "21st", "22nd", "111th"]
+    assert [ordinal(number) for number in (1, 2, 3, 4, 8, 11, 12, 13, 21, 22, 111)] == said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from vla_pruner.errors import OptionError, UnsupportedModelError
 
 ATTENTION = ("sdpa", "eager")
@@ -10,6 +12,21 @@ ATTENTION = ("sdpa", "eager")
 def is_count(value: object, least: int) -> bool:
     """Return True if `value` is an int, and no bool, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Return True if `value` is a finite int or float, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond all floats
+        return False
+
+
+def is_seed(value: object) -> bool:
+    """Return True if `value` is an int that NumPy's and torch's generators both take."""
+    return isinstance(value, int) and is_count(value, 0) and value < 2**32
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

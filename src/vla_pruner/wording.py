@@ -19,6 +19,12 @@ def span(noun: str, first: int, number: int) -> str:
     return f"{noun} {first}" if number == 1 else f"{noun}s {first} to {first + number - 1}"
 
 
+def ordinal(number: int) -> str:
+    """Return the number of one in a row: "2nd", "8th", "11th"."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
 def a_type(value: object) -> str:
     """Return the name of a value's type with its article: "a str", "an int"."""
     name = type(value).__name__

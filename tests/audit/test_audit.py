@@ -18,15 +18,15 @@ OF_16 = ("smolvlm", "qwen2.5-vl", "qwen3-vl", "internvl", "gemma3", "idefics3", 
 VLMS = (*OF_64, *OF_16, "llava-next")
 NAMES = ("reference", "reference-chunk", "openvla", "openvla-oft", "pi0", *VLMS)
 LENGTHS = {
-    "reference-chunk": "144 tokens in layers 0-2, 48 in layers 3-5 (32 of 128 visual tokens kept)",
-    "reference": "72 tokens in layers 0-2, 24 in layers 3-5 (16 of 64 visual tokens kept)",
+    "reference-chunk": "144 tokens in layers 0 to 2, 48 in layers 3 to 5 (32 of 128 visual tokens kept)",
+    "reference": "72 tokens in layers 0 to 2, 24 in layers 3 to 5 (16 of 64 visual tokens kept)",
     "openvla": "(64 of 256 visual tokens kept)",
     "openvla-oft": "(128 of 512 visual tokens kept)",
-    "pi0": "176 tokens in layers 0-2, 80 in layers 3-5 (32 of 128 visual tokens kept)",
-    "llava": "179 tokens in layers 0-2, 83 in layers 3-5 (32 of 128 visual tokens kept)",
-    **dict.fromkeys(OF_64[1:], "174 tokens in layers 0-2, 78 in layers 3-5 (32 of 128 visual tokens kept)"),
-    "llava-next": "723 tokens in layers 0-2, 219 in layers 3-5 (168 of 672 visual tokens kept)",
-    **dict.fromkeys(OF_16, "83 tokens in layers 0-2, 59 in layers 3-5 (8 of 32 visual tokens kept)"),
+    "pi0": "176 tokens in layers 0 to 2, 80 in layers 3 to 5 (32 of 128 visual tokens kept)",
+    "llava": "179 tokens in layers 0 to 2, 83 in layers 3 to 5 (32 of 128 visual tokens kept)",
+    **dict.fromkeys(OF_64[1:], "174 tokens in layers 0 to 2, 78 in layers 3 to 5 (32 of 128 visual tokens kept)"),
+    "llava-next": "723 tokens in layers 0 to 2, 219 in layers 3 to 5 (168 of 672 visual tokens kept)",
+    **dict.fromkeys(OF_16, "83 tokens in layers 0 to 2, 59 in layers 3 to 5 (8 of 32 visual tokens kept)"),
 }
 TOWERS = {
     "reference": "1 x 1 images a step",

@@ -26,7 +26,7 @@ class Ticks:
         return float(self.count)
 
 
-@pytest.mark.parametrize("layer", [1, 3, 5])
+@pytest.mark.parametrize("layer", [0, 1, 3, 5])
 def test_layers_of_the_prompt_against_the_whole_step(layer, monkeypatch):
     policy = vp.random_policy("reference")
     subject = Subject(policy, vp.RandomKeep(keep=16, layer=layer))
@@ -38,8 +38,24 @@ def test_layers_of_the_prompt_against_the_whole_step(layer, monkeypatch):
     part = (6 - layer) / 24
     assert check.figure.startswith(f"{part:.0%} of 24000.0 ms; ")
     assert f"at most {1 / (1 - part * 48 / 72):.2f}x faster at this keep, {1 / (1 - part):.2f}x if" in check.figure
-    assert f"decoder layers {layer}-5" in check.detail
+    reached = "layer 5" if layer == 5 else f"layers {layer} to 5"
+    before = {0: "", 1: "layer 0, ", 3: "layers 0 to 2, ", 5: "layers 0 to 4, "}[layer]
+    assert f"decoder {reached}, unpruned" in check.detail
+    assert f"the rest: vision, {before}decoding" in check.detail
     assert "67% of the prompt's positions" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (0, "24 tokens in layers 0 to 5 "),
+        (1, "72 tokens in layer 0, 24 in layers 1 to 5 "),
+        (5, "72 tokens in layers 0 to 4, 24 in layer 5 "),
+    ],
+)
+def test_the_layers_are_named_one_several_or_none(layer: int, said: str):
+    check = CHECKS["lengths"](Subject(vp.random_policy("reference"), vp.RandomKeep(keep=16, layer=layer)))
+    assert check.figure.startswith(said), check
 
 
 def test_every_prompt_of_a_step_counts(monkeypatch):

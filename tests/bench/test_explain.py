@@ -30,7 +30,7 @@ def test_a_policy_whose_control_step_is_known():
         f"from decoder layer 2 of {step.decoder.layers} on, 128 of {tokens} visual tokens stay; the others are gone "
         "from there on",
     )
-    assert found.steps == "the first 1 of an episode are not pruned"
+    assert found.steps == "the first of an episode is not pruned"
     assert any("layers 0 to 1" in part for part in found.untouched)
     assert not any("decoding" in part for part in found.untouched)
     assert found.refused == ()
@@ -49,6 +49,22 @@ def test_what_acts_reads_fewer_positions_only_if_tokens_are_dropped(name):
         with method.attach(policy) as session:
             (found,) = [part for part in vp.explain(session).untouched if "attention to the prompt" in part]
             assert found.endswith(length)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (0, []),
+        (1, ["decoder layer 0, which runs on every token"]),
+        (2, ["decoder layers 0 to 1, which run on every token"]),
+    ],
+)
+def test_the_layers_that_run_on_every_token_are_one_several_or_none(layer: int, said: list[str]):
+    method = vp.VLAPruner(keep=0.25, layer=layer, refresh_every=2)
+    with method.attach(vp.random_policy("reference", "tiny")) as session:
+        found = vp.explain(session)
+    assert [part for part in found.untouched if part.startswith("decoder")] == said
+    assert "the first 3 of an episode are not pruned; every 2nd of an episode" in found.steps
 
 
 def test_a_vision_encoder_that_reuses_patches():

@@ -146,7 +146,7 @@ def test_a_method_that_reuses_tokens_has_its_own_keep_and_fate() -> None:
         ("--policy reference --from EMPTY --pruned melt", "--pruned is melt"),
         ("--policy reference --from EMPTY --method none --encoder-keep .5", "so --encoder-keep would be of no effect"),
         ("--policy reference --from EMPTY --tolerance 0", "--tolerance is 0"),
-        ("--policy reference --from EMPTY --every 0", "--every is 0; it must be 1 or more"),
+        ("--policy reference --from EMPTY --every 0", "--every is 0; it is a whole number of 1 or more"),
         ("--policy reference --from EMPTY --against EMPTY", "eval_info.json cannot be read"),
         ("--policy reference --from EMPTY --json EMPTY", "which is a folder"),
         ("--policy nothing --from EMPTY", "--policy is nothing, which sees no images"),

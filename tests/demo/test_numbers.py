@@ -153,6 +153,9 @@ def test_verdict_says_what_the_numbers_say(arms: tuple[Arm, ...]) -> None:
     assert "40 episodes an arm cannot show small differences" in text
     assert "75 % of them were pruned" in text
     assert "more than 2.50x as fast" in text
+    assert "the prompt in layers 1 to 3: " in text
+    last = dataclasses.replace(_summary(arms, [True] * 4, [False] * 4), layer=3)
+    assert "the prompt in layer 3: " in " ".join(verdict(last))
 
 
 def test_verdict_admits_when_pruning_does_not_pay(arms: tuple[Arm, ...]) -> None:

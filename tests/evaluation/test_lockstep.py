@@ -233,7 +233,7 @@ def test_a_policy_of_one_robot_is_refused_before_anything_runs(tmp_path: Path) -
     with pytest.raises(EvaluationError, match="--batch is 2, but ToyFlow acts for one robot at a time"):
         run(settings(tmp_path / "flow", batch=2))
     assert not (tmp_path / "flow").exists()
-    with pytest.raises(EvaluationError, match="--batch is 0; it must be 1 or more"):
+    with pytest.raises(EvaluationError, match="--batch is 0; it is a whole number of 1 or more"):
         settings(tmp_path, batch=0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 import os
 import resource
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.evaluation.fakes import settings
 from tests.evaluation.test_run import facts, run
 from vla_pruner.evaluation import EvaluationError, merge, read_records
+from vla_pruner.evaluation.command import run_merge
 from vla_pruner.evaluation.manifest import FORMAT, Manifest
 from vla_pruner.evaluation.records import EPISODES, Record, RecordFile, latest, write_json
 from vla_pruner.evaluation.records import FORMAT as FORMAT_OF_RECORDS
@@ -271,6 +274,24 @@ def test_suites_and_further_initial_states_merge(tmp_path: Path) -> None:
     run(settings(tmp_path / "d", episodes=1, first=7))
     with pytest.raises(EvaluationError, match="initial states 0 to 1, 7 to 7, which do not add up"):
         merge([tmp_path / "a", tmp_path / "d"], tmp_path / "ad")
+
+
+def test_a_merge_that_extends_a_run_says_so_as_a_run_extended_in_place_does(tmp_path: Path) -> None:
+    run(settings(tmp_path / "place", episodes=2))
+    _, place = run(settings(tmp_path / "place", episodes=3))
+    (told,) = (line for line in place.splitlines() if "after a first look (at 2 a task)" in line)
+    run(settings(tmp_path / "a", episodes=2))
+    for number in (1, 2):
+        run(settings(tmp_path / f"b{number}", episodes=1, first=2, shard=(number, 2)))
+    run(settings(tmp_path / "c", episodes=1, first=3))
+    folders = [tmp_path / name for name in ("b2", "a", "b1")]
+    assert merge(folders, tmp_path / "ab").manifest == Manifest.read(tmp_path / "place")
+    said = io.StringIO()
+    run_merge(folders, tmp_path / "again", Console(file=said, width=200, highlight=False))
+    assert told in said.getvalue().splitlines()
+    for more in ([tmp_path / "ab", tmp_path / "c"], [*folders, tmp_path / "c"]):
+        assert merge(more, tmp_path / f"{len(more)}").manifest.extended == (2, 3)
+    assert merge(folders[::2], tmp_path / "b").manifest.extended == ()
 
 
 def test_a_part_merges_and_is_completed(tmp_path: Path) -> None:

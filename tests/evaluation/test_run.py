@@ -469,7 +469,7 @@ def test_presets(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"preset": "huge"}, "--preset is huge; it is one of smoke, quick, standard"),
-        ({"episodes": 0}, "--episodes is 0; it must be 1 or more"),
+        ({"episodes": 0}, "--episodes is 0; it is a whole number of 1 or more"),
         ({"margin": 2.0}, "--margin is 200"),
         ({"margin": 0.0}, "--margin is 0"),
         ({"seed": -1}, "--seed is -1"),

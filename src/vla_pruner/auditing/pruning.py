@@ -16,6 +16,7 @@ from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.seeing import distance
 from vla_pruner.auditing.subject import Subject, identical
 from vla_pruner.fate import Fate
+from vla_pruner.wording import span
 
 EXACT = 1e-4
 """Tolerance in float32: absolute, or a share of the largest value compared if that is above 1."""
@@ -49,8 +50,9 @@ def lengths(subject: Subject) -> Check:
     full, layer, depth = step.layout.length, subject.method.layer, len(plain.lengths)
     short = full - step.layout.tokens + kept.shape[1]
     expected = [{full}] * layer + [{short}] * (depth - layer)
+    before = f"{full} tokens in {span('layer', 0, layer)}, {short}" if layer else f"{short} tokens"
     figure = (
-        f"{full} tokens in layers 0-{layer - 1}, {short} in layers {layer}-{depth - 1} "
+        f"{before} in {span('layer', layer, depth - layer)} "
         f"({kept.shape[1]} of {step.layout.tokens} visual tokens kept)"
     )
     problems = _unlike("unpruned", plain.prompts, [{full}] * depth) + _unlike("pruned", probe.prompts, expected)

@@ -12,7 +12,7 @@ from vla_pruner.anatomy import layers_of
 from vla_pruner.auditing.report import Check
 from vla_pruner.auditing.subject import Subject
 from vla_pruner.timing import Span
-from vla_pruner.wording import counted
+from vla_pruner.wording import counted, span
 
 WARM_UP, LEAST, MOST, SECONDS = 2, 3, 9, 10.0
 """Control steps that do not count; those that do, at least and at most; seconds after which measuring ends."""
@@ -41,10 +41,10 @@ def share(subject: Subject) -> Check:
             spans.append(probe.seconds)
             if len(totals) >= LEAST and perf_counter() - begun > SECONDS:
                 break
-    total, span = statistics.median(totals), statistics.median(spans)
-    if found is None or not 0 < span < total:
+    total, deep = statistics.median(totals), statistics.median(spans)
+    if found is None or not 0 < deep < total:
         return Check(name, False, "", "The layers from the pruning layer on took no time, or more than the whole step.")
-    part = span / total
+    part = deep / total
     layout = found.layout
     gone = (layout.tokens - found.kept.shape[1]) / layout.length
     figure = (
@@ -52,11 +52,12 @@ def share(subject: Subject) -> Check:
         f"{1 / (1 - part):.2f}x if these layers were free"
     )
     depth = len(layers_of(subject.family.decoder))
+    before = f"{span('layer', 0, layer)}, " if layer else ""
     detail = (
-        f"The prompt in decoder layers {layer}-{depth - 1}, unpruned, medians of {len(totals)} steps on "
+        f"The prompt in decoder {span('layer', layer, depth - layer)}, unpruned, medians of {len(totals)} steps on "
         f"{describe_device(subject.device)}. Pruning takes {gone:.0%} of the prompt's positions out of these layers. "
         "This is a ceiling for every method at this layer, where time goes with the number of positions; no method "
-        f"gains on the rest: vision, layers 0-{layer - 1}, decoding or denoising, and what a method costs itself."
+        f"gains on the rest: vision, {before}decoding or denoising, and what a method costs itself."
     )
     return Check(name, True, figure, detail)
 

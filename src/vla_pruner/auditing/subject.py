@@ -16,7 +16,7 @@ from vla_pruner.anatomy import layers_of, norm_of, projection_of
 from vla_pruner.attach.layout import Layout
 from vla_pruner.attach.session import Session
 from vla_pruner.auditing.probes import HiddenProbe
-from vla_pruner.checks import is_count
+from vla_pruner.checks import is_seed
 from vla_pruner.errors import ObservationError, OptionError, UnsupportedModelError
 from vla_pruner.families import family_of
 from vla_pruner.methods import Method
@@ -24,8 +24,6 @@ from vla_pruner.policies.base import Policy, example_of, module_of
 
 _LONGEST_WARM_UP = 16
 """The control steps after which a method that has not pruned is taken to never prune."""
-_SEEDS = 2**32
-"""Seeds are multiplied, and torch takes 64 bits."""
 
 Images = Mapping[str, np.ndarray]
 
@@ -203,8 +201,8 @@ def check_request(method: object, instruction: str | None, seed: int) -> None:
             f"{type(method).__name__} as it was made {what}, which the audit does not cover; audit a method that "
             "drops or freezes at one layer, without a gate, on the same policy."
         )
-    if not is_count(seed, 0) or seed >= _SEEDS:
-        raise OptionError(f"seed={seed!r} was given; it is an int from 0 to {_SEEDS - 1}.")
+    if not is_seed(seed):
+        raise OptionError(f"seed={seed!r} was given; it is an int from 0 to {2**32 - 1}.")
     if instruction is not None and not instruction.strip():
         raise ObservationError(
             "The instruction is empty; say what the policy is to do, or leave it out for one that it knows."

@@ -20,7 +20,7 @@ from vla_pruner.cost import DecoderShape, StepShape, decoder_flops
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.plugins import class_at
 from vla_pruner.registry import row_driving, row_of
-from vla_pruner.wording import a_type
+from vla_pruner.wording import a_type, ordinal, span
 
 FATES = {
     "drop": "gone from there on",
@@ -110,7 +110,8 @@ def explain(session: Session) -> Explanation:
     if anatomy.towers and session.encoder is None:
         untouched.append("the vision encoder, which sees every patch")
     if layers[0]:
-        untouched.append(f"decoder layers 0 to {layers[0] - 1}, which run on every token")
+        run = "runs" if layers[0] == 1 else "run"
+        untouched.append(f"decoder {span('layer', 0, layers[0])}, which {run} on every token")
     if anatomy.experts:
         untouched.append(f"the expert's own rows in every denoising step; its attention to the prompt {length}")
     elif anatomy.acting_rows > 1:
@@ -156,7 +157,7 @@ def _reused(session: Session) -> list[str]:
         return []
     patches = session.family.encoder.patches if session.family.encoder is not None else None
     amount = f"{encoder.keep!r}" if patches is None else f"{encoder.budget(patches)} of {patches}"
-    every = "" if encoder.refresh_every is None else f" and every {encoder.refresh_every}th after it"
+    every = "" if encoder.refresh_every is None else f" and every {ordinal(encoder.refresh_every)} after it"
     return [
         f"in the vision encoder, {amount} patches of each image run through the layers, and the others stay as in the "
         f"last control step; the first step of an episode{every} encodes all"
@@ -169,9 +170,10 @@ def _steps(method: Any) -> str:
         return "none is pruned"
     words = []
     if schedule.warm_up:
-        words.append(f"the first {schedule.warm_up} of an episode are not pruned")
+        several = f"{schedule.warm_up} of an episode are"
+        words.append(f"the first {'of an episode is' if schedule.warm_up == 1 else several} not pruned")
     if schedule.refresh_every is not None:
-        words.append(f"every {schedule.refresh_every}th of an episode, from the first on, is not pruned")
+        words.append(f"every {ordinal(schedule.refresh_every)} of an episode, from the first on, is not pruned")
     if schedule.gate is not None:
         words.append("those after a short path of the arm are not pruned (session.moved)")
     return "; ".join(words) or "all are pruned"

@@ -11,6 +11,7 @@ from typing import Any
 from vla_pruner.attach.compiled import check_backend
 from vla_pruner.attach.stages import check_depth
 from vla_pruner.checkpoints.files import may_be_on_hub
+from vla_pruner.checks import is_count, is_seed
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.flags import DTYPES
 from vla_pruner.method_names import LAYER, Named, encoders_of, methods_of
@@ -113,8 +114,10 @@ class BenchSettings:
         counts = ("layers", "batch", "cameras", "prompt_tokens", "decode_tokens", "denoise_steps", "iters", "threads")
         for name in counts:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise OptionError(f"{flag(name)} is {value}; it is a whole number of 1 or more.")
+            if value is not None and not is_count(value, 1):
+                raise OptionError(f"{flag(name)} is {value!r}; it is a whole number of 1 or more.")
+        if not is_seed(self.seed):
+            raise OptionError(f"--seed is {self.seed!r}; it is a whole number of 0 or more, and below 2**32.")
         for name, known in (("size", SIZES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{flag(name)} is {getattr(self, name)}; it is {' or '.join(known)}.")

@@ -9,7 +9,7 @@ from rich.table import Table
 from vla_pruner import markdown
 from vla_pruner.benching.report import ArmResult, BenchReport
 from vla_pruner.terminal import add_column, add_row, simple_table
-from vla_pruner.wording import counted
+from vla_pruner.wording import counted, ordinal
 
 _NONE = "-"
 _GAP = 2
@@ -151,8 +151,9 @@ def notes(report: BenchReport) -> Iterator[str]:
     for arm in report.arms:
         if arm.refresh:
             yield (
-                f"{arm.name} runs every {arm.refresh.every}th step unpruned ({arm.refresh.milliseconds:.2f} ms): "
-                f"{arm.refresh.amortised:.2f} ms a step over the whole cycle, {arm.refresh.speed:.2f}x."
+                f"{arm.name} runs every {ordinal(arm.refresh.every)} step unpruned "
+                f"({arm.refresh.milliseconds:.2f} ms): {arm.refresh.amortised:.2f} ms a step over the whole cycle, "
+                f"{arm.refresh.speed:.2f}x."
             )
         if arm.encoder is not None:
             yield (

@@ -9,9 +9,11 @@ from pathlib import Path
 from vla_pruner.calibration.agreement import arms_of
 from vla_pruner.calibration.errors import CalibrationError
 from vla_pruner.calibration.recordings import EPISODES
+from vla_pruner.checks import is_count, is_number, is_seed
 from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.policies import PolicySource
 from vla_pruner.evaluation.settings import named_methods
+from vla_pruner.flags import flag
 from vla_pruner.method_names import LAYER
 
 
@@ -62,13 +64,19 @@ class CalibrateSettings:
             raise CalibrationError(f"--policy is {self.policy.name}, which sees no images, so nothing can be pruned.")
         for name, least in {"episodes": 1, "every": 1, "max_steps": 1}.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise CalibrationError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more.")
-        if not 0 <= self.seed < 2**32:
-            raise CalibrationError(f"--seed is {self.seed}; it must be 0 or more, and below 2**32.")
-        if self.tolerance is not None and not self.tolerance > 0.0:
+            if value is not None and not is_count(value, least):
+                raise CalibrationError(f"{flag(name)} is {value!r}; it is a whole number of {least} or more.")
+        for name in ("methods", "keep", "layer", "pruned", "encoder_keep", "controls", "tasks", "against"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (tuple, list)):
+                raise CalibrationError(
+                    f"{flag(name)} is {value!r}; it is a tuple of values, of which there may be one."
+                )
+        if not is_seed(self.seed):
+            raise CalibrationError(f"--seed is {self.seed!r}; it is a whole number of 0 or more, and below 2**32.")
+        if self.tolerance is not None and (not is_number(self.tolerance) or self.tolerance <= 0.0):
             raise CalibrationError(
-                f"--tolerance is {self.tolerance:g}; it is a part of the recorded actions' standard deviation, such as "
+                f"--tolerance is {self.tolerance!r}; it is a part of the recorded actions' standard deviation, such as "
                 "0.1."
             )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from vla_pruner.checkpoints.files import AGAIN, shown
+from vla_pruner.checks import is_number
 from vla_pruner.errors import CheckpointError
 
 MOST = 2**24
@@ -39,7 +39,7 @@ def check_positive(path: Path, values: Mapping[str, Any], *names: str) -> None:
     """
     for name in names:
         value = values.get(name, 1)
-        if not _is_number(value) or value <= 0:
+        if not is_number(value) or value <= 0:
             raise CheckpointError(
                 f"{path} has {name} {shown(repr(value))}; it must be a finite number above 0. {AGAIN}"
             )
@@ -56,21 +56,12 @@ def finite_row(path: Path, what: str, values: Any) -> np.ndarray:
     Raises:
         CheckpointError: it is no flat list of finite numbers, or empty.
     """
-    if not isinstance(values, (list, tuple)) or not values or not all(_is_number(value) for value in values):
+    if not isinstance(values, (list, tuple)) or not values or not all(is_number(value) for value in values):
         raise CheckpointError(
             f"{path} has {what} {shown(repr(values))}; it must be a list of finite numbers (no NaN, no infinity, no "
             f"text). {AGAIN}"
         )
     return np.asarray(values, dtype=np.float64)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def finite_action(action: np.ndarray, module: nn.Module) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vla_pruner.checks import is_count, is_number
 from vla_pruner.errors import OptionError, VLAPrunerError
 from vla_pruner.flags import number_or_name
 from vla_pruner.outputs import check_folder
@@ -111,14 +112,19 @@ class DemoSettings:
 
     def check(self) -> None:
         """Raise DemoError for the first setting that is out of its range."""
-        if self.keep is not None and not 0.0 < self.keep <= 1.0:
-            raise DemoError(f"--keep is {self.keep:g}; it is a fraction of the visual tokens, above 0 and up to 1.")
-        if self.episodes is not None and self.episodes < 1:
-            raise DemoError(f"--episodes is {self.episodes}; at least 1 episode a task is needed.")
+        if self.keep is not None and (not is_number(self.keep) or not 0.0 < self.keep <= 1.0):
+            raise DemoError(f"--keep is {self.keep!r}; it is a fraction of the visual tokens, above 0 and up to 1.")
+        if self.episodes is not None and not is_count(self.episodes, 1):
+            raise DemoError(f"--episodes is {self.episodes!r}; it is a whole number of 1 or more for each task.")
         if self.suite is not None and self.suite not in SUITES:
             raise DemoError(f"--suite is {self.suite}; it is one of {', '.join(SUITES)}.")
-        if self.seed is not None and self.seed < 0:
-            raise DemoError(f"--seed is {self.seed}; it must be 0 or more.")
+        if self.seed is not None and not is_count(self.seed, 0):
+            raise DemoError(f"--seed is {self.seed!r}; it is a whole number of 0 or more.")
+        for name, value in {"--quick": self.quick, "--compile": self.compile or False}.items():
+            if not isinstance(value, bool):
+                raise DemoError(f"{name} is {value!r}; it is True or False.")
+        if self.tasks is not None and not isinstance(self.tasks, (tuple, list)):
+            raise DemoError(f"--tasks is {self.tasks!r}; it is a tuple of tasks, of which there may be one.")
         if self.tasks is not None and not self.tasks:
             raise DemoError("--tasks names no task; give names or numbers separated by commas, or leave the flag out.")
         try:

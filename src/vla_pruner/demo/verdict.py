@@ -8,7 +8,7 @@ from vla_pruner.demo.arms import RECOMMENDED_ARM
 from vla_pruner.demo.summary import ArmSummary, Summary
 from vla_pruner.demo.table import labels_of
 from vla_pruner.fate import Fate
-from vla_pruner.wording import counted
+from vla_pruner.wording import counted, span
 
 _FEW = 100
 """The number of pairs below which a difference of several points cannot be told from noise."""
@@ -130,7 +130,8 @@ def _ceiling(summary: Summary) -> list[str]:
     rest = ", ".join(f"{words[stage]} {100 * shares[stage]:.0f} %" for stage in stay)
     caches = "; shorter caches help decoding a little" if shares["decode"] else ""
     return [
-        f"Pruning can touch little more than the prompt in layers {summary.layer} to {summary.layers - 1}: "
+        f"Pruning can touch little more than the prompt in "
+        f"{span('layer', summary.layer, summary.layers - summary.layer)}: "
         f"{100 * summary.touchable_share:.0f} % of an unpruned step here. "
         f"So no rule at this layer, however good, could make a step more than {summary.ceiling:.2f}x as fast "
         f"({rest} stay{caches})."

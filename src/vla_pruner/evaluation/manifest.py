@@ -80,8 +80,8 @@ class Manifest:
             which is declared before the first episode.
         plan: of its units.
         for_claims: whether it is long enough to be evidence.
-        extended: numbers of episodes a task that were planned before the present one: adding episodes after a look
-            raises the chance of a wrong verdict above the nominal one.
+        extended: numbers of episodes a task that were planned before the present one, in this folder or in one that was
+            merged with others: adding episodes after a look raises the chance of a wrong verdict above the nominal one.
         conditions: machine, load and source tree, of every process that wrote to the run.
     """
 

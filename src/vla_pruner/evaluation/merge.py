@@ -42,7 +42,7 @@ def merge(folders: Sequence[Path], out: Path) -> Run:
         manifests[0].identity,
         plan,
         plan.episodes >= CLAIM_EPISODES and manifests[0].identity["max_steps"] is None,
-        tuple(sorted({number for manifest in manifests for number in manifest.extended})),
+        _extended(manifests, plan),
         tuple(one for manifest in manifests for one in manifest.conditions),
     )
     places = {unit: place for place, unit in enumerate(plan.units())}
@@ -68,6 +68,15 @@ def merge(folders: Sequence[Path], out: Path) -> Run:
                 (out / name).unlink(missing_ok=True)
         raise
     return Run(whole, {record.key: record for record in ordered})
+
+
+def _extended(manifests: Sequence[Manifest], plan: Plan) -> tuple[int, ...]:
+    """Return `Manifest.extended` of the whole. Shards of a run have its initial states; a folder of further ones was
+    declared apart, and results may have been looked at without it. Which folder ran first is not recorded, so the first
+    initial states count as the first look.
+    """
+    looks = {one.plan.first + one.plan.episodes - plan.first for one in manifests} - {plan.episodes}
+    return tuple(sorted(looks.union(*(one.extended for one in manifests))))
 
 
 def _take_traces(folder: Path, out: Path, records: Iterable[Record]) -> None:

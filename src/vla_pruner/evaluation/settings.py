@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vla_pruner.checks import is_count, is_number, is_seed
 from vla_pruner.errors import OptionError
 from vla_pruner.evaluation.arms import CONTROLS, Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
@@ -111,23 +112,32 @@ class EvalSettings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise EvaluationError(f"--preset is {self.preset}; it is one of {', '.join(PRESETS)}.")
-        least_of = {"episodes": 1, "max_steps": 1, "horizon": 1, "workers": 1, "first": 0, "trace": 0, "batch": 1}
+        least_of = dict.fromkeys(("episodes", "max_steps", "horizon", "workers", "batch"), 1)
+        least_of |= dict.fromkeys(("first", "trace", "max_errors"), 0)
         for name, least in least_of.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise EvaluationError(f"{flag(name)} is {value}; it must be {least} or more.")
-        if not 0 <= self.seed < 2**32:
-            raise EvaluationError(f"--seed is {self.seed}; it must be 0 or more, and below 2**32.")
-        if not 0.0 < self.margin < 1.0:
+            if value is not None and not is_count(value, least):
+                raise EvaluationError(f"{flag(name)} is {value!r}; it is a whole number of {least} or more.")
+        if not is_seed(self.seed):
+            raise EvaluationError(f"--seed is {self.seed!r}; it is a whole number of 0 or more, and below 2**32.")
+        if not is_number(self.margin) or not 0.0 < self.margin < 1.0:
+            found = f"{100 * self.margin:g}" if is_number(self.margin) else repr(self.margin)
             raise EvaluationError(
-                f"--margin is {100 * self.margin:g}; it is a loss in percentage points between 0 and 100, such as 2."
+                f"--margin is {found}; it is a loss in percentage points between 0 and 100, such as 2."
             )
         if self.interval not in INTERVALS:
             raise EvaluationError(f"--interval is {self.interval}; it is one of {', '.join(INTERVALS)}.")
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            raise EvaluationError(f"--shard is {self.shard[0]}/{self.shard[1]}; the first of two is 1/2, the last 2/2.")
-        for name in ("suites", "tasks", "methods", "keep", "layer", "pruned", "encoder_keep"):
-            if getattr(self, name) is not None and not getattr(self, name):
+        if self.shard is not None and not (
+            len(self.shard) == 2 and all(is_count(one, 1) for one in self.shard) and self.shard[0] <= self.shard[1]
+        ):
+            raise EvaluationError(
+                f"--shard is {'/'.join(map(str, self.shard))}; the first of two is 1/2, the last 2/2."
+            )
+        for name in ("suites", "tasks", "methods", "keep", "layer", "pruned", "encoder_keep", "controls"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (tuple, list)):
+                raise EvaluationError(f"{flag(name)} is {value!r}; it is a tuple of values, of which there may be one.")
+            if value is not None and not value and name != "controls":
                 raise EvaluationError(f"{flag(name)} names nothing; give one value or several, separated by commas.")
         check_read(self.suite_options, self.suite_names)
         asked = [name for name in ("methods", *OF_METHODS) if getattr(self, name) is not None]

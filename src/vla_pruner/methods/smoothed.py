@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vla_pruner.checks import check_choice, is_count
+from vla_pruner.checks import check_choice, is_count, is_number
 from vla_pruner.errors import BudgetError, OptionError
 from vla_pruner.methods.base import Evidence
 from vla_pruner.methods.budgeted import Budgeted
@@ -40,7 +40,7 @@ class Smoothed(Budgeted):
         super().__post_init__()
         if not is_count(self.window, 1):
             raise OptionError(f"window={self.window!r} was given; it is an int of 1 or more (the paper's is 3).")
-        if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
+        if not is_number(self.decay) or not 0 < self.decay <= 1:
             raise OptionError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         check_choice("unseen", self.unseen, ("zero", "carry"))
         _ = self.schedule  # refuses values out of range

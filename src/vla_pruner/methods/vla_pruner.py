@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vla_pruner.checks import check_choice, is_count
+from vla_pruner.checks import check_choice, is_count, is_number
 from vla_pruner.errors import BudgetError, OptionError
 from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_keep
 from vla_pruner.methods.presets import PRESETS, RECOMMENDED, Published, PublishedWord, Rules
@@ -92,7 +92,7 @@ class VLAPruner(Method):
             raise OptionError(
                 f"window={self.window!r} was given; the window is an int of 1 or more (the paper's is 3)."
             )
-        if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
+        if not is_number(self.decay) or not 0 < self.decay <= 1:
             raise OptionError(f"decay={self.decay!r} was given; the decay is in (0, 1] (the paper's is 0.8).")
         _ = self.schedule  # refuses values out of range
         if self.layer == 0 and self.refresh_every is None:

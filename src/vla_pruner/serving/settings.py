@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vla_pruner.checks import is_count, is_number, is_seed
 from vla_pruner.serving.errors import ServingError
 
 MEBIBYTE = 2**20
@@ -90,11 +90,11 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_robots", "max_waiting", "max_batch"):
-            if not _is_count(getattr(self, name)):
+            if not is_count(getattr(self, name), 1):
                 raise ServingError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it is a whole number of 1 or more."
                 )
-        if not _is_count(self.max_message):
+        if not is_count(self.max_message, 1):
             whole = isinstance(self.max_message, int)
             found = f"{self.max_message / MEBIBYTE:g} MiB" if whole else f"{self.max_message!r} bytes"
             raise ServingError(f"--max-message is {found}; it is a whole number of 1 or more.")
@@ -103,13 +103,13 @@ class ServerSettings:
             "ping_interval": self.ping_interval,
             "ping_timeout": self.ping_timeout,
         }.items():
-            if not (value > 0 and math.isfinite(value)):
+            if not is_number(value) or value <= 0:
                 raise ServingError(f"{name} is {value!r}; it is a number of seconds above 0.")
         for name, value in {"--episode-gap": self.episode_gap, "--episode-jump": self.episode_jump}.items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if value is not None and (not is_number(value) or value <= 0):
                 raise ServingError(f"{name} is {value!r}; it is a finite number above 0.")
         for name, value in {"--action-dim": self.action_dim, "--action-horizon": self.action_horizon}.items():
-            if value is not None and not _is_count(value):
+            if value is not None and not is_count(value, 1):
                 raise ServingError(f"{name} is {value!r}; it is a whole number of 1 or more.")
         for name, value in {
             "--compile": self.compile,
@@ -119,14 +119,17 @@ class ServerSettings:
             if not isinstance(value, bool):
                 raise ServingError(f"{name} is {value!r}; it is True or False.")
         self._check_metadata()
+        if not isinstance(self.prompts, (tuple, list)) or not all(isinstance(one, str) for one in self.prompts):
+            raise ServingError(f"--prompt is {self.prompts!r}; it is a tuple of instructions.")
         if self.default_prompt is not None and not self.default_prompt.strip():
             raise ServingError("--default-prompt is empty; give the instruction that your policy was trained on.")
-        if not 0 <= self.batch_window <= 1:
-            raise ServingError(f"--batch-window is {1e3 * self.batch_window:g} ms; it is 0 to 1000 ms, such as 2.")
-        if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port < 2**16:
+        if not is_number(self.batch_window) or not 0 <= self.batch_window <= 1:
+            found = f"{1e3 * self.batch_window:g} ms" if is_number(self.batch_window) else repr(self.batch_window)
+            raise ServingError(f"--batch-window is {found}; it is 0 to 1000 ms, such as 2.")
+        if not is_count(self.port, 0) or self.port >= 2**16:
             raise ServingError(f"--port is {self.port!r}; it is a number from 0 (a free one) to 65535.")
-        if not 0 <= self.seed < 2**32:
-            raise ServingError(f"--seed is {self.seed!r}; it is 0 or more, and below 2**32.")
+        if not is_seed(self.seed):
+            raise ServingError(f"--seed is {self.seed!r}; it is a whole number of 0 or more, and below 2**32.")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ServingError("A certificate and its key go together: give both --tls-cert and --tls-key, or none.")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or " " in self.api_key):
@@ -164,10 +167,6 @@ class ServerSettings:
         if not self.compile:
             return tuple(range(self.max_batch, 0, -1))
         return tuple(2**power for power in reversed(range(self.max_batch.bit_length())))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_loopback(host: str) -> bool:
