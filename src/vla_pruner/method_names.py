@@ -56,8 +56,7 @@ class Named:
         values = {field.name: getattr(method, field.name) for field in fields}
         own = [field.name for field in fields if values[field.name] != field.default]
         written = [f"{name}={values[name]}" for name in own if not isinstance(values[name], PublishedWord)]
-        options = (*written, *method.told)
-        return cls(method_name(kind) if known else kind.__name__, options, method)
+        return cls(method_name(kind) if known else kind.__name__, _with_told(written, method), method)
 
     @property
     def title(self) -> str:
@@ -108,7 +107,7 @@ def methods_of(
                     if hasattr(kind, "refresh_every") and "refresh_every" not in extra:
                         made["refresh_every"] = refresh_every or (FRESH if layer == 0 else None)
                     method = _made(shown, kind, made)
-                    found.append(Named(shown, (*others, *method.told), method))
+                    found.append(Named(shown, _with_told(others, method), method))
     return tuple(found)
 
 
@@ -126,6 +125,10 @@ def told_of_fates(arms: Iterable[tuple[str, str]]) -> str:
         return ""
     told = ", ".join(f"{method} {' and '.join(sorted(fates))}" for method, fates in of_method.items())
     return f"These methods differ in the fate of the other tokens, too ({told}); --pruned chooses it for all."
+
+
+def _with_told(written: Sequence[str], method: Method) -> tuple[str, ...]:
+    return (*written, *(option for option in method.told if option not in written))
 
 
 def _made(shown: str, kind: type[Method], options: dict[str, Any]) -> Method:

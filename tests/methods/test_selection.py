@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import vla_pruner as vp
-from vla_pruner.method_names import Named
+from vla_pruner.method_names import Named, methods_of
 from vla_pruner.methods.base import Evidence, resolve_keep
 from vla_pruner.methods.scores import attention_probabilities, mean_over_rows, temporal_estimate
 from vla_pruner.methods.selection import (
@@ -344,3 +347,35 @@ def test_a_table_names_the_layer_that_runs():
     assert "K=3" in named.title
     assert named.method.fitted(one_pass=True).layer == 3
     assert Named.of(vp.VLAPruner(preset="official", layer=4)).method.fitted(one_pass=True).layer == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "title"),
+    [
+        (vp.VLAPruner(), "vla-pruner 0.25 freeze K=3 semantic_queries=last"),
+        (vp.VLAPruner(semantic_queries="last"), "vla-pruner 0.25 freeze K=3 semantic_queries=last"),
+        (vp.VLAPruner(semantic_queries="all"), "vla-pruner 0.25 freeze K=3 semantic_queries=all"),
+        (vp.VLAPruner(pruned="drop"), "vla-pruner 0.25 drop K=3 semantic_queries=last"),
+        (vp.VLAPruner(preset="paper"), "vla-pruner 0.25 drop K=3 preset=paper"),
+        (vp.VLAPruner(preset="official", layer=4), "vla-pruner 0.25 drop K=4 preset=official"),
+    ],
+)
+def test_a_title_tells_what_a_preset_decides(method: vp.VLAPruner, title: str):
+    """It does as an object and by its name; titles without rows or a preset are of records from before."""
+    named = Named.of(method)
+    assert named.title == title
+    (again,) = methods_of([":".join([named.name, *named.options])], [0.25], [int(method.layer)], [method.pruned])
+    assert (again.title, again.method) == (title, method)
+
+
+def test_a_preset_brings_what_was_not_given():
+    recommended = vp.VLAPruner(keep=64)
+    assert (recommended.pruned, recommended.semantic_queries, recommended.layer) == ("freeze", "last", 3)
+    for same in (pickle.loads(pickle.dumps(recommended)), copy.deepcopy(recommended), recommended):
+        assert replace(same, preset="paper") == vp.VLAPruner(keep=64, preset="paper")
+    assert (vp.VLAPruner(preset="paper").pruned, vp.VLAPruner(preset="paper").semantic_queries) == ("drop", "all")
+    given = replace(vp.VLAPruner(pruned="freeze", semantic_queries="text"), preset="paper")
+    assert (given.pruned, given.semantic_queries) == ("freeze", "text"), "what was given stays"
+    fitted: Any = recommended.fitted(one_pass=True)
+    assert fitted == recommended
+    assert (type(fitted.pruned), type(fitted.semantic_queries), type(fitted.layer)) == (str, str, int)

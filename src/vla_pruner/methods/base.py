@@ -125,7 +125,7 @@ class Method:
 
     @property
     def told(self) -> tuple[str, ...]:
-        """Options that titles tell although nobody wrote them, each as "name=value"."""
+        """Options that titles tell although they may be defaults, each as "name=value"."""
         return ()
 
     @property

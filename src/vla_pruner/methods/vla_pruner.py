@@ -109,8 +109,8 @@ class VLAPruner(Method):
     @property
     def told(self) -> tuple[str, ...]:
         # Records from before there was "recommended" tell neither, and their rows are the paper's.
-        unwritten = isinstance(self.semantic_queries, PublishedWord) and self.rules is RECOMMENDED
-        return (f"semantic_queries={self.semantic_queries}",) if unwritten else ()
+        of_preset = self.rules is RECOMMENDED and self.semantic_queries == RECOMMENDED.queries
+        return (f"semantic_queries={self.semantic_queries}",) if of_preset else ()
 
     @property
     def rules(self) -> Rules:
