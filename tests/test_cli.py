@@ -262,7 +262,7 @@ def test_audit_flags_reach_the_audit(audited: list[tuple[Any, Any]], capsys: pyt
 
 def test_audit_defaults_are_the_methods_own(audited: list[tuple[Any, Any]]) -> None:
     assert cli.main(AUDIT) == 0
-    assert audited[0][1] == vp.VLAPruner(preset="paper")
+    assert audited[0][1] == vp.VLAPruner()
 
 
 def test_a_failed_check_is_exit_code_1(audited: list[tuple[Any, Any]], capsys: pytest.CaptureFixture[str]) -> None:

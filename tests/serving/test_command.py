@@ -60,7 +60,7 @@ def test_flags_reach_the_server(asked: list[Any], tmp_path: Path, capsys: pytest
     assert cli.main([*TINY, *flags]) == 0
     policy, pruner, settings = asked[0]
     assert type(policy).__name__ == "ReferencePolicy"
-    assert pruner == vp.VLAPruner(keep=64, layer=2, pruned="freeze", preset="paper")
+    assert pruner == vp.VLAPruner(keep=64, layer=2, pruned="freeze")
     assert settings == ServerSettings(
         host="0.0.0.0",
         port=9,
@@ -84,7 +84,7 @@ def test_flags_reach_the_server(asked: list[Any], tmp_path: Path, capsys: pytest
 def test_defaults(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(TINY) == 0
     _, pruner, settings = asked[0]
-    assert pruner == vp.VLAPruner(keep=0.25, preset="paper")
+    assert pruner == vp.VLAPruner(keep=0.25)
     assert settings == ServerSettings(name="reference")
     assert "Warning" not in capsys.readouterr().err
 
@@ -96,7 +96,7 @@ def test_methods(asked: list[Any]) -> None:
     assert [pruner for _, pruner, _ in asked] == [
         None,
         vp.FastV(keep=0.5),
-        vp.VLAPruner(keep=0.25, layer=0, refresh_every=8, preset="paper"),
+        vp.VLAPruner(keep=0.25, layer=0, refresh_every=8),
     ]
 
 
@@ -105,7 +105,7 @@ def test_options_of_a_method_follow_its_name(asked: list[Any], capsys: pytest.Ca
     for name in ("vla-pruner:window=5:keep=16", "max-min-diversity:metric=euclidean", "vla-cache"):
         assert cli.main([*TINY, "--method", name]) == 0
     assert [pruner for _, pruner, _ in asked] == [
-        vp.VLAPruner(keep=16, window=5, preset="paper"),
+        vp.VLAPruner(keep=16, window=5),
         vp.methods.MaxMinDiversity(keep=0.25, metric="euclidean"),
         vp.VLACache(),  # a server refuses it, by a sentence of its own
     ]
