@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from tests.openvla.tiny import random_openvla, write_checkpoint
 
 SCRIPTS = Path(__file__).parent / "scripts"
-TWO_LINES = "import vla_pruner.official\nvla_pruner.official.install(vla_pruner.VLAPruner(keep=0.25, preset='paper'))\n"
+TWO_LINES = "import vla_pruner.official\nvla_pruner.official.install(vla_pruner.VLAPruner(keep=0.25))\n"
 
 
 def checkpoint(folder: Path, oft: bool) -> Path:

@@ -161,7 +161,7 @@ def test_the_process_ends_with_1_and_says_what_was_counted(folders, libero, tmp_
 
 
 def test_without_a_method_nothing_is_pruned(folders, libero, tmp_path, capsys):
-    path = script("oft", tmp_path / "run", TWO_LINES.replace("vla_pruner.VLAPruner(keep=0.25, preset='paper')", "None"))
+    path = script("oft", tmp_path / "run", TWO_LINES.replace("vla_pruner.VLAPruner(keep=0.25)", "None"))
     run(path, "--pretrained_checkpoint", str(folders["oft"]))
     assert evaluation().session is None
     assert evaluation().summary() == "1 episode, 5 control steps, unpruned"

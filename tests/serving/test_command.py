@@ -96,7 +96,7 @@ def test_methods(asked: list[Any]) -> None:
     assert [pruner for _, pruner, _ in asked] == [
         None,
         vp.FastV(keep=0.5),
-        vp.VLAPruner(keep=0.25, layer=0, refresh_every=8, preset="paper"),
+        vp.VLAPruner(keep=0.25, layer=0, refresh_every=8),
     ]
 
 
@@ -105,7 +105,7 @@ def test_options_of_a_method_follow_its_name(asked: list[Any], capsys: pytest.Ca
     for name in ("vla-pruner:window=5:keep=16", "max-min-diversity:metric=euclidean", "vla-cache"):
         assert cli.main([*TINY, "--method", name]) == 0
     assert [pruner for _, pruner, _ in asked] == [
-        vp.VLAPruner(keep=16, window=5, preset="paper"),
+        vp.VLAPruner(keep=16, window=5),
         vp.methods.MaxMinDiversity(keep=0.25, metric="euclidean"),
         vp.VLACache(),  # a server refuses it, by a sentence of its own
     ]
