@@ -139,6 +139,7 @@ def test_a_turn_begins_with_another_arm_each_round() -> None:
 
 
 def test_the_unpruned_arm_is_the_untouched_model_and_nothing_stays(subject: Any) -> None:
+    subject.step()  # transformers puts hooks of its own into some vision towers in their first pass
     before = whole_state(subject.module)
     turns = turns_of(subject)
     for arm in turns.arms:
@@ -307,7 +308,7 @@ def test_a_checkpoint_is_benchmarked_as_it_is(golden: Any, name: str) -> None:
     turns = turns_of(subject)
     arm = turns.arms[1]
     assert turns.kept[arm.name] == round(subject.feed.visual / 4)
-    formula = least_work(subject, turns.kept[arm.name], 3, "drop").flops
+    formula = least_work(subject, turns.kept[arm.name], 3, "freeze").flops
     assert count_stages(turns, arm)["prefill"] == pytest.approx(formula["prefill"], rel=0.01)
 
 
