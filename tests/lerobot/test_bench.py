@@ -32,7 +32,7 @@ CASES = (
     BenchSettings("molmoact2", size="tiny", batch=2, denoise_steps=2, pruned=("drop", "freeze")),
     BenchSettings("eo1", size="tiny", layers=4, batch=2, denoise_steps=2, pruned=("drop", "freeze")),
     BenchSettings("pi0-fast", size="tiny", layers=4, cameras=2, decode_tokens=4, pruned=("drop", "freeze")),
-    BenchSettings("groot", size="tiny", cameras=2, denoise_steps=2),
+    BenchSettings("groot", size="tiny", cameras=2, denoise_steps=2, pruned=("drop",)),
     BenchSettings("vla-jepa", size="tiny", batch=2, pruned=("drop", "freeze")),
 )
 NEEDS_DIFFUSERS = ("groot", "vla-jepa")
