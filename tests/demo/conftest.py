@@ -19,6 +19,15 @@ from vla_pruner.policies.random import random_policy
 TASKS = (("reach", "reach the ball"), ("push", "push the puck"))
 
 
+@pytest.fixture(autouse=True)
+def busy(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The cores that other programs use before a run and after it, whatever else runs beside the tests: none."""
+    cores = [0.0, 0.0]
+    monkeypatch.setattr("vla_pruner.conditions.busy_cores", lambda: cores[0])
+    monkeypatch.setattr("vla_pruner.demo.run.busy_cores", lambda: cores[1])
+    return cores
+
+
 class FakeEnvironment:
     """Solved at step `solved_at` on even seeds; over after 6 steps on odd ones. Counts its calls."""
 

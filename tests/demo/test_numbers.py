@@ -192,6 +192,25 @@ def test_what_a_compiled_run_says(arms: tuple[Arm, ...]) -> None:
     assert "no rule at this layer" not in text
 
 
+def test_a_busy_machine_has_no_speed_in_its_sentences_and_brackets_in_its_table(arms: tuple[Arm, ...]) -> None:
+    idle = _summary(arms, [True] * 40, [False] * 40)
+    busy = dataclasses.replace(idle, busy=True)
+    assert headline(busy) == (
+        "VLA-Pruner 0.25 drop solves 100 % of the episodes instead of 100 %: these episodes show no difference in "
+        "success (-9 to +9 points), 40 paired episodes an arm; other programs kept the machine busy, so this run says "
+        "nothing about speed: repeat the demo when the machine is idle."
+    )
+    told = " ".join(verdict(busy))
+    assert "solved 40 of 40, no difference against unpruned (-9 to +9: within noise). A pruned step takes 60 %" in told
+    assert "beats dropping at random" in told
+    assert not re.search(r"[\d.]x| ms\b", told)
+    changed = [pair for pair in zip(rows(idle), rows(busy), strict=True) if pair[0] != pair[1]]
+    speeds = ["1.00x", "2.00x", "2.22x"]
+    assert changed == [(("  speed", speeds), ("  speed, busy", [f"({one})" for one in speeds]))]
+    assert footnotes(busy)[0].endswith("are no findings. Repeat the demo when the machine is idle.")
+    assert footnotes(busy)[1:] == footnotes(idle)
+
+
 def test_verdict_names_an_arm_that_never_pruned(arms: tuple[Arm, ...]) -> None:
     units = [{key: _episode(key, 0, True, 20.0, pruned=False) for key in ("unpruned", "drop", "random")}]
     costs = {key: ArmCost(1000.0, Flops(800.0, 100.0), 16, 16) for key in ("unpruned", "drop", "random")}

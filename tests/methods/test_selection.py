@@ -379,3 +379,51 @@ def test_a_preset_brings_what_was_not_given():
     fitted: Any = recommended.fitted(one_pass=True)
     assert fitted == recommended
     assert (type(fitted.pruned), type(fitted.semantic_queries), type(fitted.layer)) == (str, str, int)
+
+
+BY_FEATURES = [
+    vp.DART(6),
+    vp.DART(6, pivots=2),
+    vp.CDPruner(6),
+    vp.CDPruner(6, theta=0.5),
+    vp.MaxMinDiversity(6),
+    vp.MaxMinDiversity(6, metric="euclidean"),
+    vp.DivPrune(6),
+    vp.ActionAndDiversity(6),
+    vp.VLAPruner(6),
+    vp.VLAPruner(6, preset="paper"),
+]
+
+
+def by_features(**changes):
+    relevance = torch.randn(ROWS, M, generator=torch.Generator().manual_seed(1))
+    return replace(random_evidence(seed=7), relevance=relevance, **changes)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("method", BY_FEATURES, ids=repr)
+def test_tokens_without_finite_features_are_the_last_that_are_kept(method, value):
+    valid = torch.ones(ROWS, M, dtype=torch.bool)
+    valid[:, 11] = False
+    clean = by_features(valid=valid)
+    broken = torch.zeros(ROWS, M, dtype=torch.bool)
+    broken[:, [0, 4, 12]] = True
+    broken[2, 2:9] = True
+    features, relevance = clean.features.clone(), clean.relevance.clone()
+    features[..., 3][broken] = value
+    relevance[broken] = torch.nan  # a cosine with what is not finite
+    found = method.select(replace(clean, features=features, relevance=relevance), 6)
+    # What is not seen is neither kept nor measured against, so that the others are chosen as if it were absent.
+    assert torch.equal(found, method.select(replace(clean, valid=valid & ~broken), 6))
+    assert not broken.gather(1, found).any()
+
+    broken[:, 3:] = True
+    broken[:, [13, 17]] = False
+    features[..., 3][broken] = value
+    found = method.select(replace(clean, features=features, relevance=relevance), 6)
+    usable = [[token for token in range(M) if valid[row, token] and not broken[row, token]] for row in range(ROWS)]
+    assert [len(ids) for ids in usable] == [4, 4, 3]
+    for row, ids in zip(found.tolist(), usable, strict=True):
+        assert set(ids) <= set(row)
+        assert 11 not in row, "absent tokens come after those that are there"
+        assert len(set(row)) == 6

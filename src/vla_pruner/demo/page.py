@@ -83,8 +83,8 @@ def _head(summary: Summary, first: str) -> str:
 
 def _short_table(summary: Summary) -> str:
     """Return success and speed with one row an arm, so that it fits a telephone."""
-    success, interval, pace, speed = (cells for _, cells in rows(summary)[:HEAD])
-    titles = ("arm", "success (95 % interval)", "ms a pruned step", "speed")
+    (_, success), (_, interval), (_, pace), (factor, speed) = rows(summary)[:HEAD]
+    titles = ("arm", "success (95 % interval)", "ms a pruned step", factor.strip())
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     lines = [
         f'<tr><th scope="row">{escape(title)}</th><td>{escape(rate)} <span class="soft">({escape(between)})</span></td>'

@@ -102,11 +102,12 @@ def run_demo(
         return INTERRUPTED
     compiling = prepared.opened.compiling if isinstance(prepared.opened, CompiledArms) else None
     depth = family_of(policy).depth
-    summary = summarize(runner.finished, arms, prepared.costs, prepared.vision, depth, compiling)
     used = busy_cores()
+    busy = busy or _is_busy(used, facts)
+    summary = summarize(runner.finished, arms, prepared.costs, prepared.vision, depth, compiling, busy)
     notes = {
         "interrupted": interrupted,
-        "machine_was_busy": busy or _is_busy(used, facts),
+        "machine_was_busy": busy,
         "busy_cores_after": used,
         "seconds": round(time.monotonic() - started, 1),
         "timer_overhead_ms": round(prepared.overhead, 4),

@@ -94,6 +94,8 @@ class Summary:
     """The difference of that arm to the random one; None without such a pair."""
     compiling: Compiling | None = None
     """What was compiled; None: nothing, every arm ran as it is."""
+    busy: bool = False
+    """Whether other programs kept the machine busy, so that its milliseconds are no finding."""
 
     @property
     def baseline(self) -> ArmSummary:
@@ -130,8 +132,9 @@ def summarize(
     vision_flops: float,
     layers: int,
     compiling: Compiling | None = None,
+    busy: bool = False,
 ) -> Summary:
-    """Sum up the finished units; `compiling` is what was compiled for them.
+    """Sum up the finished units; `compiling` is what was compiled for them, `busy` whether other programs ran beside.
 
     Raises:
         ValueError: nothing is finished.
@@ -144,7 +147,7 @@ def summarize(
     choice, chosen = None, _same_budget_as_random(arms)
     if chosen is not None:
         choice = paired_difference(outcomes(finished, "random"), outcomes(finished, chosen))
-    return Summary(columns, len(finished), layers, layer, vision_flops, chosen, choice, compiling)
+    return Summary(columns, len(finished), layers, layer, vision_flops, chosen, choice, compiling, busy)
 
 
 def _same_budget_as_random(arms: Sequence[Arm]) -> str | None:

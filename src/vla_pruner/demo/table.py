@@ -67,9 +67,7 @@ def rows(summary: Summary) -> list[Row]:
         row("success", lambda a: _percent(a.success.value)),
         row("  95 % interval", lambda a: f"{100 * a.success.low:.0f} to {100 * a.success.high:.0f}"),
         row("ms a pruned step", lambda a: _ms(a.pruned_steps.p50)),
-        row(
-            "  speed", lambda a: "-" if isnan(a.pruned_steps.p50) else f"{base.all_steps.p50 / a.pruned_steps.p50:.2f}x"
-        ),
+        row("  speed, busy" if summary.busy else "  speed", lambda a: _speed(summary, a)),
         row("episodes solved", lambda a: f"{a.success.successes}/{a.success.total}"),
         row("difference", lambda a: _points(a.difference.value) if a.difference else "", "-"),
         row("  95 % interval", _difference_interval, "-"),
@@ -98,6 +96,7 @@ def floor_share(summary: Summary, arm: ArmSummary) -> float:
 def footnotes(summary: Summary) -> list[str]:
     """Return the facts that a reader of the table must know."""
     return [
+        *_busy(summary),
         *_compiled(summary),
         "Every arm ran the same episodes from the same initial states. Success: Wilson interval. Difference to "
         "unpruned, in percentage points: Newcombe's interval for paired proportions. Won / lost: episodes that only "
@@ -130,6 +129,15 @@ def actions(summary: Summary) -> str:
     return "The action rows are part of the prompt's one pass."
 
 
+def _busy(summary: Summary) -> list[str]:
+    if not summary.busy:
+        return []
+    return [
+        "Other programs kept the machine busy: milliseconds, and the speeds in brackets, are no findings. Repeat the "
+        "demo when the machine is idle."
+    ]
+
+
 def _compiled(summary: Summary) -> list[str]:
     """Return what was compiled, and what the stages then mean."""
     compiling, words = summary.compiling, labels_of(summary)
@@ -151,6 +159,13 @@ def to_markdown(summary: Summary) -> str:
         for name, cells in rows(summary)
     )
     return markdown.table((None, *heading(summary)), labels, numbers=True) + "\n"
+
+
+def _speed(summary: Summary, arm: ArmSummary) -> str:
+    if isnan(arm.pruned_steps.p50):
+        return "-"
+    factor = f"{summary.baseline.all_steps.p50 / arm.pruned_steps.p50:.2f}x"
+    return f"({factor})" if summary.busy else factor
 
 
 def _percent(value: float) -> str:

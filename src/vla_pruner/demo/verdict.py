@@ -15,25 +15,33 @@ _FEW = 100
 
 
 def headline(summary: Summary) -> str:
-    """Return the whole result in one sentence: the recommended setting, or the arm in its place, against unpruned."""
+    """Return the whole result in one sentence: the recommended setting, or the arm in its place, against unpruned. It
+    names no speed if the machine was busy.
+    """
     arm, base = summary.recommended, summary.baseline
     units = f"{counted(summary.units, 'paired episode')} an arm" + (", every arm compiled" if summary.compiling else "")
     if arm is None or arm.difference is None:
         return f"Unpruned, the policy solved {_rate(base)} of the episodes ({units})."
     if not arm.pruned_steps.steps:
         return f"{_title(arm)} pruned no control step in {units}, so there is nothing to compare."
-    speed = base.all_steps.p50 / arm.pruned_steps.p50
-    pace = (
-        f"takes {arm.pruned_steps.p50:.1f} ms instead of {base.all_steps.p50:.1f} for a pruned control step "
-        f"({speed:.2f}x as fast)"
-    )
     difference = arm.difference
     interval = f"{100 * difference.low:+.0f} to {100 * difference.high:+.0f} points"
     if difference.within_noise:
         success = f"these episodes show no difference in success ({interval})"
     else:
         success = f"its success is {'higher' if difference.value > 0 else 'lower'} ({interval})"
-    return f"{_title(arm)} {pace} and solves {_rate(arm)} of the episodes instead of {_rate(base)}: {success}, {units}."
+    result = f"solves {_rate(arm)} of the episodes instead of {_rate(base)}: {success}, {units}"
+    if summary.busy:
+        return (
+            f"{_title(arm)} {result}; other programs kept the machine busy, so this run says nothing about speed: "
+            "repeat the demo when the machine is idle."
+        )
+    speed = base.all_steps.p50 / arm.pruned_steps.p50
+    pace = (
+        f"takes {arm.pruned_steps.p50:.1f} ms instead of {base.all_steps.p50:.1f} for a pruned control step "
+        f"({speed:.2f}x as fast)"
+    )
+    return f"{_title(arm)} {pace} and {result}."
 
 
 def _title(arm: ArmSummary) -> str:
@@ -53,9 +61,9 @@ def _rate(arm: ArmSummary) -> str:
 def verdict(summary: Summary) -> list[str]:
     """Return sentences for the terminal and the report: each arm's result, then the limits of all of them."""
     base = summary.baseline
+    pace = "" if summary.busy else f" at {base.all_steps.p50:.1f} ms a control step"
     return [
-        f"Unpruned, the policy solved {base.success.successes} of {base.success.total} episodes "
-        f"at {base.all_steps.p50:.1f} ms a control step.",
+        f"Unpruned, the policy solved {base.success.successes} of {base.success.total} episodes{pace}.",
         *[
             f"{_capital(arm.arm.title)}: {_success(arm)}. {_time(arm, summary)}"
             for arm in summary.arms
@@ -84,6 +92,9 @@ def _time(arm: ArmSummary, summary: Summary) -> str:
     base, pruned, words = summary.baseline.all_steps, arm.pruned_steps, labels_of(summary)
     if not pruned.steps:
         return "It pruned no control step at all: its numbers are those of an unpruned policy."
+    flops = f"{100 * arm.cost.counted / summary.baseline.cost.counted:.0f} % of the FLOPs"
+    if summary.busy:
+        return f"A pruned step takes {flops}."
     change = base.p50 / pruned.p50
     touched = [stage for stage in ("prefill", "decode") if base.stages[stage]]
     choosing = "spent on choosing"
@@ -97,9 +108,8 @@ def _time(arm: ArmSummary, summary: Summary) -> str:
         head = f"Its pruned steps are no faster, {pruned.p50:.1f} ms"
     else:
         head = f"It does not pay here: a pruned step is slower, {pruned.p50:.1f} ms"
-    flops = arm.cost.counted / summary.baseline.cost.counted
     detail = f"{', '.join(saved)}, {pruned.stages['pruning']:.1f} ms {choosing}"
-    return f"{head} ({detail}), for {100 * flops:.0f} % of the FLOPs."
+    return f"{head} ({detail}), for {flops}."
 
 
 def _saved(milliseconds: float, stage: str) -> str:
@@ -119,6 +129,8 @@ def _noise(summary: Summary) -> list[str]:
 
 
 def _ceiling(summary: Summary) -> list[str]:
+    if summary.busy:
+        return []
     if isnan(summary.ceiling):
         return [
             "Prompt and actions are one graph, so what pruning can touch of an unpruned step was not timed apart: "

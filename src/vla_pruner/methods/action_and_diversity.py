@@ -49,7 +49,7 @@ class ActionAndDiversity(Smoothed):
     def select(self, evidence: Evidence, k: int) -> Tensor:
         assert evidence.features is not None
         by_action = round(self.share * k)
-        present = present_or_enough(evidence.valid, k)
+        present = present_or_enough(evidence.valid, k, evidence.features)
         acting = top_mask(self.action_estimate(evidence), present, by_action)
         if by_action == k:
             return marked_ids(acting, k)

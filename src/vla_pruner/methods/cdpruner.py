@@ -65,7 +65,7 @@ class CDPruner(Budgeted):
         """Return the ids (B, k) int64 of the kept tokens in the order in which they are picked."""
         assert evidence.features is not None
         assert evidence.relevance is not None
-        present = present_or_enough(evidence.valid, k)
+        present = present_or_enough(evidence.valid, k, evidence.features)
         relevance = evidence.relevance.nan_to_num()
         least = relevance.masked_fill(~present, torch.inf).amin(dim=1, keepdim=True)
         most = relevance.masked_fill(~present, -torch.inf).amax(dim=1, keepdim=True)

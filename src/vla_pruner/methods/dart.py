@@ -51,7 +51,7 @@ class DART(Budgeted):
     def select(self, evidence: Evidence, k: int) -> Tensor:
         assert evidence.features is not None
         features = evidence.features.float().nan_to_num()
-        present, count = present_or_enough(evidence.valid, k), min(self.pivots, k)
+        present, count = present_or_enough(evidence.valid, k, evidence.features), min(self.pivots, k)
         pivots = order_by_score(features.abs().sum(dim=-1), present)[:, :count]
         normed = torch.nn.functional.normalize(features, dim=-1)
         unlike = -(rows_at(normed, pivots) @ normed.transpose(-1, -2))  # (B, P, M)

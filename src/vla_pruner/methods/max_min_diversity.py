@@ -45,7 +45,7 @@ class MaxMinDiversity(Budgeted):
     def pick_order(self, evidence: Evidence, k: int) -> Tensor:
         """Return the ids (B, k) int64 of the kept tokens in the order in which they are picked."""
         assert evidence.features is not None
-        candidates = present_or_enough(evidence.valid, k)
+        candidates = present_or_enough(evidence.valid, k, evidence.features)
         return max_min_order(distances(evidence.features, self.metric), candidates, k)
 
     def select(self, evidence: Evidence, k: int) -> Tensor:

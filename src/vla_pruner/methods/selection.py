@@ -47,8 +47,21 @@ def marked_ids(kept: Tensor, k: int) -> Tensor:
     return torch.sort(kept.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def present_or_enough(valid: Tensor, k: int) -> Tensor:
-    """Return (B, M) bool: the `valid` (B, M) tokens, and in rows with fewer than k of them the first others up to k."""
+def finite_tokens(features: Tensor) -> Tensor:
+    """Return (B, M) bool: the tokens whose features (B, M, D) have no NaN and no infinity."""
+    return features.abs().amax(dim=-1).isfinite()  # NaNs reach the maximum; on a CPU `all` takes several times as long
+
+
+def present_or_enough(valid: Tensor, k: int, features: Tensor | None = None) -> Tensor:
+    """Return (B, M) bool: the `valid` (B, M) tokens, and in rows with fewer than k of them the first others up to k.
+
+    Valid tokens whose `features` (B, M, D) are not finite come after the other valid ones and before all others: those
+    that a row has in excess of k are left out. None: there are no features to look at.
+    """
+    if features is not None:
+        usable = valid & finite_tokens(features)
+        broken = valid & ~usable
+        valid = usable | (broken & (broken.cumsum(dim=1) <= k - usable.sum(dim=1, keepdim=True)))
     missing = k - valid.sum(dim=1, keepdim=True)
     return valid | ((~valid).cumsum(dim=1) <= missing)
 

@@ -14,7 +14,7 @@ from vla_pruner.methods.base import Evidence, Keep, Method, check_keep, resolve_
 from vla_pruner.methods.presets import PRESETS, RECOMMENDED, Published, PublishedWord, Rules
 from vla_pruner.methods.schedule import Schedule
 from vla_pruner.methods.scores import temporal_estimate
-from vla_pruner.methods.selection import distances, max_min_order, top_mask
+from vla_pruner.methods.selection import distances, finite_tokens, max_min_order, top_mask
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,11 @@ class VLAPruner(Method):
                 refresh_every=self.refresh_every,
             )
         assert score is not None
+        assert evidence.features is not None
         # Both at once: on a GPU a choice is a chain of small launches, several of which are the sort's.
         scores = torch.stack([score.float(), self.action_estimate(evidence)])
+        # The filter cannot measure how far a token without finite features is: it counts as one that was not seen.
+        scores = torch.where(finite_tokens(evidence.features), scores, torch.nan)
         semantic, action = top_mask(scores, evidence.valid, k)
         assert evidence.steps is not None
         return semantic | (action & (evidence.steps >= self.window)[:, None])
