@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaModel
 
 import vla_pruner as vp
 from tests.state import whole_state
 from vla_pruner.benching.arms import arms_of
 from vla_pruner.benching.settings import BenchSettings
+from vla_pruner.policies.pi0 import TransformersPI0
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -103,6 +106,20 @@ def test_other_kinds_get_a_sentence(model: Any, options: dict[str, Any], said: s
     with pytest.raises(vp.VLAPrunerError) as caught:
         vp.bench(model, **options)
     assert said in str(caught.value)
+
+
+def test_a_bare_model_is_told_what_to_do() -> None:
+    pi0 = vp.random_policy("pi0")
+    for bare, fix in (
+        (pi0.module, "bench(vla_pruner.policies.pi0.TransformersPI0(model))"),
+        (vp.random_policy("llava").module, "attach(policy, only_if_faster=True)"),
+        (LlamaModel, "the class LlamaModel; it is .* Give a model of this class that is loaded, and not the class"),
+    ):
+        with pytest.raises(vp.UnsupportedModelError) as caught:
+            vp.bench(bare)
+        assert re.search(fix if bare is LlamaModel else re.escape(fix), str(caught.value))
+    wrapped = TransformersPI0(pi0.module)
+    assert vp.bench(wrapped, methods=vp.FastV(keep=8, layer=1), iters=1).arms[1].kept == 8
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"device": "cpu"}, {"layers": 2}, {"size": "tiny"}])

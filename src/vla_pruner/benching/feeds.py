@@ -16,7 +16,7 @@ from vla_pruner.cost import ContextExpert, DecoderShape, Expert, FeatureExpert
 from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.feed import Feed, on_host
 from vla_pruner.plugins import object_at
-from vla_pruner.registry import ROWS, row_of
+from vla_pruner.registry import ROWS, row_driving, row_of
 
 INSTRUCTION = "pick up the red block and put it into the bowl"
 LLAMA_TEXT, LLAMA_CAMERA, LLAMA_DECODED = 24, 256, 7
@@ -54,10 +54,15 @@ def feed_of(policy: Any) -> Callable[[Any, BenchSettings, torch.device], Feed]:
     row = row_of(policy)
     if row is None or row.bench is None:
         known = (row.policy.rpartition(":")[2] for row in ROWS if row.bench is not None)
+        driving = row_driving(policy)
+        fix = (
+            "Give what vla_pruner.load_policy gives, or time the control steps of a policy of your own where they run: "
+            "attach(policy, only_if_faster=True)."
+        )
+        if driving is not None:
+            fix = f"Wrap it, since images are prepared there: bench({driving.policy.replace(':', '.')}(model))."
         raise UnsupportedModelError(
-            f"A benchmark of {type(policy).__name__} is not known; known are {', '.join(dict.fromkeys(known))}. Give "
-            "what vla_pruner.load_policy gives, or wrap a model of LeRobot's or transformers': "
-            "policies.lerobot.LeRobotPolicy, policies.pi0.TransformersPI0."
+            f"A benchmark of {type(policy).__name__} is not known; known are {', '.join(dict.fromkeys(known))}. {fix}"
         )
     return object_at(row.bench.feed, "function")
 

@@ -83,9 +83,11 @@ def _bench_loaded(policy: Any, progress: Progress | None, options: dict[str, Any
     module = policy if isinstance(policy, nn.Module) else getattr(policy, "module", None)
     if not isinstance(module, nn.Module):
         given = f"the class {policy.__name__}" if isinstance(policy, type) else a_type(policy)
+        is_model = isinstance(policy, type) and issubclass(policy, nn.Module)
         raise UnsupportedModelError(
             f"model is {given}; it is {', '.join(NAMED)}, llama:HIDDEN,LAYERS, the folder of a checkpoint, or a policy "
             "as load_policy, random_policy or reference_policy gives it."
+            + (" Give a model of this class that is loaded, and not the class." if is_model else "")
         )
     for name in ("device", "dtype"):
         if name in options:
