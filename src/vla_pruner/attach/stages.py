@@ -20,7 +20,7 @@ VISUAL_LAST = (
     "A visual token is in the prompt's last position, which emits the first action token; the prompt must end in text."
 )
 
-NOTHING_READS = "A row of the batch is masked as a whole, so nothing in its prompt reads the visual tokens; leave it out."
+NOTHING_READS = "A row of the batch is masked as a whole, so nothing in it reads the visual tokens; leave it out."
 
 Plan = tuple[Layout, Tensor | None, dict[int, tuple[int, ...]]]
 
