@@ -46,6 +46,15 @@ def test_several_cameras_are_numbered_in_the_order_given(pruned):
         assert torch.equal(decode(model, embeds, None, make_cache("dynamic", model), 2)[1], two)
 
 
+@pytest.mark.parametrize("method", [vp.VLAPruner(keep=0.25), SEMANTIC, vp.RandomKeep(keep=0.25)], ids=str)
+def test_a_row_of_padding_alone_is_refused(method):
+    model = tiny_lm()
+    embeds, mask = prompt()
+    mask[1] = 0
+    with method.attach(model, visual=VISUAL, padding_side="right"), pytest.raises(vp.SessionError, match="as a whole"):
+        decode(model, embeds, mask, make_cache("dynamic", model), 1)
+
+
 def test_an_absent_camera_is_never_kept():
     model = tiny_lm()
     embeds, mask = prompt()

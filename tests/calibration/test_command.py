@@ -88,6 +88,18 @@ def test_an_evaluations_own_arms_are_calibrated_and_compared(evaluated: Path, tm
     assert Calibration.read(file).baseline.p50_ms > 0
 
 
+@pytest.mark.parametrize(("pruned", "differ"), [(None, True), (("freeze",), False)])
+def test_methods_of_different_fates_are_told(tmp_path: Path, pruned: tuple[str, ...] | None, differ: bool) -> None:
+    asked = CalibrateSettings(
+        policy=FakeSource("tiny"), source=tmp_path, methods=("vla-pruner", "fastv"), pruned=pruned, controls=()
+    )
+    said = io.StringIO()
+    with pytest.raises(CalibrationError):  # the folder holds no recordings
+        run_calibrate(asked, Console(file=said, width=200, highlight=False))
+    told = "differ in the fate of the other tokens, too (vla-pruner freeze, fastv drop); --pruned chooses it for all."
+    assert (told in said.getvalue()) == differ
+
+
 def test_flags_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[CalibrateSettings] = []
     monkeypatch.setattr("vla_pruner.calibration.command.run_calibrate", lambda asked, _: seen.append(asked) or 0)

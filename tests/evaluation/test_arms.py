@@ -195,6 +195,22 @@ def test_a_run_from_before_arms_carried_options_goes_on(tmp_path: Path) -> None:
         before.continued(fewer, tmp_path)
 
 
+def test_a_run_from_before_the_default_changed_says_what_continues_it(tmp_path: Path) -> None:
+    def manifest(method: str) -> Manifest:
+        asked = settings(tmp_path, methods=(method,), controls=())
+        return Manifest(identity(asked, {"weights": "w"}), Plan(FakeSuite().tasks, 0, 2, 0), for_claims=False)
+
+    now, named = manifest("vla-pruner"), manifest("vla-pruner:preset=paper")
+    arms = json.loads(json.dumps(named.identity["arms"]).replace("-presetpaper", "").replace(" preset=paper", ""))
+    before = dataclasses.replace(now, identity={**now.identity, "arms": arms})
+    told = r"from before 28 November 2026.*In another --out, --method vla-pruner:preset=paper has its rule"
+    for asked in (now, named):
+        with pytest.raises(EvaluationError, match=told):
+            before.continued(asked, tmp_path)
+        with pytest.raises(EvaluationError, match="or repeat the command that started it"):
+            named.continued(now, tmp_path)
+
+
 def test_an_arm_that_only_reuses_patches_is_no_unpruned_one() -> None:
     """Its steps count as pruned, or its verdict would be that it is the unpruned policy once more."""
     (arm,) = method_arms(("vla-pruner:window=1",), (1.0,), (1,), ("drop",), (0.5,))

@@ -50,9 +50,10 @@ class Case:
 
 
 def methods(keep: float, pruned: str) -> list[vp.Method]:
-    """The methods of the matrix."""
+    """The methods of the matrix. `VLAPruner` has both of its presets, each with its own fate."""
+    preset = "recommended" if pruned == "freeze" else "paper"
     return [
-        vp.VLAPruner(keep=keep, pruned=pruned, window=WINDOW, preset="paper"),
+        vp.VLAPruner(keep=keep, pruned=pruned, window=WINDOW, preset=preset),
         vp.DART(keep=keep, pruned=pruned),
         vp.CDPruner(keep=keep, pruned=pruned),
         vp.RandomKeep(keep=keep, pruned=pruned),

@@ -20,6 +20,8 @@ VISUAL_LAST = (
     "A visual token is in the prompt's last position, which emits the first action token; the prompt must end in text."
 )
 
+NOTHING_READS = "A row of the batch is masked as a whole, so nothing in it reads the visual tokens; leave it out."
+
 Plan = tuple[Layout, Tensor | None, dict[int, tuple[int, ...]]]
 
 
@@ -139,11 +141,12 @@ class Planner:
         """Return this prefill's layout, its rows (B, R) that act, and the budgets of each stage by its layer.
 
         Raises:
-            SessionError: a visual token is in a row that acts.
+            SessionError: a visual token is in a row that acts, or a row of the batch is padding alone.
             BudgetError: see `budgets_of`.
         """
         layout = self._family.layout(call)
         if self._plan is None or self._plan[0] is not layout:
+            ensure(layout.reading.any(dim=1).all(), NOTHING_READS)
             placed = any(stage.method.reads_placeholders for stage in self._stages.values())
             rows = self._family.placeholder_rows(layout) if placed else self._family.action_rows(layout)
             if rows is not None:

@@ -20,6 +20,7 @@ from vla_pruner.conditions import busy_cores, machine_conditions
 from vla_pruner.evaluation.arms import Arm
 from vla_pruner.evaluation.policies import fingerprint
 from vla_pruner.evaluation.table import to_rich
+from vla_pruner.method_names import told_of_fates
 from vla_pruner.outputs import check_output, left_to, write_output
 from vla_pruner.statistics import wilson
 from vla_pruner.terminal import progress, say, waiting
@@ -85,6 +86,10 @@ def _calibrate(settings: CalibrateSettings, console: Console) -> Calibration:
     assert settings.policy is not None
     assert settings.source is not None
     arms = settings.arms()
+    made = [arm.options for arm in arms if arm.kind == "method" and arm.options is not None]
+    fates = told_of_fates((options.method, options.pruned) for options in made)
+    if fates:
+        say(console, fates)
     if settings.against:
         check_shared(arms, settings.against)
     with waiting(console, f"loading {settings.policy.name}"):

@@ -261,10 +261,25 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, th
     differing = [name for name in sorted({*mine, *other}) if mine.get(name) != other.get(name)]
     if differing:
         told = "; ".join(_told(name, mine.get(name), other.get(name)) for name in differing)
+        sides = ((where, mine), (there, other)) if "arms" in differing else ()
+        older = [name for name, one in sides if _of_older_default(one)]
+        advice = "choose another --out, or repeat the command that started it."
+        if older:
+            advice = (
+                f"{older[0]} is from before 28 November 2026, when vla-pruner was preset=paper by default, and the "
+                "version that began it continues it. In another --out, --method vla-pruner:preset=paper has its rule."
+            )
         raise EvaluationError(
-            f"{where} was run with other settings than {there} ({told}). Results of two settings do not mix: choose "
-            "another --out, or repeat the command that started it."
+            f"{where} was run with other settings than {there} ({told}). Results of two settings do not mix: {advice}"
         )
+
+
+def _of_older_default(identity: Mapping[str, Any]) -> bool:
+    """Return True if an arm is the paper's rule by what was the default of `VLAPruner`: its key does not tell it."""
+    arms = [(str(arm.get("method")), str(arm.get("key"))) for arm in identity["arms"]]
+    return any(
+        made.startswith("VLAPruner(") and "preset='paper'" in made and "preset" not in key for made, key in arms
+    )
 
 
 def _told(name: str, mine: Any, other: Any) -> str:
