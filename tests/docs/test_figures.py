@@ -10,6 +10,7 @@ import pytest
 
 import vla_pruner as vp
 from tests.docs.pages import ROOT, page
+from vla_pruner.evaluation.verdict import points
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -99,3 +100,19 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert "::: vla_pruner.errors" in text
     for name in set(vp.__all__) - errors:
         assert re.search(rf"^::: vla_pruner\.[\w.]+\.{name}$", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("phase", ["chunk-confirm", "libero-confirm"])
+def test_what_is_confirmed_is_in_the_committed_tables(phase: str) -> None:
+    study, choosing = (page(name) for name in ("study.md", "choosing.md"))
+    found = json.loads((RESULTS / "study" / phase / "summary.json").read_text(encoding="utf-8"))["summary"]
+    baseline, *methods = [arm for arm in found["arms"] if arm["kind"] in ("baseline", "method")]
+    assert f"| unpruned | {baseline['success']['successes']}/{baseline['success']['total']} | | |" in study
+    assert found["margin"] == 0.05
+    assert methods
+    for arm in methods:
+        solved, difference = arm["success"], arm["difference"]
+        value, low, high = (points(difference[name]) for name in ("value", "low", "high"))
+        told = f"{value} ({low} to {high})"
+        assert f"| {solved['successes']}/{solved['total']} | {told} | {arm['verdict']['word']} |" in study, arm["title"]
+        assert f"| {told}, {arm['verdict']['word']} |" in choosing, arm["title"]
