@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaModel
 
 import vla_pruner as vp
+from tests.attach.tiny import tiny_lm
 from tests.state import whole_state
 from vla_pruner.benching.arms import arms_of
 from vla_pruner.benching.settings import BenchSettings
@@ -113,6 +114,7 @@ def test_a_bare_model_is_told_what_to_do() -> None:
     for bare, fix in (
         (pi0.module, "bench(vla_pruner.policies.pi0.TransformersPI0(model))"),
         (vp.random_policy("llava").module, "attach(policy, only_if_faster=True)"),
+        (tiny_lm(), "one has 128 positions; give one that has more, or llama:HIDDEN,LAYERS"),
         (LlamaModel, "the class LlamaModel; it is .* Give a model of this class that is loaded, and not the class"),
     ):
         with pytest.raises(vp.UnsupportedModelError) as caught:

@@ -95,6 +95,12 @@ def llama(model: Any, settings: BenchSettings, device: torch.device) -> Feed:
     from transformers import DynamicCache
 
     rows, visual = settings.batch, LLAMA_CAMERA * (settings.cameras or 1)
+    most = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(most, int) and most <= visual:
+        raise UnsupportedModelError(
+            f"A benchmark gives a language model {LLAMA_CAMERA} visual tokens a camera after its first position, and "
+            f"this one has {most} positions; give one that has more, or llama:HIDDEN,LAYERS."
+        )
     other = _other(settings, visual, LLAMA_TEXT, 2)
     length, tokens = visual + other, settings.decode_tokens or LLAMA_DECODED
     weight = model.get_input_embeddings().weight
