@@ -61,6 +61,17 @@ def test_sparsevlm_reads_the_raters_rows(padding, preset):
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
+def test_the_last_row_is_the_last_real_one(padding):
+    session, visual, text = run(vp.VLAPruner(keep=6, layer=K, window=1, warmup="semantic"), padding)
+    _, _, attention, _ = layer_inputs(padding, K - 1)
+    for row in range(ROWS):
+        last = int(text[row].nonzero().max())
+        assert (last < LENGTH - 1) == (padding == "right"), "or this test could not fail"
+        expected = attention[row][:, last].mean(0)[visual[row]]
+        assert (session.scores["semantic"][row] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("layer", [1, K])
 def test_text_query_reads_logits(padding, layer):
     session, visual, text = run(vp.TextQuery(keep=6, layer=layer), padding)

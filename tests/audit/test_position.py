@@ -34,9 +34,26 @@ def test_what_it_says() -> None:
     assert re.fullmatch(
         r"Spearman -(0\.9\d|1\.00) of the semantic score over 'all' rows with the token's index", found.figure
     )
-    assert "compare semantic_queries='text' and 'last'" in found.detail
+    assert "Compare semantic_queries='text' and 'last'" in found.detail
+    assert "a mean over all rows rewards that" in found.detail
     weak = position(Subject(vp.reference_policy("autoregressive"), vp.FastV()))
     assert "hardly by what they show" not in weak.detail
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        (vp.VLAPruner(window=1), "by what they show. Compare semantic_queries='text'."),
+        (vp.FastV(semantic_queries="text"), "by what they show. Compare semantic_queries='last'."),
+        (vp.SparseVLM(), "by what they show."),
+    ],
+    ids=str,
+)
+def test_a_score_of_few_rows_is_not_told_of_a_mean_over_all(
+    method: vp.Method, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vla_pruner.auditing.position.STRONG", 0.0)
+    assert position(Subject(vp.random_policy("reference"), method)).detail.endswith(advice)
 
 
 @pytest.mark.parametrize("method", [vp.RandomKeep(keep=0.5), vp.ActionOnly(), vp.DivPrune()])

@@ -115,6 +115,26 @@ def test_images_are_cameras(kind: str) -> None:
         method.attach(model)
 
 
+@pytest.mark.parametrize("kind", ["llava", "paligemma"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_no_choice(kind: str, side: str) -> None:
+    """The last row of the prompt is the last real one."""
+    model, padding = vlms.vlm(kind), vlms.PADDING[1]
+    both = vlms.inputs(kind)
+    words = [name for name, given in both.items() if given.shape == both["input_ids"].shape]
+    alone = {**vlms.inputs(kind, rows=slice(1, 2)), **{name: both[name][1:, padding:] for name in words}}
+    if side == "right":
+        both |= {name: torch.stack([both[name][0], both[name][1].roll(-padding)]) for name in words}
+    found = []
+    for given in (alone, both):
+        with torch.no_grad(), vp.VLAPruner(keep=0.5, window=1, warmup="semantic").attach(model) as session:
+            model(**given)
+            assert session.kept is not None
+            found.append((session.scores["semantic"][-1], session.kept[-1]))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-6, rtol=1e-5)
+    assert torch.equal(found[1][1], found[0][1])
+
+
 def test_cameras_that_cannot_be_are_refused() -> None:
     for kind in TILED:
         with pytest.raises(vp.OptionError, match="cuts images into tiles"):

@@ -36,11 +36,11 @@ def position(subject: Subject) -> Check:
     figure = f"Spearman {value:+.2f} of the semantic score{rows} with the token's index"
     detail = f"Mean of {len(ranked)} scenes. Near 0 it does not follow position; at -1 the first tokens score most."
     if abs(value) >= STRONG:
-        detail += (
-            " This score ranks the visual tokens by where they stand, hardly by what they show. Under causal attention "
-            "more rows see an early token, and a mean over all rows rewards that"
-        )
-        detail += ": compare semantic_queries='text' and 'last'." if rows else "."
+        detail += " This score ranks the visual tokens by where they stand, hardly by what they show."
+        if method.queries == "all":
+            detail += " Under causal attention more rows see an early token, and a mean over all rows rewards that."
+        others = [repr(queries) for queries in ("text", "last") if queries != method.queries]
+        detail += f" Compare semantic_queries={' and '.join(others)}." if rows else ""
     return Check(name, True, figure, detail)
 
 

@@ -277,9 +277,7 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, th
 def _of_older_default(identity: Mapping[str, Any]) -> bool:
     """Return True if an arm is the paper's rule by what was the default of `VLAPruner`: its key does not tell it."""
     arms = [(str(arm.get("method")), str(arm.get("key"))) for arm in identity["arms"]]
-    return any(
-        made.startswith("VLAPruner(") and "preset='paper'" in made and "preset" not in key for made, key in arms
-    )
+    return any(made.startswith("VLAPruner(") and "preset='paper'" in made and "preset" not in key for made, key in arms)
 
 
 def _told(name: str, mine: Any, other: Any) -> str:
