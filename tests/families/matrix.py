@@ -50,10 +50,9 @@ class Case:
 
 
 def methods(keep: float, pruned: str) -> list[vp.Method]:
-    """The methods of the matrix. `VLAPruner` has both of its presets, each with its own fate."""
-    preset = "recommended" if pruned == "freeze" else "paper"
+    """The methods of the matrix."""
     return [
-        vp.VLAPruner(keep=keep, pruned=pruned, window=WINDOW, preset=preset),
+        vp.VLAPruner(keep=keep, pruned=pruned, window=WINDOW, preset=PRESET[pruned]),
         vp.DART(keep=keep, pruned=pruned),
         vp.CDPruner(keep=keep, pruned=pruned),
         vp.RandomKeep(keep=keep, pruned=pruned),
@@ -84,6 +83,8 @@ def progressive(depth: int, pruned: str, first: int = 1) -> list[vp.Method]:
 
 BOTH = slice(0, 2)
 POLICIES = ("drop", "freeze")
+PRESET = {"drop": "paper", "freeze": "recommended"}
+"""The preset of `VLAPruner` that has each fate, so that tests of both fates are tests of both presets."""
 
 
 def check_keep_all(case: Case, pruned: str) -> None:

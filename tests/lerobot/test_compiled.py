@@ -16,6 +16,7 @@ from lerobot.policies.vla_jepa import modeling_vla_jepa
 
 import vla_pruner as vp
 from tests.families.compiled import check_family
+from tests.families.matrix import PRESET
 from tests.lerobot import test_eo1, test_groot, test_vla_jepa
 from tests.lerobot.test_matrix import case, molmoact2, pi0_fast
 from tests.state import whole_state
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 @pytest.mark.parametrize(("kind", "pruned"), [("pi0", "drop"), ("pi05", "freeze")])
 def test_same_as_uncompiled_and_no_graph_after_the_first_episode(kind, pruned):
-    check_family(case(kind), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset="paper"))
+    check_family(case(kind), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset=PRESET[pruned]))
 
 
 def test_tokens_that_are_decoded():
@@ -37,7 +38,7 @@ def test_tokens_that_are_decoded():
 
 @pytest.mark.parametrize("pruned", ["drop", "freeze"])
 def test_smolvla_is_same_as_uncompiled_and_makes_no_graph_after_the_first_episode(pruned):
-    check_family(case("smolvla"), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset="paper"))
+    check_family(case("smolvla"), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset=PRESET[pruned]))
 
 
 def programs_of(one, method, steps=4):
