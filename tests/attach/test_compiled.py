@@ -26,12 +26,12 @@ DEPTH = 4
 METHODS = {
     "drop": (vp.VLAPruner(keep=0.25, window=1, preset="paper"), {}),
     "freeze": (
-        vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze", preset="paper"),
+        vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze"),
         {"backend": "eager", "cache": "static"},
     ),
     "before": (vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=2, preset="paper"), {}),
     "before, frozen": (
-        vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2, preset="paper"),
+        vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2),
         {"cache": "static"},
     ),
     "fastv": (vp.FastV(keep=0.25, pruned="freeze"), {"kind": "gemma2", "backend": "eager"}),

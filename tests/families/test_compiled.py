@@ -34,14 +34,14 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_as_uncompiled_and_no_graph_after_the_first_episode(name):
     build, pruned = FAMILIES[name]
-    check_family(build(), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset="paper"))
+    check_family(build(), vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=pruned, preset=matrix.PRESET[pruned]))
 
 
 WHOLE = {
     "drop": vp.VLAPruner(keep=0.25, layer=1, window=2, warmup="semantic", preset="paper"),
-    "freeze": vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze", preset="paper"),
+    "freeze": vp.VLAPruner(keep=0.25, layer=1, window=1, pruned="freeze"),
     "before": vp.VLAPruner(keep=0.25, layer=0, window=1, refresh_every=2, preset="paper"),
-    "before, frozen": vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2, preset="paper"),
+    "before, frozen": vp.VLAPruner(keep=0.25, layer=0, window=1, pruned="freeze", refresh_every=2),
     "action": vp.ActionOnly(keep=0.25, layer=1, window=1),
     "fastv": vp.FastV(keep=0.25, layer=1),
     "diverse": vp.DivPrune(keep=0.25),

@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import vla_pruner as vp
+from tests.families.matrix import PRESET
 from tests.gpu.policies import MODELS, memory_in_use, subject, waits_for_nothing
 from vla_pruner.auditing.reference import FullLength
 from vla_pruner.methods.selection import distances, max_min_order, max_min_order_in_tensors
@@ -46,7 +47,7 @@ def test_keep_all_changes_no_bit(name: str, dtype: torch.dtype, device: str) -> 
     untouched = [one.result(scene) for scene in range(4)]
     assert not torch.equal(untouched[0], untouched[1]), "scenes must show, or this test could not fail"
     for fate in FATES:
-        with one.attach(vp.VLAPruner(keep=1.0, layer=1, window=1, pruned=fate, preset="paper")) as session:
+        with one.attach(vp.VLAPruner(keep=1.0, layer=1, window=1, pruned=fate, preset=PRESET[fate])) as session:
             for scene in range(4):
                 assert torch.equal(one.result(scene), untouched[scene]), (fate, scene)
                 assert session.kept is None
@@ -58,7 +59,7 @@ def test_keep_all_changes_no_bit(name: str, dtype: torch.dtype, device: str) -> 
 def test_what_is_pruned_agrees_with_the_full_length(name: str, fate: str, device: str) -> None:
     one = subject(name, device)
     untouched = one.result(2)
-    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate, preset="paper")) as session:
+    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate, preset=PRESET[fate])) as session:
         one.result(0)
         one.result(1)
         actual = one.result(2)
@@ -99,7 +100,7 @@ def test_nothing_that_pruning_does_waits_for_the_device(name: str, fate: str, de
             yield
 
     one.steps[0]()
-    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate, preset="paper")) as session:
+    with one.attach(vp.VLAPruner(keep=0.25, layer=1, window=1, pruned=fate, preset=PRESET[fate])) as session:
         # First without the clock, since Triton compiles its kernels at their first call.
         for scene in range(3):
             one.steps[scene]()

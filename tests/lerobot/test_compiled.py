@@ -85,7 +85,7 @@ def test_further_families_are_same_as_uncompiled_and_make_no_graph_after_the_fir
 
 @pytest.mark.parametrize("name", ["molmoact2", "eo1"])
 def test_further_families_that_freeze(name):
-    check_family(FURTHER[name], vp.VLAPruner(keep=0.25, layer=3, window=1, pruned="freeze", preset="paper"))
+    check_family(FURTHER[name], vp.VLAPruner(keep=0.25, layer=3, window=1, pruned="freeze"))
 
 
 TOGETHER = {**{kind: case(kind) for kind in ("pi0", "pi05", "smolvla")}, "pi0_fast": pi0_fast()}
