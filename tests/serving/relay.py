@@ -20,14 +20,19 @@ class Relay:
 
     def __init__(self, *ports: int) -> None:
         self._open: Counter[int] = Counter(dict.fromkeys(ports, 0))
+        self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
     def close(self) -> None:
-        """Stop listening, and wait for the connections to end."""
+        """Stop listening, and end the connections: a test that failed has left them open."""
         self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()
+        for end in self._sockets:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
         self._listener.close()
@@ -42,6 +47,7 @@ class Relay:
             if server is None:
                 robot.close()
                 continue
+            self._sockets += [robot, server]
             self._threads.append(threading.Thread(target=self._both_ways, args=(robot, server), daemon=True))
             self._threads[-1].start()
 

@@ -23,7 +23,7 @@ from tests.serving.robots import WAIT, alone, observation
 from vla_pruner.client import PolicyClient
 
 ROOT = Path(__file__).parents[2]
-METHOD = vp.VLAPruner(keep=0.25, preset="paper")
+METHOD = vp.VLAPruner(keep=0.25)
 ROBOTS, BEFORE, AFTER = 8, 5, 5
 HAPROXY = os.environ.get("HAPROXY") or shutil.which("haproxy")
 
