@@ -221,7 +221,7 @@ def test_the_command_is_installed_and_refuses_for_real(module: str, tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "vla-pruner: --keep is 2; it is a fraction of the visual tokens, above 0 and up to 1."
+        "vla-pruner: --keep is 2.0; it is a fraction of the visual tokens, above 0 and up to 1."
     ]
 
 

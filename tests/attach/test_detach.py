@@ -220,7 +220,7 @@ def test_a_session_says_in_one_line_what_it_is_and_did():
     model = tiny_lm()
     session = METHOD.attach(model, visual=VISUAL)
     assert repr(session) == (
-        "<Session of VLAPruner(keep=0.25, preset='paper', warmup='semantic', semantic_queries='all', pruned='drop') "
+        "<Session of VLAPruner(pruned='drop', keep=0.25, preset='paper', warmup='semantic', semantic_queries='all') "
         "on DecoderLM: before the first control step>"
     )
     step(model)
