@@ -51,7 +51,7 @@ def test_one_command_compares_freezing_with_dropping(tmp_path, capsys):
     records = evaluated(tmp_path, "--suite", SUITE, "--recipe", "freeze-vs-drop")
     recipe = RECIPES["freeze-vs-drop"]
     arms = {
-        f"vla-pruner-{keep}-{fate}-K{layer}": round(512 * keep)
+        f"vla-pruner-{keep}-{fate}-K{layer}-semantic_querieslast": round(512 * keep)
         for keep in recipe.keep
         for fate in recipe.pruned
         for layer in recipe.layer
@@ -65,7 +65,9 @@ def test_one_command_compares_freezing_with_dropping(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     for keep in recipe.keep:
         for layer in recipe.layer:
-            dropped, frozen = (f"vla-pruner {keep} {fate} K={layer}" for fate in ("drop", "freeze"))
+            dropped, frozen = (
+                f"vla-pruner {keep} {fate} K={layer} semantic_queries=last" for fate in ("drop", "freeze")
+            )
             assert f"- {dropped}: inconclusive, 0 points (" in said
             assert f"- {frozen} against the same dropped: 0 points (" in said
     assert "in 4 settings: freezing solves more in 0, dropping in 0, and no difference is shown in 4." in said
