@@ -17,7 +17,7 @@ from vla_pruner.evaluation.arms import Arm, all_arms, method_arms
 from vla_pruner.evaluation.errors import EvaluationError
 from vla_pruner.evaluation.eval_info import EVAL_INFO
 from vla_pruner.evaluation.manifest import check_arms
-from vla_pruner.evaluation.options import PRUNING, ArmOptions
+from vla_pruner.evaluation.options import PRUNING, ArmOptions, is_of_older_default
 from vla_pruner.json_file import field_of, load_json, typed
 
 PUBLISHED = "summary.json"
@@ -241,9 +241,8 @@ def _remade(arm: Mapping[str, Any], folder: Path) -> Arm:
             "because a file names it; name the arms to calibrate with --method, --keep, --layer and --pruned."
         )
     own = options.own
-    of_paper = options.method == "vla-pruner" and "preset='paper'" in field_of(arm, "method", str)
-    if of_paper and not any(word.startswith("preset=") for word in own):
-        own = ("preset=paper", *own)  # recorded when "paper" was the default, which titles did not tell
+    if is_of_older_default(arm):
+        own = ("preset=paper", *own)
     try:
         (made,) = method_arms(
             [":".join([options.method, *own])],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.evaluation.errors import EvaluationError
-from vla_pruner.evaluation.options import PRUNING, ArmOptions
+from vla_pruner.evaluation.options import PRUNING, ArmOptions, is_of_older_default
 from vla_pruner.evaluation.records import Record, write_json
 from vla_pruner.evaluation.settings import EvalSettings
 from vla_pruner.evaluation.units import Unit, plan, shard
@@ -262,7 +262,7 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, th
     if differing:
         told = "; ".join(_told(name, mine.get(name), other.get(name)) for name in differing)
         sides = ((where, mine), (there, other)) if "arms" in differing else ()
-        older = [name for name, one in sides if _of_older_default(one)]
+        older = [name for name, one in sides if any(map(is_of_older_default, one["arms"]))]
         advice = "choose another --out, or repeat the command that started it."
         if older:
             advice = (
@@ -272,12 +272,6 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any], where: str, th
         raise EvaluationError(
             f"{where} was run with other settings than {there} ({told}). Results of two settings do not mix: {advice}"
         )
-
-
-def _of_older_default(identity: Mapping[str, Any]) -> bool:
-    """Return True if an arm is the paper's rule by what was the default of `VLAPruner`: its key does not tell it."""
-    arms = [(str(arm.get("method")), str(arm.get("key"))) for arm in identity["arms"]]
-    return any(made.startswith("VLAPruner(") and "preset='paper'" in made and "preset" not in key for made, key in arms)
 
 
 def _told(name: str, mine: Any, other: Any) -> str:

@@ -110,6 +110,14 @@ class ArmOptions:
         return self
 
 
+def is_of_older_default(arm: Mapping[str, Any]) -> bool:
+    """Return True if an arm in a record is the paper's rule by what was the default of `VLAPruner` before there was
+    "recommended": its title tells no preset.
+    """
+    method = str(arm.get("method"))
+    return method.startswith("VLAPruner(") and "preset='paper'" in method and " preset=" not in str(arm.get("title"))
+
+
 def _plain(title: str) -> str:
     return title.replace(" after ", " warmup_steps=")
 
