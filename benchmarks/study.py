@@ -80,11 +80,18 @@ _VENDORS = (
     *("--method", f"vla-pruner:semantic_queries=last,dart{_WAIT},cdpruner{_WAIT}", "--layer", "2"),
     *("--keep", "0.25,0.125", "--pruned", "drop,freeze", "--controls", "random"),
 )
+# Dropped at .125 is left out on LIBERO, where an episode takes five times as long: three methods and random tokens lost
+# 15 to 85 points there (`libero-vendors`).
+_LIBERO_METHODS = tuple(
+    f"{name}:keep={keep}:pruned={fate}"
+    for keep, fate in ((0.5, "drop"), (0.25, "drop"), (0.25, "freeze"), (0.125, "freeze"))
+    for name in _CHUNK_METHODS
+)
+# Layer 2 is that of the grids, which have the same initial states; 5 is the middle.
 _CHUNK_LAYERS = tuple(
-    f"{name}:layer={layer}:keep={keep}:pruned={fate}"
+    f"vla-pruner:semantic_queries=last:layer={layer}:keep=0.25:pruned={fate}"
     for layer in (1, 3, 5)
-    for keep, fate in ((0.25, "drop"), (0.25, "freeze"), (0.125, "freeze"))
-    for name in ("vla-pruner:semantic_queries=last", f"action-only{_WAIT}")
+    for fate in ("drop", "freeze")
 )
 _CHUNK_CONFIRMED = (
     "vla-pruner:semantic_queries=last:keep=0.25:pruned=freeze",
@@ -117,13 +124,13 @@ PHASES: dict[str, tuple[str, ...]] = {
     ),
     "chunk-grid": (
         *_CHUNK,
-        *("--episodes", "10", "--method", ",".join(_CHUNK_METHODS)),
+        *("--episodes", "5", "--method", ",".join(_CHUNK_METHODS)),
         *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
     ),
     "chunk-vendors": (*_CHUNK, "--episodes", "10", *_VENDORS),
     "chunk-layers": (
         *_CHUNK,
-        *("--episodes", "10", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
+        *("--episodes", "5", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
     ),
     "chunk-confirm": (
         *_CHUNK,
@@ -133,8 +140,12 @@ PHASES: dict[str, tuple[str, ...]] = {
     "chunk-encoder": (*_CHUNK, "--episodes", "15", *_ENCODER, "--controls", "again"),
     "libero-grid": (
         *_LIBERO,
-        *("--episodes", "2", "--method", ",".join(_CHUNK_METHODS)),
-        *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
+        *("--episodes", "2", "--method", ",".join(_LIBERO_METHODS)),
+        *("--layer", "2", "--controls", "again,random"),
+    ),
+    "libero-layers": (
+        *_LIBERO,
+        *("--episodes", "2", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
     ),
     "libero-vendors": (*_LIBERO, "--episodes", "2", *_VENDORS),
     # All stored initial states that LIBERO-Object has.
