@@ -124,13 +124,13 @@ PHASES: dict[str, tuple[str, ...]] = {
     ),
     "chunk-grid": (
         *_CHUNK,
-        *("--episodes", "5", "--method", ",".join(_CHUNK_METHODS)),
+        *("--episodes", "3", "--method", ",".join(_CHUNK_METHODS)),
         *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
     ),
     "chunk-vendors": (*_CHUNK, "--episodes", "10", *_VENDORS),
     "chunk-layers": (
         *_CHUNK,
-        *("--episodes", "5", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
+        *("--episodes", "3", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
     ),
     "chunk-confirm": (
         *_CHUNK,
