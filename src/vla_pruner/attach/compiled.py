@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 
 _numbers = count()
 
+_ON_CPU = {
+    # Calls of small policies are short: Python between the kernels would take a third of them.
+    "cpp_wrapper": True,
+    # A value of more operations than this that is used again is computed once. The default of 50 would compute the
+    # cosines and sines of the positions, and the mask, anew in every layer, a tenth of an unpruned step.
+    "realize_opcount_threshold": 5,
+}
+"""Options of inductor for programs on the CPU."""
+
 COPIED = "A compiled policy was copied or pickled; take that away first (remove(), or detach the session)."
 
 _compiled: WeakKeyDictionary[nn.Module, ref[Compiled]] = WeakKeyDictionary()
@@ -228,8 +237,7 @@ class Compiled:
         call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
         options: dict[str, Any] = {"guard_filter_fn": _guards_of_arguments}
         if self.backend == "inductor":
-            # Calls of small policies are short: on the CPU Python between the kernels would take a third of them.
-            options |= {"cuda": {"triton.cudagraphs": True}, "cpu": {"cpp_wrapper": True}}.get(device.type, {})
+            options |= {"cuda": {"triton.cudagraphs": True}, "cpu": _ON_CPU}.get(device.type, {})
         return torch.compile(call, backend=self.backend, options=options, fullgraph=True, dynamic=False)
 
 
