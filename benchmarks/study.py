@@ -90,8 +90,7 @@ _LIBERO_METHODS = tuple(
 # Layer 2 is that of the grids, which have the same initial states; 5 is the middle.
 _CHUNK_LAYERS = tuple(
     f"vla-pruner:semantic_queries=last:layer={layer}:keep=0.25:pruned={fate}"
-    for layer in (1, 3, 5)
-    for fate in ("drop", "freeze")
+    for layer, fate in ((1, "drop"), (3, "drop"), (5, "drop"), (1, "freeze"))
 )
 _CHUNK_CONFIRMED = (
     "vla-pruner:semantic_queries=last:keep=0.25:pruned=freeze",
@@ -124,7 +123,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     ),
     "chunk-grid": (
         *_CHUNK,
-        *("--episodes", "3", "--method", ",".join(_CHUNK_METHODS)),
+        *("--episodes", "2", "--method", ",".join(_CHUNK_METHODS)),
         *("--keep", "0.5,0.25,0.125", "--pruned", "drop,freeze", "--layer", "2"),
     ),
     "chunk-vendors": (*_CHUNK, "--episodes", "10", *_VENDORS),
@@ -145,7 +144,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     ),
     "libero-layers": (
         *_LIBERO,
-        *("--episodes", "2", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
+        *("--episodes", "1", "--method", ",".join(_CHUNK_LAYERS), "--layer", "2", "--controls", "none"),
     ),
     "libero-vendors": (*_LIBERO, "--episodes", "2", *_VENDORS),
     # All stored initial states that LIBERO-Object has.
