@@ -337,6 +337,7 @@ def test_a_run_without_pairs_has_a_table(tmp_path: Path) -> None:
     assert summary.baseline.success.total == 0
     assert math.isnan(summary.baseline.latency_p50_ms)
     assert outcome_rows(summary)[0] == ("unpruned", "0/0", "-", "-", "-", "-", "")
+    assert cost_rows(summary)[0] == ("unpruned", "-", "-", "-", "-", "-", "-", "0")
     assert sentences(summary)[0].endswith("no episode was finished by it and by the unpruned policy.")
     json.dumps(summary.to_json(), allow_nan=False)
 
