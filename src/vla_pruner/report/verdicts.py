@@ -205,6 +205,8 @@ def _row(results: Results, arm: ArmSummary, axis: Axis) -> Markup:
     note = Markup("")
     if not arm.pruned_share:
         note = element("small", "pruned no control step")
+    elif verdict is not None and not verdict.at_stake:
+        note = element("small", "the unpruned policy solved none of these episodes")
     elif word == INCONCLUSIVE and verdict is not None and verdict.more is not None:
         note = element("small", f"about {_round(verdict.more):,} more episodes a task would decide it")
     elif word == INCONCLUSIVE:
