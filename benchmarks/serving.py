@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     conditions = machine_conditions(PACKAGES)
-    policy = vp.reference_policy(device=options.device)
+    policy = vp.reference_policy("autoregressive", options.device)
     pruned = vp.VLAPruner(keep=options.keep, preset="paper")
     arms = (
         ("unpruned", None, options.max_batch),

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from vla_pruner.errors import VLAPrunerError
 from vla_pruner.fate import WITHIN_A_STEP
 from vla_pruner.flags import DTYPES, Help, add_option, add_output, budget, check_weights, names
+from vla_pruner.policies.reference_names import CHECKPOINT, NAMES
 from vla_pruner.wording import readable
 
 WRONG_INPUT = 2
@@ -117,7 +118,6 @@ def _no_loading_bars() -> Iterator[None]:
 
 def _add_demo(commands: Any) -> None:
     from vla_pruner.demo import settings as demo
-    from vla_pruner.policies.reference_names import NAMES
 
     command = commands.add_parser(
         "demo",
@@ -220,8 +220,7 @@ def _add_audit(commands: Any) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n\n"
-        f"with --random-weights: {', '.join(names)} or {last}",
+        help=f"{CHECKPOINT};\n\nwith --random-weights: {', '.join(names)} or {last}",
     )
     command.add_argument("--random-weights", action="store_true", help="no checkpoint: weights drawn (default: off)")
     command.add_argument(

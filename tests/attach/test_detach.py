@@ -234,3 +234,25 @@ def test_a_session_says_in_one_line_what_it_is_and_did():
     with vp.Unpruned().attach(model, visual=VISUAL) as session:
         step(model)
         assert "all 24 visual tokens kept" in repr(session)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (vp.VLAPruner(), "VLAPruner(keep=0.25)"),
+        (vp.VLAPruner(pruned="drop"), "VLAPruner(pruned='drop', keep=0.25)"),
+        # What a preset brings and what was given in its place are told apart: this one freezes, as the default does.
+        (
+            vp.VLAPruner(preset="paper", pruned="freeze"),
+            "VLAPruner(pruned='freeze', keep=0.25, preset='paper', semantic_queries='all')",
+        ),
+        (
+            vp.VLAPruner(preset="paper", semantic_queries="last"),
+            "VLAPruner(pruned='drop', keep=0.25, preset='paper', semantic_queries='last')",
+        ),
+    ],
+)
+def test_what_a_session_says_of_a_method_makes_the_same_method(method: vp.VLAPruner, told: str) -> None:
+    with method.attach(tiny_lm(), visual=VISUAL) as session:
+        assert repr(session).startswith(f"<Session of {told} on")
+        assert eval(told, {"VLAPruner": vp.VLAPruner}) == method

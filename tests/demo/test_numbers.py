@@ -196,9 +196,9 @@ def test_a_busy_machine_has_no_speed_in_its_sentences_and_brackets_in_its_table(
     idle = _summary(arms, [True] * 40, [False] * 40)
     busy = dataclasses.replace(idle, busy=True)
     assert headline(busy) == (
-        "VLA-Pruner 0.25 drop solves 100 % of the episodes instead of 100 %: these episodes show no difference in "
-        "success (-9 to +9 points), 40 paired episodes an arm; other programs kept the machine busy, so this run says "
-        "nothing about speed: repeat the demo when the machine is idle."
+        "VLA-Pruner 0.25 drop solves 100 % of the episodes, as many as the unpruned policy: these episodes show no "
+        "difference in success (-9 to +9 points), 40 paired episodes an arm; other programs kept the machine busy, so "
+        "this run says nothing about speed: repeat the demo when the machine is idle."
     )
     told = " ".join(verdict(busy))
     assert "solved 40 of 40, no difference against unpruned (-9 to +9: within noise). A pruned step takes 60 %" in told
@@ -227,8 +227,8 @@ def test_headline_is_the_result_in_one_sentence(arms: tuple[Arm, ...]) -> None:
     good = headline(_summary(arms, [True] * 40, [False] * 40))
     assert good == (
         "VLA-Pruner 0.25 drop takes 10.0 ms instead of 20.0 for a pruned control step (2.00x as fast) and solves 100 % "
-        "of the episodes instead of 100 %: these episodes show no difference in success (-9 to +9 points), 40 paired "
-        "episodes an arm."
+        "of the episodes, as many as the unpruned policy: these episodes show no difference in success (-9 to +9 "
+        "points), 40 paired episodes an arm."
     )
     bad = headline(_summary(arms, [False] * 40, [True] * 40, drop_ms=25.0))
     assert "(0.80x as fast) and solves 0 % of the episodes instead of 100 %: its success is lower (-100 to" in bad

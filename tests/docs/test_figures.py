@@ -59,6 +59,13 @@ def test_the_demo_page_has_the_committed_run() -> None:
     assert not results["machine_was_busy"]
     assert results["conditions"]["processor"] in text
     assert f"{results['paired_episodes']} paired episodes" in text
+    before, after = results["compiled"]["unpruned_ms"]
+    assert f"{before:.1f} ms uncompiled and {after:.1f} compiled" in text
+    recommended = next(arm for arm in results["arms"] if arm["arm"] == "recommended")
+    pace = recommended["milliseconds_pruned_steps"]["p50"]
+    assert f"the compiled, recommended step is about {before / pace:.1f}x as fast" in " ".join(text.split())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(uncompiled, its step took {before:.1f} ms)" in readme
     for arm in results["arms"]:
         assert arm["title"] in text
         assert f"{arm['success']['successes']}/{arm['success']['total']}" in text
@@ -116,3 +123,35 @@ def test_what_is_confirmed_is_in_the_committed_tables(phase: str) -> None:
         told = f"{value} ({low} to {high})"
         assert f"| {solved['successes']}/{solved['total']} | {told} | {arm['verdict']['word']} |" in study, arm["title"]
         assert f"| {told}, {arm['verdict']['word']} |" in choosing, arm["title"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "named"), [("chunk-confirm", ["coffee-push"]), ("libero-confirm", ["butter", "orange_juice"])]
+)
+def test_where_the_gain_lies_is_counted(phase: str, named: list[str]) -> None:
+    found = json.loads((RESULTS / "study" / phase / "summary.json").read_text(encoding="utf-8"))["summary"]
+    unpruned, pruned = (arm["by_task"] for arm in found["arms"][:2])
+    study = " ".join(page("study.md").split())
+    told = re.search(r"What is gained is gained in one task of each: .*?\. -", study)
+    assert told is not None
+    of = [next(task for task in unpruned if name in task) for name in named]
+    for task in of:
+        assert f"from {unpruned[task][0]} to {pruned[task][0]}" in told.group()
+    rest = [task for task in unpruned if task not in of]
+    before, after = (sum(by[task][0] for task in rest) for by in (unpruned, pruned))
+    assert f"others from {before} to {after} of {sum(unpruned[task][1] for task in rest)}" in told.group()
+
+
+def test_the_compiled_step_is_compared_with_the_faster_baseline() -> None:
+    told = " ".join(page("study.md").split())
+    ratios = []
+    for name in ("metaworld", "libero-object"):
+        folder = RESULTS / "bench" / f"{name}-cpu-2-threads"
+        eager, compiled = (
+            {row.split("|")[2].strip(): float(row.split("|")[4]) for row in file.read_text().splitlines()[2:]}
+            for file in (folder / "bench.md", folder.with_name(f"{folder.name}-compiled") / "bench.md")
+        )
+        assert f"{eager['unpruned']:.1f} and {compiled['unpruned']:.1f}" in told
+        frozen = compiled["vla-pruner 0.25 freeze K=2 semantic_queries=last"]
+        ratios.append(f"{min(eager['unpruned'], compiled['unpruned']) / frozen:.2f}x")
+    assert f"the compiled step at .25 is {' and '.join(ratios)} as fast" in told

@@ -202,7 +202,16 @@ def test_the_controls_speak(tmp_path: Path) -> None:
     assert not any("Not for claims" in one for one in said)
     few = sentences(summarize(made(tmp_path, usual, episodes=10)))
     assert any("Not for claims" in one for one in few)
-    never = sentences(summarize(made(tmp_path, lambda arm, unit: False)))
+    nothing = summarize(made(tmp_path, lambda arm, unit: False, margin=0.05))
+    (judged,) = [arm.verdict for arm in nothing.of("method")]
+    assert judged is not None
+    assert (judged.word, judged.more, judged.at_stake) == ("inconclusive", None, False)
+    assert judged.p_not_worse < 0.025
+    never = sentences(nothing)
+    assert (
+        "inconclusive, 0 points (-3.1 to +3.1) against unpruned on 120 pairs, of which the unpruned policy" in never[0]
+    )
+    assert never[0].endswith("solved none: there is nothing that pruning could lose.")
     assert any("The unpruned policy solved nothing" in one for one in never)
 
 
@@ -337,6 +346,7 @@ def test_a_run_without_pairs_has_a_table(tmp_path: Path) -> None:
     assert summary.baseline.success.total == 0
     assert math.isnan(summary.baseline.latency_p50_ms)
     assert outcome_rows(summary)[0] == ("unpruned", "0/0", "-", "-", "-", "-", "")
+    assert cost_rows(summary)[0] == ("unpruned", "-", "-", "-", "-", "-", "-", "0")
     assert sentences(summary)[0].endswith("no episode was finished by it and by the unpruned policy.")
     json.dumps(summary.to_json(), allow_nan=False)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import vla_pruner as vp
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference import ReferencePolicy, load_autoregressive_policy
 from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
@@ -123,6 +124,34 @@ def test_what_is_no_observation_is_a_sentence(policy: ReferencePolicy) -> None:
     ):
         with pytest.raises(ObservationError, match=message):
             untyped.act({"image": wrong}, text, state)
+
+
+@pytest.mark.parametrize("name", ["metaworld", "autoregressive"])
+def test_a_batch_that_is_none_is_a_sentence(name: str) -> None:
+    untyped: Any = vp.reference_policy(name)
+    seen = untyped.example()
+    images, texts, states = [seen.images] * 2, [seen.instruction] * 2, [seen.proprio] * 2
+    size = untyped.proprio_size
+    for given, message in (
+        (([], [], []), "the images of no robot; give those of one or more"),
+        ((None, texts, states), "given a NoneType as images; give one for each robot"),
+        ((seen.images, texts, states), "given a dict as images"),
+        ((images, None, states), "given a NoneType as instructions"),
+        ((images, seen.instruction, states), "given a str as instructions"),
+        ((images, texts[:1], states), "Images of 2 robots came with 1 instructions"),
+        ((images, texts, 0.5), "given a float as proprio"),
+        ((images, texts, states[:1]), "Images of 2 robots came with 1 states"),
+        ((images, texts, [states[0], states[1][:-1]]), rf"Proprio of row 1 must have shape \({size},\); got"),
+        ((images, texts, [states[0], None]), "proprio is an array of numbers; found NoneType"),
+    ):
+        with pytest.raises(ObservationError, match=message):
+            untyped.act_batch(*given)
+    assert untyped.act_batch(images, texts, states).shape[0] == 2
+
+
+def test_the_shape_of_a_state_is_told_as_it_was_given(policy: ReferencePolicy) -> None:
+    with pytest.raises(ObservationError, match=r"Proprio must have shape \(4,\); got \(3,\)"):
+        policy.act({"image": IMAGES[0]}, INSTRUCTIONS[0], PROPRIO[0][:3])
 
 
 def test_instructions_are_padded_on_the_left() -> None:

@@ -71,6 +71,8 @@ def test_the_verdict_comes_first(traced: Path, capsys: pytest.CaptureFixture[str
     assert "initial states 0 to 9 of each, 20 episodes an arm" in text
     assert "Noise floor 0 of 20 Two runs of the unpruned policy agree in 20 of 20 episodes" in text
     assert "Choosing beats drawing as many tokens at random in 0 of 4 arms; in 4 neither is shown" in text
+    assert "Freezing or dropping, in 2 settings: freezing solves more in 0, dropping in 0" in text
+    assert text.count("against the same dropped: ") == 2
     assert "With black images the policy solves 10 of 20, against 20 of 20" in text
     difference = read_results(traced).methods[0].difference
     assert difference is not None

@@ -368,7 +368,12 @@ def _encoded(chosen: tuple[Tensor | None, ...]) -> str:
 
 
 def described(method: Method) -> str:
-    """Return a method with its `keep` and the options that are not its defaults."""
-    told = ((field, getattr(method, field.name)) for field in fields(method))
-    options = [f"{field.name}={value!r}" for field, value in told if field.name == "keep" or value != field.default]
+    """Return a method with its `keep` and the options that are neither its defaults nor, where a preset brings others,
+    that preset's.
+    """
+    options = []
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.name == "keep" or value != field.default or value != method.of_preset.get(field.name, value):
+            options.append(f"{field.name}={value!r}")
     return f"{type(method).__name__}({', '.join(options)})"

@@ -13,6 +13,7 @@ from vla_pruner.benching.settings import NAMED, SIZES, BenchSettings
 from vla_pruner.flags import DTYPES, Help, add_encoder, add_methods, add_option
 from vla_pruner.method_names import LAYER
 from vla_pruner.outputs import STDOUT, check_folder, check_output, left_to, write_file, write_output
+from vla_pruner.policies.reference_names import NAMES as REFERENCES
 from vla_pruner.terminal import LogLines, literal, say
 
 _FIELDS = (
@@ -53,8 +54,9 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "--model",
         metavar="MODEL",
         required=True,
-        help=f"{', '.join(NAMED)},\nllama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB], reference:NAME, "
-        "or the folder of a checkpoint or its hub name",
+        help=f"{', '.join(NAMED)},\nllama:HIDDEN,LAYERS[,HEADS,INTERMEDIATE,VOCAB], reference:NAME "
+        f"({', '.join(REFERENCES)}; reference is the autoregressive one here), or the folder of a checkpoint "
+        "or its hub name",
     )
     add("--size", choices=SIZES, default="full", help="of random weights: published or tiny (default: %(default)s)")
     add_option(command)

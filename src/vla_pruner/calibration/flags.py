@@ -10,6 +10,7 @@ from vla_pruner.calibration.settings import CalibrateSettings
 from vla_pruner.evaluation.flags import add_arms, policy_source
 from vla_pruner.flags import Help, add_weights, names, refuse_unused
 from vla_pruner.outputs import STDOUT
+from vla_pruner.policies.reference_names import CHECKPOINT
 
 _FIELDS = (
     "source", "results", "methods", "keep", "layer", "pruned", "encoder_keep", "encoder_refresh", "controls", "tasks",
@@ -32,7 +33,7 @@ def add_calibrate(commands: Any) -> None:
     add(
         "--policy",
         metavar="MODEL",
-        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package)",
+        help=CHECKPOINT,
     )
     add(
         "--from",

@@ -30,7 +30,9 @@ def headline(summary: Summary) -> str:
         success = f"these episodes show no difference in success ({interval})"
     else:
         success = f"its success is {'higher' if difference.value > 0 else 'lower'} ({interval})"
-    result = f"solves {_rate(arm)} of the episodes instead of {_rate(base)}: {success}, {units}"
+    same = arm.success.successes == base.success.successes
+    unpruned = ", as many as the unpruned policy" if same else f" instead of {_rate(base)}"
+    result = f"solves {_rate(arm)} of the episodes{unpruned}: {success}, {units}"
     if summary.busy:
         return (
             f"{_title(arm)} {result}; other programs kept the machine busy, so this run says nothing about speed: "

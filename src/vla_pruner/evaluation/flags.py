@@ -24,6 +24,7 @@ from vla_pruner.flags import (
     option,
     refuse_unused,
 )
+from vla_pruner.policies.reference_names import CHECKPOINT
 
 _ASKED = (
     "out", "tasks", "preset", "episodes", "max_steps", "first", "seed", "methods", "keep", "layer", "pruned",
@@ -68,7 +69,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     add(
         "--policy",
         metavar="MODEL",
-        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n"
+        help=f"{CHECKPOINT};\n"
         "'expert' (the suite's script, which sees the simulator's state) and 'nothing' prove the harness itself",
     )
     add(

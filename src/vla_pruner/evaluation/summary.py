@@ -38,16 +38,18 @@ class Verdict:
 
     Attributes:
         word: "not worse": a loss of the margin or more is ruled out; "worse": such a loss is shown; "inconclusive":
-            neither.
+            neither, or there is nothing to lose.
         p_not_worse, p_worse: one-sided p-values of the two, adjusted by Holm over the arms of methods.
         more: if it is inconclusive, episodes a task that would decide it with a chance of .8 if the results so far are
             the truth; None: the difference is so close to the margin that no sensible number would.
+        at_stake: whether the unpruned policy solved any of the pairs.
     """
 
     word: str
     p_not_worse: float
     p_worse: float
     more: int | None
+    at_stake: bool = True
 
 
 @dataclass(frozen=True)
@@ -323,11 +325,15 @@ def _verdicts(family: Mapping[str, Pairs], margin: float, tasks: int) -> dict[st
     found = {}
     for (key, pairs), p, q in zip(family.items(), not_worse, worse, strict=True):
         word = NOT_WORSE if p <= LEVEL else WORSE if q <= LEVEL else INCONCLUSIVE
+        both, _, lost, _ = pairs.total
+        at_stake = both + lost > 0
+        if not at_stake:
+            word = INCONCLUSIVE  # where nothing was solved, no loss shows nothing
         more = None
         needed = pairs.pairs_needed(margin, level)
-        if word == INCONCLUSIVE and needed is not None:
+        if word == INCONCLUSIVE and at_stake and needed is not None:
             more = max(1, ceil((needed - sum(pairs.total)) / tasks))
-        found[key] = Verdict(word, p, q, more)
+        found[key] = Verdict(word, p, q, more, at_stake)
     return found
 
 

@@ -81,14 +81,20 @@ def _outcome(arm: ArmSummary) -> tuple[str, ...]:
 def _cost(arm: ArmSummary) -> tuple[str, ...]:
     slower = arm.slower
     kept = "-".join(map(str, dict.fromkeys(arm.kept)))
+    tokens, pruned = (
+        f"{kept or 'all'}/{arm.visual_tokens}" if arm.visual_tokens else "all",
+        f"{_percent(arm.pruned_share)} %",
+    )
+    if not arm.success.total:  # what it keeps is known from the episodes that ended
+        tokens = pruned = "-"
     return (
         arm.title,
         "-" if arm.median_steps is None else f"{arm.median_steps:.0f}",
         "-" if slower is None else f"{slower.value:+.1f}\n{slower.low:+.1f} to {slower.high:+.1f}",
         _milliseconds(arm.latency_p50_ms),
         _milliseconds(arm.latency_p99_ms),
-        f"{kept or 'all'}/{arm.visual_tokens}" if arm.visual_tokens else "all",
-        f"{_percent(arm.pruned_share)} %",
+        tokens,
+        pruned,
         str(arm.crashed),
     )
 

@@ -39,6 +39,8 @@ def judged(arm: ArmSummary, summary: Summary) -> str:
         )
     margin = f"{100 * summary.margin:g} points"
     head = f"{verdict.word}, {spread(difference)} against unpruned on {counted(difference.pairs, 'pair')}"
+    if not verdict.at_stake:
+        return f"{head}, of which the unpruned policy solved none: there is nothing that pruning could lose."
     if verdict.word == NOT_WORSE:
         return f"{head}: a loss of {margin} or more is ruled out.{_random(arm)}"
     if verdict.word != INCONCLUSIVE:

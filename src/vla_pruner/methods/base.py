@@ -129,6 +129,11 @@ class Method:
         return ()
 
     @property
+    def of_preset(self) -> Mapping[str, Any]:
+        """The values that the method's preset, if it has presets, brings in place of the defaults, by option."""
+        return {}
+
+    @property
     def fate(self) -> Fate:
         """The fate of the visual tokens that are not kept: `pruned` as an object with properties.
 

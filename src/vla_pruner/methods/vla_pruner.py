@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,9 @@ class VLAPruner(Method):
         check_choice("preset", self.preset, tuple(PRESETS))
         if isinstance(self.layer, Published):
             object.__setattr__(self, "layer", Published(self.rules.layer))
-        of_preset = {"pruned": self.rules.pruned, "semantic_queries": self.rules.queries}
-        of_preset = {name: word for name, word in of_preset.items() if isinstance(getattr(self, name), PublishedWord)}
+        of_preset = {
+            name: word for name, word in self.of_preset.items() if isinstance(getattr(self, name), PublishedWord)
+        }
         for name, word in of_preset.items():
             object.__setattr__(self, name, word)
         super().__post_init__()
@@ -111,6 +113,10 @@ class VLAPruner(Method):
         # Records from before there was "recommended" tell neither, and their rows are the paper's.
         of_preset = self.rules is RECOMMENDED and self.semantic_queries == RECOMMENDED.queries
         return (f"semantic_queries={self.semantic_queries}",) if of_preset else ()
+
+    @property
+    def of_preset(self) -> Mapping[str, Any]:
+        return {"layer": self.rules.layer, "pruned": self.rules.pruned, "semantic_queries": self.rules.queries}
 
     @property
     def rules(self) -> Rules:

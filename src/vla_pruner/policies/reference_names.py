@@ -7,3 +7,9 @@ DEFAULT = "metaworld"
 
 NAMES = ("metaworld", "libero-object", "autoregressive")
 """The policies whose weights are in the package."""
+
+CHECKPOINT = (
+    "folder of a checkpoint, its hub name, or a policy that ships with the package: "
+    f"{', '.join(f'reference:{name}' for name in NAMES)}; reference is reference:{DEFAULT}"
+)
+"""What names a policy, for help texts."""

@@ -90,7 +90,7 @@ def _values(arm: ArmSummary) -> list[float | None]:
         arm.latency_p50_ms,
         arm.latency_p99_ms,
         float(sum(arm.kept)) if arm.kept else None,
-        arm.pruned_share,
+        arm.pruned_share if arm.success.total else None,
         float(arm.crashed),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from vla_pruner.evaluation.summary import INCONCLUSIVE, NOT_WORSE, WORSE, ArmSummary
-from vla_pruner.evaluation.verdict import judged, limits, points
+from vla_pruner.evaluation.verdict import freezing, judged, limits, points
 from vla_pruner.report.results import WORDS, Results
 from vla_pruner.report.svg import Axis, Mark, Markup, element, join, linear_axis, strip, strip_axis, swatch
 from vla_pruner.wording import counted, span
@@ -148,6 +148,10 @@ def overview(results: Results) -> Markup:
         )
     folded = "" if len(arms) <= 6 else None
     words = [element("li", element("b", f"{arm.title}: "), judged(arm, results.summary)) for arm in _ordered(results)]
+    fates = freezing(results.summary)
+    if len(fates) > 1:
+        parts.append(element("p", fates.pop(), class_="soft"))  # what all others come to
+    words += [element("li", sentence) for sentence in fates]
     parts.append(
         element(
             "details",
@@ -205,6 +209,8 @@ def _row(results: Results, arm: ArmSummary, axis: Axis) -> Markup:
     note = Markup("")
     if not arm.pruned_share:
         note = element("small", "pruned no control step")
+    elif verdict is not None and not verdict.at_stake:
+        note = element("small", "the unpruned policy solved none of these episodes")
     elif word == INCONCLUSIVE and verdict is not None and verdict.more is not None:
         note = element("small", f"about {_round(verdict.more):,} more episodes a task would decide it")
     elif word == INCONCLUSIVE:

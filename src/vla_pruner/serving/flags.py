@@ -8,6 +8,7 @@ from typing import Any
 
 from vla_pruner.fate import WITHIN_A_STEP
 from vla_pruner.flags import Help, add_weights, budget
+from vla_pruner.policies.reference_names import CHECKPOINT
 from vla_pruner.serving.command import run_serve
 from vla_pruner.serving.observations import BY_CAMERA, LAYOUTS
 from vla_pruner.serving.settings import KEY_VARIABLE
@@ -41,8 +42,7 @@ def _add_policy(command: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="MODEL",
         required=True,
-        help="folder of a checkpoint, its hub name, 'reference' or 'reference:NAME' (ships with the package);\n"
-        "with --random-weights a name as of audit",
+        help=f"{CHECKPOINT};\nwith --random-weights a name as of audit",
     )
     add(
         "--method",

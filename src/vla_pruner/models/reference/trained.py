@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference.tokenizer import encode
 from vla_pruner.observations import Observation, check_images, check_instruction
+from vla_pruner.wording import a_type
 
 
 class TrainedPolicy(nn.Module):
@@ -124,8 +125,21 @@ class TrainedPolicy(nn.Module):
             raise ObservationError(
                 f"The policy reads robots' states; give proprio, ({self.proprio_size},) numbers each."
             )
-        frames = np.stack([self._frame(one) for one in images])
-        return self._as_chunks(self.predict_action(frames, list(instructions), np.stack(proprio)))
+        for name, given in (("images", images), ("instructions", instructions), ("proprio", proprio)):
+            if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+                raise ObservationError(f"act_batch was given {a_type(given)} as {name}; give one for each robot.")
+        frames = [self._frame(one) for one in images]
+        if not frames:
+            raise ObservationError("act_batch was given the images of no robot; give those of one or more.")
+        states = [_tensor("proprio is", one) for one in proprio]
+        for row, state in enumerate(states):
+            if tuple(state.shape) != (self.proprio_size,):
+                raise ObservationError(
+                    f"Proprio of row {row} must have shape ({self.proprio_size},); got {tuple(state.shape)}."
+                )
+        if len(states) != len(frames):
+            raise ObservationError(f"Images of {len(frames)} robots came with {len(states)} states.")
+        return self._as_chunks(self.predict_action(np.stack(frames), list(instructions), torch.stack(states)))
 
     def _as_chunks(self, actions: np.ndarray) -> np.ndarray:
         """Return the result of `predict_action` with the actions of a chunk in the last dimension but one."""
@@ -151,6 +165,8 @@ class TrainedPolicy(nn.Module):
         frames, states = _tensor("The images are", images), _tensor("proprio is", proprio)
         single = frames.ndim == len(self.frame_shape)
         if single:
+            if states.numel() != self.proprio_size:
+                raise ObservationError(f"Proprio must have shape ({self.proprio_size},); got {tuple(states.shape)}.")
             frames, states = frames[None], states.reshape(1, -1)
         one = isinstance(instruction, (str, bytes)) or not isinstance(instruction, Iterable)
         instructions: list[Any] = [instruction] * (len(frames) if frames.ndim else 1) if one else list(instruction)
