@@ -125,6 +125,39 @@ def test_what_is_no_observation_is_a_sentence(policy: ReferencePolicy) -> None:
             untyped.act({"image": wrong}, text, state)
 
 
+def test_an_image_that_is_turned_is_the_image_that_it_shows(policy: ReferencePolicy) -> None:
+    """A view with negative strides, which is what upside-down cameras are usually put right with, and torch refuses."""
+    turned = np.ascontiguousarray(IMAGES[0][::-1, ::-1])[::-1, ::-1]
+    state = PROPRIO[0].astype(">f8")
+    expected = policy.act({"image": IMAGES[0]}, INSTRUCTIONS[0], PROPRIO[0])
+    np.testing.assert_array_equal(policy.act({"image": turned}, INSTRUCTIONS[0], state), expected)
+
+
+@pytest.mark.parametrize("wrong", [PROPRIO[0] * 1j, torch.from_numpy(PROPRIO[0] * 1j), PROPRIO[0].astype(str), 1e300])
+def test_states_that_no_float_holds_are_refused(policy: ReferencePolicy, wrong: Any) -> None:
+    state = np.full(4, wrong) if isinstance(wrong, float) else wrong
+    with pytest.raises(ObservationError, match="proprio (is an array of numbers; found|holds .* in float32)"):
+        policy.act({"image": IMAGES[0]}, INSTRUCTIONS[0], state)
+
+
+def test_a_batch_is_one_of_each_for_every_robot(policy: ReferencePolicy) -> None:
+    untyped: Any = policy
+    images, texts, states = [{"image": image} for image in IMAGES[:2]], list(INSTRUCTIONS[:2]), list(PROPRIO[:2])
+    for wrong, message in (
+        (([], [], []), "0 images, 0 instructions, 0 states; give as many of each, for one robot or more"),
+        ((images, texts[:1], states), "2 images, 1 instructions, 2 states"),
+        ((images[0], texts, states), "takes a list of images, one for each robot; found a dict"),
+        ((images, texts[0], states), "takes a list of instructions, one for each robot; found a str"),
+        ((images, texts, iter(states)), "takes a list of states, one for each robot; found a list_iterator"),
+        ((images, texts, [states[0], states[1][:3]]), r"shape \(4,\) for each robot; got \(3,\)"),
+        ((images, texts, [states[0], None]), "proprio is an array of numbers; found NoneType"),
+    ):
+        with pytest.raises(ObservationError, match=message):
+            untyped.act_batch(*wrong)
+    with pytest.raises(ObservationError, match="images of no robot"):
+        policy.predict_action(IMAGES[:0], "reach the green ball", PROPRIO[:0])
+
+
 def test_instructions_are_padded_on_the_left() -> None:
     assert split_words("Open the DOOR!") == ["open", "the", "door"]
     assert encode("open door", ("door", "open"), 4) == [1, 1, 3, 2]
