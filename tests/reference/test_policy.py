@@ -136,7 +136,7 @@ def test_an_image_that_is_turned_is_the_image_that_it_shows(policy: ReferencePol
 @pytest.mark.parametrize("wrong", [PROPRIO[0] * 1j, torch.from_numpy(PROPRIO[0] * 1j), PROPRIO[0].astype(str), 1e300])
 def test_states_that_no_float_holds_are_refused(policy: ReferencePolicy, wrong: Any) -> None:
     state = np.full(4, wrong) if isinstance(wrong, float) else wrong
-    with pytest.raises(ObservationError, match="proprio (is an array of numbers; found|holds .* in float32)"):
+    with pytest.raises(ObservationError, match=r"proprio (is an array of numbers; found|holds .* in float32)"):
         policy.act({"image": IMAGES[0]}, INSTRUCTIONS[0], state)
 
 
