@@ -100,10 +100,7 @@ def methods_of(
         for option in options:
             word, value = _option(shown, kind, option)
             if word in extra:
-                raise OptionError(
-                    f"--method is {text}, which has the option {word} twice; give it once, or name {shown} twice, with "
-                    "a comma between."
-                )
+                raise OptionError(f"--method is {text}, which has the option {word} twice; give it once.")
             extra[word] = value
         own = {word: (extra.pop(word),) for word in _OF_EVERY_ARM if word in extra}
         others = tuple(option for option in options if option.partition("=")[0] in extra)
