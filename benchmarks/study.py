@@ -23,8 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner import cli, markdown
+from vla_pruner.calibration.agreement import read_eval_info
+from vla_pruner.errors import VLAPrunerError
+from vla_pruner.evaluation.manifest import Manifest
 from vla_pruner.evaluation.options import ArmOptions
+from vla_pruner.evaluation.records import latest, read_records
+from vla_pruner.evaluation.run import Run
 from vla_pruner.method_names import encoder_title
+from vla_pruner.wording import counted
 
 RESULTS = Path(__file__).parent / "results" / "study"
 WHOLE = ("run.json", "table.md")
@@ -177,30 +183,56 @@ def run(phase: str, out: Path, part: str | None) -> int:
 
 
 def publish(phase: str, out: Path) -> int:
-    """Merge the parts of a phase and put what a reader needs into the repository, the records compressed."""
+    """Merge the parts of a phase and put what a reader needs into the repository, the records compressed: all of it, or
+    nothing if a part is damaged or lacks episodes that were published before.
+    """
     parts = sorted(folder for folder in out.glob(f"{phase}-*") if folder.is_dir())
     if not parts:
         print(f"{out} has no folder {phase}-...; run it first.", file=sys.stderr)
         return 2
     target = RESULTS / phase
     with tempfile.TemporaryDirectory() as folder:
-        merged = Path(folder) / phase
+        merged, made = Path(folder) / phase, Path(folder) / "made"
         code = cli.main(["eval", "--merge", *map(str, parts), "--out", str(merged)])
         if code > 1:
             return code
-        target.mkdir(parents=True, exist_ok=True)
+        done = _run_in(merged)
+        lost = _lost(target, done)
+        if lost:
+            print(
+                f"{target} holds {counted(lost, 'episode')} of this run that the parts lack; put the missing part "
+                "beside them, or go on from what was published (resume).",
+                file=sys.stderr,
+            )
+            return 2
+        made.mkdir()
         for name in WHOLE:
-            shutil.copyfile(merged / name, target / name)
+            shutil.copyfile(merged / name, made / name)
         info = json.loads((merged / "eval_info.json").read_text())
         kept = {name: info[name] for name in ("run", "conditions", "summary", "verdict", "errors")}
-        (target / "summary.json").write_text(json.dumps(kept, indent=1) + "\n")
-        if reported := cli.main(["report", str(merged), "--out", str(target / "report.html")]):
+        (made / "summary.json").write_text(json.dumps(kept, indent=1) + "\n")
+        if reported := cli.main(["report", str(merged), "--out", str(made / "report.html")]):
             return reported
         # Without a time stamp, the same records give the same file.
-        with open(target / f"{RECORDS}.gz", "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        with open(made / f"{RECORDS}.gz", "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
             packed.write((merged / RECORDS).read_bytes())
-    print(f"{target} holds {phase}.")
+        shutil.copytree(made, target, dirs_exist_ok=True)
+    left = sum(len(arms) for _, arms in done.left())
+    absent = f" but for {counted(left, 'episode')} that did not run" if left else ""
+    print(f"{target} holds {phase}{absent}.")
     return code
+
+
+def _run_in(folder: Path) -> Run:
+    return Run(Manifest.read(folder), latest(read_records(folder / RECORDS), str(folder)))
+
+
+def _lost(target: Path, done: Run) -> int:
+    """The number of episodes that were published of the same run, and are not in what is `done`."""
+    if not (target / "run.json").exists():
+        return 0
+    before = _run_in(target)
+    return len(before.records.keys() - done.records.keys()) if before.manifest.run == done.manifest.run else 0
 
 
 def resume(phase: str, out: Path) -> int:
@@ -209,9 +241,11 @@ def resume(phase: str, out: Path) -> int:
     if part.exists() or not source.exists():
         print(f"{part} is there already." if part.exists() else f"{source} holds nothing to resume.", file=sys.stderr)
         return 2
+    _run_in(source)  # what is damaged is refused before a part is made, which would begin the run anew
+    records = gzip.decompress((source / f"{RECORDS}.gz").read_bytes())
     part.mkdir(parents=True)
     shutil.copyfile(source / "run.json", part / "run.json")
-    (part / RECORDS).write_bytes(gzip.decompress((source / f"{RECORDS}.gz").read_bytes()))
+    (part / RECORDS).write_bytes(records)
     print(f"{part} goes on where {source} ended.")
     return 0
 
@@ -272,10 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.do == "run":
         return run(given.phase, given.out, given.shard)
-    if given.do != "table":
-        return {"publish": publish, "resume": resume}[given.do](given.phase, given.out)
-    found = json.loads((RESULTS / given.phase / "summary.json").read_text())["summary"]
-    print(table(found, layer_of(given.phase)), end="")
+    try:
+        if given.do != "table":
+            return {"publish": publish, "resume": resume}[given.do](given.phase, given.out)
+        if not (RESULTS / given.phase / "summary.json").exists():
+            print(f"{RESULTS / given.phase} holds nothing yet; publish it first.", file=sys.stderr)
+            return 2
+        print(table(read_eval_info(RESULTS / given.phase)["summary"], layer_of(given.phase)), end="")
+    except (VLAPrunerError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

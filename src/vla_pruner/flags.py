@@ -82,14 +82,28 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE; a value with commas, and that of "cameras", is several words, and digits are a number."""
+    """Read NAME=VALUE; a value with commas, and that of "cameras", is several words, digits are a number, and true and
+    false are what they say.
+    """
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     parts = names(value)
     if name == "cameras" or len(parts) > 1:
         return name, parts
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
     return name, int(value) if value.isdecimal() else value
+
+
+class Pairs(argparse.Action):
+    """Adds a (name, value) to a list, and refuses a name that it has: only one of two values would count."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        found = list(getattr(namespace, self.dest))
+        if values[0] in dict(found):
+            raise argparse.ArgumentError(self, f"{values[0]} was given twice; give it once")
+        setattr(namespace, self.dest, [*found, values])
 
 
 def add_methods(command: argparse.ArgumentParser, or_none: str = "") -> None:
@@ -162,7 +176,7 @@ def add_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--option",
         metavar="NAME=VALUE",
-        action="append",
+        action=Pairs,
         default=[],
         type=option,
         help="for load_policy, such as unnorm_key=bridge_orig or cameras=image,wrist_image; may be repeated\n"

@@ -96,7 +96,12 @@ def methods_of(
     for text in texts:
         shown, found_kind, options = _read(text)
         kind: Any = found_kind
-        extra = dict(_option(shown, kind, option) for option in options)
+        extra: dict[str, Any] = {}
+        for option in options:
+            word, value = _option(shown, kind, option)
+            if word in extra:
+                raise OptionError(f"--method is {text}, which has the option {word} twice; give it once.")
+            extra[word] = value
         own = {word: (extra.pop(word),) for word in _OF_EVERY_ARM if word in extra}
         others = tuple(option for option in options if option.partition("=")[0] in extra)
         drops = Fate.DROP in kind().treatments

@@ -69,6 +69,25 @@ def check_instruction(instruction: Any, what: str = "The instruction") -> None:
         ) from error
 
 
+def array_of(values: Any) -> np.ndarray:
+    """Return real numbers as an array of the same kind, in this machine's byte order and without negative strides.
+
+    Args:
+        values: an array, a tensor on any device, or nested sequences.
+
+    Raises:
+        TypeError, ValueError: they are no array of real numbers.
+    """
+    if hasattr(values, "detach"):  # a tensor, known without importing torch
+        values = values.detach().cpu()
+        # numpy has no bfloat16, and float64 holds every value of the smaller types.
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    found = np.asarray(values)
+    if found.dtype.kind not in "biuf":
+        raise TypeError(f"of the type {found.dtype}")
+    return np.ascontiguousarray(found, dtype=found.dtype.newbyteorder("=")).reshape(found.shape)
+
+
 def state_of(proprio: Any) -> np.ndarray:
     """Return the robot's state as float32, of any shape.
 
@@ -76,9 +95,13 @@ def state_of(proprio: Any) -> np.ndarray:
         ObservationError: it is no array of numbers, or one of them is not finite.
     """
     try:
-        state = np.asarray(proprio, dtype=np.float32)
+        found = array_of(proprio)
     except (TypeError, ValueError) as error:
         raise ObservationError(f"proprio is an array of numbers; found {type(proprio).__name__} ({error}).") from error
+    with np.errstate(over="ignore"):  # told below
+        state = found.astype(np.float32)
     if not np.isfinite(state).all():
-        raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
+        raise ObservationError(
+            "proprio holds numbers that are not finite (NaN or infinity) in float32; give finite ones."
+        )
     return state

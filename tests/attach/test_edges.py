@@ -55,6 +55,18 @@ def test_a_row_of_padding_alone_is_refused(method):
         decode(model, embeds, mask, make_cache("dynamic", model), 1)
 
 
+@pytest.mark.parametrize("method", [vp.VLAPruner(keep=0.25), vp.DivPrune(keep=0.25)], ids=str)
+def test_a_batch_of_no_rows_is_refused(method):
+    model = tiny_lm()
+    embeds = prompt()[0]
+    with method.attach(model, visual=VISUAL) as session, torch.no_grad():
+        with pytest.raises(vp.SessionError, match="a batch of no rows"):
+            model(inputs_embeds=embeds[:0])
+        assert session.memory is None
+        model(inputs_embeds=embeds)
+        assert session.step is not None
+
+
 def test_an_absent_camera_is_never_kept():
     model = tiny_lm()
     embeds, mask = prompt()

@@ -312,7 +312,7 @@ def test_other_heads_of_oft_are_refused(head: str | None) -> None:
 def test_examples_that_are_none_are_refused() -> None:
     lm, chunk, oft = decoder_lm(), trained("reference-chunk"), openvla_oft()
     for case, given, kind, says in (
-        (lm, {}, vp.OptionError, "lacks inputs_embeds; it has inputs_embeds"),
+        (lm, {}, vp.OptionError, "lacks inputs_embeds; give inputs_embeds"),
         (lm, {**lm.example(0), "mask": 1}, vp.OptionError, "has mask"),
         (lm, {**lm.example(0), "tokens": 0}, vp.OptionError, "tokens=0 was given"),
         (lm, {"inputs_embeds": torch.zeros(1, 9, 32)}, vp.OptionError, r"of the shape \(1, 9, 32\)"),

@@ -104,7 +104,8 @@ def test_flags_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[CalibrateSettings] = []
     monkeypatch.setattr("vla_pruner.calibration.command.run_calibrate", lambda asked, _: seen.append(asked) or 0)
     text = (
-        "calibrate --policy CKPT --from data --tolerance .1 --against a b --json c.json --method fastv,divprune "
+        "calibrate --policy CKPT --from data --tolerance .1 --against a --against b --json c.json "
+        "--method fastv,divprune "
         "--keep .5,64 --layer 2,3 --pruned drop,freeze --controls none --tasks x,y --episodes 3 --every 2 "
         "--max-steps 9 --camera l=left --camera r=right --seed 4 --device cuda --dtype bfloat16 --option unnorm_key=k"
     )
@@ -166,6 +167,7 @@ def test_a_method_that_reuses_tokens_has_its_own_keep_and_fate() -> None:
         ("--results x.json", "--results is read for --tolerance or --against"),
         ("--results x.json --tolerance 1", "x.json cannot be read"),
         ("--results x.json --policy reference", "--results does not read --policy"),
+        ("--policy reference --from EMPTY --camera a=b --camera a=c", "argument --camera: a was given twice"),
         ("--policy reference --from EMPTY --camera left", "'left' is not POLICY=DATASET"),
     ],
 )

@@ -16,7 +16,7 @@ from tests.evaluation.fakes import FakeSuite, settings, tiny_policy
 from tests.evaluation.test_run import UNIT
 from vla_pruner.errors import OptionError
 from vla_pruner.evaluation import EvaluationError
-from vla_pruner.evaluation.arms import all_arms, check_layers, method_arms
+from vla_pruner.evaluation.arms import CONTROLS, all_arms, check_layers, method_arms
 from vla_pruner.evaluation.flags import add_eval, settings_of
 from vla_pruner.evaluation.lockstep import shares
 from vla_pruner.evaluation.manifest import Manifest, Plan, identity
@@ -237,6 +237,20 @@ def test_two_different_arms_of_one_name_are_refused() -> None:
     with pytest.raises(EvaluationError, match=r"Two different arms are both called 'fastv 0\.5 drop K=3'"):
         all_arms((arm, other), ())
     assert len(all_arms((arm, arm), ())) == 2
+
+
+@pytest.mark.parametrize("name", ["vla-pruner:preset=recommended", "vla-pruner:window=3", "vla-pruner:decay=0.80"])
+def test_a_method_that_is_written_in_two_ways_is_refused(name: str) -> None:
+    arms = method_arms(("vla-pruner", name), (0.5,), (3,), None)
+    with pytest.raises(EvaluationError, match="are the same method; leave one of them out"):
+        all_arms(arms, CONTROLS)
+    assert len(all_arms(method_arms(("vla-pruner", name), (0.5,), (3,), None)[1:], CONTROLS)) == 5
+
+
+@pytest.mark.parametrize("name", ["vla-pruner:preset=paper:preset=recommended", "vla-pruner:keep=0.5:keep=0.25"])
+def test_an_option_that_is_given_twice_is_refused(name: str) -> None:
+    with pytest.raises(OptionError, match=r"has the option (preset|keep) twice; give it once\."):
+        method_arms((name,), None, (3,), None)
 
 
 @pytest.mark.parametrize("name", ["vla-pruner:refresh_every=4", "vla-pruner:layer=0", "vla-pruner:window=2"])

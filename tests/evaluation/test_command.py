@@ -96,6 +96,9 @@ def test_defaults_are_the_settings_own(asked: list[EvalSettings], tmp_path: Path
         ("--policy expert --suite metaworld:mt6 --method fastv", "--policy is expert, which sees no images"),
         ("--merge /nowhere/at/all", "holds no evaluation"),
         ("--merge a b --policy reference", "--merge does not read --policy"),
+        ("--merge /nowhere/at/all --merge .", "/nowhere/at/all holds no evaluation"),
+        ("--policy x --option a=1 --option a=2", "argument --option: a was given twice; give it once"),
+        ("--policy x --suite-option a=1 --suite-option a=2", "argument --suite-option: a was given twice"),
     ],
 )
 def test_wrong_input_is_one_line(flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

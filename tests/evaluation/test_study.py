@@ -107,6 +107,47 @@ def test_what_was_published_goes_on_elsewhere(
     assert study.main(["resume", "toy", "--out", str(tmp_path / "other")]) == 2
 
 
+def test_what_is_published_is_whole_and_never_less_than_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(PHASES, "toy", ("--policy", "nothing", "--suite", "fake"))
+    records, target = tmp_path / "toy-1" / "episodes.jsonl", tmp_path / "results" / "toy"
+    publish = ["publish", "toy", "--out", str(tmp_path)]
+    assert study.main(["table", "toy"]) == 2
+    assert "holds nothing yet" in capsys.readouterr().err
+    run(settings(tmp_path / "toy-1", "nothing"))
+    lines = records.read_bytes().splitlines(keepends=True)
+    records.write_bytes(b"".join(lines[:11]))
+    assert study.main(publish) == 0
+    assert "holds toy but for 1 episode that did not run." in capsys.readouterr().out.replace("\n", " ")
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    records.write_bytes(b"".join(lines[2:]))
+    assert study.main(publish) == 2
+    assert "holds 2 episodes of this run that the parts lack" in capsys.readouterr().err
+    monkeypatch.setattr(study.gzip, "GzipFile", lambda *_, **__: 1 / 0)
+    records.write_bytes(b"".join(lines))
+    with pytest.raises(ZeroDivisionError):
+        study.main(publish)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+
+
+def test_damaged_records_are_resumed_from_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part without its records would begin the run anew."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(PHASES, "toy", ("--policy", "nothing", "--suite", "fake"))
+    run(settings(tmp_path / "toy-1", "nothing"))
+    assert study.main(["publish", "toy", "--out", str(tmp_path)]) == 0
+    packed = tmp_path / "results" / "toy" / "episodes.jsonl.gz"
+    for content in (packed.read_bytes()[:50], None):
+        packed.unlink() if content is None else packed.write_bytes(content)
+        assert study.main(["resume", "toy", "--out", str(tmp_path / "other")]) == 2
+        assert "cannot be read" in capsys.readouterr().err
+        assert not (tmp_path / "other" / "toy-1").exists()
+
+
 def kind_of(title: str) -> str:
     return {"unpruned": "baseline", "random": "random"}.get(title.split(" ")[0], "method")
 

@@ -165,9 +165,11 @@ def test_options_reach_the_family(golden):
         ({"dtype": torch.int8}, "dtype=torch.int8 was given; weights are one of"),
     ],
 )
-def test_devices_and_dtypes_that_cannot_be(options, message):
+@pytest.mark.parametrize("make", [vp.load_policy, vp.reference_policy, vp.random_policy])
+def test_devices_and_dtypes_that_cannot_be(options, message, make):
+    name = "metaworld" if make is vp.reference_policy else "reference"
     with pytest.raises(vp.OptionError, match=message):
-        vp.load_policy("reference", **options)
+        make(name, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -178,8 +180,9 @@ def test_cuda_where_there_is_none():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtypes_by_name(dtype):
-    policy = vp.load_policy("reference:autoregressive", dtype=dtype)
-    assert next(module_of(policy).parameters()).dtype == getattr(torch, dtype)
+    makes = (vp.load_policy, "reference:autoregressive"), (vp.reference_policy, "autoregressive")
+    for make, name in (*makes, (vp.random_policy, "reference-chunk")):
+        assert next(module_of(make(name, dtype=dtype)).parameters()).dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("nothing", [None, "", 3])

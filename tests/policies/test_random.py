@@ -35,6 +35,12 @@ def test_actions_follow_images_and_seeds(name):
     assert not module_of(policy).training
 
 
+@pytest.mark.parametrize("seed", [-1, "x", 2**40, True])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(vp.OptionError, match="was given; it is an int of 0 or more"):
+        vp.random_policy("reference-chunk", seed=seed)
+
+
 @pytest.mark.parametrize("name", ["reference", "reference-chunk", "pi0"])
 def test_attention_is_peaked(name):
     """Some tokens receive several times what others do, or a choice among them would be noise."""

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import vla_pruner as vp
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference import ReferencePolicy, load_autoregressive_policy
 from vla_pruner.models.reference.loading import SHIPPED_WEIGHTS
@@ -126,32 +125,42 @@ def test_what_is_no_observation_is_a_sentence(policy: ReferencePolicy) -> None:
             untyped.act({"image": wrong}, text, state)
 
 
-@pytest.mark.parametrize("name", ["metaworld", "autoregressive"])
-def test_a_batch_that_is_none_is_a_sentence(name: str) -> None:
-    untyped: Any = vp.reference_policy(name)
-    seen = untyped.example()
-    images, texts, states = [seen.images] * 2, [seen.instruction] * 2, [seen.proprio] * 2
-    size = untyped.proprio_size
-    for given, message in (
-        (([], [], []), "the images of no robot; give those of one or more"),
-        ((None, texts, states), "given a NoneType as images; give one for each robot"),
-        ((seen.images, texts, states), "given a dict as images"),
-        ((images, None, states), "given a NoneType as instructions"),
-        ((images, seen.instruction, states), "given a str as instructions"),
-        ((images, texts[:1], states), "Images of 2 robots came with 1 instructions"),
-        ((images, texts, 0.5), "given a float as proprio"),
-        ((images, texts, states[:1]), "Images of 2 robots came with 1 states"),
-        ((images, texts, [states[0], states[1][:-1]]), rf"Proprio of row 1 must have shape \({size},\); got"),
-        ((images, texts, [states[0], None]), "proprio is an array of numbers; found NoneType"),
-    ):
-        with pytest.raises(ObservationError, match=message):
-            untyped.act_batch(*given)
-    assert untyped.act_batch(images, texts, states).shape[0] == 2
-
-
 def test_the_shape_of_a_state_is_told_as_it_was_given(policy: ReferencePolicy) -> None:
     with pytest.raises(ObservationError, match=r"Proprio must have shape \(4,\); got \(3,\)"):
         policy.act({"image": IMAGES[0]}, INSTRUCTIONS[0], PROPRIO[0][:3])
+
+
+def test_an_image_that_is_turned_is_the_image_that_it_shows(policy: ReferencePolicy) -> None:
+    """A view with negative strides, which is what upside-down cameras are usually put right with, and torch refuses."""
+    turned = np.ascontiguousarray(IMAGES[0][::-1, ::-1])[::-1, ::-1]
+    state = PROPRIO[0].astype(">f8")
+    expected = policy.act({"image": IMAGES[0]}, INSTRUCTIONS[0], PROPRIO[0])
+    np.testing.assert_array_equal(policy.act({"image": turned}, INSTRUCTIONS[0], state), expected)
+
+
+@pytest.mark.parametrize("wrong", [PROPRIO[0] * 1j, torch.from_numpy(PROPRIO[0] * 1j), PROPRIO[0].astype(str), 1e300])
+def test_states_that_no_float_holds_are_refused(policy: ReferencePolicy, wrong: Any) -> None:
+    state = np.full(4, wrong) if isinstance(wrong, float) else wrong
+    with pytest.raises(ObservationError, match=r"proprio (is an array of numbers; found|holds .* in float32)"):
+        policy.act({"image": IMAGES[0]}, INSTRUCTIONS[0], state)
+
+
+def test_a_batch_is_one_of_each_for_every_robot(policy: ReferencePolicy) -> None:
+    untyped: Any = policy
+    images, texts, states = [{"image": image} for image in IMAGES[:2]], list(INSTRUCTIONS[:2]), list(PROPRIO[:2])
+    for wrong, message in (
+        (([], [], []), "0 images, 0 instructions, 0 states; give as many of each, for one robot or more"),
+        ((images, texts[:1], states), "2 images, 1 instructions, 2 states"),
+        ((images[0], texts, states), "takes a list of images, one for each robot; found a dict"),
+        ((images, texts[0], states), "takes a list of instructions, one for each robot; found a str"),
+        ((images, texts, iter(states)), "takes a list of states, one for each robot; found a list_iterator"),
+        ((images, texts, [states[0], states[1][:3]]), r"Proprio of row 1 must have shape \(4,\); got \(3,\)"),
+        ((images, texts, [states[0], None]), "proprio is an array of numbers; found NoneType"),
+    ):
+        with pytest.raises(ObservationError, match=message):
+            untyped.act_batch(*wrong)
+    with pytest.raises(ObservationError, match="images of no robot"):
+        policy.predict_action(IMAGES[:0], "reach the green ball", PROPRIO[:0])
 
 
 def test_instructions_are_padded_on_the_left() -> None:

@@ -172,7 +172,15 @@ def test_an_address_or_certificate_that_will_not_do_is_refused_before_the_policy
             assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [["--camera-key", "x"], ["--observations", "bridge"], ["--keep", "half"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--camera-key", "x"],
+        ["--camera-key", "x=1", "--camera-key", "x=2"],
+        ["--observations", "bridge"],
+        ["--keep", "half"],
+    ],
+)
 def test_wrong_flags(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*TINY, *flags])

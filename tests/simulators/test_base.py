@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from vla_pruner import simulators
 from vla_pruner.errors import SessionError
+from vla_pruner.flags import option
 from vla_pruner.simulators import Convention, Images, Observation, SuiteError, Task, find_suite
 from vla_pruner.simulators.base import find_task
 
@@ -96,3 +100,30 @@ def test_a_convention_draws_only_the_policys_cameras_and_shortens_its_chunks():
     assert blind.observe(seen) == Observation({}, seen.instruction)
     assert blind.plan(np.arange(6).reshape(3, 2)).tolist() == [[0, 1], [2, 3], [4, 5]]
     assert blind.plan(np.arange(2)).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("center_crop=maybe", "center_crop of libero_object is 'maybe' .* it is true or false"),
+        ("image_size=x", "image_size of libero_object is 'x' .* pixels from 1 to 4096"),
+        ("image_size=0", "image_size of libero_object is 0 "),
+        ("seed=-1", "seed of libero_object is '-1' .* 0 or more"),
+        ("assets=3", "assets of libero_object is 3 .* it is a folder; if its name is a number, ./NAME"),
+        ("pro=a,b", r"pro of libero_object is \('a', 'b'\) .* it is a folder"),
+    ],
+)
+def test_a_value_that_no_suite_takes_is_refused_before_its_simulator_is_looked_for(text: str, message: str):
+    name, value = option(text)
+    with pytest.raises(SuiteError, match=message):
+        find_suite("libero_object", **{name: value})
+
+
+def test_an_option_that_says_false_is_false(monkeypatch: pytest.MonkeyPatch):
+    """As a text it would be true: checkpoints that were trained without crops would be shown them."""
+    given: list[dict[str, Any]] = []
+    monkeypatch.setitem(simulators.SUITES, "libero_goal", lambda name, **options: given.append(options))
+    monkeypatch.setitem(simulators._OPTIONS, simulators.SUITES["libero_goal"], ("center_crop",))
+    for text in ("center_crop=false", "center_crop=0", "center_crop=True"):
+        find_suite("libero_goal", **dict([option(text)]))
+    assert [bool(one["center_crop"]) for one in given] == [False, False, True]

@@ -11,7 +11,7 @@ from torch import Tensor
 from vla_pruner.attach.contract import budget_of, check_needs, selected
 from vla_pruner.attach.family import Call, Family
 from vla_pruner.attach.layout import Layout, ensure
-from vla_pruner.errors import BudgetError
+from vla_pruner.errors import BudgetError, SessionError
 from vla_pruner.methods.base import Evidence, Method
 from vla_pruner.plugins import is_foreign
 from vla_pruner.wording import counted
@@ -141,11 +141,13 @@ class Planner:
         """Return this prefill's layout, its rows (B, R) that act, and the budgets of each stage by its layer.
 
         Raises:
-            SessionError: a visual token is in a row that acts, or a row of the batch is padding alone.
+            SessionError: a visual token is in a row that acts, a row of the batch is padding alone, or there is no row.
             BudgetError: see `budgets_of`.
         """
         layout = self._family.layout(call)
         if self._plan is None or self._plan[0] is not layout:
+            if not layout.rows:
+                raise SessionError("The model was called with a batch of no rows; call it with one robot or more.")
             ensure(layout.reading.any(dim=1).all(), NOTHING_READS)
             placed = any(stage.method.reads_placeholders for stage in self._stages.values())
             rows = self._family.placeholder_rows(layout) if placed else self._family.action_rows(layout)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vla_pruner.calibration.settings import CalibrateSettings
 from vla_pruner.evaluation.flags import add_arms, policy_source
-from vla_pruner.flags import Help, add_weights, names, refuse_unused
+from vla_pruner.flags import Help, Pairs, add_weights, names, refuse_unused
 from vla_pruner.outputs import STDOUT
 from vla_pruner.policies.reference_names import CHECKPOINT
 
@@ -54,7 +54,8 @@ def add_calibrate(commands: Any) -> None:
         metavar="DIR",
         type=Path,
         nargs="+",
-        default=(),
+        action="extend",
+        default=[],
         help="evaluations of the same policy: their arms are calibrated unless --method says otherwise, and the rank\n"
         "correlation with their closed-loop losses is computed (default: none)",
     )
@@ -70,7 +71,7 @@ def add_calibrate(commands: Any) -> None:
         dest="cameras",
         metavar="POLICY=DATASET",
         type=_pair,
-        action="append",
+        action=Pairs,
         default=[],
         help="which camera of a dataset is which of the policy's; may be repeated (default for each: by equal names)",
     )

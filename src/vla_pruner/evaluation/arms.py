@@ -114,7 +114,7 @@ def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]
     long as the method does, and refreshes as often, with the same patches of the vision encoder. It has no motion gate.
 
     Raises:
-        EvaluationError: a control is unknown.
+        EvaluationError: a control is unknown, or two arms have one name or do the same.
     """
     unknown = [name for name in controls if name not in CONTROLS]
     if unknown:
@@ -136,6 +136,13 @@ def all_arms(methods: Sequence[Arm], controls: Sequence[str]) -> tuple[Arm, ...]
         same = different.setdefault(arm.key, arm)
         if (same.method, same.encoder) != (arm.method, arm.encoder):
             raise EvaluationError(f"Two different arms are both called {arm.title!r}; leave one of them out.")
+    called: dict[tuple[str, ...], Arm] = {}
+    for arm in different.values():
+        # By their words: keep=1, one token, equals keep=1.0, all of them.
+        same = called.setdefault((arm.kind, repr(arm.method), repr(arm.encoder)), arm)
+        if same is not arm:
+            # It would run twice, and the p values be corrected for one method more than there is.
+            raise EvaluationError(f"{same.title!r} and {arm.title!r} are the same method; leave one of them out.")
     return tuple(different.values())
 
 

@@ -13,6 +13,7 @@ from vla_pruner.evaluation.recipes import RECIPES
 from vla_pruner.evaluation.settings import DEFAULT_MARGIN, PRESETS, EvalSettings
 from vla_pruner.flags import (
     Help,
+    Pairs,
     add_encoder,
     add_interval,
     add_methods,
@@ -53,7 +54,7 @@ def add_eval(commands: Any) -> None:
     command.add_argument(
         "--suite-option",
         metavar="NAME=VALUE",
-        action="append",
+        action=Pairs,
         default=[],
         type=option,
         help="for the suites: of LIBERO and Meta-World image_size=N; of LIBERO also assets=DIR, seed=N,\n"
@@ -129,7 +130,14 @@ def _add_running(command: argparse.ArgumentParser) -> None:
     add(
         "--shard", metavar="I/N", type=_shard, help="run the I-th of N parts; --merge puts them together (default: all)"
     )
-    add("--merge", metavar="DIR", type=Path, nargs="+", help="run nothing: put the folders of one evaluation together")
+    add(
+        "--merge",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        action="extend",
+        help="run nothing: put the folders of one evaluation together",
+    )
     add(
         "--trace",
         metavar="N",

@@ -136,7 +136,7 @@ def check_example(example: Mapping[str, Any], names: tuple[str, ...], optional: 
     missing = [name for name in names if name not in example]
     if unknown or missing:
         told = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(unknown)}"] * bool(unknown)
-        raise OptionError(f"The example {' and '.join(told)}; it has {', '.join(known)}.")
+        raise OptionError(f"The example {' and '.join(told)}; give {', '.join(known)}.")
     return dict(example)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from vla_pruner.errors import UnsupportedModelError
+from vla_pruner.checks import is_seed
+from vla_pruner.errors import OptionError, UnsupportedModelError
 from vla_pruner.models.drawn import draw_weights
 from vla_pruner.plugins import object_at
 from vla_pruner.policies.base import Policy
+from vla_pruner.policies.options import as_dtype, usable_device
 from vla_pruner.registry import random_names, row_named
 from vla_pruner.versions import check_transformers
 
@@ -21,7 +23,7 @@ def random_policy(
     name: str,
     size: str = "tiny",
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
     seed: int = 0,
 ) -> Policy:
     """Make an untrained policy that sees and attends, directly on its device.
@@ -30,10 +32,11 @@ def random_policy(
         name: of a row of `vla_pruner.registry` with random weights, or of a family of another distribution.
         size: "tiny" (seconds on a CPU), or "full": the published size.
         device: of the policy.
-        dtype: of its weights.
+        dtype: of its weights, or its name; None: float32.
         seed: of its weights, which depend on the device too.
 
     Raises:
+        OptionError: torch has no such device here, the dtype is none of weights, or the seed is no int of 0 or more.
         UnsupportedModelError: another name or size, or a package that the family needs is not installed, or not in a
             version that was tested.
         PluginError: the family of another distribution cannot be used.
@@ -44,7 +47,9 @@ def random_policy(
         raise UnsupportedModelError(f"{name!r} was given; with random weights there are {', '.join(random_names())}.")
     if size not in SIZES:
         raise UnsupportedModelError(f"size={size!r} was given; it is 'tiny' or 'full'.")
-    return object_at(row.random)(size, torch.device(device), dtype, seed)
+    if not is_seed(seed):
+        raise OptionError(f"seed={seed!r} was given; it is an int of 0 or more, and below 2**32.")
+    return object_at(row.random)(size, usable_device(device), as_dtype(dtype) or torch.float32, seed)
 
 
 def random_reference(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:

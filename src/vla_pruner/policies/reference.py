@@ -10,6 +10,7 @@ import torch
 from vla_pruner.checkpoints.files import read_json
 from vla_pruner.errors import CheckpointError, UnsupportedModelError
 from vla_pruner.models.saved import CONFIG
+from vla_pruner.policies.options import as_dtype, usable_device
 from vla_pruner.policies.reference_names import DEFAULT, NAMES
 from vla_pruner.registry import row_for
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def reference_policy(
-    name: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
 ) -> ReferencePolicy | ChunkPolicy:
     """Load a trained reference policy, in eval mode.
 
@@ -28,13 +29,16 @@ def reference_policy(
             LIBERO-Object), "autoregressive" (one camera, decoded action tokens, for Meta-World), or a folder that
             `save_chunk_policy` or `save_policy` wrote; None: `reference_names.DEFAULT`.
         device: of the policy.
-        dtype: the parameters' type.
+        dtype: the parameters' type, or its name; None: float32.
 
     Raises:
+        OptionError: torch has no such device here, or the dtype is none of weights.
         CheckpointError: a file is missing, damaged, or does not fit the network, or a
             weight is not finite; the message names it.
         UnsupportedModelError: the folder holds another model.
     """
+    usable_device(device)
+    dtype = as_dtype(dtype) or torch.float32
     folder = policy_folder(name)
     # Shipped weights that are damaged are found by their loader.
     two_cameras = folder.parent == _chunk_weights() or (
@@ -52,8 +56,8 @@ def reference_policy(
 def load_reference(
     name: str | Path | None, device: str | torch.device, dtype: torch.dtype | None
 ) -> ReferencePolicy | ChunkPolicy:
-    """Load a policy as `reference_policy` does, in float32 if no dtype is given, for `load_policy`."""
-    return reference_policy(name, device, torch.float32 if dtype is None else dtype)
+    """Load a policy as `reference_policy` does, for `load_policy`."""
+    return reference_policy(name, device, dtype)
 
 
 def policy_folder(name: str | Path | None = None) -> Path:

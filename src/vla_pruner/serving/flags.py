@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.fate import WITHIN_A_STEP
-from vla_pruner.flags import Help, add_weights, budget
+from vla_pruner.flags import Help, Pairs, add_weights, budget
 from vla_pruner.policies.reference_names import CHECKPOINT
 from vla_pruner.serving.command import run_serve
 from vla_pruner.serving.observations import BY_CAMERA, LAYOUTS
@@ -110,7 +110,7 @@ def _add_messages(command: argparse.ArgumentParser) -> None:
     add(
         "--camera-key",
         metavar="CAMERA=KEY",
-        action="append",
+        action=Pairs,
         default=[],
         type=_pair,
         help="the key of one of the policy's cameras; may be repeated (default: as --observations has it)",

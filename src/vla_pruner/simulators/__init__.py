@@ -7,8 +7,10 @@ Importing this imports no simulator.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from vla_pruner.checks import is_count, is_seed
 from vla_pruner.simulators.base import (
     Convention,
     Environment,
@@ -74,6 +76,26 @@ _OPTIONS = {
     _metaworld: ("image_size",),
     _simpler: ("dataset",),
 }
+_LARGEST = 4096
+
+
+def _is_folder(value: object) -> bool:
+    return isinstance(value, (str, Path)) and bool(str(value))
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "assets": (_is_folder, "a folder; if its name is a number, ./NAME"),
+    "pro": (_is_folder, "a folder; if its name is a number, ./NAME"),
+    "image_size": (
+        lambda value: is_count(value, 1) and value <= _LARGEST,
+        f"a number of pixels from 1 to {_LARGEST}",
+    ),
+    "seed": (is_seed, "a whole number of 0 or more, and below 2**32"),
+    "center_crop": (lambda value: value in (True, False), "true or false"),
+}
+"""Of options whose value no suite looks at before an episode begins: what it may be, for code and in words. `strength`
+and `dataset` are refused where they are read.
+"""
 
 
 def find_suite(name: str, **options: Any) -> Suite:
@@ -85,7 +107,7 @@ def find_suite(name: str, **options: Any) -> Suite:
             (image_size) or `SimplerSuite` (dataset).
 
     Raises:
-        SuiteError: there is no such suite, or it has no such option.
+        SuiteError: there is no such suite, or it has no such option or value.
         SimulatorUnavailable: a package that it needs is not installed, is of an untested version, or has no assets.
     """
     if name.startswith("simpler_google"):
@@ -103,4 +125,8 @@ def find_suite(name: str, **options: Any) -> Suite:
     if unknown:
         found = ", ".join(map(repr, unknown))
         raise SuiteError(f"{name} has no option {found} (--suite-option); its options are {', '.join(known)}.")
+    for option, value in options.items():
+        fits, what = _VALUES.get(option, (lambda _: True, ""))
+        if value is not None and not fits(value):
+            raise SuiteError(f"{option} of {name} is {value!r} (--suite-option); it is {what}.")
     return SUITES[name](name, **options)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vla_pruner.errors import CheckpointError, ObservationError, OptionError
+from vla_pruner.observations import array_of
 
 Bounds = Literal["q99", "minmax"]
 OFT_EPSILON = 1e-8
@@ -40,7 +41,7 @@ def bin_index(ids: np.ndarray | torch.Tensor | Sequence, vocab_size: int = 32000
     Raises:
         ObservationError: the ids are not integers.
     """
-    found = _to_numpy(ids)
+    found = _array(ids)
     if not np.issubdtype(found.dtype, np.integer):
         raise ObservationError(f"Action tokens are integer ids; found an array of {found.dtype}.")
     return np.clip(vocab_size - found.astype(np.int64) - 1, 0, n_bins - 2)
@@ -167,18 +168,14 @@ def _limits(
 
 
 def _floats(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
-    try:
-        found = _to_numpy(values).astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise ObservationError(f"An array of numbers is needed; found {type(values).__name__} ({error}).") from error
+    found = _array(values).astype(np.float64)
     if found.ndim == 0:
         raise ObservationError(f"An array of shape (..., dimensions) is needed; found the single number {found}.")
     return found
 
 
-def _to_numpy(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        # numpy has no bfloat16, and float64 holds every value of the smaller types.
-        return (values.double() if values.is_floating_point() else values).numpy()
-    return np.asarray(values)
+def _array(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
+    try:
+        return array_of(values)
+    except (TypeError, ValueError) as error:
+        raise ObservationError(f"An array of numbers is needed; found {type(values).__name__} ({error}).") from error

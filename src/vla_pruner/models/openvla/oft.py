@@ -26,6 +26,7 @@ from vla_pruner.models.openvla.heads import (
 )
 from vla_pruner.models.openvla.network import OpenVLAForActionPrediction, moved, real_positions
 from vla_pruner.models.openvla.prompt import Prompt, read_prompt
+from vla_pruner.observations import array_of
 
 PLACEHOLDER, STOP = 1, 2
 """Token ids: the placeholder of an action (its embedding is zeroed), and the end of the sequence."""
@@ -339,7 +340,7 @@ def _as_tensor(proprio: Any) -> Tensor | None:
     if proprio is None or isinstance(proprio, Tensor):
         return proprio
     try:
-        return torch.from_numpy(np.asarray(proprio, dtype=np.float32))
+        return torch.from_numpy(array_of(proprio).astype(np.float32))
     except (TypeError, ValueError) as error:
         raise ObservationError(f"proprio is an array of numbers; found {type(proprio).__name__} ({error}).") from error
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vla_pruner.errors import ObservationError
 from vla_pruner.models.reference.tokenizer import encode
-from vla_pruner.observations import Observation, check_images, check_instruction
+from vla_pruner.observations import Observation, array_of, check_images, check_instruction
 from vla_pruner.wording import a_type
 
 
@@ -125,21 +125,22 @@ class TrainedPolicy(nn.Module):
             raise ObservationError(
                 f"The policy reads robots' states; give proprio, ({self.proprio_size},) numbers each."
             )
-        for name, given in (("images", images), ("instructions", instructions), ("proprio", proprio)):
-            if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-                raise ObservationError(f"act_batch was given {a_type(given)} as {name}; give one for each robot.")
-        frames = [self._frame(one) for one in images]
-        if not frames:
-            raise ObservationError("act_batch was given the images of no robot; give those of one or more.")
+        rows = {"images": images, "instructions": instructions, "states": proprio}
+        for what, given in rows.items():
+            if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence | np.ndarray | Tensor):
+                raise ObservationError(f"act_batch takes a list of {what}, one for each robot; found {a_type(given)}.")
+        counts = [len(given) for given in rows.values()]
+        if len(set(counts)) > 1 or not counts[0]:
+            told = ", ".join(f"{count} {what}" for what, count in zip(rows, counts, strict=True))
+            raise ObservationError(f"act_batch was given {told}; give as many of each, for one robot or more.")
+        frames = np.stack([np.asarray(self._frame(one)) for one in images])
         states = [_tensor("proprio is", one) for one in proprio]
         for row, state in enumerate(states):
             if tuple(state.shape) != (self.proprio_size,):
                 raise ObservationError(
                     f"Proprio of row {row} must have shape ({self.proprio_size},); got {tuple(state.shape)}."
                 )
-        if len(states) != len(frames):
-            raise ObservationError(f"Images of {len(frames)} robots came with {len(states)} states.")
-        return self._as_chunks(self.predict_action(np.stack(frames), list(instructions), torch.stack(states)))
+        return self._as_chunks(self.predict_action(frames, list(instructions), torch.stack(states)))
 
     def _as_chunks(self, actions: np.ndarray) -> np.ndarray:
         """Return the result of `predict_action` with the actions of a chunk in the last dimension but one."""
@@ -180,6 +181,8 @@ class TrainedPolicy(nn.Module):
 
     def _check_inputs(self, images: Tensor, instructions: list[str], proprio: Tensor) -> None:
         shape = self.frame_shape
+        if images.ndim and not len(images):
+            raise ObservationError("There are images of no robot; give those of one or more.")
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
             raise ObservationError(
                 f"Images must be uint8 of shape (B, {', '.join(map(str, shape))}); got {images.dtype} "
@@ -189,8 +192,13 @@ class TrainedPolicy(nn.Module):
             raise ObservationError(
                 f"Proprio must have shape ({len(images)}, {self.proprio_size}); got {tuple(proprio.shape)}."
             )
-        if not proprio.isfinite().all():
-            raise ObservationError("proprio holds numbers that are not finite (NaN or infinity); give finite ones.")
+        if proprio.is_complex():
+            raise ObservationError(f"proprio is an array of numbers; found complex ones ({proprio.dtype}).")
+        if not proprio.to(self.dtype).isfinite().all():
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise ObservationError(
+                f"proprio holds numbers that are not finite (NaN or infinity) in {dtype}; give finite ones."
+            )
         if len(instructions) != len(images):
             raise ObservationError(f"Images of {len(images)} robots came with {len(instructions)} instructions.")
 
@@ -217,6 +225,6 @@ def _image(camera: str, value: Any, shape: tuple[int, ...]) -> Any:
 
 def _tensor(what: str, value: Any) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        return value if isinstance(value, Tensor) else torch.from_numpy(array_of(value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"{what} an array of numbers; found {type(value).__name__}.") from error
