@@ -61,11 +61,12 @@ def test_the_demo_page_has_the_committed_run() -> None:
     assert f"{results['paired_episodes']} paired episodes" in text
     before, after = results["compiled"]["unpruned_ms"]
     assert f"{before:.1f} ms uncompiled and {after:.1f} compiled" in text
-    recommended = next(arm for arm in results["arms"] if arm["arm"] == "recommended")
-    pace = recommended["milliseconds_pruned_steps"]["p50"]
-    assert f"the compiled, recommended step is about {before / pace:.1f}x as fast" in " ".join(text.split())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"(uncompiled, its step took {before:.1f} ms)" in readme
+    if before < after:  # the table's speeds are then not against the faster baseline, which both pages have to say
+        recommended = next(arm for arm in results["arms"] if arm["arm"] == "recommended")
+        pace = recommended["milliseconds_pruned_steps"]["p50"]
+        assert f"the compiled, recommended step is about {before / pace:.1f}x as fast" in " ".join(text.split())
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert f"(uncompiled, its step took {before:.1f} ms)" in readme
     for arm in results["arms"]:
         assert arm["title"] in text
         assert f"{arm['success']['successes']}/{arm['success']['total']}" in text
